@@ -1,0 +1,21 @@
+// Aligned short vectors: one load or store instruction of up to 16 bytes.
+#pragma once
+
+#include "device/types.cuh"
+
+namespace flashinfer {
+
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vec {
+  static_assert(sizeof(T) * N <= 16 && ((sizeof(T) * N) & (sizeof(T) * N - 1)) == 0,
+                "a vector is one load: a power of two of at most 16 bytes");
+  T data[N];
+
+  __device__ __forceinline__ T& operator[](int i) { return data[i]; }
+  __device__ __forceinline__ const T& operator[](int i) const { return data[i]; }
+
+  __device__ __forceinline__ static Vec load(const T* src) { return *reinterpret_cast<const Vec*>(src); }
+  __device__ __forceinline__ void store(T* dst) const { *reinterpret_cast<Vec*>(dst) = *this; }
+};
+
+}  // namespace flashinfer
