@@ -1,0 +1,48 @@
+// One view of a request's KV, whatever holds it: row kv_idx of the request → element offset in K and in V.
+//
+// Config::kKvStorage picks where rows live. Single and ragged rows are pages of one row in order, so only the lookup
+// of the page differs. The lookup and the offset are two steps because the first is a load from memory: a pipelined
+// kernel looks up the rows of the next tile while it still copies this one.
+#pragma once
+
+#include "attention/params.h"
+
+namespace flashinfer {
+
+enum KvStorage : int { kKvSingle = 0, kKvRagged = 1, kKvPaged = 2 };
+
+// Where a row is: page page_idx, entry entry_idx within it.
+struct KvRow {
+  int32_t page_idx, entry_idx;
+};
+
+template <int kStorage>
+struct KvView {
+  const KvParams& kv;
+  int32_t begin;  // first entry of indices (paged), first row (ragged), 0 (single)
+  int32_t len;    // rows of this request
+
+  // Dependent loads: one or two. A planned kernel has begin and len at hand and builds the view from them.
+  FLASHINFER_FN static KvView of_request(const KvParams& kv, int32_t request_idx) {
+    if constexpr (kStorage == kKvSingle) return {kv, 0, kv.len};
+    const int32_t begin = kv.indptr[request_idx], end = kv.indptr[request_idx + 1];
+    if constexpr (kStorage == kKvRagged) return {kv, begin, end - begin};
+    if (end <= begin) return {kv, begin, 0};
+    return {kv, begin, (end - begin - 1) * int32_t(kv.page_size.divisor) + kv.last_page_len[request_idx]};
+  }
+
+  FLASHINFER_FN KvRow locate(int32_t kv_idx) const {
+    if constexpr (kStorage != kKvPaged) return {begin + kv_idx, 0};
+    const int32_t page = int32_t(kv.page_size.divide(uint32_t(kv_idx)));
+    return {kv.indices[begin + page], kv_idx - page * int32_t(kv.page_size.divisor)};
+  }
+
+  FLASHINFER_FN static int64_t k_offset(const KvParams& kv, KvRow row, int32_t kv_head_idx) {
+    return row.page_idx * kv.k_page_stride + row.entry_idx * kv.k_entry_stride + kv_head_idx * kv.k_head_stride;
+  }
+  FLASHINFER_FN static int64_t v_offset(const KvParams& kv, KvRow row, int32_t kv_head_idx) {
+    return row.page_idx * kv.v_page_stride + row.entry_idx * kv.v_entry_stride + kv_head_idx * kv.v_head_stride;
+  }
+};
+
+}  // namespace flashinfer
