@@ -1,0 +1,52 @@
+// What the planner of prefill writes and the kernel reads: a list of work items, the longest first.
+#pragma once
+
+#include "attention/params.h"
+
+namespace flashinfer {
+
+// A tile of query rows against a run of KV tiles, for every KV head alike. The rows of one KV head are (token, head in
+// group) with the head innermost: row r is token r / group_size of the request.
+struct PrefillItem {
+  int32_t request_idx;  // where a custom mask is looked up
+  int32_t q_tile;       // rows [q_tile * kBlockM, +kBlockM) of the request
+  int32_t q_begin;      // the request's first token in q and out
+  int32_t qo_len;       // its tokens
+  int32_t kv_begin;     // KvView::begin
+  int32_t kv_len;
+  int32_t tile_begin;   // KV tiles [tile_begin, tile_end); may be empty
+  int32_t tile_end;
+  int32_t chunk_idx;    // this run is the chunk_idx-th of num_chunks of the query tile
+  int32_t num_chunks;   // 1: the kernel writes the output itself
+  int32_t partial_row;  // first row of the query tile's partial results; chunk c starts num_rows * c further
+  int32_t counter;      // which counter its chunks share
+};
+
+// Head of the schedule. Alone in its cache lines: next_unit is where CTAs fetch work.
+struct PrefillSchedule {
+  int32_t num_items;
+  int32_t reserved[31];
+  uint32_t next_unit;  // (item, KV head) pairs handed out beyond the first of each CTA; zero between launches
+  uint32_t num_done;   // CTAs that have left; zero between launches
+  int32_t reserved_too[30];
+};
+
+struct PrefillPlanParams {
+  const int32_t* qo_indptr;   // [batch_size + 1]; null if single
+  KvParams kv;                // only what KvView::of_request reads
+  PrefillSchedule* schedule;
+  PrefillItem* items;         // [max_items]
+  int32_t* tile_indptr;       // [batch_size + 1] scratch: where each request's query tiles start
+  uint32_t* counters;         // [max_counters * num_kv_heads], zeroed here as far as they are used
+  int32_t batch_size;
+  int32_t qo_len;             // tokens of a single sequence; otherwise unused
+  int32_t num_kv_heads, group_size;
+  int32_t num_ctas;           // of the kernel's grid
+  int32_t max_items, max_counters;
+  int32_t max_partial_rows;   // rows of partial results the workspace holds for every KV head
+  int32_t block_m, block_n;   // rows of a query tile and of a KV tile
+  int32_t is_causal;
+  int32_t window_left;        // -1: no window
+};
+
+}  // namespace flashinfer

@@ -1,0 +1,31 @@
+// Asynchronous copies from device memory to shared memory (sm_80 and later).
+#pragma once
+
+#include "common.h"
+
+namespace flashinfer {
+
+__device__ __forceinline__ uint32_t smem_address(const void* smem_ptr) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(smem_ptr));
+}
+
+// Copy 16 bytes past L1, or write 16 zero bytes when `valid` is false: the source is then not read, so it may point
+// anywhere. Both addresses are 16-byte aligned.
+__device__ __forceinline__ void cp_async_16(uint32_t dst_smem, const void* src_gmem, bool valid) {
+  const int num_source_bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(dst_smem), "l"(src_gmem),
+               "r"(num_source_bytes)
+               : "memory");
+}
+
+// Close the group of copies this thread has issued since the last commit.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+// Wait until at most kNumPending of this thread's latest groups are still in flight. Other threads' copies are visible
+// only after a barrier.
+template <int kNumPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kNumPending) : "memory");
+}
+
+}  // namespace flashinfer

@@ -1,0 +1,25 @@
+// Warp-wide loads of 8x8 matrices of 16-bit elements from shared memory into mma fragments.
+#pragma once
+
+#include "common.h"
+
+namespace flashinfer {
+
+// Four 8x8 matrices. Lane l passes the address of row l % 8 of matrix l / 8 (16 bytes, aligned); register i of lane l
+// receives row l / 4, elements 2 (l % 4) and the next, of matrix i.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&regs)[4], uint32_t row_smem) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(regs[0]), "=r"(regs[1]), "=r"(regs[2]), "=r"(regs[3])
+               : "r"(row_smem)
+               : "memory");
+}
+
+// The same, each matrix transposed: lane l receives column l / 4, rows 2 (l % 4) and the next.
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&regs)[4], uint32_t row_smem) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(regs[0]), "=r"(regs[1]), "=r"(regs[2]), "=r"(regs[3])
+               : "r"(row_smem)
+               : "memory");
+}
+
+}  // namespace flashinfer

@@ -1,0 +1,27 @@
+// Shared-memory tiles whose rows are permuted by 16-byte chunks, so that the eight rows an ldmatrix touches at one
+// column fall into eight different groups of banks.
+#pragma once
+
+#include "common.h"
+
+namespace flashinfer {
+
+// A row-major tile of kRowBytes per row. Chunk c of row r lives at chunk c ^ f(r) of that row. A row of 2^k x odd
+// chunks starts at one of 8 / 2^k places of the 128 bytes that the banks serve in a cycle; f spreads the rows that
+// start at the same place over the 2^k chunks there.
+template <int kRowBytes>
+struct SwizzledRows {
+  static_assert(kRowBytes % 32 == 0, "a row is an even number of 16-byte chunks");
+  static constexpr int kNumChunks = kRowBytes / 16;
+  static constexpr int kLog2 = kNumChunks % 8 == 0 ? 3 : kNumChunks % 4 == 0 ? 2 : 1;
+
+  __device__ __forceinline__ static constexpr int permutation(int row) {
+    return (row >> (3 - kLog2)) & ((1 << kLog2) - 1);
+  }
+  // Byte offset of a 16-byte chunk from the start of the tile.
+  __device__ __forceinline__ static constexpr int offset(int row, int chunk) {
+    return row * kRowBytes + ((chunk ^ permutation(row)) << 4);
+  }
+};
+
+}  // namespace flashinfer
