@@ -73,6 +73,26 @@ inline bf16 from_float(float x) {
   if (x != x) return bf16{uint16_t((bits >> 16) | 0x40)};
   return bf16{uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
+// fp8 saturates to the largest finite value, as PyTorch's quantizers expect, infinity included; NaN stays NaN.
+template <>
+inline fp8_e4m3 from_float(float x) {
+  const uint32_t sign = (bit_cast<uint32_t>(x) >> 24) & 0x80;
+  const float magnitude = std::fabs(x) > 448.f ? 448.f : std::fabs(x);
+  const uint32_t bits = bit_cast<uint32_t>(magnitude);
+  // As for fp16: adding 2^14 leaves units of 2^-9, the smallest subnormal, in the last bits.
+  const uint32_t subnormal = bit_cast<uint32_t>(magnitude + 0x1p14f) - bit_cast<uint32_t>(0x1p14f);
+  const uint32_t normal = (bits - (120u << 23) + 0x7ffff + ((bits >> 20) & 1)) >> 20;
+  return fp8_e4m3{uint8_t(sign | (x != x ? 0x7fu : magnitude < 0x1p-6f ? subnormal : normal))};
+}
+template <>
+inline fp8_e5m2 from_float(float x) {
+  const uint32_t sign = (bit_cast<uint32_t>(x) >> 24) & 0x80;
+  const float magnitude = std::fabs(x) > 57344.f ? 57344.f : std::fabs(x);
+  const uint32_t bits = bit_cast<uint32_t>(magnitude);
+  const uint32_t subnormal = bit_cast<uint32_t>(magnitude + 0x1p7f) - bit_cast<uint32_t>(0x1p7f);  // units of 2^-16
+  const uint32_t normal = (bits - (112u << 23) + 0xfffff + ((bits >> 21) & 1)) >> 21;
+  return fp8_e5m2{uint8_t(sign | (x != x ? 0x7fu : magnitude < 0x1p-14f ? subnormal : normal))};
+}
 
 }  // namespace cpu
 }  // namespace flashinfer

@@ -1,0 +1,49 @@
+// Append to a paged KV cache on the CPU.
+#pragma once
+
+#include "cpu/page/token_slots.h"
+#include "cpu/types.h"
+
+namespace flashinfer::cpu {
+
+template <class Config, int kDim>
+void append_row(const typename Config::InT* row, typename Config::CacheT* slot, float scale) {
+  if constexpr (Config::kConvert) {
+    for (int i = 0; i < kDim; ++i) slot[i] = from_float<typename Config::CacheT>(to_float(row[i]) * scale);
+  } else {
+    std::memcpy(slot, row, kDim * sizeof(*row));
+  }
+}
+
+template <class Config>
+void append_paged_kv(const AppendParams& params) {
+  using InT = typename Config::InT;
+  using CacheT = typename Config::CacheT;
+  const float key_scale = Config::kConvert ? store_scale(params.key_scale_value, params.key_scale) : 1.f;
+  const float value_scale = Config::kConvert ? store_scale(params.value_scale_value, params.value_scale) : 1.f;
+
+#pragma omp parallel for
+  for (int token_idx = 0; token_idx < params.num_tokens; ++token_idx) {
+    const TokenSlot slot = find_slot<typename Config::TokenIndex, typename Config::PageIndex>(params.slots, token_idx);
+    if (!slot.exists) continue;
+    for (int head_idx = 0; head_idx < params.num_heads; ++head_idx) {
+      if (params.key_cache.data != nullptr) {
+        append_row<Config, Config::kKeyDim>(static_cast<const InT*>(params.key) + token_idx * params.key_token_stride +
+                                                head_idx * params.key_head_stride,
+                                            static_cast<CacheT*>(params.key_cache.data) +
+                                                slot.offset(params.key_cache) + head_idx * params.key_cache.head_stride,
+                                            key_scale);
+      }
+      if (params.value_cache.data != nullptr) {
+        append_row<Config, Config::kValueDim>(
+            static_cast<const InT*>(params.value) + token_idx * params.value_token_stride +
+                head_idx * params.value_head_stride,
+            static_cast<CacheT*>(params.value_cache.data) + slot.offset(params.value_cache) +
+                head_idx * params.value_cache.head_stride,
+            value_scale);
+      }
+    }
+  }
+}
+
+}  // namespace flashinfer::cpu

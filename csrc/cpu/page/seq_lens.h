@@ -1,0 +1,19 @@
+// Length of every request of a paged cache (CPU).
+#pragma once
+
+#include "page/params.h"
+
+namespace flashinfer::cpu {
+
+template <class Config>
+void seq_lens(const SeqLensParams& params) {
+  using Index = typename Config::Index;
+  const Index* page_indptr = static_cast<const Index*>(params.page_indptr);
+  const Index* last_page_len = static_cast<const Index*>(params.last_page_len);
+  for (int i = 0; i < params.batch_size; ++i) {
+    const int num_pages = int(page_indptr[i + 1] - page_indptr[i]);
+    params.seq_lens[i] = num_pages > 0 ? (num_pages - 1) * params.page_size + int(last_page_len[i]) : 0;
+  }
+}
+
+}  // namespace flashinfer::cpu

@@ -1,0 +1,31 @@
+// Locating tokens in a paged cache (CPU).
+#pragma once
+
+#include "page/params.h"
+
+namespace flashinfer::cpu {
+
+struct TokenSlot {
+  int64_t page_idx, slot_idx;
+  bool exists;
+
+  int64_t offset(const CacheView& cache) const { return page_idx * cache.page_stride + slot_idx * cache.slot_stride; }
+};
+
+template <class TokenIndex, class PageIndex>
+TokenSlot find_slot(const TokenSlots& slots, int token_idx) {
+  const int64_t batch_idx = static_cast<const TokenIndex*>(slots.batch_indices)[token_idx];
+  const int64_t position = static_cast<const TokenIndex*>(slots.positions)[token_idx];
+  if (batch_idx < 0 || batch_idx >= slots.batch_size || position < 0) return {0, 0, false};
+  const PageIndex* page_indptr = static_cast<const PageIndex*>(slots.page_indptr);
+  const int64_t page_idx_pos = int64_t(page_indptr[batch_idx]) + position / slots.page_size;
+  if (page_idx_pos >= int64_t(page_indptr[batch_idx + 1])) return {0, 0, false};
+  const int64_t page_idx = static_cast<const PageIndex*>(slots.page_indices)[page_idx_pos];
+  return {page_idx, position % slots.page_size, page_idx >= 0};
+}
+
+inline float store_scale(float scale_value, const float* scale) {
+  return 1.f / (scale == nullptr ? scale_value : scale_value * *scale);
+}
+
+}  // namespace flashinfer::cpu

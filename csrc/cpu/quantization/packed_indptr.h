@@ -1,0 +1,17 @@
+// Where each segment's bytes begin once it is packed (CPU).
+#pragma once
+
+#include "quantization/params.h"
+
+namespace flashinfer::cpu {
+
+template <class Config>
+void packed_indptr(const PackedIndptrParams& params) {
+  using Index = typename Config::Index;
+  const Index* indptr = static_cast<const Index*>(params.indptr);
+  Index* packed = static_cast<Index*>(params.packed_indptr);
+  packed[0] = 0;
+  for (int i = 0; i < params.num_segments; ++i) packed[i + 1] = packed[i] + ceil_div(indptr[i + 1] - indptr[i], 8);
+}
+
+}  // namespace flashinfer::cpu

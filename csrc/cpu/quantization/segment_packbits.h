@@ -1,0 +1,25 @@
+// Pack the booleans of every segment from a byte of its own (CPU).
+#pragma once
+
+#include "cpu/quantization/pack_byte.h"
+#include "quantization/params.h"
+
+namespace flashinfer::cpu {
+
+template <class Config>
+void segment_packbits(const SegmentPackbitsParams& params) {
+  using Index = typename Config::Index;
+  const Index* indptr = static_cast<const Index*>(params.indptr);
+  const Index* packed_indptr = static_cast<const Index*>(params.packed_indptr);
+#pragma omp parallel for
+  for (int i = 0; i < params.num_segments; ++i) {
+    int64_t begin = indptr[i];
+    for (int64_t byte_idx = packed_indptr[i]; byte_idx < int64_t(packed_indptr[i + 1]); ++byte_idx, begin += 8) {
+      params.output[byte_idx] = pack_byte<Config::kBigEndian>(params.input + begin, indptr[i + 1] - begin);
+    }
+  }
+  const int64_t num_packed = packed_indptr[params.num_segments];
+  std::memset(params.output + num_packed, 0, params.num_bytes - num_packed);
+}
+
+}  // namespace flashinfer::cpu

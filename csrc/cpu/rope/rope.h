@@ -1,0 +1,31 @@
+// Rotary position embedding of queries and keys on the CPU. A token's angles are computed once for all its heads.
+#pragma once
+
+#include "cpu/rope/rotation.h"
+
+namespace flashinfer::cpu {
+
+template <class Config>
+void rope_heads(const TokenAngles<Config>& angles, const HeadsView& in, const HeadsView& out, int token_idx,
+                int num_heads) {
+  using T = typename Config::T;
+  constexpr int kDim = Config::kRotaryPartOnly ? Config::kRotaryDim : Config::kHeadDim;
+  for (int head_idx = 0; head_idx < num_heads; ++head_idx) {
+    float x[kDim];
+    load_floats<kDim>(head_row<const T>(in, token_idx, head_idx), x);
+    angles.rotate(x);
+    store_floats<kDim>(x, 1.f, head_row<T>(out, token_idx, head_idx));
+  }
+}
+
+template <class Config>
+void rope(const RopeParams& params) {
+#pragma omp parallel for
+  for (int token_idx = 0; token_idx < params.num_tokens; ++token_idx) {
+    const TokenAngles<Config> angles(params.rotary, token_idx);
+    rope_heads(angles, params.q, params.q_out, token_idx, params.num_qo_heads);
+    rope_heads(angles, params.k, params.k_out, token_idx, params.num_kv_heads);
+  }
+}
+
+}  // namespace flashinfer::cpu

@@ -1,0 +1,85 @@
+// Angles and the rotation of one head on the CPU; device/rotary.cuh says why angles are 64-bit fractions of a turn.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/types.h"
+#include "rope/params.h"
+
+namespace flashinfer::cpu {
+
+// cos and sin of a 32-bit fraction of a turn. The nearest quarter turn is taken off in integers, exactly; what is left
+// is within pi/4 of zero, where the Taylor polynomials below are good to 3e-8. Plain arithmetic, so that loops
+// vectorize.
+inline void cos_sin_of_turns(uint32_t turns, float& cos, float& sin) {
+  const uint32_t quarter = (turns + 0x20000000u) >> 30;
+  const float x = float(int32_t(turns - (quarter << 30))) * float(6.283185307179586 / 4294967296.);
+  const float z = x * x;
+  const float s = x + x * z * (-1.f / 6 + z * (1.f / 120 + z * (-1.f / 5040 + z * (1.f / 362880))));
+  const float c = 1.f + z * (-1.f / 2 + z * (1.f / 24 + z * (-1.f / 720 + z * (1.f / 40320))));
+  const bool swap = quarter & 1;
+  cos = (swap ? s : c) * ((quarter + 1) & 2 ? -1.f : 1.f);
+  sin = (swap ? c : s) * (quarter & 2 ? -1.f : 1.f);
+}
+
+template <class Config>
+int64_t rotary_position(const Rotary& rotary, int token_idx) {
+  using Index = typename Config::PositionIndex;
+  if constexpr (Config::kRagged) {
+    const Index* indptr = static_cast<const Index*>(rotary.indptr);
+    if (token_idx >= indptr[rotary.batch_size]) return 0;  // padding past the last request
+    const int64_t batch_idx = std::upper_bound(indptr, indptr + rotary.batch_size + 1, Index(token_idx)) - indptr - 1;
+    return static_cast<const Index*>(rotary.offsets)[batch_idx] + (token_idx - indptr[batch_idx]);
+  } else {
+    return static_cast<const Index*>(rotary.positions)[token_idx];
+  }
+}
+
+template <class Config>
+struct TokenAngles {
+  static constexpr int kNumAngles = Config::kRotaryDim / 2;
+  float cos[kNumAngles], sin[kNumAngles];
+
+  TokenAngles(const Rotary& rotary, int token_idx) {
+    const int64_t position = rotary_position<Config>(rotary, token_idx);
+    if constexpr (Config::kCosSinCache) {
+      using CosSinT = typename Config::CosSinT;
+      const CosSinT* row = static_cast<const CosSinT*>(rotary.cos_sin_cache) + position * rotary.cos_sin_stride;
+      for (int i = 0; i < kNumAngles; ++i) {
+        cos[i] = to_float(row[i]);
+        sin[i] = to_float(row[kNumAngles + i]);
+      }
+    } else {
+      for (int i = 0; i < kNumAngles; ++i) {
+        cos_sin_of_turns(uint32_t((uint64_t(position) * rotary.frequencies[i]) >> 32), cos[i], sin[i]);
+      }
+    }
+  }
+
+  // Turns the first kRotaryDim of a head's elements.
+  void rotate(float* x) const {
+    constexpr int kStride = Config::kInterleave ? 2 : 1, kPartner = Config::kInterleave ? 1 : kNumAngles;
+    for (int i = 0; i < kNumAngles; ++i) {
+      const float a = x[i * kStride], b = x[i * kStride + kPartner];
+      x[i * kStride] = a * cos[i] - b * sin[i];
+      x[i * kStride + kPartner] = b * cos[i] + a * sin[i];
+    }
+  }
+};
+
+template <int kDim, class T>
+void load_floats(const T* row, float* x) {
+  for (int i = 0; i < kDim; ++i) x[i] = to_float(row[i]);
+}
+
+template <int kDim, class T>
+void store_floats(const float* x, float scale, T* row) {
+  for (int i = 0; i < kDim; ++i) row[i] = from_float<T>(x[i] * scale);
+}
+
+template <class T>
+T* head_row(const HeadsView& heads, int64_t token_idx, int64_t head_idx) {
+  return static_cast<T*>(heads.data) + token_idx * heads.token_stride + head_idx * heads.head_stride;
+}
+
+}  // namespace flashinfer::cpu

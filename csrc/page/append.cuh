@@ -1,0 +1,77 @@
+// Append to a paged KV cache: one pass that copies rows of keys and values to the slots of their tokens, converting to
+// the cache's type on the way. Keys and values may differ in width, so the compressed KV and rotary part of MLA (one
+// head) are the same kernel.
+//
+// A thread copies one vector of kHeadsPerThread heads: that many independent loads are in flight while the chain of
+// dependent index loads (request -> page list -> page) resolves, and the chain is walked once for all of them.
+#pragma once
+
+#include "device/cast.cuh"
+#include "device/pdl.cuh"
+#include "page/params.h"
+#include "page/token_slots.cuh"
+
+namespace flashinfer {
+
+template <class Config>
+__device__ __forceinline__ Vec<typename Config::CacheT, Config::kVecSize> to_cache(
+    const Vec<typename Config::InT, Config::kVecSize>& x, float scale) {
+  if constexpr (Config::kConvert) {
+    float y[Config::kVecSize];
+    to_floats(x, y);
+#pragma unroll
+    for (int i = 0; i < Config::kVecSize; ++i) y[i] *= scale;
+    return cast_vec<typename Config::CacheT>(y);
+  } else {
+    return x;
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void append_paged_kv(const AppendParams& params) {
+  using InT = typename Config::InT;
+  using CacheT = typename Config::CacheT;
+  constexpr int kVec = Config::kVecSize, kHeads = Config::kHeadsPerThread;
+  constexpr int kNumKeyLanes = Config::kKeyDim / kVec, kNumLanes = kNumKeyLanes + Config::kValueDim / kVec;
+  constexpr int kGroupsPerBlock = Config::kNumThreads / kNumLanes;
+  static_assert(Config::kKeyDim % kVec == 0 && Config::kValueDim % kVec == 0 && kGroupsPerBlock > 0);
+
+  // Which vector of which heads of which token.
+  const int lane = threadIdx.x % kNumLanes;
+  const uint32_t group_idx = blockIdx.x * kGroupsPerBlock + threadIdx.x / kNumLanes;
+  const uint32_t groups_per_token = ceil_div(params.num_heads, kHeads);
+  const uint32_t token_idx = group_idx / groups_per_token;
+  const int first_head = int(group_idx - token_idx * groups_per_token) * kHeads;
+  const bool is_key = lane < kNumKeyLanes;
+  const int column = (is_key ? lane : lane - kNumKeyLanes) * kVec;
+  const CacheView& cache = is_key ? params.key_cache : params.value_cache;
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  if (threadIdx.x >= kGroupsPerBlock * kNumLanes || token_idx >= params.num_tokens || cache.data == nullptr) return;
+
+  // Rows in, before the slot is known.
+  const InT* rows_gmem = static_cast<const InT*>(is_key ? params.key : params.value) + column +
+                         int64_t(token_idx) * (is_key ? params.key_token_stride : params.value_token_stride);
+  const int64_t row_stride = is_key ? params.key_head_stride : params.value_head_stride;
+  Vec<InT, kVec> x[kHeads];
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    if (first_head + i < params.num_heads) x[i] = Vec<InT, kVec>::load(rows_gmem + (first_head + i) * row_stride);
+  }
+
+  const TokenSlot slot =
+      find_slot<typename Config::TokenIndex, typename Config::PageIndex>(params.slots, int(token_idx));
+  if (!slot.exists) return;
+  const float scale = Config::kConvert ? is_key ? store_scale(params.key_scale_value, params.key_scale)
+                                                : store_scale(params.value_scale_value, params.value_scale)
+                                       : 1.f;
+  CacheT* cache_gmem = static_cast<CacheT*>(cache.data) + slot.offset(cache) + column;
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    if (first_head + i < params.num_heads) {
+      to_cache<Config>(x[i], scale).store(cache_gmem + (first_head + i) * cache.head_stride);
+    }
+  }
+}
+
+}  // namespace flashinfer

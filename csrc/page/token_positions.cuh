@@ -1,0 +1,28 @@
+// Request and position of every row of a ragged batch. One thread a row, by binary search: no thread's work depends on
+// the longest request, and rows past the end of the batch (a padded CUDA graph) are marked instead of left undefined.
+#pragma once
+
+#include "device/pdl.cuh"
+#include "device/search.cuh"
+#include "page/params.h"
+
+namespace flashinfer {
+
+template <class Config>
+__device__ __forceinline__ void token_positions(const TokenPositionsParams& params) {
+  using Index = typename Config::Index;
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const int64_t token_idx = int64_t(blockIdx.x) * Config::kNumThreads + threadIdx.x;
+  if (token_idx >= params.num_tokens) return;
+  const Index* append_indptr = static_cast<const Index*>(params.append_indptr);
+  const int batch_idx = find_segment(append_indptr, params.batch_size, token_idx);
+  const bool is_padding = batch_idx == params.batch_size;
+  params.batch_indices[token_idx] = is_padding ? -1 : batch_idx;
+  // Counted from the end of the request: the rows appended are its last ones.
+  params.positions[token_idx] = is_padding ? 0
+                                           : int32_t(static_cast<const Index*>(params.seq_lens)[batch_idx] -
+                                                     append_indptr[batch_idx + 1] + Index(token_idx));
+}
+
+}  // namespace flashinfer

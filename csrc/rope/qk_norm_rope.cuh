@@ -1,0 +1,81 @@
+// RMSNorm over each head of queries and keys (Qwen3), then their rotation, in place on a packed qkv. The norm's result
+// stays in fp32 registers until it is turned, so it is rounded once; values are not touched.
+#pragma once
+
+#include "device/pdl.cuh"
+#include "device/reduce.cuh"
+#include "rope/head_pairs.cuh"
+
+namespace flashinfer {
+
+template <class Config>
+__device__ __forceinline__ void qk_norm_rope(const QkNormRopeParams& params) {
+  using T = typename Config::T;
+  using Lanes = HeadLanes<Config>;
+  constexpr int kVec = Config::kVecSize, kHeads = Config::kHeadsPerThread;
+  static_assert(Lanes::kNumLanes <= kWarpSize, "a head is reduced within a warp");
+  __shared__ FrequencyTable<Config> frequencies_smem;
+
+  const HeadLane<Config> lane(threadIdx.x % Lanes::kNumLanes);
+  const HeadGroup group = HeadGroup::find<kHeads>(blockIdx.x * Lanes::kGroupsPerBlock + threadIdx.x / Lanes::kNumLanes,
+                                                  params.num_qo_heads, params.num_kv_heads, 0);
+  const bool is_query = group.kind == HeadKind::kQuery;
+  const HeadsView& heads = is_query ? params.q : params.k;
+  // Every lane stays to the end: the reduction is of the whole warp. Lanes without work read nothing and write nothing.
+  const bool is_used = lane.is_used && group.token_idx < params.num_tokens;
+  const int num_heads = is_used ? group.num_heads : 0;
+  wait_for_previous_kernel();
+  allow_next_kernel();
+
+  // Heads in.
+  T* heads_gmem = static_cast<T*>(heads.data) + group.token_idx * heads.token_stride;
+  HeadPair<T, kVec> x[kHeads] = {};
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    const int head_idx = group.first_head + i;
+    if (head_idx < num_heads) x[i] = HeadPair<T, kVec>::load(heads_gmem + head_idx * heads.head_stride, lane);
+  }
+
+  // Weights and angles.
+  frequencies_smem.fill(params.rotary);
+  float weight_first[kVec] = {}, weight_second[kVec] = {};
+  LaneAngles<Config> angles;
+  if (is_used) {
+    const T* weight_gmem = static_cast<const T*>(is_query ? params.q_weight : params.k_weight);
+    to_floats(Vec<T, kVec>::load(weight_gmem + lane.first), weight_first);
+    to_floats(Vec<T, kVec>::load(weight_gmem + lane.second), weight_second);
+    if (lane.is_rotary) {
+      const int64_t position = rotary_position<Config>(params.rotary, group.token_idx);
+      angles = LaneAngles<Config>::make(params.rotary, frequencies_smem, lane, position);
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    // Norm.
+    float first[kVec], second[kVec];
+    to_floats(x[i].first, first);
+    to_floats(x[i].second, second);
+    float sum_of_squares = 0.f;
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) sum_of_squares += first[j] * first[j] + second[j] * second[j];
+    sum_of_squares = warp_reduce<Lanes::kNumLanes>(sum_of_squares, Sum());
+    const float rcp_rms = rsqrtf(sum_of_squares / Config::kHeadDim + params.eps);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      first[j] *= rcp_rms * (params.weight_bias + weight_first[j]);
+      second[j] *= rcp_rms * (params.weight_bias + weight_second[j]);
+    }
+
+    // Turn, and heads out.
+    if (lane.is_rotary) angles.rotate(first, second);
+    const int head_idx = group.first_head + i;
+    if (head_idx < num_heads) {
+      T* row_gmem = heads_gmem + head_idx * heads.head_stride;
+      cast_vec<T>(first).store(row_gmem + lane.first);
+      cast_vec<T>(second).store(row_gmem + lane.second);
+    }
+  }
+}
+
+}  // namespace flashinfer

@@ -1,0 +1,67 @@
+// Rotary position embedding of queries and keys, in place or not.
+//
+// Moves each element once in and once out, so the time is that of a copy: a thread has the two vectors of
+// kHeadsPerThread heads in flight before it needs the angles, and computes the angles once for all of them.
+#pragma once
+
+#include "device/pdl.cuh"
+#include "rope/head_pairs.cuh"
+
+namespace flashinfer {
+
+template <class Config>
+__device__ __forceinline__ void rope(const RopeParams& params) {
+  using T = typename Config::T;
+  using Lanes = HeadLanes<Config>;
+  constexpr int kVec = Config::kVecSize, kHeads = Config::kHeadsPerThread;
+  __shared__ FrequencyTable<Config> frequencies_smem;
+
+  const HeadLane<Config> lane(threadIdx.x % Lanes::kNumLanes);
+  const HeadGroup group = HeadGroup::find<kHeads>(blockIdx.x * Lanes::kGroupsPerBlock + threadIdx.x / Lanes::kNumLanes,
+                                                  params.num_qo_heads, params.num_kv_heads, 0);
+  const bool is_query = group.kind == HeadKind::kQuery;
+  const HeadsView& in = is_query ? params.q : params.k;
+  const HeadsView& out = is_query ? params.q_out : params.k_out;
+  const bool is_used = lane.is_used && group.token_idx < params.num_tokens;
+  wait_for_previous_kernel();
+  allow_next_kernel();
+
+  // Heads in.
+  const T* in_gmem = static_cast<const T*>(in.data) + group.token_idx * in.token_stride;
+  HeadPair<T, kVec> x[kHeads];
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    const int head_idx = group.first_head + i;
+    if (is_used && head_idx < group.num_heads) {
+      x[i] = HeadPair<T, kVec>::load(in_gmem + head_idx * in.head_stride, lane);
+    }
+  }
+
+  // Angles.
+  frequencies_smem.fill(params.rotary);
+  if (!is_used) return;
+  LaneAngles<Config> angles;
+  if (lane.is_rotary) {
+    const int64_t position = rotary_position<Config>(params.rotary, group.token_idx);
+    angles = LaneAngles<Config>::make(params.rotary, frequencies_smem, lane, position);
+  }
+
+  // Turn, and heads out.
+  T* out_gmem = static_cast<T*>(out.data) + group.token_idx * out.token_stride;
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    const int head_idx = group.first_head + i;
+    if (head_idx >= group.num_heads) break;
+    if (lane.is_rotary) {
+      float first[kVec], second[kVec];
+      to_floats(x[i].first, first);
+      to_floats(x[i].second, second);
+      angles.rotate(first, second);
+      x[i] = {cast_vec<T>(first), cast_vec<T>(second)};
+    }
+    x[i].first.store(out_gmem + head_idx * out.head_stride + lane.first);
+    x[i].second.store(out_gmem + head_idx * out.head_stride + lane.second);
+  }
+}
+
+}  // namespace flashinfer
