@@ -7,6 +7,12 @@
 #include <cstdint>
 #endif
 
+#if defined(__CUDACC__)
+#define FLASHINFER_HOST_DEVICE __host__ __device__
+#else
+#define FLASHINFER_HOST_DEVICE
+#endif
+
 namespace flashinfer {
 
 #if defined(__CUDACC_RTC__)
@@ -30,7 +36,7 @@ using std::uint8_t;
 #endif
 
 template <class A, class B>
-constexpr auto ceil_div(A a, B b) {
+FLASHINFER_HOST_DEVICE constexpr auto ceil_div(A a, B b) {
   return (a + b - 1) / b;
 }
 

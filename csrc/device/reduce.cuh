@@ -8,12 +8,12 @@ namespace flashinfer {
 constexpr int kWarpSize = 32;
 
 struct Sum {
-  static constexpr float kIdentity = 0.f;
+  __device__ __forceinline__ static float identity() { return 0.f; }
   __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
 };
 
 struct Max {
-  static constexpr float kIdentity = -__builtin_huge_valf();
+  __device__ __forceinline__ static float identity() { return __int_as_float(0xff800000); }  // -infinity
   __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
@@ -38,7 +38,7 @@ __device__ __forceinline__ float block_reduce(float x, Op op, float* scratch_sme
   const int warp_idx = threadIdx.x / kWarpSize, lane_idx = threadIdx.x % kWarpSize;
   if (lane_idx == 0) scratch_smem[warp_idx] = x;
   __syncthreads();
-  x = lane_idx < kNumWarps ? scratch_smem[lane_idx] : Op::kIdentity;
+  x = lane_idx < kNumWarps ? scratch_smem[lane_idx] : Op::identity();
   return warp_reduce(x, op);
 }
 

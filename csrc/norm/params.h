@@ -5,15 +5,38 @@
 namespace flashinfer {
 
 // RMSNorm and LayerNorm over the last axis, with an optional residual added first.
+// Rows come in groups, so that the heads of a packed qkv projection can be normalized in place: row r starts at
+// (r / rows_per_group) * group_stride + (r % rows_per_group) * row_stride.
 struct NormParams {
-  const void* input;   // [num_rows, hidden_size]; with a residual also the output (in place)
+  const void* input;   // [num_rows, hidden_size]
   void* residual;      // [num_rows, hidden_size] or null; read, then overwritten with input + residual
   const void* weight;  // [hidden_size]
   const void* bias;    // [hidden_size] or null (LayerNorm)
-  void* output;        // [num_rows, hidden_size]
-  int64_t input_stride, residual_stride, output_stride;  // elements between rows
-  int32_t num_rows;
+  void* output;        // [num_rows, hidden_size]; may be input
+  int64_t input_row_stride, input_group_stride;    // elements
+  int64_t residual_row_stride;                     // elements; the residual has no groups
+  int64_t output_row_stride, output_group_stride;  // elements
+  int32_t num_rows, rows_per_group;
   float eps;
 };
+
+FLASHINFER_HOST_DEVICE constexpr int64_t grouped_row_offset(const NormParams& params, int32_t row, int64_t row_stride,
+                                                            int64_t group_stride) {
+  return row / params.rows_per_group * group_stride + row % params.rows_per_group * row_stride;
+}
+template <class T>
+FLASHINFER_HOST_DEVICE const T* input_row(const NormParams& params, int32_t row) {
+  return static_cast<const T*>(params.input) +
+         grouped_row_offset(params, row, params.input_row_stride, params.input_group_stride);
+}
+template <class T>
+FLASHINFER_HOST_DEVICE T* output_row(const NormParams& params, int32_t row) {
+  return static_cast<T*>(params.output) +
+         grouped_row_offset(params, row, params.output_row_stride, params.output_group_stride);
+}
+template <class T>
+FLASHINFER_HOST_DEVICE T* residual_row(const NormParams& params, int32_t row) {
+  return static_cast<T*>(params.residual) + row * params.residual_row_stride;
+}
 
 }  // namespace flashinfer

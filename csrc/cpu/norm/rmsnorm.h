@@ -1,0 +1,39 @@
+// RMSNorm on the CPU; the equations stand in norm/rmsnorm.cuh.
+#pragma once
+
+#include "cpu/types.h"
+#include "norm/params.h"
+
+namespace flashinfer::cpu {
+
+template <class Config>
+void rmsnorm(const NormParams& params) {
+  using T = typename Config::T;
+  constexpr int kHiddenSize = Config::kHiddenSize;
+  const T* weight = static_cast<const T*>(params.weight);
+
+#pragma omp parallel for
+  for (int row = 0; row < params.num_rows; ++row) {
+    const T* input = input_row<T>(params, row);
+    T* output = output_row<T>(params, row);
+    T* residual = Config::kAddResidual ? residual_row<T>(params, row) : nullptr;
+    float x[kHiddenSize];
+    float sum_of_squares = 0.f;
+#pragma omp simd reduction(+ : sum_of_squares)
+    for (int i = 0; i < kHiddenSize; ++i) {
+      x[i] = to_float(input[i]);
+      if constexpr (Config::kAddResidual) {
+        x[i] += to_float(residual[i]);
+        residual[i] = from_float<T>(x[i]);
+      }
+      sum_of_squares += x[i] * x[i];
+    }
+    const float scale = 1.f / std::sqrt(sum_of_squares / kHiddenSize + params.eps);
+#pragma omp simd
+    for (int i = 0; i < kHiddenSize; ++i) {
+      output[i] = from_float<T>(x[i] * scale * (to_float(weight[i]) + (Config::kGemma ? 1.f : 0.f)));
+    }
+  }
+}
+
+}  // namespace flashinfer::cpu

@@ -1,0 +1,50 @@
+// LayerNorm (Ba, Kiros & Hinton 2016, arXiv:1607.06450):
+//
+//   output_i = (x_i − mean(x)) / sqrt(var(x) + eps) · weight_i + bias_i
+//
+// The variance is taken around the mean from registers, in a second sum, because mean(x²) − mean(x)² cancels.
+#pragma once
+
+#include "device/pdl.cuh"
+#include "norm/params.h"
+#include "norm/row.cuh"
+
+namespace flashinfer {
+
+template <class Config>
+__device__ __forceinline__ void layernorm(const NormParams& params) {
+  using T = typename Config::T;
+  using TWeight = typename Config::TWeight;
+  using Fragment = RowFragment<T, Config>;
+  __shared__ typename RowSum<Config>::Smem smem;
+  RowSum<Config> row_sum{smem};
+
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  for (RowLoop<Config> loop(params.num_rows); loop.running(); loop.advance()) {
+    Fragment x{};
+    if (loop.is_valid()) x.load(input_row<T>(params, loop.row), loop.thread_idx);
+
+    float sum = 0.f;
+    Fragment::for_each(loop.thread_idx, [&](int i, int j) { sum += to_float(x.vecs[i][j]); });
+    const float mean = row_sum(sum) / Config::kHiddenSize;
+
+    float sum_of_squares = 0.f;
+    Fragment::for_each(loop.thread_idx, [&](int i, int j) {
+      const float centered = to_float(x.vecs[i][j]) - mean;
+      sum_of_squares += centered * centered;
+    });
+    const float scale = rsqrtf(row_sum(sum_of_squares) / Config::kHiddenSize + params.eps);
+
+    // Weight and bias are usually wider than the row (fp32); read through the cache element by element.
+    Fragment::for_each(loop.thread_idx, [&](int i, int j) {
+      const int column = (loop.thread_idx + i * Config::kThreadsPerRow) * Config::kVecSize + j;
+      const float w = to_float(static_cast<const TWeight*>(params.weight)[column]);
+      const float b = to_float(static_cast<const TWeight*>(params.bias)[column]);
+      x.vecs[i][j] = from_float<T>((to_float(x.vecs[i][j]) - mean) * scale * w + b);
+    });
+    if (loop.is_valid()) x.store(output_row<T>(params, loop.row), loop.thread_idx);
+  }
+}
+
+}  // namespace flashinfer

@@ -1,0 +1,93 @@
+// How one row is spread over threads: in registers, in vectors of kVecSize elements, read and written once.
+#pragma once
+
+#include "device/reduce.cuh"
+#include "device/vec.cuh"
+
+namespace flashinfer {
+
+// The part of a row that one thread holds: vectors thread_idx, thread_idx + kThreadsPerRow, …
+template <class T, class Config>
+struct RowFragment {
+  static constexpr int kVecSize = Config::kVecSize;
+  static constexpr int kVecsPerRow = Config::kHiddenSize / kVecSize;
+  static constexpr int kVecsPerThread = ceil_div(kVecsPerRow, Config::kThreadsPerRow);
+  static constexpr bool kIsFull = kVecsPerRow % Config::kThreadsPerRow == 0;
+  static_assert(Config::kHiddenSize % kVecSize == 0);
+
+  Vec<T, kVecSize> vecs[kVecsPerThread];
+
+  __device__ __forceinline__ void load(const T* row_gmem, int thread_idx) {
+#pragma unroll
+    for (int i = 0; i < kVecsPerThread; ++i) {
+      if (holds(i, thread_idx)) vecs[i] = Vec<T, kVecSize>::load(row_gmem + offset(i, thread_idx));
+    }
+  }
+
+  __device__ __forceinline__ void store(T* row_gmem, int thread_idx) const {
+#pragma unroll
+    for (int i = 0; i < kVecsPerThread; ++i) {
+      if (holds(i, thread_idx)) vecs[i].store(row_gmem + offset(i, thread_idx));
+    }
+  }
+
+  // body(vector index, element index) for each element this thread holds.
+  template <class Body>
+  __device__ __forceinline__ static void for_each(int thread_idx, Body body) {
+#pragma unroll
+    for (int i = 0; i < kVecsPerThread; ++i) {
+      if (!holds(i, thread_idx)) continue;
+#pragma unroll
+      for (int j = 0; j < kVecSize; ++j) body(i, j);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static bool holds(int i, int thread_idx) {
+    return kIsFull || thread_idx + i * Config::kThreadsPerRow < kVecsPerRow;
+  }
+  __device__ __forceinline__ static int offset(int i, int thread_idx) {
+    return (thread_idx + i * Config::kThreadsPerRow) * kVecSize;
+  }
+};
+
+// Sums over the threads of a row. Rows are either shared by a whole block or by at most a warp, several to a block.
+// Consecutive sums use alternating scratch, so that one barrier per sum is enough.
+template <class Config>
+struct RowSum {
+  static constexpr bool kInWarp = Config::kThreadsPerRow <= kWarpSize;
+  static_assert(kInWarp || Config::kThreadsPerRow == Config::kNumThreads);
+  struct Smem {
+    float scratch[2][kWarpSize];
+  };
+
+  Smem& smem;
+  int turn = 0;
+
+  __device__ __forceinline__ float operator()(float x) {
+    if constexpr (kInWarp) {
+      return warp_reduce<Config::kThreadsPerRow>(x, Sum{});
+    } else {
+      turn ^= 1;
+      return block_reduce<Config::kNumThreads>(x, Sum{}, smem.scratch[turn]);
+    }
+  }
+};
+
+// Walks the rows of a persistent block: body(row, is_valid) runs the same number of times in every thread, as barriers need.
+template <class Config>
+struct RowLoop {
+  static constexpr int kRowsPerBlock = Config::kNumThreads / Config::kThreadsPerRow;
+
+  const int num_rows;
+  const int thread_idx = threadIdx.x % Config::kThreadsPerRow;  // within the row
+  int row = blockIdx.x * kRowsPerBlock + threadIdx.x / Config::kThreadsPerRow;
+
+  __device__ __forceinline__ explicit RowLoop(int num_rows) : num_rows(num_rows) {}
+  __device__ __forceinline__ bool running() const { return row - static_cast<int>(threadIdx.x) / Config::kThreadsPerRow < num_rows; }
+  __device__ __forceinline__ bool is_valid() const { return row < num_rows; }
+  __device__ __forceinline__ int next_row() const { return row + static_cast<int>(gridDim.x) * kRowsPerBlock; }
+  __device__ __forceinline__ void advance() { row = next_row(); }
+};
+
+}  // namespace flashinfer

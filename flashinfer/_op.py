@@ -1,0 +1,126 @@
+"""What every operator needs: argument checks with one style of message, row geometry, the current stream, bounded
+memos.
+
+An operator checks its arguments once per signature (dtypes, shapes, strides, devices, alignment) and keeps the
+prepared launch in
+a memo. The hot path is: build the key, find the launch, pack the pointers, launch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+_MEMO_LIMIT = 4096
+
+
+class Memo(dict[Any, T], Generic[T]):
+    """signature -> prepared launch. Emptied when it has grown past any sane number of live signatures."""
+
+    def remember(self, key: Any, value: T) -> T:
+        if len(self) >= _MEMO_LIMIT:
+            self.clear()
+        self[key] = value
+        return value
+
+
+def _no_stream(device_index: int) -> int:
+    return 0
+
+
+# torch.cuda.current_stream() builds an object and costs more than a kernel launch; Triton reads the handle this way
+# too.
+_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _no_stream)
+
+
+def current_stream(device_index: int) -> int:
+    """The handle of torch's current CUDA stream on a device; 0 for the CPU (index −1)."""
+    return _raw_stream(device_index) if device_index >= 0 else 0
+
+
+@functools.cache
+def num_sms(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+
+def require(condition: bool, op: str, message: str) -> None:
+    """Raise ValueError(`op: message`) unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{op}: {message}")
+
+
+def require_like(
+    op: str, name: str, tensor: torch.Tensor, reference: torch.Tensor, reference_name: str = "input"
+) -> None:
+    """The same shape, dtype and device as the reference."""
+    require(
+        tensor.shape == reference.shape,
+        op,
+        f"{name} has shape {list(tensor.shape)}; expected {list(reference.shape)}, the shape of {reference_name}",
+    )
+    require_dtype_device(op, name, tensor, reference, reference_name)
+
+
+def require_dtype_device(
+    op: str, name: str, tensor: torch.Tensor, reference: torch.Tensor, reference_name: str = "input"
+) -> None:
+    require(
+        tensor.dtype == reference.dtype,
+        op,
+        f"{name} is {tensor.dtype}; expected {reference.dtype}, the dtype of {reference_name}",
+    )
+    require_device(op, name, tensor, reference, reference_name)
+
+
+def require_device(
+    op: str, name: str, tensor: torch.Tensor, reference: torch.Tensor, reference_name: str = "input"
+) -> None:
+    require(
+        tensor.device == reference.device,
+        op,
+        f"{name} is on {tensor.device}, {reference_name} on {reference.device}; move them to one device",
+    )
+
+
+def require_unit_stride(op: str, name: str, tensor: torch.Tensor) -> None:
+    require(
+        tensor.numel() <= 1 or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1,
+        op,
+        f"{name} has stride {tensor.stride(-1)} in its last dimension; expected 1, call .contiguous()",
+    )
+
+
+def grouped_rows(op: str, name: str, tensor: torch.Tensor) -> tuple[int, int, int]:
+    """(rows_per_group, row_stride, group_stride) that visit the rows (last axis) of a tensor in order.
+
+    Leading axes that lie evenly in memory are merged; what remains must be at most two, as in `[tokens, heads,
+    head_dim]` cut out of
+    a packed projection. Raises ValueError otherwise.
+    """
+    require(tensor.dim() >= 1, op, f"{name} has no dimensions; expected at least [hidden_size]")
+    require_unit_stride(op, name, tensor)
+    merged: list[tuple[int, int]] = []  # (size, stride), outermost first
+    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1]):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    if len(merged) > 2:
+        raise ValueError(
+            f"{op}: the rows of {name} lie unevenly in memory (strides {list(tensor.stride())}); call .contiguous()"
+        )
+    if not merged:
+        return 1, 0, 0
+    if len(merged) == 1:
+        return 1, 0, merged[0][1]
+    return merged[1][0], merged[1][1], merged[0][1]

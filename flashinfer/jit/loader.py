@@ -1,0 +1,243 @@
+"""Machine code -> something to launch.
+
+    kernel   = resolver().load(spec)            # CudaKernel or CpuKernel, one per spec and process
+    launcher = kernel.on(device_index)          # one per kernel and device; loads the cubin there
+    launcher(grid, stream, *values)             # values in the order of the parameter struct's fields
+
+A launch packs the values into a preallocated block and makes one driver call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import struct
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from flashinfer.errors import FlashInferError
+from flashinfer.jit import driver
+from flashinfer.jit import spec as specs
+from flashinfer.jit.source import Source
+from flashinfer.jit.spec import Config, KernelSpec
+
+Grid = tuple[int, int, int]
+
+
+class Launcher(Protocol):
+    def max_blocks_per_sm(self) -> int:
+        """Blocks of this kernel that one SM holds at a time; persistent grids are a multiple of it."""
+
+    def __call__(self, grid: Grid, stream: int, *values: int | float | bytes) -> None: ...
+
+
+class Kernel(Protocol):
+    spec: KernelSpec  # of the machine code: its target may be older than the requested one
+    config: Config
+
+    def on(self, device_index: int | None, *, pdl: bool = False) -> Launcher:
+        """The launcher for a device. `pdl` asks for programmatic dependent launch (sm_90 and later)."""
+
+
+_FORMATS: dict[Any, str] = {
+    ctypes.c_void_p: "P",
+    ctypes.c_int64: "q",
+    ctypes.c_int32: "i",
+    ctypes.c_uint32: "I",
+    ctypes.c_uint64: "Q",
+    ctypes.c_float: "f",
+    ctypes.c_uint8: "B",
+}
+
+
+@functools.cache
+def _packer(params: type[ctypes.Structure]) -> struct.Struct:
+    """A struct.Struct laid out like the C struct. Byte arrays (TMA descriptors) take one `bytes` value."""
+    text = ""
+    for field in params._fields_:
+        ctype: Any = field[1]
+        if issubclass(ctype, ctypes.Array):
+            text += (
+                f"{ctype._length_}s" if ctype._type_ is ctypes.c_uint8 else f"{ctype._length_}{_FORMATS[ctype._type_]}"
+            )
+        else:
+            text += _FORMATS[ctype]
+    return struct.Struct(text)
+
+
+# ----------------------------------------------------------------------------------------------------------------- CUDA
+
+
+class CudaKernel:
+    def __init__(self, source: Source, machine_code: bytes) -> None:
+        self.spec, self.config = source.spec, source.config
+        self._machine_code = machine_code
+        self._launchers: dict[tuple[int, bool], CudaLauncher] = {}
+        self._lock = threading.Lock()
+
+    def on(self, device_index: int | None, *, pdl: bool = False) -> CudaLauncher:
+        assert device_index is not None
+        launcher = self._launchers.get((device_index, pdl))
+        if launcher is None:
+            with self._lock:
+                launcher = self._launchers.get((device_index, pdl))
+                if launcher is None:
+                    sibling = self._launchers.get((device_index, not pdl))
+                    function = sibling.function if sibling else self._load(device_index)
+                    launcher = CudaLauncher(self.spec, self.config, function, device_index, pdl)
+                    self._launchers[device_index, pdl] = launcher
+        return launcher
+
+    def _load(self, device_index: int) -> ctypes.c_void_p:
+        _, function = driver.load_function(device_index, self._machine_code, self.spec.family)
+        if self.config.launch.smem_bytes > 48 * 1024:
+            smem_bytes = self.config.launch.smem_bytes
+            driver.call("cuFuncSetAttribute", function, driver.FUNC_MAX_DYNAMIC_SMEM, smem_bytes)
+        return function
+
+
+class CudaLauncher:
+    """Launches one kernel on one device. Safe to call from several threads."""
+
+    def __init__(
+        self, spec: KernelSpec, config: Config, function: ctypes.c_void_p, device_index: int, pdl: bool
+    ) -> None:
+        self.function = function
+        self._device_index = device_index
+        self._name = spec.name
+        self._launch = config.launch
+        self._params = specs.family(spec.family).params
+        self._pack_params = _packer(self._params).pack_into
+        attributes = []
+        if config.launch.cluster_size > 1:
+            size = (ctypes.c_uint * 16)(config.launch.cluster_size, 1, 1)
+            attributes.append(driver.LaunchAttribute(driver.LAUNCH_CLUSTER_DIMENSION, 0, size))
+        if pdl:
+            attributes.append(
+                driver.LaunchAttribute(driver.LAUNCH_PROGRAMMATIC_SERIALIZATION, 0, (ctypes.c_uint * 16)(1))
+            )
+        self._attributes = (driver.LaunchAttribute * len(attributes))(*attributes)
+        self._block = (config.launch.num_threads, 1, 1, config.launch.smem_bytes)
+        # Free parameter blocks. A launch takes one and gives it back: list.pop and append are atomic, so that threads
+        # never
+        # share a block and none waits for another.
+        self._slots: list[tuple[LaunchSlot, tuple[object, ...]]] = []
+        self._launch_kernel: Callable[..., int] = driver.library().cuLaunchKernelEx
+
+    def __call__(self, grid: Grid, stream: int, *values: int | float | bytes) -> None:
+        try:
+            slot, args = self._slots.pop()
+        except IndexError:
+            slot, args = self._new_slot()
+        _pack_launch(slot.config, 0, *grid, *self._block, stream)
+        self._pack_params(slot.params, 0, *values)
+        code = self._launch_kernel(*args)
+        if code != 0:
+            self._retry_or_raise(code, args)
+        self._slots.append((slot, args))
+
+    def max_blocks_per_sm(self) -> int:
+        with driver.context(self._device_index):
+            return driver.max_blocks_per_sm(self.function, self._launch.num_threads, self._launch.smem_bytes)
+
+    def _new_slot(self) -> tuple[LaunchSlot, tuple[object, ...]]:
+        slot = LaunchSlot()
+        slot.config = driver.LaunchConfig()
+        slot.config.num_attributes = len(self._attributes)
+        if len(self._attributes):
+            slot.config.attributes = ctypes.addressof(self._attributes)
+        slot.params = self._params()
+        slot.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(slot.params))
+        args = (ctypes.byref(slot.config), self.function, slot.pointers, None)
+        return slot, args
+
+    def _retry_or_raise(self, code: int, args: tuple[object, ...]) -> None:
+        # A thread that has made no CUDA call yet has no current context, and a caller may be on another device: enter
+        # ours.
+        if code in (driver.INVALID_CONTEXT, driver.INVALID_HANDLE):
+            with driver.context(self._device_index):
+                code = self._launch_kernel(*args)
+        if code != 0:
+            failure = driver.error("cuLaunchKernelEx", code)
+            raise FlashInferError(f"launch of {self._name} on cuda:{self._device_index}: {failure}") from failure
+
+
+class LaunchSlot:
+    """The memory one launch in progress needs; kept alive as long as the launcher."""
+
+    __slots__ = ("config", "params", "pointers")
+    config: driver.LaunchConfig
+    params: ctypes.Structure
+    pointers: ctypes.Array[ctypes.c_void_p]
+
+
+_pack_launch = struct.Struct("7I4xP").pack_into  # grid, block, smem_bytes, stream of CUlaunchConfig
+
+
+# ------------------------------------------------------------------------------------------------------------------ CPU
+
+
+class CpuKernel:
+    def __init__(self, source: Source, library_path: Path) -> None:
+        self.spec, self.config = source.spec, source.config
+        _share_openmp()
+        function = getattr(ctypes.CDLL(str(library_path)), source.entry)
+        function.argtypes = [ctypes.c_char_p]
+        function.restype = None
+        pack = _packer(specs.family(source.spec.family).params).pack
+
+        self._launcher = CpuLauncher(function, pack)
+
+    def on(self, device_index: int | None, *, pdl: bool = False) -> CpuLauncher:
+        return self._launcher
+
+
+class CpuLauncher:
+    """Calls one CPU kernel. There is no grid and no stream: the kernel spreads its work over OpenMP threads itself."""
+
+    def __init__(self, function: Callable[[bytes], None], pack: Callable[..., bytes]) -> None:
+        self._function, self._pack = function, pack
+
+    def __call__(self, grid: Grid, stream: int, *values: int | float | bytes) -> None:
+        self._function(self._pack(*values))
+
+    def max_blocks_per_sm(self) -> int:
+        return 1
+
+
+@functools.cache
+def _share_openmp() -> None:
+    """Make the OpenMP runtime visible to CPU kernels, which leave its symbols open so as to share torch's threads."""
+    import torch
+
+    bundled = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
+    for candidate in [*map(str, bundled), "libgomp.so.1", "libomp.so"]:
+        try:
+            ctypes.CDLL(candidate, mode=ctypes.RTLD_GLOBAL)
+            return
+        except OSError:
+            continue
+    raise FlashInferError("no OpenMP runtime was found beside torch or in the system; install libgomp1")
+
+
+# -------------------------------------------------------------------------------------------------------------- either
+
+
+def load(source: Source, machine_code: bytes, path: Path | None) -> Kernel:
+    """Make machine code callable. `path` is its file, if it has one; a CPU library without one is loaded from a
+    private copy."""
+    if source.kind == "cuda":
+        return CudaKernel(source, machine_code)
+    if path is not None:
+        return CpuKernel(source, path)
+    descriptor, name = tempfile.mkstemp(prefix="flashinfer-", suffix=".so")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(machine_code)
+        return CpuKernel(source, Path(name))
+    finally:
+        os.unlink(name)

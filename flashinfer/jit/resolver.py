@@ -1,0 +1,244 @@
+"""Answers kernel requests. The only place where the order is written:
+
+    process table -> AOT registries -> JIT cache -> JIT compile
+
+Whatever AOT did not answer is logged and recorded (misses.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from flashinfer import env, log
+from flashinfer import target as targets
+from flashinfer.errors import CompileError, FlashInferError, KernelMissing, ToolchainMissing
+from flashinfer.jit import loader, misses
+from flashinfer.jit.loader import Kernel
+from flashinfer.jit.source import Source, render
+from flashinfer.jit.spec import KernelSpec
+from flashinfer.jit.stores import Answer, AotStore, Hit, JitCache, Rejected
+from flashinfer.jit.toolchain import Compiled, Toolchain, toolchain
+
+_HEARTBEAT_SECONDS = 10.0
+_LOCK_TIMEOUT_SECONDS = 60.0
+
+
+class Resolver:
+    def __init__(self, aot: AotStore, cache_dir: Path, find_toolchain: Callable[[str], Toolchain] = toolchain) -> None:
+        self.aot = aot
+        self.cache_dir = cache_dir
+        self.jit = JitCache(cache_dir / "jit")
+        self.misses = misses.MissLog(cache_dir / "misses")
+        self._find_toolchain = find_toolchain
+        self._table: dict[KernelSpec, Kernel] = {}
+        self._locks: dict[KernelSpec, threading.Lock] = {}
+        self._progress = ""
+
+    def load(self, spec: KernelSpec) -> Kernel:
+        """The kernel of a spec. Raises KernelMissing, ToolchainMissing or CompileError."""
+        kernel = self._table.get(spec)
+        return kernel if kernel is not None else self._load_once(spec)
+
+    def load_all(self, requests: Sequence[KernelSpec], done: Callable[[KernelSpec], None] = lambda spec: None) -> None:
+        """Load many kernels, one after the other; log lines of compiles say i/n. `done` is called after each."""
+        try:
+            for number, spec in enumerate(requests, 1):
+                self._progress = f" ({number}/{len(requests)})"
+                self.load(spec)
+                done(spec)
+        finally:
+            self._progress = ""
+
+    def explain(self, spec: KernelSpec) -> list[tuple[str, Answer]]:
+        """What each store would answer, in order. Compiles and records nothing."""
+        source = render(spec)
+        return [("aot", self.aot.find(spec)), ("jit-cache", self.jit.find(source, self._compiler(source.kind)))]
+
+    # ---------------------------------------------------------------------------------------------------- once per spec
+
+    def _load_once(self, spec: KernelSpec) -> Kernel:
+        with self._locks.setdefault(spec, threading.Lock()):
+            kernel = self._table.get(spec)
+            if kernel is None:
+                kernel = self._table[spec] = self._resolve(spec)
+            return kernel
+
+    def _resolve(self, spec: KernelSpec) -> Kernel:
+        answer = self.aot.find(spec)
+        if isinstance(answer, Hit):
+            try:
+                return _load_hit(answer)
+            except (FlashInferError, OSError) as error:  # machine code this machine cannot load
+                answer = Rejected(f"not loadable: {error}")
+        return self._resolve_miss(spec, answer.reason)
+
+    def _resolve_miss(self, spec: KernelSpec, reason: str) -> Kernel:
+        started = time.perf_counter()
+        resolved_by, num_bytes = "failed", 0
+        try:
+            hit = self._find_or_compile(spec, reason)
+            kernel = _load_hit(hit)
+            resolved_by, num_bytes = hit.store, len(hit.machine_code)
+            return kernel
+        finally:
+            if env.RECORD_MISSES.get():
+                self.misses.record(spec, reason, resolved_by, time.perf_counter() - started, num_bytes)
+
+    def _find_or_compile(self, spec: KernelSpec, reason: str) -> Hit:
+        source = render(spec)
+        compiler = self._compiler(source.kind)
+        cached = self.jit.find(source, compiler)
+        if isinstance(cached, Hit):
+            log.logger().info("%s %s: from the JIT cache; AOT: %s", spec.name, spec.target, reason)
+            return cached
+        self._require_jit(spec, reason, cached.reason)
+        with self._compile_lock(source):
+            cached = self.jit.find(source, compiler)  # another process may have been faster
+            return cached if isinstance(cached, Hit) else self._compile(source, reason)
+
+    def _compiler(self, kind: str) -> str | None:
+        try:
+            return self._find_toolchain(kind).identity
+        except ToolchainMissing:
+            return None
+
+    def _require_jit(self, spec: KernelSpec, aot_reason: str, cache_reason: str) -> None:
+        if env.DISABLE_JIT.get():
+            why = f"compiling is disabled ({env.DISABLE_JIT.name})"
+        elif _capturing(spec):
+            why = (
+                "a CUDA graph is being captured, which a compile would stall; call the operator once before the capture"
+            )
+        else:
+            return
+        row = misses.to_toml([spec.to_dict()])
+        raise KernelMissing(
+            f"{spec.name} for {spec.target} is not available: AOT: {aot_reason}; JIT cache: {cache_reason}; {why}.\n"
+            f"To have it precompiled, put this into a config for scripts/build_aot.py or `flashinfer warmup`:\n{row}"
+        )
+
+    def _compile(self, source: Source, reason: str) -> Hit:
+        spec = source.spec
+        compiler = self._find_toolchain(source.kind)
+        say = log.logger().info
+        say("compiling %s for %s%s; AOT: %s", spec.name, spec.target, self._progress, reason)
+        started = time.perf_counter()
+        with _heartbeat(spec.name, started):
+            try:
+                compiled = compiler.compile(source)
+            except CompileError as error:
+                raise self._with_log_path(error, source) from None
+        seconds = time.perf_counter() - started
+        path = self._publish(source, compiler, compiled)
+        say("compiled %s for %s in %.2f s, %d bytes", spec.name, spec.target, seconds, len(compiled.machine_code))
+        return Hit(source, compiled.machine_code, path, "jit-compile")
+
+    def _publish(self, source: Source, compiler: Toolchain, compiled: Compiled) -> Path | None:
+        try:
+            return self.jit.publish(source, compiler.identity, compiler.suffix, compiled.machine_code, compiled.log)
+        except OSError as error:
+            log.warn_once(
+                f"the JIT cache {self.jit.root} cannot be written ({error.strerror}); kernels live in this process only"
+            )
+            return None
+
+    def _with_log_path(self, error: CompileError, source: Source) -> CompileError:
+        folder = self.cache_dir / "failed" / source.digest[:32]
+        *report, first_error = str(error).splitlines()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"source{'.cu' if source.kind == 'cuda' else '.cpp'}").write_text(source.text)
+            (folder / "log.txt").write_text("\n".join(report) + "\n")
+        except OSError:
+            return error
+        return CompileError("\n".join([*report, f"source and log: {folder}", first_error]))
+
+    @contextlib.contextmanager
+    def _compile_lock(self, source: Source) -> Iterator[None]:
+        """Keep other processes from compiling the same kernel meanwhile. Only saves work: failing to lock is no
+        error."""
+        import filelock
+
+        path = self.jit.root / f".{source.digest[:32]}.lock"
+        lock = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(str(path), timeout=_LOCK_TIMEOUT_SECONDS)
+            lock.acquire()
+        except (OSError, filelock.Timeout):
+            lock = None
+        try:
+            yield
+        finally:
+            if lock is not None:
+                lock.release()
+
+
+def _load_hit(hit: Hit) -> Kernel:
+    return loader.load(hit.source, hit.machine_code, hit.path)
+
+
+def _capturing(spec: KernelSpec) -> bool:
+    if targets.kind(spec.target) == "cpu":
+        return False
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+@contextlib.contextmanager
+def _heartbeat(name: str, started: float) -> Iterator[None]:
+    finished = threading.Event()
+
+    def beat() -> None:
+        while not finished.wait(_HEARTBEAT_SECONDS):
+            log.logger().info("still compiling %s (%.0f s)", name, time.perf_counter() - started)
+
+    threading.Thread(target=beat, daemon=True, name="flashinfer-heartbeat").start()
+    try:
+        yield
+    finally:
+        finished.set()
+
+
+# ---------------------------------------------------------------------------------------------------- the process's own
+
+
+def cache_dir() -> Path:
+    """The cache directory: FLASHINFER_CACHE_DIR, else the user's; a private temporary one when that cannot be
+    written."""
+    chosen = env.CACHE_DIR.get()
+    if chosen is None:
+        import platformdirs
+
+        try:
+            chosen = Path(platformdirs.user_cache_dir("flashinfer", appauthor=False))
+        except (RuntimeError, KeyError):  # no HOME and no entry in the password database
+            return _temporary_cache_dir("no home directory")
+    try:
+        chosen.mkdir(parents=True, exist_ok=True)
+        if not os.access(chosen, os.W_OK | os.X_OK):
+            return _temporary_cache_dir(f"{chosen} is not writable")
+    except OSError as error:
+        return _temporary_cache_dir(f"{chosen}: {error.strerror}")
+    return chosen
+
+
+@functools.cache
+def _temporary_cache_dir(why: str) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="flashinfer-cache-"))
+    log.logger().warning("%s; kernels are cached in %s for this process only. Set %s", why, folder, env.CACHE_DIR.name)
+    return folder
+
+
+@functools.cache
+def resolver() -> Resolver:
+    """The process's resolver, made on first use from the environment."""
+    return Resolver(AotStore(), cache_dir())

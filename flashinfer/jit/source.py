@@ -1,0 +1,151 @@
+"""From a spec to source text, and from source text to a digest.
+
+The rendered translation unit names one header, the constants of this kernel, and the entry point. It also asserts the
+size and
+every field offset of the parameter struct against the Python mirror, so that the two cannot drift apart.
+
+The digest covers everything that decides the machine code except the compiler: the rendered text, every header it
+includes
+(transitively, from csrc/), the flags with a meaning, and the target. It holds no path, time or version number.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashinfer import target as targets
+from flashinfer.jit import spec as specs
+from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec
+
+# Flags that change what the code means, in the spelling all compilers of a kind share.
+FLAGS = {
+    "cuda": ("-std=c++20", "-DNDEBUG"),
+    # No -ffast-math: NaN and infinity are part of the contract. Kernels ask for reassociation with `omp simd
+    # reduction`.
+    "cpu": ("-std=c++17", "-O3", "-DNDEBUG", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
+}
+_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"', re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One translation unit, ready to compile."""
+
+    spec: KernelSpec
+    config: Config
+    text: str
+    flags: tuple[str, ...]
+    digest: str
+
+    @property
+    def entry(self) -> str:
+        return self.spec.family
+
+    @property
+    def kind(self) -> str:
+        return targets.kind(self.spec.target)
+
+
+@functools.cache
+def include_root() -> Path:
+    """The csrc/ folder: inside the package when installed, beside it in a source tree."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "csrc"
+    return inside if inside.is_dir() else package.parent / "csrc"
+
+
+def render(spec: KernelSpec) -> Source:
+    """The translation unit of a spec. Raises UnsupportedConfig when the family is unknown."""
+    family = specs.family(spec.family)
+    config = family.config(spec)
+    kind = targets.kind(spec.target)
+    header = family.headers[kind]
+    lines = [f"// {spec.name}", f'#include "{header}"', "", "struct Config {", *_constants(config), "};", ""]
+    lines += _layout_asserts(family)
+    lines += ["", *(_cuda_entry(family) if kind == "cuda" else _cpu_entry(family)), ""]
+    text = "\n".join(lines)
+    flags = FLAGS[kind]
+    return Source(spec, config, text, flags, _digest(text, header, flags, spec.target))
+
+
+def _constants(config: Config) -> list[str]:
+    launch = config.launch
+    constants = dict(config.constants)
+    constants["kNumThreads"] = launch.num_threads
+    constants["kMinBlocksPerSm"] = launch.min_blocks_per_sm
+    constants["kSmemBytes"] = launch.smem_bytes
+    constants["kClusterSize"] = launch.cluster_size
+    return [f"  {_constant(name, value)}" for name, value in constants.items()]
+
+
+def _constant(name: str, value: CxxType | int | bool | float) -> str:
+    if isinstance(value, CxxType):
+        return f"using {name} = flashinfer::{value};"
+    if isinstance(value, bool):
+        return f"static constexpr bool {name} = {str(value).lower()};"
+    if isinstance(value, int):
+        return f"static constexpr int {name} = {value};"
+    return f"static constexpr float {name} = {value!r}f;"
+
+
+def _layout_asserts(family: Family) -> list[str]:
+    struct = f"flashinfer::{family.params.__name__}"
+    hint = "the Python mirror differs from the C++ struct"
+    asserts = [f'static_assert(sizeof({struct}) == {ctypes.sizeof(family.params)}, "{hint}");']
+    for field in family.params._fields_:
+        offset = getattr(family.params, field[0]).offset
+        asserts.append(f'static_assert(FLASHINFER_OFFSETOF({struct}, {field[0]}) == {offset}, "{hint}");')
+    return asserts
+
+
+def _cuda_entry(family: Family) -> list[str]:
+    return [
+        'extern "C" __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocksPerSm)',
+        f"{family.name}(const __grid_constant__ flashinfer::{family.params.__name__} params) {{",
+        f"  flashinfer::{family.name}<Config>(params);",
+        "}",
+    ]
+
+
+def _cpu_entry(family: Family) -> list[str]:
+    params = f"flashinfer::{family.params.__name__}"
+    return [
+        f'extern "C" __attribute__((visibility("default"))) void {family.name}(const {params}* params) {{',
+        f"  flashinfer::cpu::{family.name}<Config>(*params);",
+        "}",
+    ]
+
+
+def _digest(text: str, header: str, flags: tuple[str, ...], target: str) -> str:
+    digest = hashlib.sha256()
+    for part in (text, *flags, target, *(_header_digest(path) for path in _transitive_includes(header))):
+        digest.update(part.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+@functools.cache
+def _transitive_includes(header: str) -> tuple[str, ...]:
+    found: dict[str, None] = {header: None}
+    queue = [header]
+    while queue:
+        for included in _INCLUDE.findall(_read_header(queue.pop())):
+            if included not in found:
+                found[included] = None
+                queue.append(included)
+    return tuple(sorted(found))
+
+
+@functools.cache
+def _read_header(header: str) -> str:
+    return (include_root() / header).read_text()
+
+
+@functools.cache
+def _header_digest(header: str) -> str:
+    return f"{header}:{hashlib.sha256(_read_header(header).encode()).hexdigest()}"

@@ -1,0 +1,132 @@
+"""What a kernel is: `KernelSpec` (a request), `Family` (what requests can exist) and `Config` (what the compiler is
+told)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Union
+
+from flashinfer import target as targets
+from flashinfer.errors import UnsupportedConfig
+
+ArgValue = Union[str, int, bool]
+
+
+class KernelSpec(NamedTuple):
+    """One kernel request. A tuple, so that hashing and comparing it in the process table happens in C.
+
+    Build it with `Family.spec(...)`, which checks it and puts the arguments in the family's order.
+    """
+
+    family: str
+    args: tuple[tuple[str, ArgValue], ...]
+    target: str
+
+    @property
+    def name(self) -> str:
+        """`rmsnorm-dtype=bf16-hidden_size=4096`: unique for (family, args), usable as a file name."""
+        return "-".join([self.family, *(f"{axis}={_text(value)}" for axis, value in self.args)])
+
+    def arg(self, axis: str) -> Any:
+        for name, value in self.args:
+            if name == axis:
+                return value
+        raise KeyError(axis)
+
+    def with_target(self, target: str) -> KernelSpec:
+        return self._replace(target=target)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"family": self.family, "args": dict(self.args), "target": self.target}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> KernelSpec:
+        """The inverse of `to_dict`. Raises UnsupportedConfig for an unknown family, axis or value."""
+        return family(data["family"]).spec(data["target"], **data["args"])
+
+
+def _text(value: ArgValue) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+class CxxType(str):
+    """The name of a type in namespace flashinfer; rendered as `using NAME = flashinfer::TYPE;`."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the kernel is launched. Rendered as constants too, so that device code and host agree. Ignored on the CPU."""
+
+    num_threads: int = 128
+    min_blocks_per_sm: int = 1
+    smem_bytes: int = 0  # dynamic shared memory; the header asserts that its struct fits
+    cluster_size: int = 1  # thread-block cluster along x
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the compiler is told about one kernel: named constants and types, and the launch shape."""
+
+    constants: Mapping[str, CxxType | int | bool | float]
+    launch: Launch = Launch()
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kernel and the set of specs it can be asked for.
+
+    name     the entry point: `template <class Config> void NAME(const PARAMS&)` in namespace flashinfer
+    (flashinfer::cpu)
+    params   ctypes mirror of the parameter struct; its class name is the C++ name
+    headers  "cuda" and/or "cpu" -> header that defines the entry point, relative to csrc/
+    axes     argument -> legal values, in canonical order
+    config   spec -> Config: the tile table lives behind this function
+    """
+
+    name: str
+    params: type[ctypes.Structure]
+    headers: Mapping[str, str]
+    axes: Mapping[str, Container[Any]]
+    config: Callable[[KernelSpec], Config]
+
+    def spec(self, target: str, **args: ArgValue) -> KernelSpec:
+        """Check the arguments and build the request. Raises UnsupportedConfig naming the argument and what is
+        allowed."""
+        if targets.kind(target) not in self.headers:
+            raise UnsupportedConfig(
+                f"{self.name}: no kernel for target {target}; this family has {', '.join(self.headers)}"
+            )
+        if args.keys() != self.axes.keys():
+            raise UnsupportedConfig(f"{self.name}: expected arguments {', '.join(self.axes)}; got {', '.join(args)}")
+        for axis, legal in self.axes.items():
+            if args[axis] not in legal:
+                raise UnsupportedConfig(
+                    f"{self.name}: {axis}={args[axis]!r} is not supported; allowed: {_allowed(legal)}"
+                )
+        return KernelSpec(self.name, tuple((axis, args[axis]) for axis in self.axes), target)
+
+
+def _allowed(legal: Container[Any]) -> str:
+    if isinstance(legal, range):
+        step = f", multiples of {legal.step}" if legal.step != 1 else ""
+        return f"{legal.start} to {legal[-1]}{step}"
+    return ", ".join(str(value) for value in legal)  # type: ignore[attr-defined]
+
+
+_families: dict[str, Family] = {}
+
+
+def register(*families: Family) -> None:
+    """Make families known by name. Called by the modules of `flashinfer.kernels` when they are imported."""
+    for entry in families:
+        _families[entry.name] = entry
+
+
+def family(name: str) -> Family:
+    """The family of that name. Raises UnsupportedConfig listing the known ones."""
+    try:
+        return _families[name]
+    except KeyError:
+        raise UnsupportedConfig(f"kernel family {name!r} is unknown; known: {', '.join(sorted(_families))}") from None

@@ -1,0 +1,278 @@
+"""Where machine code is found again: the AOT registries and the on-disk JIT cache.
+
+A store answers `find(spec)` with a `Hit`, or with a `Rejected` that says why not in words fit for a log line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Union
+
+from flashinfer import env, log
+from flashinfer import target as targets
+from flashinfer.errors import DriverError
+from flashinfer.jit import driver
+from flashinfer.jit.source import Source, render
+from flashinfer.jit.spec import KernelSpec
+from flashinfer.version import __version__
+
+REGISTRY_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Hit:
+    source: Source  # of the machine code: its target may be older than the requested one
+    machine_code: bytes
+    path: Path | None
+    store: str  # "aot" or "jit-cache"
+
+
+@dataclass(frozen=True)
+class Rejected:
+    reason: str
+
+
+Answer = Union[Hit, Rejected]
+
+
+# ------------------------------------------------------------------------------------------------------------------ AOT
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One precompiled kernel of a registry."""
+
+    name: str
+    family: str
+    args: dict[str, Any]
+    target: str
+    digest: str
+    file: str  # relative to the registry
+    sha256: str
+    bytes: int
+    compiler: str
+    cuda: str | None = None  # CUDA version of the compiler; the driver must be of the same major version or newer
+
+
+class Registry:
+    """A registry.json and the machine code beside it."""
+
+    def __init__(self, root: Path) -> None:
+        """Raises OSError or ValueError when there is no readable registry."""
+        self.root = root
+        data = json.loads((root / "registry.json").read_text())
+        if data.get("format") != REGISTRY_FORMAT:
+            raise ValueError(f"registry format {data.get('format')!r}; expected {REGISTRY_FORMAT}")
+        self.version: str = data["version"]
+        self.entries = [Entry(**entry) for entry in data["kernels"]]
+        self._index = {(entry.name, entry.target): entry for entry in self.entries}
+        self._targets: dict[str, list[str]] = {}
+        for entry in self.entries:
+            self._targets.setdefault(entry.name, []).append(entry.target)
+
+    @staticmethod
+    def write(root: Path, entries: list[Entry]) -> None:
+        """Replace the registry of a folder, atomically."""
+        data = {
+            "format": REGISTRY_FORMAT,
+            "version": __version__,
+            "kernels": [vars(entry) for entry in sorted(entries, key=lambda entry: (entry.name, entry.target))],
+        }
+        partial = root / "registry.json.partial"
+        partial.write_text(json.dumps(data, indent=1) + "\n")
+        partial.replace(root / "registry.json")
+
+    def find(self, spec: KernelSpec) -> Answer:
+        available = self._targets.get(spec.name)
+        if available is None:
+            return Rejected("not in registry")
+        reasons = []
+        for target in targets.candidates(spec.target):
+            entry = self._index.get((spec.name, target))
+            if entry is not None:
+                answer = self._check(entry, spec.with_target(target))
+                if isinstance(answer, Hit):
+                    return answer
+                reasons.append(answer.reason)
+        return Rejected(
+            "; ".join(reasons) or f"no machine code for {spec.target}, only for {', '.join(sorted(available))}"
+        )
+
+    def _check(self, entry: Entry, spec: KernelSpec) -> Answer:
+        source = render(spec)
+        if source.digest != entry.digest:
+            return self._stale()
+        if entry.cuda is not None and source.kind == "cuda" and (too_old := _driver_too_old(entry.cuda)):
+            return Rejected(too_old)
+        path = self.root / entry.file
+        try:
+            machine_code = path.read_bytes()
+        except OSError as error:
+            return Rejected(f"{entry.file} is unreadable: {error.strerror}")
+        if hashlib.sha256(machine_code).hexdigest() != entry.sha256:
+            return Rejected(f"sha256 mismatch of {entry.file}")
+        return Hit(source, machine_code, path, "aot")
+
+    def _stale(self) -> Rejected:
+        if self.version == __version__:
+            return Rejected("digest differs (built from other sources)")
+        log.warn_once(
+            f"the precompiled kernels in {self.root} are of version {self.version}, flashinfer is {__version__}; those "
+            f"whose sources changed are compiled at run time instead. Fix: pip install 'flashinfer-aot=={__version__}'"
+        )
+        return Rejected(f"version {self.version} ≠ {__version__}")
+
+
+def _driver_too_old(needed: str) -> str | None:
+    try:
+        found = driver.version()
+    except (OSError, DriverError):
+        return "no CUDA driver"
+    if found[0] >= int(needed.split(".")[0]):
+        return None
+    return f"needs driver ≥ {needed}, found {found[0]}.{found[1]}"
+
+
+class AotStore:
+    """Registries in the order they are asked: FLASHINFER_AOT_PATH, then the installed flashinfer_aot."""
+
+    def __init__(self, roots: list[Path] | None = None) -> None:
+        self._roots = roots
+
+    @cached_property
+    def registries(self) -> list[Registry]:
+        if env.DISABLE_AOT.get():
+            return []
+        found = []
+        for root in self.roots():
+            try:
+                found.append(Registry(root))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.warn_once(f"the kernel registry in {root} is not usable and is ignored: {error}")
+        return found
+
+    def roots(self) -> list[Path]:
+        if self._roots is not None:
+            return self._roots
+        roots = list(env.AOT_PATH.get())
+        companion = importlib.util.find_spec("flashinfer_aot")
+        if companion is not None and companion.origin is not None:
+            root = Path(companion.origin).parent
+            if (root / "registry.json").exists():
+                roots.append(root)
+        return roots
+
+    def find(self, spec: KernelSpec) -> Answer:
+        if env.DISABLE_AOT.get():
+            return Rejected(f"AOT is disabled ({env.DISABLE_AOT.name})")
+        if not self.registries:
+            return Rejected("flashinfer_aot is not installed")
+        reasons: dict[str, None] = {}
+        for registry in self.registries:
+            answer = registry.find(spec)
+            if isinstance(answer, Hit):
+                return answer
+            reasons[answer.reason] = None
+        return Rejected("; ".join(reasons))
+
+
+# ------------------------------------------------------------------------------------------------------------ JIT cache
+
+
+class JitCache:
+    """`<root>/<digest prefix>-<compiler>/{kernel.cubin|kernel.so, spec.json, source.cu|source.cpp, log.txt}`.
+
+    A folder is complete or absent: it is filled under a private name and published by one rename. spec.json holds the
+    sha256 of
+    the machine code, so that damage is found before it is loaded.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, source: Source, compiler: str) -> Path:
+        return self.root / f"{source.digest[:32]}-{compiler}"
+
+    def find(self, source: Source, compiler: str | None) -> Answer:
+        """Look a source up. Without a compiler at hand (None), any compiler's machine code for it will do."""
+        if compiler is not None:
+            return self._read(source, self.folder(source, compiler))
+        answer: Answer = Rejected("not in JIT cache")
+        for folder in sorted(self.root.glob(f"{source.digest[:32]}-*")):
+            answer = self._read(source, folder)
+            if isinstance(answer, Hit):
+                break
+        return answer
+
+    def _read(self, source: Source, folder: Path) -> Answer:
+        try:
+            meta = json.loads((folder / "spec.json").read_text())
+            path = folder / meta["file"]
+            machine_code = path.read_bytes()
+        except FileNotFoundError:
+            return Rejected("not in JIT cache")
+        except (OSError, ValueError, KeyError) as error:
+            return Rejected(f"{folder} is unreadable: {error}")
+        if meta["digest"] != source.digest:
+            return Rejected(f"digest differs in {folder}")
+        if hashlib.sha256(machine_code).hexdigest() != meta["sha256"]:
+            return Rejected(f"sha256 mismatch in {folder}")
+        with contextlib.suppress(OSError):
+            os.utime(folder)  # what `gc` calls recently used
+        return Hit(source, machine_code, path, "jit-cache")
+
+    def publish(self, source: Source, compiler: str, suffix: str, machine_code: bytes, compiler_log: str) -> Path:
+        """Write a compiled kernel; returns the file of its machine code. Raises OSError when the cache cannot be
+        written.
+
+        When two processes publish the same kernel, the first rename wins and both find a complete folder.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        folder = self.folder(source, compiler)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.root))
+        try:
+            file = f"kernel{suffix}"
+            meta = {
+                **source.spec.to_dict(),
+                "digest": source.digest,
+                "file": file,
+                "sha256": hashlib.sha256(machine_code).hexdigest(),
+                "compiler": compiler,
+                "flags": list(source.flags),
+            }
+            _write_durably(partial / file, machine_code)
+            (partial / f"source{'.cu' if source.kind == 'cuda' else '.cpp'}").write_text(source.text)
+            (partial / "log.txt").write_text(compiler_log)
+            _write_durably(partial / "spec.json", json.dumps(meta, indent=1).encode())
+            partial.chmod(0o755)
+            try:
+                partial.rename(folder)
+            except OSError:
+                if isinstance(self._read(source, folder), Rejected):  # damaged: take its place
+                    shutil.rmtree(folder, ignore_errors=True)
+                    partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return folder / file
+
+    def folders(self) -> Iterator[Path]:
+        """Complete kernels, least recently used first."""
+        complete = [path.parent for path in self.root.glob("*/spec.json") if not path.parent.name.startswith(".")]
+        yield from sorted(complete, key=lambda folder: folder.stat().st_mtime)
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

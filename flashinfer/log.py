@@ -1,0 +1,31 @@
+"""The `flashinfer` logger.
+
+A compile that stalls a process must never be silent, so when the application has not configured logging, messages go to
+stderr at the level of FLASHINFER_LOG_LEVEL. An application that configures the root or the `flashinfer` logger is in
+charge.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+from flashinfer import env
+
+
+@functools.cache
+def logger() -> logging.Logger:
+    log = logging.getLogger("flashinfer")
+    if log.level == logging.NOTSET:
+        log.setLevel(env.LOG_LEVEL.get().upper())
+    if not log.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[flashinfer] %(levelname)s %(message)s"))
+        log.addHandler(handler)
+    return log
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning the first time this exact message is seen in the process."""
+    logger().warning(message)

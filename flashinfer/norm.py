@@ -1,0 +1,264 @@
+"""RMSNorm and LayerNorm over the last axis, with the residual addition of a transformer block fused in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Optional
+
+import torch
+
+from flashinfer import _op, dtypes, target
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.jit import ArgValue, Family, KernelSpec, resolver
+from flashinfer.kernels.norm import LAYERNORM, RMSNORM, vec_size
+
+__all__ = ["rmsnorm", "fused_add_rmsnorm", "gemma_rmsnorm", "gemma_fused_add_rmsnorm", "layernorm"]
+
+
+def rmsnorm(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    out: Optional[torch.Tensor] = None,
+    enable_pdl: Optional[bool] = None,
+) -> torch.Tensor:
+    """Root-mean-square normalization (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    `out[..., i] = input[..., i] / sqrt(mean(input²) + eps) * weight[i]`, computed in fp32.
+
+    Args:
+        input: `[..., hidden_size]`, fp16, bf16 or fp32; unit stride in the last axis, at most two uneven leading axes.
+        weight: `[hidden_size]`, dtype and device of input.
+        eps: added to the mean of squares.
+        out: shape and dtype of input; may be input itself. Allocated when None.
+        enable_pdl: launch with programmatic dependent launch (sm_90 and later), so that the start of this kernel
+        overlaps
+            the end of the one before it.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride does not fit.
+        UnsupportedConfig: no kernel for this dtype or hidden_size (at most 32768).
+    """
+    if out is None:
+        out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+    _normalize("rmsnorm", input, None, weight, None, out, eps, enable_pdl)
+    return out
+
+
+def gemma_rmsnorm(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    out: Optional[torch.Tensor] = None,
+    enable_pdl: Optional[bool] = None,
+) -> torch.Tensor:
+    """RMSNorm as Gemma defines it: the normalized row is multiplied by `1 + weight`. Otherwise as `rmsnorm`."""
+    if out is None:
+        out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+    _normalize("gemma_rmsnorm", input, None, weight, None, out, eps, enable_pdl)
+    return out
+
+
+def fused_add_rmsnorm(
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    enable_pdl: Optional[bool] = None,
+) -> None:
+    """Residual addition and RMSNorm in one pass, both in place.
+
+    `residual += input`, then `input = rmsnorm(residual) * weight`. The norm is taken of the sum before it is rounded
+    to the
+    dtype of residual.
+
+    Args:
+        input: `[num_tokens, hidden_size]`; overwritten with the normalized sum.
+        residual: shape, dtype and device of input; overwritten with the sum.
+        weight, eps, enable_pdl: as in `rmsnorm`.
+
+    Raises: as `rmsnorm`.
+    """
+    _normalize("fused_add_rmsnorm", input, residual, weight, None, input, eps, enable_pdl)
+
+
+def gemma_fused_add_rmsnorm(
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    enable_pdl: Optional[bool] = None,
+) -> None:
+    """`fused_add_rmsnorm` with Gemma's `1 + weight`."""
+    _normalize("gemma_fused_add_rmsnorm", input, residual, weight, None, input, eps, enable_pdl)
+
+
+def layernorm(input: torch.Tensor, gemma: torch.Tensor, beta: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """Layer normalization (Ba, Kiros & Hinton 2016, arXiv:1607.06450), computed in fp32.
+
+    `out[..., i] = (input[..., i] - mean) / sqrt(var + eps) * gemma[i] + beta[i]`, var being the biased variance.
+
+    Args:
+        input: `[..., hidden_size]`, fp16, bf16 or fp32.
+        gemma: scale, `[hidden_size]`; fp32 or any supported dtype.
+        beta: shift, `[hidden_size]`, dtype of gemma.
+        eps: added to the variance.
+
+    Returns:
+        A new tensor, shape and dtype of input.
+
+    Raises: as `rmsnorm`.
+    """
+    out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+    _normalize("layernorm", input, None, gemma, beta, out, eps, None)
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------- one launch
+
+_Launch = Callable[[int, int, int, int, int, float], None]  # input, residual, weight, bias, output addresses; eps
+_memo: _op.Memo[_Launch] = _op.Memo()
+
+
+def _normalize(
+    op: str,
+    input: torch.Tensor,
+    residual: Optional[torch.Tensor],
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    output: torch.Tensor,
+    eps: float,
+    pdl: Optional[bool],
+) -> None:
+    input_ptr, weight_ptr, output_ptr = input.data_ptr(), weight.data_ptr(), output.data_ptr()
+    residual_ptr = 0 if residual is None else residual.data_ptr()
+    key = (
+        op,
+        pdl,
+        (input_ptr | weight_ptr | output_ptr | residual_ptr) & 15,
+        *_signature(input),
+        *_signature(weight),
+        None if output is input else _signature(output),
+        None if residual is None else _signature(residual),
+        None if bias is None else _signature(bias),
+    )
+    launch = _memo.get(key)
+    if launch is None:
+        launch = _memo.remember(key, _prepare(op, input, residual, weight, bias, output, pdl))
+    launch(input_ptr, residual_ptr, weight_ptr, 0 if bias is None else bias.data_ptr(), output_ptr, eps)
+
+
+def _signature(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device()
+
+
+def _prepare(
+    op: str,
+    input: torch.Tensor,
+    residual: Optional[torch.Tensor],
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    output: torch.Tensor,
+    pdl: Optional[bool],
+) -> _Launch:
+    _check(op, input, residual, weight, bias, output)
+    num_rows = input.numel() // max(1, input.shape[-1])
+    if input.numel() == 0:
+        return lambda *_: None
+    rows_per_group, input_row, input_group = _op.grouped_rows(op, "input", input)
+    output_rows_per_group, output_row, output_group = _op.grouped_rows(op, "out", output)
+    if rows_per_group == 1 and output_rows_per_group > 1:  # let both walk by the finer grouping
+        rows_per_group, input_row, input_group = output_rows_per_group, input_group, input_group * output_rows_per_group
+    elif output_rows_per_group == 1 and rows_per_group > 1:
+        output_row, output_group = output_group, output_group * rows_per_group
+    residual_row = 0
+    if residual is not None:
+        groups, _, residual_row = _op.grouped_rows(op, "residual", residual)
+        _op.require(groups == 1, op, "the rows of residual lie unevenly in memory; call .contiguous()")
+
+    tensors = [tensor for tensor in (input, residual, weight, output) if tensor is not None]
+    device_index = input.get_device()
+    alignment = 0
+    if device_index >= 0:  # vectors of the CPU kernels need no alignment
+        for tensor in tensors:
+            alignment |= tensor.data_ptr()
+        for stride in (input_row, input_group, output_row, output_group, residual_row):
+            alignment |= stride * input.element_size()
+    kernel = resolver().load(_spec(op, input, weight, alignment & 15))
+
+    launcher = kernel.on(device_index, pdl=bool(pdl))
+    grid = (1, 1, 1)
+    if device_index >= 0:
+        rows_per_block = kernel.config.launch.num_threads // int(kernel.config.constants["kThreadsPerRow"])
+        resident_blocks = _op.num_sms(device_index) * launcher.max_blocks_per_sm()
+        grid = (min(-(-num_rows // rows_per_block), resident_blocks), 1, 1)
+    current_stream = _op.current_stream
+
+    def launch(input_ptr: int, residual_ptr: int, weight_ptr: int, bias_ptr: int, output_ptr: int, eps: float) -> None:
+        launcher(
+            grid,
+            current_stream(device_index),
+            input_ptr,
+            residual_ptr,
+            weight_ptr,
+            bias_ptr,
+            output_ptr,
+            input_row,
+            input_group,
+            residual_row,
+            output_row,
+            output_group,
+            num_rows,
+            rows_per_group,
+            eps,
+        )
+
+    return launch
+
+
+def _spec(op: str, input: torch.Tensor, weight: torch.Tensor, alignment: int) -> KernelSpec:
+    dtype, hidden_size = dtypes.short_name(input.dtype), input.shape[-1]
+    family: Family = LAYERNORM if op == "layernorm" else RMSNORM
+    if dtype not in family.axes["dtype"]:
+        raise UnsupportedConfig(f"{op}: input is {input.dtype}; expected float16, bfloat16 or float32")
+    args: dict[str, ArgValue] = {
+        "dtype": dtype,
+        "hidden_size": hidden_size,
+        "vec_size": vec_size(dtype, hidden_size, alignment),
+    }
+    if family is LAYERNORM:
+        args["weight_dtype"] = dtypes.short_name(weight.dtype)
+    else:
+        args["add_residual"] = "fused_add" in op
+        args["gemma"] = op.startswith("gemma")
+    return family.spec(target.of_device(input.device), **args)
+
+
+def _check(
+    op: str,
+    input: torch.Tensor,
+    residual: Optional[torch.Tensor],
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    output: torch.Tensor,
+) -> None:
+    _op.require(input.dim() >= 1, op, "input has no dimensions; expected [..., hidden_size]")
+    hidden_size = input.shape[-1]
+    if bias is None:
+        _op.require_dtype_device(op, "weight", weight, input)
+    else:
+        _op.require_device(op, "gemma", weight, input)
+        _op.require_like(op, "beta", bias, weight, "gemma")
+        _op.require(bias.is_contiguous(), op, "beta is not contiguous; call .contiguous()")
+    _op.require(
+        weight.shape == (hidden_size,) and weight.is_contiguous(),
+        op,
+        f"weight has shape {list(weight.shape)}, strides {list(weight.stride())}; expected a contiguous "
+        f"[{hidden_size}], the last dimension of input",
+    )
+    _op.require_like(op, "out", output, input)
+    if residual is not None:
+        _op.require_like(op, "residual", residual, input)

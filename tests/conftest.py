@@ -1,0 +1,34 @@
+"""Fixtures: the two targets, a cache of our own, and the `gpu` marker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each target in turn; `cuda` carries the marker `gpu`."""
+    return torch.device(request.param)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Tests share one JIT cache, and never touch the user's. Set FLASHINFER_CACHE_DIR to keep it between runs."""
+    import os
+
+    if "FLASHINFER_CACHE_DIR" in os.environ:
+        yield Path(os.environ["FLASHINFER_CACHE_DIR"])
+        return
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["FLASHINFER_CACHE_DIR"] = str(folder)
+    yield folder
+    del os.environ["FLASHINFER_CACHE_DIR"]
