@@ -86,8 +86,8 @@ struct Variant {
 };
 
 // Rotary embedding in the Llama style: element i < head_dim / 2 is rotated with element i + head_dim / 2 by the angle
-// position * theta^(-2i / head_dim) / rope_scale. The frequency is kept in turns per position, which leaves the range
-// reduction to one rounding and keeps the angle exact for long contexts.
+// position * theta^(-2i / head_dim) / rope_scale. Frequencies are kept in turns per position: reducing the angle is then
+// one rounding, and what the fp32 product loses at long contexts is added back before it.
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 template <int kHeadDim>
 FLASHINFER_FN float rope_turns(const AttentionParams& params, int32_t pair_idx) {
@@ -96,9 +96,12 @@ FLASHINFER_FN float rope_turns(const AttentionParams& params, int32_t pair_idx) 
 }
 
 FLASHINFER_FN void rope_cos_sin(float turns, int32_t position, float& cos, float& sin) {
-  const float angle = turns * float(position);
-  const float residue = fmaf(turns, float(position), -angle);  // what rounding the product lost
-  sincospif(2.f * ((angle - rintf(angle)) + residue), &sin, &cos);
+  constexpr float kTwoPi = 6.283185307179586f;
+  const float product = turns * float(position);
+  const float lost = fmaf(turns, float(position), -product);
+  const float angle = ((product - rintf(product)) + lost) * kTwoPi;  // in [-pi, pi], where the fast functions are exact
+  cos = __cosf(angle);
+  sin = __sinf(angle);
 }
 #endif
 

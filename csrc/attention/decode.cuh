@@ -1,0 +1,625 @@
+// Attention of one query token per request over its KV: single sequence or paged cache.
+//
+// The launch is a fixed grid (query head blocks, chunks); a chunk is an equal share of all KV tiles (decode_schedule.cuh),
+// so every block streams the same number of bytes whatever the lengths are.
+//
+// Each warp is a pipeline of its own: it copies its rows of a tile (cp.async, kNumStages deep, running on into the next
+// request of the chunk), multiplies and accumulates them, and meets the other warps only at the end of a request. The
+// products run on the tensor cores transposed: S^T = K Q^T and O^T = V^T P^T, so that the 16 rows of an mma hold keys,
+// respectively head_dim, and its 8 columns the query heads that share a KV head. Small groups waste columns, but the
+// kernel waits for memory either way; what matters is that K and V pass through shared memory once.
+//
+// A request that spans several chunks leaves partial outputs; the block that finishes last merges them.
+#pragma once
+
+#include "attention/decode_schedule.cuh"
+#include "attention/variant.cuh"
+#include "device/cast.cuh"
+#include "device/cp_async.cuh"
+#include "device/kv_cast.cuh"
+#include "device/ldmatrix.cuh"
+#include "device/mma.cuh"
+#include "device/pdl.cuh"
+#include "device/reduce.cuh"
+#include "device/swizzle.cuh"
+
+namespace flashinfer {
+
+constexpr int kMmaHeads = 8;   // columns of an mma: query heads
+constexpr int kMmaRows = 16;   // rows of an mma: keys of S^T, elements of head_dim of O^T
+constexpr float kMinusInf = __builtin_bit_cast(float, 0xff800000u);
+
+template <class Config>
+struct DecodeTile {
+  using Q = typename Config::Q;
+  using Kv = typename Config::Kv;
+  static constexpr int kDimQk = Config::kHeadDimQk, kDimVo = Config::kHeadDimVo;
+  static constexpr int kNumWarps = Config::kNumThreads / kWarpSize;
+  static constexpr int kWarpRows = Config::kWarpRows;             // keys a warp takes of a tile
+  static constexpr int kTileRows = kNumWarps * kWarpRows;
+  static constexpr int kRowTiles = kWarpRows / kMmaRows;
+  static constexpr int kHeadTiles = Config::kGroupTile / kMmaHeads;
+  static constexpr int kQkSteps = kDimQk / 16;                    // mma along head_dim of S^T
+  static constexpr int kVoTiles = kDimVo / kMmaRows;              // mma tiles along head_dim of O^T
+  static constexpr bool kFp8 = sizeof(Kv) == 1;
+  static_assert(kWarpRows % kMmaRows == 0 && kWarpRows <= kWarpSize && Config::kGroupTile % kMmaHeads == 0);
+  static_assert(kDimQk % 32 == 0 && kDimVo % 32 == 0);
+};
+
+template <class Config>
+struct DecodeSmem {
+  using Tile = DecodeTile<Config>;
+  struct Stage {  // of one warp; rows swizzled
+    typename Tile::Kv k[Tile::kWarpRows * Tile::kDimQk];
+    typename Tile::Kv v[Tile::kWarpRows * Tile::kDimVo];
+    typename Tile::Q q[Config::kGroupTile * Tile::kDimQk];  // filled with a request's first tile
+  };
+  static constexpr int kOutStride = Tile::kDimVo + 4;  // keeps the accumulators' columns off each other's banks
+  alignas(128) Stage stages[Tile::kNumWarps][Config::kNumStages];
+  alignas(16) float out[Tile::kNumWarps][kMmaHeads][kOutStride];
+  float max[Tile::kNumWarps][Config::kGroupTile];
+  float sum[Tile::kNumWarps][Config::kGroupTile];
+  uint32_t is_last;
+};
+
+// The block of query heads this thread block works for.
+struct HeadBlock {
+  int32_t kv_head, first_head, num_heads;
+
+  template <int kGroupTile>
+  __device__ static HeadBlock make(const AttentionParams& params, int32_t block_idx) {
+    const int32_t group = params.num_qo_heads / params.num_kv_heads, num_blocks = ceil_div(group, kGroupTile);
+    const int32_t kv_head = block_idx / num_blocks, first = block_idx % num_blocks * kGroupTile;
+    return {kv_head, kv_head * group + first, min(group - first, kGroupTile)};
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------------ loading
+
+// The copies of one warp tile, and the lookup of the rows of the tile after it: an index load is in flight while the
+// copies that do not need it are issued.
+template <class Config>
+struct TileLoader {
+  using Tile = DecodeTile<Config>;
+  using Smem = DecodeSmem<Config>;
+  using Kv = typename Tile::Kv;
+  using View = KvView<Config::kKvStorage>;
+
+  const AttentionParams& params;
+  const HeadBlock& heads;
+  TileWalk walk;
+  KvRow row;           // of the upcoming tile, one row a lane
+  bool row_valid;      // it is inside the request
+  int32_t query_idx;   // >= 0 on a request's first tile here: whose q comes along
+  const int warp_idx = threadIdx.x / kWarpSize, lane_idx = threadIdx.x % kWarpSize;
+
+  __device__ __forceinline__ TileLoader(const AttentionParams& params, const HeadBlock& heads, const DecodeChunk& chunk)
+      : params(params), heads(heads), walk(TileWalk::start(chunk, static_cast<const DecodeRequest*>(params.requests))) {
+    look_up(/*first_of_request=*/true);
+  }
+
+  __device__ __forceinline__ void look_up(bool first_of_request) {
+    row = {0, 0};
+    row_valid = false;
+    query_idx = -1;
+    if (walk.done()) return;
+    const int32_t kv_idx = walk.first_row(Tile::kTileRows) + warp_idx * Tile::kWarpRows + lane_idx % Tile::kWarpRows;
+    row_valid = kv_idx < walk.request.kv_len;
+    if (row_valid) row = View{params.kv, walk.request.page_begin, walk.request.kv_len}.locate(kv_idx);
+    if (first_of_request) query_idx = walk.request.request_idx;
+  }
+
+  __device__ __forceinline__ void issue(typename Smem::Stage& stage) {
+    const int64_t k_offset = View::k_offset(params.kv, row, heads.kv_head);
+    const int64_t v_offset = View::v_offset(params.kv, row, heads.kv_head);
+    copy_rows<Tile::kDimQk>(stage.k, static_cast<const Kv*>(params.kv.k), k_offset);
+    copy_rows<Tile::kDimVo>(stage.v, static_cast<const Kv*>(params.kv.v), v_offset);
+    if (query_idx >= 0) copy_query(stage.q);
+    cp_async_commit();
+    if (walk.done()) return;
+    const int32_t request_idx = walk.request.request_idx;
+    walk.advance();
+    look_up(walk.tile == 0 && walk.request.request_idx != request_idx);
+  }
+
+ private:
+  // Rows outside the request are zero-filled without being read: whatever lies there, NaN included, stays out.
+  template <int kDim>
+  __device__ __forceinline__ void copy_rows(Kv* dst_smem, const Kv* src_gmem, int64_t offset) {
+    using Rows = SwizzledRows<kDim * sizeof(Kv)>;
+    constexpr int kChunkElements = 16 / sizeof(Kv);
+    const uint32_t dst = smem_address(dst_smem);
+#pragma unroll
+    for (int i = 0; i < Tile::kWarpRows * Rows::kNumChunks / kWarpSize; ++i) {
+      const int idx = i * kWarpSize + lane_idx, row_idx = idx / Rows::kNumChunks, chunk = idx % Rows::kNumChunks;
+      const int64_t row_offset = __shfl_sync(0xffffffffu, offset, row_idx);
+      const bool valid = __shfl_sync(0xffffffffu, int(row_valid), row_idx);
+      cp_async_16(dst + Rows::offset(row_idx, chunk), src_gmem + row_offset + chunk * kChunkElements, valid);
+    }
+  }
+
+  __device__ __forceinline__ void copy_query(typename Tile::Q* dst_smem) {
+    using Rows = SwizzledRows<Tile::kDimQk * sizeof(typename Tile::Q)>;
+    const uint32_t dst = smem_address(dst_smem);
+    const auto* src = static_cast<const typename Tile::Q*>(params.q) + query_idx * params.q_token_stride +
+                      heads.first_head * params.q_head_stride;
+#pragma unroll 4
+    for (int idx = lane_idx; idx < heads.num_heads * Rows::kNumChunks; idx += kWarpSize) {
+      const int head = idx / Rows::kNumChunks, chunk = idx % Rows::kNumChunks;
+      cp_async_16(dst + Rows::offset(head, chunk), src + head * params.q_head_stride + chunk * 8, true);
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------- computing
+
+// A warp's share of one request: its queries, and the running softmax over the keys it has seen. Lane l = 4 g + c holds
+// heads 2c and 2c + 1 of every 8 in all accumulators; rows g and g + 8 of every 16 are keys in S^T, head_dim in O^T.
+template <class Config>
+struct WarpState {
+  using Tile = DecodeTile<Config>;
+  using Smem = DecodeSmem<Config>;
+  using Q = typename Tile::Q;
+  using Kv = typename Tile::Kv;
+  using V = Variant<Config>;
+  static constexpr int kRopePairs = V::kHasRope ? Tile::kQkSteps / 2 : 1;
+
+  const AttentionParams& params;
+  const HeadBlock& heads;
+  const float scale = V::scale_log2(params);
+  const int lane_idx = threadIdx.x % kWarpSize, group = lane_idx / 4, column = lane_idx % 4;
+  uint32_t q_rmem[Tile::kHeadTiles][Tile::kQkSteps][2];
+  float out_rmem[Tile::kHeadTiles][Tile::kVoTiles][4];
+  float max_rmem[Tile::kHeadTiles][2], sum_rmem[Tile::kHeadTiles][2];
+  float slope_rmem[Tile::kHeadTiles][2];
+  float rope_turns_rmem[kRopePairs][2][2];
+
+  __device__ __forceinline__ WarpState(const AttentionParams& params, const HeadBlock& heads)
+      : params(params), heads(heads) {
+#pragma unroll
+    for (int t = 0; t < Tile::kHeadTiles; ++t) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int head = min(t * kMmaHeads + 2 * column + j, heads.num_heads - 1);
+        slope_rmem[t][j] = V::alibi_slope(params, heads.first_head + head);
+      }
+    }
+    if constexpr (V::kHasRope) {
+#pragma unroll
+      for (int step = 0; step < kRopePairs; ++step) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int element = element_of(step, i / 2) + i % 2;
+          rope_turns_rmem[step][i / 2][i % 2] = rope_turns<Tile::kDimQk>(params, element);
+        }
+      }
+    }
+  }
+
+  // The element of head_dim at which register `half` of step `step` of a q or k fragment starts. The order of a sum is
+  // free: with fp8 keys it follows the bytes as ldmatrix deals them out, four consecutive ones to a lane.
+  __device__ __forceinline__ int element_of(int step, int half) const {
+    return step * 16 + (Tile::kFp8 ? column * 4 + half * 2 : column * 2 + half * 8);
+  }
+
+  __device__ __forceinline__ void begin_request(const typename Smem::Stage& stage, int32_t kv_len) {
+    using Rows = SwizzledRows<Tile::kDimQk * sizeof(Q)>;
+    const char* q_smem = reinterpret_cast<const char*>(stage.q);
+#pragma unroll
+    for (int t = 0; t < Tile::kHeadTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2 * Tile::kQkSteps; ++i) {
+        const int element = element_of(i / 2, i % 2);
+        const int offset = Rows::offset(t * kMmaHeads + group, element / 8) + element % 8 * int(sizeof(Q));
+        q_rmem[t][i / 2][i % 2] = *reinterpret_cast<const uint32_t*>(q_smem + offset);
+      }
+      if constexpr (V::kHasRope) rotate_query(q_rmem[t], kv_len - 1);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        max_rmem[t][j] = kMinusInf;
+        sum_rmem[t][j] = 0.f;
+      }
+#pragma unroll
+      for (int i = 0; i < 4 * Tile::kVoTiles; ++i) out_rmem[t][i / 4][i % 4] = 0.f;
+    }
+  }
+
+  // Keys [first_row, first_row + kWarpRows) of a request of kv_len keys.
+  __device__ __forceinline__ void attend(const typename Smem::Stage& stage, int32_t first_row, int32_t kv_len) {
+    float scores[Tile::kRowTiles][Tile::kHeadTiles][4];
+    multiply_qk(stage.k, first_row, scores);
+    mask(scores, first_row, kv_len);
+    uint32_t weights[Tile::kRowTiles][Tile::kHeadTiles][2];
+    softmax(scores, weights);
+    multiply_pv(stage.v, weights);
+  }
+
+  // The sums are kept apart by lane until here.
+  __device__ __forceinline__ void finish_request() {
+#pragma unroll
+    for (int i = 0; i < 2 * Tile::kHeadTiles; ++i) {
+      float& sum = sum_rmem[i / 2][i % 2];
+      sum = reduce_over_rows(sum, Sum{});
+    }
+  }
+
+  // Element of head_dim in row `half` (0: g, 1: g + 8) of tile `tile` of O^T. fp8 values come out of ldmatrix in pairs.
+  __device__ __forceinline__ int out_element(int tile, int half) const {
+    return tile * kMmaRows + (Tile::kFp8 ? 2 * group + half : group + 8 * half);
+  }
+
+ private:
+  template <class Op>
+  __device__ __forceinline__ static float reduce_over_rows(float x, Op op) {
+#pragma unroll
+    for (int offset = 4; offset < kWarpSize; offset *= 2) x = op(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    return x;
+  }
+
+  __device__ __forceinline__ void multiply_qk(const Kv* k_smem, int32_t first_row,
+                                              float (&scores)[Tile::kRowTiles][Tile::kHeadTiles][4]) {
+#pragma unroll
+    for (int r = 0; r < Tile::kRowTiles; ++r) {
+      uint32_t k_rmem[Tile::kQkSteps][4];
+      load_keys(k_smem, r, k_rmem);
+      if constexpr (V::kHasRope) {
+        const int32_t position = first_row + r * kMmaRows + group;
+        rotate_keys(k_rmem, position);
+      }
+#pragma unroll
+      for (int t = 0; t < Tile::kHeadTiles; ++t) {
+        float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};  // two chains: half the latency
+#pragma unroll
+        for (int step = 0; step < Tile::kQkSteps; step += 2) {
+          mma_m16n8k16<Q>(even, k_rmem[step], q_rmem[t][step][0], q_rmem[t][step][1]);
+          mma_m16n8k16<Q>(odd, k_rmem[step + 1], q_rmem[t][step + 1][0], q_rmem[t][step + 1][1]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[r][t][i] = even[i] + odd[i];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load_keys(const Kv* k_smem, int row_tile, uint32_t (&k_rmem)[Tile::kQkSteps][4]) {
+    using Rows = SwizzledRows<Tile::kDimQk * sizeof(Kv)>;
+    // Matrices of an ldmatrix.x4: rows 0-7 and 8-15 of one 16-byte chunk, then of the next.
+    const int row = row_tile * kMmaRows + lane_idx % 16, chunk = lane_idx / 16;
+    const uint32_t base = smem_address(k_smem);
+#pragma unroll
+    for (int i = 0; i < Rows::kNumChunks / 2; ++i) {
+      uint32_t regs[4];
+      ldmatrix_x4(regs, base + Rows::offset(row, 2 * i + chunk));
+      if constexpr (Tile::kFp8) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {  // a chunk is 16 elements: one step
+          k_rmem[2 * i + j / 2][j % 2] = expand_fp8<Q, Kv>(regs[j], kBytes01);
+          k_rmem[2 * i + j / 2][j % 2 + 2] = expand_fp8<Q, Kv>(regs[j], kBytes23);
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) k_rmem[i][j] = cast_16bit<Q, Kv>(regs[j]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void mask(float (&scores)[Tile::kRowTiles][Tile::kHeadTiles][4], int32_t first_row,
+                                       int32_t kv_len) const {
+    if constexpr (V::kIsPlain && !V::kHasMask) {
+      if (first_row + Tile::kWarpRows <= kv_len) return;
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * Tile::kRowTiles; ++i) {
+      const int32_t kv_idx = first_row + i / 2 * kMmaRows + i % 2 * 8 + group;
+      const bool visible = kv_idx < kv_len && V::is_visible(params, nullptr, 0, kv_idx, 1, kv_len);
+#pragma unroll
+      for (int j = 0; j < 2 * Tile::kHeadTiles; ++j) {
+        float& score = scores[i / 2][j / 2][i % 2 * 2 + j % 2];
+        score = visible ? V::transform(params, score, slope_rmem[j / 2][j % 2], kv_idx - (kv_len - 1)) : kMinusInf;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void softmax(const float (&scores)[Tile::kRowTiles][Tile::kHeadTiles][4],
+                                          uint32_t (&weights)[Tile::kRowTiles][Tile::kHeadTiles][2]) {
+#pragma unroll
+    for (int t = 0; t < Tile::kHeadTiles; ++t) {
+      float shift[2], decay[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float tile_max = kMinusInf;
+#pragma unroll
+        for (int r = 0; r < Tile::kRowTiles; ++r) tile_max = fmaxf(tile_max, fmaxf(scores[r][t][j], scores[r][t][j + 2]));
+        const float new_max = fmaxf(max_rmem[t][j], reduce_over_rows(tile_max, Max{}));
+        shift[j] = new_max == kMinusInf ? 0.f : new_max * scale;  // nothing visible yet: exp2(-inf - 0) = 0
+        decay[j] = fast_exp2(max_rmem[t][j] * scale - shift[j]);
+        max_rmem[t][j] = new_max;
+        sum_rmem[t][j] *= decay[j];
+      }
+#pragma unroll
+      for (int r = 0; r < Tile::kRowTiles; ++r) {
+        float p[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) p[i] = fast_exp2(fmaf(scores[r][t][i], scale, -shift[i % 2]));
+        sum_rmem[t][0] += p[0] + p[2];
+        sum_rmem[t][1] += p[1] + p[3];
+        weights[r][t][0] = transpose_8x8(pack_16bit<Q>(p[0], p[1]));
+        weights[r][t][1] = transpose_8x8(pack_16bit<Q>(p[2], p[3]));
+      }
+#pragma unroll
+      for (int i = 0; i < 4 * Tile::kVoTiles; ++i) out_rmem[t][i / 4][i % 4] *= decay[i % 2];
+    }
+  }
+
+  __device__ __forceinline__ void multiply_pv(const Kv* v_smem,
+                                              const uint32_t (&weights)[Tile::kRowTiles][Tile::kHeadTiles][2]) {
+    using Rows = SwizzledRows<Tile::kDimVo * sizeof(Kv)>;
+    constexpr int kTilesPerLoad = Tile::kFp8 ? 2 : 1;
+    const uint32_t base = smem_address(v_smem);
+#pragma unroll
+    for (int r = 0; r < Tile::kRowTiles; ++r) {
+#pragma unroll
+      for (int d = 0; d < Tile::kVoTiles; d += kTilesPerLoad) {
+        uint32_t regs[4], v_rmem[kTilesPerLoad][4];
+        if constexpr (Tile::kFp8) {
+          // Matrices: keys 0-7 and 8-15 of one chunk (16 elements: one tile), then of the next.
+          const int row = r * kMmaRows + lane_idx % 16;
+          ldmatrix_x4_trans(regs, base + Rows::offset(row, d + lane_idx / 16));
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            v_rmem[j / 2][j % 2 * 2] = expand_fp8<Q, Kv>(regs[j], kBytes02);
+            v_rmem[j / 2][j % 2 * 2 + 1] = expand_fp8<Q, Kv>(regs[j], kBytes13);
+          }
+        } else {
+          // Matrices: both chunks of a tile at keys 0-7, then at keys 8-15.
+          const int row = r * kMmaRows + lane_idx % 8 + lane_idx / 16 * 8;
+          ldmatrix_x4_trans(regs, base + Rows::offset(row, 2 * d + lane_idx / 8 % 2));
+#pragma unroll
+          for (int j = 0; j < 4; ++j) v_rmem[0][j] = cast_16bit<Q, Kv>(regs[j]);
+        }
+#pragma unroll
+        for (int i = 0; i < kTilesPerLoad * Tile::kHeadTiles; ++i) {
+          const int sub = i / Tile::kHeadTiles, t = i % Tile::kHeadTiles;
+          mma_m16n8k16<Q>(out_rmem[t][d + sub], v_rmem[sub], weights[r][t][0], weights[r][t][1]);
+        }
+      }
+    }
+  }
+
+  // Rotation pairs elements head_dim / 2 apart: the same register of steps kQkSteps / 2 apart.
+  __device__ __forceinline__ void rotate_pair(uint32_t& low, uint32_t& high, const float (&turns)[2], int32_t position) {
+    float2 x = unpack_16bit<Q>(low), y = unpack_16bit<Q>(high);
+    float2 cos, sin;
+    rope_cos_sin(turns[0], position, cos.x, sin.x);
+    rope_cos_sin(turns[1], position, cos.y, sin.y);
+    low = pack_16bit<Q>(x.x * cos.x - y.x * sin.x, x.y * cos.y - y.y * sin.y);
+    high = pack_16bit<Q>(y.x * cos.x + x.x * sin.x, y.y * cos.y + x.y * sin.y);
+  }
+
+  __device__ __forceinline__ void rotate_query(uint32_t (&q)[Tile::kQkSteps][2], int32_t position) {
+#pragma unroll
+    for (int i = 0; i < 2 * kRopePairs; ++i) {
+      rotate_pair(q[i / 2][i % 2], q[i / 2 + kRopePairs][i % 2], rope_turns_rmem[i / 2][i % 2], position);
+    }
+  }
+
+  __device__ __forceinline__ void rotate_keys(uint32_t (&k)[Tile::kQkSteps][4], int32_t position) {
+#pragma unroll
+    for (int i = 0; i < 4 * kRopePairs; ++i) {  // registers 1 and 3 hold the row 8 further, 2 and 3 the second half
+      rotate_pair(k[i / 4][i % 4], k[i / 4 + kRopePairs][i % 4], rope_turns_rmem[i / 4][i % 4 / 2],
+                  position + i % 2 * 8);
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------------ storing
+
+// Where the result of (request, head) goes: the output, or this chunk's partial slot.
+template <class Config>
+struct ResultWriter {
+  using O = typename Config::O;
+  const AttentionParams& params;
+
+  __device__ __forceinline__ void write_out(int32_t token_idx, int32_t head, int32_t element, const float (&x)[4]) const {
+    float y[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y[i] = x[i] * params.v_scale;
+    O* dst = static_cast<O*>(params.out) + token_idx * params.out_token_stride + head * params.out_head_stride;
+    cast_vec<O>(y).store(dst + element);
+  }
+  __device__ __forceinline__ void write_lse(int32_t token_idx, int32_t head, float lse) const {
+    if (params.lse != nullptr) params.lse[int64_t(token_idx) * params.num_qo_heads + head] = lse;
+  }
+  __device__ __forceinline__ float* partial_out(int32_t slot, int32_t head, int32_t element) const {
+    return params.partial_out + (int64_t(slot) * params.num_qo_heads + head) * Config::kHeadDimVo + element;
+  }
+  __device__ __forceinline__ float& partial_lse(int32_t slot, int32_t head) const {
+    return params.partial_lse[int64_t(slot) * params.num_qo_heads + head];
+  }
+};
+
+// Join the warps' results of one request through shared memory, 8 heads at a time, and write them out.
+template <class Config>
+__device__ __forceinline__ void store_request(const AttentionParams& params, const HeadBlock& heads,
+                                              const WarpState<Config>& state, DecodeSmem<Config>& smem,
+                                              const DecodeRequest& request, int32_t slot) {
+  using Tile = DecodeTile<Config>;
+  const ResultWriter<Config> writer{params};
+  const int warp_idx = threadIdx.x / kWarpSize;
+  if (state.group == 0) {
+#pragma unroll
+    for (int i = 0; i < 2 * Tile::kHeadTiles; ++i) {
+      const int head = i / 2 * kMmaHeads + 2 * state.column + i % 2;
+      smem.max[warp_idx][head] = state.max_rmem[i / 2][i % 2];
+      smem.sum[warp_idx][head] = state.sum_rmem[i / 2][i % 2];
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < Tile::kHeadTiles; ++t) {
+    if (t > 0) __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 4 * Tile::kVoTiles; ++i) {
+      smem.out[warp_idx][2 * state.column + i % 2][state.out_element(i / 4, i % 4 / 2)] = state.out_rmem[t][i / 4][i % 4];
+    }
+    __syncthreads();
+    const int num_heads = min(heads.num_heads - t * kMmaHeads, kMmaHeads);
+    for (int idx = threadIdx.x; idx < num_heads * (Tile::kDimVo / 4); idx += Config::kNumThreads) {
+      const int row = idx / (Tile::kDimVo / 4), element = idx % (Tile::kDimVo / 4) * 4, head = t * kMmaHeads + row;
+      float max = kMinusInf, sum = 0.f, out[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+      for (int w = 0; w < Tile::kNumWarps; ++w) max = fmaxf(max, smem.max[w][head]);
+      const float shift = max == kMinusInf ? 0.f : max * state.scale;
+#pragma unroll
+      for (int w = 0; w < Tile::kNumWarps; ++w) {
+        const float weight = fast_exp2(smem.max[w][head] * state.scale - shift);
+        sum += smem.sum[w][head] * weight;
+        const Vec<float, 4> x = Vec<float, 4>::load(&smem.out[w][row][element]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[i] += x[i] * weight;
+      }
+      const float rcp_sum = sum > 0.f ? 1.f / sum : 0.f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[i] *= rcp_sum;
+      const float lse = sum > 0.f ? shift + log2f(sum) : kMinusInf;
+      const int32_t qo_head = heads.first_head + head;
+      if (request.num_chunks == 1) {
+        writer.write_out(request.request_idx, qo_head, element, out);
+        if (element == 0) writer.write_lse(request.request_idx, qo_head, lse);
+      } else {
+        Vec<float, 4>{out[0], out[1], out[2], out[3]}.store(writer.partial_out(slot, qo_head, element));
+        if (element == 0) writer.partial_lse(slot, qo_head) = lse;
+      }
+    }
+  }
+}
+
+// True in every thread of the block that arrives last of a request's blocks. The counter returns to zero by itself, so
+// a captured launch can be replayed.
+template <class Config>
+__device__ __forceinline__ bool arrives_last(const AttentionParams& params, DecodeSmem<Config>& smem,
+                                             const DecodeRequest& request) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    uint32_t* counter = params.counters + int64_t(request.request_idx) * gridDim.x + blockIdx.x;
+    smem.is_last = atomicInc(counter, request.num_chunks - 1) == uint32_t(request.num_chunks - 1);
+  }
+  __syncthreads();
+  const bool last = smem.is_last;
+  if (last) __threadfence();
+  return last;
+}
+
+template <class Config>
+__device__ __forceinline__ void merge_partials(const AttentionParams& params, const HeadBlock& heads,
+                                               const DecodeRequest& request) {
+  constexpr int kVecsPerHead = Config::kHeadDimVo / 4, kUnroll = 8;
+  const ResultWriter<Config> writer{params};
+  for (int idx = threadIdx.x; idx < heads.num_heads * kVecsPerHead; idx += Config::kNumThreads) {
+    const int32_t head = heads.first_head + idx / kVecsPerHead, element = idx % kVecsPerHead * 4;
+    float max = kMinusInf, sum = 0.f, out[4] = {0.f, 0.f, 0.f, 0.f};
+    for (int first = 0; first < request.num_chunks; first += kUnroll) {
+      float lse[kUnroll], batch_max = max;
+      Vec<float, 4> x[kUnroll];
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        const int chunk = min(first + i, request.num_chunks - 1);
+        const int32_t slot = partial_slot(request.first_chunk + chunk, chunk == 0);
+        lse[i] = first + i < request.num_chunks ? __ldcg(&writer.partial_lse(slot, head)) : kMinusInf;
+        *reinterpret_cast<float4*>(&x[i]) = __ldcg(reinterpret_cast<const float4*>(writer.partial_out(slot, head, element)));
+      }
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) batch_max = fmaxf(batch_max, lse[i]);
+      const float shift = batch_max == kMinusInf ? 0.f : batch_max, decay = fast_exp2(max - shift);
+      sum *= decay;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) out[j] *= decay;
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        const float weight = fast_exp2(lse[i] - shift);
+        sum += weight;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) out[j] += x[i][j] * weight;
+      }
+      max = batch_max;
+    }
+    const float rcp_sum = sum > 0.f ? 1.f / sum : 0.f;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) out[j] *= rcp_sum;
+    writer.write_out(request.request_idx, head, element, out);
+    if (element == 0) writer.write_lse(request.request_idx, head, sum > 0.f ? max + log2f(sum) : kMinusInf);
+  }
+}
+
+// A request without KV attends to nothing: zeros, LSE -inf.
+template <class Config>
+__device__ __forceinline__ void store_empty_requests(const AttentionParams& params, const HeadBlock& heads,
+                                                     int32_t num_empty) {
+  constexpr int kVecsPerHead = Config::kHeadDimVo / 4;
+  const ResultWriter<Config> writer{params};
+  for (int32_t i = blockIdx.y; i < num_empty; i += gridDim.y) {
+    const int32_t request_idx = params.empty == nullptr ? 0 : params.empty[i];
+    for (int idx = threadIdx.x; idx < heads.num_heads * kVecsPerHead; idx += Config::kNumThreads) {
+      const int32_t head = heads.first_head + idx / kVecsPerHead, element = idx % kVecsPerHead * 4;
+      writer.write_out(request_idx, head, element, {0.f, 0.f, 0.f, 0.f});
+      if (element == 0) writer.write_lse(request_idx, head, kMinusInf);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------- kernel
+
+template <class Config>
+__device__ __forceinline__ DecodeChunk load_chunk(const AttentionParams& params) {
+  if constexpr (Config::kKvStorage == kKvSingle) {
+    const int32_t hidden = Config::kHasWindow ? params.kv.len - 1 - params.window_left : 0;
+    return single_chunk(params.kv.len, max(hidden, 0), DecodeTile<Config>::kTileRows, gridDim.y, blockIdx.y);
+  } else {
+    return static_cast<const DecodeChunk*>(params.chunks)[blockIdx.y];
+  }
+}
+
+// Grid: (blocks of query heads, chunks). Blocks that read the same pages are neighbours and run side by side.
+template <class Config>
+__device__ void decode(const AttentionParams& params) {
+  using Tile = DecodeTile<Config>;
+  using Smem = DecodeSmem<Config>;
+  static_assert(sizeof(Smem) <= Config::kSmemBytes);
+  extern __shared__ __align__(128) uint8_t smem_bytes[];
+  Smem& smem = *reinterpret_cast<Smem*>(smem_bytes);
+  const int warp_idx = threadIdx.x / kWarpSize;
+
+  wait_for_previous_kernel();
+  const DecodeChunk chunk = load_chunk<Config>(params);
+  const HeadBlock heads = HeadBlock::make<Config::kGroupTile>(params, blockIdx.x);
+  if (chunk.num_tiles > 0) {
+    TileLoader<Config> loader(params, heads, chunk);
+    WarpState<Config> state(params, heads);
+    TileWalk walk = TileWalk::start(chunk, static_cast<const DecodeRequest*>(params.requests));
+    for (int stage = 0; stage < Config::kNumStages - 1; ++stage) loader.issue(smem.stages[warp_idx][stage]);
+
+    int stage = 0, free_stage = Config::kNumStages - 1;
+    while (!walk.done()) {
+      const DecodeRequest request = walk.request;
+      const int32_t first_tile = walk.tile, end_tile = first_tile + walk.num_in_request();
+      for (int32_t tile = first_tile; tile < end_tile; ++tile) {
+        loader.issue(smem.stages[warp_idx][free_stage]);
+        cp_async_wait<Config::kNumStages - 1>();
+        __syncwarp();
+        const auto& arrived = smem.stages[warp_idx][stage];
+        if (tile == first_tile) state.begin_request(arrived, request.kv_len);
+        state.attend(arrived, request.kv_begin + tile * Tile::kTileRows + warp_idx * Tile::kWarpRows, request.kv_len);
+        __syncwarp();
+        free_stage = stage;
+        stage = stage + 1 == Config::kNumStages ? 0 : stage + 1;
+      }
+      state.finish_request();
+      store_request(params, heads, state, smem, request, partial_slot(blockIdx.y, first_tile == 0));
+      if (request.num_chunks > 1 && arrives_last(params, smem, request)) merge_partials<Config>(params, heads, request);
+      __syncthreads();
+      walk.advance(end_tile - first_tile);
+    }
+  }
+  store_empty_requests<Config>(params, heads, chunk.num_empty);
+}
+
+}  // namespace flashinfer

@@ -1,0 +1,104 @@
+"""Attention in FP64, from the equations. Knows nothing of tiles, splits or kernels.
+
+One request at a time: `attention` takes the queries, keys and values of one sequence. `paged_request` collects the keys
+and values of one request from a paged cache, page by page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LOG2_E = math.log2(math.e)
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """The slopes of the ALiBi paper: a geometric sequence for powers of two, interleaved with the next one otherwise."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
+    return torch.tensor(slopes, dtype=torch.float64)
+
+
+def rotate(x: Tensor, positions: Tensor, rope_scale: float, rope_theta: float) -> Tensor:
+    """Rotary embedding, Llama style, of [tokens, heads, head_dim]: element i turns with element i + head_dim / 2."""
+    half = x.shape[-1] // 2
+    frequencies = rope_theta ** (-torch.arange(half, dtype=torch.float64) / half) / rope_scale
+    angles = positions.double()[:, None, None] * frequencies
+    low, high = x[..., :half], x[..., half:]
+    return torch.cat([low * angles.cos() - high * angles.sin(), high * angles.cos() + low * angles.sin()], dim=-1)
+
+
+def attention(
+    q: Tensor,  # [qo_len, num_qo_heads, head_dim_qk]
+    k: Tensor,  # [kv_len, num_kv_heads, head_dim_qk]
+    v: Tensor,  # [kv_len, num_kv_heads, head_dim_vo]
+    *,
+    causal: bool = False,
+    window_left: int = -1,
+    logits_soft_cap: float | None = None,
+    pos_encoding_mode: str = "NONE",
+    sm_scale: float | None = None,
+    q_scale: float = 1.0,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    rope_scale: float | None = None,
+    rope_theta: float | None = None,
+    custom_mask: Tensor | None = None,  # [qo_len, kv_len], True = visible
+) -> tuple[Tensor, Tensor]:
+    """Returns out [qo_len, num_qo_heads, head_dim_vo] and lse [qo_len, num_qo_heads] (base 2), both FP64.
+
+    Query i stands at position kv_len - qo_len + i. A query that sees no key gets zeros and an LSE of -inf.
+    """
+    qo_len, num_qo_heads, head_dim = q.shape
+    kv_len, num_kv_heads, _ = k.shape
+    q, k, v = (x.cpu().to(torch.float32).double() for x in (q, k, v))
+    q, k, v = q * q_scale, k * k_scale, v * v_scale
+    q_positions = torch.arange(qo_len) + kv_len - qo_len
+    kv_positions = torch.arange(kv_len)
+    if pos_encoding_mode == "ROPE_LLAMA":
+        scale, theta = rope_scale or 1.0, rope_theta or 1e4
+        q, k = rotate(q, q_positions, scale, theta), rotate(k, kv_positions, scale, theta)
+    k, v = (x.repeat_interleave(num_qo_heads // num_kv_heads, dim=1) for x in (k, v))
+
+    logits = torch.einsum("ihd,jhd->hij", q, k) * (head_dim**-0.5 if sm_scale is None else sm_scale)
+    distance = kv_positions[None, :] - q_positions[:, None]
+    if pos_encoding_mode == "ALIBI":
+        logits = logits + alibi_slopes(num_qo_heads)[:, None, None] * distance
+    if logits_soft_cap:
+        logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
+
+    visible = torch.ones(qo_len, kv_len, dtype=torch.bool)
+    if custom_mask is not None:
+        visible &= custom_mask.cpu().bool().reshape(qo_len, kv_len)
+    elif causal:
+        visible &= distance <= 0
+    if window_left >= 0:
+        visible &= distance >= -window_left
+    logits = logits.masked_fill(~visible, -math.inf)
+
+    lse = torch.logsumexp(logits, dim=-1) if kv_len else torch.full((num_qo_heads, qo_len), -math.inf).double()
+    weights = torch.where(visible, torch.exp(logits - torch.where(lse.isinf(), 0.0, lse)[..., None]), 0.0)
+    return torch.einsum("hij,jhd->ihd", weights, v), lse.T * LOG2_E
+
+
+def paged_request(
+    cache: Tensor | tuple[Tensor, Tensor],
+    layout: str,
+    pages: Sequence[int],
+    last_page_len: int,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of one request, each [kv_len, num_kv_heads, head_dim], read page by page."""
+    halves = (cache[:, 0], cache[:, 1]) if isinstance(cache, Tensor) else cache
+    gathered = []
+    for half in halves:
+        half = half.cpu()
+        if half.dtype.itemsize == 1:
+            half = half.to(torch.float32)
+        half = half if layout == "NHD" else half.transpose(1, 2)
+        rows = [half[page] if i + 1 < len(pages) else half[page, :last_page_len] for i, page in enumerate(pages)]
+        gathered.append(torch.cat(rows) if rows else half.new_zeros(0, *half.shape[2:]))
+    return gathered[0], gathered[1]
