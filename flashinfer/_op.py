@@ -29,6 +29,11 @@ class Memo(dict[Any, T], Generic[T]):
         return value
 
 
+def signature(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What a prepared launch depends on, but for the address."""
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device()
+
+
 def _no_stream(device_index: int) -> int:
     return 0
 
@@ -124,3 +129,10 @@ def grouped_rows(op: str, name: str, tensor: torch.Tensor) -> tuple[int, int, in
     if len(merged) == 1:
         return 1, 0, merged[0][1]
     return merged[1][0], merged[1][1], merged[0][1]
+
+
+def even_rows(op: str, name: str, tensor: torch.Tensor) -> int:
+    """The distance between rows (last axis) of a tensor whose rows are evenly spaced. Raises ValueError otherwise."""
+    rows_per_group, _, stride = grouped_rows(op, name, tensor)
+    require(rows_per_group == 1, op, f"the rows of {name} are not evenly spaced in memory; call .contiguous()")
+    return stride

@@ -139,20 +139,16 @@ def _normalize(
         op,
         pdl,
         (input_ptr | weight_ptr | output_ptr | residual_ptr) & 15,
-        *_signature(input),
-        *_signature(weight),
-        None if output is input else _signature(output),
-        None if residual is None else _signature(residual),
-        None if bias is None else _signature(bias),
+        *_op.signature(input),
+        *_op.signature(weight),
+        None if output is input else _op.signature(output),
+        None if residual is None else _op.signature(residual),
+        None if bias is None else _op.signature(bias),
     )
     launch = _memo.get(key)
     if launch is None:
         launch = _memo.remember(key, _prepare(op, input, residual, weight, bias, output, pdl))
     launch(input_ptr, residual_ptr, weight_ptr, 0 if bias is None else bias.data_ptr(), output_ptr, eps)
-
-
-def _signature(tensor: torch.Tensor) -> tuple[object, ...]:
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device()
 
 
 def _prepare(
@@ -176,8 +172,7 @@ def _prepare(
         output_row, output_group = output_group, output_group * rows_per_group
     residual_row = 0
     if residual is not None:
-        groups, _, residual_row = _op.grouped_rows(op, "residual", residual)
-        _op.require(groups == 1, op, "the rows of residual lie unevenly in memory; call .contiguous()")
+        residual_row = _op.even_rows(op, "residual", residual)
 
     tensors = [tensor for tensor in (input, residual, weight, output) if tensor is not None]
     device_index = input.get_device()

@@ -1,0 +1,33 @@
+// The gating functions, for both targets. Config::kGate selects one; its values are those of kernels/activation.py.
+#pragma once
+
+#include "common.h"
+
+#if !defined(__CUDACC__)
+#include <cmath>
+#endif
+
+namespace flashinfer {
+
+enum Gate : int { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
+
+template <int kGate>
+FLASHINFER_HOST_DEVICE inline float gate(float x) {
+#if defined(__CUDA_ARCH__)
+  const auto exp = [](float y) { return __expf(y); };
+#else
+  const auto exp = [](float y) { return std::exp(y); };
+#endif
+  if constexpr (kGate == kSilu) {
+    return x / (1.f + exp(-x));
+  } else if constexpr (kGate == kGelu) {
+    constexpr float kSqrtHalf = 0.70710678118654752f;
+    return 0.5f * x * (1.f + erff(x * kSqrtHalf));
+  } else {
+    // 0.5·(1 + tanh(u)) = 1 / (1 + exp(−2u)): one exponential, and exact at both ends.
+    constexpr float kTwoSqrtTwoOverPi = 1.5957691216057308f;
+    return x / (1.f + exp(-kTwoSqrtTwoOverPi * (x + 0.044715f * x * x * x)));
+  }
+}
+
+}  // namespace flashinfer

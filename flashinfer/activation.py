@@ -1,0 +1,104 @@
+"""Gated activations of a transformer's feed-forward layer, reading a fused gate-and-up projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Optional
+
+import torch
+
+from flashinfer import _op, dtypes, target
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.jit import resolver
+from flashinfer.kernels.activation import ACT_AND_MUL
+from flashinfer.kernels.norm import vec_size
+
+__all__ = ["silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"]
+
+
+def silu_and_mul(
+    input: torch.Tensor, out: Optional[torch.Tensor] = None, enable_pdl: Optional[bool] = None
+) -> torch.Tensor:
+    """SwiGLU's gating (Shazeer 2020, arXiv:2002.05202): `silu(input[..., :d]) * input[..., d:]`, computed in fp32.
+
+    Args:
+        input: `[..., 2 * d]`, fp16, bf16 or fp32; unit stride in the last axis, rows evenly spaced.
+        out: `[..., d]`, dtype and device of input. Allocated when None.
+        enable_pdl: launch with programmatic dependent launch (sm_90 and later).
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride does not fit.
+        UnsupportedConfig: no kernel for this dtype.
+    """
+    return _act_and_mul("silu_and_mul", "silu", input, out, enable_pdl)
+
+
+def gelu_and_mul(
+    input: torch.Tensor, out: Optional[torch.Tensor] = None, enable_pdl: Optional[bool] = None
+) -> torch.Tensor:
+    """`gelu(input[..., :d]) * input[..., d:]` with the exact GELU, x·Φ(x). Otherwise as `silu_and_mul`."""
+    return _act_and_mul("gelu_and_mul", "gelu", input, out, enable_pdl)
+
+
+def gelu_tanh_and_mul(
+    input: torch.Tensor, out: Optional[torch.Tensor] = None, enable_pdl: Optional[bool] = None
+) -> torch.Tensor:
+    """`gelu(input[..., :d]) * input[..., d:]` with the tanh approximation of GELU. Otherwise as `silu_and_mul`."""
+    return _act_and_mul("gelu_tanh_and_mul", "gelu_tanh", input, out, enable_pdl)
+
+
+_Launch = Callable[[int, int], None]  # input and output addresses
+_memo: _op.Memo[_Launch] = _op.Memo()
+
+
+def _act_and_mul(
+    op: str, gate: str, input: torch.Tensor, out: Optional[torch.Tensor], pdl: Optional[bool]
+) -> torch.Tensor:
+    if out is None:
+        out = input.new_empty(*input.shape[:-1], input.shape[-1] // 2)
+    input_ptr, output_ptr = input.data_ptr(), out.data_ptr()
+    key = (op, pdl, (input_ptr | output_ptr) & 15, *_op.signature(input), *_op.signature(out))
+    launch = _memo.get(key)
+    if launch is None:
+        launch = _memo.remember(key, _prepare(op, gate, input, out, pdl))
+    launch(input_ptr, output_ptr)
+    return out
+
+
+def _prepare(op: str, gate: str, input: torch.Tensor, out: torch.Tensor, pdl: Optional[bool]) -> _Launch:
+    _op.require(
+        input.dim() >= 1 and input.shape[-1] % 2 == 0,
+        op,
+        f"input has shape {list(input.shape)}; expected [..., 2 * hidden_size], an even last dimension",
+    )
+    hidden_size = input.shape[-1] // 2
+    expected = [*input.shape[:-1], hidden_size]
+    _op.require(list(out.shape) == expected, op, f"out has shape {list(out.shape)}; expected {expected}")
+    _op.require_dtype_device(op, "out", out, input)
+    dtype = dtypes.short_name(input.dtype)
+    if dtype not in ACT_AND_MUL.axes["dtype"]:
+        raise UnsupportedConfig(f"{op}: input is {input.dtype}; expected float16, bfloat16 or float32")
+    input_stride, output_stride = _op.even_rows(op, "input", input), _op.even_rows(op, "out", out)
+    if out.numel() == 0:
+        return lambda *_: None
+
+    device_index = input.get_device()
+    alignment = 0
+    if device_index >= 0:  # vectors of the CPU kernels need no alignment
+        alignment = (input.data_ptr() | out.data_ptr() | (input_stride | output_stride) * input.element_size()) & 15
+    width = vec_size(dtype, hidden_size, alignment)
+    kernel = resolver().load(ACT_AND_MUL.spec(target.of_device(input.device), dtype=dtype, gate=gate, vec_size=width))
+    launcher = kernel.on(device_index, pdl=bool(pdl))
+    num_rows = out.numel() // hidden_size
+    columns_per_block = kernel.config.launch.num_threads * int(kernel.config.constants["kVecsPerThread"]) * width
+    grid = (num_rows, -(-hidden_size // columns_per_block), 1)
+    current_stream = _op.current_stream
+
+    def launch(input_ptr: int, output_ptr: int) -> None:
+        stream = current_stream(device_index)
+        launcher(grid, stream, input_ptr, output_ptr, input_stride, output_stride, num_rows, hidden_size)
+
+    return launch
