@@ -1,0 +1,107 @@
+"""Host costs: importing, the first call, a warm load, and one call of an operator beside torch.add(out=).
+
+python benchmarks/bench_host.py [--device cuda|cpu]
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from common import environment, host_us, print_table
+
+import flashinfer
+from flashinfer import target
+from flashinfer.jit import resolver
+from flashinfer.kernels.norm import RMSNORM, vec_size
+
+# In a process of its own: from the request to the launch of the first kernel, torch being initialized.
+FIRST_CALL = """
+import time, torch, flashinfer.norm
+x = torch.randn(4, 4096).to("{device}", torch.bfloat16)
+weight, out = torch.ones_like(x[0]), torch.empty_like(x)
+torch.add(x, x, out=out)
+start = time.perf_counter()
+flashinfer.norm.rmsnorm(x, weight, out=out)
+print((time.perf_counter() - start) * 1e3)
+"""
+IMPORT = """
+import time, torch
+start = time.perf_counter()
+import flashinfer
+print((time.perf_counter() - start) * 1e3)
+"""
+
+
+def in_process(code: str) -> float:
+    """The number a fresh Python process prints, best of five."""
+    root = Path(flashinfer.__file__).parent.parent
+    run = lambda: subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)  # noqa: E731
+    return min(float(run().stdout) for _ in range(5))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(parser.parse_args().device)
+
+    x = torch.randn(4, 4096).to(device, torch.bfloat16)
+    weight, out = torch.ones(4096).to(device, torch.bfloat16), torch.empty_like(x)
+    add = host_us(lambda: torch.add(x, x, out=out))
+    rows = [["torch.add(out=)", add, 1.0]]
+
+    norm = host_us(lambda: flashinfer.rmsnorm(x, weight, out=out))
+    rows.append(["rmsnorm(out=)", norm, norm / add])
+    gated = torch.randn(4, 8192).to(device, torch.bfloat16)
+    silu = host_us(lambda: flashinfer.silu_and_mul(gated, out=out))
+    rows.append(["silu_and_mul(out=)", silu, silu / add])
+
+    indptr = torch.arange(5, dtype=torch.int32, device=device) * 4
+    indices = torch.arange(16, dtype=torch.int32, device=device)
+    last_page_len = torch.full((4,), 16, dtype=torch.int32, device=device)
+    workspace = torch.empty(128 << 20, dtype=torch.uint8, device=device)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
+    plan = lambda: wrapper.plan(  # noqa: E731
+        indptr, indices, last_page_len, 32, 8, 128, 16, q_data_type=torch.bfloat16
+    )
+    q, cache = (
+        torch.randn(4, 32, 128).to(device, torch.bfloat16),
+        torch.randn(16, 2, 16, 8, 128).to(device, torch.bfloat16),
+    )
+    decoded = torch.empty_like(q)
+    plan()
+    wrapper.run(q, cache, out=decoded)
+    planned, ran = host_us(plan), host_us(lambda: wrapper.run(q, cache, out=decoded))
+    rows += [["decode.plan", planned, planned / add], ["decode.run(out=)", ran, ran / add]]
+
+    spec = RMSNORM.spec(
+        target.of_device(device),
+        dtype="bf16",
+        hidden_size=4096,
+        vec_size=vec_size("bf16", 4096),
+        add_residual=False,
+        gemma=False,
+    )
+    load = resolver().load
+    load(spec)
+    start = time.perf_counter()
+    for _ in range(100_000):
+        load(spec)
+    rows.append(["resolver.load, warm", (time.perf_counter() - start) * 10, ""])
+    print_table(environment(), ["call", "host µs", "of torch.add"], rows)
+    print_table(
+        "In a fresh process, ms",
+        ["what", "ms"],
+        [
+            ["import flashinfer, after torch", in_process(IMPORT)],
+            ["first rmsnorm", in_process(FIRST_CALL.format(device=device))],
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
