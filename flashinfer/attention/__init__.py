@@ -1,0 +1,1 @@
+"""Attention operators. Their public modules are flashinfer.decode, flashinfer.prefill, flashinfer.cascade, …"""

@@ -1,0 +1,107 @@
+"""The options of one attention call, normalised once."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import Optional
+
+import torch
+
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.utils import get_alibi_slopes
+
+# upstream's names -> the names of the kernels' axis
+POS_ENCODING_MODES = {"NONE": "none", "ROPE_LLAMA": "rope", "ALIBI": "alibi"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What happens to a score besides the mask: kinds are compiled into the kernel, values are parameters."""
+
+    pos_encoding: str  # "none", "rope" or "alibi"
+    window_left: int  # -1: no window
+    logits_soft_cap: float  # 0: none
+    sm_scale: float
+    rope_scale: float
+    rope_theta: float
+
+    @staticmethod
+    def of(
+        op: str,
+        head_dim: int,
+        pos_encoding_mode: str = "NONE",
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        sm_scale: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+    ) -> Variant:
+        """From the public arguments; None takes the default. Raises UnsupportedConfig or ValueError."""
+        if pos_encoding_mode not in POS_ENCODING_MODES:
+            known = ", ".join(POS_ENCODING_MODES)
+            raise UnsupportedConfig(f"{op}: pos_encoding_mode={pos_encoding_mode!r} is unknown; allowed: {known}")
+        soft_cap = logits_soft_cap or 0.0
+        if soft_cap < 0:
+            raise ValueError(f"{op}: logits_soft_cap is {soft_cap}; expected a positive number, or 0 or None for no cap")
+        return Variant(
+            POS_ENCODING_MODES[pos_encoding_mode],
+            max(window_left, -1),
+            soft_cap,
+            1.0 / math.sqrt(head_dim) if sm_scale is None else float(sm_scale),
+            1.0 if rope_scale is None else float(rope_scale),
+            1e4 if rope_theta is None else float(rope_theta),
+        )
+
+    def updated(
+        self,
+        op: str,
+        head_dim: int,
+        pos_encoding_mode: Optional[str] = None,
+        window_left: Optional[int] = None,
+        logits_soft_cap: Optional[float] = None,
+        sm_scale: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+    ) -> Variant:
+        """This variant with the arguments that a call gave besides the plan; None keeps what was planned."""
+        given = Variant.of(op, head_dim, pos_encoding_mode or "NONE", -1 if window_left is None else window_left)
+        return replace(
+            self,
+            pos_encoding=self.pos_encoding if pos_encoding_mode is None else given.pos_encoding,
+            window_left=self.window_left if window_left is None else given.window_left,
+            logits_soft_cap=self.logits_soft_cap if logits_soft_cap is None else float(logits_soft_cap),
+            sm_scale=self.sm_scale if sm_scale is None else float(sm_scale),
+            rope_scale=self.rope_scale if rope_scale is None else float(rope_scale),
+            rope_theta=self.rope_theta if rope_theta is None else float(rope_theta),
+        )
+
+    @property
+    def spec_args(self) -> dict[str, str | bool]:
+        """The part of the variant that selects a kernel."""
+        return {
+            "pos_encoding": self.pos_encoding,
+            "has_window": self.window_left >= 0,
+            "has_soft_cap": self.logits_soft_cap > 0,
+        }
+
+    def scalars(self, qk_scale: float = 1.0, v_scale: float = 1.0) -> tuple[float, ...]:
+        """sm_scale, v_scale, logits_soft_cap, rope_rcp_scale, rope_log2_theta: the last fields of AttentionParams."""
+        return (
+            self.sm_scale * qk_scale,
+            v_scale,
+            self.logits_soft_cap,
+            1.0 / self.rope_scale,
+            math.log2(self.rope_theta),
+        )
+
+
+@functools.cache
+def alibi_slopes(num_heads: int, device: torch.device) -> torch.Tensor:
+    return get_alibi_slopes(num_heads, device)
+
+
+def alibi_slopes_ptr(variant: Variant, num_heads: int, device: torch.device) -> int:
+    """Address of the slopes, kept alive for the process; 0 for a variant without ALiBi."""
+    return alibi_slopes(num_heads, device).data_ptr() if variant.pos_encoding == "alibi" else 0

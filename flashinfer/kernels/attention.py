@@ -1,0 +1,194 @@
+"""Decode attention and its planner: parameter mirrors, legal axes, tile tables.
+
+The parameter struct and its mirror serve prefill as well.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from flashinfer import target as targets
+from flashinfer.dtypes import ITEMSIZE
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
+
+Q_DTYPES = ("fp16", "bf16", "fp32")
+KV_DTYPES = ("fp16", "bf16", "fp32", "fp8_e4m3", "fp8_e5m2")
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+# The enumerations of attention/variant.cuh and attention/kv_view.cuh.
+KV_STORAGE = {"single": 0, "ragged": 1, "paged": 2}
+MASKS = {"none": 0, "causal": 1, "custom": 2}
+POS_ENCODINGS = {"none": 0, "rope": 1, "alibi": 2}
+
+_POINTER, _INT64, _INT32, _UINT32, _FLOAT = (
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_int32,
+    ctypes.c_uint32,
+    ctypes.c_float,
+)
+
+
+class AttentionParams(ctypes.Structure):
+    """Mirror of csrc/attention/params.h, its nested structs laid out flat. What changes from call to call comes first."""
+
+    _fields_ = [
+        *[(name, _POINTER) for name in ("q", "out", "lse", "kv.k", "kv.v")],
+        *[(name, _POINTER) for name in ("kv.indptr", "kv.indices", "kv.last_page_len")],
+        *[(f"kv.{half}_{axis}_stride", _INT64) for half in "kv" for axis in ("page", "entry", "head")],
+        *[(f"kv.page_size.{name}", _UINT32) for name in ("divisor", "magic", "shift")],
+        ("kv.len", _INT32),
+        *[(name, _POINTER) for name in ("qo_indptr", "mask", "mask_indptr", "alibi_slopes")],
+        *[(name, _POINTER) for name in ("chunks", "requests", "empty", "counters", "partial_out", "partial_lse")],
+        *[(f"{name}_stride", _INT64) for name in ("q_token", "q_head", "out_token", "out_head")],
+        *[(name, _INT32) for name in ("batch_size", "num_qo_heads", "num_kv_heads", "qo_len", "num_chunks", "window_left")],
+        *[(name, _FLOAT) for name in ("sm_scale", "v_scale", "logits_soft_cap", "rope_rcp_scale", "rope_log2_theta")],
+    ]
+
+
+class DecodePlanParams(ctypes.Structure):
+    """Mirror of csrc/attention/params.h."""
+
+    _fields_ = [
+        *[(name, _POINTER) for name in ("kv_indptr", "last_page_len")],
+        *[(name, _POINTER) for name in ("chunks", "requests", "empty", "tile_indptr", "counters")],
+        *[(name, _INT32) for name in ("batch_size", "num_chunks", "counters_per_request", "page_size")],
+        *[(name, _INT32) for name in ("tile_len", "window_left")],
+    ]
+
+
+def fast_divisor(divisor: int) -> tuple[int, int, int]:
+    """(divisor, magic, shift) of FastDivisor in csrc/attention/params.h."""
+    shift = (divisor - 1).bit_length()
+    return divisor, ((1 << 32) * ((1 << shift) - divisor)) // divisor + 1, shift
+
+
+# --------------------------------------------------------------------------------------------------------------- decode
+
+
+def _decode_smem_bytes(
+    num_warps: int, warp_rows: int, num_stages: int, group_tile: int, dim_qk: int, dim_vo: int, kv: int, q: int
+) -> int:
+    """DecodeSmem in csrc/attention/decode.cuh."""
+    stage = warp_rows * (dim_qk + dim_vo) * kv + group_tile * dim_qk * q
+    merge = num_warps * 8 * (dim_vo + 4) * 4 + 2 * num_warps * group_tile * 4 + 4
+    return -(-(num_warps * num_stages * stage + merge) // 128) * 128
+
+
+def _smem_limits(target: str) -> tuple[int, int]:
+    """Bytes of shared memory of an SM and of one block. A block keeps to the least of the targets its cubin runs on."""
+    major, minor = targets.capability(target)
+    if major in (9, 10, 11):
+        return 228 * 1024, 227 * 1024
+    return (164 if (major, minor) == (8, 0) else 100) * 1024, 99 * 1024
+
+
+def _decode_tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:
+    """Two blocks of four warps an SM, each warp two to four stages of 4 to 16 KB ahead: 32 to 128 KB in flight."""
+    dim_qk, dim_vo, group_tile = spec.arg("head_dim_qk"), spec.arg("head_dim_vo"), spec.arg("group_tile")
+    kv, q = ITEMSIZE[spec.arg("kv_dtype")], ITEMSIZE[spec.arg("q_dtype")]
+    warp_rows = 32 if max(dim_qk, dim_vo) * kv <= 128 else 16
+    per_sm, per_block = _smem_limits(spec.target)
+    for num_warps, blocks_per_sm, num_stages in ((4, 2, 4), (4, 2, 3), (4, 2, 2), (4, 1, 3), (4, 1, 2), (2, 1, 2)):
+        smem = _decode_smem_bytes(num_warps, warp_rows, num_stages, group_tile, dim_qk, dim_vo, kv, q)
+        if smem <= per_block and (smem + 1024) * blocks_per_sm <= per_sm:
+            break
+    else:
+        raise UnsupportedConfig(f"decode: head_dim {dim_qk}/{dim_vo} needs {smem} bytes of shared memory on {spec.target}")
+    return {"kWarpRows": warp_rows, "kNumStages": num_stages}, Launch(32 * num_warps, blocks_per_sm, smem)
+
+
+def _decode_config(spec: KernelSpec) -> Config:
+    is_cuda = targets.kind(spec.target) == "cuda"
+    q_dtype, kv_dtype = spec.arg("q_dtype"), spec.arg("kv_dtype")
+    if is_cuda and "fp32" in (q_dtype, kv_dtype, spec.arg("o_dtype")):
+        raise UnsupportedConfig("decode: fp32 is supported on the CPU alone; use float16 or bfloat16 on CUDA")
+    if not is_cuda and (q_dtype == "fp32") != (kv_dtype == "fp32"):
+        raise UnsupportedConfig(f"decode: q is {q_dtype} and the KV cache {kv_dtype}; use fp32 for both or neither")
+    constants: dict[str, CxxType | int | bool | float] = {
+        "Q": CxxType(q_dtype),
+        "Kv": CxxType(kv_dtype),
+        "O": CxxType(spec.arg("o_dtype")),
+        "kHeadDimQk": spec.arg("head_dim_qk"),
+        "kHeadDimVo": spec.arg("head_dim_vo"),
+        "kKvStorage": KV_STORAGE[spec.arg("kv_storage")],
+        "kMask": MASKS["none"],
+        "kPosEncoding": POS_ENCODINGS[spec.arg("pos_encoding")],
+        "kHasWindow": spec.arg("has_window"),
+        "kHasSoftCap": spec.arg("has_soft_cap"),
+        "kGroupTile": spec.arg("group_tile"),
+    }
+    if not is_cuda:
+        return Config(constants)
+    tile, launch = _decode_tile(spec)
+    return Config({**constants, **tile}, launch)
+
+
+DECODE = Family(
+    name="decode",
+    params=AttentionParams,
+    headers={"cuda": "attention/decode.cuh", "cpu": "cpu/attention/decode.h"},
+    axes={
+        "q_dtype": Q_DTYPES,
+        "kv_dtype": KV_DTYPES,
+        "o_dtype": Q_DTYPES,
+        "head_dim_qk": HEAD_DIMS,
+        "head_dim_vo": HEAD_DIMS,
+        "kv_storage": ("single", "paged"),
+        "pos_encoding": tuple(POS_ENCODINGS),
+        "has_window": (False, True),
+        "has_soft_cap": (False, True),
+        "group_tile": (8, 16),  # query heads that share one pass over the KV
+    },
+    config=_decode_config,
+)
+
+
+def group_tile(target: str, group_size: int, head_dim: int) -> int:
+    """The query heads of one KV head that one block takes. Sixteen do not fit the registers at large head_dim."""
+    return 16 if group_size > 8 and head_dim <= 128 and targets.kind(target) == "cuda" else 8
+
+
+def decode(
+    target: str,
+    *,
+    q_dtype: str,
+    kv_dtype: str,
+    head_dim: int,
+    group_size: int,
+    kv_storage: str = "paged",
+    o_dtype: str = "",
+    head_dim_vo: int = 0,
+    pos_encoding: str = "none",
+    has_window: bool = False,
+    has_soft_cap: bool = False,
+) -> KernelSpec:
+    """One query token per request over its KV. `group_size` is query heads per KV head."""
+    return DECODE.spec(
+        target,
+        q_dtype=q_dtype,
+        kv_dtype=kv_dtype,
+        o_dtype=o_dtype or q_dtype,
+        head_dim_qk=head_dim,
+        head_dim_vo=head_dim_vo or head_dim,
+        kv_storage=kv_storage,
+        pos_encoding=pos_encoding,
+        has_window=has_window,
+        has_soft_cap=has_soft_cap,
+        group_tile=group_tile(target, group_size, head_dim),
+    )
+
+
+def decode_tile_len(config: Config) -> int:
+    """KV rows of one tile, the unit in which a decode is planned."""
+    return int(config.constants["kWarpRows"]) * (config.launch.num_threads // 32)
+
+
+DECODE_PLAN = Family(
+    name="decode_plan",
+    params=DecodePlanParams,
+    headers={"cuda": "attention/decode_plan.cuh"},
+    axes={},
+    config=lambda spec: Config({}, Launch(num_threads=512)),
+)
+register(DECODE, DECODE_PLAN)

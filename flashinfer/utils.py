@@ -1,0 +1,103 @@
+"""Small helpers and enumerations that serving engines import from `flashinfer.utils`."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from typing import Optional, Union
+
+import torch
+
+from flashinfer import dtypes
+
+
+class PosEncodingMode(Enum):
+    NONE = 0
+    ROPE_LLAMA = 1
+    ALIBI = 2
+
+
+class MaskMode(Enum):
+    NON_CAUSAL = 0
+    CAUSAL = 1
+    CUSTOM = 2
+
+
+class TensorLayout(Enum):
+    NHD = 0
+    HND = 1
+
+
+def is_float8(x: torch.Tensor) -> bool:
+    return x.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def get_indptr(x: torch.Tensor) -> torch.Tensor:
+    """Lengths `[n]` to offsets `[n + 1]`, int32: `[3, 5]` gives `[0, 3, 8]`."""
+    return torch.nn.functional.pad(x.cumsum(dim=0, dtype=torch.int32), (1, 0))
+
+
+def get_alibi_slopes(n_heads: int, device: Optional[torch.device] = None) -> torch.Tensor:
+    """The slopes of ALiBi (Press et al. 2021, arXiv:2108.12409), fp32 `[n_heads]`.
+
+    2^(-8 i / n) for a power of two n; other head counts take the power of two below and every other slope of the one above.
+    """
+    power = 2 ** math.floor(math.log2(n_heads))
+    slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
+    slopes += [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(n_heads - power)]
+    return torch.tensor(slopes, dtype=torch.float32, device=device)
+
+
+def canonicalize_torch_dtype(dtype: Union[torch.dtype, str]) -> torch.dtype:
+    """A `torch.dtype` from itself or from its name."""
+    return dtypes.torch_dtype(dtype)
+
+
+def get_compute_capability(device: torch.device) -> tuple[int, int]:
+    """(major, minor) of a CUDA device. Raises ValueError for another kind of device."""
+    if device.type != "cuda":
+        raise ValueError(f"get_compute_capability: device is {device}; expected a CUDA device")
+    return torch.cuda.get_device_capability(device.index)
+
+
+def is_sm90a_supported(device: torch.device) -> bool:
+    """Whether the device runs kernels built for sm_90a (Hopper)."""
+    return device.type == "cuda" and get_compute_capability(device)[0] == 9
+
+
+def is_fa3_backend_supported(
+    pos_encoding_mode: int,
+    use_fp16_qk_reductions: bool,
+    use_custom_mask: bool,
+    dtype_q: torch.dtype,
+    dtype_kv: torch.dtype,
+) -> bool:
+    """Whether a Hopper kernel covers these options. Position encodings, custom masks and fp8 go to the sm_80 kernel."""
+    plain = not use_custom_mask and not use_fp16_qk_reductions and pos_encoding_mode == PosEncodingMode.NONE.value
+    return plain and dtype_q == dtype_kv and dtype_q in (torch.float16, torch.bfloat16)
+
+
+def determine_attention_backend(
+    device: torch.device,
+    pos_encoding_mode: int,
+    use_fp16_qk_reductions: bool,
+    use_custom_mask: bool,
+    dtype_q: torch.dtype,
+    dtype_kv: torch.dtype,
+    *,
+    head_dim_qk: Optional[int] = None,
+    head_dim_vo: Optional[int] = None,
+) -> str:
+    """`"fa3"` where a Hopper kernel covers the options on this device, else `"fa2"`."""
+    covered = is_fa3_backend_supported(
+        pos_encoding_mode, use_fp16_qk_reductions, use_custom_mask, dtype_q, dtype_kv
+    )
+    return "fa3" if covered and is_sm90a_supported(device) else "fa2"
+
+
+def determine_gemm_backend(device: torch.device) -> str:
+    return "sm90" if is_sm90a_supported(device) else "sm80"
+
+
+def determine_mla_backend(device: torch.device) -> str:
+    return "fa3" if is_sm90a_supported(device) else "fa2"
