@@ -25,32 +25,39 @@ def rows_for(
     return [name, f"{shape[0]}x{shape[1]}", mine, num_bytes / mine * 1e-6, other, other / mine]
 
 
+def norm_rows(shape: tuple[int, int], dtype: torch.dtype) -> list[list[object]]:
+    num_bytes = 2 * shape[0] * shape[1] * dtype.itemsize
+    sets = [(make(shape, dtype), make(shape, dtype)) for _ in range(copies_for(num_bytes))]
+    weight = make(shape[1:], dtype)
+    ours = [lambda x=x, out=out: flashinfer.rmsnorm(x, weight, out=out) for x, out in sets]
+    peer = [lambda x=x: torch.nn.functional.rms_norm(x, shape[1:], weight, 1e-6) for x, _ in sets]
+    fused = [lambda x=x, r=r: flashinfer.fused_add_rmsnorm(x, r, weight) for x, r in sets]
+    unfused = [lambda x=x, r=r: torch.nn.functional.rms_norm(r.add_(x), shape[1:], weight, 1e-6) for x, r in sets]
+    return [
+        rows_for("rmsnorm", shape, num_bytes, ours, peer),
+        rows_for("fused_add_rmsnorm", shape, 2 * num_bytes, fused, unfused),
+    ]
+
+
+def activation_row(shape: tuple[int, int], dtype: torch.dtype) -> list[object]:
+    num_bytes = 3 * shape[0] * shape[1] * dtype.itemsize
+    sets = [(make((shape[0], 2 * shape[1]), dtype), make(shape, dtype)) for _ in range(copies_for(num_bytes))]
+    silu = torch.nn.functional.silu
+    ours = [lambda x=x, out=out: flashinfer.silu_and_mul(x, out=out) for x, out in sets]
+    peer = [lambda x=x, out=out: torch.mul(silu(x[:, : shape[1]]), x[:, shape[1] :], out=out) for x, out in sets]
+    return rows_for("silu_and_mul", shape, num_bytes, ours, peer)
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=dtype)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     dtype = getattr(torch, parser.parse_args().dtype)
-    make = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype)  # noqa: E731
-    itemsize = dtype.itemsize
-    rows = []
-    for shape in NORM_SHAPES:
-        num_bytes = 2 * shape[0] * shape[1] * itemsize
-        sets = [(make(*shape), make(*shape)) for _ in range(copies_for(num_bytes))]
-        weight = make(shape[1])
-        ours = [lambda x=x, out=out: flashinfer.rmsnorm(x, weight, out=out) for x, out in sets]
-        peer = [lambda x=x: torch.nn.functional.rms_norm(x, shape[1:], weight, 1e-6) for x, _ in sets]
-        rows.append(rows_for("rmsnorm", shape, num_bytes, ours, peer))
-        ours = [lambda x=x, r=r: flashinfer.fused_add_rmsnorm(x, r, weight) for x, r in sets]
-        peer = [lambda x=x, r=r: torch.nn.functional.rms_norm(r.add_(x), shape[1:], weight, 1e-6) for x, r in sets]
-        rows.append(rows_for("fused_add_rmsnorm", shape, 2 * num_bytes, ours, peer))
-    for shape in ACTIVATION_SHAPES:
-        num_bytes = 3 * shape[0] * shape[1] * itemsize
-        sets = [(make(shape[0], 2 * shape[1]), make(*shape)) for _ in range(copies_for(num_bytes))]
-        ours = [lambda x=x, out=out: flashinfer.silu_and_mul(x, out=out) for x, out in sets]
-        peer = [
-            lambda x=x, out=out, d=shape[1]: torch.mul(torch.nn.functional.silu(x[:, :d]), x[:, d:], out=out)
-            for x, out in sets
-        ]
-        rows.append(rows_for("silu_and_mul", shape, num_bytes, ours, peer))
+    rows = [row for shape in NORM_SHAPES for row in norm_rows(shape, dtype)]
+    rows += [activation_row(shape, dtype) for shape in ACTIVATION_SHAPES]
     source, target = (
         torch.empty(1 << 30, dtype=torch.int8, device="cuda"),
         torch.empty(1 << 30, dtype=torch.int8, device="cuda"),

@@ -1,0 +1,26 @@
+# Sourced by demo.sh, test.sh and lint.sh: makes .venv once. Needs Python >= 3.10 and a C++ compiler; offline afterwards.
+# shellcheck shell=bash
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VENV=.venv
+TORCH_VERSION=2.13.0 # what the tests are run with; the library itself pins no torch
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+ensure_env() {
+  local stamp=$VENV/.flashinfer-env key
+  key=$(cat pyproject.toml flashinfer_aot/pyproject.toml scripts/common.sh flashinfer/version.py | cksum)
+  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$key" ]; then return; fi
+  echo "== making $VENV (once)"
+  python3 -m venv "$VENV"
+  # On a machine with an NVIDIA driver, the CUDA build that pip offers by default; elsewhere the pinned version, which pip
+  # takes as a CPU build where one is offered.
+  if command -v nvidia-smi >/dev/null; then
+    "$VENV/bin/pip" install --quiet torch
+  else
+    "$VENV/bin/pip" install --quiet "torch==$TORCH_VERSION"
+  fi
+  # cu13 brings NVRTC and its headers: CUDA kernels compile on any machine.
+  "$VENV/bin/pip" install --quiet --editable ".[cu13,build,test,examples]"
+  echo "$key" >"$stamp"
+}
