@@ -10,14 +10,16 @@
 
 namespace flashinfer {
 
+constexpr float kMinusInfinity = __builtin_bit_cast(float, 0xff800000u);
+
 // One running state: a short vector of the output, and the statistics every thread of the row keeps alike.
 template <int kVecSize>
 struct RunningState {
-  float max = -__builtin_huge_valf(), sum = 0.f;
+  float max = kMinusInfinity, sum = 0.f;
   float out[kVecSize] = {};
 
   __device__ __forceinline__ void merge(const float (&other)[kVecSize], float lse) {
-    if (lse == -__builtin_huge_valf()) return;  // other may then be anything, NaN included
+    if (lse == kMinusInfinity) return;  // other may then be anything, NaN included
     const float new_max = fmaxf(max, lse);
     const float old_weight = fast_exp2(max - new_max), weight = fast_exp2(lse - new_max);
     max = new_max;
@@ -30,7 +32,7 @@ struct RunningState {
 #pragma unroll
     for (int i = 0; i < kVecSize; ++i) out[i] *= rcp_sum;
   }
-  __device__ __forceinline__ float lse() const { return sum > 0.f ? max + fast_log2(sum) : -__builtin_huge_valf(); }
+  __device__ __forceinline__ float lse() const { return sum > 0.f ? max + fast_log2(sum) : kMinusInfinity; }
 };
 
 // Config: T, kHeadDim, kVecSize, kNumThreads (a multiple of kHeadDim / kVecSize), and kPair: merge v with v_other, else

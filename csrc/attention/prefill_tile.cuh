@@ -1,0 +1,395 @@
+// The phases of a prefill tile: what one CTA, or one warp of it, does to bring in a tile of rows and to attend to it.
+//
+// Geometry. A CTA owns kBlockM query rows of one KV head; a row is (token, head in group), the head innermost, so that
+// the rows of a group share every KV tile whatever the query length. Warp w owns rows [w * kRowsPerWarp, +kRowsPerWarp)
+// as kFragsM fragments of 16. A KV tile is kBlockN rows. Scores, probabilities and output stay in registers in the mma
+// layout (device/mma.cuh): lane l holds rows l / 4 and l / 4 + 8 of a fragment.
+#pragma once
+
+#include "attention/kv_view.cuh"
+#include "attention/merge.cuh"
+#include "attention/prefill_params.h"
+#include "attention/variant.cuh"
+#include "device/cp_async.cuh"
+#include "device/fp8.cuh"
+#include "device/ldmatrix.cuh"
+#include "device/mma.cuh"
+#include "device/swizzle.cuh"
+
+namespace flashinfer {
+
+// threadIdx.x as the compiler has not seen it before: addresses made from it are computed where they are used. Made from
+// threadIdx.x itself they would be hoisted out of the loop over tiles, a dozen registers that the loop does not have.
+__device__ __forceinline__ int fresh_thread_idx() {
+  int thread_idx;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread_idx));
+  return thread_idx;
+}
+
+template <class Config>
+struct PrefillShape {
+  using T = typename Config::T;
+  using KvT = typename Config::KvT;
+  static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
+  static constexpr int kNumThreads = Config::kNumThreads, kNumWarps = kNumThreads / 32;
+  static constexpr int kHeadDimQk = Config::kHeadDimQk, kHeadDimVo = Config::kHeadDimVo;
+  static constexpr bool kHasRope = Variant<Config>::kHasRope;
+  static constexpr bool kIsFp8V = sizeof(KvT) == 1;
+  static constexpr bool kIsFp8K = kIsFp8V && !kHasRope;  // rotated keys are kept in T
+
+  static constexpr int kRowsPerWarp = kBlockM / kNumWarps;
+  static constexpr int kFragsM = kRowsPerWarp / 16;
+  static constexpr int kFragsN = kBlockN / 8;
+  static constexpr int kFragsD = kHeadDimVo / 8;
+  static_assert(kRowsPerWarp % 16 == 0 && kBlockN % 32 == 0 && kHeadDimQk % 32 == 0 && kHeadDimVo % 32 == 0);
+  static_assert(kHeadDimVo <= kHeadDimQk, "the output is staged where the queries were");
+
+  using QRows = SwizzledRows<kHeadDimQk * 2>;
+  using OutRows = SwizzledRows<kHeadDimVo * 2>;
+  using KRows = SwizzledRows<kHeadDimQk * int(sizeof(KvT))>;
+  using KMmaRows = SwizzledRows<kHeadDimQk * (kIsFp8K ? 1 : 2)>;  // as the tensor cores' loads find them
+  using VRows = SwizzledRows<kHeadDimVo * int(sizeof(KvT))>;
+};
+
+// One unit of work: an item for one KV head. It stays in shared memory, where it costs no registers.
+struct PrefillWork {
+  PrefillItem item;
+  int32_t kv_head_idx;
+  int32_t group_size;
+
+  // Rows of the query tile that exist.
+  __device__ __forceinline__ int32_t num_rows(int32_t block_m) const {
+    const int32_t num_left = item.qo_len * group_size - item.q_tile * block_m;
+    return num_left < block_m ? num_left : block_m;
+  }
+};
+
+// Where a row of the tile is among the request's tokens and the query heads.
+struct QueryRow {
+  int32_t token_idx;  // within the request
+  int32_t qo_head_idx;
+
+  template <class Shape>
+  __device__ __forceinline__ static QueryRow of(const PrefillWork& work, int row) {
+    const int32_t packed = work.item.q_tile * Shape::kBlockM + row;
+    const int32_t token_idx = packed / work.group_size;
+    return {token_idx, work.kv_head_idx * work.group_size + packed - token_idx * work.group_size};
+  }
+};
+
+// The KV tiles that one warp's rows see at all, [seen_begin, seen_end), and those they see whole, [whole_begin,
+// whole_end): the others among the seen need masking.
+template <class Config>
+struct WarpTiles {
+  using Shape = PrefillShape<Config>;
+  int32_t seen_begin, seen_end, whole_begin, whole_end;
+
+  __device__ __forceinline__ static WarpTiles of(const AttentionParams& params, const PrefillWork& work, int first_row) {
+    const int32_t last_row = min(first_row + Shape::kRowsPerWarp, work.num_rows(Shape::kBlockM)) - 1;
+    if (last_row < first_row) return {0, 0, 0, 0};
+    const int32_t kv_len = work.item.kv_len, offset = kv_len - work.item.qo_len;
+    const int32_t first_position = offset + QueryRow::of<Shape>(work, first_row).token_idx;
+    const int32_t last_position = offset + QueryRow::of<Shape>(work, last_row).token_idx;
+    WarpTiles tiles = {0, ceil_div(kv_len, Shape::kBlockN), 0, kv_len / Shape::kBlockN};
+    if constexpr (Config::kMask == kMaskCausal) {
+      tiles.seen_end = min(tiles.seen_end, ceil_div(max(last_position + 1, 0), Shape::kBlockN));
+      tiles.whole_end = min(tiles.whole_end, max(first_position + 1, 0) / Shape::kBlockN);
+    }
+    if constexpr (Config::kMask == kMaskCustom) tiles.whole_end = 0;
+    if constexpr (Config::kHasWindow) {
+      tiles.seen_begin = max(first_position - params.window_left, 0) / Shape::kBlockN;
+      tiles.whole_begin = ceil_div(max(last_position - params.window_left, 0), Shape::kBlockN);
+    }
+    return tiles;
+  }
+  __device__ __forceinline__ bool sees(int tile) const {
+    return tile < seen_end && (!Config::kHasWindow || tile >= seen_begin);
+  }
+  __device__ __forceinline__ bool sees_whole(int tile) const {
+    return tile < whole_end && (!Config::kHasWindow || tile >= whole_begin);
+  }
+};
+
+template <class Config>
+struct PrefillSmem {
+  using Shape = PrefillShape<Config>;
+  static constexpr bool kIsPaged = Config::kKvStorage == kKvPaged;
+
+  alignas(128) uint8_t q[Shape::kBlockM * Shape::kHeadDimQk * 2];  // later the warp's output rows
+  alignas(128) uint8_t k[Config::kNumStages][Shape::kBlockN * Shape::kHeadDimQk * sizeof(typename Config::KvT)];
+  alignas(128) uint8_t v[Config::kNumStages][Shape::kBlockN * Shape::kHeadDimVo * sizeof(typename Config::KvT)];
+  alignas(128) uint8_t k_rotated[Shape::kHasRope ? Shape::kBlockN * Shape::kHeadDimQk * 2 : 16];
+  int64_t row_offsets[2][2][kIsPaged ? Shape::kBlockN : 1];  // of tiles even and odd; of K and V
+  PrefillWork work;
+  WarpTiles<Config> warp_tiles[Shape::kNumWarps];
+  uint32_t next_unit;
+  uint32_t is_last_chunk;
+};
+
+// Copies rows of 16-byte chunks into a swizzled tile, all threads together. Consecutive threads take consecutive chunks
+// of a row, as many as divide it into equal parts. source(row) is the row's address, is_valid(row) whether it exists;
+// rows that do not are filled with zeros, because a probability of zero times an arbitrary bit pattern may be NaN.
+template <class Rows, int kNumRows, int kNumThreads, class Source, class IsValid>
+__device__ __forceinline__ void copy_rows_async(uint32_t tile_smem, const Source& source, const IsValid& is_valid) {
+  constexpr int kChunkBits = Rows::kNumChunks & -Rows::kNumChunks;
+  constexpr int kLanesPerRow = kChunkBits < 16 ? kChunkBits : 16;
+  constexpr int kRowsPerPass = kNumThreads / kLanesPerRow;
+  static_assert(kNumRows % kRowsPerPass == 0);
+  const int thread_idx = fresh_thread_idx(), chunk = thread_idx % kLanesPerRow;
+#pragma unroll
+  for (int first_row = 0; first_row < kNumRows; first_row += kRowsPerPass) {
+    const int row = first_row + thread_idx / kLanesPerRow;
+    const bool valid = is_valid(row);
+    const uint8_t* src_gmem = reinterpret_cast<const uint8_t*>(source(row));
+#pragma unroll
+    for (int c = 0; c < Rows::kNumChunks; c += kLanesPerRow) {
+      cp_async_16(tile_smem + Rows::offset(row, chunk + c), src_gmem + (chunk + c) * 16, valid);
+    }
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void load_q_async(const AttentionParams& params, const PrefillWork& work,
+                                             PrefillSmem<Config>& smem) {
+  using Shape = PrefillShape<Config>;
+  const typename Config::T* q_gmem = static_cast<const typename Config::T*>(params.q);
+  const int num_rows = work.num_rows(Shape::kBlockM);
+  copy_rows_async<typename Shape::QRows, Shape::kBlockM, Shape::kNumThreads>(
+      smem_address(smem.q),
+      [&](int row) {
+        const QueryRow query = QueryRow::of<Shape>(work, row < num_rows ? row : 0);
+        return q_gmem + (work.item.q_begin + query.token_idx) * params.q_token_stride +
+               query.qo_head_idx * params.q_head_stride;
+      },
+      [&](int row) { return row < num_rows; });
+}
+
+// The addresses of a KV tile. Pages are looked up one row a thread, a tile ahead of the copy, and passed through shared
+// memory; rows of single and ragged KV need no look-up.
+template <class Config>
+struct KvTileLoader {
+  using Shape = PrefillShape<Config>;
+  using View = KvView<Config::kKvStorage>;
+  using KvT = typename Config::KvT;
+  static constexpr bool kIsPaged = Config::kKvStorage == kKvPaged;
+
+  const AttentionParams& params;
+  const PrefillWork& work;
+  PrefillSmem<Config>& smem;
+
+  // The first half of the threads finds the rows of K, the second those of V (the strides may differ).
+  static_assert(!kIsPaged || Shape::kNumThreads >= 2 * Shape::kBlockN);
+
+  __device__ __forceinline__ int64_t look_up(int tile) const {
+    if constexpr (!kIsPaged) return 0;
+    const int row = threadIdx.x % Shape::kBlockN, kv_idx = tile * Shape::kBlockN + row;
+    if (tile < work.item.tile_begin || kv_idx >= work.item.kv_len) return 0;
+    const KvRow location = View{params.kv, work.item.kv_begin, work.item.kv_len}.locate(kv_idx);
+    return threadIdx.x < Shape::kBlockN ? View::k_offset(params.kv, location, work.kv_head_idx)
+                                        : View::v_offset(params.kv, location, work.kv_head_idx);
+  }
+
+  __device__ __forceinline__ void publish(int tile, int64_t offset) const {
+    if constexpr (kIsPaged) {
+      const int matrix = threadIdx.x / Shape::kBlockN;
+      if (matrix < 2) smem.row_offsets[tile & 1][matrix][threadIdx.x % Shape::kBlockN] = offset;
+    }
+  }
+
+  __device__ __forceinline__ void load_async(int tile, int stage) const {
+    const int first_row = tile * Shape::kBlockN;
+    const int num_rows = work.item.kv_len - first_row;
+    const auto is_valid = [&](int row) { return row < num_rows; };
+    const KvT* k_gmem = static_cast<const KvT*>(params.kv.k);
+    const KvT* v_gmem = static_cast<const KvT*>(params.kv.v);
+    const auto copy_k = [&](const auto& source) {
+      copy_rows_async<typename Shape::KRows, Shape::kBlockN, Shape::kNumThreads>(smem_address(smem.k[stage]), source,
+                                                                                 is_valid);
+    };
+    const auto copy_v = [&](const auto& source) {
+      copy_rows_async<typename Shape::VRows, Shape::kBlockN, Shape::kNumThreads>(smem_address(smem.v[stage]), source,
+                                                                                 is_valid);
+    };
+    if constexpr (kIsPaged) {
+      copy_k([&](int row) { return k_gmem + smem.row_offsets[tile & 1][0][row]; });
+      copy_v([&](int row) { return v_gmem + smem.row_offsets[tile & 1][1][row]; });
+    } else {
+      const KvRow first = {work.item.kv_begin + first_row, 0};
+      const KvT* k_tile_gmem = k_gmem + View::k_offset(params.kv, first, work.kv_head_idx);
+      const KvT* v_tile_gmem = v_gmem + View::v_offset(params.kv, first, work.kv_head_idx);
+      copy_k([&](int row) { return k_tile_gmem + row * params.kv.k_page_stride; });
+      copy_v([&](int row) { return v_tile_gmem + row * params.kv.v_page_stride; });
+    }
+  }
+};
+
+// Rotates rows [0, num_rows) of a tile for positions first_position + position_of(row), from storage type Src to T. A
+// worker takes one chunk of 8 elements of the first half of the row and its partners in the second.
+template <class Config, class Src, class SrcRows, class PositionOf>
+__device__ __forceinline__ void rotate_rows(const AttentionParams& params, const uint8_t* src_smem, uint8_t* dst_smem,
+                                            int num_rows, int worker, int num_workers, const PositionOf& position_of) {
+  using Shape = PrefillShape<Config>;
+  using T = typename Config::T;
+  constexpr int kHalf = Shape::kHeadDimQk / 2, kNumPieces = kHalf / 8;
+  const int piece = worker % kNumPieces;
+  if (worker >= num_workers / kNumPieces * kNumPieces) return;
+  float turns[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) turns[i] = rope_turns<Shape::kHeadDimQk>(params, piece * 8 + i);
+#pragma unroll 1
+  for (int row = worker / kNumPieces; row < num_rows; row += num_workers / kNumPieces) {
+    const int32_t position = position_of(row);
+    float x[8], y[8];
+    const auto read = [&](int column, float(&out)[8]) {
+      const int byte = column * int(sizeof(Src));
+      to_floats(Vec<Src, 8>::load(
+                    reinterpret_cast<const Src*>(src_smem + SrcRows::offset(row, byte / 16) + byte % 16)),
+                out);
+    };
+    read(piece * 8, x);
+    read(piece * 8 + kHalf, y);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float cos, sin;
+      rope_cos_sin(turns[i], position, cos, sin);
+      const float rotated = x[i] * cos - y[i] * sin;
+      y[i] = y[i] * cos + x[i] * sin;
+      x[i] = rotated;
+    }
+    cast_vec<T>(x).store(reinterpret_cast<T*>(dst_smem + Shape::QRows::offset(row, piece)));
+    cast_vec<T>(y).store(reinterpret_cast<T*>(dst_smem + Shape::QRows::offset(row, piece + kNumPieces)));
+  }
+}
+
+// Rotates the warp's query rows, and, for keys left in fp8, reorders each 16 columns as even ones, then odd ones: the
+// order in which unpack_fp8 hands out a key's elements (a dot product does not mind).
+template <class Config>
+__device__ __forceinline__ void prepare_q(const AttentionParams& params, const PrefillWork& work, uint8_t* q_smem,
+                                          int first_row) {
+  using Shape = PrefillShape<Config>;
+  const int lane_idx = threadIdx.x % 32;
+  if constexpr (Shape::kHasRope) {
+    uint8_t* rows_smem = q_smem + first_row * Shape::kHeadDimQk * 2;  // 16-row aligned: the swizzle does not change
+    rotate_rows<Config, typename Config::T, typename Shape::QRows>(
+        params, rows_smem, rows_smem, Shape::kRowsPerWarp, lane_idx, 32, [&](int row) {
+          return work.item.kv_len - work.item.qo_len + QueryRow::of<Shape>(work, first_row + row).token_idx;
+        });
+    __syncwarp();
+  }
+  if constexpr (Shape::kIsFp8K) {
+    constexpr int kGroupsPerRow = Shape::kHeadDimQk / 16;
+#pragma unroll 1
+    for (int i = lane_idx; i < Shape::kRowsPerWarp * kGroupsPerRow; i += 32) {
+      const int row = first_row + i / kGroupsPerRow, group = i % kGroupsPerRow;
+      uint4* low = reinterpret_cast<uint4*>(q_smem + Shape::QRows::offset(row, 2 * group));
+      uint4* high = reinterpret_cast<uint4*>(q_smem + Shape::QRows::offset(row, 2 * group + 1));
+      const uint4 a = *low, b = *high;
+      const auto even = [](uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x5410); };
+      const auto odd = [](uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x7632); };
+      *low = uint4{even(a.x, a.y), even(a.z, a.w), even(b.x, b.y), even(b.z, b.w)};
+      *high = uint4{odd(a.x, a.y), odd(a.z, a.w), odd(b.x, b.y), odd(b.z, b.w)};
+    }
+    __syncwarp();
+  }
+}
+
+// scores = Q Kᵀ of the warp's rows against one tile.
+template <class Config, class Shape = PrefillShape<Config>>
+__device__ __forceinline__ void compute_scores(float (&scores)[Shape::kFragsM][Shape::kFragsN][4], uint32_t q_smem,
+                                               uint32_t k_smem) {
+  using T = typename Config::T;
+  const int lane_idx = fresh_thread_idx() % 32;
+#pragma unroll
+  for (int m = 0; m < Shape::kFragsM; ++m) {
+#pragma unroll
+    for (int n = 0; n < Shape::kFragsN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[m][n][i] = 0.f;
+    }
+  }
+#pragma unroll
+  for (int step = 0; step < Shape::kHeadDimQk / 16; ++step) {
+    uint32_t q[Shape::kFragsM][4];
+#pragma unroll
+    for (int m = 0; m < Shape::kFragsM; ++m) {
+      ldmatrix_x4(q[m], q_smem + Shape::QRows::offset(m * 16 + lane_idx % 16, step * 2 + lane_idx / 16));
+    }
+    if constexpr (Shape::kIsFp8K) {
+#pragma unroll
+      for (int n = 0; n < Shape::kFragsN; n += 4) {
+        uint32_t k[4];
+        ldmatrix_x4(k, k_smem + Shape::KMmaRows::offset(n * 8 + lane_idx, step));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const Pair16<T> pair = unpack_fp8<T, typename Config::KvT>(k[i]);
+#pragma unroll
+          for (int m = 0; m < Shape::kFragsM; ++m) mma_m16n8k16<T>(scores[m][n + i], q[m], pair.even, pair.odd);
+        }
+      }
+    } else {
+      const int row = lane_idx % 8 + lane_idx / 16 * 8, chunk = step * 2 + lane_idx / 8 % 2;
+#pragma unroll
+      for (int n = 0; n < Shape::kFragsN; n += 2) {
+        uint32_t k[4];
+        ldmatrix_x4(k, k_smem + Shape::KMmaRows::offset(n * 8 + row, chunk));
+#pragma unroll
+        for (int m = 0; m < Shape::kFragsM; ++m) {
+          mma_m16n8k16<T>(scores[m][n], q[m], k[0], k[1]);
+          mma_m16n8k16<T>(scores[m][n + 1], q[m], k[2], k[3]);
+        }
+      }
+    }
+  }
+}
+
+// out += P V, P packed from probabilities of 16 keys (step) at a time.
+template <class Config, class Shape = PrefillShape<Config>>
+__device__ __forceinline__ void accumulate_output(float (&out)[Shape::kFragsM][Shape::kFragsD][4],
+                                                  const uint32_t (&p)[Shape::kFragsM][4], uint32_t v_smem, int step,
+                                                  int lane_idx) {
+  using T = typename Config::T;
+  const int row = step * 16 + lane_idx % 16;
+  if constexpr (Shape::kIsFp8V) {
+    // Transposed 16-bit units hold two neighbouring columns of V, so that an mma's 8 columns are every other one of 16.
+#pragma unroll
+    for (int d = 0; d < Shape::kFragsD; d += 4) {
+      uint32_t v[4];
+      ldmatrix_x4_trans(v, v_smem + Shape::VRows::offset(row, d / 2 + lane_idx / 16));
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const Pair16<T> low = unpack_fp8<T, typename Config::KvT>(v[i]);
+        const Pair16<T> high = unpack_fp8<T, typename Config::KvT>(v[i + 1]);
+#pragma unroll
+        for (int m = 0; m < Shape::kFragsM; ++m) {
+          mma_m16n8k16<T>(out[m][d + i], p[m], low.even, high.even);
+          mma_m16n8k16<T>(out[m][d + i + 1], p[m], low.odd, high.odd);
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int d = 0; d < Shape::kFragsD; d += 2) {
+      uint32_t v[4];
+      ldmatrix_x4_trans(v, v_smem + Shape::VRows::offset(row, d + lane_idx / 16));
+#pragma unroll
+      for (int m = 0; m < Shape::kFragsM; ++m) {
+        mma_m16n8k16<T>(out[m][d], p[m], v[0], v[1]);
+        mma_m16n8k16<T>(out[m][d + 1], p[m], v[2], v[3]);
+      }
+    }
+  }
+}
+
+// The two pairs of neighbouring output columns that a lane holds of 16: pair i is at column(i), value(...)[0..1].
+template <class Shape>
+struct OutputPair {
+  int frag_idx[2], element[2];  // fragment and element of the pair's first and second column
+  int column;
+
+  __device__ __forceinline__ static constexpr OutputPair of(int sixteen, int pair, int quad_lane) {
+    if (Shape::kIsFp8V) return {{2 * sixteen, 2 * sixteen + 1}, {pair, pair}, 16 * sixteen + 4 * quad_lane + 2 * pair};
+    return {{2 * sixteen + pair, 2 * sixteen + pair}, {0, 1}, 16 * sixteen + 8 * pair + 2 * quad_lane};
+  }
+};
+
+}  // namespace flashinfer
