@@ -49,11 +49,14 @@ def _choice(*allowed: str) -> Callable[[str], str]:
 
 
 def _paths(text: str) -> tuple[Path, ...]:
-    return tuple(Path(part).expanduser() for part in text.split(os.pathsep) if part)
+    return tuple(_path(part) for part in text.split(os.pathsep) if part)
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser().absolute()  # absolute: the process may change its directory later
+    except RuntimeError:
+        raise ValueError("there is no home directory to stand for ~; give the whole path") from None
 
 
 CACHE_DIR: Setting[Path | None] = Setting(

@@ -21,6 +21,8 @@ def logger() -> logging.Logger:
     if not log.hasHandlers():
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("[flashinfer] %(levelname)s %(message)s"))
+        # An application that configures logging after our first message takes over; without this it would see twins.
+        handler.addFilter(lambda record: not logging.getLogger().handlers)
         log.addHandler(handler)
     return log
 

@@ -9,6 +9,7 @@ A launch packs the values into a preallocated block and makes one driver call.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -19,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from flashinfer.errors import FlashInferError
+from flashinfer import env
+from flashinfer.errors import DriverError, FlashInferError
 from flashinfer.jit import driver
 from flashinfer.jit import spec as specs
 from flashinfer.jit.source import Source
@@ -93,7 +95,13 @@ class CudaKernel:
         return launcher
 
     def _load(self, device_index: int) -> ctypes.c_void_p:
-        _, function = driver.load_function(device_index, self._machine_code, self.spec.family)
+        try:
+            _, function = driver.load_function(device_index, self._machine_code, self.spec.family)
+        except DriverError as error:
+            raise FlashInferError(
+                f"{self.spec.name} for {self.spec.target} does not load on cuda:{device_index}: {error}; if it is "
+                f"precompiled, {env.DISABLE_AOT.name}=1 compiles it on this machine instead"
+            ) from error
         if self.config.launch.smem_bytes > 48 * 1024:
             smem_bytes = self.config.launch.smem_bytes
             driver.call("cuFuncSetAttribute", function, driver.FUNC_MAX_DYNAMIC_SMEM, smem_bytes)
@@ -184,7 +192,7 @@ _pack_launch = struct.Struct("7I4xP").pack_into  # grid, block, smem_bytes, stre
 class CpuKernel:
     def __init__(self, source: Source, library_path: Path) -> None:
         self.spec, self.config = source.spec, source.config
-        _share_openmp()
+        share_openmp()
         function = getattr(ctypes.CDLL(str(library_path)), source.entry)
         function.argtypes = [ctypes.c_char_p]
         function.restype = None
@@ -210,15 +218,16 @@ class CpuLauncher:
 
 
 @functools.cache
-def _share_openmp() -> None:
-    """Make the OpenMP runtime visible to CPU kernels, which leave its symbols open so as to share torch's threads."""
+def share_openmp() -> str:
+    """Make the OpenMP runtime visible to CPU kernels, which leave its symbols open so as to share torch's threads.
+    Returns its file."""
     import torch
 
     bundled = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
     for candidate in [*map(str, bundled), "libgomp.so.1", "libomp.so"]:
         try:
             ctypes.CDLL(candidate, mode=ctypes.RTLD_GLOBAL)
-            return
+            return candidate
         except OSError:
             continue
     raise FlashInferError("no OpenMP runtime was found beside torch or in the system; install libgomp1")
@@ -233,7 +242,9 @@ def load(source: Source, machine_code: bytes, path: Path | None) -> Kernel:
     if source.kind == "cuda":
         return CudaKernel(source, machine_code)
     if path is not None:
-        return CpuKernel(source, path)
+        # The file can be gone (a cache being cleared) or its file system forbid execution: then as if it had none.
+        with contextlib.suppress(OSError):
+            return CpuKernel(source, path)
     descriptor, name = tempfile.mkstemp(prefix="flashinfer-", suffix=".so")
     try:
         with os.fdopen(descriptor, "wb") as file:

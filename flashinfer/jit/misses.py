@@ -12,9 +12,10 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,21 @@ class MissLog:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._writable = True
+        self._lock = threading.Lock()
+        self._recorded: set[tuple[int, KernelSpec, str]] = set()
 
     def record(self, spec: KernelSpec, reason: str, resolved_by: str, seconds: float, num_bytes: int) -> None:
-        if not self._writable:
-            return
+        with self._lock:
+            key = (os.getpid(), spec, resolved_by)  # a request that fails may be repeated at every step of a server
+            if self._writable and key not in self._recorded:
+                self._recorded.add(key)
+                self._append(spec, reason, resolved_by, seconds, num_bytes)
+
+    def after_fork(self) -> None:
+        """Forget a lock that a thread of the parent process may have held."""
+        self._lock = threading.Lock()
+
+    def _append(self, spec: KernelSpec, reason: str, resolved_by: str, seconds: float, num_bytes: int) -> None:
         process = _process_name(os.getpid())
         miss = Miss(
             spec.to_dict(),
@@ -77,7 +89,7 @@ def _process_name(pid: int) -> str:
 
 
 def _caller() -> str:
-    package = str(Path(__file__).parent.parent)
+    package = str(Path(__file__).parent.parent) + os.sep
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
         frame = frame.f_back
@@ -108,10 +120,24 @@ def read(paths: Iterable[Path]) -> tuple[list[Miss], int]:
         for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
             for line in file.read_text(errors="replace").splitlines():
                 try:
-                    misses.append(Miss(**json.loads(line)))
-                except (ValueError, TypeError):
+                    misses.append(_parse(line))
+                except (ValueError, TypeError, KeyError):
                     broken += 1
     return misses, broken
+
+
+def _parse(line: str) -> Miss:
+    """A record of this version, or of a later one with more fields."""
+    data = json.loads(line)
+    miss = Miss(**{entry.name: data[entry.name] for entry in fields(Miss)})
+    if not all(isinstance(getattr(miss, entry.name), _TYPES[str(entry.type)]) for entry in fields(Miss)):
+        raise TypeError("a field has another type")
+    if not isinstance(miss.spec["args"], dict) or not {"family", "target"} <= miss.spec.keys():
+        raise TypeError("not a kernel")
+    return miss
+
+
+_TYPES: dict[str, Any] = {"dict[str, Any]": dict, "str": str, "int": int, "float": (int, float)}
 
 
 def aggregate(misses: Iterable[Miss]) -> list[Hole]:

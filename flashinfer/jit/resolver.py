@@ -7,9 +7,11 @@ Whatever AOT did not answer is logged and recorded (misses.py).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -32,11 +34,19 @@ _LOCK_TIMEOUT_SECONDS = 60.0
 
 
 class Resolver:
-    def __init__(self, aot: AotStore, cache_dir: Path, find_toolchain: Callable[[str], Toolchain] = toolchain) -> None:
+    def __init__(
+        self,
+        aot: AotStore,
+        cache_dir: Path,
+        find_toolchain: Callable[[str], Toolchain] = toolchain,
+        *,
+        record_misses: bool = True,
+    ) -> None:
         self.aot = aot
         self.cache_dir = cache_dir
         self.jit = JitCache(cache_dir / "jit")
         self.misses = misses.MissLog(cache_dir / "misses")
+        self._record_misses = record_misses
         self._find_toolchain = find_toolchain
         self._table: dict[KernelSpec, Kernel] = {}
         self._locks: dict[KernelSpec, threading.Lock] = {}
@@ -61,6 +71,11 @@ class Resolver:
         """What each store would answer, in order. Compiles and records nothing."""
         source = render(spec)
         return [("aot", self.aot.find(spec)), ("jit-cache", self.jit.find(source, self._compiler(source.kind)))]
+
+    def after_fork(self) -> None:
+        """Forget locks that threads of the parent process, which do not exist in this one, may have held."""
+        self._locks = {}
+        self.misses.after_fork()
 
     # ---------------------------------------------------------------------------------------------------- once per spec
 
@@ -89,7 +104,7 @@ class Resolver:
             resolved_by, num_bytes = hit.store, len(hit.machine_code)
             return kernel
         finally:
-            if env.RECORD_MISSES.get():
+            if self._record_misses and env.RECORD_MISSES.get():
                 self.misses.record(spec, reason, resolved_by, time.perf_counter() - started, num_bytes)
 
     def _find_or_compile(self, spec: KernelSpec, reason: str) -> Hit:
@@ -100,7 +115,7 @@ class Resolver:
             log.logger().info("%s %s: from the JIT cache; AOT: %s", spec.name, spec.target, reason)
             return cached
         self._require_jit(spec, reason, cached.reason)
-        with self._compile_lock(source):
+        with self._compile_lock(spec, source):
             cached = self.jit.find(source, compiler)  # another process may have been faster
             return cached if isinstance(cached, Hit) else self._compile(source, reason)
 
@@ -122,12 +137,20 @@ class Resolver:
         row = misses.to_toml([spec.to_dict()])
         raise KernelMissing(
             f"{spec.name} for {spec.target} is not available: AOT: {aot_reason}; JIT cache: {cache_reason}; {why}.\n"
-            f"To have it precompiled, put this into a config for scripts/build_aot.py or `flashinfer warmup`:\n{row}"
+            f"To have it beforehand, put these lines into a file for `flashinfer warmup --config FILE` (this machine) "
+            f"or `scripts/build_aot.py --config FILE` (an AOT set):\n{row}"
         )
 
     def _compile(self, source: Source, reason: str) -> Hit:
         spec = source.spec
         compiler = self._find_toolchain(source.kind)
+        try:
+            identity = compiler.identity
+        except ToolchainMissing as error:
+            raise ToolchainMissing(
+                f"{spec.name} for {spec.target} has to be compiled (AOT: {reason}), but {error}; or install "
+                "precompiled kernels that hold it: pip install 'flashinfer[aot]'"
+            ) from error
         say = log.logger().info
         say("compiling %s for %s%s; AOT: %s", spec.name, spec.target, self._progress, reason)
         started = time.perf_counter()
@@ -137,16 +160,17 @@ class Resolver:
             except CompileError as error:
                 raise self._with_log_path(error, source) from None
         seconds = time.perf_counter() - started
-        path = self._publish(source, compiler, compiled)
+        path = self._publish(source, identity, compiler.suffix, compiled)
         say("compiled %s for %s in %.2f s, %d bytes", spec.name, spec.target, seconds, len(compiled.machine_code))
         return Hit(source, compiled.machine_code, path, "jit-compile")
 
-    def _publish(self, source: Source, compiler: Toolchain, compiled: Compiled) -> Path | None:
+    def _publish(self, source: Source, compiler: str, suffix: str, compiled: Compiled) -> Path | None:
         try:
-            return self.jit.publish(source, compiler.identity, compiler.suffix, compiled.machine_code, compiled.log)
+            return self.jit.publish(source, compiler, suffix, compiled.machine_code, compiled.log)
         except OSError as error:
             log.warn_once(
-                f"the JIT cache {self.jit.root} cannot be written ({error.strerror}); kernels live in this process only"
+                f"the JIT cache {self.jit.root} cannot be written ({error.strerror}); compiled kernels live in this "
+                f"process only. Free space (`flashinfer cache gc --max-size 1G`) or set {env.CACHE_DIR.name}"
             )
             return None
 
@@ -162,24 +186,24 @@ class Resolver:
         return CompileError("\n".join([*report, f"source and log: {folder}", first_error]))
 
     @contextlib.contextmanager
-    def _compile_lock(self, source: Source) -> Iterator[None]:
+    def _compile_lock(self, spec: KernelSpec, source: Source) -> Iterator[None]:
         """Keep other processes from compiling the same kernel meanwhile. Only saves work: failing to lock is no
         error."""
         import filelock
 
         path = self.jit.root / f".{source.digest[:32]}.lock"
-        lock = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(str(path), timeout=_LOCK_TIMEOUT_SECONDS)
-            lock.acquire()
-        except (OSError, filelock.Timeout):
-            lock = None
-        try:
+        with contextlib.ExitStack() as held:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lock = filelock.FileLock(str(path))
+                try:
+                    held.enter_context(lock.acquire(timeout=0))
+                except filelock.Timeout:
+                    log.logger().info("waiting for another process to compile %s for %s", spec.name, spec.target)
+                    held.enter_context(lock.acquire(timeout=_LOCK_TIMEOUT_SECONDS))
+            except (OSError, NotImplementedError):  # Timeout is an OSError; some file systems have no locks
+                pass
             yield
-        finally:
-            if lock is not None:
-                lock.release()
 
 
 def _load_hit(hit: Hit) -> Kernel:
@@ -211,34 +235,78 @@ def _heartbeat(name: str, started: float) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------- the process's own
 
 
-def cache_dir() -> Path:
-    """The cache directory: FLASHINFER_CACHE_DIR, else the user's; a private temporary one when that cannot be
-    written."""
+def preferred_cache_dir() -> Path | None:
+    """FLASHINFER_CACHE_DIR, else the user's cache directory; None when the user has no home. Touches nothing."""
     chosen = env.CACHE_DIR.get()
     if chosen is None:
-        import platformdirs
-
         try:
+            import platformdirs
+
             chosen = Path(platformdirs.user_cache_dir("flashinfer", appauthor=False))
-        except (RuntimeError, KeyError):  # no HOME and no entry in the password database
-            return _temporary_cache_dir("no home directory")
+        except (ImportError, RuntimeError, KeyError):  # a bare source tree; no home directory
+            return None
+    return chosen if chosen.is_absolute() else None  # "~/.cache" stays as it is for a user unknown to the system
+
+
+def cache_dir() -> Path:
+    """The preferred cache directory, created; a private temporary one when it cannot be written. Never fails: where
+    nothing at all can be written, kernels that need no compiling must still load."""
+    chosen = preferred_cache_dir()
+    if chosen is None:
+        return _temporary_cache_dir("the user's cache directory is unknown (no home directory)")
     try:
         chosen.mkdir(parents=True, exist_ok=True)
         if not os.access(chosen, os.W_OK | os.X_OK):
-            return _temporary_cache_dir(f"{chosen} is not writable")
+            return _temporary_cache_dir(f"the cache directory {chosen} is not writable")
     except OSError as error:
-        return _temporary_cache_dir(f"{chosen}: {error.strerror}")
+        return _temporary_cache_dir(f"the cache directory {chosen} cannot be made: {error.strerror}")
     return chosen
 
 
 @functools.cache
 def _temporary_cache_dir(why: str) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="flashinfer-cache-"))
-    log.logger().warning("%s; kernels are cached in %s for this process only. Set %s", why, folder, env.CACHE_DIR.name)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="flashinfer-cache-"))
+    except OSError:
+        return Path(os.devnull, "flashinfer-cache")  # every write below a file fails, with a warning of its own
+    atexit.register(_discard, folder, os.getpid())
+    log.logger().warning(
+        "%s; kernels compiled now are kept in %s for this process only. Next step: set %s to a writable folder",
+        why,
+        folder,
+        env.CACHE_DIR.name,
+    )
     return folder
 
 
-@functools.cache
+def _discard(folder: Path, owner: int) -> None:
+    """Remove a temporary cache, all but its miss records, when its process ends."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder / "jit", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+_resolver: Resolver | None = None
+_resolver_lock = threading.Lock()
+
+
 def resolver() -> Resolver:
     """The process's resolver, made on first use from the environment."""
-    return Resolver(AotStore(), cache_dir())
+    global _resolver
+    if _resolver is None:
+        with _resolver_lock:
+            if _resolver is None:
+                _resolver = make_resolver()
+    return _resolver
+
+
+def make_resolver(*, record_misses: bool = True) -> Resolver:
+    """A resolver from the environment."""
+    usable, preferred = cache_dir(), preferred_cache_dir()
+    made = Resolver(AotStore(), usable, record_misses=record_misses)
+    if preferred is not None and preferred != usable:
+        made.jit.also_read = (preferred / "jit",)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=made.after_fork)
+    return made

@@ -105,7 +105,15 @@ class Family:
                 raise UnsupportedConfig(
                     f"{self.name}: {axis}={args[axis]!r} is not supported; allowed: {_allowed(legal)}"
                 )
-        return KernelSpec(self.name, tuple((axis, args[axis]) for axis in self.axes), target)
+        values = tuple((axis, _canonical(args[axis], legal)) for axis, legal in self.axes.items())
+        return KernelSpec(self.name, values, target)
+
+
+def _canonical(value: ArgValue, legal: Container[Any]) -> Any:
+    """The legal value that equals this one: 1 and True, or 64 and 64.0, would render to different sources."""
+    if isinstance(legal, tuple):
+        return legal[legal.index(value)]
+    return int(value) if isinstance(legal, range) else value
 
 
 def _allowed(legal: Container[Any]) -> str:

@@ -12,6 +12,8 @@ import json
 import os
 import shutil
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +29,7 @@ from flashinfer.jit.spec import KernelSpec
 from flashinfer.version import __version__
 
 REGISTRY_FORMAT = 1
+PARTIAL = ".partial-"  # begins the name of a folder of the JIT cache that is not complete
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,9 @@ class Registry:
         """Raises OSError or ValueError when there is no readable registry."""
         self.root = root
         data = json.loads((root / "registry.json").read_text())
-        if data.get("format") != REGISTRY_FORMAT:
-            raise ValueError(f"registry format {data.get('format')!r}; expected {REGISTRY_FORMAT}")
+        number = data.get("format") if isinstance(data, dict) else None
+        if number != REGISTRY_FORMAT:
+            raise ValueError(f"registry format {number!r}; expected {REGISTRY_FORMAT}")
         self.version: str = data["version"]
         self.entries = [Entry(**entry) for entry in data["kernels"]]
         self._index = {(entry.name, entry.target): entry for entry in self.entries}
@@ -137,7 +141,7 @@ def _driver_too_old(needed: str) -> str | None:
     try:
         found = driver.version()
     except (OSError, DriverError):
-        return "no CUDA driver"
+        return None  # no GPU here: the kernel is for another machine (a dry run), which has its own driver
     if found[0] >= int(needed.split(".")[0]):
         return None
     return f"needs driver ≥ {needed}, found {found[0]}.{found[1]}"
@@ -199,33 +203,34 @@ class JitCache:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.also_read: tuple[Path, ...] = ()  # caches that cannot be written, such as one baked into an image
 
     def folder(self, source: Source, compiler: str) -> Path:
         return self.root / f"{source.digest[:32]}-{compiler}"
 
     def find(self, source: Source, compiler: str | None) -> Answer:
         """Look a source up. Without a compiler at hand (None), any compiler's machine code for it will do."""
-        if compiler is not None:
-            return self._read(source, self.folder(source, compiler))
         answer: Answer = Rejected("not in JIT cache")
-        for folder in sorted(self.root.glob(f"{source.digest[:32]}-*")):
-            answer = self._read(source, folder)
-            if isinstance(answer, Hit):
-                break
+        name = f"{source.digest[:32]}-"
+        for root in (self.root, *self.also_read):
+            for folder in sorted(root.glob(f"{name}*")) if compiler is None else [root / f"{name}{compiler}"]:
+                answer = self._read(source, folder)
+                if isinstance(answer, Hit):
+                    return answer
         return answer
 
     def _read(self, source: Source, folder: Path) -> Answer:
         try:
             meta = json.loads((folder / "spec.json").read_text())
-            path = folder / meta["file"]
+            digest, sha256, path = meta["digest"], meta["sha256"], folder / meta["file"]
             machine_code = path.read_bytes()
         except FileNotFoundError:
             return Rejected("not in JIT cache")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             return Rejected(f"{folder} is unreadable: {error}")
-        if meta["digest"] != source.digest:
+        if digest != source.digest:
             return Rejected(f"digest differs in {folder}")
-        if hashlib.sha256(machine_code).hexdigest() != meta["sha256"]:
+        if hashlib.sha256(machine_code).hexdigest() != sha256:
             return Rejected(f"sha256 mismatch in {folder}")
         with contextlib.suppress(OSError):
             os.utime(folder)  # what `gc` calls recently used
@@ -239,7 +244,7 @@ class JitCache:
         """
         self.root.mkdir(parents=True, exist_ok=True)
         folder = self.folder(source, compiler)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.root))
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=self.root))
         try:
             file = f"kernel{suffix}"
             meta = {
@@ -259,7 +264,7 @@ class JitCache:
                 partial.rename(folder)
             except OSError:
                 if isinstance(self._read(source, folder), Rejected):  # damaged: take its place
-                    shutil.rmtree(folder, ignore_errors=True)
+                    self.remove(folder)
                     partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -268,7 +273,31 @@ class JitCache:
     def folders(self) -> Iterator[Path]:
         """Complete kernels, least recently used first."""
         complete = [path.parent for path in self.root.glob("*/spec.json") if not path.parent.name.startswith(".")]
-        yield from sorted(complete, key=lambda folder: folder.stat().st_mtime)
+        yield from sorted(complete, key=_last_used)
+
+    def remove(self, folder: Path) -> None:
+        """Take a kernel out, under a private name first: a process looking it up finds all of it or nothing."""
+        doomed = self.root / f"{PARTIAL}{folder.name}-{os.getpid()}-{threading.get_ident()}"
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            folder.rename(doomed)
+            if doomed.is_dir():
+                shutil.rmtree(doomed, ignore_errors=True)
+            else:
+                doomed.unlink()
+
+    def leftovers(self, older_than: float) -> Iterator[Path]:
+        """What killed processes left behind: unfinished folders untouched for so many seconds, and lock files."""
+        for path in self.root.glob(f"{PARTIAL}*"):
+            if time.time() - _last_used(path) > older_than:
+                yield path
+        yield from self.root.glob(".*.lock")
+
+
+def _last_used(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # removed by another process meanwhile
+        return 0.0
 
 
 def _write_durably(path: Path, content: bytes) -> None:

@@ -88,8 +88,9 @@ class Nvrtc:
 
 
 class _NvrtcLibrary:
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, found_via: str) -> None:
         self._lib = ctypes.CDLL(path)
+        self.found_via = found_via  # "site-packages", "conda", "CUDA_PATH", …
         self._lib.nvrtcGetErrorString.restype = ctypes.c_char_p
         major, minor = ctypes.c_int(), ctypes.c_int()
         self._check("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
@@ -127,21 +128,24 @@ class _NvrtcLibrary:
 
 @functools.cache
 def _nvrtc() -> _NvrtcLibrary:
-    from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
-
     try:
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
         found = load_nvidia_dynamic_lib("nvrtc")
-    except (DynamicLibNotFoundError, RuntimeError, OSError) as error:
+    except (ImportError, RuntimeError, OSError) as error:  # pathfinder's own errors are RuntimeErrors
         raise ToolchainMissing(f"NVRTC, the compiler of CUDA kernels, was not found; {CUDA_HELP}") from error
-    return _NvrtcLibrary(found.abs_path)
+    return _NvrtcLibrary(found.abs_path, found.found_via)
 
 
 @functools.cache
 def cuda_include() -> Path:
     """The folder of cuda_fp16.h and its siblings. Raises ToolchainMissing."""
-    from cuda.pathfinder import locate_nvidia_header_directory
+    try:
+        from cuda.pathfinder import locate_nvidia_header_directory
 
-    found = locate_nvidia_header_directory("cudart")
+        found = locate_nvidia_header_directory("cudart")
+    except (ImportError, RuntimeError, OSError):
+        found = None
     if found is None or not (Path(found.abs_path) / "cuda_fp16.h").is_file():
         raise ToolchainMissing(f"the CUDA headers (cuda_fp16.h) were not found; {CUDA_HELP}")
     return Path(found.abs_path)
@@ -196,29 +200,33 @@ class HostCxx:
         for name in names:
             found = shutil.which(name)
             if found:
-                return found
+                return os.path.abspath(found)  # compilers run in a folder of their own
         raise ToolchainMissing(f"no C++ compiler was found (looked for {', '.join(names)}); {HOST_HELP}")
 
 
 @functools.cache
 def _version_of(executable: str, pattern: str, name: str) -> str:
-    text = subprocess.run([executable, "--version"], capture_output=True, text=True, check=False).stdout
+    try:
+        text = subprocess.run([executable, "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError as error:
+        raise ToolchainMissing(f"{executable} cannot be run: {error.strerror}") from error
     match = re.search(pattern, text)
     return f"{name}-{match[1] if match else 'unknown'}"
 
 
 def _run(source: Source, command: list[str], extension: str, suffix: str, libraries: Sequence[str] = ()) -> Compiled:
-    with tempfile.TemporaryDirectory(prefix="flashinfer-") as folder:
-        text, output = Path(folder, source.entry + extension), Path(folder, source.entry + suffix)
-        text.write_text(source.text)
-        done = subprocess.run(
-            [*command, str(text), "-o", str(output), *libraries],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=folder,
-        )
-        log = done.stdout + done.stderr
-        if done.returncode != 0:
-            raise _compile_error(source, log)
-        return Compiled(output.read_bytes(), log)
+    try:
+        with tempfile.TemporaryDirectory(prefix="flashinfer-") as folder:
+            text, output = Path(folder, source.entry + extension), Path(folder, source.entry + suffix)
+            text.write_text(source.text)
+            command = [*command, str(text), "-o", str(output), *libraries]
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, cwd=folder)
+            log = done.stdout + done.stderr
+            if done.returncode != 0:
+                raise _compile_error(source, log or f"{command[0]}: error: exit status {done.returncode}, no message")
+            return Compiled(output.read_bytes(), log)
+    except OSError as error:
+        raise CompileError(
+            f"{source.spec.name} ({source.spec.target}) was not compiled; a compile needs room in the folder for "
+            f"temporary files (TMPDIR) and {command[0]}\n{error}"
+        ) from error
