@@ -11,6 +11,7 @@
 
 namespace flashinfer {
 
+// Grid: ceil(num_rows / rows per block).
 template <class Config>
 __device__ __forceinline__ void layernorm(const NormParams& params) {
   using T = typename Config::T;
@@ -18,33 +19,33 @@ __device__ __forceinline__ void layernorm(const NormParams& params) {
   using Fragment = RowFragment<T, Config>;
   __shared__ typename RowSum<Config>::Smem smem;
   RowSum<Config> row_sum{smem};
+  const auto [row, thread_idx] = row_of_thread<Config>();
+  const bool is_valid = row < params.num_rows;
 
   wait_for_previous_kernel();
   allow_next_kernel();
-  for (RowLoop<Config> loop(params.num_rows); loop.running(); loop.advance()) {
-    Fragment x{};
-    if (loop.is_valid()) x.load(input_row<T>(params, loop.row), loop.thread_idx);
+  Fragment x{};
+  if (is_valid) x.load(input_row<T>(params, row), thread_idx);
 
-    float sum = 0.f;
-    Fragment::for_each(loop.thread_idx, [&](int i, int j) { sum += to_float(x.vecs[i][j]); });
-    const float mean = row_sum(sum) / Config::kHiddenSize;
+  float sum = 0.f;
+  Fragment::for_each(thread_idx, [&](int i, int j) { sum += to_float(x.vecs[i][j]); });
+  const float mean = row_sum(sum) / Config::kHiddenSize;
 
-    float sum_of_squares = 0.f;
-    Fragment::for_each(loop.thread_idx, [&](int i, int j) {
-      const float centered = to_float(x.vecs[i][j]) - mean;
-      sum_of_squares += centered * centered;
-    });
-    const float scale = rsqrtf(row_sum(sum_of_squares) / Config::kHiddenSize + params.eps);
+  float sum_of_squares = 0.f;
+  Fragment::for_each(thread_idx, [&](int i, int j) {
+    const float centered = to_float(x.vecs[i][j]) - mean;
+    sum_of_squares += centered * centered;
+  });
+  const float scale = rsqrtf(row_sum(sum_of_squares) / Config::kHiddenSize + params.eps);
 
-    // Weight and bias are usually wider than the row (fp32); read through the cache element by element.
-    Fragment::for_each(loop.thread_idx, [&](int i, int j) {
-      const int column = (loop.thread_idx + i * Config::kThreadsPerRow) * Config::kVecSize + j;
-      const float w = to_float(static_cast<const TWeight*>(params.weight)[column]);
-      const float b = to_float(static_cast<const TWeight*>(params.bias)[column]);
-      x.vecs[i][j] = from_float<T>((to_float(x.vecs[i][j]) - mean) * scale * w + b);
-    });
-    if (loop.is_valid()) x.store(output_row<T>(params, loop.row), loop.thread_idx);
-  }
+  // Weight and bias are usually wider than the row (fp32); read through the cache element by element.
+  Fragment::for_each(thread_idx, [&](int i, int j) {
+    const int column = (thread_idx + i * Config::kThreadsPerRow) * Config::kVecSize + j;
+    const float w = to_float(static_cast<const TWeight*>(params.weight)[column]);
+    const float b = to_float(static_cast<const TWeight*>(params.bias)[column]);
+    x.vecs[i][j] = from_float<T>((to_float(x.vecs[i][j]) - mean) * scale * w + b);
+  });
+  if (is_valid) x.store(output_row<T>(params, row), thread_idx);
 }
 
 }  // namespace flashinfer

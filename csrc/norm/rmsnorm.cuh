@@ -3,8 +3,7 @@
 //   x        = input                              or  x = residual = input + residual
 //   output_i = x_i / sqrt(mean(x²) + eps) · weight_i   (Gemma: · (1 + weight_i))
 //
-// Persistent blocks keep the weight in registers and load the next row while this one is reduced; every element of memory
-// is read and written once.
+// Every element of memory is read and written once; what hides the latency of a row is the other blocks on the SM.
 #pragma once
 
 #include "device/pdl.cuh"
@@ -54,26 +53,25 @@ struct RmsNormRow {
   }
 };
 
+// Grid: ceil(num_rows / rows per block).
 template <class Config>
 __device__ __forceinline__ void rmsnorm(const NormParams& params) {
   using Row = RmsNormRow<Config>;
   __shared__ typename RowSum<Config>::Smem smem;
-  RowSum<Config> row_sum{smem};
-  RowLoop<Config> loop(params.num_rows);
+  const auto [row, thread_idx] = row_of_thread<Config>();
+  const bool is_valid = row < params.num_rows;
 
   wait_for_previous_kernel();
   allow_next_kernel();
+  Row x{};
   typename Row::Fragment weight;
-  weight.load(static_cast<const typename Config::T*>(params.weight), loop.thread_idx);
-  Row current{}, next{};
-  if (loop.is_valid()) current.load(params, loop.row, loop.thread_idx);
-
-  for (; loop.running(); loop.advance(), current = next) {
-    if (loop.next_row() < params.num_rows) next.load(params, loop.next_row(), loop.thread_idx);
-    const float sum = row_sum(current.sum_of_squares(loop.thread_idx));
-    const float scale = rsqrtf(sum / Config::kHiddenSize + params.eps);
-    if (loop.is_valid()) current.store(params, loop.row, loop.thread_idx, weight, scale);
+  if (is_valid) {
+    x.load(params, row, thread_idx);
+    weight.load(static_cast<const typename Config::T*>(params.weight), thread_idx);  // in flight during the sum
   }
+  const float sum = RowSum<Config>{smem}(x.sum_of_squares(thread_idx));
+  const float scale = rsqrtf(sum / Config::kHiddenSize + params.eps);
+  if (is_valid) x.store(params, row, thread_idx, weight, scale);
 }
 
 }  // namespace flashinfer

@@ -74,20 +74,16 @@ struct RowSum {
   }
 };
 
-// Walks the rows of a persistent block: body(row, is_valid) runs the same number of times in every thread, as barriers need.
-template <class Config>
-struct RowLoop {
-  static constexpr int kRowsPerBlock = Config::kNumThreads / Config::kThreadsPerRow;
-
-  const int num_rows;
-  const int thread_idx = threadIdx.x % Config::kThreadsPerRow;  // within the row
-  int row = blockIdx.x * kRowsPerBlock + threadIdx.x / Config::kThreadsPerRow;
-
-  __device__ __forceinline__ explicit RowLoop(int num_rows) : num_rows(num_rows) {}
-  __device__ __forceinline__ bool running() const { return row - static_cast<int>(threadIdx.x) / Config::kThreadsPerRow < num_rows; }
-  __device__ __forceinline__ bool is_valid() const { return row < num_rows; }
-  __device__ __forceinline__ int next_row() const { return row + static_cast<int>(gridDim.x) * kRowsPerBlock; }
-  __device__ __forceinline__ void advance() { row = next_row(); }
+struct RowOfThread {
+  int row;
+  int thread_idx;  // within the row
 };
+
+template <class Config>
+__device__ __forceinline__ RowOfThread row_of_thread() {
+  constexpr int kRowsPerBlock = Config::kNumThreads / Config::kThreadsPerRow;
+  return {static_cast<int>(blockIdx.x * kRowsPerBlock + threadIdx.x / Config::kThreadsPerRow),
+          static_cast<int>(threadIdx.x % Config::kThreadsPerRow)};
+}
 
 }  // namespace flashinfer
