@@ -13,7 +13,7 @@
 
 namespace flashinfer {
 
-constexpr int next_power_of_two(int x) {
+FLASHINFER_HOST_DEVICE constexpr int next_power_of_two(int x) {
   int power = 1;
   while (power < x) power *= 2;
   return power;

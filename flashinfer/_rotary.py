@@ -1,0 +1,173 @@
+"""How tokens are turned, as the rotary operators (`flashinfer.rope`) and their fused relatives have it in common."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+
+from flashinfer import _op, dtypes
+from flashinfer._kv import alignment_of, check_index
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.jit.spec import KernelSpec
+from flashinfer.kernels import rope as kernels
+from flashinfer.kernels.page import DTYPES, vec_size
+
+NO_FREQUENCIES = bytes(kernels.MAX_ROTARY_DIM // 2 * 8)
+
+
+class Rotation(NamedTuple):
+    """What decides each token's angles: positions, or indptr and offsets; frequencies, or a cos_sin_cache."""
+
+    rotary_dim: Optional[int]  # None: the head's dimension
+    interleave: bool
+    positions: Optional[torch.Tensor] = None  # [num_tokens]
+    indptr: Optional[torch.Tensor] = None  # [batch_size + 1]
+    offsets: Optional[torch.Tensor] = None  # [batch_size]
+    cos_sin_cache: Optional[torch.Tensor] = None  # [max_position, rotary_dim]
+    frequencies: bytes = NO_FREQUENCIES
+
+    def signature(self) -> tuple[object, ...]:
+        if self.positions is not None:
+            where = _op.signature(self.positions)
+        else:
+            assert self.indptr is not None and self.offsets is not None
+            where = _op.signature(self.indptr) + _op.signature(self.offsets)
+        cos_sin = (
+            None
+            if self.cos_sin_cache is None
+            else (*_op.signature(self.cos_sin_cache), self.cos_sin_cache.data_ptr() & 15)
+        )
+        return self.rotary_dim, self.interleave, where, cos_sin
+
+    def addresses(self) -> tuple[int, int, int, int]:
+        return _address(self.positions), _address(self.indptr), _address(self.offsets), _address(self.cos_sin_cache)
+
+
+def _address(tensor: Optional[torch.Tensor]) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class Geometry(NamedTuple):
+    """What a prepared launch keeps of a rotation: spec axes, and the constants of `Rotary` in rope/params.h."""
+
+    axes: dict[str, str | int | bool]
+    cos_sin_stride: int
+    batch_size: int
+
+    def values(self, rotation: Rotation) -> tuple[int | bytes, ...]:
+        """The values of `Rotary`, in its order."""
+        return (*rotation.addresses(), self.cos_sin_stride, self.batch_size, 0, rotation.frequencies)
+
+
+def check_rotation(
+    op: str, rotation: Rotation, q: torch.Tensor, heads: list[torch.Tensor], rotary_part_only: bool
+) -> Geometry:
+    """Check a rotation against queries `[num_tokens, num_heads, head_dim]`; choose a width of loads for all of
+    heads."""
+    num_tokens, _, head_dim = q.shape
+    rotary_dim = head_dim if rotation.rotary_dim is None else rotation.rotary_dim
+    _op.require(
+        0 < rotary_dim <= min(head_dim, kernels.MAX_ROTARY_DIM) and rotary_dim % 4 == 0,
+        op,
+        f"rotary_dim is {rotary_dim}; expected a multiple of 4, at most {min(head_dim, kernels.MAX_ROTARY_DIM)}",
+    )
+    dtype = dtypes.short_name(q.dtype)
+    if dtype not in DTYPES:
+        raise UnsupportedConfig(f"{op}: q is {q.dtype}; expected float16, bfloat16 or float32")
+    if head_dim % 4 != 0 or head_dim > 512:
+        raise UnsupportedConfig(f"{op}: head_dim is {head_dim}; expected a multiple of 4, at most 512")
+
+    index, batch_size = _check_positions(op, rotation, q, num_tokens)
+    cos_sin, cos_sin_stride = _check_cos_sin(op, rotation, q, rotary_dim)
+    lengths = (rotary_dim // 2,) if rotary_part_only else (rotary_dim // 2, head_dim // 2)
+    vec = vec_size(dtype, lengths, alignment_of(*heads)) if q.is_cuda else 1
+    if q.is_cuda and rotation.cos_sin_cache is not None:
+        # A lane reads the angles of its vector (of half of it, if interleaved) with loads of at most 16 bytes.
+        widest = vec_size(cos_sin, lengths, 0)
+        aligned = vec_size(cos_sin, lengths, alignment_of(rotation.cos_sin_cache))
+        vec = vec if aligned == widest else min(vec, aligned * (2 if rotation.interleave else 1))
+    _op.require(
+        not (q.is_cuda and rotation.interleave and vec < 2),
+        op,
+        "q or k has an odd stride or offset, which interleave=True does not allow; call .contiguous()",
+    )
+    axes: dict[str, str | int | bool] = {
+        "dtype": dtype,
+        "head_dim": head_dim,
+        "rotary_dim": rotary_dim,
+        "interleave": rotation.interleave,
+        "cos_sin": cos_sin,
+        "position_index": index,
+        "vec_size": vec,
+    }
+    return Geometry(axes, cos_sin_stride, batch_size)
+
+
+def _check_positions(op: str, rotation: Rotation, q: torch.Tensor, num_tokens: int) -> tuple[str, int]:
+    if rotation.positions is not None:
+        check_index(op, "positions", rotation.positions, num_tokens)
+        _op.require_device(op, "positions", rotation.positions, q, "q")
+        return str(rotation.positions.dtype)[6:], 0
+    assert rotation.indptr is not None and rotation.offsets is not None
+    batch_size = rotation.offsets.shape[0]
+    check_index(op, "offsets", rotation.offsets, batch_size)
+    check_index(op, "indptr", rotation.indptr, batch_size + 1)
+    _op.require_dtype_device(op, "offsets", rotation.offsets, rotation.indptr, "indptr")
+    _op.require_device(op, "indptr", rotation.indptr, q, "q")
+    return str(rotation.indptr.dtype)[6:], batch_size
+
+
+def _check_cos_sin(op: str, rotation: Rotation, q: torch.Tensor, rotary_dim: int) -> tuple[str, int]:
+    cache = rotation.cos_sin_cache
+    if cache is None:
+        return "computed", 0
+    _op.require(
+        cache.dim() == 2 and cache.shape[1] == rotary_dim,
+        op,
+        f"cos_sin_cache has shape {list(cache.shape)}; expected [max_position, {rotary_dim}]: cos, then sin",
+    )
+    _op.require_unit_stride(op, "cos_sin_cache", cache)
+    _op.require_device(op, "cos_sin_cache", cache, q, "q")
+    dtype = dtypes.short_name(cache.dtype)
+    if dtype not in DTYPES:
+        raise UnsupportedConfig(f"{op}: cos_sin_cache is {cache.dtype}; expected float32, float16 or bfloat16")
+    return dtype, cache.stride(0)
+
+
+def as_heads(op: str, name: str, tensor: torch.Tensor, head_dim: Optional[int] = None) -> torch.Tensor:
+    """`[num_tokens, num_heads, head_dim]`; with head_dim given, heads may lie flat in the last axis."""
+    if head_dim is not None and tensor.dim() == 2:
+        _op.require(
+            tensor.shape[1] % head_dim == 0,
+            op,
+            f"{name} has shape {list(tensor.shape)}; expected [num_tokens, num_heads * {head_dim}]",
+        )
+        _op.require_unit_stride(op, name, tensor)
+        tensor = tensor.view(tensor.shape[0], -1, head_dim)
+    _op.require(
+        tensor.dim() == 3 and (head_dim is None or tensor.shape[2] == head_dim),
+        op,
+        f"{name} has shape {list(tensor.shape)}; expected [num_tokens, num_heads, {head_dim or 'head_dim'}]",
+    )
+    _op.require_unit_stride(op, name, tensor)
+    return tensor
+
+
+def check_same_heads(op: str, name: str, tensor: torch.Tensor, q: torch.Tensor) -> None:
+    """The rows and head dimension of q, in any number of heads."""
+    _op.require(
+        tensor.shape[0] == q.shape[0] and tensor.shape[2] == q.shape[2],
+        op,
+        f"{name} has shape {list(tensor.shape)}; expected [{q.shape[0]}, num_heads, {q.shape[2]}], as q",
+    )
+    _op.require_dtype_device(op, name, tensor, q, "q")
+
+
+def grid(
+    spec: KernelSpec, num_threads: int, num_tokens: int, heads_per_thread: int, num_heads: list[int]
+) -> tuple[int, int, int]:
+    """Blocks for all groups of heads_per_thread heads of one kind (queries, keys, values) of one token."""
+    groups_per_block = num_threads // kernels.lanes_per_head(spec)
+    num_groups = num_tokens * sum(-(-count // heads_per_thread) for count in num_heads)
+    return -(-num_groups // groups_per_block), 1, 1

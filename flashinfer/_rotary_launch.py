@@ -1,0 +1,332 @@
+"""Prepared launches of the rotary operators: check once per signature, then pack and launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+
+from flashinfer import _op, dtypes, target
+from flashinfer import _rotary as rotary
+from flashinfer._kv import (
+    PagedCache,
+    Scale,
+    alignment_of,
+    cache_addresses,
+    cache_signature,
+    cache_strides,
+    check_cache,
+    check_conversion,
+    check_scales,
+    check_slots,
+    scale_signature,
+    scale_value_and_address,
+    split_cache,
+)
+from flashinfer._rotary import Rotation
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.jit import resolver
+from flashinfer.kernels import rope as kernels
+from flashinfer.kernels.page import vec_size
+
+_memo: _op.Memo[Callable[..., None]] = _op.Memo()
+
+
+def _nothing(*_: object) -> None:
+    """The launch of an operator on an empty batch."""
+
+
+def rope(
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    rotation: Rotation,
+    head_dim: Optional[int] = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr = q.data_ptr(), k.data_ptr(), q_out.data_ptr(), k_out.data_ptr()
+    key = (
+        op,
+        head_dim,
+        (q_ptr | k_ptr | q_out_ptr | k_out_ptr) & 15,
+        _op.signature(q),
+        _op.signature(k),
+        rotation.signature(),
+    )
+    launch = _memo.get(key)
+    if launch is None:
+        launch = _memo.remember(key, _prepare_rope(op, q, k, q_out, k_out, rotation, head_dim))
+    launch(q_ptr, k_ptr, q_out_ptr, k_out_ptr, rotation)
+    return q_out, k_out
+
+
+def append(
+    heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    slots: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    paged_kv_cache: PagedCache,
+    kv_layout: str,
+    scales: tuple[Scale, Scale],
+    rotation: Rotation,
+) -> None:
+    """heads: q, k, v, q_out; slots: batch_indices, positions, kv_indices, kv_indptr; scales: of k and v."""
+    q, k, v, q_out = heads
+    batch_indices, positions, kv_indices, kv_indptr = slots
+    k_scale, v_scale = scales
+    key = (
+        kv_layout,
+        _op.signature(q),
+        _op.signature(k),
+        _op.signature(v),
+        None if q_out is q else _op.signature(q_out),
+        _op.signature(batch_indices),
+        _op.signature(positions),
+        cache_signature(paged_kv_cache),
+        _op.signature(kv_indices),
+        _op.signature(kv_indptr),
+        scale_signature(k_scale),
+        scale_signature(v_scale),
+        rotation.signature(),
+    )
+    addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), q_out.data_ptr())
+    caches = cache_addresses(paged_kv_cache)
+    alignment = (addresses[0] | addresses[1] | addresses[2] | addresses[3] | caches[0] | caches[1]) & 15
+    launch = _memo.get((key, alignment))
+    if launch is None:
+        op = "rope_append_paged_kv_cache"
+        k_cache, v_cache = split_cache(op, paged_kv_cache, kv_layout)
+        check_scales(op, k_scale, v_scale, k, k_cache)
+        slot_axes = check_slots(op, k, batch_indices, positions, kv_indices, kv_indptr)
+        launch = _prepare_append(op, q, k, v, q_out, k_cache, v_cache, slot_axes, kv_indptr.shape[0] - 1, rotation)
+        _memo.remember((key, alignment), launch)
+    slot_addresses = (batch_indices.data_ptr(), positions.data_ptr(), kv_indices.data_ptr(), kv_indptr.data_ptr())
+    launch(addresses, caches, slot_addresses, k_scale, v_scale, rotation)
+
+
+def qk_norm(
+    qkv: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    num_heads: tuple[int, int],
+    eps: float,
+    weight_bias: float,
+    rotation: Rotation,
+) -> None:
+    """weights, num_heads: of queries and keys."""
+    (q_weight, k_weight), (num_qo_heads, num_kv_heads) = weights, num_heads
+    address, q_weight_ptr, k_weight_ptr = qkv.data_ptr(), q_weight.data_ptr(), k_weight.data_ptr()
+    key = (
+        "qk_norm",
+        num_qo_heads,
+        num_kv_heads,
+        (address | q_weight_ptr | k_weight_ptr) & 15,
+        _op.signature(qkv),
+        _op.signature(q_weight),
+        _op.signature(k_weight),
+        rotation.signature(),
+    )
+    launch = _memo.get(key)
+    if launch is None:
+        launch = _memo.remember(key, _prepare_qk_norm(qkv, q_weight, k_weight, num_qo_heads, num_kv_heads, rotation))
+    launch(address, q_weight_ptr, k_weight_ptr, eps, weight_bias, rotation)
+
+
+def _prepare_rope(
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    rotation: Rotation,
+    head_dim: Optional[int],
+) -> Callable[..., None]:
+    is_inplace = q_out is q
+    q, k = rotary.as_heads(op, "q", q, head_dim), rotary.as_heads(op, "k", k, head_dim)
+    q_out, k_out = rotary.as_heads(op, "q", q_out, head_dim), rotary.as_heads(op, "k", k_out, head_dim)
+    rotary.check_same_heads(op, "k", k, q)
+    geometry = rotary.check_rotation(op, rotation, q, [q, k, q_out, k_out], is_inplace)
+    num_tokens, num_qo_heads, num_kv_heads = q.shape[0], q.shape[1], k.shape[1]
+    if num_tokens == 0:
+        return _nothing
+    spec = kernels.ROPE.spec(
+        target.of_device(q.device),
+        **geometry.axes,
+        ragged=rotation.positions is None,
+        rotary_part_only=is_inplace and geometry.axes["rotary_dim"] != q.shape[2],
+    )
+    launcher, grid, device_index = _load(spec, q, [num_qo_heads, num_kv_heads])
+    q_strides, k_strides = (q.stride(0), q.stride(1)), (k.stride(0), k.stride(1))
+    q_out_strides, k_out_strides = (q_out.stride(0), q_out.stride(1)), (k_out.stride(0), k_out.stride(1))
+
+    def launch(q_ptr: int, k_ptr: int, q_out_ptr: int, k_out_ptr: int, rotation: Rotation) -> None:
+        launcher(
+            grid,
+            _op.current_stream(device_index),
+            q_ptr,
+            *q_strides,
+            k_ptr,
+            *k_strides,
+            q_out_ptr,
+            *q_out_strides,
+            k_out_ptr,
+            *k_out_strides,
+            num_tokens,
+            num_qo_heads,
+            num_kv_heads,
+            0,
+            *geometry.values(rotation),
+        )
+
+    return launch
+
+
+def _prepare_append(
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_out: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_axes: dict[str, str],
+    batch_size: int,
+    rotation: Rotation,
+) -> Callable[..., None]:
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("q_out", q_out)):
+        rotary.as_heads(op, name, tensor)
+        rotary.check_same_heads(op, name, tensor, q)
+    _op.require_like(op, "v", v, k, "k")
+    _op.require_like(op, "q_out", q_out, q, "q")
+    check_cache(op, "key", k, k_cache, k_cache)
+    check_cache(op, "value", v, v_cache, k_cache)
+    cache_dtype = dtypes.short_name(k_cache.dtype)
+    check_conversion(op, dtypes.short_name(k.dtype), cache_dtype)
+    geometry = rotary.check_rotation(op, rotation, q, [q, k, v, q_out], False)
+    if q.is_cuda:
+        lengths = (q.shape[2] // 2,)
+        geometry.axes["vec_size"] = min(
+            int(geometry.axes["vec_size"]), vec_size(cache_dtype, lengths, alignment_of(k_cache, v_cache))
+        )
+        _op.require(
+            not rotation.interleave or int(geometry.axes["vec_size"]) >= 2,
+            op,
+            "the cache has an odd stride, which interleave=True does not allow",
+        )
+    num_tokens, num_qo_heads, num_kv_heads = q.shape[0], q.shape[1], k.shape[1]
+    if num_tokens == 0:
+        return _nothing
+    spec = kernels.ROPE_APPEND.spec(target.of_device(q.device), **geometry.axes, cache_dtype=cache_dtype, **slot_axes)
+    launcher, grid, device_index = _load(spec, q, [num_qo_heads, num_kv_heads, num_kv_heads])
+    strides = [(tensor.stride(0), tensor.stride(1)) for tensor in (q, k, v, q_out)]
+    k_cache_strides, v_cache_strides = cache_strides(k_cache), cache_strides(v_cache)
+    page_size = k_cache.shape[1]
+
+    def launch(
+        heads: tuple[int, int, int, int],
+        caches: tuple[int, int],
+        slots: tuple[int, int, int, int],
+        k_scale: Scale,
+        v_scale: Scale,
+        rotation: Rotation,
+    ) -> None:
+        k_scale_value, k_scale_ptr = scale_value_and_address(k_scale)
+        v_scale_value, v_scale_ptr = scale_value_and_address(v_scale)
+        launcher(
+            grid,
+            _op.current_stream(device_index),
+            heads[0],
+            *strides[0],
+            heads[1],
+            *strides[1],
+            heads[2],
+            *strides[2],
+            heads[3],
+            *strides[3],
+            caches[0],
+            *k_cache_strides,
+            caches[1],
+            *v_cache_strides,
+            *slots,
+            batch_size,
+            page_size,
+            k_scale_ptr,
+            v_scale_ptr,
+            k_scale_value,
+            v_scale_value,
+            num_tokens,
+            num_qo_heads,
+            num_kv_heads,
+            0,
+            *geometry.values(rotation),
+        )
+
+    return launch
+
+
+def _prepare_qk_norm(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    rotation: Rotation,
+) -> Callable[..., None]:
+    op = "fused_qk_rmsnorm_rope"
+    head_dim = q_weight.shape[-1]
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        _op.require_dtype_device(op, name, weight, qkv, "qkv")
+        _op.require(
+            weight.shape == (head_dim,) and weight.is_contiguous(),
+            op,
+            f"{name} has shape {list(weight.shape)}; expected a contiguous [{head_dim}]",
+        )
+    heads = rotary.as_heads(op, "qkv", qkv, head_dim)
+    _op.require(
+        heads.shape[1] >= num_qo_heads + num_kv_heads,
+        op,
+        f"qkv has {heads.shape[1]} heads of {head_dim}; expected at least {num_qo_heads} + {num_kv_heads} (q and k)",
+    )
+    geometry = rotary.check_rotation(op, rotation, heads, [heads, q_weight, k_weight], False)
+    num_tokens = heads.shape[0]
+    if num_tokens == 0:
+        return _nothing
+    spec = kernels.QK_NORM_ROPE.spec(target.of_device(qkv.device), **geometry.axes)
+    if qkv.is_cuda and kernels.lanes_per_head(spec) > 32:
+        raise UnsupportedConfig(
+            f"{op}: a head of {head_dim} in vectors of {geometry.axes['vec_size']} needs more than one warp; "
+            "align qkv to 16 bytes"
+        )
+    launcher, grid, device_index = _load(spec, qkv, [num_qo_heads, num_kv_heads])
+    strides = (heads.stride(0), heads.stride(1))
+    key_offset = num_qo_heads * heads.stride(1) * heads.element_size()
+
+    def launch(
+        address: int, q_weight_ptr: int, k_weight_ptr: int, eps: float, weight_bias: float, rotation: Rotation
+    ) -> None:
+        launcher(
+            grid,
+            _op.current_stream(device_index),
+            address,
+            *strides,
+            address + key_offset,
+            *strides,
+            q_weight_ptr,
+            k_weight_ptr,
+            eps,
+            weight_bias,
+            num_tokens,
+            num_qo_heads,
+            num_kv_heads,
+            0,
+            *geometry.values(rotation),
+        )
+
+    return launch
+
+
+def _load(spec: Any, reference: torch.Tensor, num_heads: list[int]) -> tuple[Any, tuple[int, int, int], int]:
+    kernel = resolver().load(spec)
+    device_index = reference.get_device()
+    heads_per_thread = int(kernel.config.constants["kHeadsPerThread"])
+    grid = rotary.grid(spec, kernel.config.launch.num_threads, reference.shape[0], heads_per_thread, num_heads)
+    return kernel.on(device_index), grid, device_index

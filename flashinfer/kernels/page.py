@@ -1,0 +1,147 @@
+"""Paged KV cache: appending rows, positions of ragged rows, lengths."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from flashinfer.dtypes import ITEMSIZE
+from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
+
+INDEX_TYPES = ("int32", "int64")
+VEC_SIZES = (1, 2, 4, 8, 16)
+DTYPES = ("fp16", "bf16", "fp32")
+FP8_DTYPES = ("fp8_e4m3", "fp8_e5m2")
+
+P, I64, I32, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+Fields = list[tuple[str, Any]]
+
+CACHE_VIEW: Fields = [("data", P), ("page_stride", I64), ("slot_stride", I64), ("head_stride", I64)]
+TOKEN_SLOTS: Fields = [
+    ("batch_indices", P),
+    ("positions", P),
+    ("page_indices", P),
+    ("page_indptr", P),
+    ("batch_size", I32),
+    ("page_size", I32),
+]
+
+
+def nested(name: str, fields: Fields) -> Fields:
+    """The fields of a struct inside a struct, under their C++ names (`slots.page_size`): a launch packs flat values."""
+    return [(f"{name}.{field}", ctype) for field, ctype in fields]
+
+
+class AppendParams(ctypes.Structure):
+    """Mirror of csrc/page/params.h."""
+
+    _fields_ = [
+        ("key", P),
+        ("value", P),
+        *nested("key_cache", CACHE_VIEW),
+        *nested("value_cache", CACHE_VIEW),
+        *nested("slots", TOKEN_SLOTS),
+        ("key_scale", P),
+        ("value_scale", P),
+        ("key_token_stride", I64),
+        ("key_head_stride", I64),
+        ("value_token_stride", I64),
+        ("value_head_stride", I64),
+        ("key_scale_value", F32),
+        ("value_scale_value", F32),
+        ("num_tokens", I32),
+        ("num_heads", I32),
+    ]
+
+
+class TokenPositionsParams(ctypes.Structure):
+    """Mirror of csrc/page/params.h."""
+
+    _fields_ = [
+        ("append_indptr", P),
+        ("seq_lens", P),
+        ("batch_indices", P),
+        ("positions", P),
+        ("num_tokens", I32),
+        ("batch_size", I32),
+    ]
+
+
+class SeqLensParams(ctypes.Structure):
+    """Mirror of csrc/page/params.h."""
+
+    _fields_ = [
+        ("page_indptr", P),
+        ("last_page_len", P),
+        ("seq_lens", P),
+        ("batch_size", I32),
+        ("page_size", I32),
+    ]
+
+
+def vec_size(dtype: str, lengths: tuple[int, ...], alignment: int) -> int:
+    """Elements per load: the largest power of two that divides every length, within 16 bytes and the alignment.
+
+    `alignment` is the bitwise or of every address and every stride in bytes that the kernel adds to one.
+    """
+    size = max(1, min(16, alignment & -alignment if alignment else 16) // ITEMSIZE[dtype])
+    while any(length % size for length in lengths):
+        size //= 2
+    return size
+
+
+def _append_config(spec: KernelSpec) -> Config:
+    key_dim, value_dim, vec = spec.arg("key_dim"), spec.arg("value_dim"), spec.arg("vec_size")
+    num_lanes = (key_dim + value_dim) // vec
+    num_threads = 128
+    while num_threads < num_lanes:
+        num_threads *= 2
+    constants = {
+        "InT": CxxType(spec.arg("dtype")),
+        "CacheT": CxxType(spec.arg("cache_dtype")),
+        "TokenIndex": CxxType(spec.arg("token_index") + "_t"),
+        "PageIndex": CxxType(spec.arg("page_index") + "_t"),
+        "kKeyDim": key_dim,
+        "kValueDim": value_dim,
+        "kVecSize": vec,
+        "kHeadsPerThread": spec.arg("heads_per_thread"),
+        "kConvert": spec.arg("dtype") != spec.arg("cache_dtype"),
+    }
+    return Config(constants, Launch(num_threads=num_threads))
+
+
+def _index_config(spec: KernelSpec) -> Config:
+    return Config({"Index": CxxType(spec.arg("index") + "_t")}, Launch(num_threads=128))
+
+
+APPEND_PAGED_KV = Family(
+    name="append_paged_kv",
+    params=AppendParams,
+    headers={"cuda": "page/append.cuh", "cpu": "cpu/page/append.h"},
+    axes={
+        "dtype": (*DTYPES, *FP8_DTYPES),
+        "cache_dtype": (*DTYPES, *FP8_DTYPES),
+        "key_dim": range(1, 1025),
+        "value_dim": range(1, 1025),
+        "token_index": INDEX_TYPES,
+        "page_index": INDEX_TYPES,
+        "vec_size": VEC_SIZES,
+        "heads_per_thread": (1, 2, 4),
+    },
+    config=_append_config,
+)
+TOKEN_POSITIONS = Family(
+    name="token_positions",
+    params=TokenPositionsParams,
+    headers={"cuda": "page/token_positions.cuh", "cpu": "cpu/page/token_positions.h"},
+    axes={"index": INDEX_TYPES},
+    config=_index_config,
+)
+SEQ_LENS = Family(
+    name="seq_lens",
+    params=SeqLensParams,
+    headers={"cuda": "page/seq_lens.cuh", "cpu": "cpu/page/seq_lens.h"},
+    axes={"index": INDEX_TYPES},
+    config=_index_config,
+)
+register(APPEND_PAGED_KV, TOKEN_POSITIONS, SEQ_LENS)

@@ -1,0 +1,85 @@
+"""Packing of booleans, eight to a byte."""
+
+from __future__ import annotations
+
+import ctypes
+
+from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
+
+INDEX_TYPES = ("int32", "int64")
+
+
+class PackbitsParams(ctypes.Structure):
+    """Mirror of csrc/quantization/params.h."""
+
+    _fields_ = [
+        ("input", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("num_elements", ctypes.c_int64),
+    ]
+
+
+class PackedIndptrParams(ctypes.Structure):
+    """Mirror of csrc/quantization/params.h."""
+
+    _fields_ = [
+        ("indptr", ctypes.c_void_p),
+        ("packed_indptr", ctypes.c_void_p),
+        ("num_segments", ctypes.c_int32),
+    ]
+
+
+class SegmentPackbitsParams(ctypes.Structure):
+    """Mirror of csrc/quantization/params.h."""
+
+    _fields_ = [
+        ("input", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("indptr", ctypes.c_void_p),
+        ("packed_indptr", ctypes.c_void_p),
+        ("num_elements", ctypes.c_int64),
+        ("num_bytes", ctypes.c_int64),
+        ("num_segments", ctypes.c_int32),
+    ]
+
+
+def _packbits_config(spec: KernelSpec) -> Config:
+    constants = {"kBigEndian": spec.arg("big_endian"), "kAligned": spec.arg("aligned"), "kVectorsPerThread": 4}
+    return Config(constants, Launch(num_threads=256))
+
+
+def _packed_indptr_config(spec: KernelSpec) -> Config:
+    return Config({"Index": CxxType(spec.arg("index") + "_t")}, Launch(num_threads=256))
+
+
+def _segment_packbits_config(spec: KernelSpec) -> Config:
+    constants = {
+        "Index": CxxType(spec.arg("index") + "_t"),
+        "kBigEndian": spec.arg("big_endian"),
+        "kAligned": spec.arg("aligned"),
+    }
+    return Config(constants, Launch(num_threads=256))
+
+
+PACKBITS = Family(
+    name="packbits",
+    params=PackbitsParams,
+    headers={"cuda": "quantization/packbits.cuh", "cpu": "cpu/quantization/packbits.h"},
+    axes={"big_endian": (False, True), "aligned": (False, True)},  # aligned: the input starts on 16 bytes
+    config=_packbits_config,
+)
+PACKED_INDPTR = Family(
+    name="packed_indptr",
+    params=PackedIndptrParams,
+    headers={"cuda": "quantization/packed_indptr.cuh", "cpu": "cpu/quantization/packed_indptr.h"},
+    axes={"index": INDEX_TYPES},
+    config=_packed_indptr_config,
+)
+SEGMENT_PACKBITS = Family(
+    name="segment_packbits",
+    params=SegmentPackbitsParams,
+    headers={"cuda": "quantization/segment_packbits.cuh", "cpu": "cpu/quantization/segment_packbits.h"},
+    axes={"index": INDEX_TYPES, "big_endian": (False, True), "aligned": (False, True)},
+    config=_segment_packbits_config,
+)
+register(PACKBITS, PACKED_INDPTR, SEGMENT_PACKBITS)
