@@ -154,7 +154,7 @@ __device__ __forceinline__ void softmax_times_v(const float (&scores)[Shape::kFr
         const float x = fast_exp2(fmaf(pair[0], scale_log2, -scaled_max[m][i % 2]));
         const float y = fast_exp2(fmaf(pair[1], scale_log2, -scaled_max[m][i % 2]));
         state.sum[m][i % 2] += x + y;
-        p[m][i] = pack_16bit<typename Config::T>(x, y);
+        p[m][i] = pack_16bit<typename Config::Q>(x, y);
       }
     }
     accumulate_output<Config>(out, p, v_smem, step, lane_idx);
@@ -166,7 +166,7 @@ template <class Config, class Shape = PrefillShape<Config>>
 __device__ __forceinline__ void store_output(float (&out)[Shape::kFragsM][Shape::kFragsD][4], SoftmaxState<Config>& state,
                                              const AttentionParams& params, const PrefillWork& work,
                                              uint8_t* warp_rows_smem, int warp_row, float scale_log2) {
-  using T = typename Config::T;
+  using T = typename Config::Q;
   using OutRows = typename Shape::OutRows;
   const int lane_idx = fresh_thread_idx() % 32, num_rows = work.num_rows(Shape::kBlockM);
   const bool is_partial = work.item.num_chunks > 1;
@@ -225,7 +225,7 @@ template <class Config>
 __device__ __forceinline__ void merge_chunks_if_last(const AttentionParams& params, const PrefillWork& work,
                                                      PrefillSmem<Config>& smem) {
   using Shape = PrefillShape<Config>;
-  using T = typename Config::T;
+  using T = typename Config::Q;
   const PrefillItem& item = work.item;
   if (item.num_chunks <= 1) return;
   __threadfence();
@@ -316,7 +316,7 @@ __device__ __forceinline__ void attend(const AttentionParams& params, PrefillSme
     const uint8_t* k_smem = smem.k[stage];
     if constexpr (Shape::kHasRope) {
       const int first_kv = tile * Shape::kBlockN;
-      rotate_rows<Config, typename Config::KvT, typename Shape::KRows>(
+      rotate_rows<Config, typename Config::Kv, typename Shape::KRows>(
           params, k_smem, smem.k_rotated, Shape::kBlockN, threadIdx.x, Shape::kNumThreads,
           [&](int row) { return first_kv + row; });
       k_smem = smem.k_rotated;
@@ -362,7 +362,7 @@ __device__ __forceinline__ PrefillWork fetch_work(const AttentionParams& params,
   return {item, kv_head_idx, group_size};
 }
 
-// Config: T (q and out), KvT, kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kPosEncoding, and the
+// Config: Q (of q and out), Kv, kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kPosEncoding, and the
 // tile: kBlockM, kBlockN, kNumStages, kNumThreads, kSmemBytes.
 // Grid: as many CTAs as the planner was told; without a plan, one per (query tile, KV head).
 template <class Config>

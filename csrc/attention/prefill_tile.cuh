@@ -28,13 +28,13 @@ __device__ __forceinline__ int fresh_thread_idx() {
 
 template <class Config>
 struct PrefillShape {
-  using T = typename Config::T;
-  using KvT = typename Config::KvT;
+  using T = typename Config::Q;
+  using Kv = typename Config::Kv;
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
   static constexpr int kNumThreads = Config::kNumThreads, kNumWarps = kNumThreads / 32;
   static constexpr int kHeadDimQk = Config::kHeadDimQk, kHeadDimVo = Config::kHeadDimVo;
   static constexpr bool kHasRope = Variant<Config>::kHasRope;
-  static constexpr bool kIsFp8V = sizeof(KvT) == 1;
+  static constexpr bool kIsFp8V = sizeof(Kv) == 1;
   static constexpr bool kIsFp8K = kIsFp8V && !kHasRope;  // rotated keys are kept in T
 
   static constexpr int kRowsPerWarp = kBlockM / kNumWarps;
@@ -46,9 +46,9 @@ struct PrefillShape {
 
   using QRows = SwizzledRows<kHeadDimQk * 2>;
   using OutRows = SwizzledRows<kHeadDimVo * 2>;
-  using KRows = SwizzledRows<kHeadDimQk * int(sizeof(KvT))>;
+  using KRows = SwizzledRows<kHeadDimQk * int(sizeof(Kv))>;
   using KMmaRows = SwizzledRows<kHeadDimQk * (kIsFp8K ? 1 : 2)>;  // as the tensor cores' loads find them
-  using VRows = SwizzledRows<kHeadDimVo * int(sizeof(KvT))>;
+  using VRows = SwizzledRows<kHeadDimVo * int(sizeof(Kv))>;
 };
 
 // One unit of work: an item for one KV head. It stays in shared memory, where it costs no registers.
@@ -116,8 +116,8 @@ struct PrefillSmem {
   static constexpr bool kIsPaged = Config::kKvStorage == kKvPaged;
 
   alignas(128) uint8_t q[Shape::kBlockM * Shape::kHeadDimQk * 2];  // later the warp's output rows
-  alignas(128) uint8_t k[Config::kNumStages][Shape::kBlockN * Shape::kHeadDimQk * sizeof(typename Config::KvT)];
-  alignas(128) uint8_t v[Config::kNumStages][Shape::kBlockN * Shape::kHeadDimVo * sizeof(typename Config::KvT)];
+  alignas(128) uint8_t k[Config::kNumStages][Shape::kBlockN * Shape::kHeadDimQk * sizeof(typename Config::Kv)];
+  alignas(128) uint8_t v[Config::kNumStages][Shape::kBlockN * Shape::kHeadDimVo * sizeof(typename Config::Kv)];
   alignas(128) uint8_t k_rotated[Shape::kHasRope ? Shape::kBlockN * Shape::kHeadDimQk * 2 : 16];
   int64_t row_offsets[2][2][kIsPaged ? Shape::kBlockN : 1];  // of tiles even and odd; of K and V
   PrefillWork work;
@@ -152,7 +152,7 @@ template <class Config>
 __device__ __forceinline__ void load_q_async(const AttentionParams& params, const PrefillWork& work,
                                              PrefillSmem<Config>& smem) {
   using Shape = PrefillShape<Config>;
-  const typename Config::T* q_gmem = static_cast<const typename Config::T*>(params.q);
+  const typename Config::Q* q_gmem = static_cast<const typename Config::Q*>(params.q);
   const int num_rows = work.num_rows(Shape::kBlockM);
   copy_rows_async<typename Shape::QRows, Shape::kBlockM, Shape::kNumThreads>(
       smem_address(smem.q),
@@ -170,7 +170,7 @@ template <class Config>
 struct KvTileLoader {
   using Shape = PrefillShape<Config>;
   using View = KvView<Config::kKvStorage>;
-  using KvT = typename Config::KvT;
+  using Kv = typename Config::Kv;
   static constexpr bool kIsPaged = Config::kKvStorage == kKvPaged;
 
   const AttentionParams& params;
@@ -200,8 +200,8 @@ struct KvTileLoader {
     const int first_row = tile * Shape::kBlockN;
     const int num_rows = work.item.kv_len - first_row;
     const auto is_valid = [&](int row) { return row < num_rows; };
-    const KvT* k_gmem = static_cast<const KvT*>(params.kv.k);
-    const KvT* v_gmem = static_cast<const KvT*>(params.kv.v);
+    const Kv* k_gmem = static_cast<const Kv*>(params.kv.k);
+    const Kv* v_gmem = static_cast<const Kv*>(params.kv.v);
     const auto copy_k = [&](const auto& source) {
       copy_rows_async<typename Shape::KRows, Shape::kBlockN, Shape::kNumThreads>(smem_address(smem.k[stage]), source,
                                                                                  is_valid);
@@ -215,8 +215,8 @@ struct KvTileLoader {
       copy_v([&](int row) { return v_gmem + smem.row_offsets[tile & 1][1][row]; });
     } else {
       const KvRow first = {work.item.kv_begin + first_row, 0};
-      const KvT* k_tile_gmem = k_gmem + View::k_offset(params.kv, first, work.kv_head_idx);
-      const KvT* v_tile_gmem = v_gmem + View::v_offset(params.kv, first, work.kv_head_idx);
+      const Kv* k_tile_gmem = k_gmem + View::k_offset(params.kv, first, work.kv_head_idx);
+      const Kv* v_tile_gmem = v_gmem + View::v_offset(params.kv, first, work.kv_head_idx);
       copy_k([&](int row) { return k_tile_gmem + row * params.kv.k_page_stride; });
       copy_v([&](int row) { return v_tile_gmem + row * params.kv.v_page_stride; });
     }
@@ -229,7 +229,7 @@ template <class Config, class Src, class SrcRows, class PositionOf>
 __device__ __forceinline__ void rotate_rows(const AttentionParams& params, const uint8_t* src_smem, uint8_t* dst_smem,
                                             int num_rows, int worker, int num_workers, const PositionOf& position_of) {
   using Shape = PrefillShape<Config>;
-  using T = typename Config::T;
+  using T = typename Config::Q;
   constexpr int kHalf = Shape::kHeadDimQk / 2, kNumPieces = kHalf / 8;
   const int piece = worker % kNumPieces;
   if (worker >= num_workers / kNumPieces * kNumPieces) return;
@@ -270,7 +270,7 @@ __device__ __forceinline__ void prepare_q(const AttentionParams& params, const P
   const int lane_idx = threadIdx.x % 32;
   if constexpr (Shape::kHasRope) {
     uint8_t* rows_smem = q_smem + first_row * Shape::kHeadDimQk * 2;  // 16-row aligned: the swizzle does not change
-    rotate_rows<Config, typename Config::T, typename Shape::QRows>(
+    rotate_rows<Config, typename Config::Q, typename Shape::QRows>(
         params, rows_smem, rows_smem, Shape::kRowsPerWarp, lane_idx, 32, [&](int row) {
           return work.item.kv_len - work.item.qo_len + QueryRow::of<Shape>(work, first_row + row).token_idx;
         });
@@ -297,7 +297,7 @@ __device__ __forceinline__ void prepare_q(const AttentionParams& params, const P
 template <class Config, class Shape = PrefillShape<Config>>
 __device__ __forceinline__ void compute_scores(float (&scores)[Shape::kFragsM][Shape::kFragsN][4], uint32_t q_smem,
                                                uint32_t k_smem) {
-  using T = typename Config::T;
+  using T = typename Config::Q;
   const int lane_idx = fresh_thread_idx() % 32;
 #pragma unroll
   for (int m = 0; m < Shape::kFragsM; ++m) {
@@ -321,7 +321,7 @@ __device__ __forceinline__ void compute_scores(float (&scores)[Shape::kFragsM][S
         ldmatrix_x4(k, k_smem + Shape::KMmaRows::offset(n * 8 + lane_idx, step));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const Pair16<T> pair = unpack_fp8<T, typename Config::KvT>(k[i]);
+          const Pair16<T> pair = unpack_fp8<T, typename Config::Kv>(k[i]);
 #pragma unroll
           for (int m = 0; m < Shape::kFragsM; ++m) mma_m16n8k16<T>(scores[m][n + i], q[m], pair.even, pair.odd);
         }
@@ -347,7 +347,7 @@ template <class Config, class Shape = PrefillShape<Config>>
 __device__ __forceinline__ void accumulate_output(float (&out)[Shape::kFragsM][Shape::kFragsD][4],
                                                   const uint32_t (&p)[Shape::kFragsM][4], uint32_t v_smem, int step,
                                                   int lane_idx) {
-  using T = typename Config::T;
+  using T = typename Config::Q;
   const int row = step * 16 + lane_idx % 16;
   if constexpr (Shape::kIsFp8V) {
     // Transposed 16-bit units hold two neighbouring columns of V, so that an mma's 8 columns are every other one of 16.
@@ -357,8 +357,8 @@ __device__ __forceinline__ void accumulate_output(float (&out)[Shape::kFragsM][S
       ldmatrix_x4_trans(v, v_smem + Shape::VRows::offset(row, d / 2 + lane_idx / 16));
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
-        const Pair16<T> low = unpack_fp8<T, typename Config::KvT>(v[i]);
-        const Pair16<T> high = unpack_fp8<T, typename Config::KvT>(v[i + 1]);
+        const Pair16<T> low = unpack_fp8<T, typename Config::Kv>(v[i]);
+        const Pair16<T> high = unpack_fp8<T, typename Config::Kv>(v[i + 1]);
 #pragma unroll
         for (int m = 0; m < Shape::kFragsM; ++m) {
           mma_m16n8k16<T>(out[m][d + i], p[m], low.even, high.even);

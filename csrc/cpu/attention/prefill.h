@@ -1,0 +1,239 @@
+// Prefill attention on the CPU; what it computes stands in attention/prefill.cuh.
+//
+// A work unit is a tile of query rows of one KV head, a row being (token, head in group) with the head innermost. It
+// walks the keys in blocks: the block is converted to float once, keys transposed, so that S = Q Kᵀ and O += P V are both
+// sums of "one number times a row of registers"; 128 query rows share the conversion. Threads take units one by one, the
+// later tiles of a request first, which under a causal mask are the longer ones.
+#pragma once
+
+#include "attention/prefill_params.h"
+#include "cpu/attention/decode.h"
+
+namespace flashinfer::cpu {
+
+constexpr int kPrefillBlockM = 128;
+constexpr int kPrefillBlockN = 64;
+
+// c[kNumRows, kNumVecs * kLanes] (+)= a[kNumRows, depth] b[depth, kNumVecs * kLanes], c in registers throughout.
+template <int kNumRows, int kNumVecs>
+inline void multiply_micro_tile(const float* a, int a_stride, const float* b, int b_stride, float* c, int c_stride,
+                                int depth, bool accumulate) {
+  FloatLanes acc[kNumRows][kNumVecs] = {};
+  if (accumulate) {
+    for (int r = 0; r < kNumRows; ++r) {
+      for (int i = 0; i < kNumVecs; ++i) acc[r][i] = load_lanes(c + r * c_stride + i * kLanes);
+    }
+  }
+  for (int k = 0; k < depth; ++k) {
+    FloatLanes row[kNumVecs];
+    for (int i = 0; i < kNumVecs; ++i) row[i] = load_lanes(b + k * b_stride + i * kLanes);
+    for (int r = 0; r < kNumRows; ++r) {
+      const float x = a[r * a_stride + k];
+      for (int i = 0; i < kNumVecs; ++i) acc[r][i] += x * row[i];
+    }
+  }
+  for (int r = 0; r < kNumRows; ++r) {
+    for (int i = 0; i < kNumVecs; ++i) store_lanes(c + r * c_stride + i * kLanes, acc[r][i]);
+  }
+}
+
+// c[num_rows, kNumColumns] (+)= a[num_rows, depth] b[depth, kNumColumns]; num_rows is rounded up to a micro tile.
+template <int kNumColumns>
+inline void multiply(const float* a, int a_stride, const float* b, float* c, int num_rows, int depth, bool accumulate) {
+  constexpr int kMicroRows = 4;
+  constexpr int kMaxVecs = kLanes == 16 ? 4 : 2;  // 16 accumulators of the 32 registers, or 8 of the 16
+  constexpr int kNumVecs = kNumColumns % (kMaxVecs * kLanes) == 0 ? kMaxVecs
+                           : kNumColumns % (2 * kLanes) == 0      ? 2
+                                                                  : 1;
+  static_assert(kNumColumns % (kNumVecs * kLanes) == 0);
+  for (int column = 0; column < kNumColumns; column += kNumVecs * kLanes) {
+    for (int row = 0; row < num_rows; row += kMicroRows) {
+      multiply_micro_tile<kMicroRows, kNumVecs>(a + row * a_stride, a_stride, b + column, kNumColumns,
+                                                c + row * kNumColumns + column, kNumColumns, depth, accumulate);
+    }
+  }
+}
+
+// Everything one unit works on; too large for the stack.
+template <class Config>
+struct PrefillState {
+  static constexpr int kDimQk = Config::kHeadDimQk, kDimVo = Config::kHeadDimVo;
+  static constexpr int kM = kPrefillBlockM, kN = kPrefillBlockN;
+  using Q = typename Config::Q;
+  using Kv = typename Config::Kv;
+  using V = Variant<Config>;
+  using View = KvView<Config::kKvStorage>;
+
+  alignas(64) float q[kM][kDimQk];
+  alignas(64) float out[kM][kDimVo];
+  alignas(64) float scores[kM][kN];
+  alignas(64) float k_transposed[kDimQk][kN];
+  alignas(64) float v[kN][kDimVo];
+  float max[kM], sum[kM], slope[kM];
+  int32_t token[kM];
+  int32_t qo_head[kM];
+  int num_rows;
+
+  void attend(const AttentionParams& params, int32_t request_idx, int32_t q_tile, int32_t kv_head) {
+    const int32_t q_begin = params.qo_indptr != nullptr ? params.qo_indptr[request_idx] : 0;
+    const int32_t qo_len = params.qo_indptr != nullptr ? params.qo_indptr[request_idx + 1] - q_begin : params.qo_len;
+    const View view = View::of_request(params.kv, request_idx);
+    const int32_t group_size = params.num_qo_heads / params.num_kv_heads;
+    load_q(params, q_begin, qo_len, view.len, q_tile, kv_head, group_size);
+
+    const TileRange blocks = TileRange::of(q_tile, group_size, qo_len, view.len, kM, kN, Config::kMask == kMaskCausal,
+                                           Config::kHasWindow ? params.window_left : -1);
+    const float scale = V::scale_log2(params);
+    for (int32_t block = blocks.begin; block < blocks.end; ++block) {
+      const int32_t first_key = block * kN, num_keys = view.len - first_key < kN ? view.len - first_key : kN;
+      load_kv(params, view, kv_head, first_key, num_keys);
+      multiply<kN>(q[0], kDimQk, k_transposed[0], scores[0], num_rows, kDimQk, false);
+      for (int row = 0; row < num_rows; ++row) {
+        mask(params, row, request_idx, first_key, num_keys, qo_len, view.len);
+        softmax(row, scale);
+      }
+      multiply<kDimVo>(scores[0], kN, v[0], out[0], num_rows, kN, true);
+    }
+    store(params, q_begin, scale);
+  }
+
+ private:
+  void load_q(const AttentionParams& params, int32_t q_begin, int32_t qo_len, int32_t kv_len, int32_t q_tile,
+              int32_t kv_head, int32_t group_size) {
+    const int32_t first_row = q_tile * kM, num_left = qo_len * group_size - first_row;
+    num_rows = num_left < kM ? num_left : kM;
+    for (int row = 0; row < num_rows; ++row) {
+      token[row] = (first_row + row) / group_size;
+      qo_head[row] = kv_head * group_size + (first_row + row) % group_size;
+      slope[row] = V::alibi_slope(params, qo_head[row]);
+      const Q* src = static_cast<const Q*>(params.q) + int64_t(q_begin + token[row]) * params.q_token_stride +
+                     qo_head[row] * params.q_head_stride;
+      for (int d = 0; d < kDimQk; ++d) q[row][d] = to_float(src[d]);
+      if constexpr (V::kHasRope) rotate_row<kDimQk>(params, q[row], kv_len - qo_len + token[row]);
+      max[row] = -INFINITY;
+      sum[row] = 0.f;
+      std::memset(out[row], 0, sizeof(out[row]));
+    }
+    // A product takes whole micro tiles; rows past the last are computed and never looked at.
+    for (int row = num_rows; row < kM && row % 4 != 0; ++row) {
+      std::memset(q[row], 0, sizeof(q[row]));
+      std::memset(out[row], 0, sizeof(out[row]));
+      std::memset(scores[row], 0, sizeof(scores[row]));
+    }
+  }
+
+  void load_kv(const AttentionParams& params, const View& view, int32_t kv_head, int32_t first_key, int num_keys) {
+    alignas(64) float row[kDimQk];
+    for (int j = 0; j < num_keys; ++j) {
+      const KvRow at = view.locate(first_key + j);
+      const Kv* k_src = static_cast<const Kv*>(params.kv.k) + View::k_offset(params.kv, at, kv_head);
+      const Kv* v_src = static_cast<const Kv*>(params.kv.v) + View::v_offset(params.kv, at, kv_head);
+      for (int d = 0; d < kDimQk; ++d) row[d] = to_float(k_src[d]);
+      if constexpr (V::kHasRope) rotate_row<kDimQk>(params, row, first_key + j);
+      for (int d = 0; d < kDimQk; ++d) k_transposed[d][j] = row[d];
+      for (int d = 0; d < kDimVo; ++d) v[j][d] = to_float(v_src[d]);
+    }
+    for (int j = num_keys; j < kN; ++j) {  // what lies beyond the last key may be NaN, and 0 x NaN is NaN
+      for (int d = 0; d < kDimQk; ++d) k_transposed[d][j] = 0.f;
+      std::memset(v[j], 0, sizeof(v[j]));
+    }
+  }
+
+  void mask(const AttentionParams& params, int row, int32_t request_idx, int32_t first_key, int num_keys,
+            int32_t qo_len, int32_t kv_len) {
+    float* row_scores = scores[row];
+    const int32_t position = kv_len - qo_len + token[row];
+    if constexpr (!V::kIsPlain) {
+      for (int j = 0; j < num_keys; ++j) {
+        row_scores[j] = V::transform(params, row_scores[j], slope[row], first_key + j - position);
+      }
+    }
+    int end = num_keys, begin = 0;
+    if constexpr (Config::kMask == kMaskCausal) {
+      if (position - first_key + 1 < end) end = position - first_key + 1;
+    }
+    if constexpr (Config::kHasWindow) {
+      const int64_t first_seen = int64_t(position) - params.window_left - first_key;
+      if (first_seen > 0) begin = first_seen < kN ? int(first_seen) : kN;
+    }
+    for (int j = 0; j < begin; ++j) row_scores[j] = -INFINITY;
+    for (int j = end > 0 ? end : 0; j < kN; ++j) row_scores[j] = -INFINITY;
+    if constexpr (Config::kMask == kMaskCustom) {
+      const uint8_t* bits = V::mask_of(params, request_idx);
+      for (int j = 0; j < num_keys; ++j) {
+        const int64_t bit = int64_t(token[row]) * kv_len + first_key + j;
+        if (!((bits[bit >> 3] >> (bit & 7)) & 1)) row_scores[j] = -INFINITY;
+      }
+    }
+  }
+
+  // Scores become weights; the sums and the output so far are rescaled to the new maximum.
+  void softmax(int row, float scale) {
+    float* row_scores = scores[row];
+    float new_max = max[row];
+#pragma omp simd reduction(max : new_max)
+    for (int j = 0; j < kN; ++j) new_max = row_scores[j] > new_max ? row_scores[j] : new_max;
+    const float shift = new_max == -INFINITY ? 0.f : new_max * scale;
+    float block_sum = 0.f;
+#pragma omp simd reduction(+ : block_sum)
+    for (int j = 0; j < kN; ++j) {
+      row_scores[j] = exp2_nonpositive(row_scores[j] * scale - shift);
+      block_sum += row_scores[j];
+    }
+    if (new_max != max[row]) {
+      const float decay = exp2_nonpositive(max[row] * scale - shift);
+      sum[row] *= decay;
+      for (int d = 0; d < kDimVo; ++d) out[row][d] *= decay;
+      max[row] = new_max;
+    }
+    sum[row] += block_sum;
+  }
+
+  void store(const AttentionParams& params, int32_t q_begin, float scale) const {
+    for (int row = 0; row < num_rows; ++row) {
+      const int64_t token_idx = q_begin + token[row];
+      const float factor = sum[row] > 0.f ? params.v_scale / sum[row] : 0.f;
+      Q* dst = static_cast<Q*>(params.out) + token_idx * params.out_token_stride + qo_head[row] * params.out_head_stride;
+      for (int d = 0; d < kDimVo; ++d) dst[d] = from_float<Q>(out[row][d] * factor);
+      if (params.lse != nullptr) {
+        params.lse[token_idx * params.num_qo_heads + qo_head[row]] =
+            sum[row] > 0.f ? max[row] * scale + std::log2(sum[row]) : -INFINITY;
+      }
+    }
+  }
+};
+
+template <class Config>
+void prefill(const AttentionParams& params) {
+  using State = PrefillState<Config>;
+  const int32_t group_size = params.num_qo_heads / params.num_kv_heads;
+  int64_t* tile_indptr = static_cast<int64_t*>(std::malloc((params.batch_size + 1) * sizeof(int64_t)));
+  if (tile_indptr == nullptr) std::abort();
+  tile_indptr[0] = 0;
+  for (int32_t i = 0; i < params.batch_size; ++i) {
+    const int64_t qo_len =
+        params.qo_indptr != nullptr ? params.qo_indptr[i + 1] - params.qo_indptr[i] : params.qo_len;
+    tile_indptr[i + 1] = tile_indptr[i] + ceil_div(qo_len * group_size, int64_t(kPrefillBlockM));
+  }
+  const int64_t num_tiles = tile_indptr[params.batch_size];
+
+#pragma omp parallel if (num_tiles * params.num_kv_heads > 1)
+  {
+    State* state = static_cast<State*>(std::aligned_alloc(64, ceil_div(sizeof(State), size_t(64)) * 64));
+    if (state == nullptr) std::abort();
+#pragma omp for schedule(dynamic)
+    for (int64_t unit = num_tiles * params.num_kv_heads - 1; unit >= 0; --unit) {
+      const int64_t tile = unit / params.num_kv_heads;
+      int32_t low = 0, high = params.batch_size;  // tile_indptr[low] <= tile < tile_indptr[high]
+      while (high - low > 1) {
+        const int32_t middle = (low + high) / 2;
+        (tile_indptr[middle] <= tile ? low : high) = middle;
+      }
+      state->attend(params, low, int32_t(tile - tile_indptr[low]), int32_t(unit % params.num_kv_heads));
+    }
+    std::free(state);
+  }
+  std::free(tile_indptr);
+}
+
+}  // namespace flashinfer::cpu
