@@ -61,6 +61,8 @@ struct DecodeChunk {
   DecodeRequest request;  // copy of requests[first_request], to save a dependent load
 };
 
+static_assert(sizeof(DecodeRequest) == 32 && sizeof(DecodeChunk) == 48, "attention/plan.py lays out arrays of these");
+
 struct AttentionParams {
   const void* q;             // [num_tokens, num_qo_heads, head_dim_qk]
   void* out;                 // [num_tokens, num_qo_heads, head_dim_vo]

@@ -1,0 +1,772 @@
+"""Decode: attention of one new token per request over its KV.
+
+A wrapper is planned once per step, on the device, and run once per layer. What a run needs besides five addresses is
+worked out once per plan shape and kept: the hot path is one dictionary lookup, one packed struct and one launch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Optional, Union
+
+import torch
+
+from flashinfer import _op, dtypes, target
+from flashinfer.attention import kv_cache
+from flashinfer.attention import plan as planning
+from flashinfer.attention.kv_cache import PagedCache, PagedKv
+from flashinfer.attention.variant import Variant, alibi_slopes_ptr
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.jit import resolver
+from flashinfer.jit.loader import Launcher
+from flashinfer.kernels import attention as families
+
+DataType = Union[str, torch.dtype]
+_Launch = Callable[[int, int, int, int, int, tuple[int, int, int]], None]  # q, out, lse, k, v; index addresses
+
+_ONE_ROW_PAGES = families.fast_divisor(1)
+
+
+# -------------------------------------------------------------------------------------------------------- loaded kernel
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A decode kernel on a device, and how its grid follows from the head counts."""
+
+    launcher: Launcher
+    tile_len: int  # KV rows a chunk is counted in; 0 on the CPU
+    num_head_blocks: int
+    num_chunks: int  # that fill the device once
+
+
+@functools.cache
+def _kernel(
+    device: torch.device,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    o_dtype: torch.dtype,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    kv_storage: str,
+    spec_args: tuple[tuple[str, Any], ...],
+    pdl: bool,
+) -> _Kernel:
+    spec = families.decode(
+        target.of_device(device),
+        q_dtype=dtypes.short_name(q_dtype),
+        kv_dtype=dtypes.short_name(kv_dtype),
+        o_dtype=dtypes.short_name(o_dtype),
+        head_dim=head_dim_qk,
+        head_dim_vo=head_dim_vo,
+        group_size=num_qo_heads // num_kv_heads,
+        kv_storage=kv_storage,
+        **dict(spec_args),
+    )
+    kernel = resolver().load(spec)
+    if device.type == "cpu":
+        return _Kernel(kernel.on(-1), 0, 0, 0)
+    launcher = kernel.on(device.index, pdl=pdl)
+    num_head_blocks = num_kv_heads * -(-(num_qo_heads // num_kv_heads) // spec.arg("group_tile"))
+    resident_blocks = _op.num_sms(device.index) * launcher.max_blocks_per_sm()
+    return _Kernel(
+        launcher, families.decode_tile_len(kernel.config), num_head_blocks, max(1, resident_blocks // num_head_blocks)
+    )
+
+
+@functools.cache
+def _planner(device: torch.device) -> Launcher:
+    return resolver().load(families.DECODE_PLAN.spec(target.of_device(device))).on(device.index)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """`cuda` names the current device; kernels are loaded per ordinal."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _require_heads(op: str, num_qo_heads: int, num_kv_heads: int) -> None:
+    if num_kv_heads <= 0 or num_qo_heads <= 0 or num_qo_heads % num_kv_heads:
+        raise UnsupportedConfig(
+            f"{op}: num_qo_heads is {num_qo_heads}, num_kv_heads {num_kv_heads}; expected a positive multiple of it"
+        )
+
+
+def _scales(q_scale: Optional[float], k_scale: Optional[float], v_scale: Optional[float]) -> tuple[float, float]:
+    """Factors of q·k and of the output."""
+    q, k, v = (1.0 if scale is None else float(scale) for scale in (q_scale, k_scale, v_scale))
+    return q * k, v
+
+
+def _require_rows(op: str, name: str, tensor: torch.Tensor) -> None:
+    _op.require_unit_stride(op, name, tensor)
+    kv_cache.require_copyable(op, name, tensor)
+
+
+def _require_output(
+    op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+        raise ValueError(
+            f"{op}: {name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; expected {dtype} {list(shape)} "
+            f"on {device}"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- single
+
+
+def single_decode_with_kv_cache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_layout: str = "NHD",
+    pos_encoding_mode: str = "NONE",
+    use_tensor_cores: bool = False,
+    q_scale: Optional[float] = None,
+    k_scale: Optional[float] = None,
+    v_scale: Optional[float] = None,
+    window_left: int = -1,
+    logits_soft_cap: Optional[float] = None,
+    sm_scale: Optional[float] = None,
+    rope_scale: Optional[float] = None,
+    rope_theta: Optional[float] = None,
+    return_lse: bool = False,
+) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Attention of one query token over one sequence (split along the KV as in Flash-Decoding, Dao et al. 2023).
+
+    Args:
+        q: `[num_qo_heads, head_dim]`, fp16 or bf16 (fp32 on the CPU).
+        k, v: `[kv_len, num_kv_heads, head_dim]` (NHD) or `[num_kv_heads, kv_len, head_dim]` (HND); the dtype of q, or
+            fp8 e4m3 or e5m2. The head dimension of v may differ. kv_len may be 0.
+        pos_encoding_mode: "NONE", "ROPE_LLAMA" (q and k are rotated on the fly, q at position kv_len - 1) or "ALIBI".
+        use_tensor_cores: accepted for compatibility; one kernel serves every group size.
+        q_scale, k_scale, v_scale: factors of quantized q, k and v.
+        window_left: keys seen before the query's own position; -1 for all.
+        logits_soft_cap: logits become `cap * tanh(logits / cap)`; None or 0 for none.
+        sm_scale: factor of q·k; default `1 / sqrt(head_dim)`.
+        rope_scale, rope_theta: of ROPE_LLAMA; default 1 and 1e4.
+
+    Returns:
+        `[num_qo_heads, head_dim]`, dtype of q; with return_lse also the base-2 logarithm of the sum of exponentials,
+        fp32 `[num_qo_heads]`. Without keys: zeros and -inf.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride does not fit.
+        UnsupportedConfig: no kernel for this dtype or head_dim.
+    """
+    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
+    device_index = q.get_device()
+    rows_axis = 0 if kv_layout == "NHD" else 1
+    key = (
+        q.dtype, q.shape, q.stride(), k.dtype, k.stride(), k.shape[1 - rows_axis], k.shape[-1], k.get_device(),
+        v.dtype, v.stride(), v.shape[-1], v.get_device(), device_index, kv_layout, pos_encoding_mode, window_left,
+        logits_soft_cap, sm_scale, rope_scale, rope_theta, q_scale, k_scale, v_scale,
+        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
+    )  # fmt: skip
+    single = _singles.get(key)
+    if single is None or k.shape[rows_axis] != v.shape[rows_axis]:
+        variant = Variant.of(
+            "single_decode", q.shape[-1], pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta
+        )
+        scales = _scales(q_scale, k_scale, v_scale)
+        single = _singles.remember(key, _Single(q, k, v, kv_layout, variant, scales))
+    single.launch(q, k, v, out, lse, k.shape[rows_axis])
+    return out if lse is None else (out, lse)
+
+
+class _Single:
+    """single_decode_with_kv_cache for one signature; the length may differ from call to call."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_layout: str,
+        variant: Variant,
+        scales: tuple[float, float],
+    ) -> None:
+        op = "single_decode"
+        kv_cache.require_layout(op, kv_layout)
+        if q.dim() != 2 or k.dim() != 3 or v.dim() != 3:
+            raise ValueError(
+                f"{op}: q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions; expected q [num_qo_heads, head_dim] "
+                "and k, v with three"
+            )
+        rows, heads = (0, 1) if kv_layout == "NHD" else (1, 0)
+        num_qo_heads, num_kv_heads = q.shape[0], k.shape[heads]
+        _op.require(
+            k.shape[-1] == q.shape[-1], op, f"k dim 2 (head_dim) is {k.shape[-1]}, q has {q.shape[-1]}; they must be equal"
+        )
+        _op.require(
+            k.shape[:2] == v.shape[:2], op, f"k has shape {list(k.shape)}, v {list(v.shape)}; lengths and heads must agree"
+        )
+        _op.require(k.dtype == v.dtype, op, f"k is {k.dtype}, v {v.dtype}; expected one dtype")
+        _require_heads(op, num_qo_heads, num_kv_heads)
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            _op.require_device(op, name, tensor, q, "q")
+            _require_rows(op, name, tensor)
+        device = _indexed(q.device)
+        self.kernel = _kernel(
+            device, q.dtype, k.dtype, q.dtype, q.shape[1], v.shape[2], num_qo_heads, num_kv_heads, "single",
+            tuple(variant.spec_args.items()), False,
+        )  # fmt: skip
+        self.device, self.heads, self.head_dim_vo = device, num_qo_heads, v.shape[2]
+        strides = (k.stride(rows), 0, k.stride(heads), v.stride(rows), 0, v.stride(heads))
+        self.kv_values = (0, 0, 0, *strides, *_ONE_ROW_PAGES)
+        self.pointers = (0, 0, 0, alibi_slopes_ptr(variant, num_qo_heads, device), 0, 0, 0)
+        self.strides = (0, q.stride(0), 0, self.head_dim_vo)
+        self.counts = (1, num_qo_heads, num_kv_heads, 1)
+        self.scalars = (variant.window_left, *variant.scalars(*scales))
+
+    def launch(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: Optional[torch.Tensor], kv_len: int
+    ) -> None:
+        kernel, stream, grid, num_chunks, scratch = self.kernel, 0, (1, 1, 1), 0, _NO_SCRATCH
+        if self.device.type == "cuda":
+            stream = _op.current_stream(self.device.index)
+            num_chunks = max(1, min(kernel.num_chunks, -(-kv_len // kernel.tile_len)))
+            grid = (kernel.num_head_blocks, num_chunks, 1)
+            if num_chunks > 1:
+                scratch = _single_scratch(self.device, stream, grid, self.heads, self.head_dim_vo)
+        kernel.launcher(
+            grid, stream, q.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), k.data_ptr(), v.data_ptr(),
+            *self.kv_values, kv_len, *self.pointers, *scratch.addresses, *self.strides, *self.counts, num_chunks,
+            *self.scalars,
+        )  # fmt: skip
+
+
+_singles: _op.Memo[_Single] = _op.Memo()
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """Counters (zero between launches) and partial results of unplanned decodes on one stream."""
+
+    counters: Optional[torch.Tensor]
+    partials: Optional[torch.Tensor]
+    addresses: tuple[int, int, int]  # counters, partial_out, partial_lse
+
+
+_NO_SCRATCH = _Scratch(None, None, (0, 0, 0))
+_scratches: dict[tuple[int, int], _Scratch] = {}
+
+
+def _single_scratch(
+    device: torch.device, stream: int, grid: tuple[int, int, int], num_qo_heads: int, head_dim_vo: int
+) -> _Scratch:
+    out_bytes, lse_bytes = planning.decode_partial_bytes(grid[1], num_qo_heads, head_dim_vo)
+    found = _scratches.get((device.index, stream))
+    capturing = torch.cuda.is_current_stream_capturing()
+    if found is not None and not capturing:
+        assert found.counters is not None and found.partials is not None
+        if found.counters.numel() >= grid[0] and found.partials.numel() * 4 >= out_bytes + lse_bytes:
+            return _Scratch(found.counters, found.partials, (*found.addresses[:2], found.addresses[1] + out_bytes))
+    counters = torch.zeros(max(grid[0], 256), dtype=torch.int32, device=device)
+    partials = torch.empty((out_bytes + lse_bytes) // 4, dtype=torch.float32, device=device)
+    address = partials.data_ptr()
+    made = _Scratch(counters, partials, (counters.data_ptr(), address, address + out_bytes))
+    # A captured graph has scratch of its own, zeroed by the graph, so that a replay disturbs no other launch.
+    if not capturing:
+        _scratches[device.index, stream] = made
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------------- batch
+
+
+class BatchDecodeWithPagedKVCacheWrapper:
+    """Decode attention of a batch over a paged KV cache (vLLM's PagedAttention, Kwon et al. 2023, arXiv:2309.06180).
+
+    `plan` cuts the KV of the batch into equal shares for the device, by one small kernel and without waiting for the
+    device; `run` computes one layer. With use_cuda_graph both may be captured, and a captured run may be replayed after
+    planning other lengths for the same batch size: give padding requests no pages.
+
+    Args:
+        float_workspace_buffer: scratch memory on the device to run on; 128 MB suffice for every common shape. May be shared
+            by wrappers that run on one stream. A CPU tensor of any size makes this a wrapper for the CPU.
+        kv_layout: "NHD" (pages of `[page_size, num_kv_heads, head_dim]`) or "HND" (`[num_kv_heads, page_size, head_dim]`).
+        use_cuda_graph: keep index tensors in the three buffers below, whose addresses a graph may hold.
+        use_tensor_cores, backend, jit_args: accepted for compatibility; one kernel serves every group size.
+        paged_kv_indptr_buffer: int32 `[batch_size + 1]`. Fixes the batch size.
+        paged_kv_indices_buffer: int32, as long as the longest list of pages.
+        paged_kv_last_page_len_buffer: int32 `[batch_size]`.
+    """
+
+    _op_name = "batch_decode"
+
+    def __init__(
+        self,
+        float_workspace_buffer: torch.Tensor,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        use_tensor_cores: bool = False,
+        paged_kv_indptr_buffer: Optional[torch.Tensor] = None,
+        paged_kv_indices_buffer: Optional[torch.Tensor] = None,
+        paged_kv_last_page_len_buffer: Optional[torch.Tensor] = None,
+        jit_args: Optional[list[Any]] = None,
+        backend: str = "auto",
+    ) -> None:
+        kv_cache.require_layout(self._op_name, kv_layout)
+        planning.require_workspace(self._op_name, float_workspace_buffer)
+        self._kv_layout = kv_layout
+        self._float_workspace_buffer = float_workspace_buffer
+        self.device = _indexed(float_workspace_buffer.device)
+        int_bytes = planning.INT_WORKSPACE_BYTES if self.device.type == "cuda" else 0
+        self._int_workspace_buffer = torch.empty(int_bytes, dtype=torch.uint8, device=self.device)
+        self._use_tensor_cores = use_tensor_cores
+        self._use_cuda_graph = use_cuda_graph
+        self._paged_kv_indptr_buf = paged_kv_indptr_buffer
+        self._paged_kv_indices_buf = paged_kv_indices_buffer
+        self._paged_kv_last_page_len_buf = paged_kv_last_page_len_buffer
+        self._fixed_batch_size = 0
+        if use_cuda_graph:
+            self._fixed = planning.FixedBuffers(
+                self._op_name,
+                self.device,
+                paged_kv_indptr_buffer=paged_kv_indptr_buffer,
+                paged_kv_indices_buffer=paged_kv_indices_buffer,
+                paged_kv_last_page_len_buffer=paged_kv_last_page_len_buffer,
+            )
+            assert paged_kv_last_page_len_buffer is not None and paged_kv_indptr_buffer is not None
+            self._fixed_batch_size = paged_kv_last_page_len_buffer.numel()
+            if paged_kv_indptr_buffer.numel() != self._fixed_batch_size + 1:
+                raise ValueError(
+                    f"{self._op_name}: paged_kv_indptr_buffer holds {paged_kv_indptr_buffer.numel()} entries; expected "
+                    f"{self._fixed_batch_size + 1}, one more than paged_kv_last_page_len_buffer"
+                )
+        self._plans: _op.Memo[_PlanShape] = _op.Memo()
+        self._plan: Optional[_PlanShape] = None
+        self._index_addresses = (0, 0, 0)
+        self._planned_window = -1
+
+    @property
+    def use_tensor_cores(self) -> bool:
+        return self._use_tensor_cores
+
+    @property
+    def is_cuda_graph_enabled(self) -> bool:
+        return self._use_cuda_graph
+
+    def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor) -> None:
+        """Use other workspaces from the next plan on."""
+        planning.require_workspace(self._op_name, float_workspace_buffer)
+        planning.require_workspace(self._op_name, int_workspace_buffer)
+        self._float_workspace_buffer = float_workspace_buffer
+        self._int_workspace_buffer = int_workspace_buffer
+        self._plans.clear()
+
+    def plan(
+        self,
+        indptr: torch.Tensor,
+        indices: torch.Tensor,
+        last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        pos_encoding_mode: str = "NONE",
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        q_data_type: Optional[DataType] = None,
+        kv_data_type: Optional[DataType] = None,
+        data_type: Optional[DataType] = None,
+        sm_scale: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+        non_blocking: bool = True,
+        *,
+        o_data_type: Optional[DataType] = None,
+        block_tables: Optional[torch.Tensor] = None,
+        seq_lens: Optional[torch.Tensor] = None,
+        fixed_split_size: Optional[int] = None,
+        disable_split_kv: bool = False,
+    ) -> None:
+        """Describe the batch that the following runs work on. Neither copies from the device nor waits for it.
+
+        Args:
+            indptr: int32 `[batch_size + 1]`; request i owns `indices[indptr[i]:indptr[i + 1]]`. On the device (used in
+                place) or the CPU (uploaded asynchronously).
+            indices: int32 page numbers; may be longer than needed.
+            last_page_len: int32 `[batch_size]`, entries in use of each request's last page, 1 to page_size.
+            num_qo_heads, num_kv_heads, head_dim, page_size: shapes; any page size, any multiple of num_kv_heads.
+            q_data_type, kv_data_type, o_data_type: dtypes of q (default data_type, else float16), of the cache (default that
+                of q) and of the output (default that of q).
+            pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta: as in
+                `single_decode_with_kv_cache`.
+            non_blocking, block_tables, seq_lens, fixed_split_size, disable_split_kv: accepted for compatibility.
+
+        Raises:
+            ValueError: a shape, dtype or device does not fit, or a workspace is too small.
+            UnsupportedConfig: no kernel for these arguments.
+        """
+        batch_size = last_page_len.shape[0]
+        key = (
+            batch_size, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode, window_left, logits_soft_cap,
+            q_data_type, kv_data_type, data_type, o_data_type, sm_scale, rope_scale, rope_theta,
+        )  # fmt: skip
+        shape = self._plans.get(key)
+        if shape is None:
+            q_dtype = dtypes.torch_dtype(q_data_type or data_type or "float16")
+            kv_dtype = dtypes.torch_dtype(kv_data_type or data_type or q_dtype)
+            variant = Variant.of(
+                self._op_name, head_dim, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta
+            )
+            shape = self._plans.remember(
+                key,
+                _PlanShape(
+                    self._op_name,
+                    self.device,
+                    batch_size,
+                    num_qo_heads,
+                    PagedKv(self._kv_layout, page_size, num_kv_heads, head_dim, head_dim, kv_dtype),
+                    q_dtype,
+                    q_dtype if o_data_type is None else dtypes.torch_dtype(o_data_type),
+                    variant,
+                    self._int_workspace_buffer,
+                    self._float_workspace_buffer,
+                ),
+            )
+        self._take_indices(indptr, indices, last_page_len, batch_size)
+        self._plan = shape
+        self._plan_window(shape.variant.window_left)
+
+    begin_forward = plan
+
+    def _take_indices(
+        self, indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor, batch_size: int
+    ) -> None:
+        op = self._op_name
+        if indptr.shape != (batch_size + 1,):
+            raise ValueError(
+                f"{op}: indptr has shape {list(indptr.shape)}; expected [{batch_size + 1}], one more than last_page_len"
+            )
+        planning.require_ascending(op, "indptr", indptr)
+        if self._use_cuda_graph:
+            if batch_size != self._fixed_batch_size:
+                raise ValueError(
+                    f"{op}: this wrapper was made for CUDA graphs of batch size {self._fixed_batch_size}, the plan has "
+                    f"{batch_size}; pad with requests that have no pages"
+                )
+            assert self._paged_kv_indptr_buf is not None and self._paged_kv_indices_buf is not None
+            assert self._paged_kv_last_page_len_buf is not None
+            fill = self._fixed.fill
+            held = (
+                fill("paged_kv_indptr_buffer", self._paged_kv_indptr_buf, indptr),
+                fill("paged_kv_indices_buffer", self._paged_kv_indices_buf, indices),
+                fill("paged_kv_last_page_len_buffer", self._paged_kv_last_page_len_buf, last_page_len),
+            )
+        else:
+            held = (
+                planning.upload(op, "indptr", indptr, self.device),
+                planning.upload(op, "indices", indices, self.device),
+                planning.upload(op, "last_page_len", last_page_len, self.device),
+            )
+        self._indices_held = held  # the kernels read them at run time
+        self._index_addresses = (held[0].data_ptr(), held[1].data_ptr(), held[2].data_ptr())
+
+    def _plan_window(self, window_left: int) -> None:
+        assert self._plan is not None
+        self._planned_window = window_left
+        self._plan.launch_planner(self._index_addresses, window_left)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: PagedCache,
+        *args: Any,
+        q_scale: Optional[float] = None,
+        k_scale: Optional[float] = None,
+        v_scale: Optional[float] = None,
+        out: Optional[torch.Tensor] = None,
+        lse: Optional[torch.Tensor] = None,
+        return_lse: bool = False,
+        enable_pdl: Optional[bool] = None,
+        window_left: Optional[int] = None,
+    ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """Attention of one layer, as planned.
+
+        Args:
+            q: `[batch_size, num_qo_heads, head_dim]`, unit stride in the last axis.
+            paged_kv_cache: one tensor `[pages, 2, page_size, num_kv_heads, head_dim]` (NHD; HND swaps the axes of page_size
+                and heads) or a tuple (k, v) of such tensors without the axis of 2. Any strides over whole rows. What lies
+                in pages or entries no request uses is never read into a result, NaN included.
+            q_scale, k_scale, v_scale: factors of quantized q, k and v.
+            out: `[batch_size, num_qo_heads, head_dim]`; allocated when None.
+            lse: fp32 `[batch_size, num_qo_heads]`; allocated when None and return_lse.
+            return_lse: also return the base-2 logarithm of the sum of exponentials.
+            enable_pdl: launch with programmatic dependent launch (sm_90 and later).
+            window_left: overrides the planned one.
+
+        Returns:
+            out, or (out, lse). A request without KV gives zeros and -inf.
+
+        Raises:
+            ValueError: nothing is planned, or a shape, dtype, device or stride differs from the plan.
+        """
+        overrides = None if window_left is None else (None, window_left, None, None, None, None)
+        return self._run(q, paged_kv_cache, q_scale, k_scale, v_scale, out, lse, return_lse, enable_pdl, overrides)
+
+    run_return_lse = functools.partialmethod(run, return_lse=True)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: PagedCache,
+        pos_encoding_mode: str = "NONE",
+        q_scale: Optional[float] = None,
+        k_scale: Optional[float] = None,
+        v_scale: Optional[float] = None,
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        sm_scale: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+    ) -> torch.Tensor:
+        """The older spelling of `run`. What is given here overrides the plan; a default leaves the planned value."""
+        overrides = _overrides(pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+        result = self._run(q, paged_kv_cache, q_scale, k_scale, v_scale, None, None, False, None, overrides)
+        assert isinstance(result, torch.Tensor)
+        return result
+
+    def forward_return_lse(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: PagedCache,
+        pos_encoding_mode: str = "NONE",
+        q_scale: Optional[float] = None,
+        k_scale: Optional[float] = None,
+        v_scale: Optional[float] = None,
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        sm_scale: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` that also returns the LSE."""
+        overrides = _overrides(pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+        result = self._run(q, paged_kv_cache, q_scale, k_scale, v_scale, None, None, True, None, overrides)
+        assert isinstance(result, tuple)
+        return result
+
+    def end_forward(self) -> None:
+        """Kept for compatibility; there is nothing to release."""
+
+    def _run(
+        self,
+        q: torch.Tensor,
+        cache: PagedCache,
+        q_scale: Optional[float],
+        k_scale: Optional[float],
+        v_scale: Optional[float],
+        out: Optional[torch.Tensor],
+        lse: Optional[torch.Tensor],
+        return_lse: bool,
+        pdl: Optional[bool],
+        overrides: Optional[_Overrides],
+    ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        shape = self._plan
+        if shape is None:
+            raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's page table first")
+        if out is None:
+            out = torch.empty(shape.out_shape, dtype=shape.o_dtype, device=self.device)
+        if return_lse and lse is None:
+            lse = torch.empty(shape.lse_shape, dtype=torch.float32, device=self.device)
+        q_ptr, out_ptr = q.data_ptr(), out.data_ptr()
+        if isinstance(cache, torch.Tensor):
+            k_ptr = v_ptr = cache.data_ptr()
+            cache_key: tuple[object, ...] = (cache.dtype, cache.shape, cache.stride(), cache.get_device())
+        else:
+            k_ptr, v_ptr = cache[0].data_ptr(), cache[1].data_ptr()
+            cache_key = kv_cache.signature(cache)
+        key = (
+            q.dtype, q.shape, q.stride(), q.get_device(), cache_key, out.dtype, out.shape, out.stride(), out.get_device(),
+            (q_ptr | out_ptr | k_ptr | v_ptr) & 15, None if lse is None else (lse.shape, lse.stride(), lse.dtype),
+            q_scale, k_scale, v_scale, pdl, overrides,
+        )  # fmt: skip
+        bound = shape.bound.get(key)
+        if bound is None:
+            variant = shape.variant
+            if overrides is not None:
+                variant = variant.updated(self._op_name, shape.kv.head_dim_qk, *overrides)
+            scales = _scales(q_scale, k_scale, v_scale)
+            bound = shape.bound.remember(key, _BoundRun(shape, q, cache, out, lse, variant, scales, bool(pdl)))
+        # A schedule serves every window that is no wider than its own.
+        if self._planned_window != bound.window_left and not 0 <= bound.window_left <= self._planned_window:
+            if self._planned_window >= 0:
+                self._plan_window(bound.window_left)
+        bound.launch(
+            q_ptr, out_ptr, 0 if lse is None else lse.data_ptr(), k_ptr, v_ptr + bound.v_offset, self._index_addresses
+        )
+        return (out, lse) if return_lse and lse is not None else out
+
+
+_Overrides = tuple[
+    Optional[str], Optional[int], Optional[float], Optional[float], Optional[float], Optional[float]
+]  # arguments of Variant.updated
+
+
+def _overrides(
+    pos_encoding_mode: str,
+    window_left: int,
+    logits_soft_cap: Optional[float],
+    sm_scale: Optional[float],
+    rope_scale: Optional[float],
+    rope_theta: Optional[float],
+) -> Optional[_Overrides]:
+    given = (
+        None if pos_encoding_mode == "NONE" else pos_encoding_mode,
+        None if window_left < 0 else window_left,
+        logits_soft_cap,
+        sm_scale,
+        rope_scale,
+        rope_theta,
+    )
+    return None if given == (None,) * 6 else given
+
+
+class _PlanShape:
+    """What a plan means for kernels and workspaces: all that does not depend on where the index tensors are."""
+
+    def __init__(
+        self,
+        op: str,
+        device: torch.device,
+        batch_size: int,
+        num_qo_heads: int,
+        kv: PagedKv,
+        q_dtype: torch.dtype,
+        o_dtype: torch.dtype,
+        variant: Variant,
+        int_workspace: torch.Tensor,
+        float_workspace: torch.Tensor,
+    ) -> None:
+        _require_heads(op, num_qo_heads, kv.num_kv_heads)
+        _op.require(kv.page_size >= 1, op, f"page_size is {kv.page_size}; expected at least 1")
+        self.op, self.device, self.batch_size, self.num_qo_heads = op, device, batch_size, num_qo_heads
+        self.kv, self.q_dtype, self.o_dtype, self.variant = kv, q_dtype, o_dtype, variant
+        self.out_shape = (batch_size, num_qo_heads, kv.head_dim_vo)
+        self.lse_shape = (batch_size, num_qo_heads)
+        self.bound: _op.Memo[_BoundRun] = _op.Memo()
+        self.schedule = planning.DecodeSchedule()
+        self.num_chunks = 0
+        kernel = self.kernel(variant, False)
+        if device.type == "cuda" and batch_size > 0:
+            self.num_chunks = kernel.num_chunks
+            self.tile_len = kernel.tile_len
+            self.schedule = planning.decode_schedule(
+                op, int_workspace, float_workspace, batch_size, kernel.num_chunks, kernel.num_head_blocks, num_qo_heads,
+                kv.head_dim_vo,
+            )  # fmt: skip
+            self._planner_tail = (
+                self.schedule.chunks, self.schedule.requests, self.schedule.empty, self.schedule.tile_indptr,
+                self.schedule.counters, batch_size, kernel.num_chunks, kernel.num_head_blocks, kv.page_size,
+                kernel.tile_len,
+            )  # fmt: skip
+
+    def kernel(self, variant: Variant, pdl: bool) -> _Kernel:
+        kv = self.kv
+        return _kernel(
+            self.device, self.q_dtype, kv.dtype, self.o_dtype, kv.head_dim_qk, kv.head_dim_vo, self.num_qo_heads,
+            kv.num_kv_heads, "paged", tuple(variant.spec_args.items()), pdl,
+        )  # fmt: skip
+
+    def launch_planner(self, index_addresses: tuple[int, int, int], window_left: int) -> None:
+        if self.num_chunks == 0:
+            return
+        _planner(self.device)(
+            (1, 1, 1), _op.current_stream(self.device.index), index_addresses[0], index_addresses[2], *self._planner_tail,
+            window_left,
+        )  # fmt: skip
+
+
+class _BoundRun:
+    """One signature of `run` under one plan shape: checked, its parameters laid out but for the addresses."""
+
+    def __init__(
+        self,
+        shape: _PlanShape,
+        q: torch.Tensor,
+        cache: PagedCache,
+        out: torch.Tensor,
+        lse: Optional[torch.Tensor],
+        variant: Variant,
+        scales: tuple[float, float],
+        pdl: bool,
+    ) -> None:
+        op, device, kv = shape.op, shape.device, shape.kv
+        expected = (shape.batch_size, shape.num_qo_heads, kv.head_dim_qk)
+        if q.shape != expected:
+            raise ValueError(
+                f"{op}: q has shape {list(q.shape)}; planned for {list(expected)}, [batch_size, num_qo_heads, head_dim]"
+            )
+        _op.require(q.dtype == shape.q_dtype, op, f"q is {q.dtype}; planned with q_data_type {shape.q_dtype}")
+        _op.require(q.device == device, op, f"q is on {q.device}, the workspace on {device}; move them to one device")
+        _require_rows(op, "q", q)
+        _require_output(op, "out", out, shape.out_shape, shape.o_dtype, device)
+        _require_rows(op, "out", out)
+        if lse is not None:
+            _require_output(op, "lse", lse, shape.lse_shape, torch.float32, device)
+            _op.require(lse.is_contiguous(), op, "lse is not contiguous; call .contiguous()")
+        strides = kv.strides_of(op, cache, device)
+        self.v_offset = cache.stride(1) * cache.element_size() if isinstance(cache, torch.Tensor) else 0
+        self.window_left = variant.window_left
+        self._device_index = q.get_device()
+        kernel = shape.kernel(variant, pdl)
+        self._launcher = kernel.launcher
+        if shape.num_chunks and kernel.tile_len != shape.tile_len:
+            raise UnsupportedConfig(f"{op}: this variant needs another schedule than the planned one; pass it to plan()")
+        self._grid = (kernel.num_head_blocks, shape.num_chunks, 1)
+        self._idle = shape.batch_size == 0
+        self._tail = (
+            *strides.values, *families.fast_divisor(kv.page_size), 0,
+            0, 0, 0, alibi_slopes_ptr(variant, shape.num_qo_heads, device), *shape.schedule.values,
+            q.stride(0), q.stride(1), out.stride(0), out.stride(1),
+            shape.batch_size, shape.num_qo_heads, kv.num_kv_heads, 1, shape.num_chunks, variant.window_left,
+            *variant.scalars(*scales),
+        )  # fmt: skip
+
+    def launch(
+        self, q: int, out: int, lse: int, k: int, v: int, index_addresses: tuple[int, int, int]
+    ) -> None:
+        if self._idle:
+            return
+        stream = _op.current_stream(self._device_index)
+        self._launcher(self._grid, stream, q, out, lse, k, v, *index_addresses, *self._tail)
+
+
+class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):
+    """`BatchDecodeWithPagedKVCacheWrapper` with use_cuda_graph=True and the buffers as required arguments."""
+
+    def __init__(
+        self,
+        workspace_buffer: torch.Tensor,
+        indptr_buffer: torch.Tensor,
+        indices_buffer: torch.Tensor,
+        last_page_len_buffer: torch.Tensor,
+        kv_layout: str = "NHD",
+        use_tensor_cores: bool = False,
+    ) -> None:
+        super().__init__(
+            workspace_buffer,
+            kv_layout,
+            use_cuda_graph=True,
+            use_tensor_cores=use_tensor_cores,
+            paged_kv_indptr_buffer=indptr_buffer,
+            paged_kv_indices_buffer=indices_buffer,
+            paged_kv_last_page_len_buffer=last_page_len_buffer,
+        )
+
+
+def fast_decode_plan(wrapper: BatchDecodeWithPagedKVCacheWrapper, *args: Any, **kwargs: Any) -> None:
+    """`wrapper.plan(...)`, which is as fast: planning never waits for the device. Host-side copies of indptr that callers
+    pass along (`global_override_indptr_cpu`) are not needed."""
+    kwargs.pop("global_override_indptr_cpu", None)
+    wrapper.plan(*args, **kwargs)
