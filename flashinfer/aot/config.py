@@ -1,0 +1,255 @@
+"""What to precompile: TOML files that name models and single kernels, and miss records.
+
+    [defaults]                     # optional; any key of a model but its name and shape
+    dtypes = ["bf16", "fp16"]
+
+    [[model]]                      # expanded by models.py
+    name = "Llama-3.1-8B"
+    hidden_size = 4096
+    …
+
+    [[kernel]]                     # one kernel, as `flashinfer misses report --format toml` prints it
+    family = "rmsnorm"
+    dtype = "bf16"
+    …
+
+A row says what to build, never for which machine: targets are named where the set is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union
+
+from flashinfer import kernels, log
+from flashinfer import target as targets
+from flashinfer.aot.models import Model, expand
+from flashinfer.errors import FlashInferError, UnsupportedConfig
+from flashinfer.jit import spec as specs
+from flashinfer.jit.spec import KernelSpec
+
+_SHAPE = ("name", "hidden_size", "num_qo_heads", "num_kv_heads", "head_dim", "intermediate_sizes")
+_DTYPES = ("fp16", "bf16", "fp32")
+
+
+class ConfigError(FlashInferError, ValueError):
+    """A config file is wrong. The message starts with the file, the line and the row."""
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One kernel by family and arguments."""
+
+    family: str
+    args: dict[str, Any]
+    kinds: tuple[str, ...] = ("cuda", "cpu")  # of targets it is wanted for
+
+    def specs(self, target: str) -> Iterator[KernelSpec]:
+        kind = targets.kind(target)
+        family = specs.family(self.family)
+        if kind in self.kinds and kind in family.headers:
+            yield family.spec(target, **self.args)
+
+
+@dataclass(frozen=True)
+class Row:
+    content: Union[Model, KernelRow]
+    where: str  # "core.toml:12: [[model]] row 3 (Llama-2-7B)"
+
+    def specs(self, target: str) -> Iterator[KernelSpec]:
+        yield from expand(self.content, target) if isinstance(self.content, Model) else self.content.specs(target)
+
+
+def read_specs(
+    configs: Sequence[Union[str, Path]], target_names: Sequence[str], misses: Sequence[Union[str, Path]] = ()
+) -> list[KernelSpec]:
+    """Every kernel that the configs and miss records ask for on the targets, each once, in the order of the files.
+
+    Args:
+        configs: paths, or names of the files this library brings (`"core"`, `"smoke"`).
+        target_names: e.g. `["sm_80", "sm_90a", "x86-64-v3"]`.
+        misses: records of `flashinfer misses`, files or folders. A record of a GPU is wanted for every CUDA target, one
+            of a CPU for every CPU target; records this version has no kernel for are skipped with a warning.
+
+    Raises:
+        ConfigError: a file is missing or wrong; the message names file, line and row.
+        UnsupportedConfig: a target is unknown.
+    """
+    for target in target_names:
+        targets.kind(target)
+    kernels.register_all()
+    found: dict[KernelSpec, None] = {}
+    for config in configs:
+        for row in read_config(find_config(config)):
+            try:
+                found.update(dict.fromkeys(_legal_specs(row, target_names)))
+            except UnsupportedConfig as error:
+                raise ConfigError(f"{row.where}: {error}") from None
+    for row in _read_misses([Path(path) for path in misses]):
+        try:
+            found.update(dict.fromkeys(_legal_specs(row, target_names)))
+        except UnsupportedConfig as error:
+            log.warn_once(f"{row.where} is skipped: {error}")
+    return list(found)
+
+
+def _legal_specs(row: Row, target_names: Sequence[str]) -> list[KernelSpec]:
+    """The kernels of a row. One that some targets cannot have (too little shared memory, say) is left out there with a
+    warning; raises UnsupportedConfig for one that none can have."""
+    legal: list[KernelSpec] = []
+    refused: dict[str, tuple[str, str]] = {}  # name -> target, why
+    for target in target_names:
+        for spec in row.specs(target):
+            try:
+                specs.family(spec.family).config(spec)
+                legal.append(spec)
+            except UnsupportedConfig as error:
+                refused[spec.name] = target, str(error)
+    for name, (target, why) in refused.items():
+        if not any(spec.name == name for spec in legal):
+            raise UnsupportedConfig(why)
+        log.warn_once(f"{row.where}: left out for {target}: {why}")
+    return legal
+
+
+def find_config(name: Union[str, Path]) -> Path:
+    """The path itself when it is one, else the config of that name this library brings. Raises ConfigError."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "aot_configs"  # beside the package in a source tree, like csrc/
+    brought = sorted((inside if inside.is_dir() else package.parent / "aot_configs").glob("*.toml"))
+    for candidate in brought:
+        if candidate.stem == str(name):
+            return candidate
+    raise ConfigError(f"{name}: no such config; expected a file, or one of {', '.join(file.stem for file in brought)}")
+
+
+def read_config(path: Path) -> list[Row]:
+    """The rows of one config file. Raises ConfigError."""
+    try:
+        text = path.read_text()
+        data = _parse_toml(text)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    unknown = data.keys() - {"defaults", "model", "kernel"}
+    if unknown:
+        expected = "expected [defaults], [[model]] and [[kernel]]"
+        raise ConfigError(f"{path}: unknown table {', '.join(sorted(unknown))}; {expected}")
+    defaults = _checked(f"{path}: [defaults]", data.get("defaults", {}), legal=_DEFAULTS)
+    rows = []
+    for where, table in _tables(path, text, data, "model"):
+        rows.append(Row(_model(where, {**defaults, **_checked(where, table, legal=_MODEL_KEYS)}), where))
+    for where, table in _tables(path, text, data, "kernel"):
+        rows.append(Row(_kernel(where, table), where))
+    return rows
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    data: dict[str, Any] = tomllib.loads(text)
+    return data
+
+
+def _tables(path: Path, text: str, data: dict[str, Any], kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of one kind, each with its place in the file for messages."""
+    tables = data.get(kind, [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ConfigError(f"{path}: {kind} is not a list of tables; write [[{kind}]] above each row")
+    header = re.compile(rf"\s*\[\[\s*{kind}\s*\]\]")
+    lines = [number for number, line in enumerate(text.splitlines(), 1) if header.match(line)]
+    for number, table in enumerate(tables):
+        line = f"{lines[number]}:" if len(lines) == len(tables) else ""
+        name = table.get("name" if kind == "model" else "family", "?")
+        yield f"{path}:{line} [[{kind}]] row {number + 1} ({name})", table
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+_TYPES: dict[str, Any] = typing.get_type_hints(Model)
+_MODEL_KEYS = frozenset(field.name for field in dataclasses.fields(Model))
+_DEFAULTS = _MODEL_KEYS - set(_SHAPE)
+
+
+def _model(where: str, table: dict[str, Any]) -> Model:
+    missing = [key for key in _SHAPE if key not in table]
+    if missing:
+        raise ConfigError(f"{where}: {', '.join(missing)} is missing")
+    model = Model(**table)
+    if model.num_qo_heads % model.num_kv_heads:
+        raise ConfigError(
+            f"{where}: num_qo_heads is {model.num_qo_heads}; expected a multiple of num_kv_heads {model.num_kv_heads}"
+        )
+    for degree in model.tensor_parallel:
+        for key, sizes in (("num_qo_heads", (model.num_qo_heads,)), ("intermediate_sizes", model.intermediate_sizes)):
+            if any(size % degree for size in sizes):
+                raise ConfigError(f"{where}: {key} {list(sizes)} is not divisible by tensor_parallel {degree}")
+    return model
+
+
+def _kernel(where: str, table: dict[str, Any]) -> KernelRow:
+    args = dict(table)
+    family = args.pop("family", None)
+    if not isinstance(family, str):
+        raise ConfigError(f'{where}: family is missing; expected for example family = "rmsnorm"')
+    try:
+        specs.family(family)
+    except UnsupportedConfig as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return KernelRow(family, args)
+
+
+def _checked(where: str, table: dict[str, Any], legal: Iterable[str]) -> dict[str, Any]:
+    """The values of a table in the types of Model. Raises ConfigError naming the key."""
+    legal = set(legal)
+    values = {}
+    for key, value in table.items():
+        if key not in legal:
+            raise ConfigError(f"{where}: unknown key {key!r}; expected one of {', '.join(sorted(legal))}")
+        values[key] = _typed(f"{where}: {key}", value, _TYPES[key])
+        if key.endswith("dtypes") and (wrong := set(values[key]) - set(_DTYPES)):
+            raise ConfigError(f"{where}: {key} has {', '.join(wrong)}; expected {', '.join(_DTYPES)}")
+    return values
+
+
+def _typed(what: str, value: Any, expected: Any) -> Any:
+    if typing.get_origin(expected) is tuple:
+        element = typing.get_args(expected)[0]
+        if not isinstance(value, list) or not value:
+            raise ConfigError(f"{what} is {value!r}; expected a list of {element.__name__}")
+        return tuple(_typed(what, item, element) for item in value)
+    if type(value) is not expected:  # bool is an int to isinstance
+        raise ConfigError(f"{what} is {value!r}; expected {expected.__name__}")
+    if expected is int and value <= 0:
+        raise ConfigError(f"{what} is {value}; expected a positive number")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------- misses
+
+
+def _read_misses(paths: Sequence[Path]) -> Iterator[Row]:
+    for path in paths:
+        if not path.exists():
+            raise ConfigError(f"{path}: no such file or folder of miss records")
+        for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+            for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
+                where = f"{file}:{number}"
+                try:
+                    spec = json.loads(line)["spec"]
+                    row = KernelRow(spec["family"], dict(spec["args"]), (targets.kind(spec["target"]),))
+                except (ValueError, KeyError, TypeError):
+                    log.warn_once(f"{where} is not a miss record and is skipped")
+                    continue
+                yield Row(row, where)

@@ -1,0 +1,18 @@
+#!/usr/bin/env python3
+"""Compile a set of kernels ahead of time: the sources of this checkout, whether it is installed or not.
+
+    scripts/build_aot.py --config core --target sm_80,sm_90a --out flashinfer_aot/flashinfer_aot
+    scripts/build_aot.py --config mine.toml --add misses.jsonl --target sm_90a --out my_kernels --max-bytes 50M
+
+The command `flashinfer aot build` by itself; docs/packaging.md tells how a folder becomes a wheel.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from flashinfer.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["aot", "build", *sys.argv[1:]]))
