@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from flashinfer.errors import InvalidSetting
+
 T = TypeVar("T")
 
 
@@ -23,13 +25,14 @@ class Setting(Generic[T]):
     doc: str
 
     def get(self) -> T:
+        """The value in force. Raises InvalidSetting."""
         text = os.environ.get(self.name)
         if text is None or text == "":
             return self.default
         try:
             return self.parse(text)
         except ValueError as error:
-            raise ValueError(f"{self.name}={text!r}: {error}") from None
+            raise InvalidSetting(f"{self.name}={text!r}: {error}") from None
 
 
 def _boolean(text: str) -> bool:

@@ -11,6 +11,10 @@ class UnsupportedConfig(FlashInferError, ValueError):
     """The request is well-formed but no kernel family covers it (an illegal dtype, head_dim, axis value, …)."""
 
 
+class InvalidSetting(FlashInferError, ValueError):
+    """A FLASHINFER_* environment variable has a value that means nothing."""
+
+
 class KernelMissing(FlashInferError, RuntimeError):
     """No store could answer a kernel request and compiling was not possible or not allowed."""
 

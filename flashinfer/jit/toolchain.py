@@ -74,11 +74,11 @@ class Nvrtc:
 
     @property
     def identity(self) -> str:
-        library = _nvrtc()
+        library = nvrtc_library()
         return f"nvrtc-{library.version}-{library.build}"
 
     def compile(self, source: Source) -> Compiled:
-        library = _nvrtc()
+        library = nvrtc_library()
         options = [f"-arch={source.spec.target}", *source.flags, "-default-device", "--ptxas-options=-v"]
         options += [f"-I{include_root()}", f"-I{cuda_include()}"]
         machine_code, log = library.compile(source.text, f"{source.entry}.cu", options)
@@ -127,7 +127,7 @@ class _NvrtcLibrary:
 
 
 @functools.cache
-def _nvrtc() -> _NvrtcLibrary:
+def nvrtc_library() -> _NvrtcLibrary:
     try:
         from cuda.pathfinder import load_nvidia_dynamic_lib
 
@@ -159,15 +159,15 @@ class Nvcc:
 
     @property
     def identity(self) -> str:
-        return _version_of(self._executable(), r"V(\d+\.\d+\.\d+)", "nvcc")
+        return _version_of(self.executable(), r"V(\d+\.\d+\.\d+)", "nvcc")
 
     def compile(self, source: Source) -> Compiled:
         arch = source.spec.target.removeprefix("sm_")
         flags = ["-cubin", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-lineinfo", "-Xptxas=-v", *source.flags]
-        return _run(source, [self._executable(), *flags, f"-I{include_root()}"], ".cu", self.suffix)
+        return _run(source, [self.executable(), *flags, f"-I{include_root()}"], ".cu", self.suffix)
 
     @staticmethod
-    def _executable() -> str:
+    def executable() -> str:
         from cuda.pathfinder import find_nvidia_binary_utility
 
         found = find_nvidia_binary_utility("nvcc") or shutil.which("nvcc")
@@ -187,15 +187,15 @@ class HostCxx:
 
     @property
     def identity(self) -> str:
-        executable = self._executable()
+        executable = self.executable()
         return _version_of(executable, r"(\d+\.\d+\.\d+)", Path(executable).name)
 
     def compile(self, source: Source) -> Compiled:
         flags = [*source.flags, "-shared", "-fPIC", "-nostdlib", f"-march={source.spec.target}", "-fvisibility=hidden"]
-        command = [self._executable(), *flags, f"-I{include_root()}"]
+        command = [self.executable(), *flags, f"-I{include_root()}"]
         return _run(source, command, ".cpp", self.suffix, ["-lm", "-lc", "-lgcc"])
 
-    def _executable(self) -> str:
+    def executable(self) -> str:
         names = (self._chosen,) if self._chosen else ("g++", "clang++", "c++")
         for name in names:
             found = shutil.which(name)

@@ -1,0 +1,63 @@
+"""The command line: `flashinfer doctor | resolve | warmup | misses | cache | aot`.
+
+Each command is a module with `add_parser(subparsers)`, which adds its parser and sets `run`, a function from the parsed
+arguments to the exit code: 0 for yes, 1 for no or failed, 2 for bad usage. Results go to stdout, progress and errors to
+stderr. A command imports torch only when it has to look at the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from flashinfer.aot.config import ConfigError
+from flashinfer.errors import FlashInferError, InvalidSetting, UnsupportedConfig
+from flashinfer.version import __version__
+
+_COMMANDS = ("doctor", "resolve", "warmup", "misses", "cache", "aot")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (default: sys.argv) and return its exit code."""
+    try:
+        args = _parser().parse_args(argv)
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except (UsageError, UnsupportedConfig, ConfigError, InvalidSetting) as error:
+        return _fail(error, 2)
+    except (FlashInferError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader has seen enough: flashinfer misses report | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+class UsageError(Exception):
+    """The command line asks for something that does not exist or makes no sense."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="flashinfer", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--version", action="version", version=f"flashinfer {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name in _COMMANDS:
+        if importlib.util.find_spec(f"flashinfer.cli.{name}"):
+            importlib.import_module(f"flashinfer.cli.{name}").add_parser(subparsers)
+    return parser
+
+
+def _fail(error: object, code: int) -> int:
+    print(f"flashinfer: {error}", file=sys.stderr)
+    return code

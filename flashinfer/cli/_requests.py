@@ -1,0 +1,58 @@
+"""`--config` and `--target`: which kernels a command is about."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from flashinfer import target as targets
+from flashinfer.cli import UsageError
+from flashinfer.jit.spec import KernelSpec
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="TOML file of models and kernels, or the name of one that comes along (core, smoke); may be repeated",
+    )
+    parser.add_argument(
+        "--target",
+        action="append",
+        metavar="NAME",
+        help="such as sm_90a or x86-64-v3; several with commas (default: each visible GPU, or the CPU without one)",
+    )
+    parser.add_argument("--cpu", action="store_true", help="this machine's CPU as well")
+
+
+def requested(args: argparse.Namespace) -> list[KernelSpec]:
+    """The kernels of the configs on the targets. Raises UsageError, or ConfigError naming file and line."""
+    from flashinfer.aot.config import read_specs
+
+    names = _targets(args.target, args.cpu)
+    specs = read_specs(args.config, names)
+    if not specs:
+        raise UsageError(f"{', '.join(args.config)}: no kernel for {', '.join(names)}")
+    return specs
+
+
+def _targets(chosen: Sequence[str] | None, cpu: bool) -> list[str]:
+    if chosen:
+        names = [name.strip() for text in chosen for name in text.split(",") if name.strip()]
+        for name in names:
+            targets.kind(name)
+    else:
+        names = gpu_targets()
+        cpu = cpu or not names
+    return list(dict.fromkeys([*names, targets.host()] if cpu else names))
+
+
+def gpu_targets() -> list[str]:
+    """The target of each visible GPU, by device index."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return [targets.of_device(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]

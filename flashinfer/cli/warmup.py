@@ -1,0 +1,112 @@
+"""`flashinfer warmup`: have every kernel of a config in a store, so that afterwards nothing compiles."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+from flashinfer import env, log
+from flashinfer.cli import _requests
+from flashinfer.cli._text import count
+from flashinfer.errors import FlashInferError
+from flashinfer.jit.resolver import Resolver, make_resolver, preferred_cache_dir
+from flashinfer.jit.spec import KernelSpec
+from flashinfer.jit.stores import Hit
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "warmup",
+        help="compile beforehand whatever a config needs on this machine",
+        description="Compile into the JIT cache every kernel of a config that is not precompiled. Afterwards a process "
+        "with the same cache directory and compiler compiles none of them. Records no misses.",
+    )
+    _requests.add_arguments(parser)
+    parser.add_argument(
+        "--jobs", type=int, default=0, metavar="N", help="compiles at a time (default: one per CPU core, at most 8)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    specs = _requests.requested(args)
+    resolver = make_resolver(record_misses=False)
+    if resolver.cache_dir != preferred_cache_dir():  # the warning of the temporary directory has said why
+        raise FlashInferError(f"nothing would be kept; set {env.CACHE_DIR.name} to a writable folder")
+    missing = [spec for spec in specs if not _answered(resolver, spec)]
+    print(f"{count(len(specs), 'kernel')}: {len(specs) - len(missing)} ready, {len(missing)} to compile")
+    if not missing:
+        return 0
+    started = time.perf_counter()
+    failures = _compile_all(resolver, missing, args.jobs or min(8, os.cpu_count() or 1))
+    for spec, error in failures:
+        print(f"\n{spec.name} for {spec.target} failed:\n{error}", file=sys.stderr)
+    lost = [spec for spec in missing if not _answered(resolver, spec)]
+    done = count(len(missing) - len(lost), "kernel")
+    print(f"{done} compiled in {time.perf_counter() - started:.1f} s into {resolver.jit.root}")
+    if lost:
+        raise FlashInferError(f"{count(len(lost), 'kernel')} would still be compiled at run time; see the errors above")
+    return 0
+
+
+def _answered(resolver: Resolver, spec: KernelSpec) -> bool:
+    return any(isinstance(answer, Hit) for _, answer in resolver.explain(spec))
+
+
+def _compile_all(resolver: Resolver, specs: Sequence[KernelSpec], jobs: int) -> list[tuple[KernelSpec, Exception]]:
+    failures: list[tuple[KernelSpec, Exception]] = []
+    on_terminal = sys.stderr.isatty()
+    if on_terminal and env.LOG_LEVEL.get() == "info":
+        log.logger().setLevel(logging.WARNING)  # the bar says it; without a terminal, the log lines are the progress
+    with ThreadPoolExecutor(jobs) as pool:
+        bar = _Bar(len(specs), on_terminal)
+        running = {pool.submit(resolver.load, spec): spec for spec in specs}
+        try:
+            for future in as_completed(running):
+                spec, error = running[future], future.exception()
+                if isinstance(error, Exception):
+                    failures.append((spec, error))
+                bar.advance(spec)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        finally:
+            bar.close()
+    return failures
+
+
+class _Bar:
+    """`[####----] 12/40  ETA 8 s  rmsnorm sm_90a` on one line of stderr; nothing when that is no terminal."""
+
+    _WIDTH = 24
+
+    def __init__(self, total: int, visible: bool) -> None:
+        self._total, self._visible, self._done = total, visible, 0
+        self._started = time.perf_counter()
+        self._draw("")
+
+    def advance(self, spec: KernelSpec) -> None:
+        self._done += 1
+        self._draw(f"{spec.family} {spec.target}")
+
+    def close(self) -> None:
+        if self._visible:
+            sys.stderr.write("\n")
+
+    def _draw(self, last: str) -> None:
+        if not self._visible:
+            return
+        filled = self._WIDTH * self._done // self._total
+        eta = ""
+        if 0 < self._done < self._total:
+            left = (time.perf_counter() - self._started) / self._done * (self._total - self._done)
+            eta = f"  ETA {left:.0f} s"
+        bar = "#" * filled + "-" * (self._WIDTH - filled)
+        sys.stderr.write(f"\r\033[K[{bar}] {self._done}/{self._total}{eta}  {last}")
+        sys.stderr.flush()
