@@ -1,0 +1,101 @@
+// Writes a whole row: softmax of logits, renormalized top-k or top-p of probabilities, or logits masked to their top-k.
+// One reading of the row, one writing.
+#pragma once
+
+#include "device/pdl.cuh"
+#include "sampling/filter.cuh"
+
+namespace flashinfer {
+
+template <class Config>
+struct NormalizeSmem {
+  typename RowSlice<Config>::Smem slice;
+  typename RowTotals<Config>::Smem totals;
+  typename Filter<Config>::Smem filter;
+  float kept_blocks[Config::kClusterSize];
+  float scratch[Config::kNumThreads / kWarpSize];
+};
+
+// Stores a granule's worth of results where it lies inside the row, by vectors if the output is aligned as the input.
+template <class Config, class TOut>
+__device__ __forceinline__ void store_granule(const RowSlice<Config>& slice, int g, TOut* output_base, bool is_aligned,
+                                              const float* values) {
+  constexpr int kVecSize = RowSlice<Config>::kVecSize;
+  constexpr int kOutVecSize = 16 / sizeof(TOut) < kVecSize ? 16 / sizeof(TOut) : kVecSize;
+  if (is_aligned && g >= slice.full_begin && g < slice.full_end) {
+#pragma unroll
+    for (int begin = 0; begin < kVecSize; begin += kOutVecSize) {
+      Vec<TOut, kOutVecSize> vec;
+#pragma unroll
+      for (int i = 0; i < kOutVecSize; ++i) vec[i] = from_float<TOut>(values[begin + i]);
+      vec.store(output_base + int64_t(g) * kVecSize + begin);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kVecSize; ++i) {
+    const int element = g * kVecSize + i;
+    if (element >= slice.head && element < slice.end) output_base[element] = from_float<TOut>(values[i]);
+  }
+}
+
+template <class Config>
+__device__ void normalize_row(const SamplingParams& params) {
+  using Slice = RowSlice<Config>;
+  using TOut = typename Config::TOut;
+  constexpr int kClusterSize = Config::kClusterSize;
+  extern __shared__ __align__(16) unsigned char smem_raw[];
+  static_assert(sizeof(NormalizeSmem<Config>) <= Config::kSmemBytes);
+  NormalizeSmem<Config>& smem = *reinterpret_cast<NormalizeSmem<Config>*>(smem_raw);
+
+  cluster_announce<kClusterSize>();
+  wait_for_previous_kernel();
+  const int row = blockIdx.x / kClusterSize;
+  Slice slice(input_row<typename Config::T>(params, row), params.vocab_size, smem.slice);
+  const Filter<Config> filter = Filter<Config>::load(params, row);
+  const float scale = softmax_scale(params, row);
+
+  const Stats mine = read_row(slice, scale);
+  const RowTotals<Config> totals = RowTotals<Config>::share(mine, scale, smem.totals);
+  const Weigh<Config> weigh{totals.row.max, scale};
+
+  float threshold = -kInfinity, kept_sum = totals.row.sum;
+  if constexpr (Filter<Config>::kSearches) {
+    if (Config::kInput == kOrderOnly || totals.is_valid()) {
+      threshold = filter.threshold(slice, totals, scale, mine.max, params.vocab_size, smem.filter);
+    }
+    if constexpr (Config::kInput != kOrderOnly) {
+      float kept = 0.f;
+      slice.for_each([&](float score) { kept += score >= threshold ? weigh(score) : 0.f; });
+      kept_sum = cluster_sum<Config>(kept, smem.kept_blocks, smem.scratch);
+    } else {
+      cluster_sync<kClusterSize>();  // other blocks may still read our list
+    }
+  }
+
+  // A row of probabilities without any weight stays zero; one with NaN becomes NaN, as does a row of logits without a
+  // largest.
+  float factor = 1.f / kept_sum;
+  if (Config::kInput == kProbs && totals.row.sum == 0.f) factor = 0.f;
+  if (Config::kInput == kProbs && totals.row.sum != totals.row.sum) factor = totals.row.sum;
+  TOut* output_base = static_cast<TOut*>(params.output) + row * params.output_stride - slice.head;
+  const bool is_aligned = (reinterpret_cast<uint64_t>(output_base) & 15) == 0;
+#pragma unroll 2
+  for (int slot = 0; slot < slice.num_slots; ++slot) {
+    const typename Slice::Granule granule = slice.at(slot, threadIdx.x);
+    float values[Slice::kVecSize];
+#pragma unroll
+    for (int i = 0; i < Slice::kVecSize; ++i) {
+      const float score = to_float(granule[i]);
+      if constexpr (Config::kInput == kOrderOnly) {
+        values[i] = score >= threshold ? score : -kInfinity;
+      } else {
+        values[i] = (score >= threshold ? weigh(score) : 0.f) * factor;
+      }
+    }
+    store_granule<Config, TOut>(slice, slice.granule_idx(slot, threadIdx.x), output_base, is_aligned, values);
+  }
+  allow_next_kernel();
+}
+
+}  // namespace flashinfer

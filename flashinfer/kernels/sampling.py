@@ -1,0 +1,191 @@
+"""Softmax, filters and sampling over the vocabulary: one thread-block cluster per row."""
+
+from __future__ import annotations
+
+import ctypes
+
+from flashinfer import target as targets
+from flashinfer.dtypes import ITEMSIZE
+from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
+
+DTYPES = ("fp32", "fp16", "bf16")
+CLUSTER_SIZES = (1, 2, 4, 8)
+# Shared memory for the part of a row that one block holds, in KiB; 0 reads the row again instead.
+ROW_KIB = (0, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 208)
+INPUTS = {"logits": 0, "probs": 1, "order_only": 2}
+FILTERS = ("none", "top_k", "top_p", "min_p", "top_k_top_p")
+NORMALIZE_OPS = ("softmax", "top_p_renorm", "top_k_renorm", "top_k_mask")
+
+_CACHED_NUM_THREADS = 256
+_SEARCH_BYTES = 11136  # histograms, lists and exchange of a search; three blocks with 64 KiB of row fit an SM of Hopper
+_PLAIN_BYTES = 1024
+
+
+class SamplingParams(ctypes.Structure):
+    """Mirror of csrc/sampling/params.h."""
+
+    _fields_ = [
+        ("input", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+        ("token_ids", ctypes.c_void_p),
+        ("valid", ctypes.c_void_p),
+        ("row_indices", ctypes.c_void_p),
+        ("top_k", ctypes.c_void_p),
+        ("top_p", ctypes.c_void_p),
+        ("min_p", ctypes.c_void_p),
+        ("temperature", ctypes.c_void_p),
+        ("random_state", ctypes.c_void_p),
+        ("seed", ctypes.c_uint64),
+        ("offset", ctypes.c_uint64),
+        ("input_stride", ctypes.c_int64),
+        ("output_stride", ctypes.c_int64),
+        ("num_rows", ctypes.c_int32),
+        ("vocab_size", ctypes.c_int32),
+        ("top_k_value", ctypes.c_int32),
+        ("top_p_value", ctypes.c_float),
+        ("min_p_value", ctypes.c_float),
+        ("temperature_value", ctypes.c_float),
+        ("row_indices_are_int64", ctypes.c_int32),
+        ("top_k_is_int64", ctypes.c_int32),
+        ("top_k_first", ctypes.c_int32),
+    ]
+
+
+class SpeculativeParams(ctypes.Structure):
+    """Mirror of csrc/sampling/params.h."""
+
+    _fields_ = [
+        ("draft_probs", ctypes.c_void_p),
+        ("target_probs", ctypes.c_void_p),
+        ("draft_ids", ctypes.c_void_p),
+        ("output_ids", ctypes.c_void_p),
+        ("num_accepted", ctypes.c_void_p),
+        ("num_emitted", ctypes.c_void_p),
+        ("random_state", ctypes.c_void_p),
+        ("seed", ctypes.c_uint64),
+        ("offset", ctypes.c_uint64),
+        ("draft_row_stride", ctypes.c_int64),
+        ("draft_step_stride", ctypes.c_int64),
+        ("target_row_stride", ctypes.c_int64),
+        ("target_step_stride", ctypes.c_int64),
+        ("num_rows", ctypes.c_int32),
+        ("num_draft", ctypes.c_int32),
+        ("vocab_size", ctypes.c_int32),
+    ]
+
+
+def placement(dtype: str, vocab_size: int, num_rows: int, num_sms: int, target: str, keeps_row: bool) -> dict[str, int]:
+    """cluster_size and row_kib for a call.
+
+    Enough blocks to fill the machine while rows are few; for a row that stays in shared memory, also blocks small enough
+    that three fit an SM, so that one loads while others search.
+    """
+    has_clusters = targets.kind(target) == "cuda" and targets.capability(target)[0] in (9, 10)
+    if targets.kind(target) == "cpu":
+        return {"cluster_size": 1, "row_kib": 0}
+    row_bytes = vocab_size * ITEMSIZE[dtype] + 32
+    useful = row_bytes / (_CACHED_NUM_THREADS * 16)  # blocks beyond this would have nothing to read
+    if not keeps_row:
+        cluster_size = 1
+        while has_clusters and cluster_size < 8 and cluster_size * num_rows < 3 * num_sms and cluster_size < useful:
+            cluster_size *= 2
+        return {"cluster_size": cluster_size, "row_kib": 0}
+    cluster_size, largest = 1, 208 if has_clusters else 80
+    if has_clusters:
+        while cluster_size < 8 and cluster_size < useful and (
+            cluster_size * num_rows < 3 * num_sms or _block_kib(row_bytes, cluster_size) > 64
+        ):
+            cluster_size *= 2
+    needed = _block_kib(row_bytes, cluster_size)
+    return {"cluster_size": cluster_size, "row_kib": 0 if needed > largest else min(k for k in ROW_KIB if k >= needed)}
+
+
+def _block_kib(row_bytes: int, cluster_size: int) -> int:
+    """KiB of a row that one block holds: whole slots of one granule a thread."""
+    slot_bytes = _CACHED_NUM_THREADS * 16
+    return -(-row_bytes // (slot_bytes * cluster_size)) * slot_bytes // 1024
+
+
+def _launch(spec: KernelSpec, shared: int, streams: bool) -> tuple[dict[str, int], Launch]:
+    row_kib = spec.arg("row_kib")
+    num_threads = _CACHED_NUM_THREADS
+    tile = {"kRowSlots": row_kib * 1024 // (num_threads * 16), "kUnroll": 8 if streams else 4}
+    # Registers for as many blocks as shared memory admits.
+    blocks = 4 if streams else 3 if 0 < row_kib <= 64 else 2 if row_kib <= 96 else 1
+    return tile, Launch(
+        num_threads=num_threads,
+        min_blocks_per_sm=blocks,
+        smem_bytes=row_kib * 1024 + shared,
+        cluster_size=spec.arg("cluster_size"),
+    )
+
+
+def _sample_config(spec: KernelSpec) -> Config:
+    chosen = spec.arg("filter")
+    searches = chosen in ("top_k", "top_p", "top_k_top_p")
+    tile, launch = _launch(spec, _SEARCH_BYTES if searches else _PLAIN_BYTES, chosen == "none")
+    return Config(
+        {
+            "T": CxxType(spec.arg("dtype")),
+            "kInput": INPUTS[spec.arg("input")],
+            "kTopK": "top_k" in chosen,
+            "kTopP": "top_p" in chosen,
+            "kMinP": chosen == "min_p",
+            **tile,
+        },
+        launch,
+    )
+
+
+def _normalize_config(spec: KernelSpec) -> Config:
+    op = spec.arg("op")
+    tile, launch = _launch(spec, _PLAIN_BYTES if op == "softmax" else _SEARCH_BYTES, False)
+    inputs = {"softmax": "logits", "top_k_mask": "order_only"}
+    return Config(
+        {
+            "T": CxxType(spec.arg("dtype")),
+            "TOut": CxxType("fp32" if op == "softmax" else spec.arg("dtype")),
+            "kInput": INPUTS[inputs.get(op, "probs")],
+            "kTopK": op.startswith("top_k"),
+            "kTopP": op.startswith("top_p"),
+            "kMinP": False,
+            **tile,
+        },
+        launch,
+    )
+
+
+def _speculative_config(spec: KernelSpec) -> Config:
+    constants = {"T": CxxType(spec.arg("dtype")), "kInput": INPUTS["probs"], "kRowSlots": 0, "kUnroll": 4}
+    cluster_size = spec.arg("cluster_size")
+    return Config(constants, Launch(num_threads=256, min_blocks_per_sm=4, smem_bytes=1024, cluster_size=cluster_size))
+
+
+SAMPLE_ROW = Family(
+    name="sample_row",
+    params=SamplingParams,
+    headers={"cuda": "sampling/sample_row.cuh", "cpu": "cpu/sampling/sample_row.h"},
+    axes={
+        "dtype": DTYPES,
+        "input": ("logits", "probs"),
+        "filter": FILTERS,
+        "cluster_size": CLUSTER_SIZES,
+        "row_kib": ROW_KIB,
+    },
+    config=_sample_config,
+)
+NORMALIZE_ROW = Family(
+    name="normalize_row",
+    params=SamplingParams,
+    headers={"cuda": "sampling/normalize_row.cuh", "cpu": "cpu/sampling/normalize_row.h"},
+    axes={"dtype": DTYPES, "op": NORMALIZE_OPS, "cluster_size": CLUSTER_SIZES, "row_kib": ROW_KIB},
+    config=_normalize_config,
+)
+CHAIN_SPECULATIVE = Family(
+    name="chain_speculative",
+    params=SpeculativeParams,
+    headers={"cuda": "sampling/chain_speculative.cuh", "cpu": "cpu/sampling/chain_speculative.h"},
+    axes={"dtype": DTYPES, "cluster_size": CLUSTER_SIZES},
+    config=_speculative_config,
+)
+register(SAMPLE_ROW, NORMALIZE_ROW, CHAIN_SPECULATIVE)
