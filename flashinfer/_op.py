@@ -9,10 +9,11 @@ a memo. The hot path is: build the key, find the launch, pack the pointers, laun
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
+
+from flashinfer.jit.loader import stream_getter
 
 T = TypeVar("T")
 
@@ -34,13 +35,7 @@ def signature(tensor: torch.Tensor) -> tuple[object, ...]:
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device()
 
 
-def _no_stream(device_index: int) -> int:
-    return 0
-
-
-# torch.cuda.current_stream() builds an object and costs more than a kernel launch; Triton reads the handle this way
-# too.
-_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _no_stream)
+_raw_stream = stream_getter()
 
 
 def current_stream(device_index: int) -> int:

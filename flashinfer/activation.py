@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from flashinfer import _op, dtypes, target
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit import resolver
+from flashinfer.jit.loader import PreparedLaunch
 from flashinfer.kernels.activation import ACT_AND_MUL
 from flashinfer.kernels.norm import vec_size
 
@@ -50,8 +50,8 @@ def gelu_tanh_and_mul(
     return _act_and_mul("gelu_tanh_and_mul", "gelu_tanh", input, out, enable_pdl)
 
 
-_Launch = Callable[[int, int], None]  # input and output addresses
-_memo: _op.Memo[_Launch] = _op.Memo()
+# Called with the addresses of input and output.
+_memo: _op.Memo[PreparedLaunch] = _op.Memo()
 
 
 def _act_and_mul(
@@ -68,7 +68,7 @@ def _act_and_mul(
     return out
 
 
-def _prepare(op: str, gate: str, input: torch.Tensor, out: torch.Tensor, pdl: Optional[bool]) -> _Launch:
+def _prepare(op: str, gate: str, input: torch.Tensor, out: torch.Tensor, pdl: Optional[bool]) -> PreparedLaunch:
     _op.require(
         input.dim() >= 1 and input.shape[-1] % 2 == 0,
         op,
@@ -95,10 +95,4 @@ def _prepare(op: str, gate: str, input: torch.Tensor, out: torch.Tensor, pdl: Op
     num_rows = out.numel() // hidden_size
     columns_per_block = kernel.config.launch.num_threads * int(kernel.config.constants["kVecsPerThread"]) * width
     grid = (num_rows, -(-hidden_size // columns_per_block), 1)
-    current_stream = _op.current_stream
-
-    def launch(input_ptr: int, output_ptr: int) -> None:
-        stream = current_stream(device_index)
-        launcher(grid, stream, input_ptr, output_ptr, input_stride, output_stride, num_rows, hidden_size)
-
-    return launch
+    return launcher.prepare(grid, 0, 0, input_stride, output_stride, num_rows, hidden_size, varying=2)

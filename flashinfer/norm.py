@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from flashinfer import _op, dtypes, target
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit import ArgValue, Family, KernelSpec, resolver
+from flashinfer.jit.loader import PreparedLaunch
 from flashinfer.kernels.norm import LAYERNORM, RMSNORM, vec_size
 
 __all__ = ["rmsnorm", "fused_add_rmsnorm", "gemma_rmsnorm", "gemma_fused_add_rmsnorm", "layernorm"]
@@ -119,8 +119,8 @@ def layernorm(input: torch.Tensor, gemma: torch.Tensor, beta: torch.Tensor, eps:
 
 # ----------------------------------------------------------------------------------------------------------- one launch
 
-_Launch = Callable[[int, int, int, int, int, float], None]  # input, residual, weight, bias, output addresses; eps
-_memo: _op.Memo[_Launch] = _op.Memo()
+# Called with the addresses of input, residual, weight, bias and output.
+_memo: _op.Memo[PreparedLaunch] = _op.Memo()
 
 
 def _normalize(
@@ -139,6 +139,7 @@ def _normalize(
     key = (
         op,
         pdl,
+        eps,
         (input_ptr | weight_ptr | output_ptr | residual_ptr) & 15,
         input.dtype,
         input.shape,
@@ -154,8 +155,8 @@ def _normalize(
     )
     launch = _memo.get(key)
     if launch is None:
-        launch = _memo.remember(key, _prepare(op, input, residual, weight, bias, output, pdl))
-    launch(input_ptr, residual_ptr, weight_ptr, 0 if bias is None else bias.data_ptr(), output_ptr, eps)
+        launch = _memo.remember(key, _prepare(op, input, residual, weight, bias, output, eps, pdl))
+    launch(input_ptr, residual_ptr, weight_ptr, 0 if bias is None else bias.data_ptr(), output_ptr)
 
 
 def _prepare(
@@ -165,8 +166,9 @@ def _prepare(
     weight: torch.Tensor,
     bias: Optional[torch.Tensor],
     output: torch.Tensor,
+    eps: float,
     pdl: Optional[bool],
-) -> _Launch:
+) -> PreparedLaunch:
     _check(op, input, residual, weight, bias, output)
     num_rows = input.numel() // max(1, input.shape[-1])
     if input.numel() == 0:
@@ -196,28 +198,8 @@ def _prepare(
     if device_index >= 0:
         rows_per_block = kernel.config.launch.num_threads // int(kernel.config.constants["kThreadsPerRow"])
         grid = (-(-num_rows // rows_per_block), 1, 1)
-    current_stream = _op.current_stream
-
-    def launch(input_ptr: int, residual_ptr: int, weight_ptr: int, bias_ptr: int, output_ptr: int, eps: float) -> None:
-        launcher(
-            grid,
-            current_stream(device_index),
-            input_ptr,
-            residual_ptr,
-            weight_ptr,
-            bias_ptr,
-            output_ptr,
-            input_row,
-            input_group,
-            residual_row,
-            output_row,
-            output_group,
-            num_rows,
-            rows_per_group,
-            eps,
-        )
-
-    return launch
+    strides = (input_row, input_group, residual_row, output_row, output_group)
+    return launcher.prepare(grid, *[0] * 5, *strides, num_rows, rows_per_group, eps, varying=5)
 
 
 def _spec(op: str, input: torch.Tensor, weight: torch.Tensor, alignment: int) -> KernelSpec:

@@ -3,8 +3,10 @@
     kernel   = resolver().load(spec)            # CudaKernel or CpuKernel, one per spec and process
     launcher = kernel.on(device_index)          # one per kernel and device; loads the cubin there
     launcher(grid, stream, *values)             # values in the order of the parameter struct's fields
+    launch   = launcher.prepare(grid, *values, varying=3)
+    launch(*first_three_values)                 # the rest stays as prepared; on torch's current stream
 
-A launch packs the values into a preallocated block and makes one driver call.
+A launch packs the values into a preallocated block and makes one driver call. What is prepared costs least to repeat.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Union
 
 from flashinfer import env
 from flashinfer.errors import DriverError, FlashInferError
@@ -28,13 +30,34 @@ from flashinfer.jit.source import Source
 from flashinfer.jit.spec import Config, KernelSpec
 
 Grid = tuple[int, int, int]
+Value = Union[int, float, bytes]
+PreparedLaunch = Callable[..., None]
+
+
+@functools.cache
+def stream_getter() -> Callable[[int], int]:
+    """A function: device index -> handle of torch's current CUDA stream there.
+
+    torch.cuda.current_stream() builds an object and costs more than a kernel launch; Triton reads the handle this way
+    too.
+    """
+    import torch
+
+    def no_stream(device_index: int) -> int:
+        return 0
+
+    getter: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", no_stream)
+    return getter
 
 
 class Launcher(Protocol):
     def max_blocks_per_sm(self) -> int:
         """Blocks of this kernel that one SM holds at a time; persistent grids are a multiple of it."""
 
-    def __call__(self, grid: Grid, stream: int, *values: int | float | bytes) -> None: ...
+    def __call__(self, grid: Grid, stream: int, *values: Value) -> None: ...
+
+    def prepare(self, grid: Grid, *values: Value, varying: int) -> PreparedLaunch:
+        """A launch on torch's current stream of which only the first `varying` values change from call to call."""
 
 
 class Kernel(Protocol):
@@ -57,10 +80,11 @@ _FORMATS: dict[Any, str] = {
 
 
 @functools.cache
-def _packer(params: type[ctypes.Structure]) -> struct.Struct:
-    """A struct.Struct laid out like the C struct. Byte arrays (TMA descriptors) take one `bytes` value."""
+def _packer(params: type[ctypes.Structure], num_fields: int | None = None) -> struct.Struct:
+    """A struct.Struct laid out like the first fields of the C struct. Byte arrays (TMA descriptors) take one
+    `bytes`."""
     text = ""
-    for field in params._fields_:
+    for field in params._fields_[:num_fields]:
         ctype: Any = field[1]
         if issubclass(ctype, ctypes.Array):
             text += (
@@ -131,41 +155,62 @@ class CudaLauncher:
         self._attributes = (driver.LaunchAttribute * len(attributes))(*attributes)
         self._block = (config.launch.num_threads, 1, 1, config.launch.smem_bytes)
         # Free parameter blocks. A launch takes one and gives it back: list.pop and append are atomic, so that threads
-        # never
-        # share a block and none waits for another.
-        self._slots: list[tuple[LaunchSlot, tuple[object, ...]]] = []
+        # never share a block and none waits for another.
+        self._slots: list[LaunchSlot] = []
         self._launch_kernel: Callable[..., int] = driver.library().cuLaunchKernelEx
 
-    def __call__(self, grid: Grid, stream: int, *values: int | float | bytes) -> None:
+    def __call__(self, grid: Grid, stream: int, *values: Value) -> None:
         try:
-            slot, args = self._slots.pop()
+            slot = self._slots.pop()
         except IndexError:
-            slot, args = self._new_slot()
-        _pack_launch(slot.config, 0, *grid, *self._block, stream)
-        self._pack_params(slot.params, 0, *values)
+            slot = self._new_slot()
+        config, params, args, _ = slot
+        _pack_launch(config, 0, *grid, *self._block, stream)
+        self._pack_params(params, 0, *values)
         code = self._launch_kernel(*args)
         if code != 0:
             self._retry_or_raise(code, args)
-        self._slots.append((slot, args))
+        self._slots.append(slot)
+
+    def prepare(self, grid: Grid, *values: Value, varying: int) -> PreparedLaunch:
+        pack_varying = _packer(self._params, varying).pack_into
+        launch_kernel, device_index, current_stream = self._launch_kernel, self._device_index, stream_getter()
+        slots: list[LaunchSlot] = []
+
+        def launch(*first_values: Value) -> None:
+            try:
+                slot = slots.pop()
+            except IndexError:
+                slot = self._new_slot()
+                _pack_launch(slot[0], 0, *grid, *self._block, 0)
+                self._pack_params(slot[1], 0, *values)
+            config, params, args, _ = slot
+            config.stream = current_stream(device_index)
+            pack_varying(params, 0, *first_values)
+            code = launch_kernel(*args)
+            if code != 0:
+                self._retry_or_raise(code, args)
+            slots.append(slot)
+
+        return launch
 
     def max_blocks_per_sm(self) -> int:
         with driver.context(self._device_index):
             return driver.max_blocks_per_sm(self.function, self._launch.num_threads, self._launch.smem_bytes)
 
-    def _new_slot(self) -> tuple[LaunchSlot, tuple[object, ...]]:
-        slot = LaunchSlot()
-        slot.config = driver.LaunchConfig()
-        slot.config.num_attributes = len(self._attributes)
+    def _new_slot(self) -> LaunchSlot:
+        config, params = driver.LaunchConfig(), self._params()
+        config.num_attributes = len(self._attributes)
         if len(self._attributes):
-            slot.config.attributes = ctypes.addressof(self._attributes)
-        slot.params = self._params()
-        slot.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(slot.params))
-        args = (ctypes.byref(slot.config), self.function, slot.pointers, None)
-        return slot, args
+            config.attributes = ctypes.addressof(self._attributes)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        # Addresses as ready-made pointer objects: the call converts nothing.
+        args = (ctypes.byref(config), self.function, ctypes.c_void_p(ctypes.addressof(pointers)), None)
+        return config, params, args, pointers
 
     def _retry_or_raise(self, code: int, args: tuple[object, ...]) -> None:
         # A thread that has made no CUDA call yet has no current context, and a caller may be on another device: enter
-        # ours.
+        # it.
         if code in (driver.INVALID_CONTEXT, driver.INVALID_HANDLE):
             with driver.context(self._device_index):
                 code = self._launch_kernel(*args)
@@ -174,15 +219,9 @@ class CudaLauncher:
             raise FlashInferError(f"launch of {self._name} on cuda:{self._device_index}: {failure}") from failure
 
 
-class LaunchSlot:
-    """The memory one launch in progress needs; kept alive as long as the launcher."""
-
-    __slots__ = ("config", "params", "pointers")
-    config: driver.LaunchConfig
-    params: ctypes.Structure
-    pointers: ctypes.Array[ctypes.c_void_p]
-
-
+# The memory one launch in progress needs: configuration, parameters, the arguments of the driver call, and the array of
+# parameter pointers, which only the driver reads.
+LaunchSlot = tuple[driver.LaunchConfig, ctypes.Structure, tuple[object, ...], object]
 _pack_launch = struct.Struct("7I4xP").pack_into  # grid, block, smem_bytes, stream of CUlaunchConfig
 
 
@@ -210,8 +249,16 @@ class CpuLauncher:
     def __init__(self, function: Callable[[bytes], None], pack: Callable[..., bytes]) -> None:
         self._function, self._pack = function, pack
 
-    def __call__(self, grid: Grid, stream: int, *values: int | float | bytes) -> None:
+    def __call__(self, grid: Grid, stream: int, *values: Value) -> None:
         self._function(self._pack(*values))
+
+    def prepare(self, grid: Grid, *values: Value, varying: int) -> PreparedLaunch:
+        function, pack, fixed_values = self._function, self._pack, values[varying:]
+
+        def launch(*first_values: Value) -> None:
+            function(pack(*first_values, *fixed_values))
+
+        return launch
 
     def max_blocks_per_sm(self) -> int:
         return 1
