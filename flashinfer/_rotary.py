@@ -144,7 +144,7 @@ def as_heads(op: str, name: str, tensor: torch.Tensor, head_dim: Optional[int] =
             f"{name} has shape {list(tensor.shape)}; expected [num_tokens, num_heads * {head_dim}]",
         )
         _op.require_unit_stride(op, name, tensor)
-        tensor = tensor.view(tensor.shape[0], -1, head_dim)
+        tensor = tensor.view(tensor.shape[0], tensor.shape[1] // head_dim, head_dim)
     _op.require(
         tensor.dim() == 3 and (head_dim is None or tensor.shape[2] == head_dim),
         op,
