@@ -7,7 +7,6 @@ worked out once per plan shape and kept: the hot path is one dictionary lookup, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
@@ -20,12 +19,10 @@ from flashinfer.attention.kv_cache import PagedCache, PagedKv
 from flashinfer.attention.variant import Variant, alibi_slopes_ptr
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit import resolver
-from flashinfer.jit.loader import Launcher
+from flashinfer.jit.loader import Launcher, PreparedLaunch
 from flashinfer.kernels import attention as families
 
 DataType = Union[str, torch.dtype]
-_Launch = Callable[[int, int, int, int, int, tuple[int, int, int]], None]  # q, out, lse, k, v; index addresses
-
 _ONE_ROW_PAGES = families.fast_divisor(1)
 
 
@@ -602,9 +599,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         if self._planned_window != bound.window_left and not 0 <= bound.window_left <= self._planned_window:
             if self._planned_window >= 0:
                 self._plan_window(bound.window_left)
-        bound.launch(
-            q_ptr, out_ptr, 0 if lse is None else lse.data_ptr(), k_ptr, v_ptr + bound.v_offset, self._index_addresses
-        )
+        lse_ptr = 0 if lse is None else lse.data_ptr()
+        bound.launch(q_ptr, out_ptr, lse_ptr, k_ptr, v_ptr + bound.v_offset, *self._index_addresses)
         return (out, lse) if return_lse and lse is not None else out
 
 
@@ -657,6 +653,7 @@ class _PlanShape:
         self.bound: _op.Memo[_BoundRun] = _op.Memo()
         self.schedule = planning.DecodeSchedule()
         self.num_chunks = 0
+        self._planners: dict[int, PreparedLaunch] = {}
         kernel = self.kernel(variant, False)
         if device.type == "cuda" and batch_size > 0:
             self.num_chunks = kernel.num_chunks
@@ -665,10 +662,10 @@ class _PlanShape:
                 op, int_workspace, float_workspace, batch_size, kernel.num_chunks, kernel.num_head_blocks, num_qo_heads,
                 kv.head_dim_vo,
             )  # fmt: skip
-            self._planner_tail = (
-                self.schedule.chunks, self.schedule.requests, self.schedule.empty, self.schedule.tile_indptr,
-                self.schedule.counters, batch_size, kernel.num_chunks, kernel.num_head_blocks, kv.page_size,
-                kernel.tile_len,
+            schedule = self.schedule
+            self._planner_values = (
+                0, 0, schedule.chunks, schedule.requests, schedule.empty, schedule.tile_indptr, schedule.counters,
+                batch_size, kernel.num_chunks, kernel.num_head_blocks, kv.page_size, kernel.tile_len,
             )  # fmt: skip
 
     def kernel(self, variant: Variant, pdl: bool) -> _Kernel:
@@ -681,10 +678,11 @@ class _PlanShape:
     def launch_planner(self, index_addresses: tuple[int, int, int], window_left: int) -> None:
         if self.num_chunks == 0:
             return
-        _planner(self.device)(
-            (1, 1, 1), _op.current_stream(self.device.index), index_addresses[0], index_addresses[2], *self._planner_tail,
-            window_left,
-        )  # fmt: skip
+        launch = self._planners.get(window_left)
+        if launch is None:
+            launch = _planner(self.device).prepare((1, 1, 1), *self._planner_values, window_left, varying=2)
+            self._planners[window_left] = launch
+        launch(index_addresses[0], index_addresses[2])
 
 
 class _BoundRun:
@@ -718,28 +716,24 @@ class _BoundRun:
         strides = kv.strides_of(op, cache, device)
         self.v_offset = cache.stride(1) * cache.element_size() if isinstance(cache, torch.Tensor) else 0
         self.window_left = variant.window_left
-        self._device_index = q.get_device()
         kernel = shape.kernel(variant, pdl)
-        self._launcher = kernel.launcher
         if shape.num_chunks and kernel.tile_len != shape.tile_len:
             raise UnsupportedConfig(f"{op}: this variant needs another schedule than the planned one; pass it to plan()")
-        self._grid = (kernel.num_head_blocks, shape.num_chunks, 1)
-        self._idle = shape.batch_size == 0
-        self._tail = (
+        tail = (
             *strides.values, *families.fast_divisor(kv.page_size), 0,
             0, 0, 0, alibi_slopes_ptr(variant, shape.num_qo_heads, device), *shape.schedule.values,
             q.stride(0), q.stride(1), out.stride(0), out.stride(1),
             shape.batch_size, shape.num_qo_heads, kv.num_kv_heads, 1, shape.num_chunks, variant.window_left,
             *variant.scalars(*scales),
         )  # fmt: skip
+        # Addresses of q, out, lse, k, v, indptr, indices and last_page_len vary from call to call.
+        grid = (kernel.num_head_blocks, shape.num_chunks, 1)
+        idle = shape.batch_size == 0
+        self.launch = _no_launch if idle else kernel.launcher.prepare(grid, *(0,) * 8, *tail, varying=8)
 
-    def launch(
-        self, q: int, out: int, lse: int, k: int, v: int, index_addresses: tuple[int, int, int]
-    ) -> None:
-        if self._idle:
-            return
-        stream = _op.current_stream(self._device_index)
-        self._launcher(self._grid, stream, q, out, lse, k, v, *index_addresses, *self._tail)
+
+def _no_launch(*addresses: int) -> None:
+    """An empty batch."""
 
 
 class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):
