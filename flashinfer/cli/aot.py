@@ -166,7 +166,7 @@ def _registries(paths: Sequence[Path]) -> tuple[list[Any], int]:
     for root in roots:
         try:
             registries.append(Registry(root))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             print(f"{root}: no usable registry: {error}", file=sys.stderr)
             status = 1
     return registries, status

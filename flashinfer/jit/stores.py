@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -65,6 +66,27 @@ class Entry:
     bytes: int
     compiler: str
     cuda: str | None = None  # CUDA version of the compiler; the driver must be of the same major version or newer
+
+
+_ENTRY_TYPES = {
+    **dict.fromkeys(("name", "family", "target", "digest", "file", "sha256", "compiler"), str),
+    "args": dict,
+    "bytes": int,
+}
+
+
+def _entry(raw: Any) -> Entry:
+    """Checked here, so that a damaged registry is found when it is opened and not in the middle of a request."""
+    try:
+        entry = Entry(**raw)
+    except TypeError as error:
+        raise ValueError(f"entry {raw!r:.60}: {error}") from None
+    for field, expected in _ENTRY_TYPES.items():
+        if not isinstance(getattr(entry, field), expected):
+            raise ValueError(f"entry {entry.name!r:.60}: {field} is {getattr(entry, field)!r:.40}")
+    if entry.cuda is not None and not re.fullmatch(r"\d+\.\d+", str(entry.cuda)):
+        raise ValueError(f"entry {entry.name!r:.60}: cuda is {entry.cuda!r:.40}")
+    return entry
 
 
 class Registry:
@@ -152,6 +174,7 @@ class AotStore:
 
     def __init__(self, roots: list[Path] | None = None) -> None:
         self._roots = roots
+        self._unusable: list[str] = []
 
     @cached_property
     def registries(self) -> list[Registry]:
@@ -161,8 +184,9 @@ class AotStore:
         for root in self.roots():
             try:
                 found.append(Registry(root))
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError) as error:
                 log.warn_once(f"the kernel registry in {root} is not usable and is ignored: {error}")
+                self._unusable.append(f"the kernel registry in {root} is not usable: {error}")
         return found
 
     def roots(self) -> list[Path]:
@@ -179,15 +203,13 @@ class AotStore:
     def find(self, spec: KernelSpec) -> Answer:
         if env.DISABLE_AOT.get():
             return Rejected(f"AOT is disabled ({env.DISABLE_AOT.name})")
-        if not self.registries:
-            return Rejected("flashinfer_aot is not installed")
         reasons: dict[str, None] = {}
         for registry in self.registries:
             answer = registry.find(spec)
             if isinstance(answer, Hit):
                 return answer
             reasons[answer.reason] = None
-        return Rejected("; ".join(reasons))
+        return Rejected("; ".join([*reasons, *self._unusable]) or "flashinfer_aot is not installed")
 
 
 # ------------------------------------------------------------------------------------------------------------ JIT cache
