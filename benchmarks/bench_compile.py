@@ -12,7 +12,7 @@ from collections import defaultdict
 from common import environment, print_table
 
 from flashinfer import target as targets
-from flashinfer.aot.config import load_specs
+from flashinfer.aot.config import read_specs
 from flashinfer.jit.source import render
 from flashinfer.jit.toolchain import toolchain
 
@@ -26,7 +26,7 @@ def main() -> None:
     compiler = toolchain(targets.kind(args.target))
     print("compiler:", compiler.identity)
     by_family: dict[str, list[tuple[float, int, str]]] = defaultdict(list)
-    for spec in load_specs(args.config or ["aot_configs/core.toml"], [args.target]):
+    for spec in read_specs(args.config or ["core"], [args.target]):
         if len(by_family[spec.family]) < args.limit:
             start = time.perf_counter()
             compiled = compiler.compile(render(spec))

@@ -1,6 +1,7 @@
 """Real sentences through a real model: all-MiniLM-L6-v2 (Wang et al. 2020, arXiv:2002.10957), a 6-layer BERT encoder.
 
-Its normalization runs through flashinfer; the same model in plain PyTorch gives the same similarities. hidden_size 384 is
+Its normalization runs through flashinfer; the same model in plain PyTorch gives the same similarities. hidden_size 384
+is
 outside the core set, so the first run shows a JIT compile.
 
     python examples/minilm.py [--device cpu|cuda]

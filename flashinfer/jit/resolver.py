@@ -46,6 +46,7 @@ class Resolver:
         self.cache_dir = cache_dir
         self.jit = JitCache(cache_dir / "jit")
         self.misses = misses.MissLog(cache_dir / "misses")
+        self.answered_by: dict[KernelSpec, str] = {}  # of each kernel in use: "aot", "jit-cache" or "jit-compile"
         self._record_misses = record_misses
         self._find_toolchain = find_toolchain
         self._table: dict[KernelSpec, Kernel] = {}
@@ -90,7 +91,7 @@ class Resolver:
         answer = self.aot.find(spec)
         if isinstance(answer, Hit):
             try:
-                return _load_hit(answer)
+                return self._use(spec, answer)
             except (FlashInferError, OSError) as error:  # machine code this machine cannot load
                 answer = Rejected(f"not loadable: {error}")
         return self._resolve_miss(spec, answer.reason)
@@ -100,12 +101,17 @@ class Resolver:
         resolved_by, num_bytes = "failed", 0
         try:
             hit = self._find_or_compile(spec, reason)
-            kernel = _load_hit(hit)
+            kernel = self._use(spec, hit)
             resolved_by, num_bytes = hit.store, len(hit.machine_code)
             return kernel
         finally:
             if self._record_misses and env.RECORD_MISSES.get():
                 self.misses.record(spec, reason, resolved_by, time.perf_counter() - started, num_bytes)
+
+    def _use(self, spec: KernelSpec, hit: Hit) -> Kernel:
+        kernel = loader.load(hit.source, hit.machine_code, hit.path)
+        self.answered_by[spec] = hit.store
+        return kernel
 
     def _find_or_compile(self, spec: KernelSpec, reason: str) -> Hit:
         source = render(spec)
@@ -204,10 +210,6 @@ class Resolver:
             except (OSError, NotImplementedError):  # Timeout is an OSError; some file systems have no locks
                 pass
             yield
-
-
-def _load_hit(hit: Hit) -> Kernel:
-    return loader.load(hit.source, hit.machine_code, hit.path)
 
 
 def _capturing(spec: KernelSpec) -> bool:

@@ -1,0 +1,249 @@
+"""Continuous batching in miniature: every model of the core set, at full width, with random weights.
+
+Requests of different lengths arrive, are prefilled into a paged KV cache, decode together, and leave. Two layers of
+each
+model run through flashinfer's normalization, rotary embedding, paged cache, attention and gated activation; the
+projections are torch's. Where a precompiled set is installed, no kernel is compiled. At the end one model outside the
+core set shows what a miss looks like.
+
+    python examples/serve_shapes.py [--device cpu|cuda] [--config core] [--model NAME …]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional
+
+import flashinfer
+from flashinfer.aot.config import Model, find_config, read_config
+from flashinfer.jit import resolver
+
+NUM_LAYERS = 2
+VOCABULARY = 4096
+PAGE_SIZE = 16
+MAX_BATCH = 3
+# (arrives at step, prompt length, tokens to generate)
+REQUESTS = [(0, 5, 4), (0, 19, 2), (1, 3, 3), (2, 7, 2)]
+# Phi-3-mini: head_dim 96 is in no core model.
+OUTSIDE_CORE = Model("Phi-3-mini (outside the core set)", 3072, 32, 32, 96, (8192,))
+
+
+# ------------------------------------------------------------------------------------------------------------ requests
+
+
+@dataclass
+class Request:
+    prompt: list[int]
+    num_to_generate: int
+    generated: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    num_cached: int = 0  # tokens whose keys and values are in the cache
+
+    @property
+    def pending(self) -> list[int]:
+        """Tokens that the next step computes: the prompt first, then the token generated last."""
+        return self.prompt if self.num_cached == 0 else self.generated[-1:]
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.generated) == self.num_to_generate
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step computes, as the index tensors the operators take."""
+
+    tokens: torch.Tensor  # [num_tokens]
+    positions: torch.Tensor  # [num_tokens], in the request
+    batch_indices: torch.Tensor  # [num_tokens], of the request in the batch
+    qo_indptr: torch.Tensor  # [batch_size + 1]
+    kv_indptr: torch.Tensor  # [batch_size + 1], into kv_indices
+    kv_indices: torch.Tensor  # pages of every request
+    kv_last_page_len: torch.Tensor  # [batch_size]
+
+    @staticmethod
+    def of(requests: list[Request], device: str) -> Batch:
+        def tensor(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        def indptr(lengths: list[int]) -> torch.Tensor:
+            return tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)])
+
+        pending = [request.pending for request in requests]
+        kv_lens = [request.num_cached + len(tokens) for request, tokens in zip(requests, pending)]
+        return Batch(
+            tokens=tensor([token for tokens in pending for token in tokens]),
+            positions=tensor([r.num_cached + i for r, tokens in zip(requests, pending) for i in range(len(tokens))]),
+            batch_indices=tensor([b for b, tokens in enumerate(pending) for _ in tokens]),
+            qo_indptr=indptr([len(tokens) for tokens in pending]),
+            kv_indptr=indptr([len(request.pages) for request in requests]),
+            kv_indices=tensor([page for request in requests for page in request.pages]),
+            kv_last_page_len=tensor([(kv_len - 1) % PAGE_SIZE + 1 for kv_len in kv_lens]),
+        )
+
+
+class Scheduler:
+    """Admits requests as they arrive, gives them pages, and takes the pages back."""
+
+    def __init__(self, num_pages: int) -> None:
+        self._waiting = [(step, Request(list(range(1, length + 1)), count)) for step, length, count in REQUESTS]
+        self._free_pages = list(range(num_pages))
+        self.running: list[Request] = []
+        self.num_finished = 0
+
+    @property
+    def is_done(self) -> bool:
+        return not self.running and not self._waiting
+
+    def admit(self, step: int) -> None:
+        while self._waiting and self._waiting[0][0] <= step and len(self.running) < MAX_BATCH:
+            self.running.append(self._waiting.pop(0)[1])
+        for request in self.running:
+            needed = -(-(request.num_cached + len(request.pending)) // PAGE_SIZE)
+            while len(request.pages) < needed:
+                request.pages.append(self._free_pages.pop())
+
+    def accept(self, next_tokens: list[int]) -> None:
+        for request, token in zip(self.running, next_tokens):
+            request.num_cached += len(request.pending)
+            request.generated.append(token)
+            if request.is_finished:
+                self._free_pages += request.pages
+                self.num_finished += 1
+        self.running = [request for request in self.running if not request.is_finished]
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+class Weights:
+    """Random weights as views of one block: enough to compute at full width, without the memory of a model."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._block = torch.empty(0)
+
+    def matrix(self, num_outputs: int, num_inputs: int) -> torch.Tensor:
+        count = num_outputs * num_inputs
+        if self._block.numel() < count:
+            tile = torch.randn(1 << 20, device=self._device).mul_(0.02).to(self._dtype)
+            self._block = tile.repeat(-(-count // tile.numel()))
+        return self._block[:count].view(num_outputs, num_inputs)
+
+    def vector(self, size: int) -> torch.Tensor:
+        return torch.ones(size, device=self._device, dtype=self._dtype)
+
+
+class Decoder:
+    """A Llama-style decoder: RMSNorm, rotary grouped-query attention over a paged cache, SwiGLU."""
+
+    def __init__(self, model: Model, weights: Weights, num_pages: int, device: str, dtype: torch.dtype) -> None:
+        ranks = model.tensor_parallel[0]  # the share of one GPU, where a model needs several
+        self.model = model
+        self.num_qo_heads, self.num_kv_heads = model.num_qo_heads // ranks, max(1, model.num_kv_heads // ranks)
+        self.intermediate_size = model.intermediate_sizes[0] // ranks
+        hidden_size, head_dim = model.hidden_size, model.head_dim
+        self.embedding = weights.matrix(VOCABULARY, hidden_size)
+        self.qkv = weights.matrix((self.num_qo_heads + 2 * self.num_kv_heads) * head_dim, hidden_size)
+        self.attention_output = weights.matrix(hidden_size, self.num_qo_heads * head_dim)
+        self.gate_up = weights.matrix(2 * self.intermediate_size, hidden_size)
+        self.down = weights.matrix(hidden_size, self.intermediate_size)
+        self.norm, self.head_norm = weights.vector(hidden_size), weights.vector(head_dim)
+        cache_shape = (num_pages, 2, PAGE_SIZE, self.num_kv_heads, head_dim)
+        self.caches = [torch.zeros(cache_shape, device=device, dtype=dtype) for _ in range(NUM_LAYERS)]
+        workspace = torch.empty(32 << 20, dtype=torch.uint8, device=device)
+        self.prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace)
+        self.decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace)
+
+    def step(self, batch: Batch) -> list[int]:
+        """Compute a batch; returns the next token of every request."""
+        attention = self._plan(batch)
+        residual = functional.embedding(batch.tokens, self.embedding)
+        x = flashinfer.rmsnorm(residual, self.norm)
+        for cache in self.caches:
+            x = self._attention(x, cache, batch, attention)
+            flashinfer.fused_add_rmsnorm(x, residual, self.norm)
+            x = functional.linear(flashinfer.silu_and_mul(functional.linear(x, self.gate_up)), self.down)
+            flashinfer.fused_add_rmsnorm(x, residual, self.norm)
+        last = x[batch.qo_indptr[1:].long() - 1]
+        return self._sample(functional.linear(last, self.embedding).float())
+
+    def _plan(self, batch: Batch) -> flashinfer.BatchDecodeWithPagedKVCacheWrapper:
+        heads = (self.num_qo_heads, self.num_kv_heads, self.model.head_dim, PAGE_SIZE)
+        dtype = self.caches[0].dtype
+        pages = (batch.kv_indptr, batch.kv_indices, batch.kv_last_page_len)
+        if batch.tokens.numel() == batch.kv_last_page_len.numel():  # one token each
+            self.decode.plan(*pages, *heads, q_data_type=dtype)
+            return self.decode
+        self.prefill.plan(batch.qo_indptr, *pages, *heads, causal=True, q_data_type=dtype)
+        return self.prefill
+
+    def _attention(self, x: torch.Tensor, cache: torch.Tensor, batch: Batch, attention: object) -> torch.Tensor:
+        head_dim = self.model.head_dim
+        qkv = functional.linear(x, self.qkv).unflatten(-1, (-1, head_dim))
+        q, k, v = qkv.split([self.num_qo_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self.model.qk_norm:
+            flashinfer.rmsnorm(q, self.head_norm, out=q)
+            flashinfer.rmsnorm(k, self.head_norm, out=k)
+        flashinfer.apply_rope_pos_ids_inplace(q, k, batch.positions, rope_theta=5e5)
+        pages = (batch.kv_indices, batch.kv_indptr, batch.kv_last_page_len)
+        flashinfer.append_paged_kv_cache(k, v, batch.batch_indices, batch.positions, cache, *pages)
+        return functional.linear(attention.run(q, cache).flatten(1), self.attention_output)
+
+    def _sample(self, logits: torch.Tensor) -> list[int]:
+        probs = torch.softmax(logits, dim=-1)
+        return flashinfer.top_k_top_p_sampling_from_probs(probs, 50, 0.9).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------- demo
+
+
+def serve(model: Model, weights: Weights, device: str, dtype: torch.dtype) -> None:
+    answered = resolver().answered_by
+    known = set(answered)
+    num_pages = 2 * MAX_BATCH
+    decoder, scheduler = Decoder(model, weights, num_pages, device, dtype), Scheduler(num_pages)
+    started, step, num_tokens = time.perf_counter(), 0, 0
+    while not scheduler.is_done:
+        scheduler.admit(step)
+        batch = Batch.of(scheduler.running, device)
+        scheduler.accept(decoder.step(batch))
+        num_tokens += batch.tokens.numel()
+        step += 1
+    seconds = time.perf_counter() - started
+    stores = Counter(store for spec, store in answered.items() if spec not in known)
+    new = ", ".join(f"{count} from {store}" for store, count in sorted(stores.items())) or "none new"
+    shape = f"{model.hidden_size} wide, {decoder.num_qo_heads}/{decoder.num_kv_heads} heads x {model.head_dim}"
+    print(f"{model.name:34} {shape:34} {num_tokens:3} tokens in {seconds:5.1f} s   kernels: {new}", flush=True)
+
+
+def core_models(config: str, names: list[str]) -> list[Model]:
+    models = [row.content for row in read_config(find_config(config)) if isinstance(row.content, Model)]
+    chosen = [model for model in models if not names or model.name in names]
+    if not chosen:
+        sys.exit(f"no such model in {config}; it has {', '.join(model.name for model in models)}")
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--config", default="core", help="a file of aot_configs/ (default: core)")
+    parser.add_argument("--model", action="append", default=[], help="only this model (may be repeated)")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    weights = Weights(args.device, torch.bfloat16)
+    for model in core_models(args.config, args.model):
+        serve(model, weights, args.device, torch.bfloat16)
+    print("\nNow a shape that no precompiled set holds:", flush=True)
+    serve(OUTSIDE_CORE, weights, args.device, torch.bfloat16)
+
+
+if __name__ == "__main__":
+    main()
