@@ -1,0 +1,144 @@
+"""What the tests of the resolver share: a small kernel, a compiler whose every use is counted, processes of their own,
+file systems that are full or read-only."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashinfer import target
+from flashinfer.jit import KernelSpec
+from flashinfer.jit.loader import Kernel
+from flashinfer.jit.resolver import Resolver
+from flashinfer.jit.source import Source
+from flashinfer.jit.stores import AotStore
+from flashinfer.jit.toolchain import Compiled, HostCxx
+from flashinfer.kernels.norm import RMSNORM
+
+# `flashinfer.jit.resolver` is the function of that name, not the module.
+RESOLVER_MODULE = importlib.import_module("flashinfer.jit.resolver")
+ROOT = Path(__file__).parent.parent
+
+
+def rmsnorm_spec(hidden_size: int = 64, on: str | None = None) -> KernelSpec:
+    """A kernel that compiles in a tenth of a second."""
+    on = on or target.host()
+    return RMSNORM.spec(on, dtype="fp32", hidden_size=hidden_size, vec_size=4, add_residual=False, gemma=False)
+
+
+def run_rmsnorm(kernel: Kernel, hidden_size: int = 64) -> None:
+    """Launch a CPU kernel of `rmsnorm_spec` and compare with the definition."""
+    x, weight = torch.randn(2, hidden_size), torch.randn(hidden_size)
+    out = torch.full_like(x, torch.nan)
+    strides = (hidden_size,) * 5
+    kernel.on(None)((1, 1, 1), 0, x.data_ptr(), 0, weight.data_ptr(), 0, out.data_ptr(), *strides, 2, 1, 1e-6)
+    expected = x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * weight
+    torch.testing.assert_close(out, expected)
+
+
+class CountingCxx(HostCxx):
+    """The host compiler, counting its compiles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_compiles = 0
+        self._lock = threading.Lock()
+
+    def compile(self, source: Source) -> Compiled:
+        with self._lock:
+            self.num_compiles += 1
+        return super().compile(source)
+
+
+def cpu_resolver(cache: Path, compiler: HostCxx | None = None) -> Resolver:
+    """A resolver of its own: no AOT registry, the given cache directory."""
+    return Resolver(AotStore(roots=[]), cache, lambda kind: compiler or HostCxx())
+
+
+def only_artifact(cache: Path) -> Path:
+    """The one folder of a JIT cache that holds one kernel and nothing unfinished."""
+    folders = [path for path in (cache / "jit").iterdir() if path.is_dir()]
+    assert len(folders) == 1, folders
+    assert sorted(file.name for file in folders[0].iterdir()) == ["kernel.so", "log.txt", "source.cpp", "spec.json"]
+    return folders[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+def compiler_script(folder: Path) -> tuple[Path, Path]:
+    """A compiler for FLASHINFER_CXX and the file to which it adds a line per compile. COMPILE_DELAY is in seconds."""
+    script, uses = folder / "counting-g++", folder / "uses"
+    script.write_text(
+        f"""#!/bin/sh
+if [ "$1" = --version ]; then exec g++ --version; fi
+echo $$ >> "{uses}"
+sleep "${{COMPILE_DELAY:-0}}"
+exec g++ "$@"
+"""
+    )
+    script.chmod(0o755)
+    return script, uses
+
+
+def spawn(code: str, **variables: str | Path | None) -> subprocess.Popen[str]:
+    """Run Python code in a process with these environment variables; None removes one."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for name, value in variables.items():
+        environment.pop(name, None)
+        if value is not None:
+            environment[name] = str(value)
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Wait for a process that has to succeed; its stdout and stderr."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, f"exit status {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+# --------------------------------------------------------------------------------------------------------- file systems
+
+
+@contextmanager
+def mounted_tmpfs(folder: Path, size: str) -> Iterator[Path]:
+    """A small file system of its own; skips the test where mounting is not permitted."""
+    folder.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(mounting, capture_output=True, check=False).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Make a mounted folder read-only, for root too."""
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
