@@ -52,14 +52,16 @@ def split_cache(op: str, cache: PagedCache, kv_layout: str) -> tuple[torch.Tenso
 
 
 def scale_signature(scale: Scale) -> object:
-    return _op.signature(scale) if isinstance(scale, torch.Tensor) else scale is None
+    return _op.signature(scale) if isinstance(scale, torch.Tensor) else scale
 
 
-def scale_value_and_address(scale: Scale) -> tuple[float, int]:
-    """The factor known now, and where the one known on the device lies (0: none)."""
-    if scale is None:
-        return 1.0, 0
-    return (1.0, scale.data_ptr()) if isinstance(scale, torch.Tensor) else (scale, 0)
+def scale_value(scale: Scale) -> float:
+    """The factor known when a launch is prepared; a scale on the device is read by the kernel."""
+    return 1.0 if scale is None or isinstance(scale, torch.Tensor) else float(scale)
+
+
+def scale_address(scale: Scale) -> int:
+    return scale.data_ptr() if isinstance(scale, torch.Tensor) else 0
 
 
 def check_scales(op: str, k_scale: Scale, v_scale: Scale, rows: torch.Tensor, cache: torch.Tensor) -> None:
@@ -118,9 +120,14 @@ def check_slots(
     return {"token_index": str(batch_indices.dtype)[6:], "page_index": str(kv_indices.dtype)[6:]}
 
 
-def cache_strides(cache: torch.Tensor) -> tuple[int, int, int]:
-    """page, slot and head stride of a `[num_pages, page_size, num_heads, head_dim]` view."""
-    return cache.stride(0), cache.stride(1), cache.stride(2)
+def cache_strides(cache: Optional[torch.Tensor]) -> tuple[int, int, int]:
+    """Strides of pages, slots and heads of a `[num_pages, page_size, num_heads, head_dim]` view."""
+    return (0, 0, 0) if cache is None else (cache.stride(0), cache.stride(1), cache.stride(2))
+
+
+def head_strides(rows: torch.Tensor) -> tuple[int, int]:
+    """Strides of tokens and heads of a `[num_tokens, num_heads, head_dim]` view."""
+    return rows.stride(0), rows.stride(1)
 
 
 def alignment_of(*tensors: torch.Tensor) -> int:

@@ -9,7 +9,7 @@ import torch
 from flashinfer import _op, dtypes
 from flashinfer._kv import alignment_of, check_index
 from flashinfer.errors import UnsupportedConfig
-from flashinfer.jit.spec import KernelSpec
+from flashinfer.jit.spec import Config, KernelSpec
 from flashinfer.kernels import rope as kernels
 from flashinfer.kernels.page import DTYPES, vec_size
 
@@ -33,14 +33,13 @@ class Rotation(NamedTuple):
         else:
             assert self.indptr is not None and self.offsets is not None
             where = _op.signature(self.indptr) + _op.signature(self.offsets)
-        cos_sin = (
-            None
-            if self.cos_sin_cache is None
-            else (*_op.signature(self.cos_sin_cache), self.cos_sin_cache.data_ptr() & 15)
-        )
-        return self.rotary_dim, self.interleave, where, cos_sin
+        angles: object = self.frequencies
+        if self.cos_sin_cache is not None:
+            angles = (*_op.signature(self.cos_sin_cache), self.cos_sin_cache.data_ptr() & 15)
+        return self.rotary_dim, self.interleave, where, angles
 
     def addresses(self) -> tuple[int, int, int, int]:
+        """The pointers of `Rotary` in rope/params.h, in order."""
         return _address(self.positions), _address(self.indptr), _address(self.offsets), _address(self.cos_sin_cache)
 
 
@@ -48,16 +47,14 @@ def _address(tensor: Optional[torch.Tensor]) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+NUM_ADDRESSES = 4
+
+
 class Geometry(NamedTuple):
-    """What a prepared launch keeps of a rotation: spec axes, and the constants of `Rotary` in rope/params.h."""
+    """What a prepared launch keeps of a rotation: spec axes, and the rest of `Rotary`, after its pointers."""
 
     axes: dict[str, str | int | bool]
-    cos_sin_stride: int
-    batch_size: int
-
-    def values(self, rotation: Rotation) -> tuple[int | bytes, ...]:
-        """The values of `Rotary`, in its order."""
-        return (*rotation.addresses(), self.cos_sin_stride, self.batch_size, 0, rotation.frequencies)
+    constants: tuple[int, int, int, bytes]
 
 
 def check_rotation(
@@ -101,7 +98,7 @@ def check_rotation(
         "position_index": index,
         "vec_size": vec,
     }
-    return Geometry(axes, cos_sin_stride, batch_size)
+    return Geometry(axes, (cos_sin_stride, batch_size, 0, rotation.frequencies))
 
 
 def _check_positions(op: str, rotation: Rotation, q: torch.Tensor, num_tokens: int) -> tuple[str, int]:
@@ -164,10 +161,9 @@ def check_same_heads(op: str, name: str, tensor: torch.Tensor, q: torch.Tensor) 
     _op.require_dtype_device(op, name, tensor, q, "q")
 
 
-def grid(
-    spec: KernelSpec, num_threads: int, num_tokens: int, heads_per_thread: int, num_heads: list[int]
-) -> tuple[int, int, int]:
-    """Blocks for all groups of heads_per_thread heads of one kind (queries, keys, values) of one token."""
-    groups_per_block = num_threads // kernels.lanes_per_head(spec)
+def grid(spec: KernelSpec, config: Config, num_tokens: int, num_heads: list[int]) -> tuple[int, int, int]:
+    """Blocks for all groups of kHeadsPerThread heads of one kind (queries, keys, values) of one token."""
+    heads_per_thread = int(config.constants["kHeadsPerThread"])
+    groups_per_block = config.launch.num_threads // kernels.lanes_per_head(spec)
     num_groups = num_tokens * sum(-(-count // heads_per_thread) for count in num_heads)
     return -(-num_groups // groups_per_block), 1, 1

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 
@@ -20,17 +19,21 @@ from flashinfer._kv import (
     check_conversion,
     check_scales,
     check_slots,
+    head_strides,
+    scale_address,
     scale_signature,
-    scale_value_and_address,
+    scale_value,
     split_cache,
 )
 from flashinfer._rotary import Rotation
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit import resolver
+from flashinfer.jit.loader import PreparedLaunch, Value
+from flashinfer.jit.spec import KernelSpec
 from flashinfer.kernels import rope as kernels
 from flashinfer.kernels.page import vec_size
 
-_memo: _op.Memo[Callable[..., None]] = _op.Memo()
+_memo: _op.Memo[PreparedLaunch] = _op.Memo()
 
 
 def _nothing(*_: object) -> None:
@@ -58,7 +61,7 @@ def rope(
     launch = _memo.get(key)
     if launch is None:
         launch = _memo.remember(key, _prepare_rope(op, q, k, q_out, k_out, rotation, head_dim))
-    launch(q_ptr, k_ptr, q_out_ptr, k_out_ptr, rotation)
+    launch(q_ptr, k_ptr, q_out_ptr, k_out_ptr, *rotation.addresses())
     return q_out, k_out
 
 
@@ -95,13 +98,31 @@ def append(
     launch = _memo.get((key, alignment))
     if launch is None:
         op = "rope_append_paged_kv_cache"
-        k_cache, v_cache = split_cache(op, paged_kv_cache, kv_layout)
-        check_scales(op, k_scale, v_scale, k, k_cache)
-        slot_axes = check_slots(op, k, batch_indices, positions, kv_indices, kv_indptr)
-        launch = _prepare_append(op, q, k, v, q_out, k_cache, v_cache, slot_axes, kv_indptr.shape[0] - 1, rotation)
+        split = split_cache(op, paged_kv_cache, kv_layout)
+        check_scales(op, k_scale, v_scale, k, split[0])
+        slot_axes = check_slots(op, k, *slots)
+        scale_values = (scale_value(k_scale), scale_value(v_scale))
+        launch = _prepare_append(op, heads, split, slot_axes, kv_indptr.shape[0] - 1, scale_values, rotation)
         _memo.remember((key, alignment), launch)
-    slot_addresses = (batch_indices.data_ptr(), positions.data_ptr(), kv_indices.data_ptr(), kv_indptr.data_ptr())
-    launch(addresses, caches, slot_addresses, k_scale, v_scale, rotation)
+    launch(
+        *addresses,
+        *caches,
+        scale_address(k_scale),
+        scale_address(v_scale),
+        batch_indices.data_ptr(),
+        positions.data_ptr(),
+        kv_indices.data_ptr(),
+        kv_indptr.data_ptr(),
+        kv_indptr.shape[0] - 1,
+        _page_size(paged_kv_cache, kv_layout),
+        *rotation.addresses(),
+    )
+
+
+def _page_size(cache: PagedCache, kv_layout: str) -> int:
+    is_whole = isinstance(cache, torch.Tensor)
+    shape = cache.shape if isinstance(cache, torch.Tensor) else cache[0].shape
+    return shape[(1 if kv_layout == "NHD" else 2) + is_whole]
 
 
 def qk_norm(
@@ -117,6 +138,8 @@ def qk_norm(
     address, q_weight_ptr, k_weight_ptr = qkv.data_ptr(), q_weight.data_ptr(), k_weight.data_ptr()
     key = (
         "qk_norm",
+        eps,
+        weight_bias,
         num_qo_heads,
         num_kv_heads,
         (address | q_weight_ptr | k_weight_ptr) & 15,
@@ -127,8 +150,9 @@ def qk_norm(
     )
     launch = _memo.get(key)
     if launch is None:
-        launch = _memo.remember(key, _prepare_qk_norm(qkv, q_weight, k_weight, num_qo_heads, num_kv_heads, rotation))
-    launch(address, q_weight_ptr, k_weight_ptr, eps, weight_bias, rotation)
+        launch = _memo.remember(key, _prepare_qk_norm(qkv, weights, num_heads, eps, weight_bias, rotation))
+    key_address = address + num_qo_heads * qkv.element_size() * (q_weight.shape[0] if qkv.dim() == 2 else qkv.stride(1))
+    launch(address, key_address, q_weight_ptr, k_weight_ptr, *rotation.addresses())
 
 
 def _prepare_rope(
@@ -139,7 +163,7 @@ def _prepare_rope(
     k_out: torch.Tensor,
     rotation: Rotation,
     head_dim: Optional[int],
-) -> Callable[..., None]:
+) -> PreparedLaunch:
     is_inplace = q_out is q
     q, k = rotary.as_heads(op, "q", q, head_dim), rotary.as_heads(op, "k", k, head_dim)
     q_out, k_out = rotary.as_heads(op, "q", q_out, head_dim), rotary.as_heads(op, "k", k_out, head_dim)
@@ -154,44 +178,34 @@ def _prepare_rope(
         ragged=rotation.positions is None,
         rotary_part_only=is_inplace and geometry.axes["rotary_dim"] != q.shape[2],
     )
-    launcher, grid, device_index = _load(spec, q, [num_qo_heads, num_kv_heads])
-    q_strides, k_strides = (q.stride(0), q.stride(1)), (k.stride(0), k.stride(1))
-    q_out_strides, k_out_strides = (q_out.stride(0), q_out.stride(1)), (k_out.stride(0), k_out.stride(1))
-
-    def launch(q_ptr: int, k_ptr: int, q_out_ptr: int, k_out_ptr: int, rotation: Rotation) -> None:
-        launcher(
-            grid,
-            _op.current_stream(device_index),
-            q_ptr,
-            *q_strides,
-            k_ptr,
-            *k_strides,
-            q_out_ptr,
-            *q_out_strides,
-            k_out_ptr,
-            *k_out_strides,
-            num_tokens,
-            num_qo_heads,
-            num_kv_heads,
-            0,
-            *geometry.values(rotation),
-        )
-
-    return launch
+    return _prepare(
+        spec,
+        [num_qo_heads, num_kv_heads],
+        num_tokens,
+        *[0] * (4 + rotary.NUM_ADDRESSES),
+        *geometry.constants,
+        *head_strides(q),
+        *head_strides(k),
+        *head_strides(q_out),
+        *head_strides(k_out),
+        num_tokens,
+        num_qo_heads,
+        num_kv_heads,
+        device_index=q.get_device(),
+        varying=4 + rotary.NUM_ADDRESSES,
+    )
 
 
 def _prepare_append(
     op: str,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_out: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    caches: tuple[torch.Tensor, torch.Tensor],
     slot_axes: dict[str, str],
     batch_size: int,
+    scale_values: tuple[float, float],
     rotation: Rotation,
-) -> Callable[..., None]:
+) -> PreparedLaunch:
+    (q, k, v, q_out), (k_cache, v_cache) = heads, caches
     for name, tensor in (("q", q), ("k", k), ("v", v), ("q_out", q_out)):
         rotary.as_heads(op, name, tensor)
         rotary.check_same_heads(op, name, tensor, q)
@@ -216,61 +230,40 @@ def _prepare_append(
     if num_tokens == 0:
         return _nothing
     spec = kernels.ROPE_APPEND.spec(target.of_device(q.device), **geometry.axes, cache_dtype=cache_dtype, **slot_axes)
-    launcher, grid, device_index = _load(spec, q, [num_qo_heads, num_kv_heads, num_kv_heads])
-    strides = [(tensor.stride(0), tensor.stride(1)) for tensor in (q, k, v, q_out)]
-    k_cache_strides, v_cache_strides = cache_strides(k_cache), cache_strides(v_cache)
     page_size = k_cache.shape[1]
-
-    def launch(
-        heads: tuple[int, int, int, int],
-        caches: tuple[int, int],
-        slots: tuple[int, int, int, int],
-        k_scale: Scale,
-        v_scale: Scale,
-        rotation: Rotation,
-    ) -> None:
-        k_scale_value, k_scale_ptr = scale_value_and_address(k_scale)
-        v_scale_value, v_scale_ptr = scale_value_and_address(v_scale)
-        launcher(
-            grid,
-            _op.current_stream(device_index),
-            heads[0],
-            *strides[0],
-            heads[1],
-            *strides[1],
-            heads[2],
-            *strides[2],
-            heads[3],
-            *strides[3],
-            caches[0],
-            *k_cache_strides,
-            caches[1],
-            *v_cache_strides,
-            *slots,
-            batch_size,
-            page_size,
-            k_scale_ptr,
-            v_scale_ptr,
-            k_scale_value,
-            v_scale_value,
-            num_tokens,
-            num_qo_heads,
-            num_kv_heads,
-            0,
-            *geometry.values(rotation),
-        )
-
-    return launch
+    return _prepare(
+        spec,
+        [num_qo_heads, num_kv_heads, num_kv_heads],
+        num_tokens,
+        *[0] * 12,
+        batch_size,
+        page_size,
+        *[0] * rotary.NUM_ADDRESSES,
+        *geometry.constants,
+        *head_strides(q),
+        *head_strides(k),
+        *head_strides(v),
+        *head_strides(q_out),
+        *cache_strides(k_cache),
+        *cache_strides(v_cache),
+        *scale_values,
+        num_tokens,
+        num_qo_heads,
+        num_kv_heads,
+        device_index=q.get_device(),
+        varying=12 + 2 + rotary.NUM_ADDRESSES,
+    )
 
 
 def _prepare_qk_norm(
     qkv: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    num_qo_heads: int,
-    num_kv_heads: int,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    num_heads: tuple[int, int],
+    eps: float,
+    weight_bias: float,
     rotation: Rotation,
-) -> Callable[..., None]:
+) -> PreparedLaunch:
+    (q_weight, k_weight), (num_qo_heads, num_kv_heads) = weights, num_heads
     op = "fused_qk_rmsnorm_rope"
     head_dim = q_weight.shape[-1]
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
@@ -296,37 +289,27 @@ def _prepare_qk_norm(
             f"{op}: a head of {head_dim} in vectors of {geometry.axes['vec_size']} needs more than one warp; "
             "align qkv to 16 bytes"
         )
-    launcher, grid, device_index = _load(spec, qkv, [num_qo_heads, num_kv_heads])
-    strides = (heads.stride(0), heads.stride(1))
-    key_offset = num_qo_heads * heads.stride(1) * heads.element_size()
-
-    def launch(
-        address: int, q_weight_ptr: int, k_weight_ptr: int, eps: float, weight_bias: float, rotation: Rotation
-    ) -> None:
-        launcher(
-            grid,
-            _op.current_stream(device_index),
-            address,
-            *strides,
-            address + key_offset,
-            *strides,
-            q_weight_ptr,
-            k_weight_ptr,
-            eps,
-            weight_bias,
-            num_tokens,
-            num_qo_heads,
-            num_kv_heads,
-            0,
-            *geometry.values(rotation),
-        )
-
-    return launch
+    return _prepare(
+        spec,
+        [num_qo_heads, num_kv_heads],
+        num_tokens,
+        *[0] * (4 + rotary.NUM_ADDRESSES),
+        *geometry.constants,
+        *head_strides(heads),
+        eps,
+        weight_bias,
+        num_tokens,
+        num_qo_heads,
+        num_kv_heads,
+        device_index=qkv.get_device(),
+        varying=4 + rotary.NUM_ADDRESSES,
+    )
 
 
-def _load(spec: Any, reference: torch.Tensor, num_heads: list[int]) -> tuple[Any, tuple[int, int, int], int]:
+def _prepare(
+    spec: KernelSpec, num_heads: list[int], num_tokens: int, *values: Value, device_index: int, varying: int
+) -> PreparedLaunch:
+    """num_heads: of each kind of head (queries, keys, values) that the kernel visits."""
     kernel = resolver().load(spec)
-    device_index = reference.get_device()
-    heads_per_thread = int(kernel.config.constants["kHeadsPerThread"])
-    grid = rotary.grid(spec, kernel.config.launch.num_threads, reference.shape[0], heads_per_thread, num_heads)
-    return kernel.on(device_index), grid, device_index
+    grid = rotary.grid(spec, kernel.config, num_tokens, num_heads)
+    return kernel.on(device_index).prepare(grid, *values, varying=varying)

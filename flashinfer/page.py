@@ -7,7 +7,6 @@ last axis is dense.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -25,11 +24,14 @@ from flashinfer._kv import (
     check_index,
     check_scales,
     check_slots,
+    head_strides,
+    scale_address,
     scale_signature,
-    scale_value_and_address,
+    scale_value,
     split_cache,
 )
 from flashinfer.jit import resolver
+from flashinfer.jit.loader import PreparedLaunch
 from flashinfer.kernels import page as kernels
 
 __all__ = [
@@ -110,14 +112,24 @@ def append_paged_kv_cache(
             f"append_value has shape {list(append_value.shape)}; expected [nnz, num_kv_heads, head_dim]",
         )
         launch = _prepare_append(
-            op, append_key, append_value, batch_indices, positions, k_cache, v_cache, kv_indices, kv_indptr
+            op,
+            (append_key, append_value),
+            (k_cache, v_cache),
+            (batch_indices, positions, kv_indices, kv_indptr),
+            (scale_value(k_scale), scale_value(v_scale)),
         )
         _memo.remember((key, alignment), launch)
     launch(
-        (key_ptr, value_ptr, key_cache_ptr, value_cache_ptr),
-        (batch_indices.data_ptr(), positions.data_ptr(), kv_indices.data_ptr(), kv_indptr.data_ptr()),
-        k_scale,
-        v_scale,
+        key_ptr,
+        value_ptr,
+        key_cache_ptr,
+        value_cache_ptr,
+        scale_address(k_scale),
+        scale_address(v_scale),
+        batch_indices.data_ptr(),
+        positions.data_ptr(),
+        kv_indices.data_ptr(),
+        kv_indptr.data_ptr(),
     )
 
 
@@ -175,21 +187,26 @@ def append_paged_mla_kv_cache(
         )
         launch = _prepare_append(
             op,
-            append_ckv.unsqueeze(1),
-            append_kpe.unsqueeze(1),
-            batch_indices,
-            positions,
-            None if ckv_cache is None else ckv_cache.unsqueeze(2),
-            None if kpe_cache is None else kpe_cache.unsqueeze(2),
-            kv_indices,
-            kv_indptr,
+            (append_ckv.unsqueeze(1), append_kpe.unsqueeze(1)),
+            (
+                None if ckv_cache is None else ckv_cache.unsqueeze(2),
+                None if kpe_cache is None else kpe_cache.unsqueeze(2),
+            ),
+            (batch_indices, positions, kv_indices, kv_indptr),
+            (1.0, 1.0),
         )
         _memo.remember((key, alignment), launch)
     launch(
-        (ckv_ptr, kpe_ptr, ckv_cache_ptr, kpe_cache_ptr),
-        (batch_indices.data_ptr(), positions.data_ptr(), kv_indices.data_ptr(), kv_indptr.data_ptr()),
-        None,
-        None,
+        ckv_ptr,
+        kpe_ptr,
+        ckv_cache_ptr,
+        kpe_cache_ptr,
+        0,
+        0,
+        batch_indices.data_ptr(),
+        positions.data_ptr(),
+        kv_indices.data_ptr(),
+        kv_indptr.data_ptr(),
     )
 
 
@@ -278,35 +295,35 @@ def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_s
 
 # ---------------------------------------------------------------------------------------------------- prepared launches
 
-_memo: _op.Memo[Callable[..., None]] = _op.Memo()
+_memo: _op.Memo[PreparedLaunch] = _op.Memo()
 
 
 def _prepare_append(
     op: str,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    batch_indices: torch.Tensor,
-    positions: torch.Tensor,
-    key_cache: Optional[torch.Tensor],
-    value_cache: Optional[torch.Tensor],
-    kv_indices: torch.Tensor,
-    kv_indptr: torch.Tensor,
-) -> Callable[..., None]:
-    """Rows `[nnz, num_heads, dim]` to caches `[num_pages, page_size, num_heads, dim]`."""
+    rows: tuple[torch.Tensor, torch.Tensor],
+    both_caches: tuple[Optional[torch.Tensor], Optional[torch.Tensor]],
+    slots: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    scale_values: tuple[float, float],
+) -> PreparedLaunch:
+    """Rows `[nnz, num_heads, dim]` of keys and values to caches `[num_pages, page_size, num_heads, dim]`.
+
+    slots: batch_indices, positions, kv_indices, kv_indptr.
+    """
+    (key, value), (key_cache, value_cache) = rows, both_caches
     _op.require_dtype_device(op, "the values", value, key, "the keys")
     _op.require(
         value.shape[:2] == key.shape[:2],
         op,
         f"keys and values have shapes {list(key.shape)} and {list(value.shape)}; expected the same rows and heads",
     )
-    slot_axes = check_slots(op, key, batch_indices, positions, kv_indices, kv_indptr)
+    slot_axes = check_slots(op, key, *slots)
     caches = [cache for cache in (key_cache, value_cache) if cache is not None]
-    for name, rows, cache in (("key", key, key_cache), ("value", value, value_cache)):
-        _op.require_unit_stride(op, f"the {name} rows", rows)
+    for name, tensor, cache in (("key", key, key_cache), ("value", value, value_cache)):
+        _op.require_unit_stride(op, f"the {name} rows", tensor)
         if cache is not None:
-            check_cache(op, name, rows, cache, caches[0])
+            check_cache(op, name, tensor, cache, caches[0])
     num_tokens, num_heads = key.shape[:2]
-    page_size, batch_size = caches[0].shape[1], kv_indptr.shape[0] - 1
+    page_size, batch_size = caches[0].shape[1], slots[3].shape[0] - 1
     if num_tokens == 0 or batch_size == 0 or caches[0].numel() == 0:
         return lambda *_: None
 
@@ -333,55 +350,30 @@ def _prepare_append(
             **slot_axes,
         )
     )
-    launcher = kernel.on(device_index)
     groups_per_block = kernel.config.launch.num_threads // ((key_dim + value_dim) // vec)
     num_groups = num_tokens * -(-num_heads // heads_per_thread)
-    grid = (-(-num_groups // groups_per_block), 1, 1)
-    no_strides = (0, 0, 0)
-    key_cache_strides = no_strides if key_cache is None else cache_strides(key_cache)
-    value_cache_strides = no_strides if value_cache is None else cache_strides(value_cache)
-    row_strides = (key.stride(0), key.stride(1), value.stride(0), value.stride(1))
-
-    def launch(data: tuple[int, ...], indices: tuple[int, ...], k_scale: Scale, v_scale: Scale) -> None:
-        key_ptr, value_ptr, key_cache_ptr, value_cache_ptr = data
-        k_scale_value, k_scale_ptr = scale_value_and_address(k_scale)
-        v_scale_value, v_scale_ptr = scale_value_and_address(v_scale)
-        launcher(
-            grid,
-            _op.current_stream(device_index),
-            key_ptr,
-            value_ptr,
-            key_cache_ptr,
-            *key_cache_strides,
-            value_cache_ptr,
-            *value_cache_strides,
-            *indices,
-            batch_size,
-            page_size,
-            k_scale_ptr,
-            v_scale_ptr,
-            *row_strides,
-            k_scale_value,
-            v_scale_value,
-            num_tokens,
-            num_heads,
-        )
-
-    return launch
+    return kernel.on(device_index).prepare(
+        (-(-num_groups // groups_per_block), 1, 1),
+        *[0] * 10,
+        batch_size,
+        page_size,
+        *head_strides(key),
+        *head_strides(value),
+        *cache_strides(key_cache),
+        *cache_strides(value_cache),
+        *scale_values,
+        num_tokens,
+        num_heads,
+        varying=10,
+    )
 
 
-def _prepare_index(
-    family: Any, reference: torch.Tensor, num_threads: int, counts: tuple[int, int]
-) -> Callable[..., None]:
+def _prepare_index(family: Any, reference: torch.Tensor, num_threads: int, counts: tuple[int, int]) -> PreparedLaunch:
     """A launch of one thread per entry, whose parameters are addresses and then `counts`."""
     if num_threads == 0:
         return lambda *_: None
     device_index = reference.get_device()
     kernel = resolver().load(family.spec(target.of_device(reference.device), index=str(reference.dtype)[6:]))
-    launcher = kernel.on(device_index)
     grid = (-(-num_threads // kernel.config.launch.num_threads), 1, 1)
-
-    def launch(*addresses: int) -> None:
-        launcher(grid, _op.current_stream(device_index), *addresses, *counts)
-
-    return launch
+    num_addresses = len(family.params._fields_) - len(counts)
+    return kernel.on(device_index).prepare(grid, *[0] * num_addresses, *counts, varying=num_addresses)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 from flashinfer import _op, target
 from flashinfer._kv import check_index
 from flashinfer.jit import resolver
+from flashinfer.jit.loader import PreparedLaunch
 from flashinfer.kernels import quantization as kernels
 
-__all__ = ["packbits", "segment_packbits"]
+__all__ = ["packbits", "segment_packbits", "segment_packbits_padded"]
 
 
 def packbits(x: torch.Tensor, bitorder: str = "big") -> torch.Tensor:
@@ -45,7 +43,7 @@ def segment_packbits(x: torch.Tensor, indptr: torch.Tensor, bitorder: str = "big
     """Pack the booleans of every segment, each from a byte of its own.
 
     The size of the result depends on indptr, so a call on the GPU waits for the stream (as upstream's does). While a
-    CUDA graph is captured it cannot; then the result has its largest possible size, zeros at the end.
+    CUDA graph is captured it cannot, and returns what `segment_packbits_padded` does.
 
     Args:
         x: `[n]`, bool; other dtypes are compared with 0 first.
@@ -58,26 +56,33 @@ def segment_packbits(x: torch.Tensor, indptr: torch.Tensor, bitorder: str = "big
     Raises:
         ValueError: a shape, dtype or device does not fit, or bitorder is unknown.
     """
-    op = "segment_packbits"
-    x = _check(op, x, bitorder)
-    packed_indptr = torch.empty_like(indptr)
-    num_segments = indptr.shape[0] - 1
-    # Every segment adds at most seven bits of filling.
-    packed = torch.empty(
-        0 if num_segments < 1 else (x.shape[0] + 7 * num_segments) // 8, dtype=torch.uint8, device=x.device
-    )
-    address = x.data_ptr()
-    key = (op, bitorder, address & 15, x.shape[0], *_op.signature(indptr), x.get_device())
-    launch = _memo.get(key)
-    if launch is None:
-        launch = _memo.remember(key, _prepare_segments(op, x, indptr, packed.shape[0], bitorder))
-    launch(address, indptr.data_ptr(), packed.data_ptr(), packed_indptr.data_ptr())
+    packed, packed_indptr = segment_packbits_padded(x, indptr, bitorder)
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return packed, packed_indptr
     return packed[: int(packed_indptr[-1])], packed_indptr
 
 
-_memo: _op.Memo[Callable[..., None]] = _op.Memo()
+def segment_packbits_padded(
+    x: torch.Tensor, indptr: torch.Tensor, bitorder: str = "big"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`segment_packbits` without waiting: packed has the largest size possible for its inputs, zeros at the end."""
+    op = "segment_packbits"
+    x = _check(op, x, bitorder)
+    packed_indptr = torch.empty_like(indptr)
+    num_segments = indptr.shape[0] - 1
+    # Every segment adds at most seven bits of filling.
+    num_bytes = 0 if num_segments < 1 else (x.shape[0] + 7 * num_segments) // 8
+    packed = torch.empty(num_bytes, dtype=torch.uint8, device=x.device)
+    address = x.data_ptr()
+    key = (op, bitorder, address & 15, x.shape[0], *_op.signature(indptr), x.get_device())
+    launch = _memo.get(key)
+    if launch is None:
+        launch = _memo.remember(key, _prepare_segments(op, x, indptr, num_bytes, bitorder))
+    launch(address, indptr.data_ptr(), packed.data_ptr(), packed_indptr.data_ptr())
+    return packed, packed_indptr
+
+
+_memo: _op.Memo[PreparedLaunch] = _op.Memo()
 
 
 def _check(op: str, x: torch.Tensor, bitorder: str) -> torch.Tensor:
@@ -91,54 +96,35 @@ def _check(op: str, x: torch.Tensor, bitorder: str) -> torch.Tensor:
     return x.contiguous()
 
 
-def _prepare_packbits(x: torch.Tensor, bitorder: str) -> Callable[..., None]:
+def _prepare_packbits(x: torch.Tensor, bitorder: str) -> PreparedLaunch:
     num_elements, device_index = x.shape[0], x.get_device()
     spec = kernels.PACKBITS.spec(
         target.of_device(x.device), big_endian=bitorder == "big", aligned=device_index < 0 or x.data_ptr() % 16 == 0
     )
-    launcher, config = _load(spec, device_index)
+    kernel = resolver().load(spec)
+    config = kernel.config
     elements_per_block = config.launch.num_threads * int(config.constants["kVectorsPerThread"]) * 16
     grid = (-(-num_elements // elements_per_block), 1, 1)
-
-    def launch(x_ptr: int, packed_ptr: int) -> None:
-        launcher(grid, _op.current_stream(device_index), x_ptr, packed_ptr, num_elements)
-
-    return launch
+    return kernel.on(device_index).prepare(grid, 0, 0, num_elements, varying=2)
 
 
-def _prepare_segments(
-    op: str, x: torch.Tensor, indptr: torch.Tensor, num_bytes: int, bitorder: str
-) -> Callable[..., None]:
+def _prepare_segments(op: str, x: torch.Tensor, indptr: torch.Tensor, num_bytes: int, bitorder: str) -> PreparedLaunch:
     check_index(op, "indptr", indptr)
     _op.require_device(op, "indptr", indptr, x, "x")
     _op.require(indptr.shape[0] >= 1, op, "indptr is empty; expected [num_segments + 1]")
     num_elements, num_segments, device_index = x.shape[0], indptr.shape[0] - 1, x.get_device()
     index, of = str(indptr.dtype)[6:], target.of_device(x.device)
     aligned = device_index < 0 or x.data_ptr() % 16 == 0
-    scan, _ = _load(kernels.PACKED_INDPTR.spec(of, index=index), device_index)
-    pack, config = _load(
-        kernels.SEGMENT_PACKBITS.spec(of, index=index, big_endian=bitorder == "big", aligned=aligned), device_index
+    scan_kernel = resolver().load(kernels.PACKED_INDPTR.spec(of, index=index))
+    pack_kernel = resolver().load(
+        kernels.SEGMENT_PACKBITS.spec(of, index=index, big_endian=bitorder == "big", aligned=aligned)
     )
-    grid = (max(1, -(-num_bytes // config.launch.num_threads)), 1, 1)
+    grid = (max(1, -(-num_bytes // pack_kernel.config.launch.num_threads)), 1, 1)
+    scan = scan_kernel.on(device_index).prepare((1, 1, 1), 0, 0, num_segments, varying=2)
+    pack = pack_kernel.on(device_index).prepare(grid, *[0] * 4, num_elements, num_bytes, num_segments, varying=4)
 
     def launch(x_ptr: int, indptr_ptr: int, packed_ptr: int, packed_indptr_ptr: int) -> None:
-        stream = _op.current_stream(device_index)
-        scan((1, 1, 1), stream, indptr_ptr, packed_indptr_ptr, num_segments)
-        pack(
-            grid,
-            stream,
-            x_ptr,
-            packed_ptr,
-            indptr_ptr,
-            packed_indptr_ptr,
-            num_elements,
-            num_bytes,
-            num_segments,
-        )
+        scan(indptr_ptr, packed_indptr_ptr)
+        pack(x_ptr, packed_ptr, indptr_ptr, packed_indptr_ptr)
 
     return launch
-
-
-def _load(spec: Any, device_index: int) -> tuple[Any, Any]:
-    kernel = resolver().load(spec)
-    return kernel.on(device_index), kernel.config

@@ -44,19 +44,20 @@ __device__ __forceinline__ void append_paged_kv(const AppendParams& params) {
   const int first_head = int(group_idx - token_idx * groups_per_token) * kHeads;
   const bool is_key = lane < kNumKeyLanes;
   const int column = (is_key ? lane : lane - kNumKeyLanes) * kVec;
-  const CacheView& cache = is_key ? params.key_cache : params.value_cache;
+  void* cache = is_key ? params.key_cache : params.value_cache;
+  const CacheStrides& cache_strides = is_key ? params.key_cache_strides : params.value_cache_strides;
+  const HeadStrides& row_strides = is_key ? params.key_strides : params.value_strides;
   wait_for_previous_kernel();
   allow_next_kernel();
-  if (threadIdx.x >= kGroupsPerBlock * kNumLanes || token_idx >= params.num_tokens || cache.data == nullptr) return;
+  if (threadIdx.x >= kGroupsPerBlock * kNumLanes || token_idx >= params.num_tokens || cache == nullptr) return;
 
   // Rows in, before the slot is known.
-  const InT* rows_gmem = static_cast<const InT*>(is_key ? params.key : params.value) + column +
-                         int64_t(token_idx) * (is_key ? params.key_token_stride : params.value_token_stride);
-  const int64_t row_stride = is_key ? params.key_head_stride : params.value_head_stride;
+  const InT* rows_gmem =
+      static_cast<const InT*>(is_key ? params.key : params.value) + column + int64_t(token_idx) * row_strides.token;
   Vec<InT, kVec> x[kHeads];
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {
-    if (first_head + i < params.num_heads) x[i] = Vec<InT, kVec>::load(rows_gmem + (first_head + i) * row_stride);
+    if (first_head + i < params.num_heads) x[i] = Vec<InT, kVec>::load(rows_gmem + (first_head + i) * row_strides.head);
   }
 
   const TokenSlot slot =
@@ -65,11 +66,11 @@ __device__ __forceinline__ void append_paged_kv(const AppendParams& params) {
   const float scale = Config::kConvert ? is_key ? store_scale(params.key_scale_value, params.key_scale)
                                                 : store_scale(params.value_scale_value, params.value_scale)
                                        : 1.f;
-  CacheT* cache_gmem = static_cast<CacheT*>(cache.data) + slot.offset(cache) + column;
+  CacheT* cache_gmem = static_cast<CacheT*>(cache) + slot.offset(cache_strides) + column;
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {
     if (first_head + i < params.num_heads) {
-      to_cache<Config>(x[i], scale).store(cache_gmem + (first_head + i) * cache.head_stride);
+      to_cache<Config>(x[i], scale).store(cache_gmem + (first_head + i) * cache_strides.head);
     }
   }
 }

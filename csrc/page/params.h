@@ -15,23 +15,28 @@ struct TokenSlots {
   int32_t batch_size, page_size;
 };
 
-// One of the two tensors of a cache; NHD and HND differ in strides only. Strides in elements; the last axis is dense.
-struct CacheView {
-  void* data;  // [num_pages, page_size, num_heads, head_dim] in the order the strides give
-  int64_t page_stride, slot_stride, head_stride;
+// Strides in elements of one of the two tensors of a cache; its last axis is dense. NHD and HND differ in these only.
+struct CacheStrides {
+  int64_t page, slot, head;
+};
+
+// Strides in elements of rows of heads [num_tokens, num_heads, head_dim]; the last axis is dense.
+struct HeadStrides {
+  int64_t token, head;
 };
 
 // Copy rows of keys and values (for MLA: compressed KV and its rotary part, with one head) into their pages.
 struct AppendParams {
-  const void* key;        // [num_tokens, num_heads, key_dim] InT
-  const void* value;      // [num_tokens, num_heads, value_dim] InT
-  CacheView key_cache;    // CacheT; data null: keys are not stored
-  CacheView value_cache;  // CacheT; data null: values are not stored
-  TokenSlots slots;
+  const void* key;           // [num_tokens, num_heads, key_dim] InT
+  const void* value;         // [num_tokens, num_heads, value_dim] InT
+  void* key_cache;           // [num_pages, page_size, num_heads, key_dim] CacheT; null: keys are not stored
+  void* value_cache;         // [num_pages, page_size, num_heads, value_dim] CacheT; null: values are not stored
   const float* key_scale;    // [1] or null: 1; an fp8 cache holds key / scale
   const float* value_scale;  // [1] or null: 1
-  int64_t key_token_stride, key_head_stride, value_token_stride, value_head_stride;  // elements
-  float key_scale_value, value_scale_value;                                          // multiplied with *key_scale
+  TokenSlots slots;
+  HeadStrides key_strides, value_strides;
+  CacheStrides key_cache_strides, value_cache_strides;
+  float key_scale_value, value_scale_value;  // multiplied with *key_scale, *value_scale
   int32_t num_tokens, num_heads;
 };
 

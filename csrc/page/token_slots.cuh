@@ -10,8 +10,9 @@ struct TokenSlot {
   int32_t slot_idx;
   bool exists;
 
-  __device__ __forceinline__ int64_t offset(const CacheView& cache) const {
-    return page_idx * cache.page_stride + slot_idx * cache.slot_stride;
+  // Of the slot's first head, in elements.
+  __device__ __forceinline__ int64_t offset(const CacheStrides& strides) const {
+    return page_idx * strides.page + slot_idx * strides.slot;
   }
 };
 

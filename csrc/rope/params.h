@@ -21,42 +21,45 @@ struct Rotary {
   uint64_t frequencies[kMaxRotaryDim / 2];
 };
 
-// Rows of heads with strides in elements; the last axis is dense.
-struct HeadsView {
-  void* data;  // [num_tokens, num_heads, head_dim]; only read where the view is an input
-  int64_t token_stride, head_stride;
-};
-
 // Rotate queries and keys. Out may be the same memory as in.
 struct RopeParams {
-  HeadsView q, k, q_out, k_out;  // T
-  int32_t num_tokens, num_qo_heads, num_kv_heads;
-  int32_t reserved;
+  const void* q;  // [num_tokens, num_qo_heads, head_dim] T
+  const void* k;  // [num_tokens, num_kv_heads, head_dim] T
+  void* q_out;    // shape of q
+  void* k_out;    // shape of k
   Rotary rotary;
+  HeadStrides q_strides, k_strides, q_out_strides, k_out_strides;
+  int32_t num_tokens, num_qo_heads, num_kv_heads;
 };
 
 // Rotate queries and keys, and store keys and values in a paged cache.
 struct RopeAppendParams {
-  HeadsView q, k, v, q_out;          // T
-  CacheView key_cache, value_cache;  // CacheT
+  const void* q;             // [num_tokens, num_qo_heads, head_dim] T
+  const void* k;             // [num_tokens, num_kv_heads, head_dim] T
+  const void* v;             // [num_tokens, num_kv_heads, head_dim] T
+  void* q_out;               // shape of q; may be q
+  void* key_cache;           // [num_pages, page_size, num_kv_heads, head_dim] CacheT
+  void* value_cache;         // [num_pages, page_size, num_kv_heads, head_dim] CacheT
+  const float* key_scale;    // [1] or null: 1; an fp8 cache holds key / scale
+  const float* value_scale;  // [1] or null: 1
   TokenSlots slots;
-  const float* key_scale;                    // [1] or null: 1; an fp8 cache holds key / scale
-  const float* value_scale;                  // [1] or null: 1
+  Rotary rotary;
+  HeadStrides q_strides, k_strides, v_strides, q_out_strides;
+  CacheStrides key_cache_strides, value_cache_strides;
   float key_scale_value, value_scale_value;  // multiplied with *key_scale, *value_scale
   int32_t num_tokens, num_qo_heads, num_kv_heads;
-  int32_t reserved;
-  Rotary rotary;
 };
 
 // RMSNorm over the head dimension of queries and keys, then their rotation, in place.
 struct QkNormRopeParams {
-  HeadsView q, k;          // T; two views of one packed qkv
-  const void* q_weight;    // [head_dim] T
-  const void* k_weight;    // [head_dim] T
+  void* q;               // [num_tokens, num_qo_heads, head_dim] T; q and k are two views of one packed qkv
+  void* k;               // [num_tokens, num_kv_heads, head_dim] T
+  const void* q_weight;  // [head_dim] T
+  const void* k_weight;  // [head_dim] T
+  Rotary rotary;
+  HeadStrides strides;     // of q and of k
   float eps, weight_bias;  // the weight applied is weight_bias + weight (Gemma: 1)
   int32_t num_tokens, num_qo_heads, num_kv_heads;
-  int32_t reserved;
-  Rotary rotary;
 };
 
 }  // namespace flashinfer

@@ -20,7 +20,6 @@ __device__ __forceinline__ void qk_norm_rope(const QkNormRopeParams& params) {
   const HeadGroup group = HeadGroup::find<kHeads>(blockIdx.x * Lanes::kGroupsPerBlock + threadIdx.x / Lanes::kNumLanes,
                                                   params.num_qo_heads, params.num_kv_heads, 0);
   const bool is_query = group.kind == HeadKind::kQuery;
-  const HeadsView& heads = is_query ? params.q : params.k;
   // Every lane stays to the end: the reduction is of the whole warp. Lanes without work read nothing and write nothing.
   const bool is_used = lane.is_used && group.token_idx < params.num_tokens;
   const int num_heads = is_used ? group.num_heads : 0;
@@ -28,12 +27,12 @@ __device__ __forceinline__ void qk_norm_rope(const QkNormRopeParams& params) {
   allow_next_kernel();
 
   // Heads in.
-  T* heads_gmem = static_cast<T*>(heads.data) + group.token_idx * heads.token_stride;
+  T* heads_gmem = static_cast<T*>(is_query ? params.q : params.k) + group.token_idx * params.strides.token;
   HeadPair<T, kVec> x[kHeads] = {};
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {
     const int head_idx = group.first_head + i;
-    if (head_idx < num_heads) x[i] = HeadPair<T, kVec>::load(heads_gmem + head_idx * heads.head_stride, lane);
+    if (head_idx < num_heads) x[i] = HeadPair<T, kVec>::load(heads_gmem + head_idx * params.strides.head, lane);
   }
 
   // Weights and angles.
@@ -71,7 +70,7 @@ __device__ __forceinline__ void qk_norm_rope(const QkNormRopeParams& params) {
     if (lane.is_rotary) angles.rotate(first, second);
     const int head_idx = group.first_head + i;
     if (head_idx < num_heads) {
-      T* row_gmem = heads_gmem + head_idx * heads.head_stride;
+      T* row_gmem = heads_gmem + head_idx * params.strides.head;
       cast_vec<T>(first).store(row_gmem + lane.first);
       cast_vec<T>(second).store(row_gmem + lane.second);
     }

@@ -20,20 +20,20 @@ __device__ __forceinline__ void rope(const RopeParams& params) {
   const HeadGroup group = HeadGroup::find<kHeads>(blockIdx.x * Lanes::kGroupsPerBlock + threadIdx.x / Lanes::kNumLanes,
                                                   params.num_qo_heads, params.num_kv_heads, 0);
   const bool is_query = group.kind == HeadKind::kQuery;
-  const HeadsView& in = is_query ? params.q : params.k;
-  const HeadsView& out = is_query ? params.q_out : params.k_out;
+  const HeadStrides& in_strides = is_query ? params.q_strides : params.k_strides;
+  const HeadStrides& out_strides = is_query ? params.q_out_strides : params.k_out_strides;
   const bool is_used = lane.is_used && group.token_idx < params.num_tokens;
   wait_for_previous_kernel();
   allow_next_kernel();
 
   // Heads in.
-  const T* in_gmem = static_cast<const T*>(in.data) + group.token_idx * in.token_stride;
+  const T* in_gmem = static_cast<const T*>(is_query ? params.q : params.k) + group.token_idx * in_strides.token;
   HeadPair<T, kVec> x[kHeads];
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {
     const int head_idx = group.first_head + i;
     if (is_used && head_idx < group.num_heads) {
-      x[i] = HeadPair<T, kVec>::load(in_gmem + head_idx * in.head_stride, lane);
+      x[i] = HeadPair<T, kVec>::load(in_gmem + head_idx * in_strides.head, lane);
     }
   }
 
@@ -47,7 +47,7 @@ __device__ __forceinline__ void rope(const RopeParams& params) {
   }
 
   // Turn, and heads out.
-  T* out_gmem = static_cast<T*>(out.data) + group.token_idx * out.token_stride;
+  T* out_gmem = static_cast<T*>(is_query ? params.q_out : params.k_out) + group.token_idx * out_strides.token;
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {
     const int head_idx = group.first_head + i;
@@ -59,8 +59,8 @@ __device__ __forceinline__ void rope(const RopeParams& params) {
       angles.rotate(first, second);
       x[i] = {cast_vec<T>(first), cast_vec<T>(second)};
     }
-    x[i].first.store(out_gmem + head_idx * out.head_stride + lane.first);
-    x[i].second.store(out_gmem + head_idx * out.head_stride + lane.second);
+    x[i].first.store(out_gmem + head_idx * out_strides.head + lane.first);
+    x[i].second.store(out_gmem + head_idx * out_strides.head + lane.second);
   }
 }
 

@@ -34,19 +34,22 @@ __device__ __forceinline__ void rope_append(const RopeAppendParams& params) {
   const HeadGroup group = HeadGroup::find<kHeads>(blockIdx.x * Lanes::kGroupsPerBlock + threadIdx.x / Lanes::kNumLanes,
                                                   params.num_qo_heads, params.num_kv_heads, params.num_kv_heads);
   const bool is_query = group.kind == HeadKind::kQuery, is_value = group.kind == HeadKind::kValue;
-  const HeadsView& in = is_query ? params.q : is_value ? params.v : params.k;
+  const HeadStrides& in_strides = is_query ? params.q_strides : is_value ? params.v_strides : params.k_strides;
   const bool is_used = lane.is_used && group.token_idx < params.num_tokens;
   wait_for_previous_kernel();
   allow_next_kernel();
 
   // Heads in.
-  const T* in_gmem = static_cast<const T*>(in.data) + group.token_idx * in.token_stride;
+  const T* in_gmem = static_cast<const T*>(is_query   ? params.q
+                                           : is_value ? params.v
+                                                      : params.k) +
+                     group.token_idx * in_strides.token;
   HeadPair<T, kVec> x[kHeads];
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {
     const int head_idx = group.first_head + i;
     if (is_used && head_idx < group.num_heads) {
-      x[i] = HeadPair<T, kVec>::load(in_gmem + head_idx * in.head_stride, lane);
+      x[i] = HeadPair<T, kVec>::load(in_gmem + head_idx * in_strides.head, lane);
     }
   }
 
@@ -78,12 +81,13 @@ __device__ __forceinline__ void rope_append(const RopeAppendParams& params) {
     to_floats(x[i].second, second);
     if (is_turned) angles.rotate(first, second);
     if (is_query) {
-      T* row_gmem = static_cast<T*>(params.q_out.data) + group.token_idx * params.q_out.token_stride +
-                    head_idx * params.q_out.head_stride;
+      T* row_gmem = static_cast<T*>(params.q_out) + group.token_idx * params.q_out_strides.token +
+                    head_idx * params.q_out_strides.head;
       store_pair<T>(row_gmem, lane, first, second, 1.f);
     } else {
-      const CacheView& cache = is_value ? params.value_cache : params.key_cache;
-      CacheT* row_gmem = static_cast<CacheT*>(cache.data) + slot.offset(cache) + head_idx * cache.head_stride;
+      const CacheStrides& strides = is_value ? params.value_cache_strides : params.key_cache_strides;
+      CacheT* row_gmem = static_cast<CacheT*>(is_value ? params.value_cache : params.key_cache) + slot.offset(strides) +
+                         head_idx * strides.head;
       store_pair<CacheT>(row_gmem, lane, first, second, scale);
     }
   }

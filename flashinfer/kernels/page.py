@@ -16,7 +16,8 @@ FP8_DTYPES = ("fp8_e4m3", "fp8_e5m2")
 P, I64, I32, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 Fields = list[tuple[str, Any]]
 
-CACHE_VIEW: Fields = [("data", P), ("page_stride", I64), ("slot_stride", I64), ("head_stride", I64)]
+HEAD_STRIDES: Fields = [("token", I64), ("head", I64)]
+CACHE_STRIDES: Fields = [("page", I64), ("slot", I64), ("head", I64)]
 TOKEN_SLOTS: Fields = [
     ("batch_indices", P),
     ("positions", P),
@@ -38,15 +39,15 @@ class AppendParams(ctypes.Structure):
     _fields_ = [
         ("key", P),
         ("value", P),
-        *nested("key_cache", CACHE_VIEW),
-        *nested("value_cache", CACHE_VIEW),
-        *nested("slots", TOKEN_SLOTS),
+        ("key_cache", P),
+        ("value_cache", P),
         ("key_scale", P),
         ("value_scale", P),
-        ("key_token_stride", I64),
-        ("key_head_stride", I64),
-        ("value_token_stride", I64),
-        ("value_head_stride", I64),
+        *nested("slots", TOKEN_SLOTS),
+        *nested("key_strides", HEAD_STRIDES),
+        *nested("value_strides", HEAD_STRIDES),
+        *nested("key_cache_strides", CACHE_STRIDES),
+        *nested("value_cache_strides", CACHE_STRIDES),
         ("key_scale_value", F32),
         ("value_scale_value", F32),
         ("num_tokens", I32),

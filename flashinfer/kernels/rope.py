@@ -8,10 +8,11 @@ import math
 
 from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
 from flashinfer.kernels.page import (
-    CACHE_VIEW,
+    CACHE_STRIDES,
     DTYPES,
     F32,
     FP8_DTYPES,
+    HEAD_STRIDES,
     I32,
     I64,
     INDEX_TYPES,
@@ -23,7 +24,6 @@ from flashinfer.kernels.page import (
 )
 
 MAX_ROTARY_DIM = 256
-HEADS_VIEW: Fields = [("data", P), ("token_stride", I64), ("head_stride", I64)]
 ROTARY: Fields = [
     ("positions", P),
     ("indptr", P),
@@ -40,15 +40,18 @@ class RopeParams(ctypes.Structure):
     """Mirror of csrc/rope/params.h."""
 
     _fields_ = [
-        *nested("q", HEADS_VIEW),
-        *nested("k", HEADS_VIEW),
-        *nested("q_out", HEADS_VIEW),
-        *nested("k_out", HEADS_VIEW),
+        ("q", P),
+        ("k", P),
+        ("q_out", P),
+        ("k_out", P),
+        *nested("rotary", ROTARY),
+        *nested("q_strides", HEAD_STRIDES),
+        *nested("k_strides", HEAD_STRIDES),
+        *nested("q_out_strides", HEAD_STRIDES),
+        *nested("k_out_strides", HEAD_STRIDES),
         ("num_tokens", I32),
         ("num_qo_heads", I32),
         ("num_kv_heads", I32),
-        ("reserved", I32),
-        *nested("rotary", ROTARY),
     ]
 
 
@@ -56,22 +59,27 @@ class RopeAppendParams(ctypes.Structure):
     """Mirror of csrc/rope/params.h."""
 
     _fields_ = [
-        *nested("q", HEADS_VIEW),
-        *nested("k", HEADS_VIEW),
-        *nested("v", HEADS_VIEW),
-        *nested("q_out", HEADS_VIEW),
-        *nested("key_cache", CACHE_VIEW),
-        *nested("value_cache", CACHE_VIEW),
-        *nested("slots", TOKEN_SLOTS),
+        ("q", P),
+        ("k", P),
+        ("v", P),
+        ("q_out", P),
+        ("key_cache", P),
+        ("value_cache", P),
         ("key_scale", P),
         ("value_scale", P),
+        *nested("slots", TOKEN_SLOTS),
+        *nested("rotary", ROTARY),
+        *nested("q_strides", HEAD_STRIDES),
+        *nested("k_strides", HEAD_STRIDES),
+        *nested("v_strides", HEAD_STRIDES),
+        *nested("q_out_strides", HEAD_STRIDES),
+        *nested("key_cache_strides", CACHE_STRIDES),
+        *nested("value_cache_strides", CACHE_STRIDES),
         ("key_scale_value", F32),
         ("value_scale_value", F32),
         ("num_tokens", I32),
         ("num_qo_heads", I32),
         ("num_kv_heads", I32),
-        ("reserved", I32),
-        *nested("rotary", ROTARY),
     ]
 
 
@@ -79,17 +87,17 @@ class QkNormRopeParams(ctypes.Structure):
     """Mirror of csrc/rope/params.h."""
 
     _fields_ = [
-        *nested("q", HEADS_VIEW),
-        *nested("k", HEADS_VIEW),
+        ("q", P),
+        ("k", P),
         ("q_weight", P),
         ("k_weight", P),
+        *nested("rotary", ROTARY),
+        *nested("strides", HEAD_STRIDES),
         ("eps", F32),
         ("weight_bias", F32),
         ("num_tokens", I32),
         ("num_qo_heads", I32),
         ("num_kv_heads", I32),
-        ("reserved", I32),
-        *nested("rotary", ROTARY),
     ]
 
 

@@ -27,20 +27,15 @@ void append_paged_kv(const AppendParams& params) {
     const TokenSlot slot = find_slot<typename Config::TokenIndex, typename Config::PageIndex>(params.slots, token_idx);
     if (!slot.exists) continue;
     for (int head_idx = 0; head_idx < params.num_heads; ++head_idx) {
-      if (params.key_cache.data != nullptr) {
-        append_row<Config, Config::kKeyDim>(static_cast<const InT*>(params.key) + token_idx * params.key_token_stride +
-                                                head_idx * params.key_head_stride,
-                                            static_cast<CacheT*>(params.key_cache.data) +
-                                                slot.offset(params.key_cache) + head_idx * params.key_cache.head_stride,
-                                            key_scale);
+      if (params.key_cache != nullptr) {
+        append_row<Config, Config::kKeyDim>(
+            static_cast<const InT*>(params.key) + row_offset(params.key_strides, token_idx, head_idx),
+            static_cast<CacheT*>(params.key_cache) + slot.offset(params.key_cache_strides, head_idx), key_scale);
       }
-      if (params.value_cache.data != nullptr) {
+      if (params.value_cache != nullptr) {
         append_row<Config, Config::kValueDim>(
-            static_cast<const InT*>(params.value) + token_idx * params.value_token_stride +
-                head_idx * params.value_head_stride,
-            static_cast<CacheT*>(params.value_cache.data) + slot.offset(params.value_cache) +
-                head_idx * params.value_cache.head_stride,
-            value_scale);
+            static_cast<const InT*>(params.value) + row_offset(params.value_strides, token_idx, head_idx),
+            static_cast<CacheT*>(params.value_cache) + slot.offset(params.value_cache_strides, head_idx), value_scale);
       }
     }
   }

@@ -9,7 +9,9 @@ struct TokenSlot {
   int64_t page_idx, slot_idx;
   bool exists;
 
-  int64_t offset(const CacheView& cache) const { return page_idx * cache.page_stride + slot_idx * cache.slot_stride; }
+  int64_t offset(const CacheStrides& strides, int64_t head_idx) const {
+    return page_idx * strides.page + slot_idx * strides.slot + head_idx * strides.head;
+  }
 };
 
 template <class TokenIndex, class PageIndex>
@@ -22,6 +24,10 @@ TokenSlot find_slot(const TokenSlots& slots, int token_idx) {
   if (page_idx_pos >= int64_t(page_indptr[batch_idx + 1])) return {0, 0, false};
   const int64_t page_idx = static_cast<const PageIndex*>(slots.page_indices)[page_idx_pos];
   return {page_idx, position % slots.page_size, page_idx >= 0};
+}
+
+inline int64_t row_offset(const HeadStrides& strides, int64_t token_idx, int64_t head_idx) {
+  return token_idx * strides.token + head_idx * strides.head;
 }
 
 inline float store_scale(float scale_value, const float* scale) {

@@ -6,14 +6,14 @@
 namespace flashinfer::cpu {
 
 template <class Config>
-void qk_norm_rope_heads(const QkNormRopeParams& params, const TokenAngles<Config>& angles, const HeadsView& heads,
+void qk_norm_rope_heads(const QkNormRopeParams& params, const TokenAngles<Config>& angles, void* heads,
                         const void* weight, int token_idx, int num_heads) {
   using T = typename Config::T;
   constexpr int kDim = Config::kHeadDim;
   float w[kDim];
   load_floats<kDim>(static_cast<const T*>(weight), w);
   for (int head_idx = 0; head_idx < num_heads; ++head_idx) {
-    T* row = head_row<T>(heads, token_idx, head_idx);
+    T* row = static_cast<T*>(heads) + row_offset(params.strides, token_idx, head_idx);
     float x[kDim];
     load_floats<kDim>(row, x);
     float sum_of_squares = 0.f;

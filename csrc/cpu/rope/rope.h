@@ -6,15 +6,15 @@
 namespace flashinfer::cpu {
 
 template <class Config>
-void rope_heads(const TokenAngles<Config>& angles, const HeadsView& in, const HeadsView& out, int token_idx,
-                int num_heads) {
+void rope_heads(const TokenAngles<Config>& angles, const void* in, const HeadStrides& in_strides, void* out,
+                const HeadStrides& out_strides, int token_idx, int num_heads) {
   using T = typename Config::T;
   constexpr int kDim = Config::kRotaryPartOnly ? Config::kRotaryDim : Config::kHeadDim;
   for (int head_idx = 0; head_idx < num_heads; ++head_idx) {
     float x[kDim];
-    load_floats<kDim>(head_row<const T>(in, token_idx, head_idx), x);
+    load_floats<kDim>(static_cast<const T*>(in) + row_offset(in_strides, token_idx, head_idx), x);
     angles.rotate(x);
-    store_floats<kDim>(x, 1.f, head_row<T>(out, token_idx, head_idx));
+    store_floats<kDim>(x, 1.f, static_cast<T*>(out) + row_offset(out_strides, token_idx, head_idx));
   }
 }
 
@@ -23,8 +23,8 @@ void rope(const RopeParams& params) {
 #pragma omp parallel for
   for (int token_idx = 0; token_idx < params.num_tokens; ++token_idx) {
     const TokenAngles<Config> angles(params.rotary, token_idx);
-    rope_heads(angles, params.q, params.q_out, token_idx, params.num_qo_heads);
-    rope_heads(angles, params.k, params.k_out, token_idx, params.num_kv_heads);
+    rope_heads(angles, params.q, params.q_strides, params.q_out, params.q_out_strides, token_idx, params.num_qo_heads);
+    rope_heads(angles, params.k, params.k_strides, params.k_out, params.k_out_strides, token_idx, params.num_kv_heads);
   }
 }
 

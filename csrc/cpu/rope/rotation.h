@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cpu/page/token_slots.h"
 #include "cpu/types.h"
 #include "rope/params.h"
 
@@ -75,11 +76,6 @@ void load_floats(const T* row, float* x) {
 template <int kDim, class T>
 void store_floats(const float* x, float scale, T* row) {
   for (int i = 0; i < kDim; ++i) row[i] = from_float<T>(x[i] * scale);
-}
-
-template <class T>
-T* head_row(const HeadsView& heads, int64_t token_idx, int64_t head_idx) {
-  return static_cast<T*>(heads.data) + token_idx * heads.token_stride + head_idx * heads.head_stride;
 }
 
 }  // namespace flashinfer::cpu
