@@ -1,0 +1,429 @@
+"""Cascade attention: attention over a KV in parts, and merging of the parts' results.
+
+A KV that several requests share (a system prompt) is attended to once for all of their queries; the unique rest per
+request; the two results are merged exactly. Ye et al. 2024, "Cascade Inference: Memory Bandwidth Efficient Shared Prefix
+Batch Decoding"; the merging identity is the online softmax of Milakov & Gimelshein 2018, arXiv:1805.02867.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Optional, Union
+
+import torch
+
+from flashinfer import _op, dtypes, target
+from flashinfer.attention.decode import BatchDecodeWithPagedKVCacheWrapper
+from flashinfer.attention.kv_cache import PagedCache
+from flashinfer.attention.prefill import BatchPrefillWithPagedKVCacheWrapper
+from flashinfer.attention.single_prefill import single_prefill_with_kv_cache_return_lse
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.jit import resolver
+from flashinfer.kernels import cascade as families
+
+DataType = Union[str, torch.dtype]
+
+
+# -------------------------------------------------------------------------------------------------------------- merging
+
+
+def merge_state(
+    v_a: torch.Tensor, s_a: torch.Tensor, v_b: torch.Tensor, s_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge two attention states over disjoint parts of a KV.
+
+    Args:
+        v_a, v_b: outputs, `[seq_len, num_heads, head_dim]`, fp16, bf16 or fp32.
+        s_a, s_b: base-2 logarithms of the sums of exponentials, fp32 `[seq_len, num_heads]`. A state with -inf has seen no
+            key and weighs nothing, whatever its output holds.
+
+    Returns:
+        v, s: shaped like the operands.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+        UnsupportedConfig: no kernel for this dtype or head_dim.
+    """
+    v_a, v_b = v_a.contiguous(), v_b.contiguous()
+    v_out, s_out = torch.empty_like(v_a), torch.empty(s_a.shape, dtype=torch.float32, device=s_a.device)
+    _merge_pair("merge_state", v_a, _fp32(s_a), v_b, _fp32(s_b), None, v_out, s_out)
+    return v_out, s_out
+
+
+def merge_state_in_place(
+    v: torch.Tensor,
+    s: torch.Tensor,
+    v_other: torch.Tensor,
+    s_other: torch.Tensor,
+    mask: Optional[torch.Tensor] = None,
+) -> None:
+    """`merge_state` of (v, s) with (v_other, s_other), written over v and s.
+
+    Args:
+        v, v_other: `[seq_len, num_heads, head_dim]`; v is contiguous.
+        s, s_other: fp32 `[seq_len, num_heads]`; s is contiguous.
+        mask: bool `[seq_len]`; rows with False keep their v and s. None merges all.
+
+    Raises: as `merge_state`.
+    """
+    op = "merge_state_in_place"
+    _op.require(v.is_contiguous() and s.is_contiguous(), op, "v and s must be contiguous, they are written in place")
+    _op.require(s.dtype == torch.float32, op, f"s is {s.dtype}; expected float32")
+    if mask is not None:
+        mask = mask if mask.dtype in (torch.bool, torch.uint8) else mask != 0
+        _op.require(
+            mask.shape == v.shape[:1] and mask.device == v.device, op,
+            f"mask is {list(mask.shape)} on {mask.device}; expected [{v.shape[0]}] on {v.device}",
+        )  # fmt: skip
+        mask = mask.contiguous()
+    _merge_pair(op, v, s, v_other.contiguous(), _fp32(s_other), mask, v, s)
+
+
+def merge_states(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge `num_states` attention states of every row.
+
+    Args:
+        v: outputs, `[seq_len, num_states, num_heads, head_dim]`.
+        s: fp32 `[seq_len, num_states, num_heads]`, base 2.
+
+    Returns:
+        `[seq_len, num_heads, head_dim]` and `[seq_len, num_heads]`.
+
+    Raises: as `merge_state`.
+    """
+    op = "merge_states"
+    _op.require(v.dim() == 4, op, f"v has shape {list(v.shape)}; expected [seq_len, num_states, num_heads, head_dim]")
+    _require_states(op, v, s, "s")
+    return _merge_list(op, v.contiguous(), _fp32(s), None, v.shape[0], v.shape[1])
+
+
+def variable_length_merge_states(
+    v: torch.Tensor, s: torch.Tensor, indptr: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge a varying number of attention states of every row.
+
+    Args:
+        v: outputs, `[num_states, num_heads, head_dim]`, the states of each row side by side.
+        s: fp32 `[num_states, num_heads]`, base 2.
+        indptr: int32 `[seq_len + 1]`; row i merges states `[indptr[i], indptr[i + 1])`, none giving zeros and -inf.
+
+    Returns:
+        `[seq_len, num_heads, head_dim]` and `[seq_len, num_heads]`.
+
+    Raises: as `merge_state`.
+    """
+    op = "variable_length_merge_states"
+    _op.require(v.dim() == 3, op, f"v has shape {list(v.shape)}; expected [num_states, num_heads, head_dim]")
+    _require_states(op, v, s, "s")
+    _op.require(
+        indptr.dim() == 1 and indptr.numel() >= 1 and indptr.device == v.device, op,
+        f"indptr is {list(indptr.shape)} on {indptr.device}; expected [seq_len + 1] on {v.device}",
+    )  # fmt: skip
+    return _merge_list(op, v.contiguous(), _fp32(s), indptr.int().contiguous(), indptr.numel() - 1, 0)
+
+
+def _fp32(s: torch.Tensor) -> torch.Tensor:
+    return s.float().contiguous()
+
+
+def _require_states(op: str, v: torch.Tensor, s: torch.Tensor, name: str) -> None:
+    if s.shape != v.shape[:-1] or s.device != v.device:
+        raise ValueError(
+            f"{op}: {name} has shape {list(s.shape)} on {s.device}; expected {list(v.shape[:-1])} on {v.device}"
+        )
+
+
+_Launch = Callable[..., None]
+_memo: _op.Memo[tuple[_Launch, tuple[int, int, int]]] = _op.Memo()
+
+
+def _launcher(op: str, v: torch.Tensor, num_rows: int, num_heads: int, pair: bool) -> tuple[_Launch, tuple[int, int, int]]:
+    key = (v.dtype, v.shape[-1], v.get_device(), num_rows * num_heads, pair)
+    found = _memo.get(key)
+    if found is None:
+        dtype = dtypes.short_name(v.dtype)
+        if dtype not in families.DTYPES:
+            raise UnsupportedConfig(f"{op}: v is {v.dtype}; expected float16, bfloat16 or float32")
+        spec = families.MERGE_STATES.spec(target.of_device(v.device), dtype=dtype, head_dim=v.shape[-1], pair=pair)
+        kernel = resolver().load(spec)
+        grid = (1, 1, 1)
+        if v.is_cuda:
+            grid = (-(-num_rows * num_heads // families.rows_per_block(kernel.config)), 1, 1)
+        found = _memo.remember(key, (kernel.on(v.get_device()), grid))
+    return found
+
+
+def _merge_pair(
+    op: str,
+    v: torch.Tensor,
+    s: torch.Tensor,
+    v_other: torch.Tensor,
+    s_other: torch.Tensor,
+    mask: Optional[torch.Tensor],
+    v_out: torch.Tensor,
+    s_out: torch.Tensor,
+) -> None:
+    _op.require(v.dim() == 3, op, f"v has shape {list(v.shape)}; expected [seq_len, num_heads, head_dim]")
+    _op.require_like(op, "the other v", v_other, v, "v")
+    _require_states(op, v, s, "s")
+    _require_states(op, v, s_other, "the other s")
+    if v.numel() == 0:
+        return
+    launch, grid = _launcher(op, v, v.shape[0], v.shape[1], True)
+    launch(
+        grid, _op.current_stream(v.get_device()), v.data_ptr(), s.data_ptr(), v_other.data_ptr(), s_other.data_ptr(),
+        0 if mask is None else mask.data_ptr(), 0, v_out.data_ptr(), s_out.data_ptr(), v.shape[0], v.shape[1], 0,
+    )  # fmt: skip
+
+
+def _merge_list(
+    op: str, v: torch.Tensor, s: torch.Tensor, indptr: Optional[torch.Tensor], num_rows: int, num_states: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_heads, head_dim = v.shape[-2:]
+    v_out = torch.empty((num_rows, num_heads, head_dim), dtype=v.dtype, device=v.device)
+    s_out = torch.empty((num_rows, num_heads), dtype=torch.float32, device=v.device)
+    if v_out.numel() > 0:
+        launch, grid = _launcher(op, v, num_rows, num_heads, False)
+        launch(
+            grid, _op.current_stream(v.get_device()), v.data_ptr(), s.data_ptr(), 0, 0, 0,
+            0 if indptr is None else indptr.data_ptr(), v_out.data_ptr(), s_out.data_ptr(), num_rows, num_heads, num_states,
+        )  # fmt: skip
+    return v_out, s_out
+
+
+# -------------------------------------------------------------------------------------------------------------- wrappers
+
+
+class MultiLevelCascadeAttentionWrapper:
+    """Attention over a KV shared at several levels: level 0 by the most requests, the last by none.
+
+    Every level is a paged prefill of its own: its entry of qo_indptr_arr groups the tokens that share its pages. The last
+    level is causal if the plan says so, the others show all their keys to all their queries. Results are merged exactly.
+
+    Args:
+        num_levels: of the cascade.
+        float_workspace_buffer, kv_layout, use_cuda_graph: as in `BatchPrefillWithPagedKVCacheWrapper`.
+        qo_indptr_buf_arr, paged_kv_indptr_buf_arr, paged_kv_indices_buf_arr, paged_kv_last_page_len_buf_arr: one buffer a
+            level, needed with use_cuda_graph.
+    """
+
+    def __init__(
+        self,
+        num_levels: int,
+        float_workspace_buffer: torch.Tensor,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        qo_indptr_buf_arr: Optional[list[torch.Tensor]] = None,
+        paged_kv_indptr_buf_arr: Optional[list[torch.Tensor]] = None,
+        paged_kv_indices_buf_arr: Optional[list[torch.Tensor]] = None,
+        paged_kv_last_page_len_buf_arr: Optional[list[torch.Tensor]] = None,
+    ) -> None:
+        op = "multi_level_cascade"
+        _op.require(num_levels >= 1, op, f"num_levels is {num_levels}; expected at least 1")
+        buffers = (
+            qo_indptr_buf_arr, paged_kv_indptr_buf_arr, paged_kv_indices_buf_arr, paged_kv_last_page_len_buf_arr
+        )  # fmt: skip
+        if use_cuda_graph and any(buffer is None or len(buffer) != num_levels for buffer in buffers):
+            raise ValueError(f"{op}: use_cuda_graph=True needs four lists of {num_levels} buffers, one a level")
+        self._use_cuda_graph = use_cuda_graph
+        self._levels = [
+            BatchPrefillWithPagedKVCacheWrapper(
+                float_workspace_buffer,
+                kv_layout,
+                use_cuda_graph,
+                *((buffer[level] if buffer is not None else None) for buffer in buffers),
+            )
+            for level in range(num_levels)
+        ]
+
+    @property
+    def is_cuda_graph_enabled(self) -> bool:
+        return self._use_cuda_graph
+
+    def reset_workspace_buffer(
+        self, float_workspace_buffer: torch.Tensor, int_workspace_buffers: list[torch.Tensor]
+    ) -> None:
+        """Use other workspaces from the next plan on: one float workspace for all, one int workspace a level."""
+        for level, int_workspace_buffer in zip(self._levels, int_workspace_buffers):
+            level.reset_workspace_buffer(float_workspace_buffer, int_workspace_buffer)
+
+    def plan(
+        self,
+        qo_indptr_arr: list[torch.Tensor],
+        paged_kv_indptr_arr: list[torch.Tensor],
+        paged_kv_indices_arr: list[torch.Tensor],
+        paged_kv_last_page_len: list[torch.Tensor],
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        sm_scale: Optional[float] = None,
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+        q_data_type: DataType = "float16",
+        kv_data_type: Optional[DataType] = None,
+    ) -> None:
+        """Describe the batch, level by level; the arguments are those of `BatchPrefillWithPagedKVCacheWrapper.plan`."""
+        last = len(self._levels) - 1
+        for i, level in enumerate(self._levels):
+            level.plan(
+                qo_indptr_arr[i],
+                paged_kv_indptr_arr[i],
+                paged_kv_indices_arr[i],
+                paged_kv_last_page_len[i],
+                num_qo_heads,
+                num_kv_heads,
+                head_dim,
+                page_size,
+                causal=causal and i == last,
+                pos_encoding_mode=pos_encoding_mode,
+                sm_scale=sm_scale,
+                window_left=window_left,
+                logits_soft_cap=logits_soft_cap,
+                rope_scale=rope_scale,
+                rope_theta=rope_theta,
+                q_data_type=q_data_type,
+                kv_data_type=kv_data_type,
+            )
+
+    begin_forward = plan
+
+    def run(self, q: torch.Tensor, paged_kv_cache: PagedCache) -> torch.Tensor:
+        """Attention of one layer: q `[num_tokens, num_qo_heads, head_dim]`, one cache for all levels; returns the output."""
+        out, lse = self._levels[-1].run(q, paged_kv_cache, return_lse=True)
+        for level in self._levels[:-1]:
+            merge_state_in_place(out, lse, *level.run(q, paged_kv_cache, return_lse=True))
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    forward = run
+
+    def end_forward(self) -> None:
+        """Kept for compatibility; there is nothing to release."""
+
+
+class BatchDecodeWithSharedPrefixPagedKVCacheWrapper:
+    """Decode of a batch whose requests share a prefix: the prefix as one prefill, the unique rest paged, merged."""
+
+    def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD") -> None:
+        self._unique = BatchDecodeWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout)
+        self._kv_layout = kv_layout
+
+    def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor) -> None:
+        """Use other workspaces from the next plan on."""
+        self._unique.reset_workspace_buffer(float_workspace_buffer, int_workspace_buffer)
+
+    def begin_forward(
+        self,
+        unique_kv_indptr: torch.Tensor,
+        unique_kv_indices: torch.Tensor,
+        unique_kv_last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        data_type: DataType = "float16",
+    ) -> None:
+        """Describe the unique part of the batch; the arguments are those of `BatchDecodeWithPagedKVCacheWrapper.plan`."""
+        self._unique.plan(
+            unique_kv_indptr,
+            unique_kv_indices,
+            unique_kv_last_page_len,
+            num_qo_heads,
+            num_kv_heads,
+            head_dim,
+            page_size,
+            data_type=data_type,
+        )
+
+    plan = begin_forward
+
+    def forward(
+        self, q: torch.Tensor, k_shared: torch.Tensor, v_shared: torch.Tensor, unique_kv_cache: PagedCache
+    ) -> torch.Tensor:
+        """q: `[batch_size, num_qo_heads, head_dim]`; k_shared, v_shared: `[shared_len, num_kv_heads, head_dim]` (NHD).
+
+        Returns the output, shaped like q.
+        """
+        out, lse = single_prefill_with_kv_cache_return_lse(q, k_shared, v_shared, kv_layout=self._kv_layout)
+        merge_state_in_place(out, lse, *self._unique.run(q, unique_kv_cache, return_lse=True))
+        return out
+
+    run = forward
+
+    def end_forward(self) -> None:
+        """Kept for compatibility; there is nothing to release."""
+
+
+class BatchPrefillWithSharedPrefixPagedKVCacheWrapper:
+    """Prefill of a batch whose requests share a prefix: the prefix as one prefill, the unique rest paged, merged."""
+
+    def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD") -> None:
+        self._unique = BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout)
+        self._kv_layout = kv_layout
+
+    def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor) -> None:
+        """Use other workspaces from the next plan on."""
+        self._unique.reset_workspace_buffer(float_workspace_buffer, int_workspace_buffer)
+
+    def begin_forward(
+        self,
+        qo_indptr: torch.Tensor,
+        paged_kv_indptr: torch.Tensor,
+        paged_kv_indices: torch.Tensor,
+        paged_kv_last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        **options: Any,
+    ) -> None:
+        """Describe the unique part of the batch; the arguments are those of `BatchPrefillWithPagedKVCacheWrapper.plan`."""
+        self._unique.plan(
+            qo_indptr,
+            paged_kv_indptr,
+            paged_kv_indices,
+            paged_kv_last_page_len,
+            num_qo_heads,
+            num_kv_heads,
+            head_dim,
+            page_size,
+            **options,
+        )
+
+    plan = begin_forward
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k_shared: torch.Tensor,
+        v_shared: torch.Tensor,
+        unique_kv_cache: PagedCache,
+        causal: bool = False,
+        use_fp16_qk_reduction: bool = False,
+        sm_scale: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+    ) -> torch.Tensor:
+        """q: `[num_tokens, num_qo_heads, head_dim]`; k_shared, v_shared: `[shared_len, num_kv_heads, head_dim]` (NHD).
+
+        The shared prefix lies before every query; causal concerns the unique part. Returns the output, shaped like q.
+        """
+        out, lse = single_prefill_with_kv_cache_return_lse(
+            q, k_shared, v_shared, kv_layout=self._kv_layout, sm_scale=sm_scale
+        )
+        other, other_lse = self._unique.forward(
+            q, unique_kv_cache, causal, sm_scale=sm_scale, rope_scale=rope_scale, rope_theta=rope_theta, return_lse=True
+        )
+        merge_state_in_place(out, lse, other, other_lse)
+        return out
+
+    run = forward
+
+    def end_forward(self) -> None:
+        """Kept for compatibility; there is nothing to release."""

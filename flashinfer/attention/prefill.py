@@ -1,0 +1,696 @@
+"""Prefill and append: attention of several query tokens per request over its KV, paged, ragged or of a single sequence.
+
+A wrapper is planned once per step, by one small kernel and without waiting for the device, and run once per layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Optional, Union
+
+import torch
+
+from flashinfer import _op, dtypes
+from flashinfer.attention import kv_cache, plan
+from flashinfer.attention import prefill_launch as launches
+from flashinfer.attention.kv_cache import KvStrides, PagedCache, PagedKv
+from flashinfer.attention.mask import CustomMask
+from flashinfer.attention.prefill_launch import Extent, Launch, Schedule
+from flashinfer.attention.variant import Variant
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.kernels.attention import fast_divisor
+
+DataType = Union[str, torch.dtype]
+Result = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
+
+# Arguments of plan() in later releases that change nothing here, and those that ask for what is not here.
+_IGNORED = {
+    "non_blocking", "o_data_type", "seq_lens", "seq_lens_q", "block_tables", "max_token_per_sequence", "max_sequence_kv",
+    "fixed_split_size", "v_indptr", "o_indptr", "token_pos_in_items_len",
+}  # fmt: skip
+_UNSUPPORTED = {"prefix_len_ptr", "token_pos_in_items_ptr", "max_item_len_ptr"}
+
+
+def _check_later_arguments(op: str, later: dict[str, Any]) -> None:
+    for name, value in later.items():
+        if name in _UNSUPPORTED and value is not None:
+            raise UnsupportedConfig(f"{op}: {name} (multi-item scoring) is not supported; pass a custom_mask instead")
+        if name not in _IGNORED | _UNSUPPORTED:
+            raise TypeError(f"{op}: unexpected argument {name!r}")
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What a plan fixed, but for where the index tensors are."""
+
+    batch_size: int
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim_qk: int
+    head_dim_vo: int
+    page_size: int
+    q_dtype: torch.dtype
+    kv_dtype: torch.dtype
+    mask: str
+    variant: Variant
+    schedule: Optional[Schedule]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One signature of run() under one problem: checked, laid out but for the addresses."""
+
+    launch: Launch
+    extent: Extent
+    v_offset: int  # of V after K in a cache of one tensor
+    is_empty: bool
+
+
+class _BatchPrefill:
+    """The part of the two wrappers that does not care where the KV is."""
+
+    _op_name = "batch_prefill"
+    _kv_storage = "paged"
+
+    def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str, use_cuda_graph: bool) -> None:
+        kv_cache.require_layout(self._op_name, kv_layout)
+        plan.require_workspace(self._op_name, float_workspace_buffer)
+        self._kv_layout = kv_layout
+        self._float_workspace_buffer = float_workspace_buffer
+        self.device = launches.indexed(float_workspace_buffer.device)
+        int_bytes = plan.INT_WORKSPACE_BYTES if self.device.type == "cuda" else 0
+        self._int_workspace_buffer = torch.empty(int_bytes, dtype=torch.uint8, device=self.device)
+        self._use_cuda_graph = use_cuda_graph
+        self._fixed: Optional[plan.FixedBuffers] = None
+        self._problems: _op.Memo[_Problem] = _op.Memo()
+        self._problem: Optional[_Problem] = None
+        self._runs: dict[_Problem, _op.Memo[_Run]] = {}
+        self._held: tuple[torch.Tensor, ...] = ()  # index tensors that kernels read at run time
+        self._kv_index = (0, 0, 0)
+        self._qo_index = (0, 0, 0)
+        self._planned = Extent(False, -1, 0, 0, 0)
+        self._last_run: Optional[Extent] = None
+
+    @property
+    def is_cuda_graph_enabled(self) -> bool:
+        return self._use_cuda_graph
+
+    def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor) -> None:
+        """Use other workspaces from the next plan on."""
+        plan.require_workspace(self._op_name, float_workspace_buffer)
+        plan.require_workspace(self._op_name, int_workspace_buffer)
+        self._float_workspace_buffer = float_workspace_buffer
+        self._int_workspace_buffer = int_workspace_buffer
+        self._problems.clear()
+        self._runs.clear()
+
+    def end_forward(self) -> None:
+        """Kept for compatibility; there is nothing to release."""
+
+    # ------------------------------------------------------------------------------------------------------------- plan
+
+    def _plan(self, key: tuple[Any, ...], **arguments: Any) -> None:
+        """Find the problem of these arguments and launch the planner; the index tensors have been taken already."""
+        problem = self._problems.get(key)
+        if problem is None:
+            problem = self._problems.remember(key, self._describe(**arguments))
+            if len(self._runs) > 64:
+                self._runs.clear()
+        self._problem = problem
+        if problem.schedule is not None:
+            kernel = self._kernel(problem, problem.q_dtype, problem.kv_dtype, problem.mask, problem.variant)
+            extent = _extent(kernel, problem.mask, problem.variant)
+            if self._use_cuda_graph and self._last_run is not None and self._last_run[2:] == extent[2:]:
+                extent = extent.joined(self._last_run)  # a captured run may be replayed on this schedule
+            self._launch_planner(problem, extent)
+
+    def _describe(
+        self,
+        batch_size: int,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        head_dim_vo: Optional[int],
+        page_size: int,
+        mask: str,
+        q_data_type: DataType,
+        kv_data_type: Optional[DataType],
+        disable_split_kv: bool,
+        **variant: Any,
+    ) -> _Problem:
+        op = self._op_name
+        launches.require_heads(op, num_qo_heads, num_kv_heads)
+        _op.require(page_size >= 1, op, f"page_size is {page_size}; expected at least 1")
+        head_dim_vo = head_dim_vo or head_dim_qk
+        q_dtype = dtypes.torch_dtype(q_data_type)
+        kv_dtype = q_dtype if kv_data_type is None else dtypes.torch_dtype(kv_data_type)
+        schedule = None
+        if self.device.type == "cuda" and batch_size > 0:
+            schedule = Schedule.of(
+                op, self._int_workspace_buffer, self._float_workspace_buffer, batch_size, num_kv_heads, head_dim_vo,
+                split=not disable_split_kv,
+            )  # fmt: skip
+        return _Problem(
+            batch_size, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, q_dtype, kv_dtype, mask,
+            Variant.of(op, head_dim_qk, **variant), schedule,
+        )  # fmt: skip
+
+    def _kernel(
+        self, problem: _Problem, q_dtype: torch.dtype, kv_dtype: torch.dtype, mask: str, variant: Variant, pdl: bool = False
+    ) -> launches.PrefillKernel:
+        return launches.load_kernel(
+            self.device, q_dtype, kv_dtype, problem.head_dim_qk, problem.head_dim_vo, self._kv_storage, mask,
+            tuple(variant.spec_args.items()), pdl,
+        )  # fmt: skip
+
+    def _launch_planner(self, problem: _Problem, extent: Extent) -> None:
+        assert problem.schedule is not None
+        self._planned = extent
+        problem.schedule.launch_planner(
+            launches.load_planner(self.device, self._kv_storage), _op.current_stream(self.device.index), extent,
+            self._qo_index[0], self._kv_index[0], self._kv_index[2], fast_divisor(problem.page_size), problem.batch_size,
+            problem.num_kv_heads, problem.num_qo_heads // problem.num_kv_heads,
+        )  # fmt: skip
+
+    def _take(self, fixed: dict[str, Optional[torch.Tensor]], given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The index tensors on the device: the given ones, or in a CUDA-graph wrapper its buffers filled from them."""
+        op = self._op_name
+        for name in ("qo_indptr", "paged_kv_indptr", "kv_indptr"):
+            if name in given:
+                plan.require_ascending(op, name, given[name])
+        if self._fixed is None:
+            return [plan.upload(op, name, tensor, self.device) for name, tensor in given.items()]
+        taken = []
+        for (name, tensor), buffer in zip(given.items(), fixed.values()):
+            assert buffer is not None
+            if name.endswith("indptr") and tensor.numel() != buffer.numel():
+                raise ValueError(
+                    f"{op}: this wrapper was made for CUDA graphs of batch size {buffer.numel() - 1}, {name} is for "
+                    f"{tensor.numel() - 1} requests; pad with requests that have no tokens"
+                )
+            taken.append(self._fixed.fill(f"{name}_buf", buffer, tensor))
+        return taken
+
+    # -------------------------------------------------------------------------------------------------------------- run
+
+    def _run(
+        self,
+        q: torch.Tensor,
+        kv: PagedCache,
+        out: Optional[torch.Tensor],
+        lse: Optional[torch.Tensor],
+        return_lse: bool,
+        scales: tuple[Optional[float], Optional[float], Optional[float]],
+        pdl: Optional[bool],
+        overrides: Optional[tuple[Any, ...]],
+    ) -> Result:
+        problem = self._problem
+        if problem is None:
+            raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's lengths first")
+        if out is None:
+            out = torch.empty((*q.shape[:-1], problem.head_dim_vo), dtype=q.dtype, device=q.device)
+        if return_lse and lse is None:
+            lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+        q_ptr, out_ptr = q.data_ptr(), out.data_ptr()
+        if isinstance(kv, torch.Tensor):
+            k_ptr = v_ptr = kv.data_ptr()
+            kv_key: tuple[object, ...] = (kv.dtype, kv.shape, kv.stride(), kv.get_device())
+        else:
+            k_ptr, v_ptr = kv[0].data_ptr(), kv[1].data_ptr()
+            kv_key = kv_cache.signature(kv)
+        key = (
+            q.dtype, q.shape, q.stride(), q.get_device(), kv_key, out.dtype, out.shape, out.stride(), out.get_device(),
+            None if lse is None else (lse.dtype, lse.shape, lse.stride()), scales, pdl, overrides,
+            (q_ptr | out_ptr | k_ptr | v_ptr) & 15,
+        )  # fmt: skip
+        runs = self._runs.get(problem)
+        if runs is None:
+            runs = self._runs[problem] = _op.Memo()
+        run = runs.get(key)
+        if run is None:
+            run = runs.remember(key, self._bind(problem, q, kv, out, lse, scales, bool(pdl), overrides))
+        if not run.is_empty:
+            if problem.schedule is not None and run.extent != self._planned:
+                # Options given at run time see other KV tiles than planned: plan again, also without waiting.
+                if not (self._use_cuda_graph and self._planned.covers(run.extent)):
+                    self._launch_planner(problem, run.extent)
+            self._last_run = run.extent
+            run.launch(
+                q_ptr, out_ptr, 0 if lse is None else lse.data_ptr(), k_ptr, v_ptr + run.v_offset, self._kv_index,
+                self._qo_index,
+            )  # fmt: skip
+        return (out, lse) if return_lse and lse is not None else out
+
+    def _bind(
+        self,
+        problem: _Problem,
+        q: torch.Tensor,
+        kv: PagedCache,
+        out: torch.Tensor,
+        lse: Optional[torch.Tensor],
+        scales: tuple[Optional[float], Optional[float], Optional[float]],
+        pdl: bool,
+        overrides: Optional[tuple[Any, ...]],
+    ) -> _Run:
+        op = self._op_name
+        if q.dim() != 3 or q.shape[1:] != (problem.num_qo_heads, problem.head_dim_qk):
+            raise ValueError(
+                f"{op}: q has shape {list(q.shape)}; planned for [num_tokens, {problem.num_qo_heads}, "
+                f"{problem.head_dim_qk}] ([num_tokens, num_qo_heads, head_dim])"
+            )
+        _op.require(q.device == self.device, op, f"q is on {q.device}, the workspace on {self.device}")
+        launches.require_rows(op, "q", q)
+        launches.require_output(op, q, out, lse, problem.head_dim_vo)
+        strides = self._strides(problem, kv)
+        mask, variant = problem.mask, problem.variant
+        if overrides is not None:
+            causal, *rest = overrides
+            if causal is not None and mask != "custom":
+                mask = "causal" if causal else "none"
+            variant = variant.updated(op, problem.head_dim_qk, *rest)
+        k = kv if isinstance(kv, torch.Tensor) else kv[0]
+        kernel = self._kernel(problem, q.dtype, k.dtype, mask, variant, pdl)
+        if problem.schedule is not None:
+            rows = q.shape[0] * (problem.num_qo_heads // problem.num_kv_heads)
+            needed = -(-rows // kernel.block_m) + problem.batch_size
+            _op.require(
+                needed <= problem.schedule.max_items, op,
+                f"the int workspace holds {problem.schedule.max_items} work items, {q.shape[0]} tokens may need {needed}; "
+                "pass a larger one to reset_workspace_buffer()",
+            )  # fmt: skip
+        q_scale, k_scale, v_scale = scales
+        launch = launches.bind_launch(
+            kernel, self.device, kernel.num_ctas or 1, q, out, strides, fast_divisor(problem.page_size),
+            problem.schedule.values if problem.schedule else launches.NO_SCHEDULE, problem.batch_size,
+            problem.num_kv_heads, (0, 0), variant,
+            ((1.0 if q_scale is None else q_scale) * (1.0 if k_scale is None else k_scale),
+             1.0 if v_scale is None else float(v_scale)),
+        )  # fmt: skip
+        v_offset = kv.stride(1) * kv.element_size() if isinstance(kv, torch.Tensor) else 0
+        is_empty = q.shape[0] == 0 or problem.batch_size == 0
+        return _Run(launch, _extent(kernel, mask, variant), v_offset, is_empty)
+
+    def _strides(self, problem: _Problem, kv: PagedCache) -> KvStrides:
+        raise NotImplementedError
+
+
+def _extent(kernel: launches.PrefillKernel, mask: str, variant: Variant) -> Extent:
+    return Extent(mask == "causal", variant.window_left, kernel.block_m, kernel.block_n, kernel.num_ctas)
+
+
+def _forward_overrides(
+    causal: bool,
+    pos_encoding_mode: str,
+    window_left: int,
+    logits_soft_cap: Optional[float],
+    sm_scale: Optional[float],
+    rope_scale: Optional[float],
+    rope_theta: Optional[float],
+) -> tuple[Any, ...]:
+    """The mask is what forward() says; of the rest a default leaves what was planned."""
+    return (
+        causal,
+        None if pos_encoding_mode == "NONE" else pos_encoding_mode,
+        None if window_left < 0 else window_left,
+        logits_soft_cap,
+        sm_scale,
+        rope_scale,
+        rope_theta,
+    )
+
+
+class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
+    """Prefill, chunked prefill or append of a batch over a paged KV cache (FlashAttention-2, Dao 2023, arXiv:2307.08691).
+
+    The new tokens' keys and values are in the cache already; query i of a request stands at position
+    `kv_len - qo_len + i`.
+
+    With use_cuda_graph plan and run may both be captured, and a captured run may be replayed after planning other lengths
+    for the same batch size: give padding requests no tokens and no pages.
+
+    Args:
+        float_workspace_buffer: scratch memory on the device to run on, for partial results of long KV under few queries;
+            128 MB suffice for every common shape. May be shared by wrappers that run on one stream. A CPU tensor of any
+            size makes this a wrapper for the CPU.
+        kv_layout: "NHD" (pages of `[page_size, num_kv_heads, head_dim]`) or "HND" (`[num_kv_heads, page_size, head_dim]`).
+        use_cuda_graph: keep index tensors in the buffers below, whose addresses a graph may hold.
+        qo_indptr_buf, paged_kv_indptr_buf: int32 `[batch_size + 1]`. They fix the batch size.
+        paged_kv_indices_buf: int32, as long as the longest list of pages.
+        paged_kv_last_page_len_buf: int32 `[batch_size]`.
+        custom_mask_buf, mask_indptr_buf: uint8, as long as the longest packed mask, and int32 `[batch_size + 1]`; needed
+            only by plans with a custom mask.
+        backend, jit_args, jit_kwargs: accepted for compatibility.
+    """
+
+    _op_name = "batch_prefill_paged"
+    _kv_storage = "paged"
+
+    def __init__(
+        self,
+        float_workspace_buffer: torch.Tensor,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        qo_indptr_buf: Optional[torch.Tensor] = None,
+        paged_kv_indptr_buf: Optional[torch.Tensor] = None,
+        paged_kv_indices_buf: Optional[torch.Tensor] = None,
+        paged_kv_last_page_len_buf: Optional[torch.Tensor] = None,
+        custom_mask_buf: Optional[torch.Tensor] = None,
+        mask_indptr_buf: Optional[torch.Tensor] = None,
+        backend: str = "auto",
+        jit_args: Optional[list[Any]] = None,
+        jit_kwargs: Optional[dict[str, Any]] = None,
+    ) -> None:
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph)
+        self._buffers = {
+            "qo_indptr_buf": qo_indptr_buf,
+            "paged_kv_indptr_buf": paged_kv_indptr_buf,
+            "paged_kv_indices_buf": paged_kv_indices_buf,
+            "paged_kv_last_page_len_buf": paged_kv_last_page_len_buf,
+        }
+        self._mask = CustomMask(self._op_name, self.device, custom_mask_buf, mask_indptr_buf, use_cuda_graph)
+        if use_cuda_graph:
+            self._fixed = plan.FixedBuffers(self._op_name, self.device, **self._buffers)
+
+    def plan(
+        self,
+        qo_indptr: torch.Tensor,
+        paged_kv_indptr: torch.Tensor,
+        paged_kv_indices: torch.Tensor,
+        paged_kv_last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        page_size: int,
+        head_dim_vo: Optional[int] = None,
+        custom_mask: Optional[torch.Tensor] = None,
+        packed_custom_mask: Optional[torch.Tensor] = None,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        sm_scale: Optional[float] = None,
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+        q_data_type: DataType = "float16",
+        kv_data_type: Optional[DataType] = None,
+        non_blocking: bool = True,
+        *,
+        disable_split_kv: bool = False,
+        **later: Any,
+    ) -> None:
+        """Describe the batch that the following runs work on. Neither copies from the device nor waits for it.
+
+        Args:
+            qo_indptr: int32 `[batch_size + 1]`; request i owns tokens `[qo_indptr[i], qo_indptr[i + 1])` of q. On the device
+                (used in place) or the CPU (uploaded asynchronously), as the three below.
+            paged_kv_indptr: int32 `[batch_size + 1]`; request i owns `paged_kv_indices[indptr[i]:indptr[i + 1]]`.
+            paged_kv_indices: int32 page numbers; may be longer than needed.
+            paged_kv_last_page_len: int32 `[batch_size]`, entries in use of each request's last page, 1 to page_size.
+            num_qo_heads, num_kv_heads, head_dim_qk, page_size, head_dim_vo: shapes; any page size, any multiple of
+                num_kv_heads; head_dim_vo defaults to head_dim_qk.
+            custom_mask: bool, the requests' `[qo_len, kv_len]` masks flattened and concatenated; True = visible. Takes the
+                place of causal.
+            packed_custom_mask: the same, packed eight to a byte (little-endian, every request from a byte of its own).
+            causal: query i sees keys up to its own position.
+            pos_encoding_mode: "NONE", "ROPE_LLAMA" (q and k are rotated on the fly) or "ALIBI".
+            sm_scale: factor of q·k; default `1 / sqrt(head_dim_qk)`.
+            window_left: keys seen before the query's own position; -1 for all.
+            logits_soft_cap: logits become `cap * tanh(logits / cap)`; None or 0 for none.
+            rope_scale, rope_theta: of ROPE_LLAMA; default 1 and 1e4.
+            q_data_type, kv_data_type: dtypes of q and of the cache (default that of q). What run() is given decides; naming
+                them here loads the right kernel ahead of a capture.
+            disable_split_kv: let one CTA walk all KV of its queries.
+            use_fp16_qk_reduction, non_blocking and later releases' other arguments: accepted for compatibility.
+
+        Raises:
+            ValueError: a shape, dtype or device does not fit, or a workspace is too small.
+            UnsupportedConfig: no kernel for these arguments.
+        """
+        op, batch_size = self._op_name, qo_indptr.shape[0] - 1
+        _check_later_arguments(op, later)
+        if paged_kv_indptr.shape != (batch_size + 1,) or paged_kv_last_page_len.shape != (batch_size,):
+            raise ValueError(
+                f"{op}: qo_indptr is for {batch_size} requests, paged_kv_indptr has shape {list(paged_kv_indptr.shape)} and "
+                f"paged_kv_last_page_len {list(paged_kv_last_page_len.shape)}; expected [{batch_size + 1}] and [{batch_size}]"
+            )
+        given = {
+            "qo_indptr": qo_indptr,
+            "paged_kv_indptr": paged_kv_indptr,
+            "paged_kv_indices": paged_kv_indices,
+            "paged_kv_last_page_len": paged_kv_last_page_len,
+        }
+        held = self._take(self._buffers, given)
+        qo, indptr, indices, last_page_len = held
+        mask_held: tuple[torch.Tensor, ...] = ()
+        if custom_mask is not None or packed_custom_mask is not None:
+            kv_lens = (indptr[1:] - indptr[:-1] - 1).clamp(min=0) * page_size + last_page_len
+            kv_lens = torch.where(indptr[1:] > indptr[:-1], kv_lens, 0)
+            mask_held = self._mask.take(custom_mask, packed_custom_mask, qo, kv_lens)
+        self._held = (*held, *mask_held)
+        self._kv_index = (indptr.data_ptr(), indices.data_ptr(), last_page_len.data_ptr())
+        self._qo_index = (qo.data_ptr(), mask_held[0].data_ptr(), mask_held[1].data_ptr()) if mask_held else (qo.data_ptr(), 0, 0)
+        mask = "custom" if mask_held else "causal" if causal else "none"
+        key = (
+            batch_size, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, mask, pos_encoding_mode, sm_scale,
+            window_left, logits_soft_cap, rope_scale, rope_theta, q_data_type, kv_data_type, disable_split_kv,
+        )  # fmt: skip
+        self._plan(
+            key, batch_size=batch_size, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=head_dim_qk,
+            head_dim_vo=head_dim_vo, page_size=page_size, mask=mask, q_data_type=q_data_type, kv_data_type=kv_data_type,
+            disable_split_kv=disable_split_kv, pos_encoding_mode=pos_encoding_mode, window_left=window_left,
+            logits_soft_cap=logits_soft_cap, sm_scale=sm_scale, rope_scale=rope_scale, rope_theta=rope_theta,
+        )  # fmt: skip
+
+    begin_forward = plan
+
+    def _strides(self, problem: _Problem, kv: PagedCache) -> KvStrides:
+        dtype = kv.dtype if isinstance(kv, torch.Tensor) else kv[0].dtype
+        layout = PagedKv(
+            self._kv_layout, problem.page_size, problem.num_kv_heads, problem.head_dim_qk, problem.head_dim_vo, dtype
+        )
+        return layout.strides_of(self._op_name, kv, self.device)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: PagedCache,
+        *args: Any,
+        q_scale: Optional[float] = None,
+        k_scale: Optional[float] = None,
+        v_scale: Optional[float] = None,
+        out: Optional[torch.Tensor] = None,
+        lse: Optional[torch.Tensor] = None,
+        return_lse: bool = False,
+        enable_pdl: Optional[bool] = None,
+        window_left: Optional[int] = None,
+    ) -> Result:
+        """Attention of one layer, as planned.
+
+        Args:
+            q: `[num_tokens, num_qo_heads, head_dim_qk]`, unit stride in the last axis.
+            paged_kv_cache: one tensor `[pages, 2, page_size, num_kv_heads, head_dim]` (NHD; HND swaps the axes of page_size
+                and heads) or a tuple (k, v) of such tensors without the axis of 2; dtype of q, or fp8 e4m3 or e5m2. What
+                lies in entries no request uses is never read into a result, NaN included.
+            q_scale, k_scale, v_scale: factors of quantized q, k and v.
+            out: `[num_tokens, num_qo_heads, head_dim_vo]`, dtype of q; allocated when None.
+            lse: fp32 `[num_tokens, num_qo_heads]`; allocated when None and return_lse.
+            return_lse: also return the base-2 logarithm of the sum of exponentials.
+            enable_pdl: launch with programmatic dependent launch (sm_90 and later).
+            window_left: overrides the planned one.
+
+        Returns:
+            out, or (out, lse). A query that sees no key gives zeros and -inf.
+
+        Raises:
+            ValueError: nothing is planned, or a shape, dtype, device or stride does not fit.
+        """
+        overrides = None if window_left is None else (None, None, window_left, None, None, None, None)
+        scales = (q_scale, k_scale, v_scale)
+        return self._run(q, paged_kv_cache, out, lse, return_lse, scales, enable_pdl, overrides)
+
+    run_return_lse = functools.partialmethod(run, return_lse=True)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: PagedCache,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        k_scale: Optional[float] = None,
+        v_scale: Optional[float] = None,
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        sm_scale: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+        *,
+        return_lse: bool = False,
+    ) -> Result:
+        """The older spelling of `run`: causal is as given here; of the rest a default leaves the planned value."""
+        overrides = _forward_overrides(
+            causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta
+        )
+        return self._run(q, paged_kv_cache, None, None, return_lse, (None, k_scale, v_scale), None, overrides)
+
+    forward_return_lse = functools.partialmethod(forward, return_lse=True)
+
+
+class BatchPrefillWithRaggedKVCacheWrapper(_BatchPrefill):
+    """Prefill of a batch over keys and values that lie one request after the other, as they leave the projections.
+
+    Args: as `BatchPrefillWithPagedKVCacheWrapper`, with kv_indptr_buf, int32 `[batch_size + 1]`, in place of the three
+        buffers of pages. kv_layout "NHD": `[num_kv_tokens, num_kv_heads, head_dim]`; "HND": the first axes swapped.
+    """
+
+    _op_name = "batch_prefill_ragged"
+    _kv_storage = "ragged"
+
+    def __init__(
+        self,
+        float_workspace_buffer: torch.Tensor,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        qo_indptr_buf: Optional[torch.Tensor] = None,
+        kv_indptr_buf: Optional[torch.Tensor] = None,
+        custom_mask_buf: Optional[torch.Tensor] = None,
+        mask_indptr_buf: Optional[torch.Tensor] = None,
+        backend: str = "auto",
+        jit_args: Optional[list[Any]] = None,
+        jit_kwargs: Optional[dict[str, Any]] = None,
+    ) -> None:
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph)
+        self._buffers = {"qo_indptr_buf": qo_indptr_buf, "kv_indptr_buf": kv_indptr_buf}
+        self._mask = CustomMask(self._op_name, self.device, custom_mask_buf, mask_indptr_buf, use_cuda_graph)
+        if use_cuda_graph:
+            self._fixed = plan.FixedBuffers(self._op_name, self.device, **self._buffers)
+
+    def plan(
+        self,
+        qo_indptr: torch.Tensor,
+        kv_indptr: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        head_dim_vo: Optional[int] = None,
+        custom_mask: Optional[torch.Tensor] = None,
+        packed_custom_mask: Optional[torch.Tensor] = None,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        sm_scale: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+        q_data_type: DataType = "float16",
+        kv_data_type: Optional[DataType] = None,
+        *,
+        disable_split_kv: bool = False,
+        **later: Any,
+    ) -> None:
+        """Describe the batch that the following runs work on. Neither copies from the device nor waits for it.
+
+        Args:
+            qo_indptr, kv_indptr: int32 `[batch_size + 1]`: where each request's rows start in q, and in k and v.
+            The others: as in `BatchPrefillWithPagedKVCacheWrapper.plan`.
+
+        Raises: as there.
+        """
+        op, batch_size = self._op_name, qo_indptr.shape[0] - 1
+        _check_later_arguments(op, later)
+        _op.require(
+            kv_indptr.shape == (batch_size + 1,), op,
+            f"qo_indptr is for {batch_size} requests, kv_indptr has shape {list(kv_indptr.shape)}; expected [{batch_size + 1}]",
+        )  # fmt: skip
+        held = self._take(self._buffers, {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr})
+        qo, indptr = held
+        mask_held: tuple[torch.Tensor, ...] = ()
+        if custom_mask is not None or packed_custom_mask is not None:
+            mask_held = self._mask.take(custom_mask, packed_custom_mask, qo, indptr[1:] - indptr[:-1])
+        self._held = (*held, *mask_held)
+        self._kv_index = (indptr.data_ptr(), 0, 0)
+        self._qo_index = (qo.data_ptr(), mask_held[0].data_ptr(), mask_held[1].data_ptr()) if mask_held else (qo.data_ptr(), 0, 0)
+        mask = "custom" if mask_held else "causal" if causal else "none"
+        key = (
+            batch_size, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, mask, pos_encoding_mode, sm_scale,
+            window_left, logits_soft_cap, rope_scale, rope_theta, q_data_type, kv_data_type, disable_split_kv,
+        )  # fmt: skip
+        self._plan(
+            key, batch_size=batch_size, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=head_dim_qk,
+            head_dim_vo=head_dim_vo, page_size=1, mask=mask, q_data_type=q_data_type, kv_data_type=kv_data_type,
+            disable_split_kv=disable_split_kv, pos_encoding_mode=pos_encoding_mode, window_left=window_left,
+            logits_soft_cap=logits_soft_cap, sm_scale=sm_scale, rope_scale=rope_scale, rope_theta=rope_theta,
+        )  # fmt: skip
+
+    begin_forward = plan
+
+    def _strides(self, problem: _Problem, kv: PagedCache) -> KvStrides:
+        k, v = kv[0], kv[1]
+        strides = launches.row_strides(self._op_name, k, v, self._kv_layout)
+        heads = k.shape[1] if self._kv_layout == "NHD" else k.shape[0]
+        dims = (k.shape[2], v.shape[2])
+        if heads != problem.num_kv_heads or dims != (problem.head_dim_qk, problem.head_dim_vo):
+            raise ValueError(
+                f"{self._op_name}: k and v have {heads} heads of {dims[0]} and {dims[1]} elements; planned for "
+                f"{problem.num_kv_heads} of {problem.head_dim_qk} and {problem.head_dim_vo}"
+            )
+        _op.require(k.device == self.device, self._op_name, f"k is on {k.device}, q on {self.device}")
+        return strides
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *args: Any,
+        q_scale: Optional[float] = None,
+        k_scale: Optional[float] = None,
+        v_scale: Optional[float] = None,
+        o_scale: Optional[float] = None,
+        out: Optional[torch.Tensor] = None,
+        lse: Optional[torch.Tensor] = None,
+        return_lse: bool = False,
+        enable_pdl: Optional[bool] = None,
+    ) -> Result:
+        """Attention of one layer, as planned.
+
+        Args:
+            q: `[num_tokens, num_qo_heads, head_dim_qk]`, unit stride in the last axis.
+            k, v: `[num_kv_tokens, num_kv_heads, head_dim_qk]` and `[.., head_dim_vo]` (NHD); dtype of q, or fp8.
+            q_scale, k_scale, v_scale: factors of quantized q, k and v. o_scale: the output is divided by it.
+            out, lse, return_lse, enable_pdl: as in `BatchPrefillWithPagedKVCacheWrapper.run`.
+
+        Returns and raises: as there.
+        """
+        if o_scale is not None:
+            v_scale = (1.0 if v_scale is None else v_scale) / o_scale
+        return self._run(q, (k, v), out, lse, return_lse, (q_scale, k_scale, v_scale), enable_pdl, None)
+
+    run_return_lse = functools.partialmethod(run, return_lse=True)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        sm_scale: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+        *,
+        return_lse: bool = False,
+    ) -> Result:
+        """The older spelling of `run`: causal is as given here; of the rest a default leaves the planned value."""
+        overrides = _forward_overrides(
+            causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta
+        )
+        return self._run(q, (k, v), None, None, return_lse, (None, None, None), None, overrides)
+
+    forward_return_lse = functools.partialmethod(forward, return_lse=True)

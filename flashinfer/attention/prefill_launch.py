@@ -1,0 +1,251 @@
+"""What the prefill operators share: loaded kernels, the schedule a plan leaves on the device, one checked launch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Optional
+
+import torch
+
+from flashinfer import _op, dtypes, target
+from flashinfer.attention import kv_cache, plan
+from flashinfer.attention.kv_cache import KvStrides
+from flashinfer.attention.variant import Variant, alibi_slopes_ptr
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.jit import resolver
+from flashinfer.jit.loader import Launcher
+from flashinfer.kernels import prefill as families
+from flashinfer.kernels.attention import fast_divisor
+
+ONE_ROW_PAGES = fast_divisor(1)
+
+
+@dataclass(frozen=True)
+class PrefillKernel:
+    """A prefill kernel on a device; the sizes are 0 on the CPU, which plans nothing."""
+
+    launcher: Launcher
+    block_m: int
+    block_n: int
+    num_ctas: int  # that the device holds at a time: the grid of a planned launch
+
+
+@functools.cache
+def load_kernel(
+    device: torch.device,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    kv_storage: str,
+    mask: str,
+    variant_args: tuple[tuple[str, str | bool], ...],
+    pdl: bool = False,
+) -> PrefillKernel:
+    spec = families.prefill(
+        target.of_device(device),
+        q_dtype=dtypes.short_name(q_dtype),
+        kv_dtype=dtypes.short_name(kv_dtype),
+        head_dim=head_dim_qk,
+        head_dim_vo=head_dim_vo,
+        kv_storage=kv_storage,
+        mask=mask,
+        **dict(variant_args),  # type: ignore[arg-type]
+    )
+    kernel = resolver().load(spec)
+    if device.type == "cpu":
+        return PrefillKernel(kernel.on(-1), 0, 0, 0)
+    launcher = kernel.on(device.index, pdl=pdl)
+    constants = kernel.config.constants
+    num_ctas = _op.num_sms(device.index) * launcher.max_blocks_per_sm()
+    return PrefillKernel(launcher, int(constants["kBlockM"]), int(constants["kBlockN"]), num_ctas)
+
+
+@functools.cache
+def load_planner(device: torch.device, kv_storage: str) -> Launcher:
+    return resolver().load(families.PREFILL_PLAN.spec(target.of_device(device), kv_storage=kv_storage)).on(device.index)
+
+
+def indexed(device: torch.device) -> torch.device:
+    """`cuda` names the current device; kernels are loaded per ordinal."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def require_heads(op: str, num_qo_heads: int, num_kv_heads: int) -> None:
+    if num_kv_heads <= 0 or num_qo_heads <= 0 or num_qo_heads % num_kv_heads:
+        raise UnsupportedConfig(
+            f"{op}: num_qo_heads is {num_qo_heads}, num_kv_heads {num_kv_heads}; expected a positive multiple of it"
+        )
+
+
+def require_rows(op: str, name: str, tensor: torch.Tensor) -> None:
+    _op.require_unit_stride(op, name, tensor)
+    kv_cache.require_copyable(op, name, tensor)
+
+
+def row_strides(op: str, k: torch.Tensor, v: torch.Tensor, layout: str) -> KvStrides:
+    """Strides of K and V given as rows: `[kv_len, num_kv_heads, head_dim]` (NHD) or with the first axes swapped (HND)."""
+    for name, tensor in (("k", k), ("v", v)):
+        _op.require(tensor.dim() == 3, op, f"{name} has shape {list(tensor.shape)}; expected three dimensions ({layout})")
+        require_rows(op, name, tensor)
+    _op.require(
+        k.shape[:2] == v.shape[:2], op, f"k has shape {list(k.shape)}, v {list(v.shape)}; lengths and heads must agree"
+    )
+    _op.require(k.dtype == v.dtype, op, f"k is {k.dtype}, v {v.dtype}; expected one dtype")
+    _op.require_device(op, "v", v, k, "k")
+    row, head = (0, 1) if layout == "NHD" else (1, 0)
+    return KvStrides(k.stride(row), 0, k.stride(head), v.stride(row), 0, v.stride(head))
+
+
+def require_output(
+    op: str, q: torch.Tensor, out: torch.Tensor, lse: Optional[torch.Tensor], head_dim_vo: int
+) -> None:
+    shape = (*q.shape[:2], head_dim_vo)
+    if out.shape != shape or out.dtype != q.dtype or out.device != q.device:
+        raise ValueError(
+            f"{op}: out is {out.dtype} {list(out.shape)} on {out.device}; expected {q.dtype} {list(shape)} on {q.device}"
+        )
+    require_rows(op, "out", out)
+    if lse is not None and (lse.shape != q.shape[:2] or lse.dtype != torch.float32 or not lse.is_contiguous()):
+        raise ValueError(
+            f"{op}: lse is {lse.dtype} {list(lse.shape)}, strides {list(lse.stride())}; "
+            f"expected contiguous float32 {list(q.shape[:2])}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- schedule
+
+
+class Extent(NamedTuple):
+    """Which KV tiles a schedule brings to a query tile, and in what sizes: what a plan and a run must agree on."""
+
+    is_causal: bool
+    window_left: int
+    block_m: int
+    block_n: int
+    num_ctas: int
+
+    def covers(self, other: Extent) -> bool:
+        """Whether a schedule of this extent gives right results for the other (if perhaps with needless tiles)."""
+        causal = other.is_causal or not self.is_causal
+        window = self.window_left < 0 or 0 <= other.window_left <= self.window_left
+        return causal and window and self[2:] == other[2:]
+
+    def joined(self, other: Extent) -> Extent:
+        """The smallest extent that covers both."""
+        window = -1 if min(self.window_left, other.window_left) < 0 else max(self.window_left, other.window_left)
+        return other._replace(is_causal=self.is_causal and other.is_causal, window_left=window)
+
+
+_MAX_COUNTERS = 1 << 15  # query tiles times KV heads that may be split
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Where in the workspaces a plan writes, and how much fits. Depends on shapes alone: a captured run stays valid."""
+
+    header: int
+    tile_indptr: int
+    counters: int
+    items: int
+    partial_out: int
+    partial_lse: int
+    max_items: int
+    max_counters: int
+    max_partial_rows: int
+
+    @staticmethod
+    def of(
+        op: str,
+        int_workspace: torch.Tensor,
+        float_workspace: torch.Tensor,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dim_vo: int,
+        split: bool = True,
+    ) -> Schedule:
+        max_counters = max(1, _MAX_COUNTERS // num_kv_heads)
+        fixed = (families.SCHEDULE_BYTES, (batch_size + 1) * 4, max_counters * num_kv_heads * 4)
+        header, tile_indptr, counters, items = plan.carve(
+            op, "the int workspace", int_workspace, (*fixed, 64 * families.ITEM_BYTES)
+        )
+        int_end = int_workspace.data_ptr() + int_workspace.numel() * int_workspace.element_size()
+        # What is left of the float workspace holds partial results: rows of every KV head, an output and an LSE each.
+        float_bytes = float_workspace.numel() * float_workspace.element_size() - 512
+        rows = max(0, float_bytes // (num_kv_heads * (head_dim_vo + 1) * 4)) if split else 0
+        sizes = (rows * num_kv_heads * head_dim_vo * 4, rows * num_kv_heads * 4)
+        partial_out, partial_lse = plan.carve(op, "float_workspace_buffer", float_workspace, sizes) if rows else (0, 0)
+        max_items = (int_end - items) // families.ITEM_BYTES
+        return Schedule(
+            header, tile_indptr, counters, items, partial_out, partial_lse, max_items, max_counters, min(rows, 1 << 30)
+        )
+
+    def launch_planner(
+        self,
+        planner: Launcher,
+        stream: int,
+        extent: Extent,
+        qo_indptr: int,
+        kv_indptr: int,
+        last_page_len: int,
+        page_size: tuple[int, int, int],
+        batch_size: int,
+        num_kv_heads: int,
+        group_size: int,
+        lengths: tuple[int, int] = (0, 0),
+    ) -> None:
+        """`lengths` are qo_len and kv_len of a single sequence."""
+        planner(
+            (1, 1, 1), stream, qo_indptr, 0, 0, kv_indptr, 0, last_page_len, 0, 0, 0, 0, 0, 0, *page_size, lengths[1],
+            self.header, self.items, self.tile_indptr, self.counters, batch_size, lengths[0], num_kv_heads, group_size,
+            extent.num_ctas, self.max_items, self.max_counters, self.max_partial_rows, extent.block_m, extent.block_n,
+            extent.is_causal, extent.window_left,
+        )  # fmt: skip
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """chunks, requests, empty, counters, partial_out, partial_lse of AttentionParams."""
+        return (self.items, self.header, 0, self.counters, self.partial_out, self.partial_lse)
+
+
+NO_SCHEDULE = (0, 0, 0, 0, 0, 0)
+# q, out, lse, k, v; addresses of (KV indptr, indices, last_page_len); of (qo_indptr, mask, mask_indptr)
+Launch = Callable[[int, int, int, int, int, tuple[int, int, int], tuple[int, int, int]], None]
+
+
+def bind_launch(
+    kernel: PrefillKernel,
+    device: torch.device,
+    grid_size: int,
+    q: torch.Tensor,
+    out: torch.Tensor,
+    strides: KvStrides,
+    page_size: tuple[int, int, int],
+    schedule: tuple[int, ...],
+    batch_size: int,
+    num_kv_heads: int,
+    lengths: tuple[int, int],
+    variant: Variant,
+    scales: tuple[float, float],
+) -> Launch:
+    """A launch with everything but the addresses laid out. `lengths` are qo_len and kv_len of a single sequence."""
+    kv_tail = (*strides.values, *page_size, lengths[1])
+    num_qo_heads = q.shape[1]
+    tail = (
+        alibi_slopes_ptr(variant, num_qo_heads, device), *schedule,
+        q.stride(0), q.stride(1), out.stride(0), out.stride(1),
+        batch_size, num_qo_heads, num_kv_heads, lengths[0], grid_size, variant.window_left, *variant.scalars(*scales),
+    )  # fmt: skip
+    launcher, grid, device_index = kernel.launcher, (grid_size, 1, 1), -1 if device.index is None else device.index
+    current_stream = _op.current_stream
+
+    def launch(
+        q: int, out: int, lse: int, k: int, v: int, kv_index: tuple[int, int, int], qo_index: tuple[int, int, int]
+    ) -> None:
+        launcher(grid, current_stream(device_index), q, out, lse, k, v, *kv_index, *kv_tail, *qo_index, *tail)
+
+    return launch

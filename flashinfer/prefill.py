@@ -1,0 +1,13 @@
+"""Prefill and append attention. The code is in flashinfer/attention/prefill.py and single_prefill.py."""
+
+from __future__ import annotations
+
+from flashinfer.attention.prefill import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRaggedKVCacheWrapper
+from flashinfer.attention.single_prefill import single_prefill_with_kv_cache, single_prefill_with_kv_cache_return_lse
+
+__all__ = [
+    "BatchPrefillWithPagedKVCacheWrapper",
+    "BatchPrefillWithRaggedKVCacheWrapper",
+    "single_prefill_with_kv_cache",
+    "single_prefill_with_kv_cache_return_lse",
+]
