@@ -1,4 +1,4 @@
-"""docs/add_a_kernel.md is followed to the letter: its blocks are written where it says, then compiled, run and resolved."""
+"""docs/add_a_kernel.md is followed to the letter: its blocks are written where it says, then compiled and run."""
 
 from __future__ import annotations
 
