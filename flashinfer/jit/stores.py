@@ -98,9 +98,11 @@ class Registry:
         data = json.loads((root / "registry.json").read_text())
         number = data.get("format") if isinstance(data, dict) else None
         if number != REGISTRY_FORMAT:
-            raise ValueError(f"registry format {number!r}; expected {REGISTRY_FORMAT}")
+            raise ValueError(f"registry format {number!r:.40}; expected {REGISTRY_FORMAT}")
+        if not isinstance(data.get("version"), str) or not isinstance(data.get("kernels"), list):
+            raise ValueError("version or kernels is missing")
         self.version: str = data["version"]
-        self.entries = [Entry(**entry) for entry in data["kernels"]]
+        self.entries = [_entry(raw) for raw in data["kernels"]]
         self._index = {(entry.name, entry.target): entry for entry in self.entries}
         self._targets: dict[str, list[str]] = {}
         for entry in self.entries:

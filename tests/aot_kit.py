@@ -1,0 +1,89 @@
+"""What the tests of AOT sets share: small configs, builds of them, and damage to what was built."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flashinfer import target
+from flashinfer.aot import build
+from flashinfer.aot.config import read_specs
+from flashinfer.cli import main
+from flashinfer.errors import ToolchainMissing
+from flashinfer.jit.toolchain import cuda_include, toolchain
+from tests.kit import ROOT
+
+HOST = target.host()
+
+
+def rmsnorm_rows(*hidden_sizes: int, vec_size: int = 4) -> str:
+    """A config of the kernels of `kit.rmsnorm_spec`."""
+    row = '[[kernel]]\nfamily = "rmsnorm"\ndtype = "fp32"\nhidden_size = {}\nvec_size = {}\n'
+    return "\n".join(row.format(size, vec_size) + "add_residual = false\ngemma = false\n" for size in hidden_sizes)
+
+
+def write_config(folder: Path, text: str, name: str = "config.toml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def build_set(config: Path, out: Path, *target_names: str) -> build.Report:
+    return build.build(build.plan(read_specs([config], target_names or [HOST]), out))
+
+
+def command(config: Path, out: Path, *options: str) -> list[str]:
+    """Arguments of `flashinfer` that build a set for this machine."""
+    return ["aot", "build", "--config", str(config), "--target", HOST, "--out", str(out), *options]
+
+
+def run_cli(*argv: str | Path) -> int:
+    return main([str(arg) for arg in argv])
+
+
+def run_script(argv: Sequence[str], **variables: str | Path) -> subprocess.Popen[str]:
+    """scripts/build_aot.py in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "build_aot.py"), *argv],
+        env={**os.environ, **{name: str(value) for name, value in variables.items()}},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def registry_of(root: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((root / "registry.json").read_text())
+    return data
+
+
+def change_registry(root: Path, **changes: Any) -> None:
+    (root / "registry.json").write_text(json.dumps({**registry_of(root), **changes}))
+
+
+def change_entries(root: Path, **changes: Any) -> None:
+    """The same change in every entry of a registry."""
+    change_registry(root, kernels=[{**entry, **changes} for entry in registry_of(root)["kernels"]])
+
+
+def artifacts(root: Path) -> list[Path]:
+    return sorted(path for path in (root / "kernels").rglob("*") if path.is_file())
+
+
+def copy_set(source: Path, to: Path) -> Path:
+    shutil.copytree(source, to)
+    return to
+
+
+def has_nvrtc() -> bool:
+    try:
+        return bool(toolchain("cuda").identity and cuda_include())
+    except ToolchainMissing:
+        return False
