@@ -34,8 +34,8 @@ __device__ __forceinline__ AcceptedDraft accept_draft(const SpeculativeParams& p
     bool passes = false;
     if (step < params.num_draft) {
       const int token_id = params.draft_ids[int64_t(row) * params.num_draft + step];
-      const T* draft = static_cast<const T*>(params.draft_probs) + row * params.draft_row_stride +
-                       step * params.draft_step_stride;
+      const T* draft =
+          static_cast<const T*>(params.draft_probs) + row * params.draft_row_stride + step * params.draft_step_stride;
       const T* target = static_cast<const T*>(params.target_probs) + row * params.target_row_stride +
                         step * params.target_step_stride;
       if (token_id >= 0 && token_id < params.vocab_size) {

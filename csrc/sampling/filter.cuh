@@ -52,14 +52,15 @@ struct Filter {
       const float range = fminf(kWidestRange, -__log2f(negligible) + 1.f);
       const Depth<Config> depth(totals.row.max, scale, range);
       uint32_t depth_end = last_depth(depth, negligible);
-      ThresholdSearch<Config> search{slice,      smem.search, depth, Weigh<Config>{totals.row.max, scale},
+      ThresholdSearch<Config> search{slice,      smem.search,      depth, Weigh<Config>{totals.row.max, scale},
                                      thread_max, totals.lowest_max};
       const Weigh<Config> weigh{totals.row.max, scale};
       float threshold = -kInfinity;
 #pragma unroll 1  // one copy of the search
       for (int step = in_turn ? 0 : 1; step < 2; ++step) {
         const bool top_k_alone = step == 0, top_p_alone = in_turn && step == 1;
-        threshold = fmaxf(threshold, search(top_p_alone ? kKeepAll : top_k, top_k_alone ? kInfinity : target, depth_end));
+        threshold =
+            fmaxf(threshold, search(top_p_alone ? kKeepAll : top_k, top_k_alone ? kInfinity : target, depth_end));
         if (!top_k_alone) break;
         float kept = 0.f;
         if (thread_max >= threshold) {

@@ -34,9 +34,9 @@ struct RowSlice {
     alignas(16) T row[kResident ? Config::kRowSlots * Config::kNumThreads * kVecSize : 1];
   };
 
-  const T* base_gmem;         // the row, rounded down to 16 bytes
-  int head, end;              // the row's elements, counted from base_gmem
-  int full_begin, full_end;   // granules that lie wholly inside the row
+  const T* base_gmem;        // the row, rounded down to 16 bytes
+  int head, end;             // the row's elements, counted from base_gmem
+  int full_begin, full_end;  // granules that lie wholly inside the row
   int num_slots;
   Smem& smem;
 
@@ -79,7 +79,8 @@ struct RowSlice {
       if constexpr (kResident) {
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
-          if (slot + u < num_slots) batch[u].store(smem.row + ((slot + u) * Config::kNumThreads + thread_idx) * kVecSize);
+          if (slot + u < num_slots)
+            batch[u].store(smem.row + ((slot + u) * Config::kNumThreads + thread_idx) * kVecSize);
         }
       }
       visit(batch);
@@ -157,7 +158,9 @@ struct Stats {
   float max, sum;
 };
 
-__device__ __forceinline__ float finite_or_zero(float max) { return max == -kInfinity ? 0.f : max; }
+__device__ __forceinline__ float finite_or_zero(float max) {
+  return max == -kInfinity ? 0.f : max;
+}
 
 // The one reading of the row: this thread's share of it.
 template <class Config>
@@ -206,8 +209,8 @@ struct RowTotals {
   };
 
   Stats row;
-  float block_max;       // of this block
-  float lowest_max;      // the smallest maximum any thread of the cluster has found
+  float block_max;   // of this block
+  float lowest_max;  // the smallest maximum any thread of the cluster has found
 
   // Collective over the cluster. Ends with its barrier.
   __device__ __forceinline__ static RowTotals share(Stats mine, float scale, Smem& smem) {
@@ -266,7 +269,8 @@ __device__ __forceinline__ int64_t load_index(const void* ids, int are_int64, in
 
 template <class T>
 __device__ __forceinline__ const T* input_row(const SamplingParams& params, int row) {
-  const int64_t input_row = params.row_indices ? load_index(params.row_indices, params.row_indices_are_int64, row) : row;
+  const int64_t input_row =
+      params.row_indices ? load_index(params.row_indices, params.row_indices_are_int64, row) : row;
   return static_cast<const T*>(params.input) + input_row * params.input_stride;
 }
 

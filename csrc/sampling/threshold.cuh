@@ -30,7 +30,8 @@ __device__ __forceinline__ float from_ordered_bits(int32_t bits) {
 }
 
 // How far a score lies below the row's maximum, as an integer that grows as the score falls. Probabilities and bare
-// orders use their own bits, so a depth names one value; logits use a linear scale, in which a bin is a factor of weight.
+// orders use their own bits, so a depth names one value; logits use a linear scale, in which a bin is a factor of
+// weight.
 template <class Config>
 struct Depth {
   static constexpr float kLinearEnd = 4194304.f;  // 2^22 units cover the range of interest

@@ -16,7 +16,7 @@ INPUTS = {"logits": 0, "probs": 1, "order_only": 2}
 FILTERS = ("none", "top_k", "top_p", "min_p", "top_k_top_p")
 NORMALIZE_OPS = ("softmax", "top_p_renorm", "top_k_renorm", "top_k_mask")
 
-_CACHED_NUM_THREADS = 256
+_NUM_THREADS = 256
 _SEARCH_BYTES = 11136  # histograms, lists and exchange of a search; three blocks with 64 KiB of row fit an SM of Hopper
 _PLAIN_BYTES = 1024
 
@@ -77,14 +77,14 @@ class SpeculativeParams(ctypes.Structure):
 def placement(dtype: str, vocab_size: int, num_rows: int, num_sms: int, target: str, keeps_row: bool) -> dict[str, int]:
     """cluster_size and row_kib for a call.
 
-    Enough blocks to fill the machine while rows are few; for a row that stays in shared memory, also blocks small enough
-    that three fit an SM, so that one loads while others search.
+    Enough blocks to fill the machine while rows are few; for a row that stays in shared memory, also blocks small
+    enough that three fit an SM, so that one loads while others search.
     """
     has_clusters = targets.kind(target) == "cuda" and targets.capability(target)[0] in (9, 10)
     if targets.kind(target) == "cpu":
         return {"cluster_size": 1, "row_kib": 0}
     row_bytes = vocab_size * ITEMSIZE[dtype] + 32
-    useful = row_bytes / (_CACHED_NUM_THREADS * 16)  # blocks beyond this would have nothing to read
+    useful = row_bytes / (_NUM_THREADS * 16)  # blocks beyond this would have nothing to read
     if not keeps_row:
         cluster_size = 1
         while has_clusters and cluster_size < 8 and cluster_size * num_rows < 3 * num_sms and cluster_size < useful:
@@ -92,8 +92,10 @@ def placement(dtype: str, vocab_size: int, num_rows: int, num_sms: int, target: 
         return {"cluster_size": cluster_size, "row_kib": 0}
     cluster_size, largest = 1, 208 if has_clusters else 80
     if has_clusters:
-        while cluster_size < 8 and cluster_size < useful and (
-            cluster_size * num_rows < 3 * num_sms or _block_kib(row_bytes, cluster_size) > 64
+        while (
+            cluster_size < 8
+            and cluster_size < useful
+            and (cluster_size * num_rows < 3 * num_sms or _block_kib(row_bytes, cluster_size) > 64)
         ):
             cluster_size *= 2
     needed = _block_kib(row_bytes, cluster_size)
@@ -102,13 +104,13 @@ def placement(dtype: str, vocab_size: int, num_rows: int, num_sms: int, target: 
 
 def _block_kib(row_bytes: int, cluster_size: int) -> int:
     """KiB of a row that one block holds: whole slots of one granule a thread."""
-    slot_bytes = _CACHED_NUM_THREADS * 16
+    slot_bytes = _NUM_THREADS * 16
     return -(-row_bytes // (slot_bytes * cluster_size)) * slot_bytes // 1024
 
 
 def _launch(spec: KernelSpec, shared: int, streams: bool) -> tuple[dict[str, int], Launch]:
     row_kib = spec.arg("row_kib")
-    num_threads = _CACHED_NUM_THREADS
+    num_threads = _NUM_THREADS
     tile = {"kRowSlots": row_kib * 1024 // (num_threads * 16), "kUnroll": 8 if streams else 4}
     # Registers for as many blocks as shared memory admits.
     blocks = 4 if streams else 3 if 0 < row_kib <= 64 else 2 if row_kib <= 96 else 1
@@ -156,9 +158,10 @@ def _normalize_config(spec: KernelSpec) -> Config:
 
 
 def _speculative_config(spec: KernelSpec) -> Config:
-    constants = {"T": CxxType(spec.arg("dtype")), "kInput": INPUTS["probs"], "kRowSlots": 0, "kUnroll": 4}
-    cluster_size = spec.arg("cluster_size")
-    return Config(constants, Launch(num_threads=256, min_blocks_per_sm=4, smem_bytes=1024, cluster_size=cluster_size))
+    return Config(
+        {"T": CxxType(spec.arg("dtype")), "kInput": INPUTS["probs"], "kRowSlots": 0, "kUnroll": 4},
+        Launch(_NUM_THREADS, min_blocks_per_sm=4, smem_bytes=_PLAIN_BYTES, cluster_size=spec.arg("cluster_size")),
+    )
 
 
 SAMPLE_ROW = Family(

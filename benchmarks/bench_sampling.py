@@ -1,0 +1,87 @@
+"""Softmax, sampling and filters over a vocabulary, in microseconds, for rows of several shapes, beside torch's own.
+
+python benchmarks/bench_sampling.py [--vocab 128256] [--dtype float32] [--rows 1 16 128 512] [--logits normal flat ...]
+
+Times are of CUDA graph replays over inputs that rotate through more memory than the L2 cache holds (few rows stay in it,
+as they would behind the kernel that computes them).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import copies_for, environment, gpu_us, host_us, print_table
+
+from flashinfer import sampling
+
+# How logits may lie: (name) -> make them from standard normal noise.
+SHAPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "normal": lambda x: x,  # a top-p set of half the vocabulary
+    "flat": lambda x: x * 0.05,
+    "peaked": lambda x: x * 6,
+    # Language models: a few candidates stand out, the rest falls off slowly, and frequent tokens have low ids.
+    "model": lambda x: x * 2.2 - 1.1 * torch.log1p(torch.arange(x.shape[-1], device=x.device)) + 10 * (x > 4),
+}
+FIXED = {"seed": 7, "offset": 0}
+OPS: dict[str, tuple[str, Callable[[torch.Tensor], Any]]] = {
+    "softmax": ("logits", lambda x: sampling.softmax(x)),
+    "from_logits": ("logits", lambda x: sampling.sampling_from_logits(x, **FIXED)),
+    "from_probs": ("probs", lambda x: sampling.sampling_from_probs(x, **FIXED)),
+    "top_p 0.9": ("probs", lambda x: sampling.top_p_sampling_from_probs(x, 0.9, **FIXED)),
+    "top_k 50": ("probs", lambda x: sampling.top_k_sampling_from_probs(x, 50, **FIXED)),
+    "min_p 0.1": ("probs", lambda x: sampling.min_p_sampling_from_probs(x, 0.1, **FIXED)),
+    "joint": (
+        "probs",
+        lambda x: sampling.top_k_top_p_sampling_from_probs(x, 50, 0.9, filter_apply_order="joint", **FIXED),
+    ),
+    "top_k first": ("probs", lambda x: sampling.top_k_top_p_sampling_from_probs(x, 50, 0.9, **FIXED)),
+    "logits joint": (
+        "logits",
+        lambda x: sampling.top_k_top_p_sampling_from_logits(x, 50, 0.9, filter_apply_order="joint", **FIXED),
+    ),
+    "logits top_p": (
+        "logits",
+        lambda x: sampling.top_k_top_p_sampling_from_logits(x, 1 << 30, 0.9, filter_apply_order="joint", **FIXED),
+    ),
+    "top_p_renorm": ("probs", lambda x: sampling.top_p_renorm_probs(x, 0.9)),
+    "top_k_renorm": ("probs", lambda x: sampling.top_k_renorm_probs(x, 50)),
+    "top_k_mask": ("logits", lambda x: sampling.top_k_mask_logits(x, 50)),
+    "torch.softmax": ("logits", lambda x: torch.softmax(x, -1)),
+}  # fmt: skip
+
+
+def inputs(shape: str, num_rows: int, vocab_size: int, dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
+    count = copies_for(num_rows * vocab_size * dtype.itemsize)
+    logits = [SHAPES[shape](torch.randn(num_rows, vocab_size, device="cuda")) for _ in range(count)]
+    return {"logits": [x.to(dtype) for x in logits], "probs": [torch.softmax(x, -1).to(dtype) for x in logits]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab", type=int, default=128256)
+    parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 128, 512])
+    parser.add_argument("--logits", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    args = parser.parse_args()
+    times: dict[tuple[str, str, int], float] = {}
+    for shape in args.logits:
+        for num_rows in args.rows:
+            sets = inputs(shape, num_rows, args.vocab, getattr(torch, args.dtype))
+            for op, (kind, call) in OPS.items():
+                times[op, shape, num_rows] = gpu_us([lambda x=x, call=call: call(x) for x in sets[kind]])
+            del sets
+    print(environment())
+    for num_rows in args.rows:
+        table = [[op, *(times[op, shape, num_rows] for shape in args.logits)] for op in OPS]
+        print_table(f"{num_rows} rows of {args.vocab}, {args.dtype}, µs", ["", *args.logits], table)
+
+    probs = torch.softmax(torch.randn(1, args.vocab, device="cuda"), -1)
+    host = host_us(lambda: sampling.top_p_sampling_from_probs(probs, 0.9))
+    print(f"\nhost time of top_p_sampling_from_probs: {host:.1f} µs")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+// Softmax, renormalized top-k and top-p, and masked logits on the CPU; see sampling/normalize_row.cuh.
+#pragma once
+
+#include "cpu/sampling/row.h"
+
+namespace flashinfer::cpu {
+
+template <class Config>
+void normalize_row(const SamplingParams& params) {
+  using T = typename Config::T;
+  using TOut = typename Config::TOut;
+  const int vocab_size = params.vocab_size;
+#pragma omp parallel
+  {
+    RowBuffer row(vocab_size);
+#pragma omp for
+    for (int row_idx = 0; row_idx < params.num_rows; ++row_idx) {
+      const float temperature = row_temperature(params, row_idx);
+      const RowTotals totals = load_row<Config::kInput>(input_row<T>(params, row_idx), vocab_size, temperature, row);
+      const bool has_threshold = Config::kInput == kOrderOnly || totals.is_valid();
+      const float threshold =
+          has_threshold ? filter_threshold<Config>(params, row_idx, totals, temperature, row) : -INFINITY;
+      TOut* output = static_cast<TOut*>(params.output) + row_idx * params.output_stride;
+      if constexpr (Config::kInput == kOrderOnly) {
+        for (int i = 0; i < vocab_size; ++i) {
+          output[i] = from_float<TOut>(row.scores[i] >= threshold ? row.scores[i] : -INFINITY);
+        }
+        continue;
+      }
+      double kept_sum = 0.;
+      for (int i = 0; i < vocab_size; ++i) kept_sum += row.scores[i] >= threshold ? row.weights[i] : 0.f;
+      double factor = 1. / kept_sum;
+      if (!totals.is_valid()) {
+        // Probabilities without weight stay zero; a NaN, or logits without a largest, make the row NaN.
+        factor = Config::kInput == kProbs && totals.sum == 0. ? 0. : static_cast<double>(NAN);
+      }
+      for (int i = 0; i < vocab_size; ++i) {
+        const float weight = row.scores[i] >= threshold ? row.weights[i] : 0.f;
+        output[i] = from_float<TOut>(static_cast<float>(weight * factor));
+      }
+    }
+  }
+}
+
+}  // namespace flashinfer::cpu

@@ -1,0 +1,31 @@
+// Draws one token from each row on the CPU; what is drawn stands in sampling/sample_row.cuh.
+#pragma once
+
+#include "cpu/sampling/row.h"
+
+namespace flashinfer::cpu {
+
+template <class Config>
+void sample_row(const SamplingParams& params) {
+  using T = typename Config::T;
+  const int vocab_size = params.vocab_size;
+#pragma omp parallel
+  {
+    RowBuffer row(vocab_size);
+#pragma omp for
+    for (int row_idx = 0; row_idx < params.num_rows; ++row_idx) {
+      const float temperature = row_temperature(params, row_idx);
+      const RowTotals totals = load_row<Config::kInput>(input_row<T>(params, row_idx), vocab_size, temperature, row);
+      int token_id = -1;
+      if (totals.is_valid()) {
+        const float threshold = filter_threshold<Config>(params, row_idx, totals, temperature, row);
+        token_id = draw(vocab_size, random_words(params, row_idx, 0).uniform(0),
+                        [&](int i) { return row.scores[i] >= threshold ? row.weights[i] : 0.f; });
+      }
+      params.token_ids[row_idx] = token_id < 0 ? 0 : token_id;
+      if (params.valid) params.valid[row_idx] = token_id >= 0;
+    }
+  }
+}
+
+}  // namespace flashinfer::cpu
