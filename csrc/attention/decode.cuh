@@ -42,6 +42,9 @@ struct DecodeTile {
   static constexpr int kQkSteps = kDimQk / 16;                    // mma along head_dim of S^T
   static constexpr int kVoTiles = kDimVo / kMmaRows;              // mma tiles along head_dim of O^T
   static constexpr bool kFp8 = sizeof(Kv) == 1;
+  // What the tensor cores multiply. fp8 widens to fp16 in one instruction, to bf16 in five; q in bf16 then narrows to fp16,
+  // which is exact but for magnitudes no query has (it saturates at 65504 and loses bits below 6e-5).
+  using Mma = typename Conditional<kFp8, fp16, Q>::Type;
   static_assert(kWarpRows % kMmaRows == 0 && kWarpRows <= kWarpSize && Config::kGroupTile % kMmaHeads == 0);
   static_assert(kDimQk % 32 == 0 && kDimVo % 32 == 0);
 };
@@ -161,6 +164,7 @@ struct WarpState {
   using Smem = DecodeSmem<Config>;
   using Q = typename Tile::Q;
   using Kv = typename Tile::Kv;
+  using Mma = typename Tile::Mma;
   using V = Variant<Config>;
   static constexpr int kRopePairs = V::kHasRope ? Tile::kQkSteps / 2 : 1;
 
@@ -211,7 +215,7 @@ struct WarpState {
       for (int i = 0; i < 2 * Tile::kQkSteps; ++i) {
         const int element = element_of(i / 2, i % 2);
         const int offset = Rows::offset(t * kMmaHeads + group, element / 8) + element % 8 * int(sizeof(Q));
-        q_rmem[t][i / 2][i % 2] = *reinterpret_cast<const uint32_t*>(q_smem + offset);
+        q_rmem[t][i / 2][i % 2] = cast_16bit<Mma, Q>(*reinterpret_cast<const uint32_t*>(q_smem + offset));
       }
       if constexpr (V::kHasRope) rotate_query(q_rmem[t], kv_len - 1);
 #pragma unroll
@@ -271,8 +275,8 @@ struct WarpState {
         float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};  // two chains: half the latency
 #pragma unroll
         for (int step = 0; step < Tile::kQkSteps; step += 2) {
-          mma_m16n8k16<Q>(even, k_rmem[step], q_rmem[t][step][0], q_rmem[t][step][1]);
-          mma_m16n8k16<Q>(odd, k_rmem[step + 1], q_rmem[t][step + 1][0], q_rmem[t][step + 1][1]);
+          mma_m16n8k16<Mma>(even, k_rmem[step], q_rmem[t][step][0], q_rmem[t][step][1]);
+          mma_m16n8k16<Mma>(odd, k_rmem[step + 1], q_rmem[t][step + 1][0], q_rmem[t][step + 1][1]);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) scores[r][t][i] = even[i] + odd[i];
@@ -292,12 +296,12 @@ struct WarpState {
       if constexpr (Tile::kFp8) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {  // a chunk is 16 elements: one step
-          k_rmem[2 * i + j / 2][j % 2] = expand_fp8<Q, Kv>(regs[j], kBytes01);
-          k_rmem[2 * i + j / 2][j % 2 + 2] = expand_fp8<Q, Kv>(regs[j], kBytes23);
+          k_rmem[2 * i + j / 2][j % 2] = expand_fp8<Kv>(regs[j], kBytes01);
+          k_rmem[2 * i + j / 2][j % 2 + 2] = expand_fp8<Kv>(regs[j], kBytes23);
         }
       } else {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) k_rmem[i][j] = cast_16bit<Q, Kv>(regs[j]);
+        for (int j = 0; j < 4; ++j) k_rmem[i][j] = cast_16bit<Mma, Kv>(regs[j]);
       }
     }
   }
@@ -342,8 +346,8 @@ struct WarpState {
         for (int i = 0; i < 4; ++i) p[i] = fast_exp2(fmaf(scores[r][t][i], scale, -shift[i % 2]));
         sum_rmem[t][0] += p[0] + p[2];
         sum_rmem[t][1] += p[1] + p[3];
-        weights[r][t][0] = transpose_8x8(pack_16bit<Q>(p[0], p[1]));
-        weights[r][t][1] = transpose_8x8(pack_16bit<Q>(p[2], p[3]));
+        weights[r][t][0] = transpose_8x8(pack_16bit<Mma>(p[0], p[1]));
+        weights[r][t][1] = transpose_8x8(pack_16bit<Mma>(p[2], p[3]));
       }
 #pragma unroll
       for (int i = 0; i < 4 * Tile::kVoTiles; ++i) out_rmem[t][i / 4][i % 4] *= decay[i % 2];
@@ -366,20 +370,20 @@ struct WarpState {
           ldmatrix_x4_trans(regs, base + Rows::offset(row, d + lane_idx / 16));
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            v_rmem[j / 2][j % 2 * 2] = expand_fp8<Q, Kv>(regs[j], kBytes02);
-            v_rmem[j / 2][j % 2 * 2 + 1] = expand_fp8<Q, Kv>(regs[j], kBytes13);
+            v_rmem[j / 2][j % 2 * 2] = expand_fp8<Kv>(regs[j], kBytes02);
+            v_rmem[j / 2][j % 2 * 2 + 1] = expand_fp8<Kv>(regs[j], kBytes13);
           }
         } else {
           // Matrices: both chunks of a tile at keys 0-7, then at keys 8-15.
           const int row = r * kMmaRows + lane_idx % 8 + lane_idx / 16 * 8;
           ldmatrix_x4_trans(regs, base + Rows::offset(row, 2 * d + lane_idx / 8 % 2));
 #pragma unroll
-          for (int j = 0; j < 4; ++j) v_rmem[0][j] = cast_16bit<Q, Kv>(regs[j]);
+          for (int j = 0; j < 4; ++j) v_rmem[0][j] = cast_16bit<Mma, Kv>(regs[j]);
         }
 #pragma unroll
         for (int i = 0; i < kTilesPerLoad * Tile::kHeadTiles; ++i) {
           const int sub = i / Tile::kHeadTiles, t = i % Tile::kHeadTiles;
-          mma_m16n8k16<Q>(out_rmem[t][d + sub], v_rmem[sub], weights[r][t][0], weights[r][t][1]);
+          mma_m16n8k16<Mma>(out_rmem[t][d + sub], v_rmem[sub], weights[r][t][0], weights[r][t][1]);
         }
       }
     }
@@ -387,12 +391,12 @@ struct WarpState {
 
   // Rotation pairs elements head_dim / 2 apart: the same register of steps kQkSteps / 2 apart.
   __device__ __forceinline__ void rotate_pair(uint32_t& low, uint32_t& high, const float (&turns)[2], int32_t position) {
-    float2 x = unpack_16bit<Q>(low), y = unpack_16bit<Q>(high);
+    float2 x = unpack_16bit<Mma>(low), y = unpack_16bit<Mma>(high);
     float2 cos, sin;
     rope_cos_sin(turns[0], position, cos.x, sin.x);
     rope_cos_sin(turns[1], position, cos.y, sin.y);
-    low = pack_16bit<Q>(x.x * cos.x - y.x * sin.x, x.y * cos.y - y.y * sin.y);
-    high = pack_16bit<Q>(y.x * cos.x + x.x * sin.x, y.y * cos.y + x.y * sin.y);
+    low = pack_16bit<Mma>(x.x * cos.x - y.x * sin.x, x.y * cos.y - y.y * sin.y);
+    high = pack_16bit<Mma>(y.x * cos.x + x.x * sin.x, y.y * cos.y + x.y * sin.y);
   }
 
   __device__ __forceinline__ void rotate_query(uint32_t (&q)[Tile::kQkSteps][2], int32_t position) {
@@ -589,6 +593,7 @@ __device__ void decode(const AttentionParams& params) {
   const int warp_idx = threadIdx.x / kWarpSize;
 
   wait_for_previous_kernel();
+  allow_next_kernel();
   const DecodeChunk chunk = load_chunk<Config>(params);
   const HeadBlock heads = HeadBlock::make<Config::kGroupTile>(params, blockIdx.x);
   if (chunk.num_tiles > 0) {

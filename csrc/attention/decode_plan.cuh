@@ -59,6 +59,7 @@ __device__ void decode_plan(const DecodePlanParams& params) {
   constexpr int kNumThreads = Config::kNumThreads;
   __shared__ DecodePlanSmem smem;
   wait_for_previous_kernel();
+  allow_next_kernel();
 
   for (int64_t i = threadIdx.x; i < int64_t(params.batch_size) * params.counters_per_request; i += kNumThreads) {
     params.counters[i] = 0;

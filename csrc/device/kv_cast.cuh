@@ -17,27 +17,40 @@ constexpr bool kSameType = false;
 template <class A>
 constexpr bool kSameType<A, A> = true;
 
-// Two of the four bytes of x, picked by the selectors below, each in the upper half of 16 bits.
-enum BytePair : uint32_t { kBytes01 = 0x1404, kBytes23 = 0x3424, kBytes02 = 0x2404, kBytes13 = 0x3414 };
+template <bool kFirst, class A, class B>
+struct Conditional {
+  using Type = A;
+};
+template <class A, class B>
+struct Conditional<false, A, B> {
+  using Type = B;
+};
 
-template <class Mma, class Fp8>
+// Which two of four bytes; as selectors of __byte_perm(x, 0, …): side by side in the low half of a register, and each in
+// the upper byte of 16 bits.
+struct BytePair {
+  uint32_t adjacent, spread;
+};
+constexpr BytePair kBytes01{0x4410, 0x1404}, kBytes23{0x4432, 0x3424}, kBytes02{0x4420, 0x2404}, kBytes13{0x4431, 0x3414};
+
+// Two fp8 values, picked from the four of x, as fp16: exact. Before sm_89, NaN of e4m3 comes out as 480.
+template <class Fp8>
 __device__ __forceinline__ uint32_t expand_fp8(uint32_t x, BytePair bytes) {
-  // fp8 widens by moving its exponent and mantissa into place and multiplying by the difference of the biases: exact,
-  // subnormals included. NaN and infinity of the storage type come out finite, except e5m2 to fp16.
-  const uint32_t shifted = __byte_perm(x, 0, bytes);
-  if constexpr (kSameType<Mma, fp16> && kSameType<Fp8, fp8_e5m2>) return shifted;
-  constexpr bool kToHalf = kSameType<Mma, fp16>;
-  constexpr int kShift = kToHalf ? 1 : kSameType<Fp8, fp8_e4m3> ? 4 : 3;
-  const uint32_t magnitude = (shifted & 0x7f007f00u) >> kShift, sign = shifted & 0x80008000u;
-  const uint32_t aligned = magnitude | sign;
-  uint32_t y;
-  if constexpr (kToHalf) {
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(aligned), "r"(0x5c005c00u));  // 2^8
+  const uint32_t spread = __byte_perm(x, 0, bytes.spread);
+  if constexpr (kSameType<Fp8, fp8_e5m2>) {
+    return spread;  // e5m2 is the upper byte of an fp16
   } else {
-    constexpr uint32_t kFactor = kSameType<Fp8, fp8_e4m3> ? 0x7b807b80u : 0x77807780u;  // 2^120, 2^112
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(aligned), "r"(kFactor), "r"(0x80008000u));
+    uint32_t y;
+#if __CUDA_ARCH__ >= 890
+    const uint16_t pair = uint16_t(__byte_perm(x, 0, bytes.adjacent));
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(y) : "h"(pair));
+#else
+    // Exponent and mantissa move into place; the difference of the biases is a factor of 2^8.
+    const uint32_t aligned = ((spread & 0x7f007f00u) >> 1) | (spread & 0x80008000u);
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(aligned), "r"(0x5c005c00u));
+#endif
+    return y;
   }
-  return y;
 }
 
 template <class T>
@@ -52,11 +65,16 @@ __device__ __forceinline__ float2 unpack_16bit<fp16>(uint32_t pair) {
 }
 
 
-// A pair of one 16-bit type as a pair of another.
+// A pair of one 16-bit type as a pair of another. bf16 saturates at the largest fp16; NaN stays.
 template <class To, class From>
 __device__ __forceinline__ uint32_t cast_16bit(uint32_t pair) {
   if constexpr (kSameType<To, From>) return pair;
-  const float2 x = unpack_16bit<From>(pair);
+  float2 x = unpack_16bit<From>(pair);
+  if constexpr (kSameType<To, fp16>) {
+    constexpr float kMaxHalf = 65504.f;
+    x.x = x.x > kMaxHalf ? kMaxHalf : x.x < -kMaxHalf ? -kMaxHalf : x.x;
+    x.y = x.y > kMaxHalf ? kMaxHalf : x.y < -kMaxHalf ? -kMaxHalf : x.y;
+  }
   return pack_16bit<To>(x.x, x.y);
 }
 

@@ -71,13 +71,24 @@ def _kernel(
     num_head_blocks = num_kv_heads * -(-(num_qo_heads // num_kv_heads) // spec.arg("group_tile"))
     resident_blocks = _op.num_sms(device.index) * launcher.max_blocks_per_sm()
     return _Kernel(
-        launcher, families.decode_tile_len(kernel.config), num_head_blocks, max(1, resident_blocks // num_head_blocks)
+        launcher,
+        families.decode_tile_len(kernel.config),
+        num_head_blocks,
+        families.decode_num_chunks(resident_blocks, num_head_blocks),
     )
 
 
 @functools.cache
 def _planner(device: torch.device) -> Launcher:
-    return resolver().load(families.DECODE_PLAN.spec(target.of_device(device))).on(device.index)
+    pdl = _launches_dependent(device)
+    return resolver().load(families.DECODE_PLAN.spec(target.of_device(device))).on(device.index, pdl=pdl)
+
+
+@functools.cache
+def _launches_dependent(device: torch.device) -> bool:
+    """Programmatic dependent launch is the default where the hardware has it: our kernels wait for the one before them
+    ahead of their first memory access, so only the cost of the launch overlaps."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _indexed(device: torch.device) -> torch.device:
@@ -213,9 +224,10 @@ class _Single:
         device = _indexed(q.device)
         self.kernel = _kernel(
             device, q.dtype, k.dtype, q.dtype, q.shape[1], v.shape[2], num_qo_heads, num_kv_heads, "single",
-            tuple(variant.spec_args.items()), False,
+            tuple(variant.spec_args.items()), _launches_dependent(device),
         )  # fmt: skip
-        self.device, self.heads, self.head_dim_vo = device, num_qo_heads, v.shape[2]
+        self.device, self.num_qo_heads, self.head_dim_vo = device, num_qo_heads, v.shape[2]
+        self.scratches: dict[tuple[int, int], tuple[int, int, int]] = {}
         strides = (k.stride(rows), 0, k.stride(heads), v.stride(rows), 0, v.stride(heads))
         self.kv_values = (0, 0, 0, *strides, *_ONE_ROW_PAGES)
         self.pointers = (0, 0, 0, alibi_slopes_ptr(variant, num_qo_heads, device), 0, 0, 0)
@@ -226,54 +238,54 @@ class _Single:
     def launch(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: Optional[torch.Tensor], kv_len: int
     ) -> None:
-        kernel, stream, grid, num_chunks, scratch = self.kernel, 0, (1, 1, 1), 0, _NO_SCRATCH
+        kernel, stream, grid, num_chunks, scratch = self.kernel, 0, (1, 1, 1), 0, (0, 0, 0)
         if self.device.type == "cuda":
             stream = _op.current_stream(self.device.index)
             num_chunks = max(1, min(kernel.num_chunks, -(-kv_len // kernel.tile_len)))
             grid = (kernel.num_head_blocks, num_chunks, 1)
             if num_chunks > 1:
-                scratch = _single_scratch(self.device, stream, grid, self.heads, self.head_dim_vo)
+                if torch.cuda.is_current_stream_capturing():
+                    # A graph has scratch of its own, zeroed by the graph, so that a replay disturbs no other launch.
+                    graph_scratch = self.make_scratch(num_chunks)
+                    scratch = graph_scratch.addresses
+                else:
+                    scratch = self.scratches.get((stream, num_chunks)) or self.find_scratch(stream, num_chunks)
         kernel.launcher(
             grid, stream, q.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), k.data_ptr(), v.data_ptr(),
-            *self.kv_values, kv_len, *self.pointers, *scratch.addresses, *self.strides, *self.counts, num_chunks,
-            *self.scalars,
+            *self.kv_values, kv_len, *self.pointers, *scratch, *self.strides, *self.counts, num_chunks, *self.scalars,
         )  # fmt: skip
 
+    def find_scratch(self, stream: int, num_chunks: int) -> tuple[int, int, int]:
+        out_bytes, lse_bytes = planning.decode_partial_bytes(num_chunks, self.num_qo_heads, self.head_dim_vo)
+        size_class = (out_bytes + lse_bytes).bit_length()
+        key = (self.device.index, stream, self.kernel.num_head_blocks, size_class)
+        found = _scratches.get(key)
+        if found is None:
+            found = _scratches[key] = self.make_scratch(num_chunks, 1 << size_class)
+        counters, partial_out, _ = found.addresses
+        self.scratches[stream, num_chunks] = (counters, partial_out, partial_out + out_bytes)
+        return self.scratches[stream, num_chunks]
 
-_singles: _op.Memo[_Single] = _op.Memo()
+    def make_scratch(self, num_chunks: int, num_bytes: int = 0) -> _Scratch:
+        out_bytes, lse_bytes = planning.decode_partial_bytes(num_chunks, self.num_qo_heads, self.head_dim_vo)
+        counters = torch.zeros(self.kernel.num_head_blocks, dtype=torch.int32, device=self.device)
+        partials = torch.empty(max(num_bytes, out_bytes + lse_bytes), dtype=torch.uint8, device=self.device)
+        address = partials.data_ptr()
+        return _Scratch(counters, partials, (counters.data_ptr(), address, address + out_bytes))
 
 
 @dataclass(frozen=True)
 class _Scratch:
     """Counters (zero between launches) and partial results of unplanned decodes on one stream."""
 
-    counters: Optional[torch.Tensor]
-    partials: Optional[torch.Tensor]
+    counters: torch.Tensor
+    partials: torch.Tensor
     addresses: tuple[int, int, int]  # counters, partial_out, partial_lse
 
 
-_NO_SCRATCH = _Scratch(None, None, (0, 0, 0))
-_scratches: dict[tuple[int, int], _Scratch] = {}
-
-
-def _single_scratch(
-    device: torch.device, stream: int, grid: tuple[int, int, int], num_qo_heads: int, head_dim_vo: int
-) -> _Scratch:
-    out_bytes, lse_bytes = planning.decode_partial_bytes(grid[1], num_qo_heads, head_dim_vo)
-    found = _scratches.get((device.index, stream))
-    capturing = torch.cuda.is_current_stream_capturing()
-    if found is not None and not capturing:
-        assert found.counters is not None and found.partials is not None
-        if found.counters.numel() >= grid[0] and found.partials.numel() * 4 >= out_bytes + lse_bytes:
-            return _Scratch(found.counters, found.partials, (*found.addresses[:2], found.addresses[1] + out_bytes))
-    counters = torch.zeros(max(grid[0], 256), dtype=torch.int32, device=device)
-    partials = torch.empty((out_bytes + lse_bytes) // 4, dtype=torch.float32, device=device)
-    address = partials.data_ptr()
-    made = _Scratch(counters, partials, (counters.data_ptr(), address, address + out_bytes))
-    # A captured graph has scratch of its own, zeroed by the graph, so that a replay disturbs no other launch.
-    if not capturing:
-        _scratches[device.index, stream] = made
-    return made
+# (device, stream, counters, log2 of bytes) -> scratch. Never freed, so that addresses stay valid; sizes are powers of two.
+_scratches: dict[tuple[int, int, int, int], _Scratch] = {}
+_singles: _op.Memo[_Single] = _op.Memo()
 
 
 # ---------------------------------------------------------------------------------------------------------------- batch
@@ -499,7 +511,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
             out: `[batch_size, num_qo_heads, head_dim]`; allocated when None.
             lse: fp32 `[batch_size, num_qo_heads]`; allocated when None and return_lse.
             return_lse: also return the base-2 logarithm of the sum of exponentials.
-            enable_pdl: launch with programmatic dependent launch (sm_90 and later).
+            enable_pdl: launch with programmatic dependent launch; default: where the hardware has it (sm_90 and later).
             window_left: overrides the planned one.
 
         Returns:
@@ -594,7 +606,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
             if overrides is not None:
                 variant = variant.updated(self._op_name, shape.kv.head_dim_qk, *overrides)
             scales = _scales(q_scale, k_scale, v_scale)
-            bound = shape.bound.remember(key, _BoundRun(shape, q, cache, out, lse, variant, scales, bool(pdl)))
+            dependent = _launches_dependent(self.device) if pdl is None else pdl
+            bound = shape.bound.remember(key, _BoundRun(shape, q, cache, out, lse, variant, scales, dependent))
         # A schedule serves every window that is no wider than its own.
         if self._planned_window != bound.window_left and not 0 <= bound.window_left <= self._planned_window:
             if self._planned_window >= 0:
@@ -654,7 +667,7 @@ class _PlanShape:
         self.schedule = planning.DecodeSchedule()
         self.num_chunks = 0
         self._planners: dict[int, PreparedLaunch] = {}
-        kernel = self.kernel(variant, False)
+        kernel = self.kernel(variant, _launches_dependent(device))
         if device.type == "cuda" and batch_size > 0:
             self.num_chunks = kernel.num_chunks
             self.tile_len = kernel.tile_len
