@@ -1,0 +1,165 @@
+"""What is recorded when AOT has no answer, and what a report makes of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+
+from flashinfer import target
+from flashinfer.aot.config import read_specs
+from flashinfer.errors import KernelMissing
+from flashinfer.jit import misses
+from flashinfer.jit.misses import Miss, MissLog
+from tests.kit import cpu_resolver, rmsnorm_spec
+
+
+def records(cache: Path) -> list[Miss]:
+    found, broken = misses.read([cache / "misses"])
+    assert broken == 0
+    return found
+
+
+def miss(hidden_size: int = 64, **changes: object) -> Miss:
+    spec = rmsnorm_spec(hidden_size)
+    plain = {
+        "spec": spec.to_dict(),
+        "name": spec.name,
+        "reason": "not in registry",
+        "resolved_by": "jit-compile",
+        "seconds": 0.25,
+        "bytes": 1000,
+        "caller": "serve.py:12",
+        "time": 1.0,
+        "process": "host-1-1",
+        "version": "0.1.0",
+    }
+    return Miss(**{**plain, **changes})  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------------------ recording
+
+
+def test_a_compile_and_a_cache_hit_are_both_recorded(tmp_path: Path) -> None:
+    """A warm cache must not hide a hole in the precompiled set."""
+    spec = rmsnorm_spec()
+    for _ in range(2):
+        resolver = cpu_resolver(tmp_path)
+        resolver.load(spec)
+        resolver.load(spec)  # once per process and kernel
+    compiled, cached = records(tmp_path)
+    assert (compiled.resolved_by, cached.resolved_by) == ("jit-compile", "jit-cache")
+    assert compiled.seconds > cached.seconds
+    assert compiled.bytes == cached.bytes > 1000
+    for record in (compiled, cached):
+        assert record.spec == spec.to_dict()
+        assert record.name == spec.name
+        assert record.reason == "flashinfer_aot is not installed"
+        assert record.caller.startswith(__file__), "the first frame outside the library"
+
+
+def test_a_failure_that_repeats_is_recorded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHINFER_DISABLE_JIT", "1")
+    resolver = cpu_resolver(tmp_path)
+    for _ in range(3):
+        with pytest.raises(KernelMissing):
+            resolver.load(rmsnorm_spec())
+    monkeypatch.delenv("FLASHINFER_DISABLE_JIT")
+    resolver.load(rmsnorm_spec())
+    assert [record.resolved_by for record in records(tmp_path)] == ["failed", "jit-compile"]
+
+
+def test_recording_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHINFER_RECORD_MISSES", "0")
+    cpu_resolver(tmp_path).load(rmsnorm_spec())
+    assert not (tmp_path / "misses").exists()
+
+
+def test_a_file_that_cannot_be_written_costs_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "misses").touch()
+    with caplog.at_level(logging.WARNING, logger="flashinfer"):
+        resolver = cpu_resolver(tmp_path)
+        resolver.load(rmsnorm_spec(64))
+        resolver.load(rmsnorm_spec(128))
+    warnings = [record.getMessage() for record in caplog.records if "not recorded" in record.getMessage()]
+    assert len(warnings) == 1 and str(tmp_path / "misses") in warnings[0]
+
+
+def test_a_package_whose_name_begins_like_ours_is_a_caller(tmp_path: Path) -> None:
+    log = MissLog(tmp_path)
+    neighbour = str(Path(misses.__file__).parent.parent) + "_serving/model.py"
+    exec(compile("log.record(spec, 'why', 'failed', 0.0, 0)", neighbour, "exec"), {"log": log, "spec": rmsnorm_spec()})
+    (record,), _ = misses.read([tmp_path])
+    assert record.caller == f"{neighbour}:1"
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def test_broken_lines_are_counted_and_left_out(tmp_path: Path) -> None:
+    good = json.dumps(asdict(miss()))
+    later_version = json.dumps({**asdict(miss(128)), "field of a later version": 1})
+    broken = [
+        good[: len(good) // 2],
+        "",
+        "null",
+        "[]",
+        '{"spec": {}}',
+        json.dumps({**asdict(miss()), "seconds": "long"}),
+        json.dumps({**asdict(miss()), "spec": {"family": "rmsnorm", "args": 1, "target": "x86-64"}}),
+        "\x00\x00\x00",
+    ]
+    (tmp_path / "host-1-1.jsonl").write_text("\n".join([good, *broken, later_version]) + "\n")
+    (tmp_path / "host-2-1.jsonl").write_bytes(b"\xff\xfe\n" + good.encode())
+    found, num_broken = misses.read([tmp_path])
+    assert found == [miss(), miss(128), miss()]
+    assert num_broken == len(broken) + 1
+
+
+def test_every_field_has_a_checked_type() -> None:
+    assert {str(field.type) for field in fields(Miss)} <= misses._TYPES.keys()
+
+
+def test_costliest_first_over_processes_and_machines(tmp_path: Path) -> None:
+    fleet = [
+        miss(64, seconds=0.5, process="a-1-1"),
+        miss(64, seconds=0.25, process="b-7-2", reason="version 0.0.9 ≠ 0.1.0", resolved_by="jit-cache"),
+        miss(128, seconds=0.6, process="a-1-1"),
+        miss(256, seconds=0.1, process="c-1-1"),
+        miss(256, seconds=0.1, process="c-1-1", resolved_by="failed"),
+    ]
+    first, second, third = misses.aggregate(fleet)
+    assert [hole.spec["args"]["hidden_size"] for hole in (first, second, third)] == [64, 128, 256]
+    assert first.seconds == 0.75
+    assert first.processes == {"a-1-1", "b-7-2"}
+    assert first.reasons == {"not in registry", "version 0.0.9 ≠ 0.1.0"}
+    assert first.resolved_by == {"jit-cache", "jit-compile"}
+    assert len(third.processes) == 1
+
+
+def test_toml_rows_come_back_as_the_same_kernels(tmp_path: Path) -> None:
+    wanted = [rmsnorm_spec(64), rmsnorm_spec(128)]
+    twice = [spec.to_dict() for spec in (*wanted, rmsnorm_spec(64, on="sm_90a"))]
+    config = tmp_path / "mine.toml"
+    config.write_text(misses.to_toml(twice))
+    assert config.read_text().count("[[kernel]]") == 2, "one row serves every target"
+    assert read_specs([config], [target.host()]) == wanted
+
+
+def test_records_are_input_of_the_build(tmp_path: Path) -> None:
+    cpu_resolver(tmp_path).load(rmsnorm_spec())
+    assert read_specs([], [target.host()], [tmp_path / "misses"]) == [rmsnorm_spec()]
+
+
+def test_process_names_hold_host_and_pid(tmp_path: Path) -> None:
+    import os
+    import socket
+
+    cpu_resolver(tmp_path).load(rmsnorm_spec())
+    (file,) = (tmp_path / "misses").iterdir()
+    assert file.name.startswith(f"{socket.gethostname()}-{os.getpid()}-")
+    assert sys.getsizeof(file.read_text()) < 2000
