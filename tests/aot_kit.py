@@ -39,8 +39,8 @@ def build_set(config: Path, out: Path, *target_names: str) -> build.Report:
 
 
 def command(config: Path, out: Path, *options: str) -> list[str]:
-    """Arguments of `flashinfer` that build a set for this machine."""
-    return ["aot", "build", "--config", str(config), "--target", HOST, "--out", str(out), *options]
+    """Arguments of `flashinfer aot build` and scripts/build_aot.py that build a set for this machine."""
+    return ["--config", str(config), "--target", HOST, "--out", str(out), *options]
 
 
 def run_cli(*argv: str | Path) -> int:
