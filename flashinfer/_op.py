@@ -9,6 +9,7 @@ a memo. The hot path is: build the key, find the launch, pack the pointers, laun
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -48,6 +49,26 @@ def num_sms(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
+# ------------------------------------------------------------------------------------------------------ torch.compile
+
+# Held for the life of the process: what a Library defines disappears with it.
+_library = torch.library.Library("flashinfer", "FRAGMENT")
+
+
+def compiled_op(schema: str, eager: Callable[..., None]) -> Any:
+    """Define `torch.ops.flashinfer.<name>` for torch.compile, and return it.
+
+    Only a traced call goes through it (`if torch.compiler.is_dynamo_compiling()`), so that eager calls stay lean. The
+    schema returns nothing and marks what the operator writes, `Tensor(a!) output`; results are allocated by the traced
+    caller, so that shapes need no second description in a fake kernel.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, eager, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flashinfer::{name}", lambda *args, **kwargs: None, lib=_library)
+    return getattr(torch.ops.flashinfer, name).default
+
+
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
@@ -61,12 +82,18 @@ def require_like(
     op: str, name: str, tensor: torch.Tensor, reference: torch.Tensor, reference_name: str = "input"
 ) -> None:
     """The same shape, dtype and device as the reference."""
+    require_shape(op, name, tensor, reference, reference_name)
+    require_dtype_device(op, name, tensor, reference, reference_name)
+
+
+def require_shape(
+    op: str, name: str, tensor: torch.Tensor, reference: torch.Tensor, reference_name: str = "input"
+) -> None:
     require(
         tensor.shape == reference.shape,
         op,
         f"{name} has shape {list(tensor.shape)}; expected {list(reference.shape)}, the shape of {reference_name}",
     )
-    require_dtype_device(op, name, tensor, reference, reference_name)
 
 
 def require_dtype_device(
