@@ -35,8 +35,10 @@ class Case:
     @property
     def name(self) -> str:
         text = f"{self.batch} x {self.kv_len}, {self.num_qo_heads}/{self.num_kv_heads}, d{self.head_dim}, p{self.page_size}"
-        return text + ("" if self.kv_dtype == "bf16" else f", {self.kv_dtype}") + (
-            "" if self.lengths == "equal" else f", {self.lengths}"
+        return (
+            text
+            + ("" if self.kv_dtype == "bf16" else f", {self.kv_dtype}")
+            + ("" if self.lengths == "equal" else f", {self.lengths}")
         )
 
     def kv_lens(self) -> torch.Tensor:
@@ -90,10 +92,17 @@ class Problem:
         row_bytes = case.num_kv_heads * case.head_dim * kv_dtype.itemsize
         kv_bytes = 2 * int(kv_lens.sum()) * row_bytes
         shape = (total, 2, case.page_size, case.num_kv_heads, case.head_dim)
-        caches = [torch.randn(shape, device=device, dtype=torch.bfloat16).to(kv_dtype) for _ in range(copies_for(kv_bytes))]
+        caches = [
+            torch.randn(shape, device=device, dtype=torch.bfloat16).to(kv_dtype) for _ in range(copies_for(kv_bytes))
+        ]
         q = torch.randn(case.batch, case.num_qo_heads, case.head_dim, device=device, dtype=torch.bfloat16)
         return Problem(
-            case, (indptr, indices, last_page_len), caches, q, torch.empty_like(q), kv_bytes + 2 * q.numel() * q.itemsize
+            case,
+            (indptr, indices, last_page_len),
+            caches,
+            q,
+            torch.empty_like(q),
+            kv_bytes + 2 * q.numel() * q.itemsize,
         )
 
     def time(self, wrapper: Any) -> float:
@@ -117,7 +126,9 @@ class Problem:
             kv = cache.to(torch.bfloat16).transpose(0, 1).reshape(2, case.batch, -1, case.num_kv_heads, case.head_dim)
             k, v = kv.transpose(2, 3).contiguous().unbind(0)
             calls.append(
-                lambda k=k, v=v: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=k.shape[1] != q.shape[1])
+                lambda k=k, v=v: torch.nn.functional.scaled_dot_product_attention(
+                    q, k, v, enable_gqa=k.shape[1] != q.shape[1]
+                )
             )
         return gpu_us(calls)
 
@@ -171,7 +182,13 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench_decode.py needs an NVIDIA GPU")
     print(environment())
-    header = ["batch x kv, heads, head_dim, page", "us", "TB/s", *([] if args.no_peers else ["upstream us", "SDPA us"]), "goal"]
+    header = [
+        "batch x kv, heads, head_dim, page",
+        "us",
+        "TB/s",
+        *([] if args.no_peers else ["upstream us", "SDPA us"]),
+        "goal",
+    ]
     rows = [measure(case, not args.no_peers) for case in CASES if args.only in case.name]
     print_table("Batch decode, bf16", header, rows)
     if not args.no_host:

@@ -1,4 +1,4 @@
-"""Decode attention: one query token per request. The code is in flashinfer/attention/decode.py."""
+"""Decode attention: one query token per request. The code is in flashinfer/attention/."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from flashinfer.attention.decode import (
     BatchDecodeWithPagedKVCacheWrapper,
     CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
     fast_decode_plan,
-    single_decode_with_kv_cache,
 )
+from flashinfer.attention.single_decode import single_decode_with_kv_cache
 
 __all__ = [
     "BatchDecodeWithPagedKVCacheWrapper",

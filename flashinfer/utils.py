@@ -89,9 +89,7 @@ def determine_attention_backend(
     head_dim_vo: Optional[int] = None,
 ) -> str:
     """`"fa3"` where a Hopper kernel covers the options on this device, else `"fa2"`."""
-    covered = is_fa3_backend_supported(
-        pos_encoding_mode, use_fp16_qk_reductions, use_custom_mask, dtype_q, dtype_kv
-    )
+    covered = is_fa3_backend_supported(pos_encoding_mode, use_fp16_qk_reductions, use_custom_mask, dtype_q, dtype_kv)
     return "fa3" if covered and is_sm90a_supported(device) else "fa2"
 
 

@@ -120,7 +120,9 @@ class Batch:
         num_pages = [-(-length // case.page_size) for length in case.kv_lens]
         total = sum(num_pages)
         order = torch.randperm(total + 3, generator=generator)  # three pages belong to nobody
-        self.indptr = torch.tensor([0, *torch.tensor(num_pages, dtype=torch.int32).cumsum(0).tolist()], dtype=torch.int32)
+        self.indptr = torch.tensor(
+            [0, *torch.tensor(num_pages, dtype=torch.int32).cumsum(0).tolist()], dtype=torch.int32
+        )
         self.indices = torch.cat([order[:total], torch.zeros(5, dtype=torch.int64)]).to(torch.int32)
         self.last_page_len = torch.tensor(
             [(length - 1) % case.page_size + 1 if length else 0 for length in case.kv_lens], dtype=torch.int32
@@ -163,9 +165,13 @@ class Batch:
             return torch.zeros(self.q.shape, dtype=torch.float64), torch.zeros(self.q.shape[:2], dtype=torch.float64)
         return torch.cat(outs), torch.cat(lses)
 
-    def plan(self, wrapper: flashinfer.BatchDecodeWithPagedKVCacheWrapper, index_device: str = "same", **extra: Any) -> None:
+    def plan(
+        self, wrapper: flashinfer.BatchDecodeWithPagedKVCacheWrapper, index_device: str = "same", **extra: Any
+    ) -> None:
         case = self.case
-        options = {name: value for name, value in case.options.items() if not name.endswith(("q_scale", "k_scale", "v_scale"))}
+        options = {
+            name: value for name, value in case.options.items() if not name.endswith(("q_scale", "k_scale", "v_scale"))
+        }
         where = self.device if index_device == "same" else torch.device(index_device)
         wrapper.plan(
             *(x.to(where) for x in (self.indptr, self.indices, self.last_page_len)),
@@ -178,7 +184,9 @@ class Batch:
         )
 
     def run(self, wrapper: flashinfer.BatchDecodeWithPagedKVCacheWrapper, **extra: Any) -> tuple[Tensor, Tensor]:
-        scales = {name: value for name, value in self.case.options.items() if name.endswith(("q_scale", "k_scale", "v_scale"))}
+        scales = {
+            name: value for name, value in self.case.options.items() if name.endswith(("q_scale", "k_scale", "v_scale"))
+        }
         out = torch.full(self.q.shape, math.nan, dtype=self.case.q_dtype, device=self.device)
         lse = torch.full(self.q.shape[:2], math.nan, device=self.device)
         wrapper.run(self.q.to(self.device), self.cache, out=out, lse=lse, return_lse=True, **{**scales, **extra})

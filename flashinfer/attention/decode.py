@@ -1,294 +1,27 @@
-"""Decode: attention of one new token per request over its KV.
+"""Decode over a paged cache: attention of one new token per request.
 
-A wrapper is planned once per step, on the device, and run once per layer. What a run needs besides five addresses is
+A wrapper is planned once per step, on the device, and run once per layer. What a run needs besides its addresses is
 worked out once per plan shape and kept: the hot path is one dictionary lookup, one packed struct and one launch.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 import torch
 
-from flashinfer import _op, dtypes, target
+from flashinfer import _op, dtypes
+from flashinfer.attention import decode_launch as launching
 from flashinfer.attention import kv_cache
 from flashinfer.attention import plan as planning
 from flashinfer.attention.kv_cache import PagedCache, PagedKv
 from flashinfer.attention.variant import Variant, alibi_slopes_ptr
 from flashinfer.errors import UnsupportedConfig
-from flashinfer.jit import resolver
-from flashinfer.jit.loader import Launcher, PreparedLaunch
+from flashinfer.jit.loader import PreparedLaunch
 from flashinfer.kernels import attention as families
 
 DataType = Union[str, torch.dtype]
-_ONE_ROW_PAGES = families.fast_divisor(1)
-
-
-# -------------------------------------------------------------------------------------------------------- loaded kernel
-
-
-@dataclass(frozen=True)
-class _Kernel:
-    """A decode kernel on a device, and how its grid follows from the head counts."""
-
-    launcher: Launcher
-    tile_len: int  # KV rows a chunk is counted in; 0 on the CPU
-    num_head_blocks: int
-    num_chunks: int  # that fill the device once
-
-
-@functools.cache
-def _kernel(
-    device: torch.device,
-    q_dtype: torch.dtype,
-    kv_dtype: torch.dtype,
-    o_dtype: torch.dtype,
-    head_dim_qk: int,
-    head_dim_vo: int,
-    num_qo_heads: int,
-    num_kv_heads: int,
-    kv_storage: str,
-    spec_args: tuple[tuple[str, Any], ...],
-    pdl: bool,
-) -> _Kernel:
-    spec = families.decode(
-        target.of_device(device),
-        q_dtype=dtypes.short_name(q_dtype),
-        kv_dtype=dtypes.short_name(kv_dtype),
-        o_dtype=dtypes.short_name(o_dtype),
-        head_dim=head_dim_qk,
-        head_dim_vo=head_dim_vo,
-        group_size=num_qo_heads // num_kv_heads,
-        kv_storage=kv_storage,
-        **dict(spec_args),
-    )
-    kernel = resolver().load(spec)
-    if device.type == "cpu":
-        return _Kernel(kernel.on(-1), 0, 0, 0)
-    launcher = kernel.on(device.index, pdl=pdl)
-    num_head_blocks = num_kv_heads * -(-(num_qo_heads // num_kv_heads) // spec.arg("group_tile"))
-    resident_blocks = _op.num_sms(device.index) * launcher.max_blocks_per_sm()
-    return _Kernel(
-        launcher,
-        families.decode_tile_len(kernel.config),
-        num_head_blocks,
-        families.decode_num_chunks(resident_blocks, num_head_blocks),
-    )
-
-
-@functools.cache
-def _planner(device: torch.device) -> Launcher:
-    pdl = _launches_dependent(device)
-    return resolver().load(families.DECODE_PLAN.spec(target.of_device(device))).on(device.index, pdl=pdl)
-
-
-@functools.cache
-def _launches_dependent(device: torch.device) -> bool:
-    """Programmatic dependent launch is the default where the hardware has it: our kernels wait for the one before them
-    ahead of their first memory access, so only the cost of the launch overlaps."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def _indexed(device: torch.device) -> torch.device:
-    """`cuda` names the current device; kernels are loaded per ordinal."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _require_heads(op: str, num_qo_heads: int, num_kv_heads: int) -> None:
-    if num_kv_heads <= 0 or num_qo_heads <= 0 or num_qo_heads % num_kv_heads:
-        raise UnsupportedConfig(
-            f"{op}: num_qo_heads is {num_qo_heads}, num_kv_heads {num_kv_heads}; expected a positive multiple of it"
-        )
-
-
-def _scales(q_scale: Optional[float], k_scale: Optional[float], v_scale: Optional[float]) -> tuple[float, float]:
-    """Factors of q·k and of the output."""
-    q, k, v = (1.0 if scale is None else float(scale) for scale in (q_scale, k_scale, v_scale))
-    return q * k, v
-
-
-def _require_rows(op: str, name: str, tensor: torch.Tensor) -> None:
-    _op.require_unit_stride(op, name, tensor)
-    kv_cache.require_copyable(op, name, tensor)
-
-
-def _require_output(
-    op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> None:
-    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
-        raise ValueError(
-            f"{op}: {name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; expected {dtype} {list(shape)} "
-            f"on {device}"
-        )
-
-
-# --------------------------------------------------------------------------------------------------------------- single
-
-
-def single_decode_with_kv_cache(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv_layout: str = "NHD",
-    pos_encoding_mode: str = "NONE",
-    use_tensor_cores: bool = False,
-    q_scale: Optional[float] = None,
-    k_scale: Optional[float] = None,
-    v_scale: Optional[float] = None,
-    window_left: int = -1,
-    logits_soft_cap: Optional[float] = None,
-    sm_scale: Optional[float] = None,
-    rope_scale: Optional[float] = None,
-    rope_theta: Optional[float] = None,
-    return_lse: bool = False,
-) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """Attention of one query token over one sequence (split along the KV as in Flash-Decoding, Dao et al. 2023).
-
-    Args:
-        q: `[num_qo_heads, head_dim]`, fp16 or bf16 (fp32 on the CPU).
-        k, v: `[kv_len, num_kv_heads, head_dim]` (NHD) or `[num_kv_heads, kv_len, head_dim]` (HND); the dtype of q, or
-            fp8 e4m3 or e5m2. The head dimension of v may differ. kv_len may be 0.
-        pos_encoding_mode: "NONE", "ROPE_LLAMA" (q and k are rotated on the fly, q at position kv_len - 1) or "ALIBI".
-        use_tensor_cores: accepted for compatibility; one kernel serves every group size.
-        q_scale, k_scale, v_scale: factors of quantized q, k and v.
-        window_left: keys seen before the query's own position; -1 for all.
-        logits_soft_cap: logits become `cap * tanh(logits / cap)`; None or 0 for none.
-        sm_scale: factor of q·k; default `1 / sqrt(head_dim)`.
-        rope_scale, rope_theta: of ROPE_LLAMA; default 1 and 1e4.
-
-    Returns:
-        `[num_qo_heads, head_dim]`, dtype of q; with return_lse also the base-2 logarithm of the sum of exponentials,
-        fp32 `[num_qo_heads]`. Without keys: zeros and -inf.
-
-    Raises:
-        ValueError: a shape, dtype, device or stride does not fit.
-        UnsupportedConfig: no kernel for this dtype or head_dim.
-    """
-    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
-    device_index = q.get_device()
-    rows_axis = 0 if kv_layout == "NHD" else 1
-    key = (
-        q.dtype, q.shape, q.stride(), k.dtype, k.stride(), k.shape[1 - rows_axis], k.shape[-1], k.get_device(),
-        v.dtype, v.stride(), v.shape[-1], v.get_device(), device_index, kv_layout, pos_encoding_mode, window_left,
-        logits_soft_cap, sm_scale, rope_scale, rope_theta, q_scale, k_scale, v_scale,
-        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
-    )  # fmt: skip
-    single = _singles.get(key)
-    if single is None or k.shape[rows_axis] != v.shape[rows_axis]:
-        variant = Variant.of(
-            "single_decode", q.shape[-1], pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta
-        )
-        scales = _scales(q_scale, k_scale, v_scale)
-        single = _singles.remember(key, _Single(q, k, v, kv_layout, variant, scales))
-    single.launch(q, k, v, out, lse, k.shape[rows_axis])
-    return out if lse is None else (out, lse)
-
-
-class _Single:
-    """single_decode_with_kv_cache for one signature; the length may differ from call to call."""
-
-    def __init__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        kv_layout: str,
-        variant: Variant,
-        scales: tuple[float, float],
-    ) -> None:
-        op = "single_decode"
-        kv_cache.require_layout(op, kv_layout)
-        if q.dim() != 2 or k.dim() != 3 or v.dim() != 3:
-            raise ValueError(
-                f"{op}: q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions; expected q [num_qo_heads, head_dim] "
-                "and k, v with three"
-            )
-        rows, heads = (0, 1) if kv_layout == "NHD" else (1, 0)
-        num_qo_heads, num_kv_heads = q.shape[0], k.shape[heads]
-        _op.require(
-            k.shape[-1] == q.shape[-1], op, f"k dim 2 (head_dim) is {k.shape[-1]}, q has {q.shape[-1]}; they must be equal"
-        )
-        _op.require(
-            k.shape[:2] == v.shape[:2], op, f"k has shape {list(k.shape)}, v {list(v.shape)}; lengths and heads must agree"
-        )
-        _op.require(k.dtype == v.dtype, op, f"k is {k.dtype}, v {v.dtype}; expected one dtype")
-        _require_heads(op, num_qo_heads, num_kv_heads)
-        for name, tensor in (("q", q), ("k", k), ("v", v)):
-            _op.require_device(op, name, tensor, q, "q")
-            _require_rows(op, name, tensor)
-        device = _indexed(q.device)
-        self.kernel = _kernel(
-            device, q.dtype, k.dtype, q.dtype, q.shape[1], v.shape[2], num_qo_heads, num_kv_heads, "single",
-            tuple(variant.spec_args.items()), _launches_dependent(device),
-        )  # fmt: skip
-        self.device, self.num_qo_heads, self.head_dim_vo = device, num_qo_heads, v.shape[2]
-        self.scratches: dict[tuple[int, int], tuple[int, int, int]] = {}
-        strides = (k.stride(rows), 0, k.stride(heads), v.stride(rows), 0, v.stride(heads))
-        self.kv_values = (0, 0, 0, *strides, *_ONE_ROW_PAGES)
-        self.pointers = (0, 0, 0, alibi_slopes_ptr(variant, num_qo_heads, device), 0, 0, 0)
-        self.strides = (0, q.stride(0), 0, self.head_dim_vo)
-        self.counts = (1, num_qo_heads, num_kv_heads, 1)
-        self.scalars = (variant.window_left, *variant.scalars(*scales))
-
-    def launch(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: Optional[torch.Tensor], kv_len: int
-    ) -> None:
-        kernel, stream, grid, num_chunks, scratch = self.kernel, 0, (1, 1, 1), 0, (0, 0, 0)
-        if self.device.type == "cuda":
-            stream = _op.current_stream(self.device.index)
-            num_chunks = max(1, min(kernel.num_chunks, -(-kv_len // kernel.tile_len)))
-            grid = (kernel.num_head_blocks, num_chunks, 1)
-            if num_chunks > 1:
-                if torch.cuda.is_current_stream_capturing():
-                    # A graph has scratch of its own, zeroed by the graph, so that a replay disturbs no other launch.
-                    graph_scratch = self.make_scratch(num_chunks)
-                    scratch = graph_scratch.addresses
-                else:
-                    scratch = self.scratches.get((stream, num_chunks)) or self.find_scratch(stream, num_chunks)
-        kernel.launcher(
-            grid, stream, q.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), k.data_ptr(), v.data_ptr(),
-            *self.kv_values, kv_len, *self.pointers, *scratch, *self.strides, *self.counts, num_chunks, *self.scalars,
-        )  # fmt: skip
-
-    def find_scratch(self, stream: int, num_chunks: int) -> tuple[int, int, int]:
-        out_bytes, lse_bytes = planning.decode_partial_bytes(num_chunks, self.num_qo_heads, self.head_dim_vo)
-        size_class = (out_bytes + lse_bytes).bit_length()
-        key = (self.device.index, stream, self.kernel.num_head_blocks, size_class)
-        found = _scratches.get(key)
-        if found is None:
-            found = _scratches[key] = self.make_scratch(num_chunks, 1 << size_class)
-        counters, partial_out, _ = found.addresses
-        self.scratches[stream, num_chunks] = (counters, partial_out, partial_out + out_bytes)
-        return self.scratches[stream, num_chunks]
-
-    def make_scratch(self, num_chunks: int, num_bytes: int = 0) -> _Scratch:
-        out_bytes, lse_bytes = planning.decode_partial_bytes(num_chunks, self.num_qo_heads, self.head_dim_vo)
-        counters = torch.zeros(self.kernel.num_head_blocks, dtype=torch.int32, device=self.device)
-        partials = torch.empty(max(num_bytes, out_bytes + lse_bytes), dtype=torch.uint8, device=self.device)
-        address = partials.data_ptr()
-        return _Scratch(counters, partials, (counters.data_ptr(), address, address + out_bytes))
-
-
-@dataclass(frozen=True)
-class _Scratch:
-    """Counters (zero between launches) and partial results of unplanned decodes on one stream."""
-
-    counters: torch.Tensor
-    partials: torch.Tensor
-    addresses: tuple[int, int, int]  # counters, partial_out, partial_lse
-
-
-# (device, stream, counters, log2 of bytes) -> scratch. Never freed, so that addresses stay valid; sizes are powers of two.
-_scratches: dict[tuple[int, int, int, int], _Scratch] = {}
-_singles: _op.Memo[_Single] = _op.Memo()
-
-
-# ---------------------------------------------------------------------------------------------------------------- batch
 
 
 class BatchDecodeWithPagedKVCacheWrapper:
@@ -327,7 +60,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         planning.require_workspace(self._op_name, float_workspace_buffer)
         self._kv_layout = kv_layout
         self._float_workspace_buffer = float_workspace_buffer
-        self.device = _indexed(float_workspace_buffer.device)
+        self.device = launching.with_index(float_workspace_buffer.device)
         int_bytes = planning.INT_WORKSPACE_BYTES if self.device.type == "cuda" else 0
         self._int_workspace_buffer = torch.empty(int_bytes, dtype=torch.uint8, device=self.device)
         self._use_tensor_cores = use_tensor_cores
@@ -426,7 +159,14 @@ class BatchDecodeWithPagedKVCacheWrapper:
             q_dtype = dtypes.torch_dtype(q_data_type or data_type or "float16")
             kv_dtype = dtypes.torch_dtype(kv_data_type or data_type or q_dtype)
             variant = Variant.of(
-                self._op_name, head_dim, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta
+                self._op_name,
+                head_dim,
+                pos_encoding_mode,
+                window_left,
+                logits_soft_cap,
+                sm_scale,
+                rope_scale,
+                rope_theta,
             )
             shape = self._plans.remember(
                 key,
@@ -605,8 +345,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
             variant = shape.variant
             if overrides is not None:
                 variant = variant.updated(self._op_name, shape.kv.head_dim_qk, *overrides)
-            scales = _scales(q_scale, k_scale, v_scale)
-            dependent = _launches_dependent(self.device) if pdl is None else pdl
+            scales = launching.qk_and_v_scale(q_scale, k_scale, v_scale)
+            dependent = launching.launches_dependent(self.device) if pdl is None else pdl
             bound = shape.bound.remember(key, _BoundRun(shape, q, cache, out, lse, variant, scales, dependent))
         # A schedule serves every window that is no wider than its own.
         if self._planned_window != bound.window_left and not 0 <= bound.window_left <= self._planned_window:
@@ -657,7 +397,7 @@ class _PlanShape:
         int_workspace: torch.Tensor,
         float_workspace: torch.Tensor,
     ) -> None:
-        _require_heads(op, num_qo_heads, kv.num_kv_heads)
+        launching.require_heads(op, num_qo_heads, kv.num_kv_heads)
         _op.require(kv.page_size >= 1, op, f"page_size is {kv.page_size}; expected at least 1")
         self.op, self.device, self.batch_size, self.num_qo_heads = op, device, batch_size, num_qo_heads
         self.kv, self.q_dtype, self.o_dtype, self.variant = kv, q_dtype, o_dtype, variant
@@ -667,7 +407,7 @@ class _PlanShape:
         self.schedule = planning.DecodeSchedule()
         self.num_chunks = 0
         self._planners: dict[int, PreparedLaunch] = {}
-        kernel = self.kernel(variant, _launches_dependent(device))
+        kernel = self.kernel(variant, launching.launches_dependent(device))
         if device.type == "cuda" and batch_size > 0:
             self.num_chunks = kernel.num_chunks
             self.tile_len = kernel.tile_len
@@ -681,9 +421,9 @@ class _PlanShape:
                 batch_size, kernel.num_chunks, kernel.num_head_blocks, kv.page_size, kernel.tile_len,
             )  # fmt: skip
 
-    def kernel(self, variant: Variant, pdl: bool) -> _Kernel:
+    def kernel(self, variant: Variant, pdl: bool) -> launching.DecodeKernel:
         kv = self.kv
-        return _kernel(
+        return launching.load_kernel(
             self.device, self.q_dtype, kv.dtype, self.o_dtype, kv.head_dim_qk, kv.head_dim_vo, self.num_qo_heads,
             kv.num_kv_heads, "paged", tuple(variant.spec_args.items()), pdl,
         )  # fmt: skip
@@ -693,7 +433,9 @@ class _PlanShape:
             return
         launch = self._planners.get(window_left)
         if launch is None:
-            launch = _planner(self.device).prepare((1, 1, 1), *self._planner_values, window_left, varying=2)
+            launch = launching.load_planner(self.device).prepare(
+                (1, 1, 1), *self._planner_values, window_left, varying=2
+            )
             self._planners[window_left] = launch
         launch(index_addresses[0], index_addresses[2])
 
@@ -720,18 +462,20 @@ class _BoundRun:
             )
         _op.require(q.dtype == shape.q_dtype, op, f"q is {q.dtype}; planned with q_data_type {shape.q_dtype}")
         _op.require(q.device == device, op, f"q is on {q.device}, the workspace on {device}; move them to one device")
-        _require_rows(op, "q", q)
-        _require_output(op, "out", out, shape.out_shape, shape.o_dtype, device)
-        _require_rows(op, "out", out)
+        launching.require_rows(op, "q", q)
+        launching.require_output(op, "out", out, shape.out_shape, shape.o_dtype, device)
+        launching.require_rows(op, "out", out)
         if lse is not None:
-            _require_output(op, "lse", lse, shape.lse_shape, torch.float32, device)
+            launching.require_output(op, "lse", lse, shape.lse_shape, torch.float32, device)
             _op.require(lse.is_contiguous(), op, "lse is not contiguous; call .contiguous()")
         strides = kv.strides_of(op, cache, device)
         self.v_offset = cache.stride(1) * cache.element_size() if isinstance(cache, torch.Tensor) else 0
         self.window_left = variant.window_left
         kernel = shape.kernel(variant, pdl)
         if shape.num_chunks and kernel.tile_len != shape.tile_len:
-            raise UnsupportedConfig(f"{op}: this variant needs another schedule than the planned one; pass it to plan()")
+            raise UnsupportedConfig(
+                f"{op}: this variant needs another schedule than the planned one; pass it to plan()"
+            )
         tail = (
             *strides.values, *families.fast_divisor(kv.page_size), 0,
             0, 0, 0, alibi_slopes_ptr(variant, shape.num_qo_heads, device), *shape.schedule.values,

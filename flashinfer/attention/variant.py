@@ -44,7 +44,9 @@ class Variant:
             raise UnsupportedConfig(f"{op}: pos_encoding_mode={pos_encoding_mode!r} is unknown; allowed: {known}")
         soft_cap = logits_soft_cap or 0.0
         if soft_cap < 0:
-            raise ValueError(f"{op}: logits_soft_cap is {soft_cap}; expected a positive number, or 0 or None for no cap")
+            raise ValueError(
+                f"{op}: logits_soft_cap is {soft_cap}; expected a positive number, or 0 or None for no cap"
+            )
         return Variant(
             POS_ENCODING_MODES[pos_encoding_mode],
             max(window_left, -1),

@@ -41,7 +41,10 @@ class AttentionParams(ctypes.Structure):
         *[(name, _POINTER) for name in ("qo_indptr", "mask", "mask_indptr", "alibi_slopes")],
         *[(name, _POINTER) for name in ("chunks", "requests", "empty", "counters", "partial_out", "partial_lse")],
         *[(f"{name}_stride", _INT64) for name in ("q_token", "q_head", "out_token", "out_head")],
-        *[(name, _INT32) for name in ("batch_size", "num_qo_heads", "num_kv_heads", "qo_len", "num_chunks", "window_left")],
+        *[
+            (name, _INT32)
+            for name in ("batch_size", "num_qo_heads", "num_kv_heads", "qo_len", "num_chunks", "window_left")
+        ],
         *[(name, _FLOAT) for name in ("sm_scale", "v_scale", "logits_soft_cap", "rope_rcp_scale", "rope_log2_theta")],
     ]
 
@@ -100,7 +103,9 @@ def _decode_tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:
         if smem <= per_block and (smem + 1024) * blocks_per_sm <= per_sm:
             break
     else:
-        raise UnsupportedConfig(f"decode: head_dim {dim_qk}/{dim_vo} needs {smem} bytes of shared memory on {spec.target}")
+        raise UnsupportedConfig(
+            f"decode: head_dim {dim_qk}/{dim_vo} needs {smem} bytes of shared memory on {spec.target}"
+        )
     return {"kWarpRows": warp_rows, "kNumStages": num_stages}, Launch(32 * num_warps, blocks_per_sm, smem)
 
 

@@ -1,0 +1,113 @@
+"""What single and batch decode share: the kernel for a device, its grid, and checks of q and the outputs."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+
+from flashinfer import _op, dtypes, target
+from flashinfer.attention import kv_cache
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.jit import resolver
+from flashinfer.jit.loader import Launcher
+from flashinfer.kernels import attention as families
+
+
+@dataclass(frozen=True)
+class DecodeKernel:
+    """A decode kernel on a device, and how its grid follows from the head counts."""
+
+    launcher: Launcher
+    tile_len: int  # KV rows a chunk is counted in; 0 on the CPU
+    num_head_blocks: int
+    num_chunks: int  # that fill the device once
+
+
+@functools.cache
+def load_kernel(
+    device: torch.device,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    o_dtype: torch.dtype,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    kv_storage: str,
+    spec_args: tuple[tuple[str, Any], ...],
+    pdl: bool,
+) -> DecodeKernel:
+    spec = families.decode(
+        target.of_device(device),
+        q_dtype=dtypes.short_name(q_dtype),
+        kv_dtype=dtypes.short_name(kv_dtype),
+        o_dtype=dtypes.short_name(o_dtype),
+        head_dim=head_dim_qk,
+        head_dim_vo=head_dim_vo,
+        group_size=num_qo_heads // num_kv_heads,
+        kv_storage=kv_storage,
+        **dict(spec_args),
+    )
+    kernel = resolver().load(spec)
+    if device.type == "cpu":
+        return DecodeKernel(kernel.on(-1), 0, 0, 0)
+    launcher = kernel.on(device.index, pdl=pdl)
+    num_head_blocks = num_kv_heads * -(-(num_qo_heads // num_kv_heads) // spec.arg("group_tile"))
+    resident_blocks = _op.num_sms(device.index) * launcher.max_blocks_per_sm()
+    return DecodeKernel(
+        launcher,
+        families.decode_tile_len(kernel.config),
+        num_head_blocks,
+        families.decode_num_chunks(resident_blocks, num_head_blocks),
+    )
+
+
+@functools.cache
+def load_planner(device: torch.device) -> Launcher:
+    pdl = launches_dependent(device)
+    return resolver().load(families.DECODE_PLAN.spec(target.of_device(device))).on(device.index, pdl=pdl)
+
+
+@functools.cache
+def launches_dependent(device: torch.device) -> bool:
+    """Programmatic dependent launch is the default where the hardware has it: our kernels wait for the one before them
+    ahead of their first memory access, so only the cost of the launch overlaps."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def with_index(device: torch.device) -> torch.device:
+    """`cuda` names the current device; kernels are loaded per ordinal."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def require_heads(op: str, num_qo_heads: int, num_kv_heads: int) -> None:
+    if num_kv_heads <= 0 or num_qo_heads <= 0 or num_qo_heads % num_kv_heads:
+        raise UnsupportedConfig(
+            f"{op}: num_qo_heads is {num_qo_heads}, num_kv_heads {num_kv_heads}; expected a positive multiple of it"
+        )
+
+
+def qk_and_v_scale(q_scale: Optional[float], k_scale: Optional[float], v_scale: Optional[float]) -> tuple[float, float]:
+    """Factors of q·k and of the output."""
+    q, k, v = (1.0 if scale is None else float(scale) for scale in (q_scale, k_scale, v_scale))
+    return q * k, v
+
+
+def require_rows(op: str, name: str, tensor: torch.Tensor) -> None:
+    _op.require_unit_stride(op, name, tensor)
+    kv_cache.require_copyable(op, name, tensor)
+
+
+def require_output(
+    op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+        raise ValueError(
+            f"{op}: {name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; expected {dtype} {list(shape)} "
+            f"on {device}"
+        )
