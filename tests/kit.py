@@ -92,8 +92,9 @@ exec g++ "$@"
 
 
 def spawn(code: str, **variables: str | Path | None) -> subprocess.Popen[str]:
-    """Run Python code in a process with these environment variables; None removes one."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    """Run Python code in a process with these environment variables; None removes one. No AOT registry answers it."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("FLASHINFER_")}
+    environment = {**kept, "PYTHONPATH": str(ROOT), "FLASHINFER_DISABLE_AOT": "1"}
     for name, value in variables.items():
         environment.pop(name, None)
         if value is not None:
