@@ -6,14 +6,15 @@ from typing import Optional
 
 import torch
 
-from flashinfer import _op, dtypes, target
+from flashinfer import _op, _scale, dtypes, target
+from flashinfer._scale import Scale
 from flashinfer.errors import UnsupportedConfig
-from flashinfer.jit import resolver
+from flashinfer.jit import ArgValue, resolver
 from flashinfer.jit.loader import PreparedLaunch
-from flashinfer.kernels.activation import ACT_AND_MUL
-from flashinfer.kernels.norm import vec_size
+from flashinfer.kernels.activation import ACT_AND_MUL, ACT_AND_MUL_QUANT
+from flashinfer.kernels.norm import FP8_DTYPES, vec_size
 
-__all__ = ["silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"]
+__all__ = ["silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul_quant"]
 
 
 def silu_and_mul(
@@ -50,7 +51,34 @@ def gelu_tanh_and_mul(
     return _act_and_mul("gelu_tanh_and_mul", "gelu_tanh", input, out, enable_pdl)
 
 
-# Called with the addresses of input and output.
+def silu_and_mul_quant(
+    out: torch.Tensor, input: torch.Tensor, scale: Scale, enable_pdl: Optional[bool] = None
+) -> torch.Tensor:
+    """`silu_and_mul(input) / scale`, rounded to nearest even and saturated to fp8.
+
+    Args:
+        out: `[..., d]`, float8_e4m3fn or float8_e5m2.
+        input, enable_pdl: as in `silu_and_mul`.
+        scale: a number, or a float32 tensor of one element on the device of input.
+
+    Returns:
+        `out`.
+
+    Raises: as `silu_and_mul`.
+    """
+    op = "silu_and_mul_quant"
+    input_ptr, output_ptr = input.data_ptr(), out.data_ptr()
+    alignment = (input_ptr | output_ptr) & 15
+    key = (op, enable_pdl, alignment, _op.signature(input), _op.signature(out), _scale.signature(scale))
+    launch = _memo.get(key)
+    if launch is None:
+        _scale.check(op, "scale", scale, input)
+        launch = _memo.remember(key, _prepare(op, "silu", input, out, enable_pdl))
+    launch(*_scale.values(scale), input_ptr, output_ptr)
+    return out
+
+
+# Called with the addresses of input and output, after the scale of an fp8 output.
 _memo: _op.Memo[PreparedLaunch] = _op.Memo()
 
 
@@ -59,13 +87,23 @@ def _act_and_mul(
 ) -> torch.Tensor:
     if out is None:
         out = input.new_empty(*input.shape[:-1], input.shape[-1] // 2)
+    if torch.compiler.is_dynamo_compiling():
+        _compiled(op, gate, input, out, pdl)
+    else:
+        _run(op, gate, input, out, pdl)
+    return out
+
+
+def _run(op: str, gate: str, input: torch.Tensor, out: torch.Tensor, pdl: Optional[bool]) -> None:
     input_ptr, output_ptr = input.data_ptr(), out.data_ptr()
     key = (op, pdl, (input_ptr | output_ptr) & 15, *_op.signature(input), *_op.signature(out))
     launch = _memo.get(key)
     if launch is None:
         launch = _memo.remember(key, _prepare(op, gate, input, out, pdl))
     launch(input_ptr, output_ptr)
-    return out
+
+
+_compiled = _op.compiled_op("act_and_mul(str op, str gate, Tensor input, Tensor(a!) out, bool? pdl) -> ()", _run)
 
 
 def _prepare(op: str, gate: str, input: torch.Tensor, out: torch.Tensor, pdl: Optional[bool]) -> PreparedLaunch:
@@ -77,7 +115,13 @@ def _prepare(op: str, gate: str, input: torch.Tensor, out: torch.Tensor, pdl: Op
     hidden_size = input.shape[-1] // 2
     expected = [*input.shape[:-1], hidden_size]
     _op.require(list(out.shape) == expected, op, f"out has shape {list(out.shape)}; expected {expected}")
-    _op.require_dtype_device(op, "out", out, input)
+    is_quant = op.endswith("_quant")
+    if is_quant:
+        _op.require_device(op, "out", out, input)
+        if dtypes.short_name(out.dtype) not in FP8_DTYPES:
+            raise UnsupportedConfig(f"{op}: out is {out.dtype}; expected float8_e4m3fn or float8_e5m2")
+    else:
+        _op.require_dtype_device(op, "out", out, input)
     dtype = dtypes.short_name(input.dtype)
     if dtype not in ACT_AND_MUL.axes["dtype"]:
         raise UnsupportedConfig(f"{op}: input is {input.dtype}; expected float16, bfloat16 or float32")
@@ -88,11 +132,19 @@ def _prepare(op: str, gate: str, input: torch.Tensor, out: torch.Tensor, pdl: Op
     device_index = input.get_device()
     alignment = 0
     if device_index >= 0:  # vectors of the CPU kernels need no alignment
-        alignment = (input.data_ptr() | out.data_ptr() | (input_stride | output_stride) * input.element_size()) & 15
+        # In bytes of input: an fp8 output is written in shorter vectors, as many elements as are read.
+        output_alignment = out.data_ptr() * input.element_size() // out.element_size()
+        alignment = (input.data_ptr() | output_alignment | (input_stride | output_stride) * input.element_size()) & 15
     width = vec_size(dtype, hidden_size, alignment)
-    kernel = resolver().load(ACT_AND_MUL.spec(target.of_device(input.device), dtype=dtype, gate=gate, vec_size=width))
+    family = ACT_AND_MUL_QUANT if is_quant else ACT_AND_MUL
+    axes: dict[str, ArgValue] = {"dtype": dtype, "gate": gate, "vec_size": width}
+    if is_quant:
+        axes["out_dtype"] = dtypes.short_name(out.dtype)
+    kernel = resolver().load(family.spec(target.of_device(input.device), **axes))
     launcher = kernel.on(device_index, pdl=bool(pdl))
     num_rows = out.numel() // hidden_size
     columns_per_block = kernel.config.launch.num_threads * int(kernel.config.constants["kVecsPerThread"]) * width
     grid = (num_rows, -(-hidden_size // columns_per_block), 1)
-    return launcher.prepare(grid, 0, 0, input_stride, output_stride, num_rows, hidden_size, varying=2)
+    leading = [*_scale.NO_VALUES, 0, 0] if is_quant else [0, 0]
+    strides = (input_stride, output_stride)
+    return launcher.prepare(grid, *leading, *strides, num_rows, hidden_size, varying=len(leading))

@@ -6,13 +6,22 @@ from typing import Optional
 
 import torch
 
-from flashinfer import _op, dtypes, target
+from flashinfer import _op, _scale, dtypes, target
+from flashinfer._scale import Scale
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit import ArgValue, Family, KernelSpec, resolver
 from flashinfer.jit.loader import PreparedLaunch
-from flashinfer.kernels.norm import LAYERNORM, RMSNORM, vec_size
+from flashinfer.kernels.norm import FP8_DTYPES, LAYERNORM, RMSNORM, RMSNORM_QUANT, vec_size
 
-__all__ = ["rmsnorm", "fused_add_rmsnorm", "gemma_rmsnorm", "gemma_fused_add_rmsnorm", "layernorm"]
+__all__ = [
+    "rmsnorm",
+    "fused_add_rmsnorm",
+    "gemma_rmsnorm",
+    "gemma_fused_add_rmsnorm",
+    "layernorm",
+    "rmsnorm_quant",
+    "fused_add_rmsnorm_quant",
+]
 
 
 def rmsnorm(
@@ -96,6 +105,47 @@ def gemma_fused_add_rmsnorm(
     _normalize("gemma_fused_add_rmsnorm", input, residual, weight, None, input, eps, enable_pdl)
 
 
+def rmsnorm_quant(
+    out: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    scale: Scale,
+    eps: float = 1e-6,
+    enable_pdl: Optional[bool] = None,
+) -> torch.Tensor:
+    """`rmsnorm(input, weight) / scale`, rounded to nearest even and saturated to fp8.
+
+    Args:
+        out: shape of input, float8_e4m3fn or float8_e5m2.
+        input, weight, eps, enable_pdl: as in `rmsnorm`.
+        scale: a number, or a float32 tensor of one element on the device of input.
+
+    Returns:
+        `out`.
+
+    Raises: as `rmsnorm`.
+    """
+    _normalize_quant("rmsnorm_quant", out, input, None, weight, scale, eps, enable_pdl)
+    return out
+
+
+def fused_add_rmsnorm_quant(
+    out: torch.Tensor,
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    scale: Scale,
+    eps: float = 1e-6,
+    enable_pdl: Optional[bool] = None,
+) -> None:
+    """`residual += input`, then `out = rmsnorm(residual, weight) / scale`, in one pass.
+
+    Unlike `fused_add_rmsnorm` it leaves input as it is. The norm is taken of the sum before it is rounded to the dtype
+    of residual. Arguments as in `rmsnorm_quant` and `fused_add_rmsnorm`.
+    """
+    _normalize_quant("fused_add_rmsnorm_quant", out, input, residual, weight, scale, eps, enable_pdl)
+
+
 def layernorm(input: torch.Tensor, gemma: torch.Tensor, beta: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """Layer normalization (Ba, Kiros & Hinton 2016, arXiv:1607.06450), computed in fp32.
 
@@ -133,6 +183,25 @@ def _normalize(
     eps: float,
     pdl: Optional[bool],
 ) -> None:
+    if torch.compiler.is_dynamo_compiling():
+        if residual is None:
+            _compiled(op, input, weight, bias, output, eps, pdl)
+        else:
+            _compiled_add(op, input, residual, weight, eps, pdl)
+    else:
+        _run(op, input, residual, weight, bias, output, eps, pdl)
+
+
+def _run(
+    op: str,
+    input: torch.Tensor,
+    residual: Optional[torch.Tensor],
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    output: torch.Tensor,
+    eps: float,
+    pdl: Optional[bool],
+) -> None:
     input_ptr, weight_ptr, output_ptr = input.data_ptr(), weight.data_ptr(), output.data_ptr()
     residual_ptr = 0 if residual is None else residual.data_ptr()
     # Written out rather than through _op.signature: three calls cost as much as the rest of this function.
@@ -159,6 +228,46 @@ def _normalize(
     launch(input_ptr, residual_ptr, weight_ptr, 0 if bias is None else bias.data_ptr(), output_ptr)
 
 
+def _normalize_quant(
+    op: str,
+    output: torch.Tensor,
+    input: torch.Tensor,
+    residual: Optional[torch.Tensor],
+    weight: torch.Tensor,
+    scale: Scale,
+    eps: float,
+    pdl: Optional[bool],
+) -> None:
+    input_ptr, weight_ptr, output_ptr = input.data_ptr(), weight.data_ptr(), output.data_ptr()
+    residual_ptr = 0 if residual is None else residual.data_ptr()
+    key = (
+        op,
+        pdl,
+        eps,
+        (input_ptr | weight_ptr | output_ptr | residual_ptr) & 15,
+        _op.signature(input),
+        _op.signature(weight),
+        _op.signature(output),
+        None if residual is None else _op.signature(residual),
+        _scale.signature(scale),
+    )
+    launch = _memo.get(key)
+    if launch is None:
+        _scale.check(op, "scale", scale, input)
+        launch = _memo.remember(key, _prepare(op, input, residual, weight, None, output, eps, pdl))
+    launch(*_scale.values(scale), input_ptr, residual_ptr, weight_ptr, 0, output_ptr)
+
+
+_compiled = _op.compiled_op(
+    "normalize(str op, Tensor input, Tensor weight, Tensor? bias, Tensor(a!) output, float eps, bool? pdl) -> ()",
+    lambda op, input, weight, bias, output, eps, pdl: _run(op, input, None, weight, bias, output, eps, pdl),
+)
+_compiled_add = _op.compiled_op(
+    "add_and_normalize(str op, Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps, bool? pdl) -> ()",
+    lambda op, input, residual, weight, eps, pdl: _run(op, input, residual, weight, None, input, eps, pdl),
+)
+
+
 def _prepare(
     op: str,
     input: torch.Tensor,
@@ -183,15 +292,17 @@ def _prepare(
     if residual is not None:
         residual_row = _op.even_rows(op, "residual", residual)
 
-    tensors = [tensor for tensor in (input, residual, weight, output) if tensor is not None]
+    tensors = [tensor for tensor in (input, residual, weight) if tensor is not None]
     device_index = input.get_device()
     alignment = 0
     if device_index >= 0:  # vectors of the CPU kernels need no alignment
         for tensor in tensors:
             alignment |= tensor.data_ptr()
+        # An fp8 output is written in shorter vectors: as many elements as are read.
+        alignment |= output.data_ptr() * input.element_size() // output.element_size()
         for stride in (input_row, input_group, output_row, output_group, residual_row):
             alignment |= stride * input.element_size()
-    kernel = resolver().load(_spec(op, input, weight, alignment & 15))
+    kernel = resolver().load(_spec(op, input, weight, output, alignment & 15))
 
     launcher = kernel.on(device_index, pdl=bool(pdl))
     grid = (1, 1, 1)
@@ -199,12 +310,13 @@ def _prepare(
         rows_per_block = kernel.config.launch.num_threads // int(kernel.config.constants["kThreadsPerRow"])
         grid = (-(-num_rows // rows_per_block), 1, 1)
     strides = (input_row, input_group, residual_row, output_row, output_group)
-    return launcher.prepare(grid, *[0] * 5, *strides, num_rows, rows_per_group, eps, varying=5)
+    leading = [*_scale.NO_VALUES, *[0] * 5] if op.endswith("_quant") else [0] * 5
+    return launcher.prepare(grid, *leading, *strides, num_rows, rows_per_group, eps, varying=len(leading))
 
 
-def _spec(op: str, input: torch.Tensor, weight: torch.Tensor, alignment: int) -> KernelSpec:
+def _spec(op: str, input: torch.Tensor, weight: torch.Tensor, output: torch.Tensor, alignment: int) -> KernelSpec:
     dtype, hidden_size = dtypes.short_name(input.dtype), input.shape[-1]
-    family: Family = LAYERNORM if op == "layernorm" else RMSNORM
+    family: Family = LAYERNORM if op == "layernorm" else RMSNORM_QUANT if op.endswith("_quant") else RMSNORM
     if dtype not in family.axes["dtype"]:
         raise UnsupportedConfig(f"{op}: input is {input.dtype}; expected float16, bfloat16 or float32")
     args: dict[str, ArgValue] = {
@@ -216,7 +328,12 @@ def _spec(op: str, input: torch.Tensor, weight: torch.Tensor, alignment: int) ->
         args["weight_dtype"] = dtypes.short_name(weight.dtype)
     else:
         args["add_residual"] = "fused_add" in op
-        args["gemma"] = op.startswith("gemma")
+        if family is RMSNORM:
+            args["gemma"] = op.startswith("gemma")
+        else:
+            args["out_dtype"] = dtypes.short_name(output.dtype)
+            if args["out_dtype"] not in FP8_DTYPES:
+                raise UnsupportedConfig(f"{op}: out is {output.dtype}; expected float8_e4m3fn or float8_e5m2")
     return family.spec(target.of_device(input.device), **args)
 
 
@@ -242,6 +359,10 @@ def _check(
         f"weight has shape {list(weight.shape)}, strides {list(weight.stride())}; expected a contiguous "
         f"[{hidden_size}], the last dimension of input",
     )
-    _op.require_like(op, "out", output, input)
+    if op.endswith("_quant"):
+        _op.require_shape(op, "out", output, input)
+        _op.require_device(op, "out", output, input)
+    else:
+        _op.require_like(op, "out", output, input)
     if residual is not None:
         _op.require_like(op, "residual", residual, input)

@@ -8,7 +8,11 @@ import pytest
 import torch
 
 import flashinfer
+from flashinfer.activation import silu_and_mul_quant
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.norm import fused_add_rmsnorm_quant, rmsnorm_quant
 from flashinfer.rope import fused_qk_rmsnorm_rope, rope_append_paged_kv_cache
+from tests.oracles import activation as activation_oracle
 from tests.oracles import norm as norm_oracle
 from tests.oracles import page as page_oracle
 from tests.oracles import rope as rope_oracle
@@ -33,6 +37,84 @@ def assert_fp8_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     ulp = ulp.clamp_min(smallest)
     # Half an ulp, and 1e-5 of the value for what fp32 adds before the rounding.
     assert ((got - expected).abs() <= 0.5 * ulp + 1e-5 * expected.abs() + 1e-12).all()
+
+
+# ------------------------------------------------------------------------------------------------- quantized outputs
+
+ROWS = {"ordinary": (7, 4096), "one row": (1, 2048), "odd": (5, 111), "short": (33, 128), "empty": (0, 256)}
+
+
+def make_scale(kind: str, value: float, device: torch.device) -> float | torch.Tensor:
+    return value if kind == "number" else torch.tensor([value], device=device)
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("out_dtype", FP8_DTYPES)
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_rmsnorm_quant(device: torch.device, name: str, dtype: torch.dtype, out_dtype: torch.dtype, kind: str) -> None:
+    x, weight = make(ROWS[name], dtype, device, 0), make(ROWS[name][1:], dtype, device, 1)
+    out = torch.full(ROWS[name], float("nan")).to(device, out_dtype)
+    assert rmsnorm_quant(out, x, weight, make_scale(kind, 0.03, device), 1e-5) is out
+    assert_fp8_close(out, norm_oracle.rmsnorm(x, weight, 1e-5) / 0.03)
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_fused_add_rmsnorm_quant(device: torch.device, name: str, kind: str) -> None:
+    x, residual = make(ROWS[name], torch.bfloat16, device, 0), make(ROWS[name], torch.bfloat16, device, 2)
+    weight = make(ROWS[name][1:], torch.bfloat16, device, 1)
+    total, before = x.cpu().double() + residual.cpu().double(), x.clone()
+    out = torch.full(ROWS[name], float("nan")).to(device, torch.float8_e4m3fn)
+    assert fused_add_rmsnorm_quant(out, x, residual, weight, make_scale(kind, 0.02, device), 1e-5) is None
+    assert_close(residual, total)
+    assert torch.equal(x, before)
+    assert_fp8_close(out, norm_oracle.rmsnorm(total, weight, 1e-5) / 0.02)
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("out_dtype", FP8_DTYPES)
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_silu_and_mul_quant(
+    device: torch.device, name: str, dtype: torch.dtype, out_dtype: torch.dtype, kind: str
+) -> None:
+    num_rows, hidden_size = ROWS[name]
+    x = make((num_rows, 2 * hidden_size), dtype, device, 0)
+    out = torch.full(ROWS[name], float("nan")).to(device, out_dtype)
+    assert silu_and_mul_quant(out, x, make_scale(kind, 0.05, device)) is out
+    assert_fp8_close(out, activation_oracle.act_and_mul("silu", x) / 0.05)
+
+
+def test_quantized_outputs_saturate_and_keep_nan(device: torch.device) -> None:
+    x = make((3, 256), torch.float32, device, 0)
+    x[1] = float("nan")
+    out = torch.zeros(3, 256, device=device).to(torch.float8_e4m3fn)
+    rmsnorm_quant(out, x, torch.ones(256, device=device), 1e-4)
+    assert out.float()[[0, 2]].abs().max() == 448 and out.float()[1].isnan().all()
+
+
+def test_quantized_output_between_other_rows(device: torch.device) -> None:
+    """Vectors of the output are shorter than those of the input, and start at any element."""
+    x, weight = make((4, 256), torch.bfloat16, device, 0), make((256,), torch.bfloat16, device, 1)
+    for offset in (0, 1, 8):
+        wide = torch.zeros(4, 300, device=device).to(torch.float8_e4m3fn)
+        rmsnorm_quant(wide[:, offset : offset + 256], x, weight, 0.1)
+        assert_fp8_close(wide[:, offset : offset + 256], norm_oracle.rmsnorm(x, weight, 1e-6) / 0.1)
+        assert wide.float()[:, offset + 256 :].eq(0).all()
+
+
+def test_errors_of_quantized_outputs(device: torch.device) -> None:
+    x, weight = make((4, 64), torch.bfloat16, device, 0), make((64,), torch.bfloat16, device, 1)
+    out = torch.zeros(4, 64, device=device).to(torch.float8_e4m3fn)
+    with pytest.raises(UnsupportedConfig, match=r"out is torch.bfloat16; expected float8_e4m3fn or float8_e5m2"):
+        rmsnorm_quant(torch.empty_like(x), x, weight, 1.0)
+    with pytest.raises(ValueError, match=r"out has shape \[3, 64\]; expected \[4, 64\], the shape of input"):
+        rmsnorm_quant(out[:3], x, weight, 1.0)
+    with pytest.raises(ValueError, match=r"scale is torch.float32 of shape \[2\]; expected a number or one float32"):
+        rmsnorm_quant(out, x, weight, torch.ones(2, device=device))
+    with pytest.raises(UnsupportedConfig, match=r"out is torch.bfloat16; expected float8_e4m3fn or float8_e5m2"):
+        silu_and_mul_quant(torch.empty_like(x[:, :32]), x, 1.0)
 
 
 # ------------------------------------------------------------------------------------------------------ rope and append

@@ -5,20 +5,21 @@
 
 #include "activation/gate.h"
 #include "activation/params.h"
+#include "device/cast.cuh"
 #include "device/pdl.cuh"
-#include "device/vec.cuh"
 
 namespace flashinfer {
 
-// Grid: (num_rows, ceil(hidden_size / (kNumThreads * kVecsPerThread * kVecSize))).
-template <class Config>
-__device__ __forceinline__ void act_and_mul(const ActAndMulParams& params) {
+// output_scale() multiplies the result; it may read memory that the previous kernel wrote.
+template <class Config, class OutputScale>
+__device__ __forceinline__ void act_and_mul_row(const ActAndMulParams& params, OutputScale output_scale) {
   using T = typename Config::T;
+  using OutT = typename Config::OutT;
   using V = Vec<T, Config::kVecSize>;
   constexpr int kVecs = Config::kVecsPerThread;
   const T* gate_gmem = static_cast<const T*>(params.input) + blockIdx.x * params.input_stride;
   const T* up_gmem = gate_gmem + params.hidden_size;
-  T* output_gmem = static_cast<T*>(params.output) + blockIdx.x * params.output_stride;
+  OutT* output_gmem = static_cast<OutT*>(params.output) + blockIdx.x * params.output_stride;
   const int first_column = (blockIdx.y * kVecs * Config::kNumThreads + threadIdx.x) * Config::kVecSize;
   constexpr int kColumnStep = Config::kNumThreads * Config::kVecSize;
 
@@ -33,16 +34,24 @@ __device__ __forceinline__ void act_and_mul(const ActAndMulParams& params) {
       ups[i] = V::load(up_gmem + column);
     }
   }
+  const float scale = output_scale();
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     const int column = first_column + i * kColumnStep;
     if (column >= params.hidden_size) return;
+    float products[Config::kVecSize];
 #pragma unroll
     for (int j = 0; j < Config::kVecSize; ++j) {
-      gates[i][j] = from_float<T>(gate<Config::kGate>(to_float(gates[i][j])) * to_float(ups[i][j]));
+      products[j] = gate<Config::kGate>(to_float(gates[i][j])) * to_float(ups[i][j]) * scale;
     }
-    gates[i].store(output_gmem + column);
+    cast_vec<OutT>(products).store(output_gmem + column);
   }
+}
+
+// Grid: (num_rows, ceil(hidden_size / (kNumThreads * kVecsPerThread * kVecSize))).
+template <class Config>
+__device__ __forceinline__ void act_and_mul(const ActAndMulParams& params) {
+  act_and_mul_row<Config>(params, [] { return 1.f; });
 }
 
 }  // namespace flashinfer

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "common.h"
+#include "quant_scale.h"
 
 namespace flashinfer {
 
@@ -18,6 +19,12 @@ struct NormParams {
   int64_t output_row_stride, output_group_stride;  // elements
   int32_t num_rows, rows_per_group;
   float eps;
+};
+
+// RMSNorm with an fp8 output.
+struct NormQuantParams {
+  QuantScale output_scale;  // output holds the result / scale
+  NormParams norm;
 };
 
 FLASHINFER_HOST_DEVICE constexpr int64_t grouped_row_offset(const NormParams& params, int32_t row, int64_t row_stride,

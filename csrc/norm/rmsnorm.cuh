@@ -15,6 +15,7 @@ namespace flashinfer {
 template <class Config>
 struct RmsNormRow {
   using T = typename Config::T;
+  using OutT = typename Config::OutT;
   using Fragment = RowFragment<T, Config>;
   Fragment input;
   Fragment residual;
@@ -40,22 +41,22 @@ struct RmsNormRow {
 
   __device__ __forceinline__ void store(const NormParams& params, int row, int thread_idx, const Fragment& weight,
                                         float scale) {
-    Fragment output;
+    RowFragment<OutT, Config> output;
     Fragment::for_each(thread_idx, [&](int i, int j) {
       const float x = value(i, j), w = to_float(weight.vecs[i][j]) + (Config::kGemma ? 1.f : 0.f);
-      output.vecs[i][j] = from_float<T>(x * scale * w);
+      output.vecs[i][j] = from_float<OutT>(x * scale * w);
       if constexpr (Config::kAddResidual) residual.vecs[i][j] = from_float<T>(x);
     });
     if constexpr (Config::kAddResidual) {
       residual.store(residual_row<T>(params, row), thread_idx);
     }
-    output.store(output_row<T>(params, row), thread_idx);
+    output.store(output_row<OutT>(params, row), thread_idx);
   }
 };
 
-// Grid: ceil(num_rows / rows per block).
-template <class Config>
-__device__ __forceinline__ void rmsnorm(const NormParams& params) {
+// output_scale() multiplies the result; it may read memory that the previous kernel wrote.
+template <class Config, class OutputScale>
+__device__ __forceinline__ void rmsnorm_row(const NormParams& params, OutputScale output_scale) {
   using Row = RmsNormRow<Config>;
   __shared__ typename RowSum<Config>::Smem smem;
   const auto [row, thread_idx] = row_of_thread<Config>();
@@ -70,8 +71,14 @@ __device__ __forceinline__ void rmsnorm(const NormParams& params) {
     weight.load(static_cast<const typename Config::T*>(params.weight), thread_idx);  // in flight during the sum
   }
   const float sum = RowSum<Config>{smem}(x.sum_of_squares(thread_idx));
-  const float scale = rsqrtf(sum / Config::kHiddenSize + params.eps);
+  const float scale = rsqrtf(sum / Config::kHiddenSize + params.eps) * output_scale();
   if (is_valid) x.store(params, row, thread_idx, weight, scale);
+}
+
+// Grid: ceil(num_rows / rows per block).
+template <class Config>
+__device__ __forceinline__ void rmsnorm(const NormParams& params) {
+  rmsnorm_row<Config>(params, [] { return 1.f; });
 }
 
 }  // namespace flashinfer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 
 from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
+from flashinfer.kernels.norm import FP8_DTYPES, QUANT_SCALE
 
 GATES = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # enum Gate in csrc/activation/gate.h
 VECS_PER_THREAD = 2
@@ -23,9 +24,16 @@ class ActAndMulParams(ctypes.Structure):
     ]
 
 
+class ActAndMulQuantParams(ctypes.Structure):
+    """Mirror of csrc/activation/params.h."""
+
+    _fields_ = [*QUANT_SCALE, *[(f"act_and_mul.{field[0]}", field[1]) for field in ActAndMulParams._fields_]]
+
+
 def _config(spec: KernelSpec) -> Config:
     constants = {
         "T": CxxType(spec.arg("dtype")),
+        "OutT": CxxType(spec.arg("out_dtype" if spec.family == "act_and_mul_quant" else "dtype")),
         "kGate": GATES[spec.arg("gate")],
         "kVecSize": spec.arg("vec_size"),
         "kVecsPerThread": VECS_PER_THREAD,
@@ -40,4 +48,11 @@ ACT_AND_MUL = Family(
     axes={"dtype": ("fp16", "bf16", "fp32"), "gate": tuple(GATES), "vec_size": (1, 2, 4, 8)},
     config=_config,
 )
-register(ACT_AND_MUL)
+ACT_AND_MUL_QUANT = Family(
+    name="act_and_mul_quant",
+    params=ActAndMulQuantParams,
+    headers={"cuda": "activation/act_and_mul_quant.cuh", "cpu": "cpu/activation/act_and_mul_quant.h"},
+    axes={"dtype": ("fp16", "bf16", "fp32"), "out_dtype": FP8_DTYPES, "gate": tuple(GATES), "vec_size": (1, 2, 4, 8)},
+    config=_config,
+)
+register(ACT_AND_MUL, ACT_AND_MUL_QUANT)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 from flashinfer.dtypes import ITEMSIZE
 from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
 
 DTYPES = ("fp16", "bf16", "fp32")
+FP8_DTYPES = ("fp8_e4m3", "fp8_e5m2")
 VEC_SIZES = (1, 2, 4, 8)
 # A row lives in registers: 1024 threads × 32 elements.
 HIDDEN_SIZES = range(1, 32769)
+
+
+# QuantScale in csrc/quant_scale.h, as the leading field `output_scale`.
+QUANT_SCALE: list[tuple[str, Any]] = [
+    ("output_scale.device_value", ctypes.c_void_p),
+    ("output_scale.host_value", ctypes.c_float),
+    ("output_scale.reserved", ctypes.c_int32),
+]
 
 
 class NormParams(ctypes.Structure):
@@ -31,6 +41,12 @@ class NormParams(ctypes.Structure):
         ("rows_per_group", ctypes.c_int32),
         ("eps", ctypes.c_float),
     ]
+
+
+class NormQuantParams(ctypes.Structure):
+    """Mirror of csrc/norm/params.h."""
+
+    _fields_ = [*QUANT_SCALE, *[(f"norm.{field[0]}", field[1]) for field in NormParams._fields_]]
 
 
 def vec_size(dtype: str, hidden_size: int, alignment: int = 16) -> int:
@@ -54,12 +70,14 @@ def _tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:
 
 def _rmsnorm_config(spec: KernelSpec) -> Config:
     tile, launch = _tile(spec)
+    is_quant = spec.family == "rmsnorm_quant"
     constants = {
         "T": CxxType(spec.arg("dtype")),
+        "OutT": CxxType(spec.arg("out_dtype" if is_quant else "dtype")),
         "kHiddenSize": spec.arg("hidden_size"),
         "kVecSize": spec.arg("vec_size"),
         "kAddResidual": spec.arg("add_residual"),
-        "kGemma": spec.arg("gemma"),
+        "kGemma": not is_quant and spec.arg("gemma"),
     }
     return Config({**constants, **tile}, launch)
 
@@ -88,6 +106,19 @@ RMSNORM = Family(
     },
     config=_rmsnorm_config,
 )
+RMSNORM_QUANT = Family(
+    name="rmsnorm_quant",
+    params=NormQuantParams,
+    headers={"cuda": "norm/rmsnorm_quant.cuh", "cpu": "cpu/norm/rmsnorm_quant.h"},
+    axes={
+        "dtype": DTYPES,
+        "out_dtype": FP8_DTYPES,
+        "hidden_size": HIDDEN_SIZES,
+        "vec_size": VEC_SIZES,
+        "add_residual": (False, True),
+    },
+    config=_rmsnorm_config,
+)
 LAYERNORM = Family(
     name="layernorm",
     params=NormParams,
@@ -95,4 +126,4 @@ LAYERNORM = Family(
     axes={"dtype": DTYPES, "weight_dtype": DTYPES, "hidden_size": HIDDEN_SIZES, "vec_size": VEC_SIZES},
     config=_layernorm_config,
 )
-register(RMSNORM, LAYERNORM)
+register(RMSNORM, RMSNORM_QUANT, LAYERNORM)

@@ -8,18 +8,24 @@
 namespace flashinfer::cpu {
 
 template <class Config>
-void act_and_mul(const ActAndMulParams& params) {
+void act_and_mul_rows(const ActAndMulParams& params, float output_scale) {
   using T = typename Config::T;
+  using OutT = typename Config::OutT;
 #pragma omp parallel for
   for (int row = 0; row < params.num_rows; ++row) {
     const T* gates = static_cast<const T*>(params.input) + row * params.input_stride;
     const T* ups = gates + params.hidden_size;
-    T* output = static_cast<T*>(params.output) + row * params.output_stride;
+    OutT* output = static_cast<OutT*>(params.output) + row * params.output_stride;
 #pragma omp simd
     for (int i = 0; i < params.hidden_size; ++i) {
-      output[i] = from_float<T>(gate<Config::kGate>(to_float(gates[i])) * to_float(ups[i]));
+      output[i] = from_float<OutT>(gate<Config::kGate>(to_float(gates[i])) * to_float(ups[i]) * output_scale);
     }
   }
+}
+
+template <class Config>
+void act_and_mul(const ActAndMulParams& params) {
+  act_and_mul_rows<Config>(params, 1.f);
 }
 
 }  // namespace flashinfer::cpu

@@ -7,15 +7,16 @@
 namespace flashinfer::cpu {
 
 template <class Config>
-void rmsnorm(const NormParams& params) {
+void rmsnorm_rows(const NormParams& params, float output_scale) {
   using T = typename Config::T;
+  using OutT = typename Config::OutT;
   constexpr int kHiddenSize = Config::kHiddenSize;
   const T* weight = static_cast<const T*>(params.weight);
 
 #pragma omp parallel for
   for (int row = 0; row < params.num_rows; ++row) {
     const T* input = input_row<T>(params, row);
-    T* output = output_row<T>(params, row);
+    OutT* output = output_row<OutT>(params, row);
     T* residual = Config::kAddResidual ? residual_row<T>(params, row) : nullptr;
     float x[kHiddenSize];
     float sum_of_squares = 0.f;
@@ -28,12 +29,17 @@ void rmsnorm(const NormParams& params) {
       }
       sum_of_squares += x[i] * x[i];
     }
-    const float scale = 1.f / std::sqrt(sum_of_squares / kHiddenSize + params.eps);
+    const float scale = 1.f / std::sqrt(sum_of_squares / kHiddenSize + params.eps) * output_scale;
 #pragma omp simd
     for (int i = 0; i < kHiddenSize; ++i) {
-      output[i] = from_float<T>(x[i] * scale * (to_float(weight[i]) + (Config::kGemma ? 1.f : 0.f)));
+      output[i] = from_float<OutT>(x[i] * scale * (to_float(weight[i]) + (Config::kGemma ? 1.f : 0.f)));
     }
   }
+}
+
+template <class Config>
+void rmsnorm(const NormParams& params) {
+  rmsnorm_rows<Config>(params, 1.f);
 }
 
 }  // namespace flashinfer::cpu

@@ -1,0 +1,13 @@
+// RMSNorm with an fp8 output on the CPU.
+#pragma once
+
+#include "cpu/norm/rmsnorm.h"
+
+namespace flashinfer::cpu {
+
+template <class Config>
+void rmsnorm_quant(const NormQuantParams& params) {
+  rmsnorm_rows<Config>(params.norm, params.output_scale.reciprocal());
+}
+
+}  // namespace flashinfer::cpu

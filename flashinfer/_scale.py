@@ -1,0 +1,36 @@
+"""Scales of tensors quantized as a whole: a number, or one float32 on the device that only the kernel reads."""
+
+from __future__ import annotations
+
+from typing import Optional, Union
+
+import torch
+
+from flashinfer import _op
+
+Scale = Union[float, torch.Tensor, None]
+
+
+def signature(scale: Scale) -> Optional[tuple[object, ...]]:
+    """What a prepared launch depends on: nothing of a number, which every launch passes anew."""
+    return _op.signature(scale) if isinstance(scale, torch.Tensor) else None
+
+
+def values(scale: Scale) -> tuple[int, float, int]:
+    """The values of `QuantScale` in csrc/quant_scale.h, in order."""
+    if isinstance(scale, torch.Tensor):
+        return scale.data_ptr(), 1.0, 0
+    return 0, 1.0 if scale is None else scale, 0
+
+
+NO_VALUES = values(None)
+
+
+def check(op: str, name: str, scale: Scale, reference: torch.Tensor, reference_name: str = "input") -> None:
+    if isinstance(scale, torch.Tensor):
+        _op.require(
+            scale.numel() == 1 and scale.dtype == torch.float32,
+            op,
+            f"{name} is {scale.dtype} of shape {list(scale.shape)}; expected a number or one float32 in a tensor",
+        )
+        _op.require_device(op, name, scale, reference, reference_name)
