@@ -1,7 +1,7 @@
 """Decode attention on a GPU: microseconds and bandwidth against upstream and PyTorch's SDPA.
 
-Bytes are K and V once, q and the output. Lengths are equal unless a case says otherwise. Buffers are rotated so that nothing
-is found in the L2 cache; calls are timed inside a CUDA graph.
+Bytes are K and V once, q and the output. Lengths are equal unless a case says otherwise. Buffers are rotated so that
+nothing is found in the L2 cache; calls are timed inside a CUDA graph.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        text = f"{self.batch} x {self.kv_len}, {self.num_qo_heads}/{self.num_kv_heads}, d{self.head_dim}, p{self.page_size}"
+        heads = f"{self.num_qo_heads}/{self.num_kv_heads}"
+        text = f"{self.batch} x {self.kv_len}, {heads}, d{self.head_dim}, p{self.page_size}"
         return (
             text
             + ("" if self.kv_dtype == "bf16" else f", {self.kv_dtype}")

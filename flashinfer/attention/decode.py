@@ -32,9 +32,9 @@ class BatchDecodeWithPagedKVCacheWrapper:
     planning other lengths for the same batch size: give padding requests no pages.
 
     Args:
-        float_workspace_buffer: scratch memory on the device to run on; 128 MB suffice for every common shape. May be shared
-            by wrappers that run on one stream. A CPU tensor of any size makes this a wrapper for the CPU.
-        kv_layout: "NHD" (pages of `[page_size, num_kv_heads, head_dim]`) or "HND" (`[num_kv_heads, page_size, head_dim]`).
+        float_workspace_buffer: scratch memory on the device to run on; 128 MB suffice for every common shape. Wrappers that
+            run on one stream may share it. A CPU tensor of any size makes this a wrapper for the CPU.
+        kv_layout: "NHD" (pages of `[page_size, num_kv_heads, head_dim]`) or "HND" (the two middle axes swapped).
         use_cuda_graph: keep index tensors in the three buffers below, whose addresses a graph may hold.
         use_tensor_cores, backend, jit_args: accepted for compatibility; one kernel serves every group size.
         paged_kv_indptr_buffer: int32 `[batch_size + 1]`. Fixes the batch size.
@@ -139,8 +139,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
             indices: int32 page numbers; may be longer than needed.
             last_page_len: int32 `[batch_size]`, entries in use of each request's last page, 1 to page_size.
             num_qo_heads, num_kv_heads, head_dim, page_size: shapes; any page size, any multiple of num_kv_heads.
-            q_data_type, kv_data_type, o_data_type: dtypes of q (default data_type, else float16), of the cache (default that
-                of q) and of the output (default that of q).
+            q_data_type, kv_data_type, o_data_type: dtypes of q (default data_type, else float16), of the cache and of the
+                output (default that of q).
             pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta: as in
                 `single_decode_with_kv_cache`.
             non_blocking, block_tables, seq_lens, fixed_split_size, disable_split_kv: accepted for compatibility.
@@ -151,8 +151,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         """
         batch_size = last_page_len.shape[0]
         key = (
-            batch_size, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode, window_left, logits_soft_cap,
-            q_data_type, kv_data_type, data_type, o_data_type, sm_scale, rope_scale, rope_theta,
+            batch_size, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode, window_left,
+            logits_soft_cap, q_data_type, kv_data_type, data_type, o_data_type, sm_scale, rope_scale, rope_theta,
         )  # fmt: skip
         shape = self._plans.get(key)
         if shape is None:
@@ -244,14 +244,14 @@ class BatchDecodeWithPagedKVCacheWrapper:
 
         Args:
             q: `[batch_size, num_qo_heads, head_dim]`, unit stride in the last axis.
-            paged_kv_cache: one tensor `[pages, 2, page_size, num_kv_heads, head_dim]` (NHD; HND swaps the axes of page_size
-                and heads) or a tuple (k, v) of such tensors without the axis of 2. Any strides over whole rows. What lies
+            paged_kv_cache: one tensor `[pages, 2, page_size, num_kv_heads, head_dim]` (NHD; HND has heads before
+                page_size) or a tuple (k, v) of such tensors without the axis of 2. Any strides over whole rows. What lies
                 in pages or entries no request uses is never read into a result, NaN included.
             q_scale, k_scale, v_scale: factors of quantized q, k and v.
             out: `[batch_size, num_qo_heads, head_dim]`; allocated when None.
             lse: fp32 `[batch_size, num_qo_heads]`; allocated when None and return_lse.
             return_lse: also return the base-2 logarithm of the sum of exponentials.
-            enable_pdl: launch with programmatic dependent launch; default: where the hardware has it (sm_90 and later).
+            enable_pdl: launch with programmatic dependent launch; by default where the hardware has it (sm_90 on).
             window_left: overrides the planned one.
 
         Returns:
@@ -336,8 +336,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
             k_ptr, v_ptr = cache[0].data_ptr(), cache[1].data_ptr()
             cache_key = kv_cache.signature(cache)
         key = (
-            q.dtype, q.shape, q.stride(), q.get_device(), cache_key, out.dtype, out.shape, out.stride(), out.get_device(),
-            (q_ptr | out_ptr | k_ptr | v_ptr) & 15, None if lse is None else (lse.shape, lse.stride(), lse.dtype),
+            q.dtype, q.shape, q.stride(), q.get_device(), cache_key,
+            out.dtype, out.shape, out.stride(), out.get_device(), (q_ptr | out_ptr | k_ptr | v_ptr) & 15, None if lse is None else (lse.shape, lse.stride(), lse.dtype),
             q_scale, k_scale, v_scale, pdl, overrides,
         )  # fmt: skip
         bound = shape.bound.get(key)
@@ -349,9 +349,9 @@ class BatchDecodeWithPagedKVCacheWrapper:
             dependent = launching.launches_dependent(self.device) if pdl is None else pdl
             bound = shape.bound.remember(key, _BoundRun(shape, q, cache, out, lse, variant, scales, dependent))
         # A schedule serves every window that is no wider than its own.
-        if self._planned_window != bound.window_left and not 0 <= bound.window_left <= self._planned_window:
-            if self._planned_window >= 0:
-                self._plan_window(bound.window_left)
+        planned = self._planned_window
+        if planned >= 0 and not 0 <= bound.window_left <= planned:
+            self._plan_window(bound.window_left)
         lse_ptr = 0 if lse is None else lse.data_ptr()
         bound.launch(q_ptr, out_ptr, lse_ptr, k_ptr, v_ptr + bound.v_offset, *self._index_addresses)
         return (out, lse) if return_lse and lse is not None else out
@@ -517,7 +517,7 @@ class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWra
 
 
 def fast_decode_plan(wrapper: BatchDecodeWithPagedKVCacheWrapper, *args: Any, **kwargs: Any) -> None:
-    """`wrapper.plan(...)`, which is as fast: planning never waits for the device. Host-side copies of indptr that callers
-    pass along (`global_override_indptr_cpu`) are not needed."""
+    """`wrapper.plan(...)`, which is as fast: planning never waits for the device. The host-side copy of indptr that
+    callers pass along (`global_override_indptr_cpu`) is not needed."""
     kwargs.pop("global_override_indptr_cpu", None)
     wrapper.plan(*args, **kwargs)

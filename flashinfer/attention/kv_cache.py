@@ -35,7 +35,7 @@ class KvStrides:
 
 @dataclass(frozen=True)
 class PagedKv:
-    """What a plan fixed about a paged cache. NHD: `[pages, page_size, num_kv_heads, head_dim]`; HND swaps the middle."""
+    """What a plan fixed about a paged cache. NHD: `[pages, page_size, num_kv_heads, head_dim]`; HND: heads first."""
 
     layout: str
     page_size: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ INT_WORKSPACE_BYTES = 8 << 20
 
 
 def carve(op: str, name: str, buffer: torch.Tensor, sizes: Sequence[int]) -> list[int]:
-    """Addresses of consecutive regions of these sizes in bytes inside a workspace. Raises ValueError when it is too small."""
+    """Addresses of consecutive regions of these sizes in bytes inside a workspace. Raises ValueError if it is too
+    small."""
     address = start = -(-buffer.data_ptr() // _ALIGNMENT) * _ALIGNMENT
     addresses = []
     for size in sizes:
@@ -58,12 +60,12 @@ def require_ascending(op: str, name: str, indptr: torch.Tensor) -> None:
     if indptr.device.type != "cpu" or indptr.numel() == 0:
         return
     offsets = indptr.tolist()
-    if offsets[0] < 0 or any(later < earlier for earlier, later in zip(offsets, offsets[1:])):
+    if offsets[0] < 0 or any(later < earlier for earlier, later in itertools.pairwise(offsets)):
         raise ValueError(f"{op}: {name} must start at 0 or above and never descend; got {offsets[:8]}…")
 
 
 class FixedBuffers:
-    """The caller's index buffers of a wrapper that serves a CUDA graph: a plan copies into them, a replay reads them."""
+    """The caller's index buffers of a wrapper for CUDA graphs: a plan copies into them, a replay reads them."""
 
     def __init__(self, op: str, device: torch.device, **buffers: torch.Tensor | None) -> None:
         self._op = op

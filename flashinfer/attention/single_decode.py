@@ -155,8 +155,9 @@ class _Single:
                 else:
                     scratch = self.scratches.get((stream, num_chunks)) or self.find_scratch(stream, num_chunks)
         kernel.launcher(
-            grid, stream, q.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), k.data_ptr(), v.data_ptr(),
-            *self.kv_values, kv_len, *self.pointers, *scratch, *self.strides, *self.counts, num_chunks, *self.scalars,
+            grid, stream, q.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), k.data_ptr(),
+            v.data_ptr(), *self.kv_values, kv_len, *self.pointers, *scratch, *self.strides, *self.counts, num_chunks,
+            *self.scalars,
         )  # fmt: skip
 
     def find_scratch(self, stream: int, num_chunks: int) -> tuple[int, int, int]:
@@ -187,6 +188,7 @@ class _Scratch:
     addresses: tuple[int, int, int]  # counters, partial_out, partial_lse
 
 
-# (device, stream, counters, log2 of bytes) -> scratch. Never freed, so that addresses stay valid; sizes are powers of two.
+# (device, stream, counters, log2 of bytes) -> scratch. Never freed, so that addresses stay valid; sizes are powers of
+# two.
 _scratches: dict[tuple[int, int, int, int], _Scratch] = {}
 _singles: _op.Memo[_Single] = _op.Memo()

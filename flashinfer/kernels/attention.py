@@ -30,7 +30,7 @@ _POINTER, _INT64, _INT32, _UINT32, _FLOAT = (
 
 
 class AttentionParams(ctypes.Structure):
-    """Mirror of csrc/attention/params.h, its nested structs laid out flat. What changes from call to call comes first."""
+    """Mirror of csrc/attention/params.h, nested structs laid out flat. What changes from call to call comes first."""
 
     _fields_ = [
         *[(name, _POINTER) for name in ("q", "out", "lse", "kv.k", "kv.v")],
@@ -196,8 +196,8 @@ def decode_tile_len(config: Config) -> int:
 
 
 def decode_num_chunks(resident_blocks: int, num_head_blocks: int) -> int:
-    """Chunks that fill the device once with every head block; where that leaves more than a fifth of it idle, enough for
-    several rounds."""
+    """Chunks that fill the device once with every head block; where that would leave a fifth of it idle, enough
+    for several rounds."""
     whole = resident_blocks // num_head_blocks
     if whole * num_head_blocks * 5 >= resident_blocks * 4:
         return whole

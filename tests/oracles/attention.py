@@ -16,7 +16,7 @@ LOG2_E = math.log2(math.e)
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
-    """The slopes of the ALiBi paper: a geometric sequence for powers of two, interleaved with the next one otherwise."""
+    """The slopes of the ALiBi paper: a geometric sequence for powers of two, then every other slope of the next one."""
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
