@@ -145,6 +145,11 @@ class _BatchPrefill:
         head_dim_vo = head_dim_vo or head_dim_qk
         q_dtype = dtypes.torch_dtype(q_data_type)
         kv_dtype = q_dtype if kv_data_type is None else dtypes.torch_dtype(kv_data_type)
+        options = Variant.of(op, head_dim_qk, **variant)
+        launches.kernel_spec(
+            self.device, q_dtype, kv_dtype, head_dim_qk, head_dim_vo, self._kv_storage, mask,
+            tuple(options.spec_args.items()),
+        )  # fmt: skip
         schedule = None
         if self.device.type == "cuda" and batch_size > 0:
             schedule = Schedule.of(
@@ -153,7 +158,7 @@ class _BatchPrefill:
             )  # fmt: skip
         return _Problem(
             batch_size, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, q_dtype, kv_dtype, mask,
-            Variant.of(op, head_dim_qk, **variant), schedule,
+            options, schedule,
         )  # fmt: skip
 
     def _kernel(
@@ -231,10 +236,13 @@ class _BatchPrefill:
         if run is None:
             run = runs.remember(key, self._bind(problem, q, kv, out, lse, scales, bool(pdl), overrides))
         if not run.is_empty:
-            if problem.schedule is not None and run.extent != self._planned:
-                # Options given at run time see other KV tiles than planned: plan again, also without waiting.
-                if not (self._use_cuda_graph and self._planned.covers(run.extent)):
-                    self._launch_planner(problem, run.extent)
+            # Options given at run time may see other KV tiles than planned: then plan again, also without waiting.
+            if (
+                problem.schedule is not None
+                and run.extent != self._planned
+                and not (self._use_cuda_graph and self._planned.covers(run.extent))
+            ):
+                self._launch_planner(problem, run.extent)
             self._last_run = run.extent
             run.launch(
                 q_ptr, out_ptr, 0 if lse is None else lse.data_ptr(), k_ptr, v_ptr + run.v_offset, self._kv_index,

@@ -16,6 +16,7 @@ from flashinfer.attention.variant import Variant, alibi_slopes_ptr
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit import resolver
 from flashinfer.jit.loader import Launcher
+from flashinfer.jit.spec import KernelSpec
 from flashinfer.kernels import prefill as families
 from flashinfer.kernels.attention import fast_divisor
 
@@ -32,6 +33,31 @@ class PrefillKernel:
     num_ctas: int  # that the device holds at a time: the grid of a planned launch
 
 
+def kernel_spec(
+    device: torch.device,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    kv_storage: str,
+    mask: str,
+    variant_args: tuple[tuple[str, str | bool], ...],
+) -> KernelSpec:
+    """The kernel for these arguments. Raises UnsupportedConfig, without compiling, where there is none."""
+    spec = families.prefill(
+        target.of_device(device),
+        q_dtype=dtypes.short_name(q_dtype),
+        kv_dtype=dtypes.short_name(kv_dtype),
+        head_dim=head_dim_qk,
+        head_dim_vo=head_dim_vo,
+        kv_storage=kv_storage,
+        mask=mask,
+        **dict(variant_args),  # type: ignore[arg-type]
+    )
+    families.PREFILL.config(spec)
+    return spec
+
+
 @functools.cache
 def load_kernel(
     device: torch.device,
@@ -44,17 +70,9 @@ def load_kernel(
     variant_args: tuple[tuple[str, str | bool], ...],
     pdl: bool = False,
 ) -> PrefillKernel:
-    spec = families.prefill(
-        target.of_device(device),
-        q_dtype=dtypes.short_name(q_dtype),
-        kv_dtype=dtypes.short_name(kv_dtype),
-        head_dim=head_dim_qk,
-        head_dim_vo=head_dim_vo,
-        kv_storage=kv_storage,
-        mask=mask,
-        **dict(variant_args),  # type: ignore[arg-type]
+    kernel = resolver().load(
+        kernel_spec(device, q_dtype, kv_dtype, head_dim_qk, head_dim_vo, kv_storage, mask, variant_args)
     )
-    kernel = resolver().load(spec)
     if device.type == "cpu":
         return PrefillKernel(kernel.on(-1), 0, 0, 0)
     launcher = kernel.on(device.index, pdl=pdl)

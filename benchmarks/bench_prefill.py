@@ -1,0 +1,199 @@
+"""Prefill and append attention on a GPU: TFLOP/s, or bandwidth where the KV dominates, against upstream and cuDNN.
+
+FLOPs are 2 (head_dim_qk + head_dim_vo) per visible (query, key, head); bytes are K and V once, q and the output. Calls are
+timed inside a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from common import copies_for, environment, gpu_us, host_us, print_table, upstream
+
+import flashinfer
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int
+    qo_len: int
+    kv_len: int
+    num_qo_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    head_dim_vo: int = 128
+    page_size: int = 0  # 0: ragged
+    causal: bool = True
+    goal: str = ""
+
+    @property
+    def name(self) -> str:
+        lengths = f"{self.qo_len}" if self.qo_len == self.kv_len else f"{self.qo_len} on {self.kv_len}"
+        dims = f"d{self.head_dim}" + ("" if self.head_dim == self.head_dim_vo else f"/{self.head_dim_vo}")
+        storage = f"page {self.page_size}" if self.page_size else "ragged"
+        mask = "causal" if self.causal else "full"
+        return f"{self.batch} x {lengths}, {self.num_qo_heads}/{self.num_kv_heads}, {dims}, {storage}, {mask}"
+
+    @property
+    def flops(self) -> float:
+        pairs = self.qo_len * self.kv_len - (self.qo_len * (self.qo_len - 1) / 2 if self.causal else 0)
+        return 2.0 * self.batch * pairs * self.num_qo_heads * (self.head_dim + self.head_dim_vo)
+
+    @property
+    def num_bytes(self) -> int:
+        rows = self.kv_len * self.num_kv_heads + self.qo_len * self.num_qo_heads
+        return 2 * self.batch * rows * (self.head_dim + self.head_dim_vo)
+
+
+def square(batch: int, length: int, heads: int = 32, kv_heads: int = 8, dim: int = 128, **more: Any) -> Case:
+    return Case(batch, length, length, heads, kv_heads, dim, more.pop("head_dim_vo", dim), **more)
+
+
+CASES = [
+    square(4, 4096, goal="360 TFLOP/s"),
+    square(4, 4096, page_size=16, goal="345 TFLOP/s"),
+    square(4, 4096, page_size=1, goal="340 TFLOP/s"),
+    square(16, 1024),
+    square(1, 16384),
+    square(1, 16384, causal=False),
+    square(1, 1024),
+    square(4, 4096, dim=64),
+    square(4, 4096, 16, 4, 256),
+    square(4, 4096, 128, 128, 192, head_dim_vo=128),
+    square(256, 128, 12, 12, 32, causal=False),
+    Case(64, 16, 4096, page_size=16, goal="2.6 TB/s"),
+    Case(64, 16, 4096, page_size=1),
+    Case(64, 4, 4096, page_size=16),
+    Case(1, 16, 131072, page_size=16),
+    Case(8, 512, 8192, page_size=16),
+]
+
+
+class Problem:
+    """One case, its KV repeated so often that a round does not fit the L2 cache."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        device = torch.device("cuda")
+        num_tokens, num_kv = case.batch * case.qo_len, case.batch * case.kv_len
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+        def offsets(step: int) -> torch.Tensor:
+            return torch.arange(case.batch + 1, dtype=torch.int32, device=device) * step
+
+        self.q = draw(num_tokens, case.num_qo_heads, case.head_dim)
+        self.out = torch.empty(num_tokens, case.num_qo_heads, case.head_dim_vo, device=device, dtype=torch.bfloat16)
+        rows = [(num_kv,)]
+        self.indices: tuple[torch.Tensor, ...] = (offsets(case.qo_len), offsets(case.kv_len))
+        if case.page_size:
+            num_pages = case.kv_len // case.page_size
+            rows = [(case.batch * num_pages, case.page_size)]
+            pages = torch.randperm(case.batch * num_pages, device=device).int()
+            last = torch.full((case.batch,), case.page_size, dtype=torch.int32, device=device)
+            self.indices = (offsets(case.qo_len), offsets(num_pages), pages, last)
+        kv_bytes = 2 * num_kv * case.num_kv_heads * (case.head_dim + case.head_dim_vo)
+        self.kvs = [
+            (draw(*rows[0], case.num_kv_heads, case.head_dim), draw(*rows[0], case.num_kv_heads, case.head_dim_vo))
+            for _ in range(copies_for(kv_bytes))
+        ]
+
+    def wrapper(self, module: Any, **options: Any) -> Any:
+        case = self.case
+        workspace = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+        kind = "Paged" if case.page_size else "Ragged"
+        wrapper = getattr(module, f"BatchPrefillWith{kind}KVCacheWrapper")(workspace, **options)
+        shapes = [case.num_qo_heads, case.num_kv_heads, case.head_dim, *([case.page_size] if case.page_size else [])]
+        wrapper.plan(
+            *self.indices, *shapes, head_dim_vo=case.head_dim_vo, causal=case.causal, q_data_type=torch.bfloat16
+        )
+        return wrapper
+
+    def calls(self, wrapper: Any) -> list[Callable[[], Any]]:
+        if self.case.page_size:
+            return [(lambda kv=kv: wrapper.run(self.q, kv, out=self.out)) for kv in self.kvs]
+        return [(lambda kv=kv: wrapper.run(self.q, kv[0], kv[1], out=self.out)) for kv in self.kvs]
+
+    def sdpa_calls(self) -> list[Callable[[], Any]]:
+        """cuDNN over contiguous KV. SDPA aligns the causal mask to the first key, so equal lengths alone."""
+        case = self.case
+        q = self.q.view(case.batch, case.qo_len, case.num_qo_heads, -1).transpose(1, 2)
+        calls = []
+        for k, v in self.kvs:
+            k, v = (x.view(case.batch, case.kv_len, case.num_kv_heads, -1).transpose(1, 2) for x in (k, v))
+
+            def call(k: torch.Tensor = k, v: torch.Tensor = v) -> torch.Tensor:
+                with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+                    return torch.nn.functional.scaled_dot_product_attention(
+                        q, k, v, is_causal=case.causal, enable_gqa=case.num_qo_heads != case.num_kv_heads
+                    )
+
+            calls.append(call)
+        return calls
+
+
+def measure(case: Case, peers: bool) -> list[object]:
+    problem = Problem(case)
+    us = gpu_us(problem.calls(problem.wrapper(flashinfer)))
+    row: list[object] = [case.name, us, case.flops / us / 1e6, case.num_bytes / us / 1e6]
+    if peers:
+        theirs = sdpa = math.nan
+        other = upstream()
+        if other is not None:
+            theirs = case.flops / gpu_us(problem.calls(problem.wrapper(other, backend="fa2"))) / 1e6
+        if case.qo_len == case.kv_len:
+            try:
+                sdpa = case.flops / gpu_us(problem.sdpa_calls()) / 1e6
+            except RuntimeError:  # cuDNN does not cover the case
+                sdpa = math.nan
+        row += [theirs, sdpa]
+    return [*row, case.goal]
+
+
+def measure_host() -> list[list[object]]:
+    """Host microseconds of plan and run beside torch.add(out=), the price of a bare launch."""
+    problem = Problem(Case(16, 16, 128, page_size=16))
+    wrapper = problem.wrapper(flashinfer)
+
+    def plan() -> None:
+        wrapper.plan(*problem.indices, 32, 8, 128, 16, causal=True, q_data_type=torch.bfloat16)
+
+    q, kv, out = problem.q, problem.kvs[0], problem.out
+    x, y, z = (torch.zeros(1024, device="cuda") for _ in range(3))
+    q1, (k1, v1) = q[:128], (half.view(-1, 8, 128)[:128] for half in kv)
+    s = torch.zeros(len(q), 32, device="cuda")
+    return [
+        ["torch.add(out=)", host_us(lambda: torch.add(x, y, out=z))],
+        ["prefill.run(out=)", host_us(lambda: wrapper.run(q, kv, out=out))],
+        ["prefill.run()", host_us(lambda: wrapper.run(q, kv))],
+        ["prefill.forward(causal=True)", host_us(lambda: wrapper.forward(q, kv, causal=True))],
+        ["prefill.plan", host_us(plan)],
+        ["single_prefill_with_kv_cache", host_us(lambda: flashinfer.single_prefill_with_kv_cache(q1, k1, v1, causal=True))],
+        ["merge_state_in_place", host_us(lambda: flashinfer.merge_state_in_place(q, s, out, s))],
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--no-peers", action="store_true", help="time this library alone")
+    parser.add_argument("--only", default="", help="cases whose name contains this text")
+    parser.add_argument("--no-host", action="store_true", help="leave out the host costs")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench_prefill.py needs an NVIDIA GPU")
+    print(environment())
+    peers = [] if args.no_peers else ["upstream fa2 TFLOP/s", "cuDNN TFLOP/s"]
+    header = ["batch x lengths, heads, head_dim, KV, mask", "us", "TFLOP/s", "TB/s", *peers, "goal"]
+    print_table("Prefill, bf16", header, [measure(c, not args.no_peers) for c in CASES if args.only in c.name])
+    if not args.no_host:
+        print_table("Host cost per call", ["call", "us"], measure_host())
+
+
+if __name__ == "__main__":
+    main()

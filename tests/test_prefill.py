@@ -1,0 +1,514 @@
+"""Prefill on both targets against the FP64 oracle: every option, awkward shapes, hostile memory, graphs, bad input."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashinfer
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.jit import resolver
+from flashinfer.kernels import prefill as families
+from tests.oracles.attention import attention
+from tests.tolerances import assert_close
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+CAUSAL = {"causal": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch. In a paged cache, unused pages and entries hold NaN and page numbers are shuffled."""
+
+    name: str
+    qo_lens: tuple[int, ...] = (33, 1, 70, 128)
+    kv_lens: tuple[int, ...] = (33, 90, 200, 517)
+    heads: tuple[int, int] = (8, 2)
+    head_dim: int = 128
+    head_dim_vo: int = 0
+    page_size: int = 16
+    q_dtype: torch.dtype = BF16
+    kv_dtype: torch.dtype | None = None
+    layout: str = "NHD"
+    storage: str = "paged"
+    strided: bool = False  # rows cut out of wider tensors
+    mask: str = ""  # "bool" or "packed": a random custom mask
+    options: dict[str, Any] = field(default_factory=lambda: dict(CAUSAL))
+    cuda_only: bool = False
+
+
+CASES = [
+    Case("ordinary"),
+    Case("ragged", storage="ragged"),
+    Case("not_causal", options={}),
+    Case("ragged_not_causal", storage="ragged", options={}),
+    Case("fp16", q_dtype=FP16),
+    Case("hnd", layout="HND"),
+    Case("ragged_hnd", layout="HND", storage="ragged"),
+    Case("page_1", page_size=1),
+    Case("page_3", page_size=3),
+    Case("last_page_full", qo_lens=(16, 3), kv_lens=(64, 160)),
+    Case("long_kv_few_queries", qo_lens=(1, 5, 16), kv_lens=(3000, 5000, 200)),
+    Case("one_long_request", qo_lens=(700,), kv_lens=(900,)),
+    Case("many_short", qo_lens=tuple(i % 7 + 1 for i in range(70)), kv_lens=tuple(i % 40 + 7 for i in range(70))),
+    Case("empty_requests", qo_lens=(0, 5, 0, 3, 0), kv_lens=(7, 9, 0, 300, 0)),
+    Case("no_kv", qo_lens=(4, 130, 1), kv_lens=(0, 0, 70)),
+    Case("queries_beyond_kv", qo_lens=(50, 200), kv_lens=(20, 130)),
+    Case("empty_batch", qo_lens=(), kv_lens=()),
+    Case("strided", strided=True),
+    Case("ragged_strided", storage="ragged", strided=True),
+    Case("mha", heads=(4, 4)),
+    Case("mqa", heads=(8, 1)),
+    Case("group_5", heads=(10, 2)),
+    Case("group_7", heads=(14, 2), storage="ragged"),
+    Case("head_dim_32", head_dim=32),
+    Case("head_dim_64", head_dim=64),
+    Case("head_dim_96", head_dim=96),
+    Case("head_dim_192", head_dim=192),
+    Case("head_dim_256", head_dim=256),
+    Case("mla_shapes", head_dim=192, head_dim_vo=128, heads=(4, 4), storage="ragged"),
+    Case("minilm", head_dim=32, heads=(12, 12), storage="ragged", options={}),
+    Case("window", options={"causal": True, "window_left": 50}),
+    Case("window_0", options={"causal": True, "window_left": 0}),
+    Case("window_not_causal", options={"window_left": 33}, storage="ragged"),
+    Case("soft_cap", options={"causal": True, "logits_soft_cap": 8.0}),
+    Case("alibi", options={"causal": True, "pos_encoding_mode": "ALIBI"}),
+    Case("alibi_not_causal", options={"pos_encoding_mode": "ALIBI"}, heads=(6, 2)),
+    Case("rope", options={"causal": True, "pos_encoding_mode": "ROPE_LLAMA"}),
+    Case(
+        "rope_scaled", head_dim=64, storage="ragged",
+        options={"causal": True, "pos_encoding_mode": "ROPE_LLAMA", "rope_scale": 4.0, "rope_theta": 5e5},
+    ),
+    Case("sm_scale", options={"causal": True, "sm_scale": 0.3}),
+    Case("custom_mask", mask="bool", options={}),
+    Case("custom_mask_ragged_window", mask="bool", storage="ragged", options={"window_left": 60}),
+    Case("packed_mask", mask="packed", options=CAUSAL),
+    Case("window_soft_cap", options={"causal": True, "window_left": 40, "logits_soft_cap": 20.0}, storage="ragged"),
+    Case("fp8_e4m3", kv_dtype=E4M3),
+    Case("fp8_e5m2_fp16", q_dtype=FP16, kv_dtype=E5M2, storage="ragged"),
+    Case("fp8_e4m3_fp16_d64", q_dtype=FP16, kv_dtype=E4M3, head_dim=64),
+    Case("fp8_e5m2_d96", kv_dtype=E5M2, head_dim=96),
+    Case("fp8_rope", kv_dtype=E4M3, options={"causal": True, "pos_encoding_mode": "ROPE_LLAMA"}),
+    Case("fp8_d256", kv_dtype=E4M3, head_dim=256),
+]  # fmt: skip
+
+
+@dataclass
+class Batch:
+    case: Case
+    q: Tensor
+    k: list[Tensor]  # per request [kv_len, num_kv_heads, head_dim]
+    v: list[Tensor]
+    kv: Tensor | tuple[Tensor, Tensor]  # as run() takes it
+    indices: tuple[Tensor, ...]  # qo_indptr and the KV's, as plan() takes them
+    masks: list[Tensor] | None
+
+
+def offsets(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *torch.tensor(lengths, dtype=torch.long).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def make_batch(case: Case, device: torch.device, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    num_qo_heads, num_kv_heads = case.heads
+    dims, kv_dtype = (case.head_dim, case.head_dim_vo or case.head_dim), case.kv_dtype or case.q_dtype
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    q = draw(sum(case.qo_lens), num_qo_heads, dims[0]).to(case.q_dtype)
+    k, v = ([draw(n, num_kv_heads, dim).to(kv_dtype) for n in case.kv_lens] for dim in dims)
+    masks = None
+    if case.mask:
+        masks = [torch.rand(m, n, generator=generator) < 0.6 for m, n in zip(case.qo_lens, case.kv_lens)]
+    if case.storage == "ragged":
+        halves = [torch.cat([x.float() for x in rows]).to(kv_dtype) if rows else draw(0, num_kv_heads, dim).to(kv_dtype)
+                  for rows, dim in zip((k, v), dims)]  # fmt: skip
+        if case.layout == "HND":
+            halves = [half.transpose(0, 1).contiguous() for half in halves]
+        indices: tuple[Tensor, ...] = (offsets(case.qo_lens), offsets(case.kv_lens))
+    else:
+        num_pages = [-(-n // case.page_size) for n in case.kv_lens]
+        pool = torch.randperm(sum(num_pages) + 3, generator=generator)
+        halves = []
+        for rows, dim in zip((k, v), dims):
+            half = torch.full((len(pool), case.page_size, num_kv_heads, dim), math.nan)
+            page = 0
+            for row in rows:
+                for first in range(0, len(row), case.page_size):
+                    piece = row[first : first + case.page_size].float()
+                    half[pool[page], : len(piece)] = piece
+                    page += 1
+            if case.layout == "HND":
+                half = half.transpose(1, 2).contiguous()
+            halves.append(half.to(kv_dtype))
+        last = torch.tensor([(n - 1) % case.page_size + 1 for n in case.kv_lens], dtype=torch.int32)
+        indices = (offsets(case.qo_lens), offsets(tuple(num_pages)), pool.int(), last)
+    q, halves = q.to(device), [half.to(device) for half in halves]
+    if case.strided:
+        q, *halves = (widen(x) for x in (q, *halves))
+    kv: Tensor | tuple[Tensor, Tensor] = (halves[0], halves[1])
+    if case.storage == "paged" and not case.strided and dims[0] == dims[1] and case.page_size != 3:
+        kv = torch.stack([half.view(torch.uint8) for half in halves], dim=1).view(kv_dtype)
+    return Batch(case, q, k, v, kv, indices, masks)
+
+
+def widen(x: Tensor) -> Tensor:
+    """The same values with gaps of NaN between rows and heads."""
+    wide = torch.full((*x.shape[:-2], x.shape[-2] + 1, x.shape[-1] + 32), math.nan, device=x.device).to(x.dtype)
+    narrow = wide[..., : x.shape[-2], : x.shape[-1]]
+    narrow.copy_(x)
+    return narrow
+
+
+def make_wrapper(case: Case, device: torch.device, **options: Any) -> Any:
+    size = (64 << 20) if device.type == "cuda" else 8
+    workspace = torch.full((size,), 255, dtype=torch.uint8, device=device)
+    kind = "Paged" if case.storage == "paged" else "Ragged"
+    return getattr(flashinfer, f"BatchPrefillWith{kind}KVCacheWrapper")(workspace, case.layout, **options)
+
+
+def plan(wrapper: Any, batch: Batch, **overrides: Any) -> None:
+    case = batch.case
+    options = {**case.options, **overrides}
+    if batch.masks is not None:
+        if case.mask == "bool":
+            options["custom_mask"] = torch.cat([mask.flatten() for mask in batch.masks])
+        else:
+            packed = [flashinfer.packbits(mask.flatten(), bitorder="little") for mask in batch.masks]
+            options["packed_custom_mask"] = torch.cat(packed)
+    page = {"page_size": case.page_size} if case.storage == "paged" else {}
+    wrapper.plan(
+        *batch.indices, num_qo_heads=case.heads[0], num_kv_heads=case.heads[1], head_dim_qk=case.head_dim,
+        head_dim_vo=case.head_dim_vo or None, q_data_type=case.q_dtype, kv_data_type=case.kv_dtype, **page, **options,
+    )  # fmt: skip
+
+
+def arguments(batch: Batch) -> tuple[Any, ...]:
+    return (batch.q, *batch.kv) if batch.case.storage == "ragged" else (batch.q, batch.kv)
+
+
+def run(wrapper: Any, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
+    out = torch.full((*batch.q.shape[:2], batch.case.head_dim_vo or batch.case.head_dim), math.nan)
+    out = out.to(batch.q.device, batch.q.dtype)
+    lse = torch.full(batch.q.shape[:2], math.nan, device=batch.q.device)
+    result = wrapper.run(*arguments(batch), out=out, lse=lse, return_lse=True, **options)
+    assert result[0] is out and result[1] is lse
+    return out, lse
+
+
+def expect(batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
+    outs, lses, begin = [], [], 0
+    for i, qo_len in enumerate(batch.case.qo_lens):
+        mask = {} if batch.masks is None else {"custom_mask": batch.masks[i]}
+        q = batch.q[begin : begin + qo_len]
+        out, lse = attention(q, batch.k[i], batch.v[i], **{**batch.case.options, **mask, **options})
+        outs, lses, begin = [*outs, out], [*lses, lse], begin + qo_len
+    if not outs:
+        return torch.zeros(0, batch.case.heads[0], batch.case.head_dim).double(), torch.zeros(0, batch.case.heads[0]).double()
+    return torch.cat(outs), torch.cat(lses)
+
+
+def check(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], scale: float = 1.0) -> None:
+    assert_close(actual[0], expected[0], scale=scale)
+    # The LSE is fp32, but of scores whose operands were rounded to 16 bits where RoPE stores them again.
+    torch.testing.assert_close(actual[1].cpu().double(), expected[1], atol=scale * 1e-3, rtol=1e-4)
+
+
+def tolerance_of(case: Case, device: torch.device) -> float:
+    """Rotated queries and keys are rounded to 16 bits for the tensor cores: one more rounding of either operand."""
+    rope = case.options.get("pos_encoding_mode") == "ROPE_LLAMA"
+    return (12.0 if case.q_dtype == BF16 else 3.0) if rope and device.type == "cuda" else 1.0
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_against_the_oracle(device: torch.device, case: Case) -> None:
+    batch = make_batch(case, device)
+    wrapper = make_wrapper(case, device)
+    plan(wrapper, batch)
+    check(run(wrapper, batch), expect(batch), tolerance_of(case, device))
+
+
+@pytest.mark.parametrize("storage", ["paged", "ragged"])
+def test_fp32_on_the_cpu(storage: str) -> None:
+    case = Case("fp32", q_dtype=FP32, storage=storage, head_dim=64)
+    batch = make_batch(case, torch.device("cpu"))
+    wrapper = make_wrapper(case, torch.device("cpu"))
+    plan(wrapper, batch)
+    out, lse = run(wrapper, batch)
+    expected = expect(batch)
+    assert_close(out, expected[0], scale=2.0)  # sums of 500 products in fp32
+    assert_close(lse, expected[1], scale=2.0)
+
+
+def test_scales(device: torch.device) -> None:
+    case = Case("scales", kv_dtype=E4M3)
+    batch = make_batch(case, device)
+    wrapper = make_wrapper(case, device)
+    plan(wrapper, batch)
+    scales = {"q_scale": 0.5, "k_scale": 0.7, "v_scale": 1.7}
+    check(run(wrapper, batch, **scales), expect(batch, **scales))
+
+
+@pytest.mark.parametrize("storage", ["paged", "ragged"])
+def test_options_at_forward_time(device: torch.device, storage: str) -> None:
+    """As serving engines call it: begin_forward with shapes, forward with causal, sm_scale, window and soft cap."""
+    case = Case("forward", storage=storage, options={})
+    batch = make_batch(case, device)
+    wrapper = make_wrapper(case, device)
+    plan(wrapper, batch)
+    for options in (
+        {"causal": True},
+        {"causal": False},
+        {"causal": True, "window_left": 40, "sm_scale": 0.2},
+        {"causal": True, "logits_soft_cap": 10.0},
+        {"causal": True},
+    ):
+        out, lse = wrapper.forward_return_lse(*arguments(batch), **options)
+        check((out, lse), expect(batch, **options))
+    wrapper.end_forward()
+
+
+def test_what_shares_the_batch_does_not_matter(device: torch.device) -> None:
+    case = Case("alone", qo_lens=(20, 300, 5), kv_lens=(2000, 300, 4000))
+    batch = make_batch(case, device)
+    wrapper = make_wrapper(case, device)
+    plan(wrapper, batch)
+    together = run(wrapper, batch)
+    begin = 0
+    for i, qo_len in enumerate(case.qo_lens):
+        alone = replace(case, qo_lens=(qo_len,), kv_lens=case.kv_lens[i : i + 1])
+        single = make_batch(alone, device, seed=1)
+        single.q, single.k, single.v = batch.q[begin : begin + qo_len], batch.k[i : i + 1], batch.v[i : i + 1]
+        out, lse = flashinfer.single_prefill_with_kv_cache_return_lse(
+            single.q, batch.k[i].to(device), batch.v[i].to(device), causal=True
+        )
+        assert_close(together[0][begin : begin + qo_len], out.double(), scale=1.0)
+        torch.testing.assert_close(together[1][begin : begin + qo_len], lse, atol=1e-4, rtol=1e-5)
+        begin += qo_len
+
+
+def test_same_result_every_time(device: torch.device) -> None:
+    """Whichever CTA takes an item or merges it last, the sums run in one order."""
+    case = Case("repeat", qo_lens=(3, 40), kv_lens=(6000, 3000))
+    batch = make_batch(case, device)
+    wrapper = make_wrapper(case, device)
+    plan(wrapper, batch)
+    first = run(wrapper, batch)
+    for _ in range(5):
+        again = run(wrapper, batch)
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+SINGLES = {
+    "ordinary": {"causal": True},
+    "not_causal": {},
+    "hnd": {"causal": True, "kv_layout": "HND"},
+    "window": {"causal": True, "window_left": 20},
+    "mask": {"mask": "bool"},
+    "packed": {"mask": "packed"},
+    "soft_cap": {"logits_soft_cap": 5.0},
+    "alibi": {"causal": True, "pos_encoding_mode": "ALIBI"},
+}
+
+
+@pytest.mark.parametrize("lengths", [(77, 150), (3, 4000), (1, 1), (0, 5), (6, 0), (9, 4)], ids=str)
+@pytest.mark.parametrize("name", SINGLES)
+def test_single(device: torch.device, name: str, lengths: tuple[int, int]) -> None:
+    options = dict(SINGLES[name])
+    generator = torch.Generator().manual_seed(1)
+    (qo_len, kv_len), heads, kv_heads, dim = lengths, 6, 2, 64
+    q = torch.randn(qo_len, heads, dim, generator=generator).to(device, FP16)
+    k, v = (torch.randn(kv_len, kv_heads, dim, generator=generator).to(device, FP16) for _ in range(2))
+    kind, oracle_options = options.pop("mask", ""), {}
+    if kind:
+        mask = torch.rand(qo_len, kv_len, generator=generator) < 0.5
+        oracle_options["custom_mask"] = mask
+        packed = flashinfer.packbits(mask.flatten().to(device), bitorder="little")
+        options.update({"custom_mask": mask.to(device)} if kind == "bool" else {"packed_custom_mask": packed})
+    oracle_options.update({key: value for key, value in options.items() if "mask" not in key and key != "kv_layout"})
+    expected = attention(q, k, v, **oracle_options)
+    if options.get("kv_layout") == "HND":
+        k, v = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()
+    check(flashinfer.single_prefill_with_kv_cache_return_lse(q, k, v, **options), expected)
+    out = flashinfer.single_prefill_with_kv_cache(q, k, v, **options)
+    assert isinstance(out, Tensor)
+    assert_close(out, expected[0])
+
+
+# --------------------------------------------------------------------------------------------------------------- graphs
+
+
+def graph_wrapper(case: Case, device: torch.device, max_pages: int) -> Any:
+    batch_size = len(case.qo_lens)
+    buffers = {name: torch.zeros(batch_size + 1, dtype=torch.int32, device=device) for name in ("qo", "kv")}
+    if case.storage == "ragged":
+        return make_wrapper(case, device, use_cuda_graph=True, qo_indptr_buf=buffers["qo"], kv_indptr_buf=buffers["kv"])
+    return make_wrapper(
+        case, device, use_cuda_graph=True, qo_indptr_buf=buffers["qo"], paged_kv_indptr_buf=buffers["kv"],
+        paged_kv_indices_buf=torch.zeros(max_pages, dtype=torch.int32, device=device),
+        paged_kv_last_page_len_buf=torch.zeros(batch_size, dtype=torch.int32, device=device),
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_graph_captured_short_and_replayed_long() -> None:
+    """Plan outside, run captured; then plan and run captured together. Padding requests have no tokens and no pages."""
+    device = torch.device("cuda")
+    long = Case("long", qo_lens=(5, 40, 0, 19), kv_lens=(4000, 700, 0, 90))
+    short = replace(long, qo_lens=(16, 16, 16, 16), kv_lens=(16, 17, 18, 19))
+    batches = {case.name: make_batch(case, device, seed=3) for case in (replace(short, name="short"), long)}
+    q = batches["short"].q.clone()
+    max_pages = 600
+    cache = torch.zeros((max_pages, 2, 16, 2, 128), dtype=BF16, device=device)
+    wrapper = graph_wrapper(long, device, max_pages)
+
+    def load(batch: Batch) -> None:
+        assert isinstance(batch.kv, Tensor)
+        q.copy_(batch.q)
+        cache[: len(batch.kv)].copy_(batch.kv)
+
+    def launch() -> tuple[Tensor, Tensor]:
+        return wrapper.run(q, cache, return_lse=True)
+
+    load(batches["short"])
+    plan(wrapper, batches["short"])
+    launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = launch()
+    for name in ("long", "short", "long"):
+        load(batches[name])
+        plan(wrapper, batches[name])
+        graph.replay()
+        check(result, expect(batches[name]))
+
+    on_device = replace(batches["short"], indices=tuple(x.to(device) for x in batches["short"].indices))
+    both = torch.cuda.CUDAGraph()
+    plan(wrapper, on_device)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(both):
+        plan(wrapper, on_device)
+        result = launch()
+    for name in ("long", "short"):
+        load(batches[name])
+        for target, source in zip(on_device.indices, batches[name].indices):
+            count = min(target.numel(), source.numel())
+            target[:count].copy_(source[:count])
+        if name == "long":  # more pages than the captured list: they are in the caller's buffer itself
+            continue
+        both.replay()
+        check(result, expect(batches[name]))
+
+
+@pytest.mark.gpu
+def test_plan_does_not_wait() -> None:
+    device = torch.device("cuda")
+    case = Case("plan", storage="ragged")
+    batch = make_batch(case, device)
+    batch = replace(batch, indices=tuple(x.to(device) for x in batch.indices))
+    wrapper = make_wrapper(case, device)
+    plan(wrapper, batch)
+    with torch.cuda.device(0):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            plan(wrapper, batch)
+            result = run(wrapper, batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    check(result, expect(batch))
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def test_errors_name_the_argument(device: torch.device) -> None:
+    case = Case("errors")
+    batch = make_batch(case, device)
+    wrapper = make_wrapper(case, device)
+    with pytest.raises(ValueError, match=r"run\(\) before plan"):
+        wrapper.run(batch.q, batch.kv)
+    plan(wrapper, batch)
+    with pytest.raises(ValueError, match="q has shape"):
+        wrapper.run(batch.q[:, :4], batch.kv)
+    with pytest.raises(ValueError, match="page_size"):
+        wrapper.run(batch.q, batch.kv[:, :, :8])
+    with pytest.raises(ValueError, match="out is"):
+        wrapper.run(batch.q, batch.kv, out=batch.q[:5])
+    with pytest.raises(ValueError, match="qo_indptr"):
+        wrapper.plan(torch.tensor([0, 5, 3], dtype=torch.int32), *batch.indices[1:], 8, 2, 128, 16)
+    with pytest.raises(UnsupportedConfig, match="multiple"):
+        plan(wrapper, replace(batch, case=replace(case, heads=(7, 2))))
+    with pytest.raises(UnsupportedConfig, match="head_dim"):
+        plan(wrapper, replace(batch, case=replace(case, head_dim=80)))
+    with pytest.raises(UnsupportedConfig, match="pos_encoding_mode"):
+        plan(wrapper, batch, pos_encoding_mode="SPIRAL")
+    with pytest.raises(TypeError, match="no_such_argument"):
+        plan(wrapper, batch, no_such_argument=1)
+
+
+# -------------------------------------------------------------------------------------------------------------- compile
+
+CORE = [
+    {"head_dim": dim, "kv_storage": storage, "mask": mask}
+    for dim in (64, 128)
+    for storage in ("paged", "ragged")
+    for mask in ("causal", "none")
+] + [{"head_dim": 192, "head_dim_vo": 128, "kv_storage": "ragged"}, {"head_dim": 256}, {"head_dim": 32}]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a"])
+def test_every_option_compiles(target: str) -> None:
+    for case in CASES:
+        if case.q_dtype == FP32:
+            continue
+        spec = families.prefill(
+            target, q_dtype="bf16" if case.q_dtype == BF16 else "fp16",
+            kv_dtype={E4M3: "fp8_e4m3", E5M2: "fp8_e5m2", None: "bf16" if case.q_dtype == BF16 else "fp16"}[case.kv_dtype],
+            head_dim=case.head_dim, head_dim_vo=case.head_dim_vo, kv_storage=case.storage,
+            mask="custom" if case.mask else "causal" if case.options.get("causal") else "none",
+            pos_encoding={"ROPE_LLAMA": "rope", "ALIBI": "alibi"}.get(case.options.get("pos_encoding_mode", ""), "none"),
+            has_window="window_left" in case.options, has_soft_cap="logits_soft_cap" in case.options,
+        )  # fmt: skip
+        resolver().load(spec)
+
+
+@pytest.mark.slow
+def test_random_sweep(device: torch.device) -> None:
+    """Legal combinations of options, lengths, shapes and dtypes, drawn with a fixed seed."""
+    draw = random.Random(7)
+    for i in range(60 if device.type == "cuda" else 20):
+        batch_size = draw.randint(1, 9)
+        kv_lens = tuple(draw.choice((0, 1, 15, 64, 65, 200, 1500)) + draw.randint(0, 3) for _ in range(batch_size))
+        qo_lens = tuple(draw.choice((0, 1, 2, 17, 64, 130)) for _ in range(batch_size))
+        kv_heads = draw.choice((1, 2, 3))
+        options: dict[str, Any] = {"causal": draw.random() < 0.5}
+        if draw.random() < 0.3:
+            options["window_left"] = draw.choice((0, 7, 64, 300))
+        if draw.random() < 0.3:
+            options["logits_soft_cap"] = draw.choice((5.0, 30.0))
+        if draw.random() < 0.4:
+            options["pos_encoding_mode"] = draw.choice(("ALIBI", "ROPE_LLAMA"))
+        q_dtype = draw.choice((BF16, FP16))
+        case = Case(
+            f"sweep {i}", qo_lens, kv_lens, (kv_heads * draw.choice((1, 3, 4, 8)), kv_heads), draw.choice((64, 128)),
+            page_size=draw.choice((1, 5, 16, 64)), q_dtype=q_dtype, kv_dtype=draw.choice((None, None, E4M3, E5M2)),
+            layout=draw.choice(("NHD", "HND")), storage=draw.choice(("paged", "ragged")),
+            mask=draw.choice(("", "", "", "bool")), options=options,
+        )  # fmt: skip
+        batch = make_batch(case, device, seed=i)
+        wrapper = make_wrapper(case, device)
+        plan(wrapper, batch)
+        try:
+            check(run(wrapper, batch), expect(batch), tolerance_of(case, device))
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from error
