@@ -40,7 +40,7 @@ def get_indptr(x: torch.Tensor) -> torch.Tensor:
 def get_alibi_slopes(n_heads: int, device: Optional[torch.device] = None) -> torch.Tensor:
     """The slopes of ALiBi (Press et al. 2021, arXiv:2108.12409), fp32 `[n_heads]`.
 
-    2^(-8 i / n) for a power of two n; other counts take the power of two below, then every other slope of the one above.
+    2^(-8 i / n) for a power of two n; other counts take the power of two below, then every other one of the next.
     """
     power = 2 ** math.floor(math.log2(n_heads))
     slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]

@@ -1,7 +1,7 @@
 // Attention of one query token per request over its KV: single sequence or paged cache.
 //
-// The launch is a fixed grid (query head blocks, chunks); a chunk is an equal share of all KV tiles (decode_schedule.cuh),
-// so every block streams the same number of bytes whatever the lengths are.
+// The launch is a fixed grid (query head blocks, chunks); a chunk is an equal share of all KV tiles
+// (decode_schedule.cuh), so every block streams the same number of bytes whatever the lengths are.
 //
 // Each warp is a pipeline of its own: it copies its rows of a tile (cp.async, kNumStages deep, running on into the next
 // request of the chunk), multiplies and accumulates them, and meets the other warps only at the end of a request. The
@@ -25,8 +25,8 @@
 
 namespace flashinfer {
 
-constexpr int kMmaHeads = 8;   // columns of an mma: query heads
-constexpr int kMmaRows = 16;   // rows of an mma: keys of S^T, elements of head_dim of O^T
+constexpr int kMmaHeads = 8;  // columns of an mma: query heads
+constexpr int kMmaRows = 16;  // rows of an mma: keys of S^T, elements of head_dim of O^T
 constexpr float kMinusInf = __builtin_bit_cast(float, 0xff800000u);
 
 template <class Config>
@@ -35,15 +35,15 @@ struct DecodeTile {
   using Kv = typename Config::Kv;
   static constexpr int kDimQk = Config::kHeadDimQk, kDimVo = Config::kHeadDimVo;
   static constexpr int kNumWarps = Config::kNumThreads / kWarpSize;
-  static constexpr int kWarpRows = Config::kWarpRows;             // keys a warp takes of a tile
+  static constexpr int kWarpRows = Config::kWarpRows;  // keys a warp takes of a tile
   static constexpr int kTileRows = kNumWarps * kWarpRows;
   static constexpr int kRowTiles = kWarpRows / kMmaRows;
   static constexpr int kHeadTiles = Config::kGroupTile / kMmaHeads;
-  static constexpr int kQkSteps = kDimQk / 16;                    // mma along head_dim of S^T
-  static constexpr int kVoTiles = kDimVo / kMmaRows;              // mma tiles along head_dim of O^T
+  static constexpr int kQkSteps = kDimQk / 16;        // mma along head_dim of S^T
+  static constexpr int kVoTiles = kDimVo / kMmaRows;  // mma tiles along head_dim of O^T
   static constexpr bool kFp8 = sizeof(Kv) == 1;
-  // What the tensor cores multiply. fp8 widens to fp16 in one instruction, to bf16 in five; q in bf16 then narrows to fp16,
-  // which is exact but for magnitudes no query has (it saturates at 65504 and loses bits below 6e-5).
+  // What the tensor cores multiply. fp8 widens to fp16 in one instruction, to bf16 in five; q in bf16 then narrows to
+  // fp16, which is exact but for magnitudes no query has (it saturates at 65504 and loses bits below 6e-5).
   using Mma = typename Conditional<kFp8, fp16, Q>::Type;
   static_assert(kWarpRows % kMmaRows == 0 && kWarpRows <= kWarpSize && Config::kGroupTile % kMmaHeads == 0);
   static_assert(kDimQk % 32 == 0 && kDimVo % 32 == 0);
@@ -91,9 +91,9 @@ struct TileLoader {
   const AttentionParams& params;
   const HeadBlock& heads;
   TileWalk walk;
-  KvRow row;           // of the upcoming tile, one row a lane
-  bool row_valid;      // it is inside the request
-  int32_t query_idx;   // >= 0 on a request's first tile here: whose q comes along
+  KvRow row;          // of the upcoming tile, one row a lane
+  bool row_valid;     // it is inside the request
+  int32_t query_idx;  // >= 0 on a request's first tile here: whose q comes along
   const int warp_idx = threadIdx.x / kWarpSize, lane_idx = threadIdx.x % kWarpSize;
 
   __device__ __forceinline__ TileLoader(const AttentionParams& params, const HeadBlock& heads, const DecodeChunk& chunk)
@@ -332,7 +332,8 @@ struct WarpState {
       for (int j = 0; j < 2; ++j) {
         float tile_max = kMinusInf;
 #pragma unroll
-        for (int r = 0; r < Tile::kRowTiles; ++r) tile_max = fmaxf(tile_max, fmaxf(scores[r][t][j], scores[r][t][j + 2]));
+        for (int r = 0; r < Tile::kRowTiles; ++r)
+          tile_max = fmaxf(tile_max, fmaxf(scores[r][t][j], scores[r][t][j + 2]));
         const float new_max = fmaxf(max_rmem[t][j], reduce_over_rows(tile_max, Max{}));
         shift[j] = new_max == kMinusInf ? 0.f : new_max * scale;  // nothing visible yet: exp2(-inf - 0) = 0
         decay[j] = fast_exp2(max_rmem[t][j] * scale - shift[j]);
@@ -390,7 +391,8 @@ struct WarpState {
   }
 
   // Rotation pairs elements head_dim / 2 apart: the same register of steps kQkSteps / 2 apart.
-  __device__ __forceinline__ void rotate_pair(uint32_t& low, uint32_t& high, const float (&turns)[2], int32_t position) {
+  __device__ __forceinline__ void rotate_pair(uint32_t& low, uint32_t& high, const float (&turns)[2],
+                                              int32_t position) {
     float2 x = unpack_16bit<Mma>(low), y = unpack_16bit<Mma>(high);
     float2 cos, sin;
     rope_cos_sin(turns[0], position, cos.x, sin.x);
@@ -423,7 +425,8 @@ struct ResultWriter {
   using O = typename Config::O;
   const AttentionParams& params;
 
-  __device__ __forceinline__ void write_out(int32_t token_idx, int32_t head, int32_t element, const float (&x)[4]) const {
+  __device__ __forceinline__ void write_out(int32_t token_idx, int32_t head, int32_t element,
+                                            const float (&x)[4]) const {
     float y[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) y[i] = x[i] * params.v_scale;
@@ -462,7 +465,8 @@ __device__ __forceinline__ void store_request(const AttentionParams& params, con
     if (t > 0) __syncthreads();
 #pragma unroll
     for (int i = 0; i < 4 * Tile::kVoTiles; ++i) {
-      smem.out[warp_idx][2 * state.column + i % 2][state.out_element(i / 4, i % 4 / 2)] = state.out_rmem[t][i / 4][i % 4];
+      smem.out[warp_idx][2 * state.column + i % 2][state.out_element(i / 4, i % 4 / 2)] =
+          state.out_rmem[t][i / 4][i % 4];
     }
     __syncthreads();
     const int num_heads = min(heads.num_heads - t * kMmaHeads, kMmaHeads);
@@ -529,7 +533,8 @@ __device__ __forceinline__ void merge_partials(const AttentionParams& params, co
         const int chunk = min(first + i, request.num_chunks - 1);
         const int32_t slot = partial_slot(request.first_chunk + chunk, chunk == 0);
         lse[i] = first + i < request.num_chunks ? __ldcg(&writer.partial_lse(slot, head)) : kMinusInf;
-        *reinterpret_cast<float4*>(&x[i]) = __ldcg(reinterpret_cast<const float4*>(writer.partial_out(slot, head, element)));
+        *reinterpret_cast<float4*>(&x[i]) =
+            __ldcg(reinterpret_cast<const float4*>(writer.partial_out(slot, head, element)));
       }
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) batch_max = fmaxf(batch_max, lse[i]);

@@ -42,8 +42,8 @@ FLASHINFER_FN DecodeChunk single_chunk(int32_t kv_len, int32_t kv_begin, int32_t
 // One chunk's tiles in order. The request after the current one is loaded a request ahead.
 struct TileWalk {
   DecodeRequest request, next;
-  int32_t tile;                  // within request
-  int32_t num_left;              // tiles left in the chunk, this one included
+  int32_t tile;                   // within request
+  int32_t num_left;               // tiles left in the chunk, this one included
   const DecodeRequest* upcoming;  // address of next
 
   FLASHINFER_FN static TileWalk start(const DecodeChunk& chunk, const DecodeRequest* requests) {

@@ -17,23 +17,22 @@ namespace flashinfer {
 struct FastDivisor {
   uint32_t divisor, magic, shift;
 
-  FLASHINFER_FN uint32_t divide(uint32_t n) const {
-    return (uint32_t((uint64_t(n) * magic) >> 32) + n) >> shift;
-  }
+  FLASHINFER_FN uint32_t divide(uint32_t n) const { return (uint32_t((uint64_t(n) * magic) >> 32) + n) >> shift; }
 };
 
 // The caller's KV: one struct for a paged cache, for ragged rows and for a single sequence. Without pages a "page" is
 // one row: page_size is 1, page_stride the distance between rows, and entry_stride unused.
 struct KvParams {
-  const void* k;                  // [num_pages, page_size, num_kv_heads, head_dim_qk] in any order of the middle axes
-  const void* v;                  // [num_pages, page_size, num_kv_heads, head_dim_vo], likewise
-  const int32_t* indptr;          // [batch_size + 1]: into indices if paged, into rows if ragged; null if single
-  const int32_t* indices;         // [>= indptr[batch_size]] page numbers; null unless paged
-  const int32_t* last_page_len;   // [batch_size], 1..page_size, of no matter where a request has no pages; null unless paged
+  const void* k;           // [num_pages, page_size, num_kv_heads, head_dim_qk] in any order of the middle axes
+  const void* v;           // [num_pages, page_size, num_kv_heads, head_dim_vo], likewise
+  const int32_t* indptr;   // [batch_size + 1]: into indices if paged, into rows if ragged; null if single
+  const int32_t* indices;  // [>= indptr[batch_size]] page numbers; null unless paged
+  const int32_t*
+      last_page_len;  // [batch_size], 1..page_size, of no matter where a request has no pages; null unless paged
   int64_t k_page_stride, k_entry_stride, k_head_stride;  // elements; the last axis is contiguous
   int64_t v_page_stride, v_entry_stride, v_head_stride;
   FastDivisor page_size;
-  int32_t len;                    // rows of a single sequence; otherwise unused
+  int32_t len;  // rows of a single sequence; otherwise unused
 };
 
 // A planned decode walks each request's KV in tiles of a fixed number of rows. Laid end to end, the tiles of all
@@ -64,9 +63,9 @@ struct DecodeChunk {
 static_assert(sizeof(DecodeRequest) == 32 && sizeof(DecodeChunk) == 48, "attention/plan.py lays out arrays of these");
 
 struct AttentionParams {
-  const void* q;             // [num_tokens, num_qo_heads, head_dim_qk]
-  void* out;                 // [num_tokens, num_qo_heads, head_dim_vo]
-  float* lse;                // [num_tokens, num_qo_heads], log2 of the sum of exponentials, or null
+  const void* q;  // [num_tokens, num_qo_heads, head_dim_qk]
+  void* out;      // [num_tokens, num_qo_heads, head_dim_vo]
+  float* lse;     // [num_tokens, num_qo_heads], log2 of the sum of exponentials, or null
   KvParams kv;
   const int32_t* qo_indptr;  // [batch_size + 1] into tokens; null for decode (request i is token i) and single
   const uint8_t* mask;       // custom mask, one bit per (query, key), little-endian, true = visible; null unless custom
@@ -74,25 +73,25 @@ struct AttentionParams {
   const float* alibi_slopes;   // [num_qo_heads]; null unless ALiBi
 
   // The planner's schedule and scratch memory. Null in a launch without a plan.
-  const void* chunks;       // decode: DecodeChunk[num_chunks]; other planners: their own records
-  const void* requests;     // decode: DecodeRequest[batch_size]
-  const int32_t* empty;     // decode: [batch_size] requests without KV
-  uint32_t* counters;       // one per output tile that several chunks share; zero before and after every launch
-  float* partial_out;       // unmerged outputs, in an order known to the kernel
-  float* partial_lse;       // their LSE
+  const void* chunks;    // decode: DecodeChunk[num_chunks]; other planners: their own records
+  const void* requests;  // decode: DecodeRequest[batch_size]
+  const int32_t* empty;  // decode: [batch_size] requests without KV
+  uint32_t* counters;    // one per output tile that several chunks share; zero before and after every launch
+  float* partial_out;    // unmerged outputs, in an order known to the kernel
+  float* partial_lse;    // their LSE
 
   int64_t q_token_stride, q_head_stride;      // elements; the last axis is contiguous
   int64_t out_token_stride, out_head_stride;  // elements; the last axis is contiguous
   int32_t batch_size;
   int32_t num_qo_heads, num_kv_heads;
-  int32_t qo_len;             // queries of a single sequence; otherwise unused
-  int32_t num_chunks;         // of work a launch is cut into (fixed by the grid, not by the lengths)
-  int32_t window_left;        // keys seen before a query's own position, if the variant has a window
-  float sm_scale;             // factor of q·k; the scales of quantized q and k are folded in
-  float v_scale;              // factor of the output
-  float logits_soft_cap;      // if the variant has one
-  float rope_rcp_scale;       // 1 / rope_scale
-  float rope_log2_theta;      // log2(rope_theta)
+  int32_t qo_len;         // queries of a single sequence; otherwise unused
+  int32_t num_chunks;     // of work a launch is cut into (fixed by the grid, not by the lengths)
+  int32_t window_left;    // keys seen before a query's own position, if the variant has a window
+  float sm_scale;         // factor of q·k; the scales of quantized q and k are folded in
+  float v_scale;          // factor of the output
+  float logits_soft_cap;  // if the variant has one
+  float rope_rcp_scale;   // 1 / rope_scale
+  float rope_log2_theta;  // log2(rope_theta)
 };
 
 // The planner of decode. Reads the lengths where they are, on the device, and writes the schedule.
@@ -106,8 +105,8 @@ struct DecodePlanParams {
   uint32_t* counters;            // [batch_size * counters_per_request], zeroed here
   int32_t batch_size, num_chunks, counters_per_request;
   int32_t page_size;
-  int32_t tile_len;              // KV rows of one tile
-  int32_t window_left;           // -1: no window
+  int32_t tile_len;     // KV rows of one tile
+  int32_t window_left;  // -1: no window
 };
 
 }  // namespace flashinfer

@@ -30,9 +30,13 @@ FLASHINFER_FN float fast_log2(float x) {
   return y;
 }
 // From exp2: tanh.approx is off by up to 5e-4, which a soft cap of 50 turns into 2.5% of a probability.
-FLASHINFER_FN float soft_tanh(float x) { return 1.f - __fdividef(2.f, 1.f + fast_exp2(2.f * kLog2E * x)); }
+FLASHINFER_FN float soft_tanh(float x) {
+  return 1.f - __fdividef(2.f, 1.f + fast_exp2(2.f * kLog2E * x));
+}
 #else
-FLASHINFER_FN float soft_tanh(float x) { return __builtin_tanhf(x); }
+FLASHINFER_FN float soft_tanh(float x) {
+  return __builtin_tanhf(x);
+}
 #endif
 
 template <class Config>
@@ -86,8 +90,8 @@ struct Variant {
 };
 
 // Rotary embedding in the Llama style: element i < head_dim / 2 is rotated with element i + head_dim / 2 by the angle
-// position * theta^(-2i / head_dim) / rope_scale. Frequencies are kept in turns per position: reducing the angle is then
-// one rounding, and what the fp32 product loses at long contexts is added back before it.
+// position * theta^(-2i / head_dim) / rope_scale. Frequencies are kept in turns per position: reducing the angle is
+// then one rounding, and what the fp32 product loses at long contexts is added back before it.
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 template <int kHeadDim>
 FLASHINFER_FN float rope_turns(const AttentionParams& params, int32_t pair_idx) {

@@ -1,4 +1,5 @@
-// Keys and values in a storage type, as they come out of ldmatrix, to pairs of the 16-bit type the tensor cores multiply.
+// Keys and values in a storage type, as they come out of ldmatrix, to pairs of the 16-bit type the tensor cores
+// multiply.
 #pragma once
 
 #include "device/mma.cuh"
@@ -26,12 +27,13 @@ struct Conditional<false, A, B> {
   using Type = B;
 };
 
-// Which two of four bytes; as selectors of __byte_perm(x, 0, …): side by side in the low half of a register, and each in
-// the upper byte of 16 bits.
+// Which two of four bytes; as selectors of __byte_perm(x, 0, …): side by side in the low half of a register, and each
+// in the upper byte of 16 bits.
 struct BytePair {
   uint32_t adjacent, spread;
 };
-constexpr BytePair kBytes01{0x4410, 0x1404}, kBytes23{0x4432, 0x3424}, kBytes02{0x4420, 0x2404}, kBytes13{0x4431, 0x3414};
+constexpr BytePair kBytes01{0x4410, 0x1404}, kBytes23{0x4432, 0x3424}, kBytes02{0x4420, 0x2404},
+    kBytes13{0x4431, 0x3414};
 
 // Two fp8 values, picked from the four of x, as fp16: exact. Before sm_89, NaN of e4m3 comes out as 480.
 template <class Fp8>
@@ -63,7 +65,6 @@ template <>
 __device__ __forceinline__ float2 unpack_16bit<fp16>(uint32_t pair) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
-
 
 // A pair of one 16-bit type as a pair of another. bf16 saturates at the largest fp16; NaN stays.
 template <class To, class From>

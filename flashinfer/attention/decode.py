@@ -32,8 +32,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
     planning other lengths for the same batch size: give padding requests no pages.
 
     Args:
-        float_workspace_buffer: scratch memory on the device to run on; 128 MB suffice for every common shape. Wrappers that
-            run on one stream may share it. A CPU tensor of any size makes this a wrapper for the CPU.
+        float_workspace_buffer: scratch memory on the device to run on; 128 MB suffice for every common shape. Wrappers
+            that run on one stream may share it. A CPU tensor of any size makes this a wrapper for the CPU.
         kv_layout: "NHD" (pages of `[page_size, num_kv_heads, head_dim]`) or "HND" (the two middle axes swapped).
         use_cuda_graph: keep index tensors in the three buffers below, whose addresses a graph may hold.
         use_tensor_cores, backend, jit_args: accepted for compatibility; one kernel serves every group size.
@@ -139,8 +139,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
             indices: int32 page numbers; may be longer than needed.
             last_page_len: int32 `[batch_size]`, entries in use of each request's last page, 1 to page_size.
             num_qo_heads, num_kv_heads, head_dim, page_size: shapes; any page size, any multiple of num_kv_heads.
-            q_data_type, kv_data_type, o_data_type: dtypes of q (default data_type, else float16), of the cache and of the
-                output (default that of q).
+            q_data_type, kv_data_type, o_data_type: dtypes of q (default data_type, else float16), of the cache and of
+                the output (default that of q).
             pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta: as in
                 `single_decode_with_kv_cache`.
             non_blocking, block_tables, seq_lens, fixed_split_size, disable_split_kv: accepted for compatibility.
@@ -245,8 +245,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         Args:
             q: `[batch_size, num_qo_heads, head_dim]`, unit stride in the last axis.
             paged_kv_cache: one tensor `[pages, 2, page_size, num_kv_heads, head_dim]` (NHD; HND has heads before
-                page_size) or a tuple (k, v) of such tensors without the axis of 2. Any strides over whole rows. What lies
-                in pages or entries no request uses is never read into a result, NaN included.
+                page_size) or a tuple (k, v) of such tensors without the axis of 2. Any strides over whole rows. What
+                lies in pages or entries no request uses is never read into a result, NaN included.
             q_scale, k_scale, v_scale: factors of quantized q, k and v.
             out: `[batch_size, num_qo_heads, head_dim]`; allocated when None.
             lse: fp32 `[batch_size, num_qo_heads]`; allocated when None and return_lse.
@@ -337,7 +337,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
             cache_key = kv_cache.signature(cache)
         key = (
             q.dtype, q.shape, q.stride(), q.get_device(), cache_key,
-            out.dtype, out.shape, out.stride(), out.get_device(), (q_ptr | out_ptr | k_ptr | v_ptr) & 15, None if lse is None else (lse.shape, lse.stride(), lse.dtype),
+            out.dtype, out.shape, out.stride(), out.get_device(),
+            (q_ptr | out_ptr | k_ptr | v_ptr) & 15, None if lse is None else (lse.shape, lse.stride(), lse.dtype),
             q_scale, k_scale, v_scale, pdl, overrides,
         )  # fmt: skip
         bound = shape.bound.get(key)

@@ -15,10 +15,10 @@
 
 namespace flashinfer::cpu {
 
-constexpr int kDecodeGroup = 8;      // query heads that share one pass over K and V
-constexpr int kDecodeBlock = 16;     // keys converted to float at a time
-constexpr int kMinRange = 256;       // keys of an item: below, starting and merging it costs more than it brings
-constexpr int kItemsPerThread = 4;   // enough to even out items of different length
+constexpr int kDecodeGroup = 8;     // query heads that share one pass over K and V
+constexpr int kDecodeBlock = 16;    // keys converted to float at a time
+constexpr int kMinRange = 256;      // keys of an item: below, starting and merging it costs more than it brings
+constexpr int kItemsPerThread = 4;  // enough to even out items of different length
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -27,16 +27,20 @@ constexpr int kLanes = 8;
 #endif
 typedef float FloatLanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 
-inline FloatLanes load_lanes(const float* src) { return *reinterpret_cast<const FloatLanes*>(src); }
-inline void store_lanes(float* dst, FloatLanes x) { *reinterpret_cast<FloatLanes*>(dst) = x; }
+inline FloatLanes load_lanes(const float* src) {
+  return *reinterpret_cast<const FloatLanes*>(src);
+}
+inline void store_lanes(float* dst, FloatLanes x) {
+  *reinterpret_cast<FloatLanes*>(dst) = x;
+}
 inline float sum_lanes(FloatLanes x) {
   float sum = 0.f;
   for (int i = 0; i < kLanes; ++i) sum += x[i];
   return sum;
 }
 
-// 2^x for x <= 0, to 2e-7; -inf gives 0. Splits off the integer part by adding 1.5 * 2^23, so that loops over it vectorize
-// (a call of exp2f for each score would cost more than the products).
+// 2^x for x <= 0, to 2e-7; -inf gives 0. Splits off the integer part by adding 1.5 * 2^23, so that loops over it
+// vectorize (a call of exp2f for each score would cost more than the products).
 inline float exp2_nonpositive(float x) {
   constexpr float kRound = 12582912.f;
   const float clamped = x < -126.f ? -126.f : x;
@@ -93,7 +97,8 @@ struct DecodeState {
 
   // num_heads is a constant after inlining for the common group sizes.
   template <class View>
-  void attend(const AttentionParams& params, const View& view, int32_t kv_head, int num_heads, int32_t begin, int32_t end) {
+  void attend(const AttentionParams& params, const View& view, int32_t kv_head, int num_heads, int32_t begin,
+              int32_t end) {
     const float scale = V::scale_log2(params);
     alignas(64) float rows[kDecodeBlock][kDimQk > kDimVo ? kDimQk : kDimVo];
     alignas(64) float scores[kDecodeGroup][kDecodeBlock];
@@ -189,8 +194,8 @@ inline void store_decode(const AttentionParams& params, const DecodePartial<Conf
                          int32_t first_head, int num_heads) {
   using O = typename Config::O;
   for (int h = 0; h < num_heads; ++h) {
-    O* dst = static_cast<O*>(params.out) + request_idx * params.out_token_stride +
-             (first_head + h) * params.out_head_stride;
+    O* dst =
+        static_cast<O*>(params.out) + request_idx * params.out_token_stride + (first_head + h) * params.out_head_stride;
     for (int d = 0; d < Config::kHeadDimVo; ++d) dst[d] = from_float<O>(result.out[h][d] * params.v_scale);
     if (params.lse != nullptr) params.lse[int64_t(request_idx) * params.num_qo_heads + first_head + h] = result.lse[h];
   }
@@ -212,7 +217,8 @@ inline void merge_decode(const DecodePartial<Config>* partials, int num_partials
   }
 }
 
-// How a batch is cut into items. Item i of request r, head block b is entry (range_indptr[r] + i) * num_head_blocks + b.
+// How a batch is cut into items. Item i of request r, head block b is entry (range_indptr[r] + i) * num_head_blocks +
+// b.
 template <class Config>
 struct DecodeItems {
   using View = KvView<Config::kKvStorage>;
