@@ -11,10 +11,9 @@ from typing import Any, Optional
 
 import torch
 
-from flashinfer import _op, dtypes, target
+from flashinfer import _op, _scale, dtypes, target
 from flashinfer._kv import (
     PagedCache,
-    Scale,
     alignment_of,
     cache_addresses,
     cache_signature,
@@ -25,11 +24,9 @@ from flashinfer._kv import (
     check_scales,
     check_slots,
     head_strides,
-    scale_address,
-    scale_signature,
-    scale_value,
     split_cache,
 )
+from flashinfer._scale import Scale
 from flashinfer.jit import resolver
 from flashinfer.jit.loader import PreparedLaunch
 from flashinfer.kernels import page as kernels
@@ -90,8 +87,8 @@ def append_paged_kv_cache(
         cache_signature(paged_kv_cache),
         _op.signature(kv_indices),
         _op.signature(kv_indptr),
-        scale_signature(k_scale),
-        scale_signature(v_scale),
+        _scale.signature(k_scale),
+        _scale.signature(v_scale),
     )
     key_ptr, value_ptr = append_key.data_ptr(), append_value.data_ptr()
     key_cache_ptr, value_cache_ptr = cache_addresses(paged_kv_cache)
@@ -116,7 +113,6 @@ def append_paged_kv_cache(
             (append_key, append_value),
             (k_cache, v_cache),
             (batch_indices, positions, kv_indices, kv_indptr),
-            (scale_value(k_scale), scale_value(v_scale)),
         )
         _memo.remember((key, alignment), launch)
     launch(
@@ -124,8 +120,8 @@ def append_paged_kv_cache(
         value_ptr,
         key_cache_ptr,
         value_cache_ptr,
-        scale_address(k_scale),
-        scale_address(v_scale),
+        *_scale.values(k_scale),
+        *_scale.values(v_scale),
         batch_indices.data_ptr(),
         positions.data_ptr(),
         kv_indices.data_ptr(),
@@ -193,7 +189,6 @@ def append_paged_mla_kv_cache(
                 None if kpe_cache is None else kpe_cache.unsqueeze(2),
             ),
             (batch_indices, positions, kv_indices, kv_indptr),
-            (1.0, 1.0),
         )
         _memo.remember((key, alignment), launch)
     launch(
@@ -201,8 +196,8 @@ def append_paged_mla_kv_cache(
         kpe_ptr,
         ckv_cache_ptr,
         kpe_cache_ptr,
-        0,
-        0,
+        *_scale.NO_VALUES,
+        *_scale.NO_VALUES,
         batch_indices.data_ptr(),
         positions.data_ptr(),
         kv_indices.data_ptr(),
@@ -303,7 +298,6 @@ def _prepare_append(
     rows: tuple[torch.Tensor, torch.Tensor],
     both_caches: tuple[Optional[torch.Tensor], Optional[torch.Tensor]],
     slots: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    scale_values: tuple[float, float],
 ) -> PreparedLaunch:
     """Rows `[nnz, num_heads, dim]` of keys and values to caches `[num_pages, page_size, num_heads, dim]`.
 
@@ -337,7 +331,7 @@ def _prepare_append(
         kernels.vec_size(dtype, lengths, alignment_of(key, value)),
         kernels.vec_size(cache_dtype, lengths, alignment_of(*caches)),
     )
-    heads_per_thread = 4 if num_heads >= 4 else 2 if num_heads >= 2 else 1
+    heads_per_thread = kernels.heads_per_thread(num_heads)
     kernel = resolver().load(
         kernels.APPEND_PAGED_KV.spec(
             target.of_device(key.device),
@@ -354,17 +348,16 @@ def _prepare_append(
     num_groups = num_tokens * -(-num_heads // heads_per_thread)
     return kernel.on(device_index).prepare(
         (-(-num_groups // groups_per_block), 1, 1),
-        *[0] * 10,
+        *[0] * 14,
         batch_size,
         page_size,
         *head_strides(key),
         *head_strides(value),
         *cache_strides(key_cache),
         *cache_strides(value_cache),
-        *scale_values,
         num_tokens,
         num_heads,
-        varying=10,
+        varying=14,
     )
 
 

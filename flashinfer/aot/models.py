@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from flashinfer import target as targets
-from flashinfer.jit.spec import KernelSpec
-from flashinfer.kernels import activation, attention, norm
+from flashinfer.jit.spec import ArgValue, KernelSpec
+from flashinfer.kernels import activation, attention, cascade, norm, page, prefill, rope, sampling
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,16 @@ class Model:
     num_kv_heads: int
     head_dim: int
     intermediate_sizes: tuple[int, ...]  # of each gated MLP: dense, expert, shared expert
+    vocab_size: int = 0  # 0: tokens are sampled by something else
     qk_norm: bool = False  # RMSNorm over the head_dim of queries and keys
     tensor_parallel: tuple[int, ...] = (1,)  # degrees to serve; heads and intermediate sizes are divided by them
     dtypes: tuple[str, ...] = ("bf16", "fp16")  # on CUDA targets
     cpu_dtypes: tuple[str, ...] = ("fp32", "bf16")
+
+    @property
+    def kv_heads(self) -> tuple[int, ...]:
+        """KV heads on one rank, at each degree."""
+        return tuple(dict.fromkeys(max(1, self.num_kv_heads // degree) for degree in self.tensor_parallel))
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -67,21 +73,104 @@ def _activations(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
             yield activation.ACT_AND_MUL.spec(target, dtype=dtype, gate="silu", vec_size=vec_size)
 
 
-def _decode(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
-    is_cuda = targets.kind(target) == "cuda"
-    for kv_dtype in (dtype, "fp8_e4m3") if is_cuda else (dtype,):
+def _kv_dtypes(dtype: str, target: str) -> tuple[str, ...]:
+    """Of caches: the model's own, and on a GPU fp8."""
+    return (dtype, "fp8_e4m3") if targets.kind(target) == "cuda" else (dtype,)
+
+
+def _attention(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
+    for kv_dtype in _kv_dtypes(dtype, target):
+        common = {"q_dtype": dtype, "kv_dtype": kv_dtype, "head_dim": model.head_dim}
         for group_size in model.group_sizes:
             for kv_storage in ("paged", "single"):
-                yield attention.decode(
-                    target,
-                    q_dtype=dtype,
-                    kv_dtype=kv_dtype,
-                    head_dim=model.head_dim,
-                    group_size=group_size,
-                    kv_storage=kv_storage,
-                )
-    if is_cuda:
+                yield attention.decode(target, **common, group_size=group_size, kv_storage=kv_storage)
+        yield prefill.prefill(target, **common, kv_storage="paged", mask="causal")
+        yield prefill.prefill(target, **common, kv_storage="paged", mask="none")  # the shared prefix of a cascade
+    for kv_storage in ("ragged", "single"):
+        own = {"q_dtype": dtype, "kv_dtype": dtype, "head_dim": model.head_dim}
+        yield prefill.prefill(target, **own, kv_storage=kv_storage, mask="causal")
+    for pair in (False, True):
+        yield cascade.MERGE_STATES.spec(target, dtype=dtype, head_dim=model.head_dim, pair=pair)
+    if targets.kind(target) == "cuda":
         yield attention.DECODE_PLAN.spec(target)
+        for kv_storage in ("paged", "ragged", "single"):
+            yield prefill.PREFILL_PLAN.spec(target, kv_storage=kv_storage)
 
 
-EXPANSIONS: tuple[Callable[[Model, str, str], Iterator[KernelSpec]], ...] = (_norms, _activations, _decode)
+def _paged_cache(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
+    is_cuda = targets.kind(target) == "cuda"
+    indices = {"token_index": "int32", "page_index": "int32"}
+    for cache_dtype in _kv_dtypes(dtype, target):
+        for num_kv_heads in model.kv_heads if is_cuda else (1,):
+            yield page.APPEND_PAGED_KV.spec(
+                target,
+                dtype=dtype,
+                cache_dtype=cache_dtype,
+                key_dim=model.head_dim,
+                value_dim=model.head_dim,
+                vec_size=page.vec_size(dtype, (model.head_dim,), 0) if is_cuda else 1,
+                heads_per_thread=page.heads_per_thread(num_kv_heads) if is_cuda else 1,
+                **indices,
+            )
+        rotary = _rotary_axes(model, dtype, target, "computed", "int32")
+        yield rope.ROPE_APPEND.spec(target, **rotary, cache_dtype=cache_dtype, **indices)
+    for index in ("int32", "int64"):
+        yield page.TOKEN_POSITIONS.spec(target, index=index)
+        yield page.SEQ_LENS.spec(target, index=index)
+
+
+def _rotary_axes(model: Model, dtype: str, target: str, cos_sin: str, position_index: str) -> dict[str, ArgValue]:
+    is_cuda = targets.kind(target) == "cuda"
+    return {
+        "dtype": dtype,
+        "head_dim": model.head_dim,
+        "rotary_dim": model.head_dim,
+        "interleave": False,
+        "cos_sin": cos_sin,
+        "position_index": position_index,
+        "vec_size": page.vec_size(dtype, (model.head_dim // 2,), 0) if is_cuda else 1,
+    }
+
+
+def _rotary(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
+    """Angles computed, or from a table in fp32 or the model's dtype, as serving engines pass them; positions of both
+    widths."""
+    for cos_sin in dict.fromkeys(("computed", "fp32", dtype)):
+        for position_index in ("int32", "int64"):
+            rotary = _rotary_axes(model, dtype, target, cos_sin, position_index)
+            yield rope.ROPE.spec(target, **rotary, ragged=False, rotary_part_only=False)
+            if model.qk_norm:
+                yield rope.QK_NORM_ROPE.spec(target, **rotary)
+    ragged = _rotary_axes(model, dtype, target, "computed", "int32")
+    yield rope.ROPE.spec(target, **ragged, ragged=True, rotary_part_only=False)
+
+
+def _sampling(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
+    """Over fp32 logits or probabilities, at every number of rows: those decide how many blocks share a row."""
+    if not model.vocab_size:
+        return
+
+    def places(keeps_row: bool) -> Iterator[dict[str, int]]:
+        for num_rows in (1, 8, 32, 64, 128, 1024):
+            yield sampling.placement("fp32", model.vocab_size, num_rows, _TYPICAL_SMS, target, keeps_row)
+
+    for place in places(keeps_row=False):
+        for kind in ("logits", "probs"):
+            yield sampling.SAMPLE_ROW.spec(target, dtype="fp32", input=kind, filter="none", **place)
+    for place in places(keeps_row=True):
+        for chosen in ("top_k", "top_p", "min_p", "top_k_top_p"):
+            yield sampling.SAMPLE_ROW.spec(target, dtype="fp32", input="probs", filter=chosen, **place)
+        yield sampling.SAMPLE_ROW.spec(target, dtype="fp32", input="logits", filter="top_k_top_p", **place)
+        for op in sampling.NORMALIZE_OPS:
+            yield sampling.NORMALIZE_ROW.spec(target, dtype="fp32", op=op, **place)
+
+
+_TYPICAL_SMS = 132
+EXPANSIONS: tuple[Callable[[Model, str, str], Iterator[KernelSpec]], ...] = (
+    _norms,
+    _activations,
+    _attention,
+    _paged_cache,
+    _rotary,
+    _sampling,
+)

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 from flashinfer.dtypes import ITEMSIZE
 from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
+from flashinfer.kernels._params import DTYPES, FP8_DTYPES, I32, I64, QUANT_SCALE, Fields, P, nested
 
 INDEX_TYPES = ("int32", "int64")
 VEC_SIZES = (1, 2, 4, 8, 16)
-DTYPES = ("fp16", "bf16", "fp32")
-FP8_DTYPES = ("fp8_e4m3", "fp8_e5m2")
-
-P, I64, I32, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-Fields = list[tuple[str, Any]]
-
 HEAD_STRIDES: Fields = [("token", I64), ("head", I64)]
 CACHE_STRIDES: Fields = [("page", I64), ("slot", I64), ("head", I64)]
 TOKEN_SLOTS: Fields = [
@@ -28,11 +22,6 @@ TOKEN_SLOTS: Fields = [
 ]
 
 
-def nested(name: str, fields: Fields) -> Fields:
-    """The fields of a struct inside a struct, under their C++ names (`slots.page_size`): a launch packs flat values."""
-    return [(f"{name}.{field}", ctype) for field, ctype in fields]
-
-
 class AppendParams(ctypes.Structure):
     """Mirror of csrc/page/params.h."""
 
@@ -41,15 +30,13 @@ class AppendParams(ctypes.Structure):
         ("value", P),
         ("key_cache", P),
         ("value_cache", P),
-        ("key_scale", P),
-        ("value_scale", P),
+        *nested("key_scale", QUANT_SCALE),
+        *nested("value_scale", QUANT_SCALE),
         *nested("slots", TOKEN_SLOTS),
         *nested("key_strides", HEAD_STRIDES),
         *nested("value_strides", HEAD_STRIDES),
         *nested("key_cache_strides", CACHE_STRIDES),
         *nested("value_cache_strides", CACHE_STRIDES),
-        ("key_scale_value", F32),
-        ("value_scale_value", F32),
         ("num_tokens", I32),
         ("num_heads", I32),
     ]
@@ -89,6 +76,11 @@ def vec_size(dtype: str, lengths: tuple[int, ...], alignment: int) -> int:
     while any(length % size for length in lengths):
         size //= 2
     return size
+
+
+def heads_per_thread(num_heads: int) -> int:
+    """A thread moves the same vector of several heads: their slot is looked up once, and their loads overlap."""
+    return 4 if num_heads >= 4 else 2 if num_heads >= 2 else 1
 
 
 def _append_config(spec: KernelSpec) -> Config:
