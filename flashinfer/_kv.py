@@ -7,12 +7,12 @@ from typing import Optional, Union
 
 import torch
 
-from flashinfer import _op
+from flashinfer import _op, _scale
+from flashinfer._scale import Scale
 from flashinfer.errors import UnsupportedConfig
-from flashinfer.kernels import page as kernels
+from flashinfer.kernels._params import DTYPES, FP8_DTYPES
 
 PagedCache = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
-Scale = Union[float, torch.Tensor, None]
 
 
 def cache_signature(cache: PagedCache) -> tuple[object, ...]:
@@ -51,19 +51,6 @@ def split_cache(op: str, cache: PagedCache, kv_layout: str) -> tuple[torch.Tenso
     return k_cache, v_cache
 
 
-def scale_signature(scale: Scale) -> object:
-    return _op.signature(scale) if isinstance(scale, torch.Tensor) else scale
-
-
-def scale_value(scale: Scale) -> float:
-    """The factor known when a launch is prepared; a scale on the device is read by the kernel."""
-    return 1.0 if scale is None or isinstance(scale, torch.Tensor) else float(scale)
-
-
-def scale_address(scale: Scale) -> int:
-    return scale.data_ptr() if isinstance(scale, torch.Tensor) else 0
-
-
 def check_scales(op: str, k_scale: Scale, v_scale: Scale, rows: torch.Tensor, cache: torch.Tensor) -> None:
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is None:
@@ -73,13 +60,7 @@ def check_scales(op: str, k_scale: Scale, v_scale: Scale, rows: torch.Tensor, ca
             op,
             f"{name} is given, but rows and cache are both {cache.dtype} and nothing is converted; leave it out",
         )
-        if isinstance(scale, torch.Tensor):
-            _op.require(
-                scale.numel() == 1 and scale.dtype == torch.float32,
-                op,
-                f"{name} is {scale.dtype} of shape {list(scale.shape)}; expected a number or one float32 in a tensor",
-            )
-            _op.require_device(op, name, scale, rows, "the rows")
+        _scale.check(op, name, scale, rows, "the rows")
 
 
 def check_index(op: str, name: str, tensor: torch.Tensor, length: Optional[int] = None) -> None:
@@ -154,7 +135,7 @@ def check_cache(op: str, name: str, rows: torch.Tensor, cache: torch.Tensor, fir
 
 
 def check_conversion(op: str, dtype: str, cache_dtype: str) -> None:
-    if dtype != cache_dtype and not (dtype in kernels.DTYPES and cache_dtype in kernels.FP8_DTYPES):
+    if dtype != cache_dtype and not (dtype in DTYPES and cache_dtype in FP8_DTYPES):
         raise UnsupportedConfig(
             f"{op}: rows are {dtype} and the cache is {cache_dtype}; expected the same dtype, "
             "or fp16, bf16 or fp32 rows and an fp8 cache"

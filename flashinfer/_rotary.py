@@ -11,7 +11,8 @@ from flashinfer._kv import alignment_of, check_index
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit.spec import Config, KernelSpec
 from flashinfer.kernels import rope as kernels
-from flashinfer.kernels.page import DTYPES, vec_size
+from flashinfer.kernels._params import DTYPES
+from flashinfer.kernels.page import vec_size
 
 NO_FREQUENCIES = bytes(kernels.MAX_ROTARY_DIM // 2 * 8)
 

@@ -6,11 +6,10 @@ from typing import Optional
 
 import torch
 
-from flashinfer import _op, dtypes, target
+from flashinfer import _op, _scale, dtypes, target
 from flashinfer import _rotary as rotary
 from flashinfer._kv import (
     PagedCache,
-    Scale,
     alignment_of,
     cache_addresses,
     cache_signature,
@@ -20,12 +19,10 @@ from flashinfer._kv import (
     check_scales,
     check_slots,
     head_strides,
-    scale_address,
-    scale_signature,
-    scale_value,
     split_cache,
 )
 from flashinfer._rotary import Rotation
+from flashinfer._scale import Scale
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit import resolver
 from flashinfer.jit.loader import PreparedLaunch, Value
@@ -88,8 +85,8 @@ def append(
         cache_signature(paged_kv_cache),
         _op.signature(kv_indices),
         _op.signature(kv_indptr),
-        scale_signature(k_scale),
-        scale_signature(v_scale),
+        _scale.signature(k_scale),
+        _scale.signature(v_scale),
         rotation.signature(),
     )
     addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), q_out.data_ptr())
@@ -101,14 +98,13 @@ def append(
         split = split_cache(op, paged_kv_cache, kv_layout)
         check_scales(op, k_scale, v_scale, k, split[0])
         slot_axes = check_slots(op, k, *slots)
-        scale_values = (scale_value(k_scale), scale_value(v_scale))
-        launch = _prepare_append(op, heads, split, slot_axes, kv_indptr.shape[0] - 1, scale_values, rotation)
+        launch = _prepare_append(op, heads, split, slot_axes, kv_indptr.shape[0] - 1, rotation)
         _memo.remember((key, alignment), launch)
     launch(
         *addresses,
         *caches,
-        scale_address(k_scale),
-        scale_address(v_scale),
+        *_scale.values(k_scale),
+        *_scale.values(v_scale),
         batch_indices.data_ptr(),
         positions.data_ptr(),
         kv_indices.data_ptr(),
@@ -202,7 +198,6 @@ def _prepare_append(
     caches: tuple[torch.Tensor, torch.Tensor],
     slot_axes: dict[str, str],
     batch_size: int,
-    scale_values: tuple[float, float],
     rotation: Rotation,
 ) -> PreparedLaunch:
     (q, k, v, q_out), (k_cache, v_cache) = heads, caches
@@ -235,7 +230,7 @@ def _prepare_append(
         spec,
         [num_qo_heads, num_kv_heads, num_kv_heads],
         num_tokens,
-        *[0] * 12,
+        *[0] * 16,
         batch_size,
         page_size,
         *[0] * rotary.NUM_ADDRESSES,
@@ -246,12 +241,11 @@ def _prepare_append(
         *head_strides(q_out),
         *cache_strides(k_cache),
         *cache_strides(v_cache),
-        *scale_values,
         num_tokens,
         num_qo_heads,
         num_kv_heads,
         device_index=q.get_device(),
-        varying=12 + 2 + rotary.NUM_ADDRESSES,
+        varying=16 + 2 + rotary.NUM_ADDRESSES,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Union
+from typing import Union
 
 import torch
 
@@ -11,9 +11,9 @@ from flashinfer import _op
 Scale = Union[float, torch.Tensor, None]
 
 
-def signature(scale: Scale) -> Optional[tuple[object, ...]]:
-    """What a prepared launch depends on: nothing of a number, which every launch passes anew."""
-    return _op.signature(scale) if isinstance(scale, torch.Tensor) else None
+def signature(scale: Scale) -> object:
+    """What a prepared launch depends on: of a number only that it is there, since every launch passes it anew."""
+    return _op.signature(scale) if isinstance(scale, torch.Tensor) else scale is not None
 
 
 def values(scale: Scale) -> tuple[int, float, int]:

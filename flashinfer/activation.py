@@ -11,8 +11,9 @@ from flashinfer._scale import Scale
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit import ArgValue, resolver
 from flashinfer.jit.loader import PreparedLaunch
+from flashinfer.kernels._params import FP8_DTYPES
 from flashinfer.kernels.activation import ACT_AND_MUL, ACT_AND_MUL_QUANT
-from flashinfer.kernels.norm import FP8_DTYPES, vec_size
+from flashinfer.kernels.norm import vec_size
 
 __all__ = ["silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul_quant"]
 

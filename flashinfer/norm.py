@@ -11,7 +11,8 @@ from flashinfer._scale import Scale
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit import ArgValue, Family, KernelSpec, resolver
 from flashinfer.jit.loader import PreparedLaunch
-from flashinfer.kernels.norm import FP8_DTYPES, LAYERNORM, RMSNORM, RMSNORM_QUANT, vec_size
+from flashinfer.kernels._params import FP8_DTYPES
+from flashinfer.kernels.norm import LAYERNORM, RMSNORM, RMSNORM_QUANT, vec_size
 
 __all__ = [
     "rmsnorm",

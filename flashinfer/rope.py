@@ -13,8 +13,9 @@ from typing import Optional
 import torch
 
 from flashinfer import _rotary_launch as launches
-from flashinfer._kv import PagedCache, Scale
+from flashinfer._kv import PagedCache
 from flashinfer._rotary import Rotation
+from flashinfer._scale import Scale
 from flashinfer.kernels.rope import frequency_table
 
 __all__ = [

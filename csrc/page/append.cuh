@@ -63,9 +63,8 @@ __device__ __forceinline__ void append_paged_kv(const AppendParams& params) {
   const TokenSlot slot =
       find_slot<typename Config::TokenIndex, typename Config::PageIndex>(params.slots, int(token_idx));
   if (!slot.exists) return;
-  const float scale = Config::kConvert ? is_key ? store_scale(params.key_scale_value, params.key_scale)
-                                                : store_scale(params.value_scale_value, params.value_scale)
-                                       : 1.f;
+  const QuantScale& cache_scale = is_key ? params.key_scale : params.value_scale;
+  const float scale = Config::kConvert ? cache_scale.reciprocal() : 1.f;
   CacheT* cache_gmem = static_cast<CacheT*>(cache) + slot.offset(cache_strides) + column;
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {

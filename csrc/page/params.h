@@ -1,6 +1,7 @@
 #pragma once
 
 #include "common.h"
+#include "quant_scale.h"
 
 namespace flashinfer {
 
@@ -27,16 +28,14 @@ struct HeadStrides {
 
 // Copy rows of keys and values (for MLA: compressed KV and its rotary part, with one head) into their pages.
 struct AppendParams {
-  const void* key;           // [num_tokens, num_heads, key_dim] InT
-  const void* value;         // [num_tokens, num_heads, value_dim] InT
-  void* key_cache;           // [num_pages, page_size, num_heads, key_dim] CacheT; null: keys are not stored
-  void* value_cache;         // [num_pages, page_size, num_heads, value_dim] CacheT; null: values are not stored
-  const float* key_scale;    // [1] or null: 1; an fp8 cache holds key / scale
-  const float* value_scale;  // [1] or null: 1
+  const void* key;    // [num_tokens, num_heads, key_dim] InT
+  const void* value;  // [num_tokens, num_heads, value_dim] InT
+  void* key_cache;    // [num_pages, page_size, num_heads, key_dim] CacheT; null: keys are not stored
+  void* value_cache;  // [num_pages, page_size, num_heads, value_dim] CacheT; null: values are not stored
+  QuantScale key_scale, value_scale;  // of an fp8 cache that higher precision is converted to
   TokenSlots slots;
   HeadStrides key_strides, value_strides;
   CacheStrides key_cache_strides, value_cache_strides;
-  float key_scale_value, value_scale_value;  // multiplied with *key_scale, *value_scale
   int32_t num_tokens, num_heads;
 };
 

@@ -30,9 +30,4 @@ __device__ __forceinline__ TokenSlot find_slot(const TokenSlots& slots, int toke
   return {page_idx, int32_t(uint32_t(position) - page_of_request * uint32_t(slots.page_size)), page_idx >= 0};
 }
 
-// What to multiply a value with before it is stored in a scaled cache.
-__device__ __forceinline__ float store_scale(float scale_value, const float* scale_gmem) {
-  return 1.f / (scale_gmem == nullptr ? scale_value : scale_value * *scale_gmem);
-}
-
 }  // namespace flashinfer

@@ -34,19 +34,17 @@ struct RopeParams {
 
 // Rotate queries and keys, and store keys and values in a paged cache.
 struct RopeAppendParams {
-  const void* q;             // [num_tokens, num_qo_heads, head_dim] T
-  const void* k;             // [num_tokens, num_kv_heads, head_dim] T
-  const void* v;             // [num_tokens, num_kv_heads, head_dim] T
-  void* q_out;               // shape of q; may be q
-  void* key_cache;           // [num_pages, page_size, num_kv_heads, head_dim] CacheT
-  void* value_cache;         // [num_pages, page_size, num_kv_heads, head_dim] CacheT
-  const float* key_scale;    // [1] or null: 1; an fp8 cache holds key / scale
-  const float* value_scale;  // [1] or null: 1
+  const void* q;                      // [num_tokens, num_qo_heads, head_dim] T
+  const void* k;                      // [num_tokens, num_kv_heads, head_dim] T
+  const void* v;                      // [num_tokens, num_kv_heads, head_dim] T
+  void* q_out;                        // shape of q; may be q
+  void* key_cache;                    // [num_pages, page_size, num_kv_heads, head_dim] CacheT
+  void* value_cache;                  // [num_pages, page_size, num_kv_heads, head_dim] CacheT
+  QuantScale key_scale, value_scale;  // of an fp8 cache
   TokenSlots slots;
   Rotary rotary;
   HeadStrides q_strides, k_strides, v_strides, q_out_strides;
   CacheStrides key_cache_strides, value_cache_strides;
-  float key_scale_value, value_scale_value;  // multiplied with *key_scale, *value_scale
   int32_t num_tokens, num_qo_heads, num_kv_heads;
 };
 

@@ -67,9 +67,7 @@ __device__ __forceinline__ void rope_append(const RopeAppendParams& params) {
     const int64_t position = rotary_position<Config>(params.rotary, group.token_idx);
     angles = LaneAngles<Config>::make(params.rotary, frequencies_smem, lane, position);
   }
-  const float scale = is_query   ? 1.f
-                      : is_value ? store_scale(params.value_scale_value, params.value_scale)
-                                 : store_scale(params.key_scale_value, params.key_scale);
+  const float scale = is_query ? 1.f : is_value ? params.value_scale.reciprocal() : params.key_scale.reciprocal();
 
   // Turn, and heads out.
 #pragma unroll

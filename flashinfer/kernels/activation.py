@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
-from flashinfer.kernels.norm import FP8_DTYPES, QUANT_SCALE
+from flashinfer.kernels._params import DTYPES, FP8_DTYPES, QUANT_SCALE, nested
 
 GATES = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # enum Gate in csrc/activation/gate.h
 VECS_PER_THREAD = 2
@@ -27,7 +27,7 @@ class ActAndMulParams(ctypes.Structure):
 class ActAndMulQuantParams(ctypes.Structure):
     """Mirror of csrc/activation/params.h."""
 
-    _fields_ = [*QUANT_SCALE, *[(f"act_and_mul.{field[0]}", field[1]) for field in ActAndMulParams._fields_]]
+    _fields_ = [*nested("output_scale", QUANT_SCALE), *nested("act_and_mul", ActAndMulParams._fields_)]
 
 
 def _config(spec: KernelSpec) -> Config:
@@ -45,14 +45,14 @@ ACT_AND_MUL = Family(
     name="act_and_mul",
     params=ActAndMulParams,
     headers={"cuda": "activation/act_and_mul.cuh", "cpu": "cpu/activation/act_and_mul.h"},
-    axes={"dtype": ("fp16", "bf16", "fp32"), "gate": tuple(GATES), "vec_size": (1, 2, 4, 8)},
+    axes={"dtype": DTYPES, "gate": tuple(GATES), "vec_size": (1, 2, 4, 8)},
     config=_config,
 )
 ACT_AND_MUL_QUANT = Family(
     name="act_and_mul_quant",
     params=ActAndMulQuantParams,
     headers={"cuda": "activation/act_and_mul_quant.cuh", "cpu": "cpu/activation/act_and_mul_quant.h"},
-    axes={"dtype": ("fp16", "bf16", "fp32"), "out_dtype": FP8_DTYPES, "gate": tuple(GATES), "vec_size": (1, 2, 4, 8)},
+    axes={"dtype": DTYPES, "out_dtype": FP8_DTYPES, "gate": tuple(GATES), "vec_size": (1, 2, 4, 8)},
     config=_config,
 )
 register(ACT_AND_MUL, ACT_AND_MUL_QUANT)

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 from flashinfer.dtypes import ITEMSIZE
 from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
+from flashinfer.kernels._params import DTYPES, FP8_DTYPES, QUANT_SCALE, nested
 
-DTYPES = ("fp16", "bf16", "fp32")
-FP8_DTYPES = ("fp8_e4m3", "fp8_e5m2")
 VEC_SIZES = (1, 2, 4, 8)
 # A row lives in registers: 1024 threads × 32 elements.
 HIDDEN_SIZES = range(1, 32769)
-
-
-# QuantScale in csrc/quant_scale.h, as the leading field `output_scale`.
-QUANT_SCALE: list[tuple[str, Any]] = [
-    ("output_scale.device_value", ctypes.c_void_p),
-    ("output_scale.host_value", ctypes.c_float),
-    ("output_scale.reserved", ctypes.c_int32),
-]
 
 
 class NormParams(ctypes.Structure):
@@ -46,7 +36,7 @@ class NormParams(ctypes.Structure):
 class NormQuantParams(ctypes.Structure):
     """Mirror of csrc/norm/params.h."""
 
-    _fields_ = [*QUANT_SCALE, *[(f"norm.{field[0]}", field[1]) for field in NormParams._fields_]]
+    _fields_ = [*nested("output_scale", QUANT_SCALE), *nested("norm", NormParams._fields_)]
 
 
 def vec_size(dtype: str, hidden_size: int, alignment: int = 16) -> int:

@@ -7,21 +7,8 @@ import functools
 import math
 
 from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
-from flashinfer.kernels.page import (
-    CACHE_STRIDES,
-    DTYPES,
-    F32,
-    FP8_DTYPES,
-    HEAD_STRIDES,
-    I32,
-    I64,
-    INDEX_TYPES,
-    TOKEN_SLOTS,
-    VEC_SIZES,
-    Fields,
-    P,
-    nested,
-)
+from flashinfer.kernels._params import DTYPES, F32, FP8_DTYPES, I32, I64, QUANT_SCALE, Fields, P, nested
+from flashinfer.kernels.page import CACHE_STRIDES, HEAD_STRIDES, INDEX_TYPES, TOKEN_SLOTS, VEC_SIZES
 
 MAX_ROTARY_DIM = 256
 ROTARY: Fields = [
@@ -65,8 +52,8 @@ class RopeAppendParams(ctypes.Structure):
         ("q_out", P),
         ("key_cache", P),
         ("value_cache", P),
-        ("key_scale", P),
-        ("value_scale", P),
+        *nested("key_scale", QUANT_SCALE),
+        *nested("value_scale", QUANT_SCALE),
         *nested("slots", TOKEN_SLOTS),
         *nested("rotary", ROTARY),
         *nested("q_strides", HEAD_STRIDES),
@@ -75,8 +62,6 @@ class RopeAppendParams(ctypes.Structure):
         *nested("q_out_strides", HEAD_STRIDES),
         *nested("key_cache_strides", CACHE_STRIDES),
         *nested("value_cache_strides", CACHE_STRIDES),
-        ("key_scale_value", F32),
-        ("value_scale_value", F32),
         ("num_tokens", I32),
         ("num_qo_heads", I32),
         ("num_kv_heads", I32),

@@ -19,8 +19,8 @@ template <class Config>
 void append_paged_kv(const AppendParams& params) {
   using InT = typename Config::InT;
   using CacheT = typename Config::CacheT;
-  const float key_scale = Config::kConvert ? store_scale(params.key_scale_value, params.key_scale) : 1.f;
-  const float value_scale = Config::kConvert ? store_scale(params.value_scale_value, params.value_scale) : 1.f;
+  const float key_scale = Config::kConvert ? params.key_scale.reciprocal() : 1.f;
+  const float value_scale = Config::kConvert ? params.value_scale.reciprocal() : 1.f;
 
 #pragma omp parallel for
   for (int token_idx = 0; token_idx < params.num_tokens; ++token_idx) {

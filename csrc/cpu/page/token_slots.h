@@ -30,8 +30,4 @@ inline int64_t row_offset(const HeadStrides& strides, int64_t token_idx, int64_t
   return token_idx * strides.token + head_idx * strides.head;
 }
 
-inline float store_scale(float scale_value, const float* scale) {
-  return 1.f / (scale == nullptr ? scale_value : scale_value * *scale);
-}
-
 }  // namespace flashinfer::cpu

@@ -11,8 +11,8 @@ void rope_append(const RopeAppendParams& params) {
   using T = typename Config::T;
   using CacheT = typename Config::CacheT;
   constexpr int kDim = Config::kHeadDim;
-  const float key_scale = store_scale(params.key_scale_value, params.key_scale);
-  const float value_scale = store_scale(params.value_scale_value, params.value_scale);
+  const float key_scale = params.key_scale.reciprocal();
+  const float value_scale = params.value_scale.reciprocal();
 
 #pragma omp parallel for
   for (int token_idx = 0; token_idx < params.num_tokens; ++token_idx) {
