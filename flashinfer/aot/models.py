@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from flashinfer import target as targets
 from flashinfer.jit.spec import ArgValue, KernelSpec
@@ -80,14 +81,14 @@ def _kv_dtypes(dtype: str, target: str) -> tuple[str, ...]:
 
 def _attention(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
     for kv_dtype in _kv_dtypes(dtype, target):
-        common = {"q_dtype": dtype, "kv_dtype": kv_dtype, "head_dim": model.head_dim}
+        common: dict[str, Any] = {"q_dtype": dtype, "kv_dtype": kv_dtype, "head_dim": model.head_dim}
         for group_size in model.group_sizes:
             for kv_storage in ("paged", "single"):
                 yield attention.decode(target, **common, group_size=group_size, kv_storage=kv_storage)
         yield prefill.prefill(target, **common, kv_storage="paged", mask="causal")
         yield prefill.prefill(target, **common, kv_storage="paged", mask="none")  # the shared prefix of a cascade
     for kv_storage in ("ragged", "single"):
-        own = {"q_dtype": dtype, "kv_dtype": dtype, "head_dim": model.head_dim}
+        own: dict[str, Any] = {"q_dtype": dtype, "kv_dtype": dtype, "head_dim": model.head_dim}
         yield prefill.prefill(target, **own, kv_storage=kv_storage, mask="causal")
     for pair in (False, True):
         yield cascade.MERGE_STATES.spec(target, dtype=dtype, head_dim=model.head_dim, pair=pair)
