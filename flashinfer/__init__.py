@@ -15,7 +15,7 @@ from flashinfer.version import __version__
 _EXPORTS = {
     name: module
     for module, names in {
-        "activation": ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"),
+        "activation": ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul_quant"),
         "cascade": (
             "merge_state",
             "merge_state_in_place",
@@ -29,7 +29,15 @@ _EXPORTS = {
             "BatchDecodeWithPagedKVCacheWrapper",
             "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
         ),
-        "norm": ("rmsnorm", "fused_add_rmsnorm", "gemma_rmsnorm", "gemma_fused_add_rmsnorm", "layernorm"),
+        "norm": (
+            "rmsnorm",
+            "fused_add_rmsnorm",
+            "gemma_rmsnorm",
+            "gemma_fused_add_rmsnorm",
+            "layernorm",
+            "rmsnorm_quant",
+            "fused_add_rmsnorm_quant",
+        ),
         "page": ("append_paged_kv_cache", "append_paged_mla_kv_cache", "get_batch_indices_positions", "get_seq_lens"),
         "prefill": (
             "single_prefill_with_kv_cache",
@@ -49,6 +57,8 @@ _EXPORTS = {
             "apply_llama31_rope_pos_ids_inplace",
             "apply_rope_with_cos_sin_cache",
             "apply_rope_with_cos_sin_cache_inplace",
+            "rope_append_paged_kv_cache",
+            "fused_qk_rmsnorm_rope",
         ),
         "sampling": (
             "sampling_from_probs",
