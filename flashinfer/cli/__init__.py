@@ -8,7 +8,7 @@ stderr. A command imports torch only when it has to look at the machine.
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -49,12 +49,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="flashinfer", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = _Parser(
+        prog="flashinfer",
+        description="Look at this machine, at the kernels it has, and at those it lacks.",
+        epilog="Exit code: 0 yes or done, 1 no or failed, 2 bad usage. Settings: docs/operations.md.",
+    )
     parser.add_argument("--version", action="version", version=f"flashinfer {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in _COMMANDS:
-        if importlib.util.find_spec(f"flashinfer.cli.{name}"):
-            importlib.import_module(f"flashinfer.cli.{name}").add_parser(subparsers)
+        importlib.import_module(f"flashinfer.cli.{name}").add_parser(subparsers)
     return parser
 
 

@@ -78,11 +78,10 @@ def _print_table(holes: Sequence[Hole], broken: int, paths: Sequence[Path]) -> N
         print(f"{count(broken, 'line')} could not be read (a process killed while writing) and {_is(broken)} left out")
     if holes:
         names = ",".join(sorted({hole.spec["target"] for hole in holes}))
-        print(f"\nTo precompile them beside the core set:\n  {_command(where, names)}")
-
-
-def _command(where: str, targets: str) -> str:
-    return f"python scripts/build_aot.py --config core --add {where} --target {targets} --out DIR"
+        add = " ".join(f"--add {shlex.quote(str(path))}" for path in paths)
+        print("\nTo have them precompiled (without a checkout: `flashinfer aot build` with the same arguments):")
+        print(f"  python scripts/build_aot.py {add} --target {names} --out my_kernels")
+        print("then package the folder, or let processes find it with FLASHINFER_AOT_PATH=my_kernels")
 
 
 def _is(number: int) -> str:

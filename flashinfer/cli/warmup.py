@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from flashinfer import env, log
-from flashinfer.cli import _requests
+from flashinfer.cli import UsageError, _requests
 from flashinfer.cli._text import count
 from flashinfer.errors import FlashInferError
 from flashinfer.jit.resolver import Resolver, make_resolver, preferred_cache_dir
@@ -29,12 +29,14 @@ def add_parser(subparsers: Any) -> None:
     )
     _requests.add_arguments(parser)
     parser.add_argument(
-        "--jobs", type=int, default=0, metavar="N", help="compiles at a time (default: one per CPU core, at most 8)"
+        "--jobs", type=int, metavar="N", help="compiles at a time (default: one per CPU core, at most 8)"
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.jobs is not None and args.jobs < 1:
+        raise UsageError(f"--jobs is {args.jobs}; expected a positive number")
     specs = _requests.requested(args)
     resolver = make_resolver(record_misses=False)
     if resolver.cache_dir != preferred_cache_dir():  # the warning of the temporary directory has said why

@@ -1,0 +1,484 @@
+"""The command line, run as its users run it: real kernels, real folders, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashinfer import env, target
+from flashinfer.cli import _text, doctor, main, warmup
+from flashinfer.jit import misses
+from flashinfer.jit.stores import PARTIAL, Entry, JitCache, Registry
+from flashinfer.version import __version__
+from tests.kit import ROOT, compiler_script, cpu_resolver, rmsnorm_spec
+
+CONFIG = """
+[[kernel]]
+family = "rmsnorm"
+dtype = "fp32"
+hidden_size = 64
+vec_size = 4
+add_residual = false
+gemma = false
+
+[[kernel]]
+family = "rmsnorm"
+dtype = "fp32"
+hidden_size = 128
+vec_size = 4
+add_residual = false
+gemma = false
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of this test's own, no companion, and no setting of the caller's."""
+    for name in [name for name in os.environ if name.startswith("FLASHINFER_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("FLASHINFER_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("flashinfer.jit.stores.AotStore.roots", lambda self: list(env.AOT_PATH.get()))
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "mine.toml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line: exit code, stdout, stderr."""
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        try:
+            code = main(argv)
+        except SystemExit as exit_:  # argparse
+            code = int(str(exit_.code))
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+# ------------------------------------------------------------------------------------------------------------ bad usage
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "required: COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["cache"], "required: COMMAND"),
+        (["cache", "gc"], "required: --max-size"),
+        (["cache", "gc", "--max-size", "much"], "size 'much' is not understood; expected a number with K, M, G or T"),
+        (["resolve"], "required: --config"),
+        (["resolve", "--config", "/no/such.toml"], "/no/such.toml: no such config; expected a file, or one of core"),
+        (["resolve", "--config", "smoke", "--target", "sm_9x"], "target 'sm_9x' is unknown; expected sm_<capability>"),
+        (["warmup", "--config", "smoke", "--jobs", "some"], "invalid int value: 'some'"),
+        (["warmup", "--config", "smoke", "--jobs", "-1"], "--jobs is -1; expected a positive number"),
+        (["misses", "report", "/no/such/file"], "/no/such/file does not exist; expected a .jsonl file"),
+        (["misses", "report", "--format", "xml"], "invalid choice: 'xml'"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(argv: list[str], expected: str, call: Call) -> None:
+    code, out, err = call(*argv)
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1 and err.startswith("flashinfer"), err
+    assert expected in err
+
+
+def test_a_broken_config_names_file_and_line(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "odd.toml").write_text('\n\n[[kernel]]\nfamily = "rmsnorm"\n')
+    code, _, err = call("resolve", "--config", str(tmp_path / "odd.toml"))
+    assert code == 2 and "odd.toml:3: [[kernel]] row 1 (rmsnorm)" in err and err.count("\n") == 1
+
+
+def test_a_broken_setting_is_bad_usage(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHINFER_DISABLE_AOT", "maybe")
+    code, _, err = call("resolve", "--config", "smoke")
+    assert (code, err) == (2, "flashinfer: FLASHINFER_DISABLE_AOT='maybe': expected 0, 1, true or false\n")
+
+
+@pytest.mark.parametrize("command", ["", "doctor", "resolve", "warmup", "misses report", "cache gc", "aot verify"])
+def test_help(command: str, call: Call) -> None:
+    code, out, _ = call(*command.split(), "--help")
+    assert code == 0 and out.startswith("usage: flashinfer")
+
+
+def test_python_m_is_the_same_command() -> None:
+    command = [sys.executable, "-m", "flashinfer", "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"flashinfer {__version__}\n"
+
+
+def test_a_reader_that_stops_early_is_no_error(cache: Path) -> None:
+    resolver = cpu_resolver(cache)
+    for _ in range(2000):
+        resolver.misses._recorded.clear()
+        resolver.misses.record(rmsnorm_spec(), "why " * 20, "failed", 0.0, 0)
+    command = f"{sys.executable} -m flashinfer misses report --format json | head -n 1; exit ${{PIPESTATUS[0]}}"
+    process = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.stderr == ""
+
+
+# --------------------------------------------------------------------------------------------------------------- doctor
+
+
+def findings(out: str) -> dict[str, dict[str, str]]:
+    report: dict[str, Any] = json.loads(out)
+    return {finding["name"]: finding for finding in report["findings"]}
+
+
+def test_doctor_runs_a_kernel_and_writes_nothing(call: Call, cache: Path) -> None:
+    code, out, err = call("doctor", "--json")
+    found = findings(out)
+    assert (code, err) == (0, ""), found
+    ran = found["kernel on cpu"]
+    assert ran["status"] == "ok"
+    assert re.fullmatch(rf"{target.host()}: compiled in \d\.\d\d s, ran in \d+ µs, result correct", ran["text"])
+    for name in ("Python", "torch", "flashinfer", "host C++", "OpenMP", "cache"):
+        assert found[name]["status"] == "ok", found[name]
+    assert found["precompiled kernels"]["fix"] == f"pip install 'flashinfer[aot]=={__version__}'"
+    assert [setting["name"] for setting in json.loads(out)["settings"]] == [setting.name for setting in env.ALL]
+    assert not cache.exists()
+
+
+def test_doctor_for_people(call: Call, cache: Path) -> None:
+    code, out, _ = call("doctor")
+    assert code == 0
+    assert re.search(rf"FLASHINFER_CACHE_DIR +{re.escape(str(cache))} +set", out)
+    assert out.endswith("all is well\n") or "to look at" in out
+
+
+def test_doctor_without_a_compiler(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHINFER_CXX", "/no/such/g++")
+    monkeypatch.setattr(doctor, "_has_gpu", lambda: False)
+    code, out, _ = call("doctor", "--json")
+    assert code == 1
+    assert findings(out)["host C++"]["status"] == "FAILED"
+    assert "apt-get install g++" in findings(out)["host C++"]["fix"]
+
+
+def test_doctor_with_a_compiler_that_miscompiles(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that runs is not enough: its result has to be right."""
+    compiled = doctor.toolchain.HostCxx.compile
+
+    def spoiled(self: Any, source: Any) -> Any:
+        from dataclasses import replace
+
+        return compiled(self, replace(source, text=source.text.replace("kHiddenSize = 1024", "kHiddenSize = 512")))
+
+    monkeypatch.setattr(doctor.toolchain.HostCxx, "compile", spoiled)
+    code, out, _ = call("doctor", "--json")
+    assert code == 1
+    assert "result is off by" in findings(out)["kernel on cpu"]["text"]
+
+
+def test_doctor_sees_upstream_beside_us(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_installed_version", {"flashinfer-python": "0.7.2", "flashinfer-cubin": "0.7.2"}.get)
+    code, out, _ = call("doctor", "--json")
+    upstream = findings(out)["upstream"]
+    assert code == 0 and upstream["status"] == "warning"
+    assert "flashinfer-python 0.7.2, flashinfer-cubin 0.7.2" in upstream["text"]
+    assert upstream["fix"].startswith("pip uninstall flashinfer-python flashinfer-cubin, then")
+
+
+def test_doctor_sees_an_unusable_cache_and_setting(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHINFER_CACHE_DIR", "/proc/flashinfer")
+    monkeypatch.setenv("FLASHINFER_RECORD_MISSES", "perhaps")
+    monkeypatch.setenv("FLASHINFER_JIT_VERBOSE", "1")
+    code, out, _ = call("doctor", "--json")
+    found = [(finding["name"], finding["status"]) for finding in json.loads(out)["findings"]]
+    assert code == 1
+    assert ("cache", "warning") in found and ("setting", "FAILED") in found
+    assert "FLASHINFER_JIT_VERBOSE is not a variable of this library" in out
+
+
+def test_doctor_sees_a_companion_of_other_sources(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = rmsnorm_spec()
+    entry = Entry(spec.name, **spec.to_dict(), digest="0" * 64, file="k.so", sha256="0" * 64, bytes=1, compiler="g++")
+    Registry.write(tmp_path, [entry])
+    monkeypatch.setenv("FLASHINFER_AOT_PATH", str(tmp_path))
+    code, out, _ = call("doctor", "--json")
+    companion = findings(out)["precompiled kernels"]
+    assert code == 0 and companion["status"] == "warning"
+    assert "1 kernel for" in companion["text"] and "1 built from other sources and not used" in companion["text"]
+    assert f"flashinfer-aot=={__version__}" in companion["fix"]
+
+
+@pytest.mark.gpu
+def test_doctor_runs_a_kernel_on_the_gpu(call: Call) -> None:
+    code, out, _ = call("doctor", "--json")
+    found = findings(out)
+    assert code == 0, found
+    assert found["kernel on cuda:0"]["status"] == "ok"
+    assert found["driver"]["status"] == found["GPU 0"]["status"] == found["NVRTC"]["status"] == "ok"
+
+
+# ----------------------------------------------------------------------------------------------------- resolve, warmup
+
+
+def test_resolve_warmup_resolve(call: Call, config: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = ("--config", config, "--target", target.host())
+    code, out, _ = call("resolve", *cpu)
+    assert code == 1
+    assert out.endswith("2 kernels: 2 to be compiled\n")
+    assert "aot: flashinfer_aot is not installed; jit-cache: not in JIT cache" in out
+    assert not (cache / "jit").exists()
+
+    code, out, err = call("warmup", *cpu)
+    assert code == 0
+    assert "2 kernels: 0 ready, 2 to compile\n2 kernels compiled in" in out
+    assert not (cache / "misses").exists(), "nobody has missed anything yet"
+    code, out, err = call("warmup", *cpu)
+    assert (code, out, err) == (0, "2 kernels: 2 ready, 0 to compile\n", "")
+
+    code, out, _ = call("resolve", *cpu)
+    assert code == 0 and out.endswith("2 kernels: 2 in the JIT cache\n")
+    code, out, _ = call("resolve", *cpu, "--require", "aot", "--json")
+    report = json.loads(out)
+    assert code == 1 and report["answers"] == {"jit-cache": 2}
+    assert report["kernels"][0]["reasons"] == ["aot: flashinfer_aot is not installed"]
+    assert report["kernels"][0]["args"]["hidden_size"] == 64
+
+    monkeypatch.setenv("FLASHINFER_DISABLE_JIT", "1")
+    cpu_resolver(cache).load(rmsnorm_spec(64))
+
+
+def test_resolve_prefers_precompiled_kernels(
+    call: Call, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hashlib
+
+    from flashinfer.jit.source import render
+
+    spec, code_ = rmsnorm_spec(), b"machine code"
+    (tmp_path / "aot").mkdir()
+    (tmp_path / "aot" / "k.so").write_bytes(code_)
+    sha256, digest = hashlib.sha256(code_).hexdigest(), render(spec).digest
+    entry = Entry(spec.name, **spec.to_dict(), digest=digest, file="k.so", sha256=sha256, bytes=12, compiler="g++")
+    Registry.write(tmp_path / "aot", [entry])
+    monkeypatch.setenv("FLASHINFER_AOT_PATH", str(tmp_path / "aot"))
+    code, out, _ = call("resolve", "--config", config, "--target", target.host(), "--problems")
+    assert code == 1
+    assert out.endswith("2 kernels: 1 precompiled, 1 to be compiled\n")
+    assert out.count(target.host()) == 1 and "aot: not in registry; jit-cache: not in JIT cache" in out
+
+
+def test_resolve_for_a_machine_that_is_not_here(call: Call, config: str) -> None:
+    code, out, _ = call("resolve", "--config", config, "--target", "sm_80,sm_90a", "--json")
+    assert code == 1
+    assert {kernel["target"] for kernel in json.loads(out)["kernels"]} == {"sm_80", "sm_90a"}
+
+
+def test_default_target_is_this_machine(call: Call, config: str) -> None:
+    _, out, _ = call("resolve", "--config", config, "--json", "--cpu")
+    assert target.host() in {kernel["target"] for kernel in json.loads(out)["kernels"]}
+
+
+def test_warmup_goes_on_after_a_failure_and_says_so(
+    call: Call, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, _ = compiler_script(tmp_path)
+    text = script.read_text().replace(
+        'exec g++ "$@"', 'grep -q "kHiddenSize = 64" rmsnorm.cpp && exit 3\nexec g++ "$@"'
+    )
+    script.write_text(text)
+    monkeypatch.setenv("FLASHINFER_CXX", str(script))
+    code, out, err = call("warmup", "--config", config, "--target", target.host())
+    assert code == 1
+    assert "1 kernel compiled in" in out
+    assert f"{rmsnorm_spec(64).name} for {target.host()} failed:\n" in err and "exit status 3, no message" in err
+    assert err.endswith("flashinfer: 1 kernel would still be compiled at run time; see the errors above\n")
+
+
+def test_warmup_that_could_keep_nothing(call: Call, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHINFER_CACHE_DIR", "/proc/flashinfer")
+    code, _, err = call("warmup", "--config", config, "--target", target.host())
+    assert code == 1
+    assert err.endswith("flashinfer: nothing would be kept; set FLASHINFER_CACHE_DIR to a writable folder\n")
+
+
+def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = warmup._Bar(2, visible=True)
+    bar.advance(rmsnorm_spec())
+    bar.advance(rmsnorm_spec())
+    bar.close()
+    _, halfway, full = capsys.readouterr().err.split("\r\033[K")[1:]
+    assert re.fullmatch(rf"\[#{{12}}-{{12}}\] 1/2  ETA \d+ s  rmsnorm {target.host()}", halfway)
+    assert full == f"[{'#' * 24}] 2/2  rmsnorm {target.host()}\n"
+
+
+# --------------------------------------------------------------------------------------------------------------- misses
+
+
+def test_misses_report(call: Call, cache: Path, tmp_path: Path) -> None:
+    assert call("misses", "report")[:2] == (0, f"no misses recorded in {cache / 'misses'}\n")
+    resolver = cpu_resolver(cache)
+    resolver.load(rmsnorm_spec(64))
+    cpu_resolver(cache).load(rmsnorm_spec(64))
+    resolver.load(rmsnorm_spec(128))
+    (file,) = (cache / "misses").iterdir()
+    with open(file, "a") as records:
+        records.write('{"spec": {"fam')  # killed while writing
+
+    code, out, _ = call("misses", "report")
+    assert code == 0
+    header, _, first, _, _, summary, broken = out.splitlines()[:7]
+    assert header.split()[:3] == ["kernel", "target", "processes"]
+    assert "jit-cache, jit-compile" in out and "flashinfer_aot is not installed" in first
+    assert re.fullmatch(r"2 kernels, 1 process, \d\.\d\d s lost in all", summary)
+    assert broken.startswith("1 line could not be read")
+
+    report = json.loads(call("misses", "report", "--format", "json")[1])
+    assert report["broken_lines"] == 1
+    seconds = [miss["seconds"] for miss in report["misses"]]
+    assert seconds == sorted(seconds, reverse=True)
+
+    _, toml, _ = call("misses", "report", str(file), "--format", "toml")
+    assert toml.startswith("# 1 unreadable line left out\n# 1 process, ")
+    (tmp_path / "holes.toml").write_text(toml)
+    code, _, _ = call("warmup", "--config", str(tmp_path / "holes.toml"), "--target", target.host())
+    assert code == 0
+
+    assert call("misses", "clear") == (0, "1 record file deleted\n", "")
+    assert call("misses", "report")[1].startswith("no misses recorded")
+
+
+def test_the_command_that_a_report_ends_with_works(call: Call, cache: Path, tmp_path: Path) -> None:
+    cpu_resolver(cache).load(rmsnorm_spec())
+    _, out, _ = call("misses", "report")
+    (command,) = re.findall(r"^  python scripts/build_aot\.py (.*)$", out, re.MULTILINE)
+    argv = [word.replace("my_kernels", str(tmp_path / "out")) for word in shlex.split(command)]
+    code, out, _ = call("aot", "build", *argv, "--dry-run")
+    assert code == 0 and "1 to compile" in out
+    assert "--target" in argv and argv[argv.index("--target") + 1] == target.host()
+
+
+def test_records_of_a_fleet_merge_by_naming_them(call: Call, tmp_path: Path) -> None:
+    for machine in ("a", "b"):
+        cpu_resolver(tmp_path / machine).load(rmsnorm_spec())
+    files = [next((tmp_path / machine / "misses").iterdir()) for machine in ("a", "b")]
+    text = files[1].read_text().replace(misses._process_name(os.getpid()), "another-2-2")
+    files[1].write_text(text)
+    _, out, _ = call("misses", "report", str(tmp_path / "a"), str(files[1]), "--format", "json")
+    (hole,) = json.loads(out)["misses"]
+    assert len(hole["processes"]) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+
+
+@pytest.fixture
+def three_kernels(cache: Path) -> list[Path]:
+    """Least recently used first."""
+    resolver = cpu_resolver(cache)
+    for age, hidden_size in enumerate((64, 128, 256)):
+        resolver.load(rmsnorm_spec(hidden_size))
+        folder = next(path for path in resolver.jit.folders() if f"={hidden_size}-" in _name(path))
+        os.utime(folder, (time.time() - 7200 * (3 - age),) * 2)
+    return list(resolver.jit.folders())
+
+
+def _name(folder: Path) -> str:
+    return (folder / "source.cpp").read_text().splitlines()[0]
+
+
+def test_cache_list(call: Call, cache: Path, three_kernels: list[Path]) -> None:
+    code, out, _ = call("cache", "list")
+    assert code == 0
+    ages = [line.rsplit("  ", 1)[1] for line in out.splitlines()[2:5]]
+    assert [age.strip() for age in ages] == ["2 h ago", "4 h ago", "6 h ago"]
+    assert re.search(rf"3 kernels, [\d.]+ KiB in {re.escape(str(cache / 'jit'))}\n", out)
+    report = json.loads(call("cache", "list", "--json")[1])
+    assert report["bytes"] == sum(kernel["bytes"] for kernel in report["kernels"])
+    (three_kernels[0] / "spec.json").write_text("{")
+    assert "(damaged)" in call("cache", "list")[1]
+
+
+def test_cache_list_of_nothing_makes_nothing(call: Call, cache: Path) -> None:
+    assert call("cache", "list") == (0, f"0 kernels, 0 B in {cache / 'jit'}\n", "")
+    assert not cache.exists()
+
+
+def test_cache_gc_evicts_the_least_recently_used(call: Call, cache: Path, three_kernels: list[Path]) -> None:
+    sizes = [kernel["bytes"] for kernel in json.loads(call("cache", "list", "--json")[1])["kernels"]]
+    abandoned, fresh = cache / "jit" / f"{PARTIAL}old", cache / "jit" / f"{PARTIAL}new"
+    for folder in (abandoned, fresh):
+        folder.mkdir()
+    os.utime(abandoned, (time.time() - 7200,) * 2)
+    limit = str(sum(sizes) - 1)
+    code, out, _ = call("cache", "gc", "--max-size", limit, "--dry-run")
+    assert code == 0 and "would be removed" in out
+    assert all(folder.exists() for folder in (*three_kernels, abandoned))
+
+    code, out, _ = call("cache", "gc", "--max-size", limit)
+    assert code == 0 and "1 kernel and 4 leftovers removed" in out, out  # an abandoned folder and three lock files
+    assert [folder.exists() for folder in three_kernels] == [False, True, True]
+    assert fresh.exists() and not abandoned.exists()
+    assert not list((cache / "jit").glob("*.lock"))
+    assert "0 kernels and 0 leftovers removed" in call("cache", "gc", "--max-size", "1G")[1]
+
+
+def test_cache_gc_leaves_a_held_lock(call: Call, cache: Path) -> None:
+    import filelock
+
+    (cache / "jit").mkdir(parents=True)
+    lock = cache / "jit" / ".busy.lock"
+    with filelock.FileLock(str(lock)):
+        call("cache", "gc", "--max-size", "0")
+        assert lock.exists()
+
+
+def test_cache_clear(call: Call, cache: Path, three_kernels: list[Path]) -> None:
+    (cache / "failed" / "x").mkdir(parents=True)
+    assert call("cache", "clear") == (0, f"3 kernels removed from {cache / 'jit'}\n", "")
+    assert list(JitCache(cache / "jit").folders()) == []
+    assert not (cache / "failed").exists()
+    assert (cache / "misses").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0", 0),
+        ("4096", 4096),
+        ("1k", 1024),
+        ("500M", 500 * 1024**2),
+        ("1.5GiB", 3 * 1024**3 // 2),
+        ("2TB", 2 * 1024**4),
+    ],
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert _text.parse_size(text) == expected
+
+
+# ------------------------------------------------------------------------------------------------------- documentation
+
+
+def test_operations_page_lists_every_setting() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    rows = dict(re.findall(r"^\| `(FLASHINFER_\w+)` \|[^|]*\| (.*?) \|$", page, re.MULTILINE))
+    assert rows == {setting.name: setting.doc for setting in env.ALL}
