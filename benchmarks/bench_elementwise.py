@@ -1,4 +1,4 @@
-"""RoPE, paged append, packing, fp8 outputs and the fused operators: microseconds and bandwidth, beside what they replace.
+"""RoPE, paged append, packing, fp8 outputs and the fused operators: time and bandwidth, beside what they replace.
 
 python benchmarks/bench_elementwise.py [--only rope,append,fused,quant,pack]
 
@@ -20,7 +20,6 @@ import flashinfer
 DEVICE = "cuda"
 Call = Callable[[], Any]
 Row = tuple[str, str, int, list[Call], list[Call]]  # operator, shape, bytes, our calls, what they replace
-TOKENS = (1, 128, 8192)
 NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
 
 
@@ -28,44 +27,43 @@ def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(shape, device=DEVICE, dtype=torch.float32).to(dtype)
 
 
-def rope_rows() -> Iterator[Row]:
+def rope_rows(num_tokens: int) -> Iterator[Row]:
     table = randn(1 << 17, HEAD_DIM, dtype=torch.float32)
-    for num_tokens in TOKENS:
-        shape = f"{num_tokens} x ({NUM_QO_HEADS}+{NUM_KV_HEADS}) x {HEAD_DIM}"
-        num_bytes = 2 * num_tokens * (NUM_QO_HEADS + NUM_KV_HEADS) * HEAD_DIM * 2
-        positions = torch.randint(0, 1 << 17, (num_tokens,), device=DEVICE, dtype=torch.int32)
-        qkv = [randn(num_tokens, NUM_QO_HEADS + 2 * NUM_KV_HEADS, HEAD_DIM) for _ in range(copies_for(num_bytes))]
-        pairs = [(x[:, :NUM_QO_HEADS], x[:, NUM_QO_HEADS : NUM_QO_HEADS + NUM_KV_HEADS]) for x in qkv]
-        yield (
-            "rope in place",
-            shape,
-            num_bytes,
-            [lambda q=q, k=k: flashinfer.apply_rope_pos_ids_inplace(q, k, positions) for q, k in pairs],
-            [lambda q=q, k=k: torch_rope(q, k, table, positions) for q, k in pairs] if num_tokens > 1 else [],
-        )
-        yield (
-            "rope in place, interleaved",
-            shape,
-            num_bytes,
-            [lambda q=q, k=k: flashinfer.apply_rope_pos_ids_inplace(q, k, positions, None, True) for q, k in pairs],
-            [],
-        )
-        yield (
-            "rope in place, cos/sin table",
-            shape,
-            num_bytes,
-            [
-                lambda x=x: flashinfer.apply_rope_with_cos_sin_cache_inplace(
-                    positions,
-                    x[:, :NUM_QO_HEADS],
-                    x[:, NUM_QO_HEADS : NUM_QO_HEADS + NUM_KV_HEADS],
-                    HEAD_DIM,
-                    table,
-                )
-                for x in qkv
-            ],
-            [],
-        )
+    shape = f"{num_tokens} x ({NUM_QO_HEADS}+{NUM_KV_HEADS}) x {HEAD_DIM}"
+    num_bytes = 2 * num_tokens * (NUM_QO_HEADS + NUM_KV_HEADS) * HEAD_DIM * 2
+    positions = torch.randint(0, 1 << 17, (num_tokens,), device=DEVICE, dtype=torch.int32)
+    qkv = [randn(num_tokens, NUM_QO_HEADS + 2 * NUM_KV_HEADS, HEAD_DIM) for _ in range(copies_for(num_bytes))]
+    pairs = [(x[:, :NUM_QO_HEADS], x[:, NUM_QO_HEADS : NUM_QO_HEADS + NUM_KV_HEADS]) for x in qkv]
+    yield (
+        "rope in place",
+        shape,
+        num_bytes,
+        [lambda q=q, k=k: flashinfer.apply_rope_pos_ids_inplace(q, k, positions) for q, k in pairs],
+        [lambda q=q, k=k: torch_rope(q, k, table, positions) for q, k in pairs],
+    )
+    yield (
+        "rope in place, interleaved",
+        shape,
+        num_bytes,
+        [lambda q=q, k=k: flashinfer.apply_rope_pos_ids_inplace(q, k, positions, None, True) for q, k in pairs],
+        [],
+    )
+    yield (
+        "rope in place, cos/sin table",
+        shape,
+        num_bytes,
+        [
+            lambda x=x: flashinfer.apply_rope_with_cos_sin_cache_inplace(
+                positions,
+                x[:, :NUM_QO_HEADS],
+                x[:, NUM_QO_HEADS : NUM_QO_HEADS + NUM_KV_HEADS],
+                HEAD_DIM,
+                table,
+            )
+            for x in qkv
+        ],
+        [],
+    )
 
 
 def torch_rope(q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, positions: torch.Tensor) -> None:
@@ -77,9 +75,10 @@ def torch_rope(q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, positions:
 
 
 class Pages:
-    """A cache with shuffled pages, and num_tokens rows to append at the end of num_requests requests."""
+    """A cache with shuffled pages, and rows to append at the end of at most 64 requests."""
 
-    def __init__(self, num_tokens: int, num_requests: int, history: int = 512) -> None:
+    def __init__(self, num_tokens: int, history: int = 512) -> None:
+        num_requests = min(num_tokens, 64)
         appended = num_tokens // num_requests
         length = history + appended
         per_request = -(-length // PAGE_SIZE)
@@ -98,170 +97,173 @@ class Pages:
         return torch.zeros(shape, device=DEVICE, dtype=torch.int16 if dtype.itemsize == 2 else torch.int8).view(dtype)
 
 
-def append_rows() -> Iterator[Row]:
-    for num_tokens, num_requests in ((64, 64), (8192, 8)):
-        pages = Pages(num_tokens, num_requests)
-        for dtype in (torch.bfloat16, torch.float8_e4m3fn):
-            num_elements = 2 * num_tokens * NUM_KV_HEADS * HEAD_DIM
-            num_bytes = num_elements * (2 + dtype.itemsize)
-            sets = [
-                (randn(num_tokens, 2 * NUM_KV_HEADS, HEAD_DIM), pages.cache(dtype))
-                for _ in range(copies_for(num_bytes))
-            ]
-            yield (
-                f"append, {str(dtype)[6:]} cache",
-                f"{num_tokens} x {NUM_KV_HEADS} x {HEAD_DIM}",
-                num_bytes,
-                [
-                    lambda x=x, cache=cache: flashinfer.append_paged_kv_cache(
-                        x[:, :NUM_KV_HEADS], x[:, NUM_KV_HEADS:], *pages.slots, cache, *pages.table
-                    )
-                    for x, cache in sets
-                ],
-                [],
-            )
-        num_bytes = 2 * num_tokens * 576 * 2
-        latent = [
-            (randn(num_tokens, 576), randn(pages.num_pages, PAGE_SIZE, 576)) for _ in range(copies_for(num_bytes) // 2)
+def append_rows(num_tokens: int) -> Iterator[Row]:
+    pages = Pages(num_tokens)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        num_elements = 2 * num_tokens * NUM_KV_HEADS * HEAD_DIM
+        num_bytes = num_elements * (2 + dtype.itemsize)
+        sets = [
+            (randn(num_tokens, 2 * NUM_KV_HEADS, HEAD_DIM), pages.cache(dtype)) for _ in range(copies_for(num_bytes))
         ]
         yield (
-            "append, MLA",
-            f"{num_tokens} x (512+64)",
+            f"append, {str(dtype)[6:]} cache",
+            f"{num_tokens} x {NUM_KV_HEADS} x {HEAD_DIM}",
             num_bytes,
             [
-                lambda x=x, c=c: flashinfer.append_paged_mla_kv_cache(
-                    x[:, :512], x[:, 512:], *pages.slots, c[..., :512], c[..., 512:], *pages.table
+                lambda x=x, cache=cache: flashinfer.append_paged_kv_cache(
+                    x[:, :NUM_KV_HEADS], x[:, NUM_KV_HEADS:], *pages.slots, cache, *pages.table
                 )
-                for x, c in latent
+                for x, cache in sets
             ],
             [],
         )
+    num_bytes = 2 * num_tokens * 576 * 2
+    latent = [
+        (randn(num_tokens, 576), randn(pages.num_pages, PAGE_SIZE, 576)) for _ in range(copies_for(num_bytes) // 2)
+    ]
+    yield (
+        "append, MLA",
+        f"{num_tokens} x (512+64)",
+        num_bytes,
+        [
+            lambda x=x, c=c: flashinfer.append_paged_mla_kv_cache(
+                x[:, :512], x[:, 512:], *pages.slots, c[..., :512], c[..., 512:], *pages.table
+            )
+            for x, c in latent
+        ],
+        [],
+    )
 
 
-def fused_rows() -> Iterator[Row]:
+def fused_rows(num_tokens: int) -> Iterator[Row]:
     q_weight, k_weight = randn(HEAD_DIM), randn(HEAD_DIM)
     num_heads = NUM_QO_HEADS + 2 * NUM_KV_HEADS
-    for num_tokens, num_requests in ((64, 64), (8192, 8)):
-        pages = Pages(num_tokens, num_requests)
-        for dtype in (torch.bfloat16, torch.float8_e4m3fn):
-            q_bytes = 2 * num_tokens * NUM_QO_HEADS * HEAD_DIM * 2
-            num_bytes = q_bytes + num_tokens * 2 * NUM_KV_HEADS * HEAD_DIM * (2 + dtype.itemsize)
-            sets = [
-                (*randn(num_tokens, num_heads, HEAD_DIM).split([NUM_QO_HEADS, NUM_KV_HEADS, NUM_KV_HEADS], 1), cache)
-                for cache in [pages.cache(dtype) for _ in range(copies_for(num_bytes))]
-            ]
+    pages = Pages(num_tokens)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        q_bytes = 2 * num_tokens * NUM_QO_HEADS * HEAD_DIM * 2
+        num_bytes = q_bytes + num_tokens * 2 * NUM_KV_HEADS * HEAD_DIM * (2 + dtype.itemsize)
+        sets = [
+            (*randn(num_tokens, num_heads, HEAD_DIM).split([NUM_QO_HEADS, NUM_KV_HEADS, NUM_KV_HEADS], 1), cache)
+            for cache in [pages.cache(dtype) for _ in range(copies_for(num_bytes))]
+        ]
 
-            def separate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, pages: Pages) -> None:
-                flashinfer.apply_rope_pos_ids_inplace(q, k, pages.positions)
-                flashinfer.append_paged_kv_cache(k, v, *pages.slots, cache, *pages.table)
-
-            yield (
-                f"rope + append, {str(dtype)[6:]} cache",
-                f"{num_tokens} x ({NUM_QO_HEADS}+{NUM_KV_HEADS}) x {HEAD_DIM}",
-                num_bytes,
-                [
-                    lambda q=q, k=k, v=v, cache=cache, pages=pages: flashinfer.rope_append_paged_kv_cache(
-                        q, k, v, *pages.slots, cache, *pages.table, q_out=q
-                    )
-                    for q, k, v, cache in sets
-                ],
-                [lambda entry=entry, pages=pages: separate(*entry, pages) for entry in sets],
-            )
-        num_bytes = 2 * num_tokens * (NUM_QO_HEADS + NUM_KV_HEADS) * HEAD_DIM * 2
-        packed = [randn(num_tokens, num_heads, HEAD_DIM) for _ in range(copies_for(num_bytes))]
-
-        def separate_norm(qkv: torch.Tensor, pages: Pages) -> None:
-            q, k = qkv[:, :NUM_QO_HEADS], qkv[:, NUM_QO_HEADS : NUM_QO_HEADS + NUM_KV_HEADS]
-            flashinfer.rmsnorm(q, q_weight, out=q)
-            flashinfer.rmsnorm(k, k_weight, out=k)
+        def separate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, pages: Pages) -> None:
             flashinfer.apply_rope_pos_ids_inplace(q, k, pages.positions)
+            flashinfer.append_paged_kv_cache(k, v, *pages.slots, cache, *pages.table)
 
         yield (
-            "qk RMSNorm + rope",
+            f"rope + append, {str(dtype)[6:]} cache",
             f"{num_tokens} x ({NUM_QO_HEADS}+{NUM_KV_HEADS}) x {HEAD_DIM}",
             num_bytes,
             [
-                lambda x=x, pages=pages: flashinfer.fused_qk_rmsnorm_rope(
-                    x, q_weight, k_weight, pages.positions, NUM_QO_HEADS, NUM_KV_HEADS
+                lambda q=q, k=k, v=v, cache=cache, pages=pages: flashinfer.rope_append_paged_kv_cache(
+                    q, k, v, *pages.slots, cache, *pages.table, q_out=q
                 )
-                for x in packed
+                for q, k, v, cache in sets
             ],
-            [lambda x=x, pages=pages: separate_norm(x, pages) for x in packed],
+            [lambda entry=entry, pages=pages: separate(*entry, pages) for entry in sets],
         )
+    num_bytes = 2 * num_tokens * (NUM_QO_HEADS + NUM_KV_HEADS) * HEAD_DIM * 2
+    packed = [randn(num_tokens, num_heads, HEAD_DIM) for _ in range(copies_for(num_bytes))]
+
+    def separate_norm(qkv: torch.Tensor, pages: Pages) -> None:
+        q, k = qkv[:, :NUM_QO_HEADS], qkv[:, NUM_QO_HEADS : NUM_QO_HEADS + NUM_KV_HEADS]
+        flashinfer.rmsnorm(q, q_weight, out=q)
+        flashinfer.rmsnorm(k, k_weight, out=k)
+        flashinfer.apply_rope_pos_ids_inplace(q, k, pages.positions)
+
+    yield (
+        "qk RMSNorm + rope",
+        f"{num_tokens} x ({NUM_QO_HEADS}+{NUM_KV_HEADS}) x {HEAD_DIM}",
+        num_bytes,
+        [
+            lambda x=x, pages=pages: flashinfer.fused_qk_rmsnorm_rope(
+                x, q_weight, k_weight, pages.positions, NUM_QO_HEADS, NUM_KV_HEADS
+            )
+            for x in packed
+        ],
+        [lambda x=x, pages=pages: separate_norm(x, pages) for x in packed],
+    )
 
 
-def quant_rows() -> Iterator[Row]:
+def quant_rows(num_tokens: int) -> Iterator[Row]:
     fp8 = torch.float8_e4m3fn
     scale = torch.tensor([0.05], device=DEVICE)
 
     def cast(x: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_((x.float() / scale).clamp(-448, 448))
 
-    for num_tokens in (64, 8192):
-        hidden_size, num_elements = 4096, num_tokens * 4096
-        weight = randn(hidden_size)
-        sets = [
-            (randn(num_tokens, hidden_size), randn(num_tokens, hidden_size), torch.zeros(num_tokens, hidden_size))
-            for _ in range(copies_for(3 * num_elements))
-        ]
-        sets = [(x, residual, out.to(DEVICE, fp8)) for x, residual, out in sets]
-        yield (
-            "rmsnorm to fp8",
-            f"{num_tokens} x {hidden_size}",
-            3 * num_elements,
-            [lambda x=x, out=out: flashinfer.rmsnorm_quant(out, x, weight, scale) for x, _, out in sets],
-            [lambda x=x, out=out: cast(flashinfer.rmsnorm(x, weight), out) for x, _, out in sets],
-        )
-        yield (
-            "add + rmsnorm to fp8",
-            f"{num_tokens} x {hidden_size}",
-            7 * num_elements,
-            [
-                lambda x=x, r=r, out=out: flashinfer.fused_add_rmsnorm_quant(out, x, r, weight, scale)
-                for x, r, out in sets
-            ],
-            [lambda x=x, r=r, out=out: cast(flashinfer.rmsnorm(r.add_(x), weight), out) for x, r, out in sets],
-        )
-        hidden_size, num_elements = 14336, num_tokens * 14336
-        gated = [
-            (randn(num_tokens, 2 * hidden_size), torch.zeros(num_tokens, hidden_size, device=DEVICE).to(fp8))
-            for _ in range(copies_for(5 * num_elements))
-        ]
-        yield (
-            "silu_and_mul to fp8",
-            f"{num_tokens} x {hidden_size}",
-            5 * num_elements,
-            [lambda x=x, out=out: flashinfer.silu_and_mul_quant(out, x, scale) for x, out in gated],
-            [lambda x=x, out=out: cast(flashinfer.silu_and_mul(x), out) for x, out in gated],
-        )
+    hidden_size, num_elements = 4096, num_tokens * 4096
+    weight = randn(hidden_size)
+    sets = [
+        (randn(num_tokens, hidden_size), randn(num_tokens, hidden_size), torch.zeros(num_tokens, hidden_size))
+        for _ in range(copies_for(3 * num_elements))
+    ]
+    sets = [(x, residual, out.to(DEVICE, fp8)) for x, residual, out in sets]
+    yield (
+        "rmsnorm to fp8",
+        f"{num_tokens} x {hidden_size}",
+        3 * num_elements,
+        [lambda x=x, out=out: flashinfer.rmsnorm_quant(out, x, weight, scale) for x, _, out in sets],
+        [lambda x=x, out=out: cast(flashinfer.rmsnorm(x, weight), out) for x, _, out in sets],
+    )
+    yield (
+        "add + rmsnorm to fp8",
+        f"{num_tokens} x {hidden_size}",
+        7 * num_elements,
+        [lambda x=x, r=r, out=out: flashinfer.fused_add_rmsnorm_quant(out, x, r, weight, scale) for x, r, out in sets],
+        [lambda x=x, r=r, out=out: cast(flashinfer.rmsnorm(r.add_(x), weight), out) for x, r, out in sets],
+    )
+    hidden_size, num_elements = 14336, num_tokens * 14336
+    gated = [
+        (randn(num_tokens, 2 * hidden_size), torch.zeros(num_tokens, hidden_size, device=DEVICE).to(fp8))
+        for _ in range(copies_for(5 * num_elements))
+    ]
+    yield (
+        "silu_and_mul to fp8",
+        f"{num_tokens} x {hidden_size}",
+        5 * num_elements,
+        [lambda x=x, out=out: flashinfer.silu_and_mul_quant(out, x, scale) for x, out in gated],
+        [lambda x=x, out=out: cast(flashinfer.silu_and_mul(x), out) for x, out in gated],
+    )
 
 
-def pack_rows() -> Iterator[Row]:
+def pack_rows(size: int) -> Iterator[Row]:
     from flashinfer.quantization import segment_packbits_padded
 
-    for size in (1 << 20, 1 << 28):
-        num_bytes = size + size // 8
-        masks = [torch.rand(size, device=DEVICE) < 0.5 for _ in range(copies_for(num_bytes))]
-        shape = f"{size >> 20}M booleans"
-        yield "packbits", shape, num_bytes, [lambda x=x: flashinfer.packbits(x) for x in masks], []
-        indptr = torch.arange(17, device=DEVICE, dtype=torch.int32) * (size // 16 - 3)  # segments start anywhere
-        calls = [lambda x=x, indptr=indptr: segment_packbits_padded(x, indptr) for x in masks]
-        yield "segment_packbits, 16", shape, num_bytes, calls, []
+    num_bytes = size + size // 8
+    masks = [torch.rand(size, device=DEVICE) < 0.5 for _ in range(copies_for(num_bytes))]
+    shape = f"{size >> 20}M booleans"
+    yield "packbits", shape, num_bytes, [lambda x=x: flashinfer.packbits(x) for x in masks], []
+    indptr = torch.arange(17, device=DEVICE, dtype=torch.int32) * (size // 16 - 3)  # segments start anywhere
+    calls = [lambda x=x, indptr=indptr: segment_packbits_padded(x, indptr) for x in masks]
+    yield "segment_packbits, 16", shape, num_bytes, calls, []
 
 
-GROUPS = {"rope": rope_rows, "append": append_rows, "fused": fused_rows, "quant": quant_rows, "pack": pack_rows}
+GROUPS: dict[str, tuple[Callable[[int], Iterator[Row]], tuple[int, ...]]] = {
+    "rope": (rope_rows, (1, 128, 8192)),
+    "append": (append_rows, (64, 8192)),
+    "fused": (fused_rows, (1, 64, 8192)),
+    "quant": (quant_rows, (64, 8192)),
+    "pack": (pack_rows, (1 << 20, 1 << 28)),
+}
+
+
+def all_rows(groups: str) -> Iterator[Row]:
+    for group in groups.split(","):
+        make_rows, sizes = GROUPS[group]
+        for size in sizes:
+            yield from make_rows(size)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(GROUPS), help="comma-separated groups (default: all)")
     rows: list[list[object]] = []
-    for group in parser.parse_args().only.split(","):
-        for name, shape, num_bytes, ours, replaced in GROUPS[group]():
-            mine = gpu_us(ours)
-            other = gpu_us(replaced) if replaced else None
-            ratio = other / mine if other else ""
-            rows.append([name, shape, mine, num_bytes / mine * 1e-6, other if other else "", ratio])
+    for name, shape, num_bytes, ours, replaced in all_rows(parser.parse_args().only):
+        mine = gpu_us(ours)
+        other = gpu_us(replaced) if replaced else None
+        rows.append([name, shape, mine, num_bytes / mine * 1e-6, other or "", other / mine if other else ""])
     source = torch.empty(1 << 29, dtype=torch.int16, device=DEVICE).random_()
     copy = gpu_us([lambda: source[: 1 << 28].copy_(source[1 << 28 :])])
     rows.append(["copy (ceiling)", "512 MiB", copy, (1 << 30) / copy * 1e-6, "", ""])
