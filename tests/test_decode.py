@@ -389,6 +389,27 @@ def test_plan_does_not_synchronize() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_torch_compile(device: torch.device) -> None:
+    """Traced without a graph break, with the same result; a new plan needs no new trace."""
+    batch = Batch(Case("compiled"), device)
+    wrapper = make_wrapper(device)
+    q, cache = batch.q.to(device), batch.cache
+    k, v = torch.randn(2, 300, 2, 128, device=device).to(BF16)
+
+    def layer(q: Tensor, cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out, lse = wrapper.run(q * 2, cache, return_lse=True, v_scale=0.5)
+        single = flashinfer.single_decode_with_kv_cache(q[0] * 2, k, v, window_left=20)
+        return out + 1, lse, single
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for seed in (0, 1):
+        batch = Batch(Case("compiled"), device, seed)
+        batch.plan(wrapper)
+        q, cache = batch.q.to(device), batch.cache
+        for ours, eager in zip(compiled(q, cache), layer(q, cache)):
+            assert torch.equal(ours, eager)
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 

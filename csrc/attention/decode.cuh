@@ -505,22 +505,22 @@ __device__ __forceinline__ void store_request(const AttentionParams& params, con
 template <class Config>
 __device__ __forceinline__ bool arrives_last(const AttentionParams& params, DecodeSmem<Config>& smem,
                                              const DecodeRequest& request) {
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
     uint32_t* counter = params.counters + int64_t(request.request_idx) * gridDim.x + blockIdx.x;
+    __threadfence();  // what the block wrote before the barrier becomes visible ahead of the count
     smem.is_last = atomicInc(counter, request.num_chunks - 1) == uint32_t(request.num_chunks - 1);
+    __threadfence();
   }
   __syncthreads();
-  const bool last = smem.is_last;
-  if (last) __threadfence();
-  return last;
+  return smem.is_last;
 }
 
 template <class Config>
 __device__ __forceinline__ void merge_partials(const AttentionParams& params, const HeadBlock& heads,
                                                const DecodeRequest& request) {
-  constexpr int kVecsPerHead = Config::kHeadDimVo / 4, kUnroll = 8;
+  constexpr int kVecsPerHead = Config::kHeadDimVo / 4;
+  constexpr int kUnroll = 16;  // loads in flight: up to 16 partials cost one latency
   const ResultWriter<Config> writer{params};
   for (int idx = threadIdx.x; idx < heads.num_heads * kVecsPerHead; idx += Config::kNumThreads) {
     const int32_t head = heads.first_head + idx / kVecsPerHead, element = idx % kVecsPerHead * 4;
@@ -530,11 +530,11 @@ __device__ __forceinline__ void merge_partials(const AttentionParams& params, co
       Vec<float, 4> x[kUnroll];
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
-        const int chunk = min(first + i, request.num_chunks - 1);
-        const int32_t slot = partial_slot(request.first_chunk + chunk, chunk == 0);
-        lse[i] = first + i < request.num_chunks ? __ldcg(&writer.partial_lse(slot, head)) : kMinusInf;
-        *reinterpret_cast<float4*>(&x[i]) =
-            __ldcg(reinterpret_cast<const float4*>(writer.partial_out(slot, head, element)));
+        const int32_t chunk = first + i, slot = partial_slot(request.first_chunk + chunk, chunk == 0);
+        const bool exists = chunk < request.num_chunks;
+        lse[i] = exists ? __ldcg(&writer.partial_lse(slot, head)) : kMinusInf;
+        const float4* src = reinterpret_cast<const float4*>(writer.partial_out(slot, head, element));
+        *reinterpret_cast<float4*>(&x[i]) = exists ? __ldcg(src) : float4{0.f, 0.f, 0.f, 0.f};
       }
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) batch_max = fmaxf(batch_max, lse[i]);

@@ -7,6 +7,8 @@ worked out once per plan shape and kept: the hot path is one dictionary lookup, 
 from __future__ import annotations
 
 import functools
+import itertools
+import weakref
 from typing import Any, Optional, Union
 
 import torch
@@ -22,6 +24,7 @@ from flashinfer.jit.loader import PreparedLaunch
 from flashinfer.kernels import attention as families
 
 DataType = Union[str, torch.dtype]
+_handles = itertools.count()
 
 
 class BatchDecodeWithPagedKVCacheWrapper:
@@ -84,6 +87,9 @@ class BatchDecodeWithPagedKVCacheWrapper:
                     f"{self._op_name}: paged_kv_indptr_buffer holds {paged_kv_indptr_buffer.numel()} entries; expected "
                     f"{self._fixed_batch_size + 1}, one more than paged_kv_last_page_len_buffer"
                 )
+        # A traced call names its wrapper by number: a custom operator takes tensors and scalars only.
+        self._handle = next(_handles)
+        _wrappers[self._handle] = self
         self._plans: _op.Memo[_PlanShape] = _op.Memo()
         self._plan: Optional[_PlanShape] = None
         self._index_addresses = (0, 0, 0)
@@ -328,15 +334,36 @@ class BatchDecodeWithPagedKVCacheWrapper:
             out = torch.empty(shape.out_shape, dtype=shape.o_dtype, device=self.device)
         if return_lse and lse is None:
             lse = torch.empty(shape.lse_shape, dtype=torch.float32, device=self.device)
-        q_ptr, out_ptr = q.data_ptr(), out.data_ptr()
-        if isinstance(cache, torch.Tensor):
-            k_ptr = v_ptr = cache.data_ptr()
-            cache_key: tuple[object, ...] = (cache.dtype, cache.shape, cache.stride(), cache.get_device())
+        k, v = (cache, None) if isinstance(cache, torch.Tensor) else cache
+        if torch.compiler.is_dynamo_compiling():
+            given = (None,) * 6 if overrides is None else overrides
+            _compiled_run(self._handle, q, k, v, out, lse, q_scale, k_scale, v_scale, pdl, *given)
         else:
-            k_ptr, v_ptr = cache[0].data_ptr(), cache[1].data_ptr()
-            cache_key = kv_cache.signature(cache)
+            self._launch(shape, q, k, v, out, lse, q_scale, k_scale, v_scale, pdl, overrides)
+        return (out, lse) if return_lse and lse is not None else out
+
+    def _launch(
+        self,
+        shape: _PlanShape,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: Optional[torch.Tensor],
+        out: torch.Tensor,
+        lse: Optional[torch.Tensor],
+        q_scale: Optional[float],
+        k_scale: Optional[float],
+        v_scale: Optional[float],
+        pdl: Optional[bool],
+        overrides: Optional[_Overrides],
+    ) -> None:
+        q_ptr, out_ptr = q.data_ptr(), out.data_ptr()
+        k_ptr = v_ptr = k.data_ptr()
+        v_key = None  # one 5-D tensor
+        if v is not None:
+            v_ptr = v.data_ptr()
+            v_key = (v.dtype, v.shape, v.stride(), v.get_device())
         key = (
-            q.dtype, q.shape, q.stride(), q.get_device(), cache_key,
+            q.dtype, q.shape, q.stride(), q.get_device(), k.dtype, k.shape, k.stride(), k.get_device(), v_key,
             out.dtype, out.shape, out.stride(), out.get_device(),
             (q_ptr | out_ptr | k_ptr | v_ptr) & 15, None if lse is None else (lse.shape, lse.stride(), lse.dtype),
             q_scale, k_scale, v_scale, pdl, overrides,
@@ -346,6 +373,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
             variant = shape.variant
             if overrides is not None:
                 variant = variant.updated(self._op_name, shape.kv.head_dim_qk, *overrides)
+            cache = k if v is None else (k, v)
             scales = launching.qk_and_v_scale(q_scale, k_scale, v_scale)
             dependent = launching.launches_dependent(self.device) if pdl is None else pdl
             bound = shape.bound.remember(key, _BoundRun(shape, q, cache, out, lse, variant, scales, dependent))
@@ -355,8 +383,36 @@ class BatchDecodeWithPagedKVCacheWrapper:
             self._plan_window(bound.window_left)
         lse_ptr = 0 if lse is None else lse.data_ptr()
         bound.launch(q_ptr, out_ptr, lse_ptr, k_ptr, v_ptr + bound.v_offset, *self._index_addresses)
-        return (out, lse) if return_lse and lse is not None else out
 
+
+_wrappers: weakref.WeakValueDictionary[int, BatchDecodeWithPagedKVCacheWrapper] = weakref.WeakValueDictionary()
+
+
+def _run_by_handle(
+    handle: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: Optional[torch.Tensor],
+    out: torch.Tensor,
+    lse: Optional[torch.Tensor],
+    q_scale: Optional[float],
+    k_scale: Optional[float],
+    v_scale: Optional[float],
+    pdl: Optional[bool],
+    *given: Any,
+) -> None:
+    wrapper = _wrappers[handle]
+    assert wrapper._plan is not None
+    overrides = None if given == (None,) * 6 else given
+    wrapper._launch(wrapper._plan, q, k, v, out, lse, q_scale, k_scale, v_scale, pdl, overrides)
+
+
+_compiled_run = _op.compiled_op(
+    "batch_decode(int handle, Tensor q, Tensor k, Tensor? v, Tensor(a!) out, Tensor(b!)? lse, float? q_scale, "
+    "float? k_scale, float? v_scale, bool? pdl, str? pos_encoding_mode, int? window_left, float? logits_soft_cap, "
+    "float? sm_scale, float? rope_scale, float? rope_theta) -> ()",
+    _run_by_handle,
+)
 
 _Overrides = tuple[
     Optional[str], Optional[int], Optional[float], Optional[float], Optional[float], Optional[float]

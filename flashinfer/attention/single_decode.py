@@ -62,6 +62,29 @@ def single_decode_with_kv_cache(
         )
     out = torch.empty((q.shape[0], v.shape[2]), dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
+    options = (kv_layout, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+    run = _compiled if torch.compiler.is_dynamo_compiling() else _run
+    run(q, k, v, out, lse, *options, q_scale, k_scale, v_scale)
+    return out if lse is None else (out, lse)
+
+
+def _run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: Optional[torch.Tensor],
+    kv_layout: str,
+    pos_encoding_mode: str,
+    window_left: int,
+    logits_soft_cap: Optional[float],
+    sm_scale: Optional[float],
+    rope_scale: Optional[float],
+    rope_theta: Optional[float],
+    q_scale: Optional[float],
+    k_scale: Optional[float],
+    v_scale: Optional[float],
+) -> None:
     device_index = q.get_device()
     rows_axis = 0 if kv_layout == "NHD" else 1
     key = (
@@ -85,7 +108,14 @@ def single_decode_with_kv_cache(
         scales = launching.qk_and_v_scale(q_scale, k_scale, v_scale)
         single = _singles.remember(key, _Single(q, k, v, kv_layout, variant, scales))
     single.launch(q, k, v, out, lse, k.shape[rows_axis])
-    return out if lse is None else (out, lse)
+
+
+_compiled = _op.compiled_op(
+    "single_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, str kv_layout, "
+    "str pos_encoding_mode, int window_left, float? logits_soft_cap, float? sm_scale, float? rope_scale, float? rope_theta, float? q_scale, "
+    "float? k_scale, float? v_scale) -> ()",
+    _run,
+)
 
 
 class _Single:
