@@ -520,7 +520,8 @@ template <class Config>
 __device__ __forceinline__ void merge_partials(const AttentionParams& params, const HeadBlock& heads,
                                                const DecodeRequest& request) {
   constexpr int kVecsPerHead = Config::kHeadDimVo / 4;
-  constexpr int kUnroll = 16;  // loads in flight: up to 16 partials cost one latency
+  // Loads in flight: up to 16 partials cost one latency, where the registers allow it.
+  constexpr int kUnroll = Config::kMinBlocksPerSm > 1 ? 8 : 16;
   const ResultWriter<Config> writer{params};
   for (int idx = threadIdx.x; idx < heads.num_heads * kVecsPerHead; idx += Config::kNumThreads) {
     const int32_t head = heads.first_head + idx / kVecsPerHead, element = idx % kVecsPerHead * 4;

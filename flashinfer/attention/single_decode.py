@@ -112,8 +112,8 @@ def _run(
 
 _compiled = _op.compiled_op(
     "single_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, str kv_layout, "
-    "str pos_encoding_mode, int window_left, float? logits_soft_cap, float? sm_scale, float? rope_scale, float? rope_theta, float? q_scale, "
-    "float? k_scale, float? v_scale) -> ()",
+    "str pos_encoding_mode, int window_left, float? logits_soft_cap, float? sm_scale, float? rope_scale, "
+    "float? rope_theta, float? q_scale, float? k_scale, float? v_scale) -> ()",
     _run,
 )
 
