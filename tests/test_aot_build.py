@@ -414,6 +414,13 @@ def test_verify_tells_architecture_specific_code_apart(cubins: Path, tmp_path: P
     assert any("was compiled for sm_90a; the registry says sm_90" in problem for problem in problems(root))
 
 
+@pytest.mark.skipif(HOST not in ("x86-64-v3", "x86-64-v4"), reason="needs an x86 CPU with AVX2, and its linker's note")
+def test_verify_reads_the_level_of_a_cpu_library(again: tuple[Path, Path]) -> None:
+    _, root = again
+    change_entries(root, target="x86-64-v2")
+    assert any(f"was compiled for {HOST}; the registry says x86-64-v2" in problem for problem in problems(root))
+
+
 def test_verify_finds_damage_and_strangers(again: tuple[Path, Path]) -> None:
     _, root = again
     first, second = artifacts(root)
