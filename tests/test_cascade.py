@@ -1,0 +1,190 @@
+"""Merging of attention states, and shared prefixes, on both targets against the FP64 oracle."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashinfer
+from flashinfer.cascade import variable_length_merge_states
+from flashinfer.errors import UnsupportedConfig
+from tests.oracles.attention import attention
+from tests.tolerances import assert_close
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def merged(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """FP64: states [num_states, ..., head_dim] and their base-2 LSE; -inf weighs nothing, whatever v holds."""
+    v, s = v.cpu().double(), s.cpu().double()
+    total = torch.logsumexp(s * math.log(2), dim=0) / math.log(2)
+    weight = torch.where(s.isinf(), 0.0, torch.exp2(s - torch.where(total.isinf(), 0.0, total)))
+    return (torch.where(weight[..., None] > 0, v, 0.0) * weight[..., None]).sum(0), total
+
+
+def states(device: torch.device, dtype: torch.dtype, *shape: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(len(shape))
+    v = torch.randn(shape, generator=generator).to(device, dtype)
+    s = (torch.randn(shape[:-1], generator=generator) * 8).to(device)
+    return v, s
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7, 8, 128), (1, 1, 64), (33, 5, 96), (3, 4, 256), (65, 3, 512), (0, 4, 128)], ids=str)
+def test_merge_state(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    v, s = states(device, dtype, 2, *shape)
+    if shape[0] > 2:
+        s[0, 0] = s[1, 1] = -math.inf  # no keys on one side, and on the other
+        v[0, 0] = math.nan
+        s[:, 2] = -math.inf  # on either
+        v[:, 2] = math.nan
+    out, lse = flashinfer.merge_state(v[0], s[0], v[1], s[1])
+    expected = merged(v, s)
+    assert_close(out, expected[0])
+    assert_close(lse, expected[1])
+
+
+def test_merge_state_far_apart(device: torch.device) -> None:
+    """Statistics that overflow an exponential: the greater one is the result."""
+    v, s = states(device, torch.float32, 2, 4, 2, 64)
+    s[0], s[1] = 3e4, -3e4
+    out, lse = flashinfer.merge_state(v[0], s[0], v[1], s[1])
+    assert torch.equal(out, v[0]) and torch.equal(lse, s[0])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_merge_state_in_place(device: torch.device, masked: bool) -> None:
+    v, s = states(device, torch.bfloat16, 2, 50, 6, 128)
+    mask = (torch.arange(50) % 3 != 0).to(device) if masked else None
+    expected = merged(v, s)
+    kept, kept_s = v[0].clone(), s[0].clone()
+    out, lse = v[0].clone(), s[0].clone()
+    assert flashinfer.merge_state_in_place(out, lse, v[1], s[1], mask) is None
+    if mask is not None:
+        assert torch.equal(out[~mask], kept[~mask])
+        torch.testing.assert_close(lse[~mask], kept_s[~mask], rtol=1e-6, atol=1e-6)
+        out, lse, expected = out[mask], lse[mask], (expected[0][mask.cpu()], expected[1][mask.cpu()])
+    assert_close(out, expected[0])
+    assert_close(lse, expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_states", [0, 1, 2, 9])
+def test_merge_states(device: torch.device, dtype: torch.dtype, num_states: int) -> None:
+    v, s = states(device, dtype, 11, num_states, 4, 128)
+    if num_states > 2:
+        s[3, 1:] = -math.inf
+        v[3, 2] = math.nan
+    out, lse = flashinfer.merge_states(v, s)
+    if num_states == 0:
+        assert (out == 0).all() and (lse == -math.inf).all()
+        return
+    expected = merged(v.transpose(0, 1), s.transpose(0, 1))
+    assert_close(out, expected[0])
+    assert_close(lse, expected[1])
+
+
+def test_variable_length_merge_states(device: torch.device) -> None:
+    lengths = [3, 0, 1, 70, 0, 2]
+    v, s = states(device, torch.float16, sum(lengths), 3, 64)
+    indptr = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    out, lse = variable_length_merge_states(v, s, indptr)
+    for i, n in enumerate(lengths):
+        begin = sum(lengths[:i])
+        if n == 0:
+            assert (out[i] == 0).all() and (lse[i] == -math.inf).all()
+            continue
+        expected = merged(v[begin : begin + n], s[begin : begin + n])
+        assert_close(out[i], expected[0])
+        assert_close(lse[i], expected[1])
+
+
+def test_merge_errors(device: torch.device) -> None:
+    v, s = states(device, torch.float32, 2, 3, 2, 64)
+    with pytest.raises(ValueError, match="shape"):
+        flashinfer.merge_state(v[0], s[0][:2], v[1], s[1])
+    with pytest.raises(ValueError, match="contiguous"):
+        flashinfer.merge_state_in_place(v[0].transpose(0, 1), s[0].T, v[1], s[1])
+    with pytest.raises(UnsupportedConfig, match="float16"):
+        flashinfer.merge_state(v[0].double(), s[0], v[1].double(), s[1])
+
+
+# ------------------------------------------------------------------------------------------------------- shared prefixes
+
+HEADS, KV_HEADS, DIM, PAGE = 8, 2, 128, 16
+
+
+def offsets(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+
+
+class SharedPrefix:
+    """A batch with a common prefix of full pages and unique rests, in one paged cache."""
+
+    def __init__(self, device: torch.device, qo_lens: list[int], shared_len: int, unique_lens: list[int]) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.qo_lens, self.unique_lens = qo_lens, unique_lens
+        lengths = [shared_len, *unique_lens]
+        rows = [torch.randn(2, n, KV_HEADS, DIM, generator=generator).bfloat16() for n in lengths]
+        pages = [-(-n // PAGE) for n in lengths]
+        self.cache = torch.full((sum(pages), 2, PAGE, KV_HEADS, DIM), math.nan).bfloat16()
+        for row, first in zip(rows, offsets(pages).tolist()):
+            for page, begin in enumerate(range(0, row.shape[1], PAGE)):
+                piece = row[:, begin : begin + PAGE]
+                self.cache[first + page, :, : piece.shape[1]] = piece
+        self.cache = self.cache.to(device)
+        self.q = torch.randn(sum(qo_lens), HEADS, DIM, generator=generator).bfloat16().to(device)
+        self.shared = rows[0].to(device)
+        self.rows = rows
+        self.shared_indices = (
+            offsets([sum(qo_lens)]), offsets(pages[:1]), torch.arange(pages[0], dtype=torch.int32),
+            torch.tensor([(shared_len - 1) % PAGE + 1], dtype=torch.int32),
+        )  # fmt: skip
+        self.unique_indices = (
+            offsets(qo_lens), offsets(pages[1:]), torch.arange(pages[0], sum(pages), dtype=torch.int32),
+            torch.tensor([(n - 1) % PAGE + 1 for n in unique_lens], dtype=torch.int32),
+        )  # fmt: skip
+
+    def expected(self, causal: bool) -> Tensor:
+        outs, begin = [], 0
+        for qo_len, row in zip(self.qo_lens, self.rows[1:]):
+            k, v = torch.cat([self.rows[0], row], dim=1)
+            outs.append(attention(self.q[begin : begin + qo_len], k, v, causal=causal)[0])
+            begin += qo_len
+        return torch.cat(outs)
+
+
+def workspace(device: torch.device) -> Tensor:
+    return torch.empty((64 << 20) if device.type == "cuda" else 8, dtype=torch.uint8, device=device)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_multi_level_cascade(device: torch.device, causal: bool) -> None:
+    batch = SharedPrefix(device, [5, 1, 40], 160, [20, 1, 90])
+    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, workspace(device))
+    both = zip(batch.shared_indices, batch.unique_indices)
+    wrapper.plan(*(list(pair) for pair in both), HEADS, KV_HEADS, DIM, PAGE, causal=causal, q_data_type="bfloat16")
+    # Two roundings of the parts to bf16 before the merge.
+    assert_close(wrapper.run(batch.q, batch.cache), batch.expected(causal), scale=2.0)
+
+
+def test_decode_with_shared_prefix(device: torch.device) -> None:
+    batch = SharedPrefix(device, [1, 1, 1, 1], 96, [20, 1, 90, 16])
+    wrapper = flashinfer.BatchDecodeWithSharedPrefixPagedKVCacheWrapper(workspace(device))
+    wrapper.begin_forward(*batch.unique_indices[1:], HEADS, KV_HEADS, DIM, PAGE, data_type="bfloat16")
+    out = wrapper.forward(batch.q, batch.shared[0], batch.shared[1], batch.cache)
+    assert_close(out, batch.expected(False), scale=2.0)
+    wrapper.end_forward()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_prefill_with_shared_prefix(device: torch.device, causal: bool) -> None:
+    batch = SharedPrefix(device, [5, 1, 40], 96, [20, 1, 90])
+    wrapper = flashinfer.BatchPrefillWithSharedPrefixPagedKVCacheWrapper(workspace(device))
+    wrapper.begin_forward(*batch.unique_indices, HEADS, KV_HEADS, DIM, PAGE)
+    out = wrapper.forward(batch.q, batch.shared[0], batch.shared[1], batch.cache, causal=causal)
+    assert_close(out, batch.expected(causal), scale=2.0)
+    wrapper.end_forward()
