@@ -309,6 +309,13 @@ def test_interrupted_build_goes_on_where_it_was(tmp_path: Path) -> None:
     assert not verify.verify(Registry(out))
 
 
+def test_two_builds_of_one_folder(again: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    config, out = again
+    with build._sole_writer(out):
+        assert run_cli("aot", "build", *command(config, out)) == 1
+    assert f"another build is writing to {out}" in capsys.readouterr().err
+
+
 def _name(hidden_size: int) -> str:
     return f"rmsnorm-dtype=fp32-hidden_size={hidden_size}-vec_size=1-add_residual=0-gemma=0"
 

@@ -103,22 +103,23 @@ def build(todo: Plan, num_jobs: Optional[int] = None, max_bytes: Optional[int] =
         max_bytes: fail when the machine code of the whole set is larger; the registry is then left as it was.
 
     Raises:
-        FlashInferError: ninja or tqdm is missing.
+        FlashInferError: ninja or tqdm is missing, or another build is writing to the folder.
         SetTooLarge: see max_bytes.
     """
     started = time.perf_counter()
     todo.out.mkdir(parents=True, exist_ok=True)
-    results_start = _size(todo.out / worker.RESULTS)
-    if todo.stale:
-        _compile(todo, num_jobs or default_jobs(), results_start)
-    built, failures = _collect(todo, results_start)
-    report = Report([*todo.fresh, *built], len(built), failures, time.perf_counter() - started)
-    if max_bytes is not None and report.bytes > max_bytes:
-        raise SetTooLarge(
-            f"the set holds {report.bytes} bytes of machine code, --max-bytes allows {max_bytes}; the registry was not "
-            f"written. Drop rows or targets, or raise the limit"
-        )
-    _finish(todo.out, report.built)
+    with _sole_writer(todo.out):
+        results_start = _size(todo.out / worker.RESULTS)
+        if todo.stale:
+            _compile(todo, num_jobs or default_jobs(), results_start)
+        built, failures = _collect(todo, results_start)
+        report = Report([*todo.fresh, *built], len(built), failures, time.perf_counter() - started)
+        if max_bytes is not None and report.bytes > max_bytes:
+            raise SetTooLarge(
+                f"the set holds {report.bytes} bytes of machine code, --max-bytes allows {max_bytes}; the registry was "
+                f"not written. Drop rows or targets, or raise the limit"
+            )
+        _finish(todo.out, report.built)
     return report
 
 
@@ -143,6 +144,22 @@ def _is_fresh(entry: Entry, spec: KernelSpec, out: Path) -> bool:
         return hashlib.sha256((out / entry.file).read_bytes()).hexdigest() == entry.sha256
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def _sole_writer(out: Path) -> Iterator[None]:
+    """Two builds of one folder would remove each other's files."""
+    import filelock
+
+    lock = filelock.FileLock(str(out / f"{worker.RESULTS}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise FlashInferError(f"another build is writing to {out}; wait for it, or choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _compile(todo: Plan, num_jobs: int, results_start: int) -> None:
