@@ -9,12 +9,20 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 
 from flashinfer import env
+
+_setup = threading.Lock()
 
 
 @functools.cache
 def logger() -> logging.Logger:
+    with _setup:  # two threads with a first message add one handler
+        return _logger()
+
+
+def _logger() -> logging.Logger:
     log = logging.getLogger("flashinfer")
     if log.level == logging.NOTSET:
         log.setLevel(env.LOG_LEVEL.get().upper())

@@ -62,6 +62,14 @@ def test_explain_compiles_and_writes_nothing(tmp_path: Path) -> None:
     assert isinstance(answer, Hit) and answer.store == "jit-cache"
 
 
+def test_ensure_fills_the_cache_and_is_no_miss(tmp_path: Path) -> None:
+    compiler, spec = CountingCxx(), rmsnorm_spec()
+    assert cpu_resolver(tmp_path, compiler).ensure(spec).store == "jit-compile"
+    assert cpu_resolver(tmp_path, compiler).ensure(spec).store == "jit-cache"
+    assert compiler.num_compiles == 1
+    assert not (tmp_path / "misses").exists()
+
+
 def test_threads_that_race_for_one_kernel_compile_it_once(tmp_path: Path) -> None:
     compiler = CountingCxx()
     resolver = cpu_resolver(tmp_path, compiler)

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -295,6 +296,10 @@ def _cache() -> Iterator[Finding]:
     except OSError as error:
         fix = f"set {env.CACHE_DIR.name} to a writable folder; until then each process compiles for itself"
         yield Finding("cache", WARNING, f"{text}; not writable: {error.strerror}", fix)
+        return
+    if folder.exists() and folder.stat().st_mode & stat.S_IWOTH:
+        fix = f"chmod o-w {folder}"
+        yield Finding("cache", WARNING, f"{text}; anyone may put kernels there, which your processes would run", fix)
         return
     low = free < _LOW_SPACE
     yield Finding("cache", WARNING if low else OK, text, "free space on that disk" if low else "")

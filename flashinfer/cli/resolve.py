@@ -35,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    resolver = make_resolver(record_misses=False)
+    resolver = make_resolver()
     rows = []
     for spec in _requests.requested(args):
         store, reasons = _summary(resolver.explain(spec))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
-from flashinfer import env, log
+from flashinfer import env, kernels, log
 from flashinfer.cli import UsageError, _requests
 from flashinfer.cli._text import count
 from flashinfer.errors import FlashInferError
@@ -38,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if args.jobs is not None and args.jobs < 1:
         raise UsageError(f"--jobs is {args.jobs}; expected a positive number")
     specs = _requests.requested(args)
-    resolver = make_resolver(record_misses=False)
+    resolver = make_resolver()
     if resolver.cache_dir != preferred_cache_dir():  # the warning of the temporary directory has said why
         raise FlashInferError(f"nothing would be kept; set {env.CACHE_DIR.name} to a writable folder")
     missing = [spec for spec in specs if not _answered(resolver, spec)]
@@ -46,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if not missing:
         return 0
     started = time.perf_counter()
-    failures = _compile_all(resolver, missing, args.jobs or min(8, os.cpu_count() or 1))
+    failures = _compile_all(missing, args.jobs or min(8, os.cpu_count() or 1))
     for spec, error in failures:
         print(f"\n{spec.name} for {spec.target} failed:\n{error}", file=sys.stderr)
     lost = [spec for spec in missing if not _answered(resolver, spec)]
@@ -61,18 +64,20 @@ def _answered(resolver: Resolver, spec: KernelSpec) -> bool:
     return any(isinstance(answer, Hit) for _, answer in resolver.explain(spec))
 
 
-def _compile_all(resolver: Resolver, specs: Sequence[KernelSpec], jobs: int) -> list[tuple[KernelSpec, Exception]]:
-    failures: list[tuple[KernelSpec, Exception]] = []
+def _compile_all(specs: Sequence[KernelSpec], jobs: int) -> list[tuple[KernelSpec, str]]:
+    """Compile in processes, since NVRTC compiles one kernel at a time in each. Returns what failed, with the error."""
     on_terminal = sys.stderr.isatty()
-    if on_terminal and env.LOG_LEVEL.get() == "info":
-        log.logger().setLevel(logging.WARNING)  # the bar says it; without a terminal, the log lines are the progress
-    with ThreadPoolExecutor(jobs) as pool:
+    # On a terminal the bar says it all; elsewhere the log lines are the progress.
+    quiet = on_terminal and env.LOG_LEVEL.get() == "info"
+    failures = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(specs)), context, _begin, (quiet,)) as pool:
         bar = _Bar(len(specs), on_terminal)
-        running = {pool.submit(resolver.load, spec): spec for spec in specs}
+        running = {pool.submit(_compile, spec): spec for spec in specs}
         try:
             for future in as_completed(running):
-                spec, error = running[future], future.exception()
-                if isinstance(error, Exception):
+                spec, error = running[future], future.result()
+                if error is not None:
                     failures.append((spec, error))
                 bar.advance(spec)
         except BaseException:
@@ -81,6 +86,25 @@ def _compile_all(resolver: Resolver, specs: Sequence[KernelSpec], jobs: int) -> 
         finally:
             bar.close()
     return failures
+
+
+def _begin(quiet: bool) -> None:
+    """What each compile process does first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends the pool
+    kernels.register_all()
+    if quiet:
+        log.logger().setLevel(logging.WARNING)
+
+
+def _compile(spec: KernelSpec) -> str | None:
+    try:
+        _resolver().ensure(spec)
+    except Exception as error:  # the other kernels are compiled all the same
+        return str(error)
+    return None
+
+
+_resolver = functools.cache(make_resolver)
 
 
 class _Bar:

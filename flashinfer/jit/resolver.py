@@ -39,15 +39,12 @@ class Resolver:
         aot: AotStore,
         cache_dir: Path,
         find_toolchain: Callable[[str], Toolchain] = toolchain,
-        *,
-        record_misses: bool = True,
     ) -> None:
         self.aot = aot
         self.cache_dir = cache_dir
         self.jit = JitCache(cache_dir / "jit")
         self.misses = misses.MissLog(cache_dir / "misses")
         self.answered_by: dict[KernelSpec, str] = {}  # of each kernel in use: "aot", "jit-cache" or "jit-compile"
-        self._record_misses = record_misses
         self._find_toolchain = find_toolchain
         self._table: dict[KernelSpec, Kernel] = {}
         self._locks: dict[KernelSpec, threading.Lock] = {}
@@ -67,6 +64,12 @@ class Resolver:
                 done(spec)
         finally:
             self._progress = ""
+
+    def ensure(self, spec: KernelSpec) -> Hit:
+        """Have a kernel in a store, compiling it if none has it. Neither loads it nor counts it as a miss. Raises like
+        `load`."""
+        answer = self.aot.find(spec)
+        return answer if isinstance(answer, Hit) else self._find_or_compile(spec, answer.reason)
 
     def explain(self, spec: KernelSpec) -> list[tuple[str, Answer]]:
         """What each store would answer, in order. Compiles and records nothing."""
@@ -105,7 +108,7 @@ class Resolver:
             resolved_by, num_bytes = hit.store, len(hit.machine_code)
             return kernel
         finally:
-            if self._record_misses and env.RECORD_MISSES.get():
+            if env.RECORD_MISSES.get():
                 self.misses.record(spec, reason, resolved_by, time.perf_counter() - started, num_bytes)
 
     def _use(self, spec: KernelSpec, hit: Hit) -> Kernel:
@@ -303,10 +306,10 @@ def resolver() -> Resolver:
     return _resolver
 
 
-def make_resolver(*, record_misses: bool = True) -> Resolver:
+def make_resolver() -> Resolver:
     """A resolver from the environment."""
     usable, preferred = cache_dir(), preferred_cache_dir()
-    made = Resolver(AotStore(), usable, record_misses=record_misses)
+    made = Resolver(AotStore(), usable)
     if preferred is not None and preferred != usable:
         made.jit.also_read = (preferred / "jit",)
     if hasattr(os, "register_at_fork"):

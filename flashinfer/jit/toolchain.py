@@ -188,7 +188,7 @@ class HostCxx:
     @property
     def identity(self) -> str:
         executable = self.executable()
-        return _version_of(executable, r"(\d+\.\d+\.\d+)", Path(executable).name)
+        return _version_of(executable, r"(\d+\.\d+\.\d+)", Path(executable).name) + _libc()
 
     def compile(self, source: Source) -> Compiled:
         flags = [*source.flags, "-shared", "-fPIC", "-nostdlib", f"-march={source.spec.target}", "-fvisibility=hidden"]
@@ -205,6 +205,15 @@ class HostCxx:
             if found:
                 return os.path.abspath(found)  # compilers run in a folder of their own
         raise ToolchainMissing(f"no C++ compiler was found (looked for {', '.join(names)}); {HOST_HELP}")
+
+
+@functools.cache
+def _libc() -> str:
+    """The C library a kernel is linked with: containers that share a cache need not share it."""
+    try:
+        return "-" + (os.confstr("CS_GNU_LIBC_VERSION") or "libc").replace(" ", "-")
+    except (AttributeError, OSError, ValueError):  # not Linux, or another C library
+        return ""
 
 
 @functools.cache
