@@ -173,6 +173,7 @@ def test_no_home_directory(tmp_path: Path) -> None:
 
 
 def test_home_unset_but_known_to_the_system(tmp_path: Path) -> None:
+    pytest.importorskip("platformdirs")
     code = f"""
     import os, pwd, types
     pwd.getpwuid = lambda uid: types.SimpleNamespace(pw_dir={str(tmp_path)!r})

@@ -258,7 +258,7 @@ def cache_dir() -> Path:
     nothing at all can be written, kernels that need no compiling must still load."""
     chosen = preferred_cache_dir()
     if chosen is None:
-        return _temporary_cache_dir("the user's cache directory is unknown (no home directory)")
+        return _temporary_cache_dir("the user's cache directory is unknown (no home directory, or no platformdirs)")
     try:
         chosen.mkdir(parents=True, exist_ok=True)
         if not os.access(chosen, os.W_OK | os.X_OK):
