@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 import flashinfer
 from flashinfer import kernels
-from flashinfer.aot import build, models, verify, worker
+from flashinfer.aot import build, elf, models, verify, worker
 from flashinfer.aot.config import ConfigError, read_config, read_specs
 from flashinfer.jit import spec as specs
 from flashinfer.jit.resolver import Resolver
@@ -426,6 +427,33 @@ def test_verify_reads_the_level_of_a_cpu_library(again: tuple[Path, Path]) -> No
     _, root = again
     change_entries(root, target="x86-64-v2")
     assert any(f"was compiled for {HOST}; the registry says x86-64-v2" in problem for problem in problems(root))
+
+
+@pytest.mark.parametrize(
+    ("version", "flags", "target"),
+    [
+        (7, 0x00500550, "sm_80"),  # as NVRTC 12.9 writes them
+        (7, 0x005A0D5A, "sm_90a"),
+        (8, 0x0600640A, "sm_100a"),
+        (8, 0x06006402, None),
+    ],
+)
+def test_target_in_elf_headers_of_cuda_12(version: int, flags: int, target: str | None) -> None:
+    header = bytearray(64)
+    header[:9] = b"\x7fELF\x02\x01\x01\x33" + bytes([version])
+    struct.pack_into("<H", header, 18, 190)
+    struct.pack_into("<I", header, 48, flags)
+    code = elf.inspect(bytes(header))
+    assert (code.machine, code.target) == ("cuda", target)
+    assert code.capability == ((10, 0) if version == 8 else (8, 0) if target == "sm_80" else (9, 0))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x7fELF", b"\x7fELF\x02\x01\x01", b"\x7fELF\x01\x01" + bytes(60), b"#!" * 40]
+)
+def test_no_machine_code(content: bytes) -> None:
+    with pytest.raises(ValueError, match="ELF file"):
+        elf.inspect(content)
 
 
 def test_verify_finds_damage_and_strangers(again: tuple[Path, Path]) -> None:

@@ -1,8 +1,8 @@
 """What machine code says about itself: the ELF headers, notes and symbols of a cubin or a CPU library.
 
-Layouts: the System V ABI (gabi) for ELF64, the x86-64 psABI for GNU properties; NVIDIA's own (machine 190, the version
-in byte 8, where e_flags keeps the SM number, the note `tkinfo` with the arguments of ptxas) were read off the cubins of
-CUDA 12 and 13.
+Layouts: the System V ABI (gabi) for ELF64, the x86-64 psABI for GNU properties. NVIDIA's own were read off cubins of
+CUDA 12.9 and 13.0: machine 190; a version in byte 8; in e_flags the SM number and, from CUDA 12, a bit for code that is
+architecture-specific; from CUDA 13, a note `tkinfo` with the arguments of ptxas.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class MachineCode:
 
     machine: str  # "cuda", "x86-64", "arm64" or "machine <number>"
     capability: Optional[tuple[int, int]]  # of a cubin
-    target: Optional[str]  # "sm_90a" as ptxas was told, or the CPU level the linker noted
+    target: Optional[str]  # "sm_90a", or the CPU level the linker noted
     functions: frozenset[str]  # defined and visible
 
 
@@ -53,9 +53,17 @@ def inspect(content: bytes) -> MachineCode:
         raise ValueError("the ELF file is cut short") from None
     if _MACHINES.get(machine) != "cuda":
         return MachineCode(_MACHINES.get(machine, f"machine {machine}"), None, _x86_level(notes), functions)
-    abi_version = content[8]
-    number = flags >> 8 & 0xFF if abi_version >= 8 else flags & 0xFF
-    return MachineCode("cuda", (number // 10, number % 10), _ptxas_arch(notes), functions)
+    number, target = _cuda_target(content[8], flags, _ptxas_arch(notes))
+    return MachineCode("cuda", (number // 10, number % 10), target, functions)
+
+
+def _cuda_target(version: int, flags: int, noted: Optional[str]) -> tuple[int, Optional[str]]:
+    """SM number, and the whole target if it can be told."""
+    if version < 8:
+        number = flags & 0xFF
+        return number, f"sm_{number}{'a' if flags & 0x800 else ''}"
+    number = flags >> 8 & 0xFF
+    return number, noted or (f"sm_{number}a" if flags & 8 else None)
 
 
 def _sections(content: bytes) -> Iterator[_Section]:
