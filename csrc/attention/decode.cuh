@@ -125,7 +125,31 @@ struct TileLoader {
     look_up(walk.tile == 0 && walk.request.request_idx != request_idx);
   }
 
+  // Ask the L2 cache for the tiles that will be copied first, while the previous kernel still runs. The rows may yet be
+  // written by it: that does no harm, as L2 is where its writes go.
+  __device__ __forceinline__ void prefetch() const {
+#if __CUDA_ARCH__ >= 900
+    if (lane_idx >= Tile::kWarpRows) return;
+    TileWalk ahead = walk;
+    for (int stage = 0; stage < Config::kNumStages && !ahead.done(); ++stage, ahead.advance()) {
+      const int32_t kv_idx = ahead.first_row(Tile::kTileRows) + warp_idx * Tile::kWarpRows + lane_idx;
+      if (kv_idx >= ahead.request.kv_len) continue;
+      const KvRow found = View{params.kv, ahead.request.page_begin, ahead.request.kv_len}.locate(kv_idx);
+      const int64_t k_offset = View::k_offset(params.kv, found, heads.kv_head);
+      const int64_t v_offset = View::v_offset(params.kv, found, heads.kv_head);
+      prefetch_l2(static_cast<const Kv*>(params.kv.k) + k_offset, Tile::kDimQk * sizeof(Kv));
+      prefetch_l2(static_cast<const Kv*>(params.kv.v) + v_offset, Tile::kDimVo * sizeof(Kv));
+    }
+#endif
+  }
+
  private:
+#if __CUDA_ARCH__ >= 900
+  __device__ __forceinline__ static void prefetch_l2(const void* src_gmem, uint32_t num_bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src_gmem), "r"(num_bytes) : "memory");
+  }
+#endif
+
   // Rows outside the request are zero-filled without being read: whatever lies there, NaN included, stays out.
   template <int kDim>
   __device__ __forceinline__ void copy_rows(Kv* dst_smem, const Kv* src_gmem, int64_t offset) {
@@ -598,12 +622,16 @@ __device__ void decode(const AttentionParams& params) {
   Smem& smem = *reinterpret_cast<Smem*>(smem_bytes);
   const int warp_idx = threadIdx.x / kWarpSize;
 
-  wait_for_previous_kernel();
-  allow_next_kernel();
+  if (!params.plan_is_settled) wait_for_previous_kernel();
   const DecodeChunk chunk = load_chunk<Config>(params);
   const HeadBlock heads = HeadBlock::make<Config::kGroupTile>(params, blockIdx.x);
+  TileLoader<Config> loader(params, heads, chunk);
+  if (params.plan_is_settled) {
+    loader.prefetch();
+    wait_for_previous_kernel();
+  }
+  allow_next_kernel();  // not before the wait: its own early reads count on every kernel before this one being done
   if (chunk.num_tiles > 0) {
-    TileLoader<Config> loader(params, heads, chunk);
     WarpState<Config> state(params, heads);
     TileWalk walk = TileWalk::start(chunk, static_cast<const DecodeRequest*>(params.requests));
     for (int stage = 0; stage < Config::kNumStages - 1; ++stage) loader.issue(smem.stages[warp_idx][stage]);

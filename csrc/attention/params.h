@@ -92,6 +92,9 @@ struct AttentionParams {
   float logits_soft_cap;  // if the variant has one
   float rope_rcp_scale;   // 1 / rope_scale
   float rope_log2_theta;  // log2(rope_theta)
+  // 1: the schedule and the page table were complete before the previous kernel on the stream began, so that a launch
+  // that overlaps it may read them at once. 0 in the first launch after a plan.
+  int32_t plan_is_settled;
 };
 
 // The planner of decode. Reads the lengths where they are, on the device, and writes the schedule.

@@ -94,6 +94,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         self._plan: Optional[_PlanShape] = None
         self._index_addresses = (0, 0, 0)
         self._planned_window = -1
+        self._is_settled = False  # a kernel was launched since the planner
 
     @property
     def use_tensor_cores(self) -> bool:
@@ -138,6 +139,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         disable_split_kv: bool = False,
     ) -> None:
         """Describe the batch that the following runs work on. Neither copies from the device nor waits for it.
+
+        Plan again after changing an index tensor: a run may read it before the kernel ahead of it has finished.
 
         Args:
             indptr: int32 `[batch_size + 1]`; request i owns `indices[indptr[i]:indptr[i + 1]]`. On the device (used in
@@ -230,6 +233,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
     def _plan_window(self, window_left: int) -> None:
         assert self._plan is not None
         self._planned_window = window_left
+        self._is_settled = False
         self._plan.launch_planner(self._index_addresses, window_left)
 
     def run(
@@ -327,6 +331,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         pdl: Optional[bool],
         overrides: Optional[_Overrides],
     ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        if torch.compiler.is_dynamo_compiling():
+            return self._run_traced(q, cache, q_scale, k_scale, v_scale, out, lse, return_lse, pdl, overrides)
         shape = self._plan
         if shape is None:
             raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's page table first")
@@ -334,55 +340,63 @@ class BatchDecodeWithPagedKVCacheWrapper:
             out = torch.empty(shape.out_shape, dtype=shape.o_dtype, device=self.device)
         if return_lse and lse is None:
             lse = torch.empty(shape.lse_shape, dtype=torch.float32, device=self.device)
-        k, v = (cache, None) if isinstance(cache, torch.Tensor) else cache
-        if torch.compiler.is_dynamo_compiling():
-            given = (None,) * 6 if overrides is None else overrides
-            _compiled_run(self._handle, q, k, v, out, lse, q_scale, k_scale, v_scale, pdl, *given)
+        q_ptr, out_ptr, lse_ptr, lse_key = q.data_ptr(), out.data_ptr(), 0, None
+        if lse is not None:
+            lse_ptr, lse_key = lse.data_ptr(), (lse.shape, lse.stride(), lse.dtype)
+        if isinstance(cache, torch.Tensor):
+            k_ptr = v_ptr = cache.data_ptr()
+            k, v_key = cache, None
         else:
-            self._launch(shape, q, k, v, out, lse, q_scale, k_scale, v_scale, pdl, overrides)
-        return (out, lse) if return_lse and lse is not None else out
-
-    def _launch(
-        self,
-        shape: _PlanShape,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: Optional[torch.Tensor],
-        out: torch.Tensor,
-        lse: Optional[torch.Tensor],
-        q_scale: Optional[float],
-        k_scale: Optional[float],
-        v_scale: Optional[float],
-        pdl: Optional[bool],
-        overrides: Optional[_Overrides],
-    ) -> None:
-        q_ptr, out_ptr = q.data_ptr(), out.data_ptr()
-        k_ptr = v_ptr = k.data_ptr()
-        v_key = None  # one 5-D tensor
-        if v is not None:
-            v_ptr = v.data_ptr()
+            k, v = cache
+            k_ptr, v_ptr = k.data_ptr(), v.data_ptr()
             v_key = (v.dtype, v.shape, v.stride(), v.get_device())
+        settled = self._is_settled
         key = (
             q.dtype, q.shape, q.stride(), q.get_device(), k.dtype, k.shape, k.stride(), k.get_device(), v_key,
-            out.dtype, out.shape, out.stride(), out.get_device(),
-            (q_ptr | out_ptr | k_ptr | v_ptr) & 15, None if lse is None else (lse.shape, lse.stride(), lse.dtype),
-            q_scale, k_scale, v_scale, pdl, overrides,
+            out.dtype, out.shape, out.stride(), out.get_device(), lse_key, (q_ptr | out_ptr | k_ptr | v_ptr) & 15,
+            q_scale, k_scale, v_scale, pdl, overrides, settled,
         )  # fmt: skip
         bound = shape.bound.get(key)
         if bound is None:
             variant = shape.variant
             if overrides is not None:
                 variant = variant.updated(self._op_name, shape.kv.head_dim_qk, *overrides)
-            cache = k if v is None else (k, v)
             scales = launching.qk_and_v_scale(q_scale, k_scale, v_scale)
             dependent = launching.launches_dependent(self.device) if pdl is None else pdl
-            bound = shape.bound.remember(key, _BoundRun(shape, q, cache, out, lse, variant, scales, dependent))
+            bound = _BoundRun(shape, q, cache, out, lse, variant, scales, dependent, settled and dependent)
+            shape.bound.remember(key, bound)
         # A schedule serves every window that is no wider than its own.
         planned = self._planned_window
         if planned >= 0 and not 0 <= bound.window_left <= planned:
             self._plan_window(bound.window_left)
-        lse_ptr = 0 if lse is None else lse.data_ptr()
+            return self._run(q, cache, q_scale, k_scale, v_scale, out, lse, return_lse, pdl, overrides)
         bound.launch(q_ptr, out_ptr, lse_ptr, k_ptr, v_ptr + bound.v_offset, *self._index_addresses)
+        self._is_settled = True
+        return (out, lse) if return_lse and lse is not None else out
+
+    def _run_traced(
+        self,
+        q: torch.Tensor,
+        cache: PagedCache,
+        q_scale: Optional[float],
+        k_scale: Optional[float],
+        v_scale: Optional[float],
+        out: Optional[torch.Tensor],
+        lse: Optional[torch.Tensor],
+        return_lse: bool,
+        pdl: Optional[bool],
+        overrides: Optional[_Overrides],
+    ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        shape = self._plan
+        assert shape is not None, "run() before plan()"
+        if out is None:
+            out = torch.empty(shape.out_shape, dtype=shape.o_dtype, device=self.device)
+        if return_lse and lse is None:
+            lse = torch.empty(shape.lse_shape, dtype=torch.float32, device=self.device)
+        k, v = (cache, None) if isinstance(cache, torch.Tensor) else cache
+        given = (None,) * 6 if overrides is None else overrides
+        _compiled_run(self._handle, q, k, v, out, lse, q_scale, k_scale, v_scale, pdl, *given)
+        return (out, lse) if return_lse and lse is not None else out
 
 
 _wrappers: weakref.WeakValueDictionary[int, BatchDecodeWithPagedKVCacheWrapper] = weakref.WeakValueDictionary()
@@ -401,10 +415,9 @@ def _run_by_handle(
     pdl: Optional[bool],
     *given: Any,
 ) -> None:
-    wrapper = _wrappers[handle]
-    assert wrapper._plan is not None
     overrides = None if given == (None,) * 6 else given
-    wrapper._launch(wrapper._plan, q, k, v, out, lse, q_scale, k_scale, v_scale, pdl, overrides)
+    cache = k if v is None else (k, v)
+    _wrappers[handle]._run(q, cache, q_scale, k_scale, v_scale, out, lse, False, pdl, overrides)
 
 
 _compiled_run = _op.compiled_op(
@@ -510,6 +523,7 @@ class _BoundRun:
         variant: Variant,
         scales: tuple[float, float],
         pdl: bool,
+        plan_is_settled: bool,
     ) -> None:
         op, device, kv = shape.op, shape.device, shape.kv
         expected = (shape.batch_size, shape.num_qo_heads, kv.head_dim_qk)
@@ -538,7 +552,7 @@ class _BoundRun:
             0, 0, 0, alibi_slopes_ptr(variant, shape.num_qo_heads, device), *shape.schedule.values,
             q.stride(0), q.stride(1), out.stride(0), out.stride(1),
             shape.batch_size, shape.num_qo_heads, kv.num_kv_heads, 1, shape.num_chunks, variant.window_left,
-            *variant.scalars(*scales),
+            *variant.scalars(*scales, plan_is_settled=plan_is_settled),
         )  # fmt: skip
         # Addresses of q, out, lse, k, v, indptr, indices and last_page_len vary from call to call.
         grid = (kernel.num_head_blocks, shape.num_chunks, 1)

@@ -161,7 +161,7 @@ class _Single:
         self.pointers = (0, 0, 0, alibi_slopes_ptr(variant, num_qo_heads, device), 0, 0, 0)
         self.strides = (0, q.stride(0), 0, self.head_dim_vo)
         self.counts = (1, num_qo_heads, num_kv_heads, 1)
-        self.scalars = (variant.window_left, *variant.scalars(*scales))
+        self.scalars = (variant.window_left, *variant.scalars(*scales, plan_is_settled=True))
 
     def launch(
         self,

@@ -88,14 +88,15 @@ class Variant:
             "has_soft_cap": self.logits_soft_cap > 0,
         }
 
-    def scalars(self, qk_scale: float = 1.0, v_scale: float = 1.0) -> tuple[float, ...]:
-        """sm_scale, v_scale, logits_soft_cap, rope_rcp_scale, rope_log2_theta: the last fields of AttentionParams."""
+    def scalars(self, qk_scale: float = 1.0, v_scale: float = 1.0, plan_is_settled: bool = False) -> tuple[float, ...]:
+        """The last fields of AttentionParams, from sm_scale on."""
         return (
             self.sm_scale * qk_scale,
             v_scale,
             self.logits_soft_cap,
             1.0 / self.rope_scale,
             math.log2(self.rope_theta),
+            int(plan_is_settled),
         )
 
 

@@ -46,6 +46,7 @@ class AttentionParams(ctypes.Structure):
             for name in ("batch_size", "num_qo_heads", "num_kv_heads", "qo_len", "num_chunks", "window_left")
         ],
         *[(name, _FLOAT) for name in ("sm_scale", "v_scale", "logits_soft_cap", "rope_rcp_scale", "rope_log2_theta")],
+        ("plan_is_settled", _INT32),
     ]
 
 
