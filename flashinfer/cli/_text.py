@@ -13,7 +13,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:
     """Columns padded to their widest cell, under a rule. `right` names the right-aligned columns, separated by commas.
 
-    The last column is not padded, so that long text wraps nowhere but there.
+    The last column is for long text, such as names of kernels: it is not padded and wraps without harm.
     """
     aligned_right = set(right.split(",")) if right else set()
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows)]
@@ -25,6 +25,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: str = "")
         ]
         return "  ".join(padded).rstrip()
 
+    widths[-1] = len(header[-1])
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 

@@ -65,10 +65,10 @@ def _list(args: argparse.Namespace) -> int:
     if artifacts:
         now = time.time()
         rows_ = [
-            [entry.name, entry.target, entry.compiler, size(entry.bytes), ago(now - entry.last_used)]
+            [size(entry.bytes), ago(now - entry.last_used), entry.target, entry.compiler, entry.name]
             for entry in artifacts
         ]
-        print(table(["kernel", "target", "compiler", "size", "used"], rows_, right="size,used") + "\n")
+        print(table(["size", "used", "target", "compiler", "kernel"], rows_, right="size,used") + "\n")
     print(f"{count(len(artifacts), 'kernel')}, {size(total)} in {cache.root}")
     return 0
 

@@ -248,7 +248,8 @@ def _nvrtc() -> Iterator[Finding]:
         yield Finding("NVRTC", needed, str(error).partition(";")[0], toolchain.CUDA_HELP)
     else:
         supports = _driver_version()
-        text = f"{library.version}, {library.path} (found via {library.found_via})"
+        how = "loaded by torch" if library.found_via.startswith("was-already-loaded") else library.found_via
+        text = f"{library.version}, {library.path} ({how})"
         if supports is not None and int(library.version.split(".")[0]) > supports[0]:
             fix = f"pip install 'flashinfer[cu{supports[0]}]', or a driver for CUDA {library.version}"
             yield Finding("NVRTC", needed, f"{text}: newer than the driver, which cannot load what it compiles", fix)

@@ -59,18 +59,18 @@ def _print_table(holes: Sequence[Hole], broken: int, paths: Sequence[Path]) -> N
     else:
         rows = [
             [
-                hole.name,
-                hole.spec["target"],
-                str(len(hole.processes)),
                 f"{hole.seconds:.2f}",
+                str(len(hole.processes)),
                 size(hole.bytes),
+                hole.spec["target"],
                 ", ".join(sorted(hole.resolved_by)),
                 "; ".join(sorted(hole.reasons)),
+                hole.name,
             ]
             for hole in holes
         ]
-        header = ["kernel", "target", "processes", "seconds", "size", "resolved by", "why not precompiled"]
-        print(table(header, rows, right="processes,seconds,size") + "\n")
+        header = ["seconds", "processes", "size", "target", "resolved by", "why not precompiled", "kernel"]
+        print(table(header, rows, right="seconds,processes,size") + "\n")
         processes = {process for hole in holes for process in hole.processes}
         seconds = sum(hole.seconds for hole in holes)
         print(f"{count(len(holes), 'kernel')}, {count(len(processes), 'process')}, {seconds:.2f} s lost in all")

@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         shown = [row for row in rows if row["answer"] != "aot"] if args.problems else rows
         if shown:
-            cells = [[row["kernel"], row["target"], row["answer"], "; ".join(row["reasons"])] for row in shown]
-            print(table(["kernel", "target", "answer", "why not before"], cells) + "\n")
+            cells = [[row["answer"], row["target"], "; ".join(row["reasons"]), row["kernel"]] for row in shown]
+            print(table(["answer", "target", "why not before", "kernel"], cells) + "\n")
         summary = [f"{answers[store]} {words}" for store, words in _WORDS.items() if answers[store]]
         print(f"{count(len(rows), 'kernel')}: {', '.join(summary)}")
     answered = answers["aot"] + (answers["jit-cache"] if args.require == "any" else 0)

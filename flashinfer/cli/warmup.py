@@ -51,7 +51,11 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     failures = _compile_all(missing, args.jobs or min(8, os.cpu_count() or 1))
     for spec, error in failures:
-        print(f"\n{spec.name} for {spec.target} failed:\n{error}", file=sys.stderr)
+        *report, first_error = error.splitlines()
+        print(f"{spec.name} for {spec.target} failed: {first_error}", file=sys.stderr)
+        for line in report:
+            if line.startswith("source and log: "):
+                print(f"  {line}", file=sys.stderr)
     lost = [spec for spec in missing if not _answered(resolver, spec)]
     done = count(len(missing) - len(lost), "kernel")
     print(f"{done} compiled in {time.perf_counter() - started:.1f} s into {resolver.jit.root}")
