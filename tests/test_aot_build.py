@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -10,9 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-import flashinfer
 from flashinfer import kernels
 from flashinfer.aot import build, elf, models, verify, worker
 from flashinfer.aot.config import ConfigError, read_config, read_specs
@@ -21,6 +20,7 @@ from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.source import render
 from flashinfer.jit.spec import KernelSpec
 from flashinfer.jit.stores import AotStore, Registry
+from flashinfer.kernels import sampling
 from tests.aot_kit import (
     HOST,
     artifacts,
@@ -113,41 +113,25 @@ def test_core_is_legal_everywhere(recwarn: pytest.WarningsRecorder, caplog: pyte
     assert not caplog.records, "a kernel was left out for a target"
 
 
-class Asked(Exception):
-    """Stops an operator once it has asked for a kernel."""
+def test_core_answers_what_operators_ask_for() -> None:
+    """Both sides compute their arguments apart: operators from tensors, the core set from shapes in a file."""
+    out, _ = finish(spawn("from tests import ask_core; ask_core.main()"))
+    asked = {KernelSpec.from_dict(spec) for spec in json.loads(out)}
+    core = set(read_specs(["core"], [HOST]))
+    assert not sorted(spec.name for spec in asked - core)
+    assert {spec.family for spec in core} <= {spec.family for spec in asked}, "families nobody asks for"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_core_answers_what_operators_ask_for(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both sides compute their arguments apart: the operator from tensors, the core set from shapes in a file."""
-    asked: list[KernelSpec] = []
-
-    def record(resolver: Resolver, spec: KernelSpec) -> None:
-        asked.append(spec)
-        raise Asked
-
-    monkeypatch.setattr(Resolver, "load", record)
-    for row in read_config(ROOT / "aot_configs" / "core.toml"):
-        model = row.content
-        assert isinstance(model, models.Model)
-        x, weight = torch.empty(3, model.hidden_size, dtype=dtype), torch.empty(model.hidden_size, dtype=dtype)
-        heads = torch.empty(3, model.num_qo_heads, model.head_dim, dtype=dtype)
-        kv = torch.empty(2, 2, 16, model.num_kv_heads, model.head_dim, dtype=dtype)
-        calls = [
-            lambda x=x, weight=weight: flashinfer.rmsnorm(x, weight),
-            lambda x=x, weight=weight: flashinfer.fused_add_rmsnorm(x, torch.empty_like(x), weight),
-            lambda heads=heads, kv=kv: flashinfer.single_decode_with_kv_cache(heads[0], kv[0, 0], kv[0, 1]),
-        ]
-        if model.qk_norm:
-            calls.append(lambda heads=heads: flashinfer.rmsnorm(heads, heads.new_empty(heads.shape[-1])))
-        for size in model.intermediate_sizes:
-            gate_up = torch.empty(3, 2 * size, dtype=dtype)
-            calls.append(lambda gate_up=gate_up: flashinfer.silu_and_mul(gate_up))
-        for call in calls:
-            with pytest.raises(Asked):
-                call()
-    missing = {spec.name for spec in asked} - {spec.name for spec in read_specs(["core"], [HOST])}
-    assert asked and not missing
+def test_core_holds_every_placement_of_a_row_of_the_vocabulary() -> None:
+    """How many blocks share a row depends on the number of rows, which is known at run time alone."""
+    core = {spec for spec in read_specs(["core"], ["sm_80", "sm_90a"]) if spec.family == "sample_row"}
+    held = {(spec.target, spec.arg("cluster_size"), spec.arg("row_kib")) for spec in core}
+    contents = [row.content for row in read_config(ROOT / "aot_configs" / "core.toml")]
+    vocabularies = {model.vocab_size for model in contents if isinstance(model, models.Model)}
+    for target_name, num_sms in (("sm_80", 108), ("sm_90a", 114), ("sm_90a", 132)):
+        for vocab_size, num_rows, keeps_row in itertools.product(vocabularies, range(1, 600), (False, True)):
+            place = sampling.placement("fp32", vocab_size, num_rows, num_sms, target_name, keeps_row)
+            assert (target_name, place["cluster_size"], place["row_kib"]) in held, (vocab_size, num_rows)
 
 
 # --------------------------------------------------------------------------------------------------------------- builds

@@ -1,0 +1,133 @@
+"""What operators ask for when they serve the core models on a CPU; `main` prints one JSON array of specs.
+
+Kernels do nothing here, so that only the asking takes time. Run it in a process of its own: operators remember what they
+launch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import torch
+
+import flashinfer
+from flashinfer import prefill, rope
+from flashinfer.aot.config import find_config, read_config
+from flashinfer.aot.models import Model
+from flashinfer.jit import spec as specs
+from flashinfer.jit.loader import Grid
+from flashinfer.jit.resolver import Resolver
+from flashinfer.jit.spec import KernelSpec
+
+PAGE_SIZE = 16
+
+
+class Idle:
+    """A kernel that does nothing, and its launcher."""
+
+    def __init__(self, spec: KernelSpec) -> None:
+        self.spec, self.config = spec, specs.family(spec.family).config(spec)
+
+    def on(self, device_index: int | None, *, pdl: bool = False) -> Idle:
+        return self
+
+    def max_blocks_per_sm(self) -> int:
+        return 1
+
+    def __call__(self, grid: Grid, stream: int, *values: object) -> None: ...
+
+    def prepare(self, grid: Grid, *values: object, varying: int) -> Callable[..., None]:
+        return lambda *first_values: None
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def serve(model: Model, rank: int, dtype: torch.dtype) -> None:
+    """One layer of one prefill step and one decode step, on one of `rank` GPUs, and the sampling of a token."""
+    num_qo, num_kv, dim = model.num_qo_heads // rank, max(1, model.num_kv_heads // rank), model.head_dim
+
+    def tensor(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=of)
+
+    x = tensor(3, model.hidden_size)
+    flashinfer.rmsnorm(x, x[0])
+    flashinfer.fused_add_rmsnorm(x, x.clone(), x[0].clone())
+    for size in model.intermediate_sizes:
+        flashinfer.silu_and_mul(tensor(3, 2 * size // rank))
+
+    qkv = tensor(3, num_qo + 2 * num_kv, dim)
+    q, k, v = qkv.split([num_qo, num_kv, num_kv], dim=1)
+    if model.qk_norm:
+        flashinfer.rmsnorm(q, tensor(dim))
+        flashinfer.rmsnorm(k, tensor(dim))
+        rope.fused_qk_rmsnorm_rope(qkv.flatten(1), tensor(dim), tensor(dim), int32(0, 1, 2), num_qo, num_kv)
+    for positions in (int32(0, 1, 2), int32(0, 1, 2).long()):
+        flashinfer.apply_rope_pos_ids(q, k, positions)
+        flashinfer.apply_llama31_rope_pos_ids_inplace(q, k, positions)
+        for table in (tensor(8, dim, of=torch.float32), tensor(8, dim)):
+            flashinfer.apply_rope_with_cos_sin_cache(positions, q.flatten(1), k.flatten(1), dim, table)
+    flashinfer.apply_rope(q, k, int32(0, 3), int32(0))
+
+    cache = tensor(2, 2, PAGE_SIZE, num_kv, dim)
+    qo_indptr, kv_indptr, kv_indices, last_page_len = int32(0, 3), int32(0, 1), int32(1), int32(3)
+    flashinfer.get_seq_lens(kv_indptr, last_page_len, PAGE_SIZE)
+    batch_indices, token_positions = flashinfer.get_batch_indices_positions(qo_indptr, int32(3), 3)
+    slots = (batch_indices, token_positions, cache, kv_indices, kv_indptr, last_page_len)
+    flashinfer.append_paged_kv_cache(k, v, *slots)
+    rope.rope_append_paged_kv_cache(q, k, v, *slots)
+
+    workspace = torch.empty(1 << 20, dtype=torch.uint8)
+    heads = (num_qo, num_kv, dim)
+    decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace)
+    decode.plan(kv_indptr, kv_indices, last_page_len, *heads, PAGE_SIZE, q_data_type=dtype)
+    decode.run(tensor(1, num_qo, dim), cache)
+    paged = prefill.BatchPrefillWithPagedKVCacheWrapper(workspace)
+    for causal in (True, False):
+        shape = (*heads, PAGE_SIZE)
+        paged.plan(qo_indptr, kv_indptr, kv_indices, last_page_len, *shape, causal=causal, q_data_type=dtype)
+        paged.run(q.contiguous(), cache)
+    ragged = prefill.BatchPrefillWithRaggedKVCacheWrapper(workspace)
+    ragged.plan(qo_indptr, qo_indptr, *heads, causal=True, q_data_type=dtype)
+    ragged.run(q.contiguous(), k.contiguous(), v.contiguous())
+    flashinfer.single_decode_with_kv_cache(q[0].contiguous(), k.contiguous(), v.contiguous())
+    flashinfer.single_prefill_with_kv_cache(q.contiguous(), k.contiguous(), v.contiguous(), causal=True)
+
+    state = tensor(3, num_qo, dim), tensor(3, num_qo, of=torch.float32)
+    flashinfer.merge_state(*state, *state)
+    flashinfer.merge_states(tensor(3, 2, num_qo, dim), tensor(3, 2, num_qo, of=torch.float32))
+
+    probs = torch.zeros(2, model.vocab_size)
+    flashinfer.sampling.softmax(probs)
+    for sample in (flashinfer.sampling_from_probs, flashinfer.sampling_from_logits):
+        sample(probs)
+    flashinfer.top_p_sampling_from_probs(probs, 0.9)
+    flashinfer.top_k_sampling_from_probs(probs, 50)
+    flashinfer.min_p_sampling_from_probs(probs, 0.1)
+    flashinfer.top_k_top_p_sampling_from_probs(probs, 50, 0.9)
+    flashinfer.top_k_top_p_sampling_from_logits(probs, 50, 0.9)
+    flashinfer.top_p_renorm_probs(probs, 0.9)
+    flashinfer.top_k_renorm_probs(probs, 50)
+    flashinfer.top_k_mask_logits(probs, 50)
+
+
+def main() -> None:
+    asked: dict[KernelSpec, None] = {}
+
+    def load(resolver: Resolver, spec: KernelSpec) -> Idle:
+        asked[spec] = None
+        return Idle(spec)
+
+    Resolver.load = load  # type: ignore[assignment, method-assign]
+    for row in read_config(find_config("core")):
+        assert isinstance(row.content, Model)
+        for rank in row.content.tensor_parallel:
+            for dtype in (torch.float32, torch.bfloat16):
+                serve(row.content, rank, dtype)
+    print(json.dumps([spec.to_dict() for spec in asked]))
+
+
+if __name__ == "__main__":
+    main()
