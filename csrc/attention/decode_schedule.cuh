@@ -34,9 +34,11 @@ FLASHINFER_FN DecodeChunk single_chunk(int32_t kv_len, int32_t kv_begin, int32_t
                                        int32_t chunk_idx) {
   const int32_t num_tiles = ceil_div(kv_len - kv_begin, tile_len);
   const ChunkSplit split = ChunkSplit::make(num_tiles, max_chunks);
+  const DecodeRequest request{0, kv_len, kv_begin, 0, 0, split.num_chunks, num_tiles, 0};
+  const int32_t num_empty = kv_len == 0 ? 1 : 0;
+  if (chunk_idx >= split.num_chunks) return {0, 0, 0, num_empty, request};
   const int32_t first_tile = split.first_tile(chunk_idx);
-  const int32_t chunk_len = chunk_idx < split.num_chunks ? split.first_tile(chunk_idx + 1) - first_tile : 0;
-  return {0, first_tile, chunk_len, kv_len == 0 ? 1 : 0, {0, kv_len, kv_begin, 0, 0, split.num_chunks, num_tiles, 0}};
+  return {0, first_tile, split.first_tile(chunk_idx + 1) - first_tile, num_empty, request};
 }
 
 // One chunk's tiles in order. The request after the current one is loaded a request ahead.
