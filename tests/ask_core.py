@@ -1,7 +1,7 @@
 """What operators ask for when they serve the core models on a CPU; `main` prints one JSON array of specs.
 
-Kernels do nothing here, so that only the asking takes time. Run it in a process of its own: operators remember what they
-launch.
+Kernels do nothing here, so that only the asking takes time. Run it in a process of its own: operators remember what
+they launch.
 """
 
 from __future__ import annotations
