@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from flashinfer import log
-from flashinfer.errors import ToolchainMissing
+from flashinfer.errors import FlashInferError, ToolchainMissing
 from flashinfer.jit import loader, misses, stores, toolchain
 from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.source import render
@@ -389,6 +389,13 @@ def test_a_library_that_vanishes_before_it_is_loaded(tmp_path: Path) -> None:
     assert isinstance(hit, Hit) and hit.path is not None
     hit.path.unlink()
     run_rmsnorm(loader.load(hit.source, hit.machine_code, hit.path))
+
+
+def test_a_library_that_does_not_load(tmp_path: Path) -> None:
+    resolver = cpu_resolver(tmp_path)
+    hit = resolver.ensure(rmsnorm_spec())
+    with pytest.raises(FlashInferError, match="does not load.*flashinfer doctor"):
+        loader.load(hit.source, hit.machine_code[:1000], None)
 
 
 # -------------------------------------------------------------------------------------------------- missing compilers

@@ -60,7 +60,12 @@ def run(args: argparse.Namespace) -> int:
     done = count(len(missing) - len(lost), "kernel")
     print(f"{done} compiled in {time.perf_counter() - started:.1f} s into {resolver.jit.root}")
     if lost:
-        raise FlashInferError(f"{count(len(lost), 'kernel')} would still be compiled at run time; see the errors above")
+        why = (
+            "see the errors above"
+            if failures
+            else "the cache was cleared or the sources changed meanwhile; run it again"
+        )
+        raise FlashInferError(f"{count(len(lost), 'kernel')} would still be compiled at run time; {why}")
     return 0
 
 

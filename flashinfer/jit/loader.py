@@ -292,10 +292,13 @@ def load(source: Source, machine_code: bytes, path: Path | None) -> Kernel:
         # The file can be gone (a cache being cleared) or its file system forbid execution: then as if it had none.
         with contextlib.suppress(OSError):
             return CpuKernel(source, path)
-    descriptor, name = tempfile.mkstemp(prefix="flashinfer-", suffix=".so")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(machine_code)
-        return CpuKernel(source, Path(name))
-    finally:
-        os.unlink(name)
+        with tempfile.NamedTemporaryFile(prefix="flashinfer-", suffix=".so") as copy:
+            copy.write(machine_code)
+            copy.flush()
+            return CpuKernel(source, Path(copy.name))
+    except (OSError, AttributeError) as error:  # AttributeError: a library without the entry point
+        raise FlashInferError(
+            f"{source.spec.name} for {source.spec.target} does not load: {error}; `flashinfer cache clear` removes "
+            "libraries of another system, `flashinfer doctor` tries the compiler"
+        ) from error
