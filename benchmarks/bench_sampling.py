@@ -2,8 +2,8 @@
 
 python benchmarks/bench_sampling.py [--vocab 128256] [--dtype float32] [--rows 1 16 128 512] [--logits normal flat ...]
 
-Times are of CUDA graph replays over inputs that rotate through more memory than the L2 cache holds (few rows stay in it,
-as they would behind the kernel that computes them).
+Times are of CUDA graph replays over inputs that rotate through more memory than the L2 cache holds (few rows stay in
+it, as they would behind the kernel that computes them).
 """
 
 from __future__ import annotations

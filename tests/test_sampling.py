@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -58,11 +59,25 @@ def _logits(name: str, vocab_size: int) -> torch.Tensor:
 
 ROWS = ["gaussian0.01", "gaussian1", "gaussian3", "gaussian12", "constant", "one_live", "few_live", "descending",
         "ascending", "ties", "outlier", "power_law", "shifted", "two_levels"]  # fmt: skip
-VOCABS = [1, 111, 4097, 32000, 128256]
+VOCABS = [1, 111, 4097, 128256]
 
 
+@functools.cache
 def _batch(vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.stack([_logits(name, vocab_size) for name in ROWS]).to(dtype)
+
+
+@functools.cache
+def _probs(vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
+    return oracle.softmax(_batch(vocab_size, F32)).to(dtype)
+
+
+@functools.cache
+def _larger(vocab_size: int, dtype: torch.dtype, kind: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What the oracle needs of each row, sorted once for all tests."""
+    rows = _probs(vocab_size, dtype) if kind == "probs" else _batch(vocab_size, dtype)
+    weights = _probs(vocab_size, dtype) if kind == "probs" else oracle.softmax(rows)
+    return [oracle.larger_than(row.double(), weight.double()) for row, weight in zip(rows, weights)]
 
 
 # ------------------------------------------------------------------------------------------------------- whole rows
@@ -82,32 +97,31 @@ def test_softmax(device: torch.device, vocab_size: int, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("vocab_size", VOCABS)
-@pytest.mark.parametrize("top_p", [0.0, 0.1, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("top_p", [0.0, 0.5, 0.9, 0.999, 1.0])
 def test_top_p_renorm(device: torch.device, vocab_size: int, dtype: torch.dtype, top_p: float) -> None:
-    probs = oracle.softmax(_batch(vocab_size, F32)).to(dtype)
-    actual = sampling.top_p_renorm_probs(probs.to(device), top_p)
+    actual = sampling.top_p_renorm_probs(_probs(vocab_size, dtype).to(device), top_p)
     assert actual.dtype == dtype
-    _check_renorm(probs, actual.cpu(), top_p=top_p)
+    _check_renorm(actual.cpu(), top_p=top_p)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("vocab_size", VOCABS)
-@pytest.mark.parametrize("top_k", [1, 2, 50, 1000, 5000, 100000])
+@pytest.mark.parametrize("top_k", [1, 50, 1000, 40000])
 def test_top_k_renorm_and_mask(device: torch.device, vocab_size: int, dtype: torch.dtype, top_k: int) -> None:
     logits = _batch(vocab_size, dtype)
-    probs = oracle.softmax(logits).to(dtype)
-    _check_renorm(probs, sampling.top_k_renorm_probs(probs.to(device), top_k).cpu(), top_k=top_k)
+    _check_renorm(sampling.top_k_renorm_probs(_probs(vocab_size, dtype).to(device), top_k).cpu(), top_k=top_k)
     masked = sampling.top_k_mask_logits(logits.to(device), top_k).cpu()
     assert masked.dtype == dtype
-    for name, row, actual in zip(ROWS, logits, masked):
-        mask = oracle.kept(row, torch.ones_like(row), top_k=top_k)
+    for name, row, actual, larger in zip(ROWS, logits, masked, _larger(vocab_size, dtype, "logits")):
+        mask = oracle.kept(row, row, top_k=top_k, larger=larger)
         assert torch.equal(actual, torch.where(mask, row, -math.inf)), name
 
 
-def _check_renorm(probs: torch.Tensor, actual: torch.Tensor, **filters: Any) -> None:
-    for name, row, ours in zip(ROWS, probs, actual):
-        inner = oracle.kept(row, row, slack=-SLACK, **filters)
-        outer = oracle.kept(row, row, slack=SLACK, **filters)
+def _check_renorm(actual: torch.Tensor, **filters: Any) -> None:
+    vocab_size, dtype = actual.shape[1], actual.dtype
+    for name, row, ours, larger in zip(ROWS, _probs(vocab_size, dtype), actual, _larger(vocab_size, dtype, "probs")):
+        inner = oracle.kept(row, row, slack=-SLACK, larger=larger, **filters)
+        outer = oracle.kept(row, row, slack=SLACK, larger=larger, **filters)
         ours_kept = ours > 0
         representable = row.double() > 1e-30  # smaller ones may round to zero on the way
         assert ours_kept[inner & representable].all(), f"{name}: a kept element is missing"
@@ -224,15 +238,14 @@ def test_distribution(device: torch.device, case: str, vocab_size: int, dtype: t
 @pytest.mark.parametrize("vocab_size", [4097, 128256])
 def test_hostile_rows_draw_only_what_is_kept(device: torch.device, case: str, vocab_size: int) -> None:
     draw, kwargs, filters, kind = CASES[case]
-    logits = _batch(vocab_size, F32)
-    probs = oracle.softmax(logits)
-    rows = logits if kind == "logits" else probs.float()
+    probs = oracle.softmax(_batch(vocab_size, F32))
+    rows = _batch(vocab_size, F32) if kind == "logits" else probs.float()
     draws = 2000 if device.type == "cuda" else 20 if vocab_size < 10000 else 2
     indices = torch.arange(len(ROWS), device=device).repeat_interleave(draws)
     tokens = draw(rows.to(device), indices=indices, generator=_generator(device), **kwargs).cpu().long()
-    for name, row, weights, drawn in zip(ROWS, rows, probs, tokens.view(len(ROWS), draws)):
-        scores = weights if kind == "probs" else row
-        mask = oracle.kept(scores.float(), weights, slack=SLACK, **filters) & (weights > 0)
+    all_larger = _larger(vocab_size, F32, kind)
+    for name, row, weights, drawn, larger in zip(ROWS, rows, probs, tokens.view(len(ROWS), draws), all_larger):
+        mask = oracle.kept(row, weights, slack=SLACK, larger=larger, **filters) & (weights > 0)
         assert mask[drawn].all(), f"{name}: drew {drawn[~mask[drawn]].tolist()[:5]}"
         if device.type == "cuda" and not filters:
             # Total variation over 32 bins of equal probability.
@@ -335,7 +348,7 @@ def test_placements_agree() -> None:
     from flashinfer.kernels import sampling as kernels
 
     target = flashinfer.target.of_device(torch.device("cuda"))
-    probs = oracle.softmax(_batch(32000, F32)).float().cuda()
+    probs = _probs(32000, F32).cuda()
     expected = sampling.top_p_renorm_probs(probs, 0.9) > 0
     sizes = (1, 2, 4, 8) if torch.cuda.get_device_capability()[0] in (9, 10) else (1,)
     for cluster_size in sizes:

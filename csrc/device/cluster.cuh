@@ -44,4 +44,21 @@ __device__ __forceinline__ T* shared_at_rank(T* local, int rank) {
   return remote;
 }
 
+// Loads one word of another block's shared memory. The address is made anew each time: kept for all ranks at once, such
+// addresses fill the registers.
+template <int kClusterSize>
+__device__ __forceinline__ uint32_t load_shared_at_rank(const uint32_t* local, int rank) {
+  if constexpr (kClusterSize == 1) return *local;
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
+  uint32_t word;
+  asm volatile(
+      "{.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %1, %2;\n"
+      "ld.shared::cluster.u32 %0, [remote];}\n"
+      : "=r"(word)
+      : "r"(address), "r"(rank)
+      : "memory");
+  return word;
+}
+
 }  // namespace flashinfer

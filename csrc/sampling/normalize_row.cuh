@@ -12,8 +12,6 @@ struct NormalizeSmem {
   typename RowSlice<Config>::Smem slice;
   typename RowTotals<Config>::Smem totals;
   typename Filter<Config>::Smem filter;
-  float kept_blocks[Config::kClusterSize];
-  float scratch[Config::kNumThreads / kWarpSize];
 };
 
 // Stores a granule's worth of results where it lies inside the row, by vectors if the output is aligned as the input.
@@ -61,15 +59,12 @@ __device__ void normalize_row(const SamplingParams& params) {
 
   float threshold = -kInfinity, kept_sum = totals.row.sum;
   if constexpr (Filter<Config>::kSearches) {
-    if (Config::kInput == kOrderOnly || totals.is_valid()) {
-      threshold = filter.threshold(slice, totals, scale, mine.max, params.vocab_size, smem.filter);
-    }
-    if constexpr (Config::kInput != kOrderOnly) {
-      float kept = 0.f;
-      slice.for_each([&](float score) { kept += score >= threshold ? weigh(score) : 0.f; });
-      kept_sum = cluster_sum<Config>(kept, smem.kept_blocks, smem.scratch);
-    } else {
-      cluster_sync<kClusterSize>();  // other blocks may still read our list
+    if (filter.cuts() && (Config::kInput == kOrderOnly || totals.is_valid())) {
+      auto search = filter.search(slice, totals, scale, mine.max, params.vocab_size, smem.filter);
+      Kept kept;
+      filter.template apply<false>(search, totals, params.vocab_size, smem.filter, kept);
+      threshold = kept.threshold;
+      kept_sum = search.all.weight_above + kept.list_weight;
     }
   }
 

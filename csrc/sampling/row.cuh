@@ -57,7 +57,8 @@ struct RowSlice {
   }
 
   // Reads this thread's part of the row from device memory, kUnroll granules in flight, and leaves it in shared memory
-  // if the row is resident. visit(batch of kUnroll granules); what lies outside the row is kPadding.
+  // if the row is resident. visit(batch of kUnroll granules, first slot); what lies outside
+  // the row is kPadding.
   template <class Visit>
   __device__ __forceinline__ void read(Visit visit) {
     const int thread_idx = threadIdx.x;
@@ -83,26 +84,26 @@ struct RowSlice {
             batch[u].store(smem.row + ((slot + u) * Config::kNumThreads + thread_idx) * kVecSize);
         }
       }
-      visit(batch);
+      visit(batch, slot);
     }
   }
 
-  // visit(score) for each element of this thread, padding included.
+  // visit(score, slot, lane) for each element of this thread, padding included.
   template <class Visit>
   __device__ __forceinline__ void for_each(Visit visit) {
     if constexpr (kResident) {
-#pragma unroll 4
+#pragma unroll 2
       for (int slot = 0; slot < num_slots; ++slot) {
         const Granule granule = at(slot, threadIdx.x);
 #pragma unroll
-        for (int i = 0; i < kVecSize; ++i) visit(to_float(granule[i]));
+        for (int i = 0; i < kVecSize; ++i) visit(to_float(granule[i]), slot, i);
       }
     } else {
-      read([&](const Granule* batch) {
+      read([&](const Granule* batch, int slot) {
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
-          for (int i = 0; i < kVecSize; ++i) visit(to_float(batch[u][i]));
+          for (int i = 0; i < kVecSize; ++i) visit(to_float(batch[u][i]), slot + u, i);
         }
       });
     }
@@ -167,7 +168,7 @@ template <class Config>
 __device__ __forceinline__ Stats read_row(RowSlice<Config>& slice, float scale) {
   using Slice = RowSlice<Config>;
   Stats stats{Slice::kPadding, 0.f};
-  slice.read([&](const typename Slice::Granule* batch) {
+  slice.read([&](const typename Slice::Granule* batch, int) {
     float batch_max = Slice::kPadding;
 #pragma unroll
     for (int u = 0; u < Slice::kUnroll; ++u) {

@@ -17,7 +17,8 @@ FILTERS = ("none", "top_k", "top_p", "min_p", "top_k_top_p")
 NORMALIZE_OPS = ("softmax", "top_p_renorm", "top_k_renorm", "top_k_mask")
 
 _NUM_THREADS = 256
-_SEARCH_BYTES = 11136  # histograms, lists and exchange of a search; three blocks with 64 KiB of row fit an SM of Hopper
+_SEARCH_BYTES = 11264  # bins, list and exchange of a search; three blocks with 64 KiB of row fit an SM of Hopper
+_WIDE_BINS_BYTES = 2048  # more, where a block holds more elements than 16 bits count
 _PLAIN_BYTES = 1024
 
 
@@ -110,6 +111,8 @@ def _block_kib(row_bytes: int, cluster_size: int) -> int:
 
 def _launch(spec: KernelSpec, shared: int, streams: bool) -> tuple[dict[str, int], Launch]:
     row_kib = spec.arg("row_kib")
+    if shared == _SEARCH_BYTES and not 0 < row_kib * 1024 // ITEMSIZE[spec.arg("dtype")] < 65536:
+        shared += _WIDE_BINS_BYTES
     num_threads = _NUM_THREADS
     tile = {"kRowSlots": row_kib * 1024 // (num_threads * 16), "kUnroll": 8 if streams else 4}
     # Registers for as many blocks as shared memory admits.

@@ -36,12 +36,16 @@ def kept(
     min_p: Optional[float] = None,
     top_k_first: bool = False,
     slack: float = 0.0,
+    larger: Optional[tuple[torch.Tensor, torch.Tensor]] = None,
 ) -> torch.Tensor:
-    """The mask of one row's kept elements. `slack` widens (or, negative, narrows) the weight limits by a relative part of
-    the whole: what differs between two slacks is undecidable at that precision."""
+    """The mask of one row's kept elements.
+
+    `slack` widens (or, negative, narrows) the weight limits by a relative part of the whole: what differs between two
+    slacks is undecidable at that precision. `larger` is `larger_than(scores, weights)`, where it is known.
+    """
     scores, weights = scores.to("cpu", torch.float64), weights.to("cpu", torch.float64)
     mask = torch.ones_like(scores, dtype=torch.bool)
-    count, weight = larger_than(scores, weights)
+    count, weight = larger if larger is not None else larger_than(scores, weights)
     if top_k is not None:
         mask &= count < max(top_k, 1)
     if top_p is not None and top_p < 1:
