@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -387,6 +388,38 @@ def test_plan_does_not_synchronize() -> None:
             wrapper.run(q, batch.cache)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
+def test_random_combinations(seed: int, device: torch.device) -> None:
+    """Legal options together, drawn at random."""
+    draw = random.Random(seed)
+    num_kv_heads, q_dtype = draw.choice([1, 2, 3, 8]), draw.choice([BF16, FP16])
+    options: dict[str, Any] = {"pos_encoding_mode": draw.choice(["NONE", "NONE", "ROPE_LLAMA", "ALIBI"])}
+    if draw.random() < 0.4:
+        options["window_left"] = draw.choice([0, 7, 100, 5000])
+    if draw.random() < 0.4:
+        options["logits_soft_cap"] = draw.choice([1.0, 30.0])
+    if draw.random() < 0.5:
+        options |= {"sm_scale": draw.uniform(0.02, 0.3), "v_scale": draw.uniform(0.1, 3)}
+    case = Case(
+        f"random_{seed}",
+        kv_lens=tuple(draw.choice([0, 1, 15, 16, 17, draw.randint(1, 300), draw.randint(1, 5000)]) for _ in range(7)),
+        heads=(num_kv_heads * draw.choice([1, 2, 3, 4, 5, 7, 8, 9, 16]), num_kv_heads),
+        head_dim=draw.choice([32, 64, 96, 128, 192, 256]),
+        page_size=draw.choice([1, 2, 5, 16, 64, 128]),
+        q_dtype=q_dtype,
+        kv_dtype=draw.choice([None, None, E4M3, E5M2]),
+        layout=draw.choice(["NHD", "HND"]),
+        cache=draw.choice(["one", "tuple"]),
+        options=options,
+    )
+    batch = Batch(case, device, seed)
+    wrapper = make_wrapper(device, case.layout)
+    batch.plan(wrapper)
+    for _ in range(2):
+        check(batch.run(wrapper), batch.expected(), case)
 
 
 def test_torch_compile(device: torch.device) -> None:

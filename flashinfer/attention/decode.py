@@ -162,6 +162,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         key = (
             batch_size, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode, window_left,
             logits_soft_cap, q_data_type, kv_data_type, data_type, o_data_type, sm_scale, rope_scale, rope_theta,
+            self._int_workspace_buffer.data_ptr(),  # clients replace it
         )  # fmt: skip
         shape = self._plans.get(key)
         if shape is None:
@@ -270,6 +271,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         Raises:
             ValueError: nothing is planned, or a shape, dtype, device or stride differs from the plan.
         """
+        if args:
+            raise TypeError(f"{self._op_name}: run() takes q and paged_kv_cache; give the rest by keyword")
         overrides = None if window_left is None else (None, window_left, None, None, None, None)
         return self._run(q, paged_kv_cache, q_scale, k_scale, v_scale, out, lse, return_lse, enable_pdl, overrides)
 
@@ -474,6 +477,7 @@ class _PlanShape:
         self.out_shape = (batch_size, num_qo_heads, kv.head_dim_vo)
         self.lse_shape = (batch_size, num_qo_heads)
         self.bound: _op.Memo[_BoundRun] = _op.Memo()
+        self._workspaces = (int_workspace, float_workspace)  # alive as long as their addresses are in use
         self.schedule = planning.DecodeSchedule()
         self.num_chunks = 0
         self._planners: dict[int, PreparedLaunch] = {}

@@ -161,6 +161,7 @@ class _Single:
         self.pointers = (0, 0, 0, alibi_slopes_ptr(variant, num_qo_heads, device), 0, 0, 0)
         self.strides = (0, q.stride(0), 0, self.head_dim_vo)
         self.counts = (1, num_qo_heads, num_kv_heads, 1)
+        self.window_left = variant.window_left
         self.scalars = (variant.window_left, *variant.scalars(*scales, plan_is_settled=True))
 
     def launch(
@@ -175,7 +176,8 @@ class _Single:
         kernel, stream, grid, num_chunks, scratch = self.kernel, 0, (1, 1, 1), 0, (0, 0, 0)
         if self.device.type == "cuda":
             stream = _op.current_stream(self.device.index)
-            num_chunks = max(1, min(kernel.num_chunks, -(-kv_len // kernel.tile_len)))
+            visible = kv_len if self.window_left < 0 else min(kv_len, self.window_left + 1)
+            num_chunks = max(1, min(kernel.num_chunks, -(-visible // kernel.tile_len)))
             grid = (kernel.num_head_blocks, num_chunks, 1)
             if num_chunks > 1:
                 if torch.cuda.is_current_stream_capturing():
