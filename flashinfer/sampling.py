@@ -373,11 +373,28 @@ def _normalize(
     temperature: PerRow,
     enable_pdl: Optional[bool] = None,
 ) -> torch.Tensor:
+    out = torch.empty(input.shape, dtype=torch.float32 if kernel_op == "softmax" else input.dtype, device=input.device)
+    if torch.compiler.is_dynamo_compiling():
+        _compiled_normalize(op, kernel_op, input, *_split(top_k), *_split(top_p), *_split(temperature), enable_pdl, out)
+    else:
+        _normalize_into(op, kernel_op, input, top_k, top_p, temperature, enable_pdl, out)
+    return out
+
+
+def _normalize_into(
+    op: str,
+    kernel_op: str,
+    input: torch.Tensor,
+    top_k: PerRow,
+    top_p: PerRow,
+    temperature: PerRow,
+    enable_pdl: Optional[bool],
+    out: torch.Tensor,
+) -> None:
     key = (op, enable_pdl, *_signature(input))
     launch = _memo.get(key)
     if launch is None:
         launch = _memo.remember(key, _prepare(op, "normalize_row", {"op": kernel_op}, input, None, bool(enable_pdl)))
-    out = torch.empty(input.shape, dtype=torch.float32 if kernel_op == "softmax" else input.dtype, device=input.device)
     num_rows = input.shape[0]
     k_value, k_tensor = _per_row(op, "top_k", top_k, 0, num_rows, input)
     p_value, p_tensor = _per_row(op, "top_p", top_p, 1.0, num_rows, input)
@@ -386,7 +403,6 @@ def _normalize(
         input.data_ptr(), out.data_ptr(), 0, 0, None, k_tensor, p_tensor, None, t_tensor, 0, 0, 0,
         k_value, p_value, 0.0, t_value, 0,
     )  # fmt: skip
-    return out
 
 
 def _sample(
@@ -401,6 +417,36 @@ def _sample(
     options: tuple[Any, ...],
 ) -> Samples:
     indices, generator, check_nan, seed, offset, return_valid = options
+    num_rows = input.shape[0] if indices is None else indices.shape[0]
+    token_ids = torch.empty(num_rows, dtype=torch.int32, device=input.device)
+    valid = torch.empty(num_rows, dtype=torch.bool, device=input.device) if return_valid else None
+    if torch.compiler.is_dynamo_compiling():
+        if generator is not None:
+            raise ValueError(f"{op}: torch.compile cannot trace a generator; leave it out, or pass seed and offset")
+        filters = (*_split(top_k), *_split(top_p), *_split(min_p), top_k_first)
+        random = (*_split(seed), *_split(offset))
+        _compiled_sample(op, kind, filter, input, *filters, indices, check_nan, *random, token_ids, valid)
+    else:
+        random = (generator, seed, offset)
+        filters = (top_k, top_p, min_p, top_k_first)
+        _sample_into(op, kind, filter, input, filters, indices, check_nan, random, token_ids, valid)
+    return token_ids if valid is None else (token_ids, valid)
+
+
+def _sample_into(
+    op: str,
+    kind: str,
+    filter: str,
+    input: torch.Tensor,
+    filters: tuple[Any, ...],
+    indices: Optional[torch.Tensor],
+    check_nan: bool,
+    random: tuple[Any, ...],
+    token_ids: torch.Tensor,
+    valid: Optional[torch.Tensor],
+) -> None:
+    """filters: top_k, top_p, min_p, top_k_first; random: generator, seed, offset."""
+    top_k, top_p, min_p, top_k_first = filters
     key = (op, *_signature(input), None if indices is None else _signature(indices))
     launch = _memo.get(key)
     if launch is None:
@@ -408,10 +454,7 @@ def _sample(
         launch = _memo.remember(key, _prepare(op, "sample_row", args, input, indices, False))
     if check_nan and bool(torch.isnan(input).any()):
         raise ValueError(f"{op}: the input holds NaN; find where the {kind} come from, or pass check_nan=False")
-    device = input.device
-    num_rows = input.shape[0] if indices is None else indices.shape[0]
-    token_ids = torch.empty(num_rows, dtype=torch.int32, device=device)
-    valid = torch.empty(num_rows, dtype=torch.bool, device=device) if return_valid else None
+    num_rows = token_ids.shape[0]
     k_value, p_value, m_value = _NO_FILTER
     k_tensor = p_tensor = m_tensor = None
     if top_k is not None:
@@ -420,13 +463,37 @@ def _sample(
         p_value, p_tensor = _per_row(op, "top_p", top_p, 1.0, num_rows, input)
     if min_p is not None:
         m_value, m_tensor = _per_row(op, "min_p", min_p, 0.0, num_rows, input)
-    state, seed_value, offset_value = _random(op, device, generator, seed, offset, _WORDS_PER_SAMPLE)
+    state, seed_value, offset_value = _random(op, input.device, *random, _WORDS_PER_SAMPLE)
     launch(
         input.data_ptr(), 0, token_ids.data_ptr(), 0 if valid is None else valid.data_ptr(), indices,
         k_tensor, p_tensor, m_tensor, None, 0 if state is None else state.data_ptr(), seed_value, offset_value,
         k_value, p_value, m_value, 1.0, top_k_first,
     )  # fmt: skip
-    return token_ids if valid is None else (token_ids, valid)
+
+
+def _split(value: Union[torch.Tensor, Number, None]) -> tuple[Optional[torch.Tensor], Optional[Number]]:
+    """(tensor, None) or (None, number): a library operator takes the two as arguments of their own."""
+    return (value, None) if isinstance(value, torch.Tensor) else (None, value)
+
+
+def _join(pairs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inverse of `_split` over consecutive pairs."""
+    return tuple(number if tensor is None else tensor for tensor, number in zip(pairs[::2], pairs[1::2]))
+
+
+_compiled_normalize = _op.compiled_op(
+    "normalize_rows(str op, str kernel_op, Tensor input, Tensor? top_k, int? top_k_value, Tensor? top_p, "
+    "float? top_p_value, Tensor? temperature, float? temperature_value, bool? enable_pdl, Tensor(a!) out) -> ()",
+    lambda op, kernel_op, input, *rest: _normalize_into(op, kernel_op, input, *_join(rest[:6]), *rest[6:]),
+)
+_compiled_sample = _op.compiled_op(
+    "sample_rows(str op, str kind, str filter, Tensor input, Tensor? top_k, int? top_k_value, Tensor? top_p, "
+    "float? top_p_value, Tensor? min_p, float? min_p_value, bool top_k_first, Tensor? indices, bool check_nan, "
+    "Tensor? seed, int? seed_value, Tensor? offset, int? offset_value, Tensor(a!) token_ids, Tensor(b!)? valid) -> ()",
+    lambda op, kind, filter, input, *rest: _sample_into(
+        op, kind, filter, input, (*_join(rest[:6]), rest[6]), *rest[7:9], (None, *_join(rest[9:13])), *rest[13:]
+    ),
+)
 
 
 def _prepare(

@@ -33,7 +33,23 @@ def activations(x: torch.Tensor) -> torch.Tensor:
     return y + flashinfer.gelu_tanh_and_mul(x, out=torch.empty_like(y))
 
 
-@pytest.mark.parametrize("function", [norms, add_norms, activations], ids=lambda function: function.__name__)
+def samplers(x: torch.Tensor) -> list[torch.Tensor]:
+    probs, state = torch.softmax(x.float(), dim=-1), {"seed": 3, "offset": 0}
+    per_row = torch.full((x.shape[0],), 0.7, device=x.device)
+    tokens, valid = flashinfer.top_k_top_p_sampling_from_probs(probs, 5, per_row, return_valid=True, **state)
+    return [
+        flashinfer.sampling.softmax(x, temperature=per_row),
+        flashinfer.top_p_renorm_probs(probs, 0.5),
+        flashinfer.top_k_mask_logits(x, 7),
+        flashinfer.sampling_from_logits(x, **state),
+        flashinfer.min_p_sampling_from_probs(probs, 0.1, **state),
+        flashinfer.top_k_top_p_sampling_from_logits(x, 5, 0.9, **state),
+        tokens,
+        valid,
+    ]
+
+
+@pytest.mark.parametrize("function", [norms, add_norms, activations, samplers], ids=lambda function: function.__name__)
 def test_fullgraph(device: torch.device, function: Callable[[torch.Tensor], Any]) -> None:
     x = torch.randn(N, HIDDEN, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
