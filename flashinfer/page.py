@@ -27,6 +27,7 @@ from flashinfer._kv import (
     split_cache,
 )
 from flashinfer._scale import Scale
+from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit import resolver
 from flashinfer.jit.loader import PreparedLaunch
 from flashinfer.kernels import page as kernels
@@ -331,6 +332,10 @@ def _prepare_append(
         kernels.vec_size(dtype, lengths, alignment_of(key, value)),
         kernels.vec_size(cache_dtype, lengths, alignment_of(*caches)),
     )
+    if device_index >= 0 and (key_dim + value_dim) // vec > 1024:
+        raise UnsupportedConfig(
+            f"{op}: {key_dim} + {value_dim} elements in vectors of {vec} need more than 1024 threads; align the rows"
+        )
     heads_per_thread = kernels.heads_per_thread(num_heads)
     kernel = resolver().load(
         kernels.APPEND_PAGED_KV.spec(

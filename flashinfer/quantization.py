@@ -119,7 +119,9 @@ def _prepare_segments(op: str, x: torch.Tensor, indptr: torch.Tensor, num_bytes:
     pack_kernel = resolver().load(
         kernels.SEGMENT_PACKBITS.spec(of, index=index, big_endian=bitorder == "big", aligned=aligned)
     )
-    grid = (max(1, -(-num_bytes // pack_kernel.config.launch.num_threads)), 1, 1)
+    config = pack_kernel.config
+    bytes_per_block = config.launch.num_threads * int(config.constants["kBytesPerThread"])
+    grid = (max(1, -(-num_bytes // bytes_per_block)), 1, 1)
     scan = scan_kernel.on(device_index).prepare((1, 1, 1), 0, 0, num_segments, varying=2)
     pack = pack_kernel.on(device_index).prepare(grid, *[0] * 4, num_elements, num_bytes, num_segments, varying=4)
 

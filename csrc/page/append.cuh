@@ -51,7 +51,8 @@ __device__ __forceinline__ void append_paged_kv(const AppendParams& params) {
   allow_next_kernel();
   if (threadIdx.x >= kGroupsPerBlock * kNumLanes || token_idx >= params.num_tokens || cache == nullptr) return;
 
-  // Rows in, before the slot is known.
+  // Rows in, while the slot is looked up.
+  const TokenPlace place = TokenPlace::load<typename Config::TokenIndex>(params.slots, int(token_idx));
   const InT* rows_gmem =
       static_cast<const InT*>(is_key ? params.key : params.value) + column + int64_t(token_idx) * row_strides.token;
   Vec<InT, kVec> x[kHeads];
@@ -60,8 +61,7 @@ __device__ __forceinline__ void append_paged_kv(const AppendParams& params) {
     if (first_head + i < params.num_heads) x[i] = Vec<InT, kVec>::load(rows_gmem + (first_head + i) * row_strides.head);
   }
 
-  const TokenSlot slot =
-      find_slot<typename Config::TokenIndex, typename Config::PageIndex>(params.slots, int(token_idx));
+  const TokenSlot slot = find_slot<typename Config::PageIndex>(params.slots, place);
   if (!slot.exists) return;
   const QuantScale& cache_scale = is_key ? params.key_scale : params.value_scale;
   const float scale = Config::kConvert ? cache_scale.reciprocal() : 1.f;

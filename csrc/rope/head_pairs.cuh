@@ -92,20 +92,13 @@ struct HeadPair {
   }
 };
 
-// Frequencies come as a kernel parameter, which lies in constant memory: lanes reading different words there are served
-// one by one. So a block copies them to shared memory once, while its first loads are in flight.
-template <class Config>
-struct FrequencyTable {
-  static constexpr int kSize = Config::kCosSinCache ? 1 : Config::kRotaryDim / 2;
-  uint64_t values[kSize];
-
-  __device__ __forceinline__ void fill(const Rotary& rotary) {
-    if constexpr (!Config::kCosSinCache) {
-      for (int i = threadIdx.x; i < kSize; i += Config::kNumThreads) values[i] = rotary.frequencies[i];
-      __syncthreads();
-    }
-  }
-};
+// Frequencies are a kernel parameter, and those lie in constant memory, which serves lanes that read different words
+// one by one. Through an address the compiler knows nothing of, the same bytes are read like global memory, L1 cache
+// included.
+__device__ __forceinline__ const uint64_t* generic_address(const uint64_t* parameter) {
+  asm("" : "+l"(parameter));
+  return parameter;
+}
 
 template <class Config>
 __device__ __forceinline__ int64_t rotary_position(const Rotary& rotary, uint32_t token_idx) {
@@ -126,9 +119,8 @@ struct LaneAngles {
   static constexpr int kVec = Config::kVecSize;
   float cos[kVec], sin[kVec];
 
-  __device__ __forceinline__ static LaneAngles make(const Rotary& rotary,
-                                                    const FrequencyTable<Config>& frequencies_smem,
-                                                    const HeadLane<Config>& lane, int64_t position) {
+  __device__ __forceinline__ static LaneAngles make(const Rotary& rotary, const HeadLane<Config>& lane,
+                                                    int64_t position) {
     LaneAngles angles;
     if constexpr (Config::kCosSinCache) {
       using CosSinT = typename Config::CosSinT;
@@ -146,9 +138,10 @@ struct LaneAngles {
         }
       }
     } else {
+      const uint64_t* frequencies = generic_address(rotary.frequencies);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
-        const CosSin angle = rotary_cos_sin(position, frequencies_smem.values[lane.angle_idx(i)]);
+        const CosSin angle = rotary_cos_sin(position, frequencies[lane.angle_idx(i)]);
         angles.cos[i] = angle.cos;
         angles.sin[i] = angle.sin;
       }

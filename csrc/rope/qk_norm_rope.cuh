@@ -14,7 +14,6 @@ __device__ __forceinline__ void qk_norm_rope(const QkNormRopeParams& params) {
   using Lanes = HeadLanes<Config>;
   constexpr int kVec = Config::kVecSize, kHeads = Config::kHeadsPerThread;
   static_assert(Lanes::kNumLanes <= kWarpSize, "a head is reduced within a warp");
-  __shared__ FrequencyTable<Config> frequencies_smem;
 
   const HeadLane<Config> lane(threadIdx.x % Lanes::kNumLanes);
   const HeadGroup group = HeadGroup::find<kHeads>(blockIdx.x * Lanes::kGroupsPerBlock + threadIdx.x / Lanes::kNumLanes,
@@ -23,10 +22,13 @@ __device__ __forceinline__ void qk_norm_rope(const QkNormRopeParams& params) {
   // Every lane stays to the end: the reduction is of the whole warp. Lanes without work read nothing and write nothing.
   const bool is_used = lane.is_used && group.token_idx < params.num_tokens;
   const int num_heads = is_used ? group.num_heads : 0;
+  // Threads without work read the last token's indices, so that those loads need no branch.
+  const uint32_t token_idx = min(group.token_idx, uint32_t(params.num_tokens - 1));
   wait_for_previous_kernel();
   allow_next_kernel();
 
-  // Heads in.
+  // The position, then heads in: the angles are computed while the heads are on their way.
+  const int64_t position = rotary_position<Config>(params.rotary, token_idx);
   T* heads_gmem = static_cast<T*>(is_query ? params.q : params.k) + group.token_idx * params.strides.token;
   HeadPair<T, kVec> x[kHeads] = {};
 #pragma unroll
@@ -36,16 +38,13 @@ __device__ __forceinline__ void qk_norm_rope(const QkNormRopeParams& params) {
   }
 
   // Weights and angles.
-  frequencies_smem.fill(params.rotary);
-  float weight_first[kVec] = {}, weight_second[kVec] = {};
+  HeadPair<T, kVec> weight{};
   LaneAngles<Config> angles;
   if (is_used) {
     const T* weight_gmem = static_cast<const T*>(is_query ? params.q_weight : params.k_weight);
-    to_floats(Vec<T, kVec>::load(weight_gmem + lane.first), weight_first);
-    to_floats(Vec<T, kVec>::load(weight_gmem + lane.second), weight_second);
+    weight = HeadPair<T, kVec>::load(weight_gmem, lane);
     if (lane.is_rotary) {
-      const int64_t position = rotary_position<Config>(params.rotary, group.token_idx);
-      angles = LaneAngles<Config>::make(params.rotary, frequencies_smem, lane, position);
+      angles = LaneAngles<Config>::make(params.rotary, lane, position);
     }
   }
 
@@ -62,8 +61,8 @@ __device__ __forceinline__ void qk_norm_rope(const QkNormRopeParams& params) {
     const float rcp_rms = rsqrtf(sum_of_squares / Config::kHeadDim + params.eps);
 #pragma unroll
     for (int j = 0; j < kVec; ++j) {
-      first[j] *= rcp_rms * (params.weight_bias + weight_first[j]);
-      second[j] *= rcp_rms * (params.weight_bias + weight_second[j]);
+      first[j] *= rcp_rms * (params.weight_bias + to_float(weight.first[j]));
+      second[j] *= rcp_rms * (params.weight_bias + to_float(weight.second[j]));
     }
 
     // Turn, and heads out.

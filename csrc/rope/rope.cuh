@@ -14,7 +14,6 @@ __device__ __forceinline__ void rope(const RopeParams& params) {
   using T = typename Config::T;
   using Lanes = HeadLanes<Config>;
   constexpr int kVec = Config::kVecSize, kHeads = Config::kHeadsPerThread;
-  __shared__ FrequencyTable<Config> frequencies_smem;
 
   const HeadLane<Config> lane(threadIdx.x % Lanes::kNumLanes);
   const HeadGroup group = HeadGroup::find<kHeads>(blockIdx.x * Lanes::kGroupsPerBlock + threadIdx.x / Lanes::kNumLanes,
@@ -23,10 +22,13 @@ __device__ __forceinline__ void rope(const RopeParams& params) {
   const HeadStrides& in_strides = is_query ? params.q_strides : params.k_strides;
   const HeadStrides& out_strides = is_query ? params.q_out_strides : params.k_out_strides;
   const bool is_used = lane.is_used && group.token_idx < params.num_tokens;
+  // Threads without work read the last token's indices, so that those loads need no branch.
+  const uint32_t token_idx = min(group.token_idx, uint32_t(params.num_tokens - 1));
   wait_for_previous_kernel();
   allow_next_kernel();
 
-  // Heads in.
+  // The position, then heads in: the angles are computed while the heads are on their way.
+  const int64_t position = rotary_position<Config>(params.rotary, token_idx);
   const T* in_gmem = static_cast<const T*>(is_query ? params.q : params.k) + group.token_idx * in_strides.token;
   HeadPair<T, kVec> x[kHeads];
 #pragma unroll
@@ -38,12 +40,10 @@ __device__ __forceinline__ void rope(const RopeParams& params) {
   }
 
   // Angles.
-  frequencies_smem.fill(params.rotary);
   if (!is_used) return;
   LaneAngles<Config> angles;
   if (lane.is_rotary) {
-    const int64_t position = rotary_position<Config>(params.rotary, group.token_idx);
-    angles = LaneAngles<Config>::make(params.rotary, frequencies_smem, lane, position);
+    angles = LaneAngles<Config>::make(params.rotary, lane, position);
   }
 
   // Turn, and heads out.

@@ -9,17 +9,29 @@
 
 namespace flashinfer {
 
-// One lane's two vectors of a head, scaled and converted to the type they are stored in.
-template <class OutT, int kVec, class Lane>
-__device__ __forceinline__ void store_pair(OutT* row_gmem, const Lane& lane, float (&first)[kVec],
-                                           float (&second)[kVec], float scale) {
+template <class Config, class OutT>
+__device__ __forceinline__ void turn_and_store(
+    const HeadPair<typename Config::T, Config::kVecSize> (&x)[Config::kHeadsPerThread],
+    const LaneAngles<Config>& angles, bool is_turned, const HeadGroup& group, const HeadLane<Config>& lane,
+    OutT* token_gmem, int64_t head_stride, float scale) {
+  constexpr int kVec = Config::kVecSize;
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) {
-    first[i] *= scale;
-    second[i] *= scale;
+  for (int i = 0; i < Config::kHeadsPerThread; ++i) {
+    const int head_idx = group.first_head + i;
+    if (head_idx >= group.num_heads) break;
+    float first[kVec], second[kVec];
+    to_floats(x[i].first, first);
+    to_floats(x[i].second, second);
+    if (is_turned) angles.rotate(first, second);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      first[j] *= scale;
+      second[j] *= scale;
+    }
+    OutT* row_gmem = token_gmem + head_idx * head_stride;
+    cast_vec<OutT>(first).store(row_gmem + lane.first);
+    cast_vec<OutT>(second).store(row_gmem + lane.second);
   }
-  cast_vec<OutT>(first).store(row_gmem + lane.first);
-  cast_vec<OutT>(second).store(row_gmem + lane.second);
 }
 
 template <class Config>
@@ -28,7 +40,6 @@ __device__ __forceinline__ void rope_append(const RopeAppendParams& params) {
   using CacheT = typename Config::CacheT;
   using Lanes = HeadLanes<Config>;
   constexpr int kVec = Config::kVecSize, kHeads = Config::kHeadsPerThread;
-  __shared__ FrequencyTable<Config> frequencies_smem;
 
   const HeadLane<Config> lane(threadIdx.x % Lanes::kNumLanes);
   const HeadGroup group = HeadGroup::find<kHeads>(blockIdx.x * Lanes::kGroupsPerBlock + threadIdx.x / Lanes::kNumLanes,
@@ -36,10 +47,14 @@ __device__ __forceinline__ void rope_append(const RopeAppendParams& params) {
   const bool is_query = group.kind == HeadKind::kQuery, is_value = group.kind == HeadKind::kValue;
   const HeadStrides& in_strides = is_query ? params.q_strides : is_value ? params.v_strides : params.k_strides;
   const bool is_used = lane.is_used && group.token_idx < params.num_tokens;
+  // Threads without work read the last token's indices, so that those loads need no branch.
+  const uint32_t token_idx = min(group.token_idx, uint32_t(params.num_tokens - 1));
   wait_for_previous_kernel();
   allow_next_kernel();
 
-  // Heads in.
+  // Positions, then heads in: slots are looked up and angles computed while the heads are on their way.
+  const int64_t position = rotary_position<Config>(params.rotary, token_idx);
+  const TokenPlace place = TokenPlace::load<typename Config::TokenIndex>(params.slots, token_idx);
   const T* in_gmem = static_cast<const T*>(is_query   ? params.q
                                            : is_value ? params.v
                                                       : params.k) +
@@ -54,40 +69,30 @@ __device__ __forceinline__ void rope_append(const RopeAppendParams& params) {
   }
 
   // Where to, and by which angles.
-  frequencies_smem.fill(params.rotary);
   if (!is_used) return;
-  TokenSlot slot{0, 0, true};
-  if (!is_query) {
-    slot = find_slot<typename Config::TokenIndex, typename Config::PageIndex>(params.slots, int(group.token_idx));
-    if (!slot.exists) return;
-  }
+  const TokenSlot slot = is_query ? TokenSlot{0, 0, true} : find_slot<typename Config::PageIndex>(params.slots, place);
+  if (!slot.exists) return;
   const bool is_turned = lane.is_rotary && !is_value;
   LaneAngles<Config> angles;
   if (is_turned) {
-    const int64_t position = rotary_position<Config>(params.rotary, group.token_idx);
-    angles = LaneAngles<Config>::make(params.rotary, frequencies_smem, lane, position);
+    angles = LaneAngles<Config>::make(params.rotary, lane, position);
   }
-  const float scale = is_query ? 1.f : is_value ? params.value_scale.reciprocal() : params.key_scale.reciprocal();
 
-  // Turn, and heads out.
-#pragma unroll
-  for (int i = 0; i < kHeads; ++i) {
-    const int head_idx = group.first_head + i;
-    if (head_idx >= group.num_heads) break;
-    float first[kVec], second[kVec];
-    to_floats(x[i].first, first);
-    to_floats(x[i].second, second);
-    if (is_turned) angles.rotate(first, second);
+  // Turn, and heads out: queries in their own type, keys and values in the cache's.
+  T* q_gmem = static_cast<T*>(params.q_out) + token_idx * params.q_out_strides.token;
+  const CacheStrides& cache_strides = is_value ? params.value_cache_strides : params.key_cache_strides;
+  CacheT* cache_gmem =
+      static_cast<CacheT*>(is_value ? params.value_cache : params.key_cache) + slot.offset(cache_strides);
+  const int64_t head_stride = is_query ? params.q_out_strides.head : cache_strides.head;
+  if constexpr (Config::kConvert) {
     if (is_query) {
-      T* row_gmem = static_cast<T*>(params.q_out) + group.token_idx * params.q_out_strides.token +
-                    head_idx * params.q_out_strides.head;
-      store_pair<T>(row_gmem, lane, first, second, 1.f);
+      turn_and_store<Config>(x, angles, is_turned, group, lane, q_gmem, head_stride, 1.f);
     } else {
-      const CacheStrides& strides = is_value ? params.value_cache_strides : params.key_cache_strides;
-      CacheT* row_gmem = static_cast<CacheT*>(is_value ? params.value_cache : params.key_cache) + slot.offset(strides) +
-                         head_idx * strides.head;
-      store_pair<CacheT>(row_gmem, lane, first, second, scale);
+      const float scale = is_value ? params.value_scale.reciprocal() : params.key_scale.reciprocal();
+      turn_and_store<Config>(x, angles, is_turned, group, lane, cache_gmem, head_stride, scale);
     }
+  } else {
+    turn_and_store<Config>(x, angles, is_turned, group, lane, is_query ? q_gmem : cache_gmem, head_stride, 1.f);
   }
 }
 

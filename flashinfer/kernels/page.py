@@ -86,9 +86,9 @@ def heads_per_thread(num_heads: int) -> int:
 def _append_config(spec: KernelSpec) -> Config:
     key_dim, value_dim, vec = spec.arg("key_dim"), spec.arg("value_dim"), spec.arg("vec_size")
     num_lanes = (key_dim + value_dim) // vec
-    num_threads = 128
-    while num_threads < num_lanes:
-        num_threads *= 2
+    # Whole tokens to a block: the width that leaves fewest threads without work, 128 unless another is better.
+    widths = range(128, 513, 32) if num_lanes <= 512 else range(1024, 1025)
+    num_threads = max(widths, key=lambda width: (width // num_lanes * num_lanes / width, -width))
     constants = {
         "InT": CxxType(spec.arg("dtype")),
         "CacheT": CxxType(spec.arg("cache_dtype")),

@@ -57,6 +57,7 @@ def _segment_packbits_config(spec: KernelSpec) -> Config:
         "Index": CxxType(spec.arg("index") + "_t"),
         "kBigEndian": spec.arg("big_endian"),
         "kAligned": spec.arg("aligned"),
+        "kBytesPerThread": 4,
     }
     return Config(constants, Launch(num_threads=256))
 
