@@ -2,7 +2,7 @@
 """Lay wheels and sdists out as static package indexes (PEP 503), to be served by any web server or from a file system.
 
     scripts/build_index.py dist/*.whl --out index
-    pip install "flashinfer[aot]" --index-url file://$PWD/index/simple --extra-index-url https://pypi.org/simple
+    pip install "flashinfer[aot]" --index-url file://$PWD/index/simple
 
     index/files/                 every file once, and the metadata of each wheel beside it (PEP 658)
     index/simple/                index of the files without a local version
