@@ -14,8 +14,6 @@ from flashinfer.kernels import rope as kernels
 from flashinfer.kernels._params import DTYPES
 from flashinfer.kernels.page import vec_size
 
-NO_FREQUENCIES = bytes(kernels.MAX_ROTARY_DIM // 2 * 8)
-
 
 class Rotation(NamedTuple):
     """What decides each token's angles: positions, or indptr and offsets; frequencies, or a cos_sin_cache."""
@@ -26,7 +24,12 @@ class Rotation(NamedTuple):
     indptr: Optional[torch.Tensor] = None  # [batch_size + 1]
     offsets: Optional[torch.Tensor] = None  # [batch_size]
     cos_sin_cache: Optional[torch.Tensor] = None  # [max_position, rotary_dim]
-    frequencies: bytes = NO_FREQUENCIES
+    # The frequencies, as kernels.rope.frequency_table takes them.
+    rope_scale: float = 1.0
+    rope_theta: float = 1e4
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    old_context_len: int = 0
 
     def signature(self) -> tuple[object, ...]:
         if self.positions is not None:
@@ -34,7 +37,7 @@ class Rotation(NamedTuple):
         else:
             assert self.indptr is not None and self.offsets is not None
             where = _op.signature(self.indptr) + _op.signature(self.offsets)
-        angles: object = self.frequencies
+        angles: tuple[object, ...] = self[-5:]
         if self.cos_sin_cache is not None:
             angles = (*_op.signature(self.cos_sin_cache), self.cos_sin_cache.data_ptr() & 15)
         return self.rotary_dim, self.interleave, where, angles
@@ -49,6 +52,11 @@ def _address(tensor: Optional[torch.Tensor]) -> int:
 
 
 NUM_ADDRESSES = 4
+# A rotation in the schema of an operator for torch.compile: its fields, in order.
+SCHEMA = (
+    "int? rotary_dim, bool interleave, Tensor? rope_positions, Tensor? indptr, Tensor? offsets, Tensor? cos_sin_cache, "
+    "float rope_scale, float rope_theta, float low_freq_factor, float high_freq_factor, int old_context_len"
+)
 
 
 class Geometry(NamedTuple):
@@ -99,7 +107,8 @@ def check_rotation(
         "position_index": index,
         "vec_size": vec,
     }
-    return Geometry(axes, (cos_sin_stride, batch_size, 0, rotation.frequencies))
+    frequencies = kernels.frequency_table(rotary_dim, *rotation[-5:])
+    return Geometry(axes, (cos_sin_stride, batch_size, 0, frequencies))
 
 
 def _check_positions(op: str, rotation: Rotation, q: torch.Tensor, num_tokens: int) -> tuple[str, int]:

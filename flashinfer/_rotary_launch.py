@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 
@@ -46,6 +46,24 @@ def rope(
     rotation: Rotation,
     head_dim: Optional[int] = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if not torch.compiler.is_dynamo_compiling():
+        _run_rope(op, q, k, q_out, k_out, head_dim, rotation)
+    elif q_out is q:
+        _compiled_rope_inplace(op, q, k, head_dim, *rotation)
+    else:
+        _compiled_rope(op, q, k, q_out, k_out, head_dim, *rotation)
+    return q_out, k_out
+
+
+def _run_rope(
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    head_dim: Optional[int],
+    rotation: Rotation,
+) -> None:
     q_ptr, k_ptr, q_out_ptr, k_out_ptr = q.data_ptr(), k.data_ptr(), q_out.data_ptr(), k_out.data_ptr()
     key = (
         op,
@@ -59,7 +77,18 @@ def rope(
     if launch is None:
         launch = _memo.remember(key, _prepare_rope(op, q, k, q_out, k_out, rotation, head_dim))
     launch(q_ptr, k_ptr, q_out_ptr, k_out_ptr, *rotation.addresses())
-    return q_out, k_out
+
+
+_compiled_rope = _op.compiled_op(
+    f"rope(str op, Tensor q, Tensor k, Tensor(a!) q_out, Tensor(b!) k_out, int? head_dim, {rotary.SCHEMA}) -> ()",
+    lambda op, q, k, q_out, k_out, head_dim, *rotation: _run_rope(
+        op, q, k, q_out, k_out, head_dim, Rotation(*rotation)
+    ),
+)
+_compiled_rope_inplace = _op.compiled_op(
+    f"rope_inplace(str op, Tensor(a!) q, Tensor(b!) k, int? head_dim, {rotary.SCHEMA}) -> ()",
+    lambda op, q, k, head_dim, *rotation: _run_rope(op, q, k, q, k, head_dim, Rotation(*rotation)),
+)
 
 
 def append(
@@ -74,6 +103,10 @@ def append(
     q, k, v, q_out = heads
     batch_indices, positions, kv_indices, kv_indptr = slots
     k_scale, v_scale = scales
+    if torch.compiler.is_dynamo_compiling():
+        pair = (paged_kv_cache, None) if isinstance(paged_kv_cache, torch.Tensor) else paged_kv_cache
+        _compiled_append(*heads, *slots, *pair, kv_layout, *_scale.split(k_scale), *_scale.split(v_scale), *rotation)
+        return
     key = (
         kv_layout,
         _op.signature(q),
@@ -115,6 +148,21 @@ def append(
     )
 
 
+def _run_compiled_append(*arguments: Any) -> None:
+    k_cache, v_cache, kv_layout = arguments[8:11]
+    cache = k_cache if v_cache is None else (k_cache, v_cache)
+    scales = (_scale.join(*arguments[11:13]), _scale.join(*arguments[13:15]))
+    append(arguments[:4], arguments[4:8], cache, kv_layout, scales, Rotation(*arguments[15:]))
+
+
+_compiled_append = _op.compiled_op(
+    "rope_append(Tensor q, Tensor k, Tensor v, Tensor(a!) q_out, Tensor batch_indices, Tensor positions, "
+    "Tensor kv_indices, Tensor kv_indptr, Tensor(b!) k_cache, Tensor(c!)? v_cache, str kv_layout, "
+    f"{_scale.SCHEMA.format('k_scale')}, {_scale.SCHEMA.format('v_scale')}, {rotary.SCHEMA}) -> ()",
+    _run_compiled_append,
+)
+
+
 def _page_size(cache: PagedCache, kv_layout: str) -> int:
     is_whole = isinstance(cache, torch.Tensor)
     shape = cache.shape if isinstance(cache, torch.Tensor) else cache[0].shape
@@ -131,6 +179,9 @@ def qk_norm(
 ) -> None:
     """weights, num_heads: of queries and keys."""
     (q_weight, k_weight), (num_qo_heads, num_kv_heads) = weights, num_heads
+    if torch.compiler.is_dynamo_compiling():
+        _compiled_qk_norm(qkv, *weights, *num_heads, eps, weight_bias, *rotation)
+        return
     address, q_weight_ptr, k_weight_ptr = qkv.data_ptr(), q_weight.data_ptr(), k_weight.data_ptr()
     key = (
         "qk_norm",
@@ -149,6 +200,15 @@ def qk_norm(
         launch = _memo.remember(key, _prepare_qk_norm(qkv, weights, num_heads, eps, weight_bias, rotation))
     key_address = address + num_qo_heads * qkv.element_size() * (q_weight.shape[0] if qkv.dim() == 2 else qkv.stride(1))
     launch(address, key_address, q_weight_ptr, k_weight_ptr, *rotation.addresses())
+
+
+_compiled_qk_norm = _op.compiled_op(
+    "qk_norm_rope(Tensor(a!) qkv, Tensor q_weight, Tensor k_weight, int num_qo_heads, int num_kv_heads, float eps, "
+    f"float weight_bias, {rotary.SCHEMA}) -> ()",
+    lambda qkv, q_weight, k_weight, num_qo_heads, num_kv_heads, eps, weight_bias, *rotation: qk_norm(
+        qkv, (q_weight, k_weight), (num_qo_heads, num_kv_heads), eps, weight_bias, Rotation(*rotation)
+    ),
+)
 
 
 def _prepare_rope(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Union
+from typing import Optional, Union
 
 import torch
 
@@ -24,6 +24,17 @@ def values(scale: Scale) -> tuple[int, float, int]:
 
 
 NO_VALUES = values(None)
+
+# A scale in the schema of an operator for torch.compile, and back.
+SCHEMA = "Tensor? {0}, float? {0}_value"
+
+
+def split(scale: Scale) -> tuple[Optional[torch.Tensor], Optional[float]]:
+    return (scale, None) if isinstance(scale, torch.Tensor) else (None, scale)
+
+
+def join(tensor: Optional[torch.Tensor], value: Optional[float]) -> Scale:
+    return value if tensor is None else tensor
 
 
 def check(op: str, name: str, scale: Scale, reference: torch.Tensor, reference_name: str = "input") -> None:

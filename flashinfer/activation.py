@@ -67,6 +67,14 @@ def silu_and_mul_quant(
 
     Raises: as `silu_and_mul`.
     """
+    if torch.compiler.is_dynamo_compiling():
+        _compiled_quant(out, input, *_scale.split(scale), enable_pdl)
+    else:
+        _run_quant(out, input, scale, enable_pdl)
+    return out
+
+
+def _run_quant(out: torch.Tensor, input: torch.Tensor, scale: Scale, enable_pdl: Optional[bool]) -> None:
     op = "silu_and_mul_quant"
     input_ptr, output_ptr = input.data_ptr(), out.data_ptr()
     alignment = (input_ptr | output_ptr) & 15
@@ -76,7 +84,12 @@ def silu_and_mul_quant(
         _scale.check(op, "scale", scale, input)
         launch = _memo.remember(key, _prepare(op, "silu", input, out, enable_pdl))
     launch(*_scale.values(scale), input_ptr, output_ptr)
-    return out
+
+
+_compiled_quant = _op.compiled_op(
+    f"silu_and_mul_quant(Tensor(a!) out, Tensor input, {_scale.SCHEMA.format('scale')}, bool? pdl) -> ()",
+    lambda out, input, scale, scale_value, pdl: _run_quant(out, input, _scale.join(scale, scale_value), pdl),
+)
 
 
 # Called with the addresses of input and output, after the scale of an fp8 output.

@@ -239,6 +239,22 @@ def _normalize_quant(
     eps: float,
     pdl: Optional[bool],
 ) -> None:
+    if torch.compiler.is_dynamo_compiling():
+        _compiled_quant(op, output, input, residual, weight, *_scale.split(scale), eps, pdl)
+    else:
+        _run_quant(op, output, input, residual, weight, scale, eps, pdl)
+
+
+def _run_quant(
+    op: str,
+    output: torch.Tensor,
+    input: torch.Tensor,
+    residual: Optional[torch.Tensor],
+    weight: torch.Tensor,
+    scale: Scale,
+    eps: float,
+    pdl: Optional[bool],
+) -> None:
     input_ptr, weight_ptr, output_ptr = input.data_ptr(), weight.data_ptr(), output.data_ptr()
     residual_ptr = 0 if residual is None else residual.data_ptr()
     key = (
@@ -266,6 +282,13 @@ _compiled = _op.compiled_op(
 _compiled_add = _op.compiled_op(
     "add_and_normalize(str op, Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps, bool? pdl) -> ()",
     lambda op, input, residual, weight, eps, pdl: _run(op, input, residual, weight, None, input, eps, pdl),
+)
+_compiled_quant = _op.compiled_op(
+    "normalize_quant(str op, Tensor(a!) output, Tensor input, Tensor(b!)? residual, Tensor weight, "
+    f"{_scale.SCHEMA.format('scale')}, float eps, bool? pdl) -> ()",
+    lambda op, output, input, residual, weight, scale, scale_value, eps, pdl: _run_quant(
+        op, output, input, residual, weight, _scale.join(scale, scale_value), eps, pdl
+    ),
 )
 
 

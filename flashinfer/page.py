@@ -79,6 +79,12 @@ def append_paged_kv_cache(
         ValueError: a shape, dtype, device or stride does not fit.
         UnsupportedConfig: no kernel for these dtypes or head dimensions.
     """
+    if torch.compiler.is_dynamo_compiling():
+        pair = (paged_kv_cache, None) if isinstance(paged_kv_cache, torch.Tensor) else paged_kv_cache
+        slots = (batch_indices, positions, kv_indices, kv_indptr)
+        scales = (*_scale.split(k_scale), *_scale.split(v_scale))
+        _compiled_append(append_key, append_value, *slots, *pair, kv_layout, *scales)
+        return
     key = (
         kv_layout,
         _op.signature(append_key),
@@ -152,6 +158,10 @@ def append_paged_mla_kv_cache(
         batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len: as in `append_paged_kv_cache`, as are
             padding and errors.
     """
+    if torch.compiler.is_dynamo_compiling():
+        slots = (batch_indices, positions, kv_indices, kv_indptr)
+        _compiled_append_mla(append_ckv, append_kpe, *slots, ckv_cache, kpe_cache)
+        return
     key = (
         "mla",
         _op.signature(append_ckv),
@@ -229,13 +239,23 @@ def get_batch_indices_positions(
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    op = "get_batch_indices_positions"
     if batch_indices is None:
         batch_indices = torch.empty(nnz, dtype=torch.int32, device=append_indptr.device)
     if positions is None:
         positions = torch.empty(nnz, dtype=torch.int32, device=append_indptr.device)
     if seq_lens.dtype != append_indptr.dtype:
         seq_lens = seq_lens.to(append_indptr.dtype)
+    if torch.compiler.is_dynamo_compiling():
+        _compiled_positions(append_indptr, seq_lens, nnz, batch_indices, positions)
+    else:
+        _run_positions(append_indptr, seq_lens, nnz, batch_indices, positions)
+    return batch_indices, positions
+
+
+def _run_positions(
+    append_indptr: torch.Tensor, seq_lens: torch.Tensor, nnz: int, batch_indices: torch.Tensor, positions: torch.Tensor
+) -> None:
+    op = "get_batch_indices_positions"
     key = (
         op,
         _op.signature(append_indptr),
@@ -256,7 +276,6 @@ def get_batch_indices_positions(
         _op.require_device(op, "seq_lens", seq_lens, append_indptr, "append_indptr")
         launch = _memo.remember(key, _prepare_index(kernels.TOKEN_POSITIONS, append_indptr, nnz, (nnz, batch_size)))
     launch(append_indptr.data_ptr(), seq_lens.data_ptr(), batch_indices.data_ptr(), positions.data_ptr())
-    return batch_indices, positions
 
 
 def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -273,10 +292,20 @@ def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_s
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    op = "get_seq_lens"
     if kv_last_page_len.dtype != kv_indptr.dtype:
         kv_last_page_len = kv_last_page_len.to(kv_indptr.dtype)
     seq_lens = torch.empty(kv_last_page_len.shape, dtype=torch.int32, device=kv_indptr.device)
+    if torch.compiler.is_dynamo_compiling():
+        _compiled_seq_lens(kv_indptr, kv_last_page_len, page_size, seq_lens)
+    else:
+        _run_seq_lens(kv_indptr, kv_last_page_len, page_size, seq_lens)
+    return seq_lens
+
+
+def _run_seq_lens(
+    kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int, seq_lens: torch.Tensor
+) -> None:
+    op = "get_seq_lens"
     key = (op, _op.signature(kv_indptr), _op.signature(kv_last_page_len), page_size)
     launch = _memo.get(key)
     if launch is None:
@@ -286,7 +315,48 @@ def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_s
         _op.require_device(op, "kv_last_page_len", kv_last_page_len, kv_indptr, "kv_indptr")
         launch = _memo.remember(key, _prepare_index(kernels.SEQ_LENS, kv_indptr, batch_size, (batch_size, page_size)))
     launch(kv_indptr.data_ptr(), kv_last_page_len.data_ptr(), seq_lens.data_ptr())
-    return seq_lens
+
+
+# ------------------------------------------------------------------------------------------------------ torch.compile
+
+
+def _run_compiled_append(*arguments: Any) -> None:
+    key, value, batch_indices, positions, kv_indices, kv_indptr, k_cache, v_cache, kv_layout = arguments[:9]
+    append_paged_kv_cache(
+        key,
+        value,
+        batch_indices,
+        positions,
+        k_cache if v_cache is None else (k_cache, v_cache),
+        kv_indices,
+        kv_indptr,
+        None,
+        kv_layout,
+        k_scale=_scale.join(*arguments[9:11]),
+        v_scale=_scale.join(*arguments[11:13]),
+    )
+
+
+_SLOTS = "Tensor batch_indices, Tensor positions, Tensor kv_indices, Tensor kv_indptr"
+_compiled_append = _op.compiled_op(
+    f"append_paged_kv(Tensor key, Tensor value, {_SLOTS}, Tensor(a!) k_cache, Tensor(b!)? v_cache, str kv_layout, "
+    f"{_scale.SCHEMA.format('k_scale')}, {_scale.SCHEMA.format('v_scale')}) -> ()",
+    _run_compiled_append,
+)
+_compiled_append_mla = _op.compiled_op(
+    f"append_paged_mla_kv(Tensor ckv, Tensor kpe, {_SLOTS}, Tensor(a!)? ckv_cache, Tensor(b!)? kpe_cache) -> ()",
+    lambda ckv, kpe, batch_indices, positions, kv_indices, kv_indptr, ckv_cache, kpe_cache: append_paged_mla_kv_cache(
+        ckv, kpe, batch_indices, positions, ckv_cache, kpe_cache, kv_indices, kv_indptr, None
+    ),
+)
+_compiled_positions = _op.compiled_op(
+    "batch_indices_positions(Tensor append_indptr, Tensor seq_lens, int nnz, Tensor(a!) batch_indices, "
+    "Tensor(b!) positions) -> ()",
+    _run_positions,
+)
+_compiled_seq_lens = _op.compiled_op(
+    "seq_lens(Tensor kv_indptr, Tensor kv_last_page_len, int page_size, Tensor(a!) seq_lens) -> ()", _run_seq_lens
+)
 
 
 # ---------------------------------------------------------------------------------------------------- prepared launches

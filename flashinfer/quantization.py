@@ -30,20 +30,30 @@ def packbits(x: torch.Tensor, bitorder: str = "big") -> torch.Tensor:
     packed = torch.empty((x.shape[0] + 7) // 8, dtype=torch.uint8, device=x.device)
     if x.shape[0] == 0:
         return packed
+    if torch.compiler.is_dynamo_compiling():
+        _compiled_packbits(x, packed, bitorder)
+    else:
+        _run_packbits(x, packed, bitorder)
+    return packed
+
+
+def _run_packbits(x: torch.Tensor, packed: torch.Tensor, bitorder: str) -> None:
     address = x.data_ptr()
     key = ("packbits", bitorder, address & 15, x.shape[0], x.get_device())
     launch = _memo.get(key)
     if launch is None:
         launch = _memo.remember(key, _prepare_packbits(x, bitorder))
     launch(address, packed.data_ptr())
-    return packed
+
+
+_compiled_packbits = _op.compiled_op("packbits(Tensor x, Tensor(a!) packed, str bitorder) -> ()", _run_packbits)
 
 
 def segment_packbits(x: torch.Tensor, indptr: torch.Tensor, bitorder: str = "big") -> tuple[torch.Tensor, torch.Tensor]:
     """Pack the booleans of every segment, each from a byte of its own.
 
     The size of the result depends on indptr, so a call on the GPU waits for the stream (as upstream's does). While a
-    CUDA graph is captured it cannot, and returns what `segment_packbits_padded` does.
+    CUDA graph is captured, or under torch.compile, it cannot, and returns what `segment_packbits_padded` does.
 
     Args:
         x: `[n]`, bool; other dtypes are compared with 0 first.
@@ -57,7 +67,7 @@ def segment_packbits(x: torch.Tensor, indptr: torch.Tensor, bitorder: str = "big
         ValueError: a shape, dtype or device does not fit, or bitorder is unknown.
     """
     packed, packed_indptr = segment_packbits_padded(x, indptr, bitorder)
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if torch.compiler.is_dynamo_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return packed, packed_indptr
     return packed[: int(packed_indptr[-1])], packed_indptr
 
@@ -73,13 +83,29 @@ def segment_packbits_padded(
     # Every segment adds at most seven bits of filling.
     num_bytes = 0 if num_segments < 1 else (x.shape[0] + 7 * num_segments) // 8
     packed = torch.empty(num_bytes, dtype=torch.uint8, device=x.device)
+    if torch.compiler.is_dynamo_compiling():
+        _compiled_segments(x, indptr, packed, packed_indptr, bitorder)
+    else:
+        _run_segments(x, indptr, packed, packed_indptr, bitorder)
+    return packed, packed_indptr
+
+
+def _run_segments(
+    x: torch.Tensor, indptr: torch.Tensor, packed: torch.Tensor, packed_indptr: torch.Tensor, bitorder: str
+) -> None:
+    op = "segment_packbits"
     address = x.data_ptr()
     key = (op, bitorder, address & 15, x.shape[0], *_op.signature(indptr), x.get_device())
     launch = _memo.get(key)
     if launch is None:
-        launch = _memo.remember(key, _prepare_segments(op, x, indptr, num_bytes, bitorder))
+        launch = _memo.remember(key, _prepare_segments(op, x, indptr, packed.shape[0], bitorder))
     launch(address, indptr.data_ptr(), packed.data_ptr(), packed_indptr.data_ptr())
-    return packed, packed_indptr
+
+
+_compiled_segments = _op.compiled_op(
+    "segment_packbits(Tensor x, Tensor indptr, Tensor(a!) packed, Tensor(b!) packed_indptr, str bitorder) -> ()",
+    _run_segments,
+)
 
 
 _memo: _op.Memo[PreparedLaunch] = _op.Memo()

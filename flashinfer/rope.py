@@ -16,7 +16,6 @@ from flashinfer import _rotary_launch as launches
 from flashinfer._kv import PagedCache
 from flashinfer._rotary import Rotation
 from flashinfer._scale import Scale
-from flashinfer.kernels.rope import frequency_table
 
 __all__ = [
     "apply_rope",
@@ -71,7 +70,8 @@ def apply_rope(
         interleave,
         indptr=indptr,
         offsets=offsets,
-        frequencies=frequency_table(rotary_dim or q.shape[-1], rope_scale, rope_theta),
+        rope_scale=rope_scale,
+        rope_theta=rope_theta,
     )
     return launches.rope("apply_rope", q, k, torch.empty_like(q), torch.empty_like(k), rotation)
 
@@ -92,7 +92,8 @@ def apply_rope_inplace(
         interleave,
         indptr=indptr,
         offsets=offsets,
-        frequencies=frequency_table(rotary_dim or q.shape[-1], rope_scale, rope_theta),
+        rope_scale=rope_scale,
+        rope_theta=rope_theta,
     )
     launches.rope("apply_rope_inplace", q, k, q, k, rotation)
 
@@ -107,8 +108,7 @@ def apply_rope_pos_ids(
     rope_theta: float = 1e4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`apply_rope` with the position of every row given: pos_ids is `[nnz]`, int32 or int64."""
-    frequencies = frequency_table(rotary_dim or q.shape[-1], rope_scale, rope_theta)
-    rotation = Rotation(rotary_dim, interleave, pos_ids, frequencies=frequencies)
+    rotation = Rotation(rotary_dim, interleave, pos_ids, rope_scale=rope_scale, rope_theta=rope_theta)
     return launches.rope("apply_rope_pos_ids", q, k, torch.empty_like(q), torch.empty_like(k), rotation)
 
 
@@ -122,10 +122,8 @@ def apply_rope_pos_ids_inplace(
     rope_theta: float = 1e4,
 ) -> None:
     """`apply_rope_pos_ids`, in place."""
-    frequencies = frequency_table(rotary_dim or q.shape[-1], rope_scale, rope_theta)
-    launches.rope(
-        "apply_rope_pos_ids_inplace", q, k, q, k, Rotation(rotary_dim, interleave, pos_ids, frequencies=frequencies)
-    )
+    rotation = Rotation(rotary_dim, interleave, pos_ids, rope_scale=rope_scale, rope_theta=rope_theta)
+    launches.rope("apply_rope_pos_ids_inplace", q, k, q, k, rotation)
 
 
 def apply_llama31_rope(
@@ -151,9 +149,11 @@ def apply_llama31_rope(
         interleave,
         indptr=indptr,
         offsets=offsets,
-        frequencies=frequency_table(
-            rotary_dim or q.shape[-1], rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len
-        ),
+        rope_scale=rope_scale,
+        rope_theta=rope_theta,
+        low_freq_factor=low_freq_factor,
+        high_freq_factor=high_freq_factor,
+        old_context_len=old_context_len,
     )
     return launches.rope("apply_llama31_rope", q, k, torch.empty_like(q), torch.empty_like(k), rotation)
 
@@ -177,9 +177,11 @@ def apply_llama31_rope_inplace(
         interleave,
         indptr=indptr,
         offsets=offsets,
-        frequencies=frequency_table(
-            rotary_dim or q.shape[-1], rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len
-        ),
+        rope_scale=rope_scale,
+        rope_theta=rope_theta,
+        low_freq_factor=low_freq_factor,
+        high_freq_factor=high_freq_factor,
+        old_context_len=old_context_len,
     )
     launches.rope("apply_llama31_rope_inplace", q, k, q, k, rotation)
 
@@ -197,10 +199,16 @@ def apply_llama31_rope_pos_ids(
     old_context_len: int = 8192,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`apply_llama31_rope` with the position of every row given: pos_ids is `[nnz]`, int32 or int64."""
-    frequencies = frequency_table(
-        rotary_dim or q.shape[-1], rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len
+    rotation = Rotation(
+        rotary_dim,
+        interleave,
+        pos_ids,
+        rope_scale=rope_scale,
+        rope_theta=rope_theta,
+        low_freq_factor=low_freq_factor,
+        high_freq_factor=high_freq_factor,
+        old_context_len=old_context_len,
     )
-    rotation = Rotation(rotary_dim, interleave, pos_ids, frequencies=frequencies)
     return launches.rope("apply_llama31_rope_pos_ids", q, k, torch.empty_like(q), torch.empty_like(k), rotation)
 
 
@@ -217,10 +225,16 @@ def apply_llama31_rope_pos_ids_inplace(
     old_context_len: int = 8192,
 ) -> None:
     """`apply_llama31_rope_pos_ids`, in place."""
-    frequencies = frequency_table(
-        rotary_dim or q.shape[-1], rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len
+    rotation = Rotation(
+        rotary_dim,
+        interleave,
+        pos_ids,
+        rope_scale=rope_scale,
+        rope_theta=rope_theta,
+        low_freq_factor=low_freq_factor,
+        high_freq_factor=high_freq_factor,
+        old_context_len=old_context_len,
     )
-    rotation = Rotation(rotary_dim, interleave, pos_ids, frequencies=frequencies)
     launches.rope("apply_llama31_rope_pos_ids_inplace", q, k, q, k, rotation)
 
 
@@ -316,13 +330,16 @@ def rope_append_paged_kv_cache(
     """
     if q_out is None:
         q_out = torch.empty_like(q)
-    rotation = _rotation(
-        q.shape[-1],
-        positions if pos_ids is None else pos_ids,
-        rotary_dim,
+    rotation = Rotation(
+        rotary_dim if cos_sin_cache is None else cos_sin_cache.shape[-1],
         interleave,
-        cos_sin_cache,
-        (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len),
+        positions if pos_ids is None else pos_ids,
+        cos_sin_cache=cos_sin_cache,
+        rope_scale=rope_scale,
+        rope_theta=rope_theta,
+        low_freq_factor=low_freq_factor,
+        high_freq_factor=high_freq_factor,
+        old_context_len=old_context_len,
     )
     launches.append(
         (q, k, v, q_out),
@@ -370,20 +387,15 @@ def fused_qk_rmsnorm_rope(
 
     Raises: as `apply_rope`.
     """
-    frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
-    rotation = _rotation(q_weight.shape[-1], pos_ids, rotary_dim, interleave, cos_sin_cache, frequencies)
+    rotation = Rotation(
+        rotary_dim if cos_sin_cache is None else cos_sin_cache.shape[-1],
+        interleave,
+        pos_ids,
+        cos_sin_cache=cos_sin_cache,
+        rope_scale=rope_scale,
+        rope_theta=rope_theta,
+        low_freq_factor=low_freq_factor,
+        high_freq_factor=high_freq_factor,
+        old_context_len=old_context_len,
+    )
     launches.qk_norm(qkv, (q_weight, k_weight), (num_qo_heads, num_kv_heads), eps, weight_bias, rotation)
-
-
-def _rotation(
-    head_dim: int,
-    positions: torch.Tensor,
-    rotary_dim: Optional[int],
-    interleave: bool,
-    cos_sin_cache: Optional[torch.Tensor],
-    frequencies: tuple[float, float, float, float, int],
-) -> Rotation:
-    if cos_sin_cache is not None:
-        return Rotation(cos_sin_cache.shape[-1], interleave, positions, cos_sin_cache=cos_sin_cache)
-    table = frequency_table(rotary_dim or head_dim, *frequencies)
-    return Rotation(rotary_dim, interleave, positions, frequencies=table)
