@@ -1,4 +1,4 @@
-"""What a planned batch decode keeps: the plan's kernels and workspaces, and each signature of `run`, ready to launch."""
+"""What a planned batch decode keeps: the kernels and workspaces of the plan, and each signature of `run`, prepared."""
 
 from __future__ import annotations
 
