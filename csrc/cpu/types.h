@@ -24,6 +24,10 @@ struct fp8_e5m2 {
 
 namespace cpu {
 
+// Elements below which waking the other threads costs more than their work saves, most of all where the threads
+// outnumber the free cores.
+constexpr int64_t kMinParallelElements = 32768;
+
 template <class To, class From>
 inline To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -32,8 +36,12 @@ inline To bit_cast(const From& from) {
   return to;
 }
 
-inline float to_float(fp32 x) { return x; }
-inline float to_float(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+inline float to_float(fp32 x) {
+  return x;
+}
+inline float to_float(bf16 x) {
+  return bit_cast<float>(uint32_t(x.bits) << 16);
+}
 // fp16: move exponent and mantissa into place and rebias by 2^112 (exact, subnormals included). Plain integer code
 // because g++ before 13 has no half type, and so that loops over it vectorize on every ISA.
 inline float to_float(fp16 x) {
@@ -43,7 +51,9 @@ inline float to_float(fp16 x) {
   return bit_cast<float>(bits | sign);
 }
 // fp8 e5m2 is the upper byte of an fp16.
-inline float to_float(fp8_e5m2 x) { return to_float(fp16{uint16_t(uint16_t(x.bits) << 8)}); }
+inline float to_float(fp8_e5m2 x) {
+  return to_float(fp16{uint16_t(uint16_t(x.bits) << 8)});
+}
 // fp8 e4m3 (no infinity, S.1111.111 is NaN): move exponent and mantissa into place and rebias by 2^120.
 inline float to_float(fp8_e4m3 x) {
   if ((x.bits & 0x7f) == 0x7f) return std::nanf("");

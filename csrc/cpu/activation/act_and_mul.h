@@ -11,7 +11,7 @@ template <class Config>
 void act_and_mul_rows(const ActAndMulParams& params, float output_scale) {
   using T = typename Config::T;
   using OutT = typename Config::OutT;
-#pragma omp parallel for
+#pragma omp parallel for if (int64_t(params.num_rows) * params.hidden_size >= kMinParallelElements)
   for (int row = 0; row < params.num_rows; ++row) {
     const T* gates = static_cast<const T*>(params.input) + row * params.input_stride;
     const T* ups = gates + params.hidden_size;

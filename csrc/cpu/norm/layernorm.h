@@ -14,7 +14,7 @@ void layernorm(const NormParams& params) {
   const TWeight* weight = static_cast<const TWeight*>(params.weight);
   const TWeight* bias = static_cast<const TWeight*>(params.bias);
 
-#pragma omp parallel for
+#pragma omp parallel for if (int64_t(params.num_rows) * kHiddenSize >= kMinParallelElements)
   for (int row = 0; row < params.num_rows; ++row) {
     const T* input = input_row<T>(params, row);
     T* output = output_row<T>(params, row);

@@ -13,7 +13,7 @@ void rmsnorm_rows(const NormParams& params, float output_scale) {
   constexpr int kHiddenSize = Config::kHiddenSize;
   const T* weight = static_cast<const T*>(params.weight);
 
-#pragma omp parallel for
+#pragma omp parallel for if (int64_t(params.num_rows) * kHiddenSize >= kMinParallelElements)
   for (int row = 0; row < params.num_rows; ++row) {
     const T* input = input_row<T>(params, row);
     OutT* output = output_row<OutT>(params, row);
