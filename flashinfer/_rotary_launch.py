@@ -98,6 +98,7 @@ def append(
     kv_layout: str,
     scales: tuple[Scale, Scale],
     rotation: Rotation,
+    pdl: Optional[bool],
 ) -> None:
     """heads: q, k, v, q_out; slots: batch_indices, positions, kv_indices, kv_indptr; scales: of k and v."""
     q, k, v, q_out = heads
@@ -105,10 +106,13 @@ def append(
     k_scale, v_scale = scales
     if torch.compiler.is_dynamo_compiling():
         pair = (paged_kv_cache, None) if isinstance(paged_kv_cache, torch.Tensor) else paged_kv_cache
-        _compiled_append(*heads, *slots, *pair, kv_layout, *_scale.split(k_scale), *_scale.split(v_scale), *rotation)
+        _compiled_append(
+            *heads, *slots, *pair, kv_layout, *_scale.split(k_scale), *_scale.split(v_scale), pdl, *rotation
+        )
         return
     key = (
         kv_layout,
+        pdl,
         _op.signature(q),
         _op.signature(k),
         _op.signature(v),
@@ -131,7 +135,7 @@ def append(
         split = split_cache(op, paged_kv_cache, kv_layout)
         check_scales(op, k_scale, v_scale, k, split[0])
         slot_axes = check_slots(op, k, *slots)
-        launch = _prepare_append(op, heads, split, slot_axes, kv_indptr.shape[0] - 1, rotation)
+        launch = _prepare_append(op, heads, split, slot_axes, kv_indptr.shape[0] - 1, rotation, pdl)
         _memo.remember((key, alignment), launch)
     launch(
         *addresses,
@@ -152,13 +156,13 @@ def _run_compiled_append(*arguments: Any) -> None:
     k_cache, v_cache, kv_layout = arguments[8:11]
     cache = k_cache if v_cache is None else (k_cache, v_cache)
     scales = (_scale.join(*arguments[11:13]), _scale.join(*arguments[13:15]))
-    append(arguments[:4], arguments[4:8], cache, kv_layout, scales, Rotation(*arguments[15:]))
+    append(arguments[:4], arguments[4:8], cache, kv_layout, scales, Rotation(*arguments[16:]), arguments[15])
 
 
 _compiled_append = _op.compiled_op(
     "rope_append(Tensor q, Tensor k, Tensor v, Tensor(a!) q_out, Tensor batch_indices, Tensor positions, "
     "Tensor kv_indices, Tensor kv_indptr, Tensor(b!) k_cache, Tensor(c!)? v_cache, str kv_layout, "
-    f"{_scale.SCHEMA.format('k_scale')}, {_scale.SCHEMA.format('v_scale')}, {rotary.SCHEMA}) -> ()",
+    f"{_scale.SCHEMA.format('k_scale')}, {_scale.SCHEMA.format('v_scale')}, bool? pdl, {rotary.SCHEMA}) -> ()",
     _run_compiled_append,
 )
 
@@ -176,15 +180,17 @@ def qk_norm(
     eps: float,
     weight_bias: float,
     rotation: Rotation,
+    pdl: Optional[bool],
 ) -> None:
     """weights, num_heads: of queries and keys."""
     (q_weight, k_weight), (num_qo_heads, num_kv_heads) = weights, num_heads
     if torch.compiler.is_dynamo_compiling():
-        _compiled_qk_norm(qkv, *weights, *num_heads, eps, weight_bias, *rotation)
+        _compiled_qk_norm(qkv, *weights, *num_heads, eps, weight_bias, pdl, *rotation)
         return
     address, q_weight_ptr, k_weight_ptr = qkv.data_ptr(), q_weight.data_ptr(), k_weight.data_ptr()
     key = (
         "qk_norm",
+        pdl,
         eps,
         weight_bias,
         num_qo_heads,
@@ -197,16 +203,16 @@ def qk_norm(
     )
     launch = _memo.get(key)
     if launch is None:
-        launch = _memo.remember(key, _prepare_qk_norm(qkv, weights, num_heads, eps, weight_bias, rotation))
+        launch = _memo.remember(key, _prepare_qk_norm(qkv, weights, num_heads, eps, weight_bias, rotation, pdl))
     key_address = address + num_qo_heads * qkv.element_size() * (q_weight.shape[0] if qkv.dim() == 2 else qkv.stride(1))
     launch(address, key_address, q_weight_ptr, k_weight_ptr, *rotation.addresses())
 
 
 _compiled_qk_norm = _op.compiled_op(
     "qk_norm_rope(Tensor(a!) qkv, Tensor q_weight, Tensor k_weight, int num_qo_heads, int num_kv_heads, float eps, "
-    f"float weight_bias, {rotary.SCHEMA}) -> ()",
-    lambda qkv, q_weight, k_weight, num_qo_heads, num_kv_heads, eps, weight_bias, *rotation: qk_norm(
-        qkv, (q_weight, k_weight), (num_qo_heads, num_kv_heads), eps, weight_bias, Rotation(*rotation)
+    f"float weight_bias, bool? pdl, {rotary.SCHEMA}) -> ()",
+    lambda qkv, q_weight, k_weight, num_qo_heads, num_kv_heads, eps, weight_bias, pdl, *rotation: qk_norm(
+        qkv, (q_weight, k_weight), (num_qo_heads, num_kv_heads), eps, weight_bias, Rotation(*rotation), pdl
     ),
 )
 
@@ -259,6 +265,7 @@ def _prepare_append(
     slot_axes: dict[str, str],
     batch_size: int,
     rotation: Rotation,
+    pdl: Optional[bool],
 ) -> PreparedLaunch:
     (q, k, v, q_out), (k_cache, v_cache) = heads, caches
     for name, tensor in (("q", q), ("k", k), ("v", v), ("q_out", q_out)):
@@ -305,6 +312,7 @@ def _prepare_append(
         num_qo_heads,
         num_kv_heads,
         device_index=q.get_device(),
+        pdl=pdl,
         varying=16 + 2 + rotary.NUM_ADDRESSES,
     )
 
@@ -316,6 +324,7 @@ def _prepare_qk_norm(
     eps: float,
     weight_bias: float,
     rotation: Rotation,
+    pdl: Optional[bool],
 ) -> PreparedLaunch:
     (q_weight, k_weight), (num_qo_heads, num_kv_heads) = weights, num_heads
     op = "fused_qk_rmsnorm_rope"
@@ -356,14 +365,21 @@ def _prepare_qk_norm(
         num_qo_heads,
         num_kv_heads,
         device_index=qkv.get_device(),
+        pdl=pdl,
         varying=4 + rotary.NUM_ADDRESSES,
     )
 
 
 def _prepare(
-    spec: KernelSpec, num_heads: list[int], num_tokens: int, *values: Value, device_index: int, varying: int
+    spec: KernelSpec,
+    num_heads: list[int],
+    num_tokens: int,
+    *values: Value,
+    device_index: int,
+    varying: int,
+    pdl: Optional[bool] = None,
 ) -> PreparedLaunch:
     """num_heads: of each kind of head (queries, keys, values) that the kernel visits."""
     kernel = resolver().load(spec)
     grid = rotary.grid(spec, kernel.config, num_tokens, num_heads)
-    return kernel.on(device_index).prepare(grid, *values, varying=varying)
+    return kernel.on(device_index, pdl=bool(pdl)).prepare(grid, *values, varying=varying)

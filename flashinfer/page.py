@@ -53,6 +53,7 @@ def append_paged_kv_cache(
     *,
     k_scale: Scale = None,
     v_scale: Scale = None,
+    enable_pdl: Optional[bool] = None,
 ) -> None:
     """Write rows of keys and values to their slots in a paged cache.
 
@@ -74,6 +75,7 @@ def append_paged_kv_cache(
         kv_layout: "NHD" or "HND".
         k_scale, v_scale: an fp8 cache holds `key / k_scale` and `value / v_scale`, rounded to nearest even and
             saturated; a number, or an fp32 tensor of one element on the same device. Only where rows are converted.
+        enable_pdl: launch with programmatic dependent launch (sm_90 and later).
 
     Raises:
         ValueError: a shape, dtype, device or stride does not fit.
@@ -83,10 +85,11 @@ def append_paged_kv_cache(
         pair = (paged_kv_cache, None) if isinstance(paged_kv_cache, torch.Tensor) else paged_kv_cache
         slots = (batch_indices, positions, kv_indices, kv_indptr)
         scales = (*_scale.split(k_scale), *_scale.split(v_scale))
-        _compiled_append(append_key, append_value, *slots, *pair, kv_layout, *scales)
+        _compiled_append(append_key, append_value, *slots, *pair, kv_layout, *scales, enable_pdl)
         return
     key = (
         kv_layout,
+        enable_pdl,
         _op.signature(append_key),
         _op.signature(append_value),
         _op.signature(batch_indices),
@@ -120,6 +123,7 @@ def append_paged_kv_cache(
             (append_key, append_value),
             (k_cache, v_cache),
             (batch_indices, positions, kv_indices, kv_indptr),
+            enable_pdl,
         )
         _memo.remember((key, alignment), launch)
     launch(
@@ -200,6 +204,7 @@ def append_paged_mla_kv_cache(
                 None if kpe_cache is None else kpe_cache.unsqueeze(2),
             ),
             (batch_indices, positions, kv_indices, kv_indptr),
+            None,
         )
         _memo.remember((key, alignment), launch)
     launch(
@@ -334,13 +339,14 @@ def _run_compiled_append(*arguments: Any) -> None:
         kv_layout,
         k_scale=_scale.join(*arguments[9:11]),
         v_scale=_scale.join(*arguments[11:13]),
+        enable_pdl=arguments[13],
     )
 
 
 _SLOTS = "Tensor batch_indices, Tensor positions, Tensor kv_indices, Tensor kv_indptr"
 _compiled_append = _op.compiled_op(
     f"append_paged_kv(Tensor key, Tensor value, {_SLOTS}, Tensor(a!) k_cache, Tensor(b!)? v_cache, str kv_layout, "
-    f"{_scale.SCHEMA.format('k_scale')}, {_scale.SCHEMA.format('v_scale')}) -> ()",
+    f"{_scale.SCHEMA.format('k_scale')}, {_scale.SCHEMA.format('v_scale')}, bool? pdl) -> ()",
     _run_compiled_append,
 )
 _compiled_append_mla = _op.compiled_op(
@@ -369,6 +375,7 @@ def _prepare_append(
     rows: tuple[torch.Tensor, torch.Tensor],
     both_caches: tuple[Optional[torch.Tensor], Optional[torch.Tensor]],
     slots: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    pdl: Optional[bool],
 ) -> PreparedLaunch:
     """Rows `[nnz, num_heads, dim]` of keys and values to caches `[num_pages, page_size, num_heads, dim]`.
 
@@ -421,7 +428,7 @@ def _prepare_append(
     )
     groups_per_block = kernel.config.launch.num_threads // ((key_dim + value_dim) // vec)
     num_groups = num_tokens * -(-num_heads // heads_per_thread)
-    return kernel.on(device_index).prepare(
+    return kernel.on(device_index, pdl=bool(pdl)).prepare(
         (-(-num_groups // groups_per_block), 1, 1),
         *[0] * 14,
         batch_size,

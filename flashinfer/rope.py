@@ -304,6 +304,7 @@ def rope_append_paged_kv_cache(
     cos_sin_cache: Optional[torch.Tensor] = None,
     k_scale: Scale = None,
     v_scale: Scale = None,
+    enable_pdl: Optional[bool] = None,
 ) -> torch.Tensor:
     """Turn queries and keys, and append keys and values to a paged cache, in one pass.
 
@@ -322,6 +323,7 @@ def rope_append_paged_kv_cache(
         low_freq_factor, high_freq_factor, old_context_len: as in `apply_llama31_rope`; old_context_len 0: plain
             frequencies.
         cos_sin_cache: `[max_position, rotary_dim]`, as in `apply_rope_with_cos_sin_cache`; replaces the frequencies.
+        enable_pdl: launch with programmatic dependent launch (sm_90 and later).
 
     Returns:
         `q_out`.
@@ -348,6 +350,7 @@ def rope_append_paged_kv_cache(
         kv_layout,
         (k_scale, v_scale),
         rotation,
+        enable_pdl,
     )
     return q_out
 
@@ -370,6 +373,7 @@ def fused_qk_rmsnorm_rope(
     high_freq_factor: float = 4.0,
     old_context_len: int = 0,
     cos_sin_cache: Optional[torch.Tensor] = None,
+    enable_pdl: Optional[bool] = None,
 ) -> None:
     """RMSNorm over each head of queries and keys (Qwen3, Gemma 3), then their rotation, in place on a packed qkv.
 
@@ -384,6 +388,7 @@ def fused_qk_rmsnorm_rope(
         low_freq_factor, high_freq_factor, old_context_len: as in `apply_llama31_rope`; old_context_len 0: plain
             frequencies.
         cos_sin_cache: `[max_position, rotary_dim]`, as in `apply_rope_with_cos_sin_cache`; replaces the frequencies.
+        enable_pdl: launch with programmatic dependent launch (sm_90 and later).
 
     Raises: as `apply_rope`.
     """
@@ -398,4 +403,4 @@ def fused_qk_rmsnorm_rope(
         high_freq_factor=high_freq_factor,
         old_context_len=old_context_len,
     )
-    launches.qk_norm(qkv, (q_weight, k_weight), (num_qo_heads, num_kv_heads), eps, weight_bias, rotation)
+    launches.qk_norm(qkv, (q_weight, k_weight), (num_qo_heads, num_kv_heads), eps, weight_bias, rotation, enable_pdl)

@@ -251,6 +251,27 @@ def test_rope_append_llama31(device: torch.device) -> None:
     assert_close(out, rope_oracle.rotate(q, angles))
 
 
+@pytest.mark.gpu
+def test_programmatic_dependent_launches() -> None:
+    """Each launch reads what the one before it wrote: norm and rope, then rope and append, then rows read back."""
+    device = torch.device("cuda")
+    weight = make((128,), torch.bfloat16, device, 1)
+    positions = torch.arange(512, dtype=torch.int32, device=device)
+    indices, indptr = torch.arange(32, device=device).int(), torch.tensor([0, 32], device=device).int()
+    results = []
+    for pdl in (False, True):
+        qkv = make((512, 48, 128), torch.bfloat16, device, 0)
+        cache = torch.zeros(32, 2, 16, 8, 128, dtype=torch.bfloat16, device=device)
+        for _ in range(20):
+            q, k, v = qkv.split([32, 8, 8], dim=1)
+            fused_qk_rmsnorm_rope(qkv, weight, weight, positions, 32, 8, enable_pdl=pdl)
+            rope_append_paged_kv_cache(
+                q, k, v, positions * 0, positions, cache, indices, indptr, q_out=q, enable_pdl=pdl
+            )
+        results.append((qkv, cache))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
 # --------------------------------------------------------------------------------------------------- qk norm and rope
 
 QK_NORM_CASES = {
