@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 ensure_env() {
   local stamp=$VENV/.flashinfer-env key
-  key=$(cat pyproject.toml flashinfer_aot/pyproject.toml scripts/common.sh flashinfer/version.py | cksum)
+  key=$(cat pyproject.toml hatch_build.py scripts/common.sh flashinfer/version.py | cksum)
   if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$key" ]; then return; fi
   echo "== making $VENV (once)"
   python3 -m venv "$VENV"
