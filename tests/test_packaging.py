@@ -245,13 +245,19 @@ class Environment:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=60)
         self.python = folder / "bin" / "python"
         self.site = next((folder / "lib").glob("python*/site-packages"))
+        # What the outer environment has, torch above all, but nothing of ours that may be installed there.
+        self.borrowed = folder / "borrowed"
+        self.borrowed.mkdir()
+        for entry in Path(sysconfig.get_path("purelib")).iterdir():
+            if "flashinfer" not in entry.name:
+                (self.borrowed / entry.name).symlink_to(entry)
 
     def install(self, *args: str | Path) -> None:
         pip("--python", self.python, "install", "--quiet", *args)
 
     def run(self, *args: str | Path, cwd: Path, **variables: str) -> str:
         """Run with the torch of the environment these tests run in, found after everything installed here."""
-        search_path = os.pathsep.join([str(self.site), sysconfig.get_path("purelib")])
+        search_path = os.pathsep.join([str(self.site), str(self.borrowed)])
         clean = {name: value for name, value in os.environ.items() if not name.startswith("FLASHINFER_")}
         done = subprocess.run(
             [str(self.python), *map(str, args)],
