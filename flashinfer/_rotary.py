@@ -69,8 +69,7 @@ class Geometry(NamedTuple):
 def check_rotation(
     op: str, rotation: Rotation, q: torch.Tensor, heads: list[torch.Tensor], rotary_part_only: bool
 ) -> Geometry:
-    """Check a rotation against queries `[num_tokens, num_heads, head_dim]`; choose a width of loads for all of
-    heads."""
+    """Check a rotation against queries `[num_tokens, num_heads, head_dim]`; choose one width of loads for all heads."""
     num_tokens, _, head_dim = q.shape
     rotary_dim = head_dim if rotation.rotary_dim is None else rotation.rotary_dim
     _op.require(
@@ -83,6 +82,18 @@ def check_rotation(
         raise UnsupportedConfig(f"{op}: q is {q.dtype}; expected float16, bfloat16 or float32")
     if head_dim % 4 != 0 or head_dim > 512:
         raise UnsupportedConfig(f"{op}: head_dim is {head_dim}; expected a multiple of 4, at most 512")
+
+    _op.require(
+        rotation.rope_scale > 0 and rotation.rope_theta > 0,
+        op,
+        f"rope_scale is {rotation.rope_scale} and rope_theta {rotation.rope_theta}; expected positive numbers",
+    )
+    _op.require(
+        rotation.old_context_len == 0 or rotation.high_freq_factor > rotation.low_freq_factor,
+        op,
+        f"high_freq_factor is {rotation.high_freq_factor}; expected more than low_freq_factor, "
+        f"{rotation.low_freq_factor}",
+    )
 
     index, batch_size = _check_positions(op, rotation, q, num_tokens)
     cos_sin, cos_sin_stride = _check_cos_sin(op, rotation, q, rotary_dim)

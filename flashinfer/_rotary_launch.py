@@ -232,7 +232,7 @@ def _prepare_rope(
     rotary.check_same_heads(op, "k", k, q)
     geometry = rotary.check_rotation(op, rotation, q, [q, k, q_out, k_out], is_inplace)
     num_tokens, num_qo_heads, num_kv_heads = q.shape[0], q.shape[1], k.shape[1]
-    if num_tokens == 0:
+    if q.numel() + k.numel() == 0:
         return _nothing
     spec = kernels.ROPE.spec(
         target.of_device(q.device),
@@ -289,7 +289,7 @@ def _prepare_append(
             "the cache has an odd stride, which interleave=True does not allow",
         )
     num_tokens, num_qo_heads, num_kv_heads = q.shape[0], q.shape[1], k.shape[1]
-    if num_tokens == 0:
+    if q.numel() + k.numel() == 0:
         return _nothing
     spec = kernels.ROPE_APPEND.spec(target.of_device(q.device), **geometry.axes, cache_dtype=cache_dtype, **slot_axes)
     page_size = k_cache.shape[1]
@@ -344,7 +344,7 @@ def _prepare_qk_norm(
     )
     geometry = rotary.check_rotation(op, rotation, heads, [heads, q_weight, k_weight], False)
     num_tokens = heads.shape[0]
-    if num_tokens == 0:
+    if num_tokens * (num_qo_heads + num_kv_heads) == 0:
         return _nothing
     spec = kernels.QK_NORM_ROPE.spec(target.of_device(qkv.device), **geometry.axes)
     if qkv.is_cuda and kernels.lanes_per_head(spec) > 32:

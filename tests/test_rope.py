@@ -193,6 +193,17 @@ def test_nan_stays_in_its_pair(device: torch.device) -> None:
     assert out.isnan().nonzero().tolist() == [[3, 2, 5], [3, 2, 69]]
 
 
+def test_queries_or_keys_may_have_no_heads(device: torch.device) -> None:
+    q, k = make_qk(CASES["llama"], torch.bfloat16, device)
+    positions = make_positions(CASES["llama"], torch.int32, device)
+    angles = oracle.angles_of(positions, oracle.frequencies(128))
+    out, none = flashinfer.apply_rope_pos_ids(q, k[:, :0], positions)
+    assert_close(out, oracle.rotate(q, angles))
+    assert none.shape == (9, 0, 128)
+    assert_close(flashinfer.apply_rope_pos_ids(q[:, :0], k, positions)[1], oracle.rotate(k, angles))
+    flashinfer.apply_rope_pos_ids_inplace(q[:, :0], k[:, :0], positions)
+
+
 def test_many_tokens(device: torch.device) -> None:
     q, k = make((3001, 3, 64), torch.bfloat16, device, 0), make((3001, 1, 64), torch.bfloat16, device, 1)
     positions = torch.randint(0, 1 << 20, (3001,), generator=torch.Generator().manual_seed(0)).to(device)
@@ -206,6 +217,10 @@ def test_errors_name_the_argument(device: torch.device) -> None:
     positions = make_positions(CASES["llama"], torch.int32, device)
     with pytest.raises(ValueError, match=r"rotary_dim is 256; expected a multiple of 4, at most 128"):
         flashinfer.apply_rope_pos_ids(q, k, positions, 256)
+    with pytest.raises(ValueError, match=r"rope_scale is 0 and rope_theta 10000.0; expected positive numbers"):
+        flashinfer.apply_rope_pos_ids(q, k, positions, rope_scale=0)
+    with pytest.raises(ValueError, match=r"high_freq_factor is 1; expected more than low_freq_factor, 1"):
+        flashinfer.apply_llama31_rope_pos_ids(q, k, positions, high_freq_factor=1)
     with pytest.raises(ValueError, match=r"rotary_dim is 30; expected a multiple of 4"):
         flashinfer.apply_rope_pos_ids(q, k, positions, 30)
     with pytest.raises(ValueError, match=r"k has shape \[9, 8, 64\]; expected \[9, num_heads, 128\]"):

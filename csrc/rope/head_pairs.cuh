@@ -94,7 +94,8 @@ struct HeadPair {
 
 // Frequencies are a kernel parameter, and those lie in constant memory, which serves lanes that read different words
 // one by one. Through an address the compiler knows nothing of, the same bytes are read like global memory, L1 cache
-// included.
+// included (PTX gives parameters of kernels generic addresses from sm_70 on). It must be a __grid_constant__ parameter:
+// otherwise taking its address makes a copy in every thread.
 __device__ __forceinline__ const uint64_t* generic_address(const uint64_t* parameter) {
   asm("" : "+l"(parameter));
   return parameter;
