@@ -74,6 +74,23 @@ def _activations(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
             yield activation.ACT_AND_MUL.spec(target, dtype=dtype, gate="silu", vec_size=vec_size)
 
 
+def _fp8_outputs(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
+    """Norms and activations that write the fp8 input of the next projection."""
+    if targets.kind(target) == "cpu":
+        return
+    for add_residual in (False, True):
+        yield norm.RMSNORM_QUANT.spec(
+            target,
+            dtype=dtype,
+            out_dtype="fp8_e4m3",
+            hidden_size=model.hidden_size,
+            vec_size=norm.vec_size(dtype, model.hidden_size),
+            add_residual=add_residual,
+        )
+    for spec in _activations(model, dtype, target):
+        yield activation.ACT_AND_MUL_QUANT.spec(target, **dict(spec.args), out_dtype="fp8_e4m3")
+
+
 def _kv_dtypes(dtype: str, target: str) -> tuple[str, ...]:
     """Of caches: the model's own, and on a GPU fp8."""
     return (dtype, "fp8_e4m3") if targets.kind(target) == "cuda" else (dtype,)
@@ -170,6 +187,7 @@ _TYPICAL_SMS = 132
 EXPANSIONS: tuple[Callable[[Model, str, str], Iterator[KernelSpec]], ...] = (
     _norms,
     _activations,
+    _fp8_outputs,
     _attention,
     _paged_cache,
     _rotary,
