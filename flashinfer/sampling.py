@@ -423,12 +423,11 @@ def _sample(
     if torch.compiler.is_dynamo_compiling():
         if generator is not None:
             raise ValueError(f"{op}: torch.compile cannot trace a generator; leave it out, or pass seed and offset")
-        filters = (*_split(top_k), *_split(top_p), *_split(min_p), top_k_first)
-        random = (*_split(seed), *_split(offset))
-        _compiled_sample(op, kind, filter, input, *filters, indices, check_nan, *random, token_ids, valid)
+        split = (*_split(top_k), *_split(top_p), *_split(min_p), top_k_first)
+        start = (*_split(seed), *_split(offset))
+        _compiled_sample(op, kind, filter, input, *split, indices, check_nan, *start, token_ids, valid)
     else:
-        random = (generator, seed, offset)
-        filters = (top_k, top_p, min_p, top_k_first)
+        filters, random = (top_k, top_p, min_p, top_k_first), (generator, seed, offset)
         _sample_into(op, kind, filter, input, filters, indices, check_nan, random, token_ids, valid)
     return token_ids if valid is None else (token_ids, valid)
 
@@ -438,10 +437,10 @@ def _sample_into(
     kind: str,
     filter: str,
     input: torch.Tensor,
-    filters: tuple[Any, ...],
+    filters: tuple[PerRow, PerRow, PerRow, bool],
     indices: Optional[torch.Tensor],
     check_nan: bool,
-    random: tuple[Any, ...],
+    random: tuple[Optional[torch.Generator], Seed, Seed],
     token_ids: torch.Tensor,
     valid: Optional[torch.Tensor],
 ) -> None:
@@ -476,7 +475,7 @@ def _split(value: Union[torch.Tensor, Number, None]) -> tuple[Optional[torch.Ten
     return (value, None) if isinstance(value, torch.Tensor) else (None, value)
 
 
-def _join(pairs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _join(pairs: tuple[Any, ...]) -> Any:
     """The inverse of `_split` over consecutive pairs."""
     return tuple(number if tensor is None else tensor for tensor, number in zip(pairs[::2], pairs[1::2]))
 

@@ -231,7 +231,7 @@ class MultiLevelCascadeAttentionWrapper:
                 float_workspace_buffer,
                 kv_layout,
                 use_cuda_graph,
-                *((buffer[level] if buffer is not None else None) for buffer in buffers),
+                *[None if buffer is None else buffer[level] for buffer in buffers],  # type: ignore[arg-type]
             )
             for level in range(num_levels)
         ]
