@@ -490,7 +490,16 @@ _compiled_sample = _op.compiled_op(
     "float? top_p_value, Tensor? min_p, float? min_p_value, bool top_k_first, Tensor? indices, bool check_nan, "
     "Tensor? seed, int? seed_value, Tensor? offset, int? offset_value, Tensor(a!) token_ids, Tensor(b!)? valid) -> ()",
     lambda op, kind, filter, input, *rest: _sample_into(
-        op, kind, filter, input, (*_join(rest[:6]), rest[6]), *rest[7:9], (None, *_join(rest[9:13])), *rest[13:]
+        op,
+        kind,
+        filter,
+        input,
+        (*_join(rest[:6]), rest[6]),
+        rest[7],
+        rest[8],
+        (None, *_join(rest[9:13])),
+        rest[13],
+        rest[14],
     ),
 )
 
