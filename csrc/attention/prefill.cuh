@@ -85,7 +85,7 @@ template <class Config, class Shape = PrefillShape<Config>>
 __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kFragsM][Shape::kFragsN][4],
                                                    const AttentionParams& params, const PrefillWork& work,
                                                    int warp_row, int tile, bool needs_mask) {
-  const int lane_idx = fresh_thread_idx() % 32;
+  const int lane_idx = int(fresh_thread_idx() % 32);
   const int first_kv = tile * Shape::kBlockN + lane_idx % 4 * 2;  // of this lane; fragment n, element e adds 8n + e
 #pragma unroll
   for (int m = 0; m < Shape::kFragsM; ++m) {
@@ -134,7 +134,7 @@ __device__ __forceinline__ void softmax_times_v(const float (&scores)[Shape::kFr
                                                 SoftmaxState<Config>& state,
                                                 float (&out)[Shape::kFragsM][Shape::kFragsD][4], uint32_t v_smem,
                                                 float scale_log2) {
-  const int lane_idx = fresh_thread_idx() % 32;
+  const int lane_idx = int(fresh_thread_idx() % 32);
   float scaled_max[Shape::kFragsM][2];
 #pragma unroll
   for (int m = 0; m < Shape::kFragsM; ++m) {
@@ -161,17 +161,12 @@ __device__ __forceinline__ void softmax_times_v(const float (&scores)[Shape::kFr
   }
 }
 
-// Divide by the sums; write the rows where they belong: out and lse, or this chunk's partial results.
+// Reduce the lanes' shares of the sums. They become the factors that normalize the output; the LSE go to shared memory,
+// from where one lane a row stores them.
 template <class Config, class Shape = PrefillShape<Config>>
-__device__ __forceinline__ void store_output(float (&out)[Shape::kFragsM][Shape::kFragsD][4], SoftmaxState<Config>& state,
-                                             const AttentionParams& params, const PrefillWork& work,
-                                             uint8_t* warp_rows_smem, int warp_row, float scale_log2) {
-  using T = typename Config::Q;
-  using OutRows = typename Shape::OutRows;
-  const int lane_idx = fresh_thread_idx() % 32, num_rows = work.num_rows(Shape::kBlockM);
-  const bool is_partial = work.item.num_chunks > 1;
-  const int64_t partial_row = (int64_t(work.item.partial_row) + int64_t(work.item.chunk_idx) * num_rows) *
-                                  params.num_kv_heads + int64_t(work.kv_head_idx) * num_rows;
+__device__ __forceinline__ void finish_softmax(SoftmaxState<Config>& state, float* warp_lse_smem, float v_scale,
+                                               float scale_log2) {
+  const int lane_idx = int(fresh_thread_idx() % 32);
 #pragma unroll
   for (int m = 0; m < Shape::kFragsM; ++m) {
 #pragma unroll
@@ -179,44 +174,74 @@ __device__ __forceinline__ void store_output(float (&out)[Shape::kFragsM][Shape:
       float sum = state.sum[m][half];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      const float factor = sum > 0.f ? params.v_scale / sum : 0.f;
-      const float lse = sum > 0.f ? state.max[m][half] * scale_log2 + fast_log2(sum) : kMinusInfinity;
-      const int row_in_warp = m * 16 + half * 8 + lane_idx / 4, row = warp_row + row_in_warp;
+      const float lse = state.max[m][half] * scale_log2 + fast_log2(sum);  // a row that saw no key: -inf - inf
+      state.sum[m][half] = sum > 0.f ? __fdividef(v_scale, sum) : 0.f;
+      if (lane_idx % 4 == 0) warp_lse_smem[m * 16 + half * 8 + lane_idx / 4] = lse;
+    }
+  }
+  __syncwarp();
+}
+
+// visit(row in warp, column, x, y) for every pair of neighbouring output columns of this lane, normalized.
+template <class Config, class Visit, class Shape = PrefillShape<Config>>
+__device__ __forceinline__ void for_each_output_pair(const float (&out)[Shape::kFragsM][Shape::kFragsD][4],
+                                                     const SoftmaxState<Config>& state, const Visit& visit) {
+  const int lane_idx = int(fresh_thread_idx() % 32);
+#pragma unroll
+  for (int m = 0; m < Shape::kFragsM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float factor = state.sum[m][half];
 #pragma unroll
       for (int pair = 0; pair < Shape::kFragsD; ++pair) {
         const auto at = OutputPair<Shape>::of(pair / 2, pair % 2, lane_idx % 4);
-        const float x = out[m][at.frag_idx[0]][2 * half + at.element[0]] * factor;
-        const float y = out[m][at.frag_idx[1]][2 * half + at.element[1]] * factor;
-        if (!is_partial) {
-          uint8_t* dst_smem = warp_rows_smem + OutRows::offset(row_in_warp, at.column / 8) + at.column % 8 * 2;
-          *reinterpret_cast<uint32_t*>(dst_smem) = pack_16bit<T>(x, y);
-        } else if (row < num_rows) {
-          float* dst_gmem = params.partial_out + (partial_row + row) * Shape::kHeadDimVo + at.column;
-          *reinterpret_cast<float2*>(dst_gmem) = float2{x, y};
-        }
-      }
-      if (lane_idx % 4 == 0 && row < num_rows) {
-        if (is_partial) {
-          params.partial_lse[partial_row + row] = lse;
-        } else if (params.lse != nullptr) {
-          const QueryRow query = QueryRow::of<Shape>(work, row);
-          params.lse[(work.item.q_begin + query.token_idx) * int64_t(params.num_qo_heads) + query.qo_head_idx] = lse;
-        }
+        visit(m * 16 + half * 8 + lane_idx / 4, at.column, out[m][at.frag_idx[0]][2 * half + at.element[0]] * factor,
+              out[m][at.frag_idx[1]][2 * half + at.element[1]] * factor);
       }
     }
   }
-  if (is_partial) return;
+}
+
+// Write the warp's rows where they belong: out and lse, by way of shared memory, or this chunk's partial results.
+template <class Config, class Shape = PrefillShape<Config>>
+__device__ __forceinline__ void store_output(const float (&out)[Shape::kFragsM][Shape::kFragsD][4],
+                                             const SoftmaxState<Config>& state, const AttentionParams& params,
+                                             const PrefillWork& work, PrefillSmem<Config>& smem) {
+  using T = typename Config::Q;
+  using OutRows = typename Shape::OutRows;
+  const uint32_t thread_idx = fresh_thread_idx();
+  const int lane_idx = int(thread_idx % 32), warp_row = int(thread_idx / 32) * Shape::kRowsPerWarp;
+  const int num_rows = min(work.num_rows(Shape::kBlockM) - warp_row, Shape::kRowsPerWarp);  // of the warp
+  uint8_t* warp_rows_smem = smem.q + warp_row * Shape::kHeadDimQk * 2;
+  const float* warp_lse_smem = smem.lse + warp_row;
+  if (work.item.num_chunks > 1) {
+    const int64_t first_row = work.partial_row(work.item.chunk_idx, Shape::kBlockM, params.num_kv_heads) + warp_row;
+    for_each_output_pair<Config>(out, state, [&](int row, int column, float x, float y) {
+      if (row >= num_rows) return;
+      *reinterpret_cast<float2*>(params.partial_out + (first_row + row) * Shape::kHeadDimVo + column) = float2{x, y};
+    });
+    if (lane_idx < num_rows) params.partial_lse[first_row + lane_idx] = warp_lse_smem[lane_idx];
+    return;
+  }
+  for_each_output_pair<Config>(out, state, [&](int row, int column, float x, float y) {
+    *reinterpret_cast<uint32_t*>(warp_rows_smem + OutRows::offset(row, column / 8) + column % 8 * 2) =
+        pack_16bit<T>(x, y);
+  });
   __syncwarp();
   T* out_gmem = static_cast<T*>(params.out);
 #pragma unroll 4
-  for (int i = lane_idx; i < Shape::kRowsPerWarp * OutRows::kNumChunks; i += 32) {
+  for (int i = lane_idx; i < num_rows * OutRows::kNumChunks; i += 32) {
     const int row = i / OutRows::kNumChunks, chunk = i % OutRows::kNumChunks;
-    if (warp_row + row >= num_rows) break;
     const QueryRow query = QueryRow::of<Shape>(work, warp_row + row);
     T* dst_gmem = out_gmem + (work.item.q_begin + query.token_idx) * params.out_token_stride +
                   query.qo_head_idx * params.out_head_stride + chunk * 8;
     *reinterpret_cast<uint4*>(dst_gmem) =
         *reinterpret_cast<const uint4*>(warp_rows_smem + OutRows::offset(row, chunk));
+  }
+  if (params.lse != nullptr && lane_idx < num_rows) {
+    const QueryRow query = QueryRow::of<Shape>(work, warp_row + lane_idx);
+    const int64_t token_idx = work.item.q_begin + query.token_idx;
+    params.lse[token_idx * params.num_qo_heads + query.qo_head_idx] = warp_lse_smem[lane_idx];
   }
 }
 
@@ -242,16 +267,16 @@ __device__ __forceinline__ void merge_chunks_if_last(const AttentionParams& para
 
   constexpr int kVecsPerRow = Shape::kHeadDimVo / 4;
   const int num_rows = work.num_rows(Shape::kBlockM);
-  const int64_t first = int64_t(item.partial_row) * params.num_kv_heads + int64_t(work.kv_head_idx) * num_rows;
+  const int64_t first_row = work.partial_row(0, Shape::kBlockM, params.num_kv_heads);
   const int64_t chunk_stride = int64_t(num_rows) * params.num_kv_heads;
   T* out_gmem = static_cast<T*>(params.out);
 #pragma unroll 1
-  for (int i = fresh_thread_idx(); i < num_rows * kVecsPerRow; i += Shape::kNumThreads) {
+  for (int i = int(fresh_thread_idx()); i < num_rows * kVecsPerRow; i += Shape::kNumThreads) {
     const int row = i / kVecsPerRow, column = i % kVecsPerRow * 4;
     RunningState<4> state;
 #pragma unroll 4
     for (int chunk = 0; chunk < item.num_chunks; ++chunk) {
-      const int64_t partial_row = first + chunk * chunk_stride + row;
+      const int64_t partial_row = first_row + chunk * chunk_stride + row;
       const float4 x =
           __ldcg(reinterpret_cast<const float4*>(params.partial_out + partial_row * Shape::kHeadDimVo + column));
       const float partial[4] = {x.x, x.y, x.z, x.w};
@@ -296,24 +321,23 @@ __device__ __forceinline__ void attend(const AttentionParams& params, PrefillSme
         loader.publish(last_tile - i, loader.look_up(last_tile - i));
         __syncthreads();
       }
-      if (last_tile - i >= work.item.tile_begin) loader.load_async(last_tile - i, i);
+      if (last_tile - i >= work.item.tile_begin) loader.load_async(last_tile - i);
       cp_async_commit();
     }
     loader.publish(last_tile - kNumAhead, loader.look_up(last_tile - kNumAhead));
   }
-  int stage = 0;
 #pragma unroll 1
   for (int tile = last_tile; tile >= work.item.tile_begin; --tile) {
     cp_async_wait<kNumAhead - 1>();
     __syncthreads();  // the tile is there for all, and all have left the one before, whose stage is filled next
     if (tile - kNumAhead >= work.item.tile_begin) {
-      loader.load_async(tile - kNumAhead, stage == 0 ? kNumAhead : stage - 1);
+      loader.load_async(tile - kNumAhead);
     }
     cp_async_commit();
-    const int64_t next_offset = loader.look_up(tile - kNumAhead - 1);
+    const int32_t next_page = loader.look_up(tile - kNumAhead - 1);
 
     if (tile == work.item.tile_end - 1) prepare_q<Config>(params, work, smem.q, warp_row);
-    const uint8_t* k_smem = smem.k[stage];
+    const uint8_t* k_smem = smem.k[stage_of<Config>(tile)];
     if constexpr (Shape::kHasRope) {
       const int first_kv = tile * Shape::kBlockN;
       rotate_rows<Config, typename Config::Kv, typename Shape::KRows>(
@@ -330,12 +354,12 @@ __device__ __forceinline__ void attend(const AttentionParams& params, PrefillSme
         transform_and_mask<Config>(scores, params, work, warp_row, tile, needs_mask);
       }
       state.raise_max(scores, out, scale_log2);
-      softmax_times_v<Config>(scores, state, out, smem_address(smem.v[stage]), scale_log2);
+      softmax_times_v<Config>(scores, state, out, smem_address(smem.v[stage_of<Config>(tile)]), scale_log2);
     }
-    loader.publish(tile - kNumAhead - 1, next_offset);
-    if (++stage == Config::kNumStages) stage = 0;
+    loader.publish(tile - kNumAhead - 1, next_page);
   }
-  store_output<Config>(out, state, params, work, warp_rows_smem, warp_row, scale_log2);
+  finish_softmax<Config>(state, smem.lse + warp_row, params.v_scale, scale_log2);
+  store_output<Config>(out, state, params, work, smem);
   merge_chunks_if_last<Config>(params, work, smem);
 }
 
@@ -345,8 +369,11 @@ __device__ __forceinline__ PrefillWork fetch_work(const AttentionParams& params,
   using Shape = PrefillShape<Config>;
   const int32_t item_idx = unit / params.num_kv_heads, kv_head_idx = unit - item_idx * params.num_kv_heads;
   const int32_t group_size = params.num_qo_heads / params.num_kv_heads;
+  using Kv = typename Config::Kv;
+  const Kv* k_gmem = static_cast<const Kv*>(params.kv.k) + kv_head_idx * params.kv.k_head_stride;
+  const Kv* v_gmem = static_cast<const Kv*>(params.kv.v) + kv_head_idx * params.kv.v_head_stride;
   if (params.chunks != nullptr) {
-    return {static_cast<const PrefillItem*>(params.chunks)[item_idx], kv_head_idx, group_size};
+    return {static_cast<const PrefillItem*>(params.chunks)[item_idx], k_gmem, v_gmem, kv_head_idx, group_size};
   }
   const int32_t num_q_tiles = gridDim.x / params.num_kv_heads, q_tile = num_q_tiles - 1 - item_idx;
   const TileRange tiles =
@@ -359,7 +386,7 @@ __device__ __forceinline__ PrefillWork fetch_work(const AttentionParams& params,
   item.tile_begin = tiles.begin;
   item.tile_end = tiles.end;
   item.num_chunks = 1;
-  return {item, kv_head_idx, group_size};
+  return {item, k_gmem, v_gmem, kv_head_idx, group_size};
 }
 
 // Config: Q (of q and out), Kv, kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kPosEncoding, and the
@@ -374,16 +401,17 @@ __device__ void prefill(const AttentionParams& params) {
 
   PrefillSchedule* schedule = static_cast<PrefillSchedule*>(const_cast<void*>(params.requests));
   const bool is_planned = params.chunks != nullptr;
-  const uint32_t num_units = is_planned ? schedule->num_items * params.num_kv_heads : gridDim.x;
-  for (uint32_t unit = blockIdx.x; unit < num_units;) {
-    if (threadIdx.x == 0) smem.work = fetch_work<Config>(params, unit);
+  if (threadIdx.x == 0) {
+    smem.num_units = is_planned ? schedule->num_items * params.num_kv_heads : gridDim.x;
+    smem.unit = blockIdx.x;
+  }
+  while (true) {
+    if (threadIdx.x == 0 && smem.unit < smem.num_units) smem.work = fetch_work<Config>(params, smem.unit);
     __syncthreads();
+    if (smem.unit >= smem.num_units) break;
     attend<Config>(params, smem);
-    if (threadIdx.x == 0) {
-      smem.next_unit = is_planned ? gridDim.x + atomicAdd(&schedule->next_unit, 1u) : num_units;
-    }
-    __syncthreads();  // also: all have left the work and the shared memory of this unit
-    unit = smem.next_unit;
+    __syncthreads();  // all have left the work and the shared memory of this unit
+    if (threadIdx.x == 0) smem.unit = is_planned ? gridDim.x + atomicAdd(&schedule->next_unit, 1u) : smem.num_units;
   }
   if (is_planned && threadIdx.x == 0 && atomicAdd(&schedule->num_done, 1u) == gridDim.x - 1) {
     schedule->next_unit = 0;

@@ -83,6 +83,9 @@ struct PrefillPlanner {
     return value;
   }
 
+  // The cost that decisions attribute to a bin: no tile in it costs more.
+  __device__ __forceinline__ int32_t bin_cost(int bin) const { return min(CostBins::bound(bin), smem.max_cost); }
+
   // tile_indptr[i] = query tiles of requests before i.
   __device__ __forceinline__ void count_tiles() const {
     if (threadIdx.x == 0) params.tile_indptr[0] = 0;
@@ -145,7 +148,7 @@ struct PrefillPlanner {
     float num_units = 0.f, load = 0.f, longest = 0.f, num_split = 0.f, num_partial = 0.f;
     for (int i = 0; i < smem.num_occupied; ++i) {
       const int bin = smem.occupied_bins[i];
-      const int32_t cost = CostBins::bound(bin), num_chunks = num_chunks_of(cost, limit);
+      const int32_t cost = bin_cost(bin), num_chunks = num_chunks_of(cost, limit);
       const float count = float(smem.num_tiles_of_cost[bin]) * float(params.num_kv_heads);
       const float chunk_cost =
           float(ceil_div(cost, num_chunks)) + kItemOverhead + (num_chunks > 1 ? kPartialOverhead : 0.f);
@@ -180,7 +183,7 @@ struct PrefillPlanner {
   __device__ __forceinline__ void place_costs(int32_t limit) const {
     for (int i = threadIdx.x; i < smem.num_occupied; i += kNumThreads) {
       const int bin = smem.occupied_bins[i];
-      const int32_t num_chunks = num_chunks_of(CostBins::bound(bin), limit);
+      const int32_t num_chunks = num_chunks_of(bin_cost(bin), limit);
       atomicAdd(&smem.num_items_of_cost[chunk_bin(bin, limit)], smem.num_tiles_of_cost[bin] * num_chunks);
     }
     __syncthreads();
@@ -192,8 +195,8 @@ struct PrefillPlanner {
     if (bin == 0) params.schedule->num_items = end;
     __syncthreads();
   }
-  __device__ __forceinline__ static int chunk_bin(int bin, int32_t limit) {
-    const int32_t cost = CostBins::bound(bin);
+  __device__ __forceinline__ int chunk_bin(int bin, int32_t limit) const {
+    const int32_t cost = bin_cost(bin);
     return CostBins::of(ceil_div(cost, num_chunks_of(cost, limit)));
   }
 
@@ -201,7 +204,7 @@ struct PrefillPlanner {
     for_each_tile([&](PrefillItem item, int32_t cost) {
       const int bin = CostBins::of(cost);
       // Fixed by the bin, as counted. A chunk may be left empty where the cost is below the bin's bound.
-      const int32_t num_chunks = num_chunks_of(CostBins::bound(bin), limit);
+      const int32_t num_chunks = num_chunks_of(bin_cost(bin), limit);
       const int32_t chunk_len = ceil_div(cost, num_chunks), first_tile = item.tile_begin, end_tile = item.tile_end;
       int32_t place = atomicAdd(&smem.first_item_of_cost[chunk_bin(bin, limit)], num_chunks);
       item.num_chunks = num_chunks;

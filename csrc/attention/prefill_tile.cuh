@@ -20,8 +20,8 @@ namespace flashinfer {
 
 // threadIdx.x as the compiler has not seen it before: addresses made from it are computed where they are used. Made from
 // threadIdx.x itself they would be hoisted out of the loop over tiles, a dozen registers that the loop does not have.
-__device__ __forceinline__ int fresh_thread_idx() {
-  int thread_idx;
+__device__ __forceinline__ uint32_t fresh_thread_idx() {
+  uint32_t thread_idx;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread_idx));
   return thread_idx;
 }
@@ -52,8 +52,10 @@ struct PrefillShape {
 };
 
 // One unit of work: an item for one KV head. It stays in shared memory, where it costs no registers.
-struct PrefillWork {
+struct alignas(16) PrefillWork {
   PrefillItem item;
+  const void* k_gmem;  // the KV head's part of row 0
+  const void* v_gmem;
   int32_t kv_head_idx;
   int32_t group_size;
 
@@ -62,7 +64,18 @@ struct PrefillWork {
     const int32_t num_left = item.qo_len * group_size - item.q_tile * block_m;
     return num_left < block_m ? num_left : block_m;
   }
+  // First row of a chunk's partial results. Chunks follow each other, within one the KV heads, within those the rows.
+  __device__ __forceinline__ int64_t partial_row(int32_t chunk_idx, int32_t block_m, int32_t num_kv_heads) const {
+    const int64_t num_rows = this->num_rows(block_m);
+    return (item.partial_row + chunk_idx * num_rows) * num_kv_heads + kv_head_idx * num_rows;
+  }
 };
+
+// Where a KV tile stays in shared memory.
+template <class Config>
+__device__ __forceinline__ uint32_t stage_of(int tile) {
+  return uint32_t(tile) % Config::kNumStages;
+}
 
 // Where a row of the tile is among the request's tokens and the query heads.
 struct QueryRow {
@@ -119,34 +132,46 @@ struct PrefillSmem {
   alignas(128) uint8_t k[Config::kNumStages][Shape::kBlockN * Shape::kHeadDimQk * sizeof(typename Config::Kv)];
   alignas(128) uint8_t v[Config::kNumStages][Shape::kBlockN * Shape::kHeadDimVo * sizeof(typename Config::Kv)];
   alignas(128) uint8_t k_rotated[Shape::kHasRope ? Shape::kBlockN * Shape::kHeadDimQk * 2 : 16];
-  int64_t row_offsets[2][2][kIsPaged ? Shape::kBlockN : 1];  // of tiles even and odd; of K and V
+  alignas(16) const void* rows[2][2][kIsPaged ? Shape::kBlockN : 1];  // of tiles even and odd; of K and V
   PrefillWork work;
   WarpTiles<Config> warp_tiles[Shape::kNumWarps];
-  uint32_t next_unit;
+  float lse[Shape::kBlockM];
+  uint32_t unit, num_units;
   uint32_t is_last_chunk;
 };
 
-// Copies rows of 16-byte chunks into a swizzled tile, all threads together. Consecutive threads take consecutive chunks
-// of a row, as many as divide it into equal parts. source(row) is the row's address, is_valid(row) whether it exists;
-// rows that do not are filled with zeros, because a probability of zero times an arbitrary bit pattern may be NaN.
-template <class Rows, int kNumRows, int kNumThreads, class Source, class IsValid>
-__device__ __forceinline__ void copy_rows_async(uint32_t tile_smem, const Source& source, const IsValid& is_valid) {
-  constexpr int kChunkBits = Rows::kNumChunks & -Rows::kNumChunks;
-  constexpr int kLanesPerRow = kChunkBits < 16 ? kChunkBits : 16;
-  constexpr int kRowsPerPass = kNumThreads / kLanesPerRow;
-  static_assert(kNumRows % kRowsPerPass == 0);
-  const int thread_idx = fresh_thread_idx(), chunk = thread_idx % kLanesPerRow;
+// Copies rows of 16-byte chunks into a swizzled tile, all threads together. Neighbouring threads take neighbouring chunks
+// of a row; a thread takes the same chunks of rows `row`, `row + kRowsPerPass`, and so on.
+template <class Rows, int kNumRows, int kNumThreads>
+struct RowCopy {
+  static constexpr int kPowerOfTwo = Rows::kNumChunks & -Rows::kNumChunks;
+  static constexpr int kLanesPerRow = kPowerOfTwo < 16 ? kPowerOfTwo : 16;
+  static constexpr int kRowsPerPass = kNumThreads / kLanesPerRow;
+  static constexpr int kNumPasses = ceil_div(kNumRows, kRowsPerPass);
+
+  int row, lane;
+
+  __device__ __forceinline__ static RowCopy of_thread() {
+    const uint32_t thread_idx = fresh_thread_idx();
+    return {int(thread_idx / kLanesPerRow), int(thread_idx % kLanesPerRow)};
+  }
+
+  // source(pass) is the address of row `row + pass * kRowsPerPass`, called in order. Rows from num_valid on are filled
+  // with zeros, because a probability of zero times an arbitrary bit pattern may be NaN.
+  template <class Source>
+  __device__ __forceinline__ void operator()(uint32_t tile_smem, int num_valid, const Source& source) const {
 #pragma unroll
-  for (int first_row = 0; first_row < kNumRows; first_row += kRowsPerPass) {
-    const int row = first_row + thread_idx / kLanesPerRow;
-    const bool valid = is_valid(row);
-    const uint8_t* src_gmem = reinterpret_cast<const uint8_t*>(source(row));
+    for (int pass = 0; pass < kNumPasses; ++pass) {
+      const int pass_row = row + pass * kRowsPerPass;
+      if (kNumRows % kRowsPerPass != 0 && pass_row >= kNumRows) break;
+      const uint8_t* src_gmem = reinterpret_cast<const uint8_t*>(source(pass)) + lane * 16;
 #pragma unroll
-    for (int c = 0; c < Rows::kNumChunks; c += kLanesPerRow) {
-      cp_async_16(tile_smem + Rows::offset(row, chunk + c), src_gmem + (chunk + c) * 16, valid);
+      for (int chunk = 0; chunk < Rows::kNumChunks; chunk += kLanesPerRow) {
+        cp_async_16(tile_smem + Rows::offset(pass_row, lane + chunk), src_gmem + chunk * 16, pass_row < num_valid);
+      }
     }
   }
-}
+};
 
 template <class Config>
 __device__ __forceinline__ void load_q_async(const AttentionParams& params, const PrefillWork& work,
@@ -154,23 +179,25 @@ __device__ __forceinline__ void load_q_async(const AttentionParams& params, cons
   using Shape = PrefillShape<Config>;
   const typename Config::Q* q_gmem = static_cast<const typename Config::Q*>(params.q);
   const int num_rows = work.num_rows(Shape::kBlockM);
-  copy_rows_async<typename Shape::QRows, Shape::kBlockM, Shape::kNumThreads>(
-      smem_address(smem.q),
-      [&](int row) {
-        const QueryRow query = QueryRow::of<Shape>(work, row < num_rows ? row : 0);
-        return q_gmem + (work.item.q_begin + query.token_idx) * params.q_token_stride +
-               query.qo_head_idx * params.q_head_stride;
-      },
-      [&](int row) { return row < num_rows; });
+  using Copy = RowCopy<typename Shape::QRows, Shape::kBlockM, Shape::kNumThreads>;
+  const Copy copy = Copy::of_thread();
+  copy(smem_address(smem.q), num_rows, [&](int pass) {
+    const int row = copy.row + pass * Copy::kRowsPerPass;
+    const QueryRow query = QueryRow::of<Shape>(work, row < num_rows ? row : 0);
+    return q_gmem + (work.item.q_begin + query.token_idx) * params.q_token_stride +
+           query.qo_head_idx * params.q_head_stride;
+  });
 }
 
-// The addresses of a KV tile. Pages are looked up one row a thread, a tile ahead of the copy, and passed through shared
-// memory; rows of single and ragged KV need no look-up.
+// Brings in KV tiles. Rows of single and ragged KV are evenly spaced. Those of paged KV are looked up one a thread, a tile
+// ahead of the copy, and their addresses passed through shared memory.
 template <class Config>
 struct KvTileLoader {
   using Shape = PrefillShape<Config>;
   using View = KvView<Config::kKvStorage>;
   using Kv = typename Config::Kv;
+  using CopyK = RowCopy<typename Shape::KRows, Shape::kBlockN, Shape::kNumThreads>;
+  using CopyV = RowCopy<typename Shape::VRows, Shape::kBlockN, Shape::kNumThreads>;
   static constexpr bool kIsPaged = Config::kKvStorage == kKvPaged;
 
   const AttentionParams& params;
@@ -180,46 +207,80 @@ struct KvTileLoader {
   // The first half of the threads finds the rows of K, the second those of V (the strides may differ).
   static_assert(!kIsPaged || Shape::kNumThreads >= 2 * Shape::kBlockN);
 
-  __device__ __forceinline__ int64_t look_up(int tile) const {
+  // The page of this thread's row: a load whose result publish() needs only after the current tile. It is kept alone, in
+  // one register; where in the page the row is costs less to compute again than to hold.
+  __device__ __forceinline__ int32_t look_up(int tile) const {
     if constexpr (!kIsPaged) return 0;
-    const int row = threadIdx.x % Shape::kBlockN, kv_idx = tile * Shape::kBlockN + row;
+    const int kv_idx = tile * Shape::kBlockN + int(threadIdx.x % Shape::kBlockN);
     if (tile < work.item.tile_begin || kv_idx >= work.item.kv_len) return 0;
-    const KvRow location = View{params.kv, work.item.kv_begin, work.item.kv_len}.locate(kv_idx);
-    return threadIdx.x < Shape::kBlockN ? View::k_offset(params.kv, location, work.kv_head_idx)
-                                        : View::v_offset(params.kv, location, work.kv_head_idx);
+    return View{params.kv, work.item.kv_begin, work.item.kv_len}.locate(kv_idx).page_idx;
   }
 
-  __device__ __forceinline__ void publish(int tile, int64_t offset) const {
+  // Leaves the address where one thread finds all the rows it copies side by side. Rows that do not exist get one as
+  // well, which nobody reads.
+  __device__ __forceinline__ void publish(int tile, int32_t page_idx) const {
     if constexpr (kIsPaged) {
-      const int matrix = threadIdx.x / Shape::kBlockN;
-      if (matrix < 2) smem.row_offsets[tile & 1][matrix][threadIdx.x % Shape::kBlockN] = offset;
+      const uint32_t thread_idx = fresh_thread_idx(), matrix = thread_idx / Shape::kBlockN;
+      const int row = int(thread_idx % Shape::kBlockN), kv_idx = max(tile * Shape::kBlockN + row, 0);
+      const FastDivisor& page_size = params.kv.page_size;
+      const KvRow location = {page_idx, kv_idx - int32_t(page_size.divide(kv_idx) * page_size.divisor)};
+      if (matrix == 0) {
+        smem.rows[tile & 1][0][place_of<CopyK>(row)] =
+            static_cast<const Kv*>(work.k_gmem) + View::k_offset(params.kv, location, 0);
+      } else if (matrix == 1) {
+        smem.rows[tile & 1][1][place_of<CopyV>(row)] =
+            static_cast<const Kv*>(work.v_gmem) + View::v_offset(params.kv, location, 0);
+      }
     }
   }
+  template <class Copy>
+  __device__ __forceinline__ static constexpr int place_of(int row) {
+    return row % Copy::kRowsPerPass * Copy::kNumPasses + row / Copy::kRowsPerPass;
+  }
 
-  __device__ __forceinline__ void load_async(int tile, int stage) const {
-    const int first_row = tile * Shape::kBlockN;
-    const int num_rows = work.item.kv_len - first_row;
-    const auto is_valid = [&](int row) { return row < num_rows; };
-    const Kv* k_gmem = static_cast<const Kv*>(params.kv.k);
-    const Kv* v_gmem = static_cast<const Kv*>(params.kv.v);
-    const auto copy_k = [&](const auto& source) {
-      copy_rows_async<typename Shape::KRows, Shape::kBlockN, Shape::kNumThreads>(smem_address(smem.k[stage]), source,
-                                                                                 is_valid);
-    };
-    const auto copy_v = [&](const auto& source) {
-      copy_rows_async<typename Shape::VRows, Shape::kBlockN, Shape::kNumThreads>(smem_address(smem.v[stage]), source,
-                                                                                 is_valid);
-    };
+  __device__ __forceinline__ void load_async(int tile) const {
+    const int stage = stage_of<Config>(tile);
+    const int first_row = tile * Shape::kBlockN, num_valid = work.item.kv_len - first_row;
     if constexpr (kIsPaged) {
-      copy_k([&](int row) { return k_gmem + smem.row_offsets[tile & 1][0][row]; });
-      copy_v([&](int row) { return v_gmem + smem.row_offsets[tile & 1][1][row]; });
+      copy_paged(CopyK::of_thread(), smem.k[stage], num_valid, smem.rows[tile & 1][0]);
+      copy_paged(CopyV::of_thread(), smem.v[stage], num_valid, smem.rows[tile & 1][1]);
     } else {
-      const KvRow first = {work.item.kv_begin + first_row, 0};
-      const Kv* k_tile_gmem = k_gmem + View::k_offset(params.kv, first, work.kv_head_idx);
-      const Kv* v_tile_gmem = v_gmem + View::v_offset(params.kv, first, work.kv_head_idx);
-      copy_k([&](int row) { return k_tile_gmem + row * params.kv.k_page_stride; });
-      copy_v([&](int row) { return v_tile_gmem + row * params.kv.v_page_stride; });
+      const uint32_t row_idx = work.item.kv_begin + first_row;
+      copy_even(CopyK::of_thread(), smem.k[stage], num_valid, row_idx, work.k_gmem, params.kv.k_page_stride);
+      copy_even(CopyV::of_thread(), smem.v[stage], num_valid, row_idx, work.v_gmem, params.kv.v_page_stride);
     }
+  }
+
+  template <class Copy>
+  __device__ __forceinline__ void copy_paged(const Copy& copy, const uint8_t* tile_smem, int num_valid,
+                                             const void* const* rows_smem) const {
+    const void* rows[Copy::kNumPasses];  // all of them before the first copy: one wait for shared memory
+    const void* const* mine_smem = rows_smem + copy.row * Copy::kNumPasses;
+    if constexpr (Copy::kNumPasses % 2 == 0) {
+#pragma unroll
+      for (int pass = 0; pass < Copy::kNumPasses; pass += 2) {
+        const ulonglong2 two = *reinterpret_cast<const ulonglong2*>(mine_smem + pass);
+        rows[pass] = reinterpret_cast<const void*>(two.x);
+        rows[pass + 1] = reinterpret_cast<const void*>(two.y);
+      }
+    } else {
+#pragma unroll
+      for (int pass = 0; pass < Copy::kNumPasses; ++pass) {
+        rows[pass] = copy.row + pass * Copy::kRowsPerPass < Shape::kBlockN ? mine_smem[pass] : nullptr;
+      }
+    }
+    copy(smem_address(tile_smem), num_valid, [&](int pass) { return rows[pass]; });
+  }
+
+  template <class Copy>
+  __device__ __forceinline__ void copy_even(const Copy& copy, const uint8_t* tile_smem, int num_valid, uint32_t row_idx,
+                                            const void* head_gmem, int64_t row_stride) const {
+    const Kv* row_gmem = static_cast<const Kv*>(head_gmem) + int64_t(row_idx + copy.row) * row_stride;
+    const int64_t pass_stride = row_stride * Copy::kRowsPerPass;
+    copy(smem_address(tile_smem), num_valid, [&](int pass) {
+      if (pass > 0) row_gmem += pass_stride;
+      return row_gmem;
+    });
   }
 };
 
@@ -298,7 +359,7 @@ template <class Config, class Shape = PrefillShape<Config>>
 __device__ __forceinline__ void compute_scores(float (&scores)[Shape::kFragsM][Shape::kFragsN][4], uint32_t q_smem,
                                                uint32_t k_smem) {
   using T = typename Config::Q;
-  const int lane_idx = fresh_thread_idx() % 32;
+  const int lane_idx = int(fresh_thread_idx() % 32);
 #pragma unroll
   for (int m = 0; m < Shape::kFragsM; ++m) {
 #pragma unroll

@@ -10,12 +10,12 @@ __device__ __forceinline__ uint32_t smem_address(const void* smem_ptr) {
 }
 
 // Copy 16 bytes past L1, or write 16 zero bytes when `valid` is false: the source is then not read, so it may point
-// anywhere. Both addresses are 16-byte aligned.
+// anywhere. Both addresses are 16-byte aligned. Not a fence for the compiler: other reads of shared memory may move past
+// it, as they must for address tables to be read in one go; commit, wait and barriers are.
 __device__ __forceinline__ void cp_async_16(uint32_t dst_smem, const void* src_gmem, bool valid) {
   const int num_source_bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(dst_smem), "l"(src_gmem),
-               "r"(num_source_bytes)
-               : "memory");
+               "r"(num_source_bytes));
 }
 
 // Close the group of copies this thread has issued since the last commit.

@@ -1,4 +1,5 @@
-// Warp-wide loads of 8x8 matrices of 16-bit elements from shared memory into mma fragments.
+// Warp-wide loads of 8x8 matrices of 16-bit elements from shared memory into mma fragments. They stay in order with
+// barriers and with each other; data written by ordinary stores needs a barrier (__syncwarp at least) in between.
 #pragma once
 
 #include "common.h"
@@ -10,16 +11,14 @@ namespace flashinfer {
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&regs)[4], uint32_t row_smem) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(regs[0]), "=r"(regs[1]), "=r"(regs[2]), "=r"(regs[3])
-               : "r"(row_smem)
-               : "memory");
+               : "r"(row_smem));
 }
 
 // The same, each matrix transposed: lane l receives column l / 4, rows 2 (l % 4) and the next.
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&regs)[4], uint32_t row_smem) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(regs[0]), "=r"(regs[1]), "=r"(regs[2]), "=r"(regs[3])
-               : "r"(row_smem)
-               : "memory");
+               : "r"(row_smem));
 }
 
 }  // namespace flashinfer

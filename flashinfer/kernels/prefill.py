@@ -61,7 +61,7 @@ def _smem_bytes(spec: KernelSpec, tile: Tile) -> int:
     size = block_m * dim_qk * 2 + num_stages * block_n * (dim_qk + dim_vo) * kv
     size += block_n * dim_qk * 2 if spec.arg("pos_encoding") == "rope" else 128
     size += block_n * 32 if spec.arg("kv_storage") == "paged" else 32
-    size += 64 + num_threads // 32 * 16
+    size += 96 + num_threads // 32 * 16 + block_m * 4
     return -(-size // 128) * 128
 
 
