@@ -20,6 +20,7 @@ from flashinfer.attention.prefill_launch import Extent, Launch, Schedule
 from flashinfer.attention.variant import Variant
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.kernels.attention import fast_divisor
+from flashinfer.kernels.prefill import SHORT_ROWS
 
 DataType = Union[str, torch.dtype]
 Result = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
@@ -56,6 +57,12 @@ class _Problem:
     variant: Variant
     schedule: Optional[Schedule]
 
+    def is_short(self, num_tokens: int, otherwise: bool = False) -> bool:
+        """Whether the tile for short queries serves this many tokens best; `otherwise` where the number is negative."""
+        if num_tokens < 0:
+            return otherwise
+        return num_tokens * (self.num_qo_heads // self.num_kv_heads) <= SHORT_ROWS * self.batch_size
+
 
 @dataclass(frozen=True)
 class _Run:
@@ -63,6 +70,7 @@ class _Run:
 
     launch: Launch
     extent: Extent
+    short_queries: bool
     v_offset: int  # of V after K in a cache of one tensor
     is_empty: bool
 
@@ -91,6 +99,7 @@ class _BatchPrefill:
         self._qo_index = (0, 0, 0)
         self._planned = Extent(False, -1, 0, 0, 0)
         self._last_run: Optional[Extent] = None
+        self._short_queries = False
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -110,7 +119,7 @@ class _BatchPrefill:
 
     # ------------------------------------------------------------------------------------------------------------- plan
 
-    def _plan(self, key: tuple[Any, ...], **arguments: Any) -> None:
+    def _plan(self, key: tuple[Any, ...], num_tokens: int, **arguments: Any) -> None:
         """Find the problem of these arguments and launch the planner; the index tensors have been taken already."""
         problem = self._problems.get(key)
         if problem is None:
@@ -119,7 +128,11 @@ class _BatchPrefill:
                 self._runs.clear()
         self._problem = problem
         if problem.schedule is not None:
-            kernel = self._kernel(problem, problem.q_dtype, problem.kv_dtype, problem.mask, problem.variant)
+            # A guess where qo_indptr is on the device: what the last run was. A run that finds it wrong plans again.
+            self._short_queries = problem.is_short(num_tokens, self._short_queries)
+            kernel = self._kernel(
+                problem, problem.q_dtype, problem.kv_dtype, problem.mask, problem.variant, self._short_queries
+            )
             extent = _extent(kernel, problem.mask, problem.variant)
             if self._use_cuda_graph and self._last_run is not None and self._last_run[2:] == extent[2:]:
                 extent = extent.joined(self._last_run)  # a captured run may be replayed on this schedule
@@ -162,11 +175,18 @@ class _BatchPrefill:
         )  # fmt: skip
 
     def _kernel(
-        self, problem: _Problem, q_dtype: torch.dtype, kv_dtype: torch.dtype, mask: str, variant: Variant, pdl: bool = False
+        self,
+        problem: _Problem,
+        q_dtype: torch.dtype,
+        kv_dtype: torch.dtype,
+        mask: str,
+        variant: Variant,
+        short_queries: bool,
+        pdl: bool = False,
     ) -> launches.PrefillKernel:
         return launches.load_kernel(
             self.device, q_dtype, kv_dtype, problem.head_dim_qk, problem.head_dim_vo, self._kv_storage, mask,
-            tuple(variant.spec_args.items()), pdl,
+            tuple(variant.spec_args.items()), short_queries, pdl,
         )  # fmt: skip
 
     def _launch_planner(self, problem: _Problem, extent: Extent) -> None:
@@ -243,7 +263,7 @@ class _BatchPrefill:
                 and not (self._use_cuda_graph and self._planned.covers(run.extent))
             ):
                 self._launch_planner(problem, run.extent)
-            self._last_run = run.extent
+            self._last_run, self._short_queries = run.extent, run.short_queries
             run.launch(
                 q_ptr, out_ptr, 0 if lse is None else lse.data_ptr(), k_ptr, v_ptr + run.v_offset, self._kv_index,
                 self._qo_index,
@@ -278,7 +298,8 @@ class _BatchPrefill:
                 mask = "causal" if causal else "none"
             variant = variant.updated(op, problem.head_dim_qk, *rest)
         k = kv if isinstance(kv, torch.Tensor) else kv[0]
-        kernel = self._kernel(problem, q.dtype, k.dtype, mask, variant, pdl)
+        short = problem.is_short(q.shape[0])
+        kernel = self._kernel(problem, q.dtype, k.dtype, mask, variant, short, pdl)
         if problem.schedule is not None:
             rows = q.shape[0] * (problem.num_qo_heads // problem.num_kv_heads)
             needed = -(-rows // kernel.block_m) + problem.batch_size
@@ -297,10 +318,18 @@ class _BatchPrefill:
         )  # fmt: skip
         v_offset = kv.stride(1) * kv.element_size() if isinstance(kv, torch.Tensor) else 0
         is_empty = q.shape[0] == 0 or problem.batch_size == 0
-        return _Run(launch, _extent(kernel, mask, variant), v_offset, is_empty)
+        return _Run(launch, _extent(kernel, mask, variant), short, v_offset, is_empty)
 
     def _strides(self, problem: _Problem, kv: PagedCache) -> KvStrides:
         raise NotImplementedError
+
+
+def _num_tokens(qo_indptr: torch.Tensor, later: dict[str, Any]) -> int:
+    """As far as the host knows without asking the device; -1 if not at all."""
+    if qo_indptr.device.type == "cpu":
+        return int(qo_indptr[-1])
+    longest = later.get("max_token_per_sequence")
+    return int(longest) * (qo_indptr.shape[0] - 1) if longest is not None else -1
 
 
 def _extent(kernel: launches.PrefillKernel, mask: str, variant: Variant) -> Extent:
@@ -465,7 +494,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
             window_left, logits_soft_cap, rope_scale, rope_theta, q_data_type, kv_data_type, disable_split_kv,
         )  # fmt: skip
         self._plan(
-            key, batch_size=batch_size, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=head_dim_qk,
+            key, _num_tokens(qo_indptr, later), batch_size=batch_size, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=head_dim_qk,
             head_dim_vo=head_dim_vo, page_size=page_size, mask=mask, q_data_type=q_data_type, kv_data_type=kv_data_type,
             disable_split_kv=disable_split_kv, pos_encoding_mode=pos_encoding_mode, window_left=window_left,
             logits_soft_cap=logits_soft_cap, sm_scale=sm_scale, rope_scale=rope_scale, rope_theta=rope_theta,
@@ -627,7 +656,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(_BatchPrefill):
             window_left, logits_soft_cap, rope_scale, rope_theta, q_data_type, kv_data_type, disable_split_kv,
         )  # fmt: skip
         self._plan(
-            key, batch_size=batch_size, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=head_dim_qk,
+            key, _num_tokens(qo_indptr, later), batch_size=batch_size, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=head_dim_qk,
             head_dim_vo=head_dim_vo, page_size=1, mask=mask, q_data_type=q_data_type, kv_data_type=kv_data_type,
             disable_split_kv=disable_split_kv, pos_encoding_mode=pos_encoding_mode, window_left=window_left,
             logits_soft_cap=logits_soft_cap, sm_scale=sm_scale, rope_scale=rope_scale, rope_theta=rope_theta,

@@ -42,6 +42,7 @@ def kernel_spec(
     kv_storage: str,
     mask: str,
     variant_args: tuple[tuple[str, str | bool], ...],
+    short_queries: bool = False,
 ) -> KernelSpec:
     """The kernel for these arguments. Raises UnsupportedConfig, without compiling, where there is none."""
     spec = families.prefill(
@@ -51,6 +52,7 @@ def kernel_spec(
         head_dim=head_dim_qk,
         head_dim_vo=head_dim_vo,
         kv_storage=kv_storage,
+        short_queries=short_queries,
         mask=mask,
         **dict(variant_args),  # type: ignore[arg-type]
     )
@@ -68,10 +70,11 @@ def load_kernel(
     kv_storage: str,
     mask: str,
     variant_args: tuple[tuple[str, str | bool], ...],
+    short_queries: bool = False,
     pdl: bool = False,
 ) -> PrefillKernel:
     kernel = resolver().load(
-        kernel_spec(device, q_dtype, kv_dtype, head_dim_qk, head_dim_vo, kv_storage, mask, variant_args)
+        kernel_spec(device, q_dtype, kv_dtype, head_dim_qk, head_dim_vo, kv_storage, mask, variant_args, short_queries)
     )
     if device.type == "cpu":
         return PrefillKernel(kernel.on(-1), 0, 0, 0)
@@ -162,7 +165,7 @@ class Extent(NamedTuple):
 _MAX_COUNTERS = 1 << 15  # query tiles times KV heads that may be split
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
     """Where in the workspaces a plan writes, and how much fits. Depends on shapes alone: a captured run stays valid."""
 
@@ -175,6 +178,7 @@ class Schedule:
     max_items: int
     max_counters: int
     max_partial_rows: int
+    workspaces: tuple[torch.Tensor, ...]  # kept alive as long as the addresses are in use
 
     @staticmethod
     def of(
@@ -199,8 +203,9 @@ class Schedule:
         partial_out, partial_lse = plan.carve(op, "float_workspace_buffer", float_workspace, sizes) if rows else (0, 0)
         max_items = (int_end - items) // families.ITEM_BYTES
         return Schedule(
-            header, tile_indptr, counters, items, partial_out, partial_lse, max_items, max_counters, min(rows, 1 << 30)
-        )
+            header, tile_indptr, counters, items, partial_out, partial_lse, max_items, max_counters, min(rows, 1 << 30),
+            (int_workspace, float_workspace),
+        )  # fmt: skip
 
     def launch_planner(
         self,

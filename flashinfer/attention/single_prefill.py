@@ -149,8 +149,9 @@ class _Single:
         self.is_empty = qo_len == 0
         self.device = launches.indexed(q.device)
         self.kernel = launches.load_kernel(
-            self.device, q.dtype, k.dtype, q.shape[2], v.shape[2], "single", mask, tuple(variant.spec_args.items())
-        )
+            self.device, q.dtype, k.dtype, q.shape[2], v.shape[2], "single", mask, tuple(variant.spec_args.items()),
+            qo_len * num_qo_heads <= families.SHORT_ROWS * num_kv_heads,
+        )  # fmt: skip
         self.heads, self.lengths, self.head_dim_vo = (num_qo_heads, num_kv_heads), (qo_len, kv_len), v.shape[2]
         self.extent = Extent(
             mask == "causal", variant.window_left, self.kernel.block_m, self.kernel.block_n, self.kernel.num_ctas

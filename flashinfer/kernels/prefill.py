@@ -25,6 +25,10 @@ ITEM_BYTES = 48
 SCHEDULE_BYTES = 256
 
 
+# Query rows of a request, tokens times query heads per KV head, up to which the tile for short queries is the faster one.
+SHORT_ROWS = 64
+
+
 class PrefillPlanParams(ctypes.Structure):
     """Mirror of csrc/attention/prefill_params.h, its nested struct laid out flat."""
 
@@ -49,6 +53,9 @@ _TILES: dict[str, tuple[Tile, ...]] = {
     "medium": ((128, 64, 128, 2, 2), (128, 32, 128, 2, 2), (128, 64, 256, 2, 1), (128, 32, 256, 2, 1)),  # 96, 128
     "wide keys": ((128, 32, 128, 2, 2), (128, 32, 256, 2, 1), (64, 32, 128, 2, 1)),  # 192 with values of 128
     "large": ((128, 64, 256, 2, 1), (128, 32, 256, 2, 1), (64, 32, 128, 2, 1), (32, 32, 64, 2, 1)),  # 192, 256
+    # At most 64 rows a request: appends and speculative verification, which read KV at the speed of memory. One fragment
+    # of rows a warp leaves registers, so that two blocks an SM keep more loads in flight.
+    "short": ((64, 64, 128, 2, 2), (64, 32, 128, 2, 2), (64, 64, 128, 2, 1), (64, 32, 128, 2, 1), (32, 32, 64, 2, 1)),
     # fp8 KV: unpacking takes the registers that the second fragment of rows would need.
     "fp8": ((128, 64, 256, 3, 1), (128, 64, 256, 2, 1), (128, 32, 256, 2, 1), (64, 32, 128, 2, 1), (32, 32, 64, 2, 1)),
 }
@@ -70,6 +77,8 @@ def _tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:
     kind = "small" if dim_qk <= 64 else "medium" if dim_qk <= 128 else "wide keys" if dim_vo <= 128 else "large"
     if ITEMSIZE[spec.arg("kv_dtype")] == 1:
         kind = "fp8"
+    if spec.arg("short_queries"):
+        kind = "short"
     per_sm, per_block = _smem_limits(spec.target)
     for tile in _TILES[kind]:
         smem, blocks_per_sm = _smem_bytes(spec, tile), tile[4]
@@ -119,6 +128,7 @@ PREFILL = Family(
         "head_dim_qk": HEAD_DIMS,
         "head_dim_vo": HEAD_DIMS,
         "kv_storage": tuple(KV_STORAGE),
+        "short_queries": (False, True),
         "mask": tuple(MASKS),
         "pos_encoding": tuple(POS_ENCODINGS),
         "has_window": (False, True),
@@ -136,12 +146,16 @@ def prefill(
     head_dim: int,
     head_dim_vo: int = 0,
     kv_storage: str = "paged",
+    short_queries: bool = False,
     mask: str = "causal",
     pos_encoding: str = "none",
     has_window: bool = False,
     has_soft_cap: bool = False,
 ) -> KernelSpec:
-    """Many query rows per request over its KV. `head_dim_vo` 0: the same as head_dim."""
+    """Many query rows per request over its KV. `head_dim_vo` 0: the same as head_dim.
+
+    `short_queries` picks the tile for requests of at most SHORT_ROWS query rows on average; the results are the same.
+    """
     return PREFILL.spec(
         target,
         q_dtype=q_dtype,
@@ -149,6 +163,7 @@ def prefill(
         head_dim_qk=head_dim,
         head_dim_vo=head_dim_vo or head_dim,
         kv_storage=kv_storage,
+        short_queries=short_queries and targets.kind(target) == "cuda",
         mask=mask,
         pos_encoding=pos_encoding,
         has_window=has_window,
