@@ -10,12 +10,16 @@
 
 namespace flashinfer {
 
+// Sums over what a thread or a warp has seen.
+struct SpeculativeWeights {
+  float residual;  // of max(target - draft, 0)
+  float target;    // of the target itself, for the row whose residual vanishes
+};
+
 template <class Config>
 struct SpeculativeSmem {
   typename RowSlice<Config>::Smem target, draft;
-  Stats blocks[Config::kClusterSize];
-  float scratch[2][Config::kNumThreads / kWarpSize];
-  typename Draw<Config>::Smem draw;
+  WarpTable<Config, SpeculativeWeights> warps;
 };
 
 struct AcceptedDraft {
@@ -63,7 +67,7 @@ __device__ void chain_speculative(const SpeculativeParams& params) {
 
   cluster_announce<kClusterSize>();
   wait_for_previous_kernel();
-  const int row = blockIdx.x / kClusterSize, lane_idx = threadIdx.x % kWarpSize;
+  const int row = blockIdx.x / kClusterSize;
   const RandomKey random = RandomKey::of(params, row);
   const AcceptedDraft accepted = accept_draft<T>(params, row, random);
   const int step = accepted.num_emitted;
@@ -94,7 +98,7 @@ __device__ void chain_speculative(const SpeculativeParams& params) {
     for (int i = 0; i < Slice::kVecSize; ++i) weights[i] = fmaxf(weights[i] - to_float(draft[i]), 0.f);
   };
 
-  Stats mine{0.f, 0.f};  // max: the weight of the target itself, for the row whose residual vanishes
+  SpeculativeWeights mine{0.f, 0.f};
 #pragma unroll 4
   for (int slot = 0; slot < target.num_slots; ++slot) {
     const typename Slice::Granule granule = target.at(slot, threadIdx.x);
@@ -102,26 +106,27 @@ __device__ void chain_speculative(const SpeculativeParams& params) {
     residuals(granule, slot, threadIdx.x, weights);
 #pragma unroll
     for (int i = 0; i < Slice::kVecSize; ++i) {
-      mine.sum += weights[i];
-      mine.max += to_float(granule[i]);
+      mine.residual += weights[i];
+      mine.target += to_float(granule[i]);
     }
   }
   allow_next_kernel();
 
-  const Stats block{block_reduce<Config::kNumThreads>(mine.max, Sum{}, smem.scratch[0]),
-                    block_reduce<Config::kNumThreads>(mine.sum, Sum{}, smem.scratch[1])};
   cluster_await<kClusterSize>();
-  if (threadIdx.x < kClusterSize) {
-    *shared_at_rank<kClusterSize>(&smem.blocks[cluster_rank<kClusterSize>()], threadIdx.x) = block;
-  }
+  smem.warps.push({warp_reduce(mine.residual, Sum{}), warp_reduce(mine.target, Sum{})});
   cluster_sync<kClusterSize>();
-  const Stats others = lane_idx < kClusterSize ? smem.blocks[lane_idx] : Stats{0.f, 0.f};
-  const bool uses_residual = warp_reduce(others.sum, Sum{}) > 0.f;
-  const float total = warp_reduce(uses_residual ? others.sum : others.max, Sum{});
+  SpeculativeWeights total{0.f, 0.f};
+  smem.warps.for_lane([&](const SpeculativeWeights& warp) {
+    total.residual += warp.residual;
+    total.target += warp.target;
+  });
+  total = {warp_reduce(total.residual, Sum{}), warp_reduce(total.target, Sum{})};
+  const bool uses_residual = total.residual > 0.f;
+  const float weight = uses_residual ? total.residual : total.target;
 
   // The first block writes everything but the drawn token.
   int32_t* output_ids = params.output_ids + int64_t(row) * (params.num_draft + 1);
-  const bool is_valid = total > 0.f && total < kInfinity;
+  const bool is_valid = weight > 0.f && weight < kInfinity;
   if (cluster_rank<kClusterSize>() == 0) {
     for (int i = threadIdx.x; i <= params.num_draft; i += Config::kNumThreads) {
       if (i < step) output_ids[i] = params.draft_ids[int64_t(row) * params.num_draft + i];
@@ -135,23 +140,15 @@ __device__ void chain_speculative(const SpeculativeParams& params) {
   }
   if (!is_valid) return;
 
-  const RandomWords words = random.words(0);
-  if constexpr (kClusterSize > 1) {
-    const float block_weight = uses_residual ? others.sum : others.max;
-    if (pick_lane(block_weight, words.uniform(0)) != cluster_rank<kClusterSize>()) return;
-  }
-  const float thread_weight = uses_residual ? mine.sum : mine.max;
-  Draw<Config>::block_weight(thread_weight, smem.draw);
-  Draw<Config>::pick_in_block(
-      target, thread_weight, random, words, smem.draw,
+  draw_from_warps<Config>(
+      target, random, smem.warps,
+      [&](const SpeculativeWeights& warp) { return uses_residual ? warp.residual : warp.target; },
+      uses_residual ? mine.residual : mine.target,
       [&](int slot, int thread_idx, float* weights) {
         const typename Slice::Granule granule = target.at(slot, thread_idx);
-        if (uses_residual) {
-          residuals(granule, slot, thread_idx, weights);
-        } else {
+        if (uses_residual) return residuals(granule, slot, thread_idx, weights);
 #pragma unroll
-          for (int i = 0; i < Slice::kVecSize; ++i) weights[i] = to_float(granule[i]);
-        }
+        for (int i = 0; i < Slice::kVecSize; ++i) weights[i] = to_float(granule[i]);
       },
       [&](int token_id) { output_ids[step] = token_id; });
 }

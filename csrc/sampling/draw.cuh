@@ -1,6 +1,6 @@
-// Drawing one token in proportion to weights: by inverse CDF, one level of the machine at a time (block of the cluster,
-// warp, lane, slot, element), each level with a random word of its own. So no level needs more resolution than its own
-// few alternatives, no prefix sum runs over the whole row, and one reading of the row is enough.
+// Drawing one token in proportion to weights: by inverse CDF, one level of the machine at a time (warp of the cluster,
+// lane, slot, element), each level with a random word of its own. So no level needs more resolution than its own few
+// alternatives, no prefix sum runs over the whole row, and one reading of the row is enough.
 //
 // A level may only choose what has weight. Rounding can put the target behind the last prefix; then the last
 // alternative with weight is taken.
@@ -26,6 +26,27 @@ __device__ __forceinline__ int pick_lane(float weight, float uniform) {
   return hit ? __ffs(hit) - 1 : 31 - __clz(alive);
 }
 
+// The warp of the cluster to take, by weight_of(entry) of a table; every lane of every warp receives the answer.
+template <class Table, class WeightOf>
+__device__ __forceinline__ int pick_warp(const Table& table, float uniform0, float uniform1, WeightOf weight_of) {
+  const int lane_idx = threadIdx.x % kWarpSize;
+  float weight = 0.f;
+  table.for_lane([&](const auto& entry) { weight += weight_of(entry); });
+  const int picked_lane = pick_lane(weight, uniform0);
+  // The picked lane's few entries, one after the other.
+  int picked = 0, i = 0;
+  float prefix = 0.f;
+  table.for_lane([&](const auto& entry) {
+    const float w = weight_of(entry);
+    if (w > 0.f && !(prefix > uniform1 * weight)) {
+      prefix += w;
+      picked = lane_idx * Table::kEntriesPerLane + i;
+    }
+    ++i;
+  });
+  return __shfl_sync(0xffffffffu, picked, picked_lane);
+}
+
 struct RandomKey {
   uint64_t seed, offset;
   int row;
@@ -39,58 +60,45 @@ struct RandomKey {
   __device__ __forceinline__ RandomWords words(int i) const { return philox(seed, row, offset / 4 + i); }
 };
 
-template <class Config>
-struct Draw {
-  static constexpr int kNumWarps = Config::kNumThreads / kWarpSize;
-  static constexpr int kClusterSize = Config::kClusterSize;
-  struct Smem {
-    float warps[kNumWarps];
-  };
+// Draws from what is spread over the warps of a cluster. Called by all of them; emit(token id) runs in one thread.
+//   warp_weight_of(entry of the table)        weights of warps, in one scale
+//   thread_weight                             of this thread, in a scale of its warp
+//   element_weights(slot, thread_idx, w[])    the weights behind thread_weight
+template <class Config, class Slice, class Table, class WarpWeightOf, class ElementWeights, class Emit>
+__device__ __forceinline__ void draw_from_warps(const Slice& slice, const RandomKey& random, const Table& table,
+                                                WarpWeightOf warp_weight_of, float thread_weight,
+                                                ElementWeights element_weights, Emit emit) {
+  constexpr int kNumWarps = Config::kNumThreads / kWarpSize;
+  const int warp_idx = threadIdx.x / kWarpSize, lane_idx = threadIdx.x % kWarpSize;
+  const RandomWords words = random.words(0);
+  const int picked_warp = pick_warp(table, words.uniform(0), words.uniform(1), warp_weight_of);
+  if (picked_warp != cluster_rank<Config::kClusterSize>() * kNumWarps + warp_idx) return;
+  const int thread_idx = warp_idx * kWarpSize + pick_lane(thread_weight, words.uniform(2));
 
-  // Sums thread_weight over the block and leaves each warp's sum for the choice that follows.
-  __device__ __forceinline__ static float block_weight(float thread_weight, Smem& smem) {
-    const int warp_idx = threadIdx.x / kWarpSize, lane_idx = threadIdx.x % kWarpSize;
-    const float warp_weight = warp_reduce(thread_weight, Sum{});
-    if (lane_idx == 0) smem.warps[warp_idx] = warp_weight;
-    __syncthreads();
-    return warp_reduce(lane_idx < kNumWarps ? smem.warps[lane_idx] : 0.f, Sum{});
+  // The lanes of the warp look at the picked thread's slots side by side.
+  float slot_weight = 0.f;
+  float weights[Slice::kVecSize];
+  for (int slot = lane_idx; slot < slice.num_slots; slot += kWarpSize) {
+    element_weights(slot, thread_idx, weights);
+#pragma unroll
+    for (int i = 0; i < Slice::kVecSize; ++i) slot_weight += weights[i];
   }
+  if (pick_lane(slot_weight, words.uniform(3)) != lane_idx) return;
 
-  // Called by every thread of the block that the cluster chose. emit(token id) runs in one thread.
-  // element_weight(slot, thread_idx, weights[kVecSize]) computes the weights behind thread_weight.
-  template <class Slice, class ElementWeight, class Emit>
-  __device__ __forceinline__ static void pick_in_block(const Slice& slice, float thread_weight, const RandomKey& random,
-                                                       const RandomWords& words, Smem& smem,
-                                                       ElementWeight element_weight, Emit emit) {
-    const int warp_idx = threadIdx.x / kWarpSize, lane_idx = threadIdx.x % kWarpSize;
-    if (pick_lane(lane_idx < kNumWarps ? smem.warps[lane_idx] : 0.f, words.uniform(1)) != warp_idx) return;
-    const int thread_idx = warp_idx * kWarpSize + pick_lane(thread_weight, words.uniform(2));
-
-    // The lanes of the warp look at the chosen thread's slots side by side.
-    float slot_weight = 0.f;
-    float weights[Slice::kVecSize];
-    for (int slot = lane_idx; slot < slice.num_slots; slot += kWarpSize) {
-      element_weight(slot, thread_idx, weights);
+  const float target = random.words(1).uniform(0) * slot_weight;
+  float prefix = 0.f;
+  int token_id = 0;
+  for (int slot = lane_idx; slot < slice.num_slots && !(prefix > target); slot += kWarpSize) {
+    element_weights(slot, thread_idx, weights);
 #pragma unroll
-      for (int i = 0; i < Slice::kVecSize; ++i) slot_weight += weights[i];
-    }
-    if (pick_lane(slot_weight, words.uniform(3)) != lane_idx) return;
-
-    const float target = random.words(1).uniform(0) * slot_weight;
-    float prefix = 0.f;
-    int token_id = 0;
-    for (int slot = lane_idx; slot < slice.num_slots && !(prefix > target); slot += kWarpSize) {
-      element_weight(slot, thread_idx, weights);
-#pragma unroll
-      for (int i = 0; i < Slice::kVecSize; ++i) {
-        if (weights[i] > 0.f && !(prefix > target)) {
-          prefix += weights[i];
-          token_id = slice.token_id(slot, thread_idx, i);
-        }
+    for (int i = 0; i < Slice::kVecSize; ++i) {
+      if (weights[i] > 0.f && !(prefix > target)) {
+        prefix += weights[i];
+        token_id = slice.token_id(slot, thread_idx, i);
       }
     }
-    emit(token_id);
   }
-};
+  emit(token_id);
+}
 
 }  // namespace flashinfer

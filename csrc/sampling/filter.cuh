@@ -46,6 +46,12 @@ struct Filter {
     return filter;
   }
 
+  // Where RowTotals leaves its sample for the search.
+  __device__ __forceinline__ static float* maxima(Smem& smem) {
+    if constexpr (kSearches) return smem.search.maxima;
+    return nullptr;
+  }
+
   __device__ __forceinline__ bool cuts() const { return top_k != kKeepAll || top_p < kInfinity; }
 
   __device__ __forceinline__ Search search(RowSlice<Config>& slice, const RowTotals<Config>& totals, float scale,
@@ -53,23 +59,23 @@ struct Filter {
     constexpr float kWidestRange = 160.f;  // in log2; deeper, a weight is zero
     const float range = fminf(kWidestRange, 1.f - __log2f(negligible(totals, vocab_size)));
     const Depth<Config> depth(totals.row.max, scale, range);
-    return Search{slice, smem.search, depth, Weigh<Config>{totals.row.max, scale}, thread_max, totals.lowest_max};
+    return Search{slice, smem.search, depth, Weigh<Config>{totals.row.max, scale}, thread_max, totals.lowest_warp_max};
   }
 
   // Collective over the cluster. With kLeaderMayFinish, returns false in blocks that hold nothing of what is kept.
   template <bool kLeaderMayFinish>
   __device__ __forceinline__ bool apply(Search& search, const RowTotals<Config>& totals, int vocab_size, Smem& smem,
-                                        Kept& kept) const {
+                                        Kept& kept, typename Search::Ranking& ranking) const {
     const bool is_leader = cluster_rank<Config::kClusterSize>() == 0;
     uint32_t depth_end = last_depth(search.depth, negligible(totals, vocab_size)), k = top_k;
     float target = in_turn || top_p == kInfinity ? kInfinity : top_p * totals.row.sum, floor = -kInfinity;
 #pragma unroll 1
     while (true) {
-      search.run(k, target, depth_end);
+      search.run(k, target, depth_end, k == top_k);
       const bool is_alone = kLeaderMayFinish && search.is_listed && search.window.begin == 0;
       if (is_alone && !is_leader) return false;
       if (is_leader) {
-        kept = lead(search, k, target, in_turn && k != kKeepAll);
+        kept = lead(search, k, target, in_turn && k != kKeepAll, ranking);
         kept.threshold = fmaxf(kept.threshold, floor);
         if (!is_alone && threadIdx.x < Config::kClusterSize) {
           *shared_at_rank<Config::kClusterSize>(&smem.kept, threadIdx.x) = kept;
@@ -88,19 +94,23 @@ struct Filter {
 
  private:
   // Step 4 of the search, in the leader.
-  __device__ __forceinline__ Kept lead(Search& search, uint32_t k, float target, bool top_p_follows) const {
+  __device__ __forceinline__ Kept lead(Search& search, uint32_t k, float target, bool top_p_follows,
+                                       typename Search::Ranking& ranking) const {
     Kept kept{search.tie_threshold, 0.f, kInfinity, false};
+    if (search.is_listed) ranking = search.rank();
 #pragma unroll 1
     while (true) {
-      if (search.is_listed) kept.threshold = fmaxf(kept.threshold, search.select(k, target));
-      if constexpr (Config::kInput == kOrderOnly) return kept;
-      kept.list_weight = search.is_listed ? search.list_weight(kept.threshold) / search.fixed_scale() : 0.f;
+      if (search.is_listed) {
+        search.limit(ranking, k, target);
+        kept.threshold = from_ordered_bits(ranking.lowest);
+        kept.list_weight = ranking.total * ranking.unit;
+      }
       if (!top_p_follows) return kept;
+      // k stays: what it cuts, no share of what it leaves brings back.
       kept.target = top_p * (search.all.weight_above + kept.list_weight);
-      kept.again = !search.is_listed || (search.window.above.count > 0 && search.all.weight_above >= kept.target);
+      kept.again = !search.is_listed || (search.all.count_above > 0 && search.all.weight_above >= kept.target);
       if (kept.again) return kept;
       target = kept.target;
-      k = kKeepAll;
       top_p_follows = false;
     }
   }

@@ -54,7 +54,8 @@ __device__ void normalize_row(const SamplingParams& params) {
   const float scale = softmax_scale(params, row);
 
   const Stats mine = read_row(slice, scale);
-  const RowTotals<Config> totals = RowTotals<Config>::share(mine, scale, smem.totals);
+  const RowTotals<Config> totals =
+      RowTotals<Config>::share(mine, scale, smem.totals, Filter<Config>::maxima(smem.filter));
   const Weigh<Config> weigh{totals.row.max, scale};
 
   float threshold = -kInfinity, kept_sum = totals.row.sum;
@@ -62,7 +63,8 @@ __device__ void normalize_row(const SamplingParams& params) {
     if (filter.cuts() && (Config::kInput == kOrderOnly || totals.is_valid())) {
       auto search = filter.search(slice, totals, scale, mine.max, params.vocab_size, smem.filter);
       Kept kept;
-      filter.template apply<false>(search, totals, params.vocab_size, smem.filter, kept);
+      typename ThresholdSearch<Config>::Ranking ranking;
+      filter.template apply<false>(search, totals, params.vocab_size, smem.filter, kept, ranking);
       threshold = kept.threshold;
       kept_sum = search.all.weight_above + kept.list_weight;
     }

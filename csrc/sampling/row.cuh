@@ -7,6 +7,7 @@
 #pragma once
 
 #include "device/cluster.cuh"
+#include "device/exp2.cuh"
 #include "device/reduce.cuh"
 #include "device/vec.cuh"
 #include "sampling/params.h"
@@ -14,12 +15,6 @@
 namespace flashinfer {
 
 constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
-
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 template <class Config>
 struct RowSlice {
@@ -88,25 +83,27 @@ struct RowSlice {
     }
   }
 
-  // visit(score, slot, lane) for each element of this thread, padding included.
+  // visit(granule, slot) for each granule of this thread, padding included.
   template <class Visit>
-  __device__ __forceinline__ void for_each(Visit visit) {
+  __device__ __forceinline__ void for_each_granule(Visit visit) {
     if constexpr (kResident) {
 #pragma unroll 2
-      for (int slot = 0; slot < num_slots; ++slot) {
-        const Granule granule = at(slot, threadIdx.x);
-#pragma unroll
-        for (int i = 0; i < kVecSize; ++i) visit(to_float(granule[i]), slot, i);
-      }
+      for (int slot = 0; slot < num_slots; ++slot) visit(at(slot, threadIdx.x), slot);
     } else {
       read([&](const Granule* batch, int slot) {
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-          for (int i = 0; i < kVecSize; ++i) visit(to_float(batch[u][i]), slot + u, i);
-        }
+        for (int u = 0; u < kUnroll; ++u) visit(batch[u], slot + u);
       });
     }
+  }
+
+  // visit(score, slot, lane) for each element of this thread, padding included.
+  template <class Visit>
+  __device__ __forceinline__ void for_each(Visit visit) {
+    for_each_granule([&](const Granule& granule, int slot) {
+#pragma unroll
+      for (int i = 0; i < kVecSize; ++i) visit(to_float(granule[i]), slot, i);
+    });
   }
 
   // Any thread's granule of this block, after read().
@@ -199,69 +196,82 @@ __device__ __forceinline__ float rebase(Stats stats, float max, float scale) {
   return Config::kInput == kLogits ? stats.sum * exp2_approx((stats.max - finite_or_zero(max)) * scale) : stats.sum;
 }
 
-// The exchange of Stats through the cluster.
+// What each warp of the cluster has to say, in every block's shared memory. One barrier of the cluster spreads and
+// none of the block: tables this small are cheaper to reduce in every warp than to reduce once and hand out.
+template <class Config, class Entry>
+struct WarpTable {
+  static constexpr int kClusterSize = Config::kClusterSize, kNumWarps = Config::kNumThreads / kWarpSize;
+  static constexpr int kNumEntries = kClusterSize * kNumWarps;
+  static constexpr int kEntriesPerLane = ceil_div(kNumEntries, kWarpSize);
+
+  Entry entries[kEntriesPerLane * kWarpSize];
+
+  // Every warp of the cluster gives its entry (the same in all lanes); visible after the next cluster barrier.
+  __device__ __forceinline__ void push(const Entry& mine) {
+    const int lane_idx = threadIdx.x % kWarpSize;
+    const int place = cluster_rank<kClusterSize>() * kNumWarps + threadIdx.x / kWarpSize;
+    if (lane_idx < kClusterSize) *shared_at_rank<kClusterSize>(&entries[place], lane_idx) = mine;
+  }
+  // visit(entry) for this lane's part of the table.
+  template <class Visit>
+  __device__ __forceinline__ void for_lane(Visit visit) const {
+#pragma unroll
+    for (int i = 0; i < kEntriesPerLane; ++i) {
+      const int place = (threadIdx.x % kWarpSize) * kEntriesPerLane + i;
+      if (place < kNumEntries) visit(entries[place]);
+    }
+  }
+};
+
+// The row's Stats from those of its threads, and a sample of its large elements.
 template <class Config>
 struct RowTotals {
-  static constexpr int kClusterSize = Config::kClusterSize;
+  static constexpr int kClusterSize = Config::kClusterSize, kNumThreads = Config::kNumThreads;
+  static constexpr bool kSamples = Config::kTopK || Config::kTopP;
   struct Smem {
-    Stats blocks[kClusterSize];
-    float lowest_max[kClusterSize];
-    float scratch[3][Config::kNumThreads / kWarpSize];
+    WarpTable<Config, Stats> warps;
   };
 
   Stats row;
-  float block_max;   // of this block
-  float lowest_max;  // the smallest maximum any thread of the cluster has found
+  float warp_max;         // of this warp
+  float lowest_warp_max;  // the smallest that any warp of the cluster has
 
-  // Collective over the cluster. Ends with its barrier.
-  __device__ __forceinline__ static RowTotals share(Stats mine, float scale, Smem& smem) {
+  // Collective over the cluster; ends with its barrier. maxima_smem[kNumThreads], if given, receives the maxima of
+  // groups of kClusterSize threads, from all blocks.
+  __device__ __forceinline__ static RowTotals share(Stats mine, float scale, Smem& smem, float* maxima_smem = nullptr) {
     RowTotals totals;
-    totals.block_max = block_reduce<Config::kNumThreads>(mine.max, Max{}, smem.scratch[0]);
-    const float sum =
-        block_reduce<Config::kNumThreads>(rebase<Config>(mine, totals.block_max, scale), Sum{}, smem.scratch[1]);
-    const float occupied_max = mine.max > RowSlice<Config>::kPadding ? mine.max : kInfinity;
-    const float lowest = -block_reduce<Config::kNumThreads>(-occupied_max, Max{}, smem.scratch[2]);
+    const float group_max = warp_reduce<kClusterSize>(mine.max, Max{});
+    totals.warp_max = group_max;
+#pragma unroll
+    for (int offset = kClusterSize; offset < kWarpSize; offset *= 2) {
+      totals.warp_max = fmaxf(totals.warp_max, __shfl_xor_sync(0xffffffffu, totals.warp_max, offset));
+    }
+    const float warp_sum = warp_reduce(rebase<Config>(mine, totals.warp_max, scale), Sum{});
 
     cluster_await<kClusterSize>();
-    if (threadIdx.x < kClusterSize) {
-      const int rank = cluster_rank<kClusterSize>();
-      *shared_at_rank<kClusterSize>(&smem.blocks[rank], threadIdx.x) = {totals.block_max, sum};
-      *shared_at_rank<kClusterSize>(&smem.lowest_max[rank], threadIdx.x) = lowest;
+    smem.warps.push({totals.warp_max, warp_sum});
+    if constexpr (kSamples) {
+      constexpr int kGroupsPerBlock = kNumThreads / kClusterSize;
+      const int place = cluster_rank<kClusterSize>() * kGroupsPerBlock + threadIdx.x / kClusterSize;
+      *shared_at_rank<kClusterSize>(&maxima_smem[place], threadIdx.x % kClusterSize) = group_max;
     }
     cluster_sync<kClusterSize>();
 
-    totals.row = {RowSlice<Config>::kPadding, 0.f};
-    totals.lowest_max = kInfinity;
-#pragma unroll
-    for (int rank = 0; rank < kClusterSize; ++rank) {
-      totals.row.max = fmaxf(totals.row.max, smem.blocks[rank].max);
-      totals.lowest_max = fminf(totals.lowest_max, smem.lowest_max[rank]);
-    }
-#pragma unroll
-    for (int rank = 0; rank < kClusterSize; ++rank) {
-      totals.row.sum += rebase<Config>(smem.blocks[rank], totals.row.max, scale);
-    }
+    float max = RowSlice<Config>::kPadding, lowest = kInfinity, sum = 0.f;
+    smem.warps.for_lane([&](const Stats& warp) {
+      max = fmaxf(max, warp.max);
+      if (warp.max > RowSlice<Config>::kPadding) lowest = fminf(lowest, warp.max);
+    });
+    totals.row.max = warp_reduce(max, Max{});
+    if constexpr (kSamples) totals.lowest_warp_max = -warp_reduce(-lowest, Max{});
+    smem.warps.for_lane([&](const Stats& warp) { sum += rebase<Config>(warp, totals.row.max, scale); });
+    totals.row.sum = warp_reduce(sum, Sum{});
     return totals;
   }
 
   // No weight at all, or NaN: nothing can be drawn from this row.
   __device__ __forceinline__ bool is_valid() const { return row.sum > 0.f && row.sum < kInfinity; }
 };
-
-// Sums one value per thread over the cluster, in a fixed order. Ends with a cluster barrier.
-template <class Config>
-__device__ __forceinline__ float cluster_sum(float x, float* blocks_smem, float* scratch_smem) {
-  constexpr int kClusterSize = Config::kClusterSize;
-  const float sum = block_reduce<Config::kNumThreads>(x, Sum{}, scratch_smem);
-  if (threadIdx.x < kClusterSize) {
-    *shared_at_rank<kClusterSize>(&blocks_smem[cluster_rank<kClusterSize>()], threadIdx.x) = sum;
-  }
-  cluster_sync<kClusterSize>();
-  float total = 0.f;
-#pragma unroll
-  for (int rank = 0; rank < kClusterSize; ++rank) total += blocks_smem[rank];
-  return total;
-}
 
 // ids[row] of an array of either integer width.
 __device__ __forceinline__ int64_t load_index(const void* ids, int are_int64, int row) {

@@ -16,9 +16,6 @@ struct SampleSmem {
   typename RowSlice<Config>::Smem slice;
   typename RowTotals<Config>::Smem totals;
   typename Filter<Config>::Smem filter;
-  typename Draw<Config>::Smem draw;
-  float blocks[Config::kClusterSize];
-  float scratch[Config::kNumThreads / kWarpSize];
 };
 
 // One row's draw.
@@ -39,18 +36,12 @@ struct RowDraw {
     if (params.valid) params.valid[row] = 0;
   }
 
-  // Draws from what is spread over the blocks. Lane r of each warp gives the weight of block r; weight_of(score) is the
-  // weight behind thread_weight.
-  template <class WeightOf>
-  __device__ __forceinline__ void from_blocks(float lane_block_weight, float thread_weight, WeightOf weight_of) const {
-    const RandomKey random = RandomKey::of(params, row);
-    const RandomWords words = random.words(0);
-    if constexpr (Config::kClusterSize > 1) {
-      if (pick_lane(lane_block_weight, words.uniform(0)) != cluster_rank<Config::kClusterSize>()) return;
-    }
-    Draw<Config>::block_weight(thread_weight, smem.draw);
-    Draw<Config>::pick_in_block(
-        slice, thread_weight, random, words, smem.draw,
+  // Draws from what is spread over the warps; weight_of(score) is the weight behind thread_weight.
+  template <class Table, class WarpWeightOf, class WeightOf>
+  __device__ __forceinline__ void from_warps(const Table& table, WarpWeightOf warp_weight_of, float thread_weight,
+                                             WeightOf weight_of) const {
+    draw_from_warps<Config>(
+        slice, RandomKey::of(params, row), table, warp_weight_of, thread_weight,
         [&](int slot, int thread_idx, float* weights) {
           const typename RowSlice<Config>::Granule granule = slice.at(slot, thread_idx);
 #pragma unroll
@@ -61,48 +52,47 @@ struct RowDraw {
 
   // The row as it is: the weights found while reading it are enough.
   __device__ __forceinline__ void unfiltered(const RowTotals<Config>& totals, Stats mine, float scale) const {
-    const int lane_idx = threadIdx.x % kWarpSize;
-    float block_weight = 0.f;
-    if (lane_idx < Config::kClusterSize) {
-      block_weight = rebase<Config>(smem.totals.blocks[lane_idx], totals.row.max, scale);
-    }
-    from_blocks(block_weight, rebase<Config>(mine, totals.block_max, scale), Weigh<Config>{totals.block_max, scale});
+    from_warps(
+        smem.totals.warps, [&](const Stats& warp) { return rebase<Config>(warp, totals.row.max, scale); },
+        rebase<Config>(mine, totals.warp_max, scale), Weigh<Config>{finite_or_zero(totals.warp_max), scale});
   }
 
+  // What reaches a threshold.
   __device__ __forceinline__ void above(float threshold, const RowTotals<Config>& totals, float thread_max,
                                         float scale) const {
     const Weigh<Config> weigh{totals.row.max, scale};
     const auto weight_of = [&](float score) { return score >= threshold ? weigh(score) : 0.f; };
     float thread_weight = 0.f;
     if (thread_max >= threshold) slice.for_each([&](float score, int, int) { thread_weight += weight_of(score); });
-    cluster_sum<Config>(thread_weight, smem.blocks, smem.scratch);
-    const int lane_idx = threadIdx.x % kWarpSize;
-    from_blocks(lane_idx < Config::kClusterSize ? smem.blocks[lane_idx] : 0.f, thread_weight, weight_of);
+    cluster_sync<Config::kClusterSize>();  // all have read the table
+    smem.totals.warps.push({0.f, warp_reduce(thread_weight, Sum{})});
+    cluster_sync<Config::kClusterSize>();
+    from_warps(smem.totals.warps, [](const Stats& warp) { return warp.sum; }, thread_weight, weight_of);
   }
 
+  // What top-k and top-p leave: part of it is on the leader's list, the rest above the search's window.
   __device__ __forceinline__ void filtered(const Filter<Config>& filter, const RowTotals<Config>& totals,
                                            float thread_max, float scale) const {
     using Search = ThresholdSearch<Config>;
     Search search = filter.search(slice, totals, scale, thread_max, params.vocab_size, smem.filter);
     Kept kept;
-    if (!filter.template apply<true>(search, totals, params.vocab_size, smem.filter, kept)) return;
+    typename Search::Ranking ranking;
+    if (!filter.template apply<true>(search, totals, params.vocab_size, smem.filter, kept, ranking)) return;
 
-    // Either from the leader's list or from what lies above the window.
     const RandomWords words = RandomKey::of(params, row).words(1);
-    const float from_list = words.uniform(1) * (search.all.weight_above + kept.list_weight);
-    if (from_list < kept.list_weight || search.all.weight_above == 0.f) {
+    const float drawn = words.uniform(1) * (search.all.weight_above + kept.list_weight);
+    if (drawn < kept.list_weight || search.all.weight_above == 0.f) {
       if (cluster_rank<Config::kClusterSize>() != 0) return;
-      const uint64_t total = search.list_weight(kept.threshold);
-      const uint64_t drawn = __umul64hi((uint64_t(words.word[2]) << 32) | words.word[3], total);
-      const int token_id = search.draw(kept.threshold, drawn, params.vocab_size);
-      if (threadIdx.x == 0) emit(token_id);
+      // Candidates in descending order share out [0, total); weight_before is where a share begins.
+      const uint32_t place = __umulhi(words.word[2], ranking.total);
+      if (ranking.is_kept && place - ranking.weight_before < ranking.weight) emit(ranking.candidate.token_id);
       return;
     }
-    const int lane_idx = threadIdx.x % kWarpSize;
-    const float block_weight = lane_idx < Config::kClusterSize ? smem.filter.search.collected[lane_idx].weight_above : 0.f;
     const Weigh<Config> weigh{totals.row.max, scale};
-    from_blocks(block_weight, search.thread_weight_above,
-                [&](float score) { return search.depth(score) < search.window.begin ? weigh(score) : 0.f; });
+    from_warps(
+        smem.filter.search.tallies, [](const WindowTally& warp) { return warp.weight_above; },
+        search.thread_weight_above,
+        [&](float score) { return search.depth(score) < search.window.begin ? weigh(score) : 0.f; });
   }
 };
 
@@ -123,7 +113,8 @@ __device__ void sample_row(const SamplingParams& params) {
 
   const Stats mine = read_row(slice, scale);
   allow_next_kernel();
-  const RowTotals<Config> totals = RowTotals<Config>::share(mine, scale, smem.totals);
+  const RowTotals<Config> totals =
+      RowTotals<Config>::share(mine, scale, smem.totals, Filter<Config>::maxima(smem.filter));
   if (!totals.is_valid()) return draw.emit_invalid();
   if constexpr (Config::kMinP) {
     const float min_p = params.min_p ? params.min_p[row] : params.min_p_value;

@@ -2,15 +2,19 @@
 //
 // Both filters are one monotone predicate: an element stays if fewer than k elements are larger, and if the weight of
 // the larger ones is less than the target (p times the whole). Equal elements are kept or cut together. The search
-// narrows a window of scores until the elements inside fit a short list, and one block decides the rest exactly on it:
+// guesses a window of scores that holds the threshold and few elements, checks the guess exactly, and lets one block
+// decide on the elements inside:
 //
-//   1. The threads' own maxima are a sample that is already in registers: where they alone exceed k or the target, the
-//      row does. For the usual peaked row this leaves few elements, and most warps never look at theirs again.
-//   2. If many are left: count the row's elements in 1024 bins of depth below the maximum. Counts times the bins'
-//      weights say where the target falls, to within a bin or two. Weights summed in step 3 check that; if they do not
-//      agree (rows of few distinct values), the weights at the bins' borders give bounds that cannot fail.
-//   3. Sum the weight above the window exactly, and send the elements inside to the leader, the cluster's first block.
-//   4. The leader selects on the list with fixed-point sums, in which order does not matter.
+//   1. The maxima of groups of threads, a by-product of the one reading, are a sample of the large elements. Where they
+//      exceed k, the row does; where they exceed the target or come near it, it is worth a try. For the usual peaked
+//      row that is the whole search, and most warps never look at their elements again.
+//   2. Otherwise: count the row's elements in 1024 bins of depth below the maximum. Counts times the bins' weights say
+//      where in which bin the limit falls.
+//   3. Count and weigh what lies above the window, exactly, and send what lies inside to the leader, the cluster's
+//   first
+//      block. If the guess was wrong or too many are inside (rows of few distinct values), the tallies still bracket
+//      the threshold: guess again inside, and after a few guesses halve.
+//   4. The leader decides on its list with fixed-point sums, in which order does not matter.
 //
 // What all blocks must agree on, all compute from the same numbers in the same order.
 #pragma once
@@ -89,39 +93,48 @@ __device__ __forceinline__ V block_exclusive_scan(V value, V* warps_smem) {
   return before + exclusive;
 }
 
-// Elements counted from the top, with bounds on their weight.
+// Elements counted and weighed from the top.
 struct Tally {
   uint32_t count = 0;
-  float lower = 0.f, upper = 0.f;
+  float weight = 0.f;
 
   __device__ __forceinline__ Tally operator+(const Tally& other) const {
-    return {count + other.count, lower + other.lower, upper + other.upper};
-  }
-  __device__ __forceinline__ Tally shifted_up(int lanes) const {
-    return {__shfl_up_sync(0xffffffffu, count, lanes), __shfl_up_sync(0xffffffffu, lower, lanes),
-            __shfl_up_sync(0xffffffffu, upper, lanes)};
-  }
-};
-
-// The same, exactly: weights in units of 2^-40 of the largest.
-struct ExactTally {
-  uint32_t count = 0;
-  uint64_t weight = 0;
-
-  __device__ __forceinline__ ExactTally operator+(const ExactTally& other) const {
     return {count + other.count, weight + other.weight};
   }
-  __device__ __forceinline__ ExactTally shifted_up(int lanes) const {
-    return {__shfl_up_sync(0xffffffffu, count, lanes),
-            static_cast<uint64_t>(__shfl_up_sync(0xffffffffu, static_cast<unsigned long long>(weight), lanes))};
+  __device__ __forceinline__ Tally shifted_up(int lanes) const {
+    return {__shfl_up_sync(0xffffffffu, count, lanes), __shfl_up_sync(0xffffffffu, weight, lanes)};
   }
 };
 
-constexpr int floor_log2(int n) { return n <= 1 ? 0 : 1 + floor_log2(n / 2); }
+// [begin, end) in depth. If the guess is right, all before is kept and all from `end` on is cut.
+struct Window {
+  uint32_t begin, end;
+};
+
+// What a warp, and then the row, finds about a window.
+struct alignas(16) WindowTally {
+  float weight_above, weight_inside;
+  uint32_t count_above, count_inside;
+  int32_t max, min;    // ordered bits of the elements inside
+  uint32_t overflows;  // elements inside that found no place in the list
+};
+
+constexpr int32_t kLowestOrder = -0x7fffffff - 1, kHighestOrder = 0x7fffffff;
+
+constexpr int floor_log2(int n) {
+  return n <= 1 ? 0 : 1 + floor_log2(n / 2);
+}
 
 struct Candidate {
   float score;
   int32_t token_id;
+};
+
+// A candidate as the others see it.
+struct alignas(16) RankedCandidate {
+  int32_t order;  // ordered bits
+  int32_t token_id;
+  uint32_t weight;  // in units of 2^-31 of the list's
 };
 
 template <class Config>
@@ -129,48 +142,32 @@ struct ThresholdSearch {
   using Slice = RowSlice<Config>;
   static constexpr int kNumThreads = Config::kNumThreads, kClusterSize = Config::kClusterSize;
   static constexpr int kNumWarps = kNumThreads / kWarpSize;
+  static constexpr bool kWeighs = Config::kInput != kOrderOnly;
   static constexpr int kLog2Bins = 10, kNumBins = 1 << kLog2Bins, kBinsPerThread = kNumBins / kNumThreads;
-  static constexpr int kLog2Threads = floor_log2(kNumThreads);
   // Two counts share a word where a block cannot hold more elements than a half word counts.
-  static constexpr bool kPacksBins =
-      Slice::kResident && Config::kRowSlots * kNumThreads * Slice::kVecSize < 65536;
+  static constexpr bool kPacksBins = Slice::kResident && Config::kRowSlots * kNumThreads * Slice::kVecSize < 65536;
   static constexpr int kBinWords = kPacksBins ? kNumBins / 2 : kNumBins;
-  static constexpr int kListCapacity = 896, kListPerBlock = kListCapacity / kClusterSize;
-  static constexpr float kTightSlack = 1e-3f;   // how far binned weights may be off, usually
-  static constexpr float kRoundingSlack = 1e-5f;  // of bounds summed in float
+  static constexpr int kNumSampleBins = 2 * kWarpSize;
+  // The list has room for uneven blocks; ranking takes one candidate a thread.
+  static constexpr int kListCapacity = 2 * kNumThreads, kListPerBlock = kListCapacity / kClusterSize;
   static constexpr uint32_t kNone = 0xffffffff;
 
-  // [begin, end) in depth: all before is kept, all from `end` on is cut.
-  struct Window {
-    uint32_t begin, end;
-    Tally above;      // elements before begin
-    uint32_t inside;   // number of elements
-    bool ends_by_cut;  // because a limit is reached before `end`, not for want of more elements
-    bool is_counted;   // by step 2
-  };
-  struct Collected {
-    float weight_above, weight_inside;  // of the elements before the window, and inside
-    uint32_t count;                     // of the elements inside
-    float max;                          // of the elements inside
-    float min;                          // of all before the window's end: inside it, if it is not empty
-  };
   struct Smem {
     union {
-      struct {
-        uint32_t maxima[kNumThreads];
-        uint32_t words[kBinWords];
-      } bins;
-      struct {
-        uint32_t count[kNumThreads], weight_high[kNumThreads], weight_low[kNumThreads];
-      } exact;
+      float maxima[kNumThreads];  // of groups of threads, row-wide; read in step 1 alone
+      uint32_t words[kBinWords];  // bins of step 2
     };
-    Candidate list[kListCapacity];  // the leader's is filled by all blocks, each in its own part
-    Collected collected[kClusterSize];
-    Window window;
-    float scratch[4][kNumWarps];
-    Tally tally_scratch[kNumWarps], tally_before_open;
-    ExactTally exact_scratch[kNumWarps], exact_before;
-    uint32_t list_size, first_open, first_cut, count_to_cut, chosen_bin;
+    uint32_t sample_bins[kNumSampleBins];
+    union {
+      Candidate list[kListCapacity];  // the leader's is filled by all blocks, each in its own part
+      RankedCandidate ranked[kNumThreads];
+    };
+    WarpTable<Config, WindowTally> tallies;
+    Window guess, guess_bin;
+    Tally scan[kNumWarps], before_cut, at_cut;
+    uint32_t list_size, first_cut;
+    uint32_t block_counts[kClusterSize], totals[kNumWarps];
+    int32_t lowest[kNumWarps];
   };
 
   Slice& slice;
@@ -178,359 +175,410 @@ struct ThresholdSearch {
   const Depth<Config> depth;
   const Weigh<Config> weigh;
   const float thread_max;
-  const float lowest_thread_max;
+  const float lowest_warp_max;
 
   // What is known when the search ends.
-  Window window;
-  Collected all;              // over the cluster
+  Window window;              // the last guess
+  WindowTally all;            // over the cluster
   float thread_weight_above;  // this thread's part of all.weight_above
   bool is_listed;             // the leader holds the elements inside the window; else none of them is open
   float tie_threshold;        // the threshold, if not
 
-  // Steps 1 to 3. Collective over the cluster; ends with its barrier. What lies at depth_end or deeper is taken for cut.
-  __device__ __forceinline__ void run(uint32_t top_k, float target, uint32_t depth_end) {
-    window = {0, depth_end, Tally{}, 0, false, false};
-    bool is_crowded = !bound_by_maxima(top_k, target);
-    const uint32_t widest_end = window.end;
-    const bool widest_ends_by_cut = window.ends_by_cut;
-    bool is_tight = Config::kTopP;
+  // Steps 1 to 3. Collective over the cluster; ends with its barrier. What lies at depth_end or deeper is taken for
+  // cut.
+  __device__ __forceinline__ void run(uint32_t top_k, float target, uint32_t depth_end, bool has_maxima) {
+    Window bracket{0, depth_end};  // holds the threshold for certain
+    Tally above;                   // what lies above it
+    Window bin{0, depth_end};      // the bin of the last guess
+    int attempt = has_maxima && sample(top_k, target, depth_end) ? 0 : 1;
     is_listed = true;
 #pragma unroll 1
     while (true) {
-      if (is_crowded) {
-        narrow(top_k, target, is_tight);
-        is_crowded = window.inside > kListCapacity && window.end - window.begin > 1;
-        if (is_crowded) continue;
+      const Window rest{max(bin.begin, bracket.begin), min(bin.end, bracket.end)};  // of the bin, after its first guess
+      if (attempt == 1 || attempt == 3 || (attempt == 2 && rest.begin >= rest.end)) {
+        guess_by_bins(bracket, above, top_k, target, bin);
+      } else if (attempt > 0) {
+        cluster_sync<kClusterSize>();  // all have read the tallies
+        const uint32_t middle = bracket.begin + (bracket.end - bracket.begin) / 2;
+        window = attempt == 2 ? rest : Window{middle, bracket.end};
       }
-      const bool overflows = collect();
-      if (Config::kTopP && is_tight && is_off_target(top_k, target)) {
-        is_tight = false;
-        window = {0, widest_end, Tally{}, 0, widest_ends_by_cut, false};
-        is_crowded = true;
-        continue;
+      window = {max(window.begin, bracket.begin), min(window.end, bracket.end)};
+      ++attempt;
+      collect();
+
+      const Tally to_end{all.count_above + all.count_inside, all.weight_above + all.weight_inside};
+      const bool begins_right =
+          all.count_above == 0 || !reaches({all.count_above - 1, all.weight_above}, top_k, target);
+      const bool ends_right = window.end == depth_end || reaches(to_end, top_k, target);
+      if (begins_right && ends_right) {
+        if (all.count_inside > 0 && all.overflows == 0 && all.count_inside <= kNumThreads) return;
+        if (all.count_inside == 0 || all.max == all.min || window.end - window.begin <= 1) break;
       }
-      if (all.count == 0) {  // all before the window's end stays
-        is_listed = false;
-        tie_threshold = all.min;
-        return;
+      if (begins_right) {
+        bracket.begin = window.begin;
+        above = {all.count_above, all.weight_above};
+      } else {
+        bracket.end = window.begin;
       }
-      if (!overflows) return;
-      if (all.max == all.min || window.end - window.begin <= 1) break;
-      is_crowded = true;
+      if (ends_right) {
+        bracket.end = min(bracket.end, window.end);
+      } else {
+        bracket.begin = window.end;
+        above = to_end;
+      }
+      if (bracket.begin >= bracket.end) {  // sums of another order disagree: the limit is at this border
+        window = {bracket.end, bracket.end};
+        cluster_sync<kClusterSize>();  // all have read the tallies
+        collect();
+        break;
+      }
     }
-    // More equal elements than the list holds: they stay or go together.
+    // Nothing inside, or more equal elements than can be ranked: they stay or go together.
     is_listed = false;
-    const bool stays = window.above.count < top_k && (window.above.count == 0 || all.weight_above < target);
-    tie_threshold = stays ? all.min : next_above(all.max);
-    if (stays && Config::kInput != kOrderOnly) {
-      cluster_sync<kClusterSize>();  // all have read what was collected
+    if (all.count_inside == 0) {
+      tie_threshold = find_lowest();
+      return;
+    }
+    const bool stays = all.count_above == 0 || !reaches({all.count_above, all.weight_above}, top_k, target);
+    tie_threshold = from_ordered_bits(stays ? all.min : all.max + 1);
+    if (stays) {
+      cluster_sync<kClusterSize>();  // all have read the tallies
       window.begin = window.end;
       collect();
     }
   }
 
-  // ------------------------------------------------------------------------------------------- step 4, leader only
+  // ---------------------------------------------------------------------------------------------- step 4, leader only
 
-  __device__ __forceinline__ float fixed_scale() const {
-    return 0x1p40f / (Config::kInput == kLogits ? 1.f : depth.max);
-  }
-  __device__ __forceinline__ uint64_t fixed_weight(float score) const {
-    return static_cast<uint64_t>(weigh(score) * fixed_scale());
-  }
+  // The leader's view of its list: one candidate a thread.
+  struct Ranking {
+    Candidate candidate;
+    bool is_candidate, is_kept;
+    uint32_t weight, total;  // of this candidate, and of all
+    uint32_t count_larger;   // candidates with a larger score
+    uint32_t weight_larger;  // and their weight
+    uint32_t weight_before;  // the same with ties broken by token id
+    float unit;              // weights are in multiples of it
+    int32_t lowest;          // ordered bits of the smallest kept score
+  };
 
-  // The threshold on the list, given the limits on the row.
-  __device__ __forceinline__ float select(uint32_t top_k, float target) {
-    uint64_t weight_left = ~0ull;
-    if (Config::kTopP && target < kInfinity) {
-      const float left = (target - all.weight_above) * fixed_scale();
-      weight_left = left > 0.f ? static_cast<uint64_t>(left) : 0;
-      if (window.above.count == 0 && weight_left == 0) weight_left = 1;  // the largest always stays
+  // Compares each candidate with all others. Collective over the block; the list is gone afterwards.
+  __device__ __forceinline__ Ranking rank() {
+    if (threadIdx.x < kClusterSize) {
+      uint32_t count = 0;
+      for (int warp = 0; warp < kNumWarps; ++warp) {
+        count += smem.tallies.entries[threadIdx.x * kNumWarps + warp].count_inside;
+      }
+      smem.block_counts[threadIdx.x] = count;
     }
-    const uint32_t count_left = top_k - min(top_k, window.above.count);
-    if (count_left == 0 || weight_left == 0) return next_above(all.max);
-    const int32_t top = ordered_bits(all.max);
-    const uint32_t width = uint32_t(top) - uint32_t(ordered_bits(all.min)) + 1;
-    const uint32_t found = radix_select(
-        width, count_left, weight_left, [&](Candidate candidate) { return uint32_t(top) - ordered_bits(candidate.score); },
-        [&](Candidate candidate) { return Config::kTopP ? fixed_weight(candidate.score) : 0; });
-    return found == kNone ? all.min : from_ordered_bits(top - found);
+    __syncthreads();
+    Ranking mine;
+    mine.is_candidate = false;
+    mine.candidate = {0.f, 0};
+    int place = threadIdx.x;
+#pragma unroll
+    for (int block = 0; block < kClusterSize; ++block) {
+      const int count = smem.block_counts[block];
+      if (place >= 0 && place < count) {
+        mine.candidate = smem.list[block * kListPerBlock + place];
+        mine.is_candidate = true;
+      }
+      place -= count;
+    }
+    mine.unit = all.weight_inside * 0x1p-31f;
+    mine.weight = 0;
+    if (kWeighs && mine.is_candidate && mine.unit > 0.f) {
+      mine.weight = __float2uint_rz(weigh(mine.candidate.score) / mine.unit);
+    }
+    const int32_t order = ordered_bits(mine.candidate.score);
+    __syncthreads();
+    smem.ranked[threadIdx.x] = {order, mine.candidate.token_id, mine.weight};
+    __syncthreads();
+    mine.count_larger = mine.weight_larger = 0;
+    uint32_t weight_tied = 0;
+    // Whole warps without a candidate have nothing to compare.
+    if (threadIdx.x / kWarpSize * kWarpSize < all.count_inside) {
+#pragma unroll 4
+      for (uint32_t i = 0; i < all.count_inside; ++i) {
+        const RankedCandidate other = smem.ranked[i];
+        const bool is_larger = other.order > order;
+        mine.count_larger += is_larger;
+        if constexpr (kWeighs) {
+          mine.weight_larger += is_larger ? other.weight : 0;
+          weight_tied += other.order == order && other.token_id < mine.candidate.token_id ? other.weight : 0;
+        }
+      }
+    }
+    mine.weight_before = mine.weight_larger + weight_tied;
+    return mine;
   }
 
-  // The weight of the list from a threshold on. Collective over the block.
-  __device__ __forceinline__ uint64_t list_weight(float threshold) {
-    ExactTally sum;
-    for_each_listed([&](Candidate candidate) {
-      if (candidate.score >= threshold) sum.weight += fixed_weight(candidate.score);
-    });
+  // Applies limits on the row to the ranked candidates: which are kept, their total and the smallest.
+  __device__ __forceinline__ void limit(Ranking& mine, uint32_t top_k, float target) {
+    const uint32_t count_left = top_k - min(top_k, all.count_above);
+    uint32_t weight_left = 0xffffffffu;
+    if (kWeighs && target < kInfinity) {
+      weight_left = __float2uint_rz((target - all.weight_above) / mine.unit);  // saturates at both ends
+      if (all.count_above == 0) weight_left = max(weight_left, 1u);            // the largest stays
+    }
+    mine.is_kept = mine.is_candidate && mine.count_larger < count_left && mine.weight_larger < weight_left;
+    const uint32_t total = __reduce_max_sync(0xffffffffu, mine.is_kept ? mine.weight_before + mine.weight : 0u);
+    const int32_t lowest =
+        __reduce_min_sync(0xffffffffu, mine.is_kept ? ordered_bits(mine.candidate.score) : all.max + 1);
     __syncthreads();
-    const ExactTally before = block_exclusive_scan<kNumThreads>(sum, smem.exact_scratch);
-    if (threadIdx.x == kNumThreads - 1) smem.exact_before = before + sum;
+    if (threadIdx.x % kWarpSize == 0) {
+      smem.totals[threadIdx.x / kWarpSize] = total;
+      smem.lowest[threadIdx.x / kWarpSize] = lowest;
+    }
     __syncthreads();
-    return smem.exact_before.weight;
-  }
-
-  // The token at which the weights from the threshold on, summed in order of token ids, exceed `drawn`.
-  __device__ __forceinline__ int draw(float threshold, uint64_t drawn, int vocab_size) {
-    return radix_select(
-        vocab_size, kNone, drawn + 1, [](Candidate candidate) { return uint32_t(candidate.token_id); },
-        [&](Candidate candidate) { return candidate.score >= threshold ? fixed_weight(candidate.score) : 0; });
+    mine.total = 0;
+    mine.lowest = all.max + 1;
+#pragma unroll
+    for (int warp = 0; warp < kNumWarps; ++warp) {
+      mine.total = max(mine.total, smem.totals[warp]);
+      mine.lowest = min(mine.lowest, smem.lowest[warp]);
+    }
   }
 
  private:
-  __device__ __forceinline__ static float next_above(float score) {
-    return from_ordered_bits(ordered_bits(score) + 1);
-  }
-
-  // Step 1. Returns whether few enough elements can be left for the list.
-  __device__ __forceinline__ bool bound_by_maxima(uint32_t top_k, float target) {
-    const uint32_t sampled_end = lowest_thread_max < kInfinity ? depth(lowest_thread_max) + 1 : window.end;
-    const uint32_t end = min(window.end, max(sampled_end, 1u));
-    const int shift = max(0, 32 - __clz(end - 1) - kLog2Threads);
-    clear_results();
-    smem.bins.maxima[threadIdx.x] = 0;
+  // Step 1. Returns whether the maxima suggest a window.
+  __device__ __forceinline__ bool sample(uint32_t top_k, float target, uint32_t depth_end) {
+    const int lane_idx = threadIdx.x % kWarpSize;
+    const uint32_t sampled_end = lowest_warp_max < kInfinity ? depth(lowest_warp_max) : depth_end - 1;
+    const uint32_t end = min(depth_end, sampled_end + 1);
+    const int shift = max(0, 32 - __clz(end - 1) - floor_log2(kNumSampleBins));
+    const uint32_t group_depth = depth(smem.maxima[threadIdx.x]);
+    const bool is_occupied = smem.maxima[threadIdx.x] > Slice::kPadding;
+    if (threadIdx.x < kNumSampleBins) smem.sample_bins[threadIdx.x] = 0;
     __syncthreads();
-    const uint32_t thread_depth = depth(thread_max);
-    if (thread_max > Slice::kPadding && thread_depth < end) atomicAdd(&smem.bins.maxima[thread_depth >> shift], 1u);
-    cluster_sync<kClusterSize>();
-    Tally bin;
-#pragma unroll
-    for (int rank = 0; rank < kClusterSize; ++rank) {
-      bin.count += load_shared_at_rank<kClusterSize>(&smem.bins.maxima[threadIdx.x], rank);
-    }
+    if (is_occupied && group_depth < end) atomicAdd(&smem.sample_bins[group_depth >> shift], 1u);
+    __syncthreads();
+    // Every warp for itself, two bins a lane.
+    const uint32_t top = uint32_t(2 * lane_idx) << shift, width = 1u << shift;
+    const uint32_t counts[2] = {smem.sample_bins[2 * lane_idx], smem.sample_bins[2 * lane_idx + 1]};
+    float weights[2] = {0.f, 0.f};
     if constexpr (Config::kTopP) {
-      bin.lower = bin.count * depth.weight((threadIdx.x + 1u) << shift) * (1.f - kRoundingSlack);
+      weights[0] = counts[0] * depth.weight(top + width / 2);
+      weights[1] = counts[1] * depth.weight(top + width + width / 2);
     }
-    find_bins(&bin, 1, Tally{}, top_k, target);
-    if (smem.first_cut == kNone) return false;
-    window.end = border_after(0, end, smem.first_cut, shift);
-    window.ends_by_cut = true;
-    // At 0.8 of the threads, 1.6 elements a thread of them are to be expected.
-    const uint32_t few = kNumThreads * kClusterSize * 4 / 5;
-    return smem.count_to_cut <= (few < kListCapacity / 2 ? few : kListCapacity / 2);
+    uint32_t count = counts[0] + counts[1];
+    float weight = weights[0] + weights[1];
+#pragma unroll
+    for (int offset = 1; offset < kWarpSize; offset *= 2) {
+      const uint32_t count_below = __shfl_up_sync(0xffffffffu, count, offset);
+      const float weight_below = __shfl_up_sync(0xffffffffu, weight, offset);
+      if (lane_idx >= offset) count += count_below, weight += weight_below;
+    }
+    const bool by_weight = Config::kTopP && weight >= target;
+    const uint32_t hit = __ballot_sync(0xffffffffu, count >= top_k || by_weight);
+    const int hit_lane = hit ? __ffs(hit) - 1 : kWarpSize - 1;
+    const uint32_t count_to_hit = __shfl_sync(0xffffffffu, count, hit_lane);
+    const float weight_to_hit = __shfl_sync(0xffffffffu, weight, hit_lane);
+    // At 0.55 of the groups, 0.8 elements a group are to be expected.
+    if (count_to_hit > kNumThreads * 11 / 20) return false;
+    if (!hit && !(Config::kTopP && weight_to_hit > 0.6f * target)) return false;
+    // One bin more where the limit is a weight, of which the sample has but a part.
+    const bool is_count = __shfl_sync(0xffffffffu, count >= top_k, hit_lane);
+    const uint32_t bins_to_hit = 2 * (hit_lane + 1) + (is_count ? 0 : 1);
+    const uint64_t border = uint64_t(bins_to_hit) << shift;
+    window = {0, border < end ? uint32_t(border) : end};
+    return true;
   }
 
-  // Step 2. The leader adds the blocks' bins and tells all of them the window.
-  __device__ __forceinline__ void narrow(uint32_t top_k, float target, bool is_tight) {
-    const uint32_t begin = window.begin, width = window.end - window.begin;
+  // Step 2: `window`, and the bin it lies in. The leader adds the blocks' bins and tells all what it guesses.
+  __device__ __forceinline__ void guess_by_bins(const Window& bracket, const Tally& above, uint32_t top_k, float target,
+                                                Window& bin) {
+    const uint32_t begin = bracket.begin, width = bracket.end - bracket.begin;
     const int shift = max(0, 32 - __clz(width - 1) - kLog2Bins);
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kBinWords / kNumThreads; ++i) smem.bins.words[i * kNumThreads + threadIdx.x] = 0;
-    clear_results();
-    if (depth(thread_max) < window.end) {
+    for (int i = 0; i < kBinWords / kNumThreads; ++i) smem.words[i * kNumThreads + threadIdx.x] = 0;
+    if (threadIdx.x == 0) smem.first_cut = kNone;
+    __syncthreads();
+    if (depth(thread_max) < bracket.end) {
       slice.for_each([&](float score, int, int) {
-        const uint32_t below = depth(score) - begin;
-        if (below >= width) return;
-        const uint32_t bin = below >> shift;
-        atomicAdd(&smem.bins.words[bin % kBinWords], bin < kBinWords ? 1u : 0x10000u);
+        const uint32_t below = depth(score) - begin, place = below >> shift;
+        if constexpr (kPacksBins) {
+          if (below < width) atomicAdd(&smem.words[place / 2], place % 2 ? 0x10000u : 1u);
+        } else {
+          if (below < width) atomicAdd(&smem.words[place], 1u);
+        }
       });
     }
     cluster_sync<kClusterSize>();
     if (cluster_rank<kClusterSize>() == 0) {
       Tally bins[kBinsPerThread];
       add_bins(bins);
-      if constexpr (Config::kTopP) {
 #pragma unroll
-        for (int i = 0; i < kBinsPerThread; ++i) {
-          const uint32_t top = begin + (uint32_t(threadIdx.x * kBinsPerThread + i) << shift), bottom = top + (1u << shift);
-          float lightest = depth.weight(bottom), heaviest = depth.weight(top - min(top, 1u));
-          if (is_tight) lightest = heaviest = 0.5f * (lightest + heaviest);
-          const float slack = is_tight ? kTightSlack : kRoundingSlack;
-          bins[i].lower = bins[i].count * lightest * (1.f - slack);
-          bins[i].upper = bins[i].count * heaviest * (1.f + slack);
-        }
+      for (int i = 0; i < kBinsPerThread && Config::kTopP; ++i) {
+        const uint32_t top = begin + (uint32_t(threadIdx.x * kBinsPerThread + i) << shift);
+        bins[i].weight = bins[i].count * 0.5f * (depth.weight(top) + depth.weight(top + (1u << shift)));
       }
-      find_bins(bins, kBinsPerThread, window.above, top_k, target);
-      Window found = window;
+      find_cut(bins, above, top_k, target);
+      Window guess{bracket.end, bracket.end}, guess_bin = bracket;  // no limit is reached: all of the bracket stays
       if (smem.first_cut != kNone) {
-        found.end = border_after(begin, window.end, smem.first_cut, shift);
-        found.ends_by_cut = true;
+        const uint64_t border = begin + ((uint64_t(smem.first_cut) + 1) << shift);
+        guess_bin = {begin + (smem.first_cut << shift), border < bracket.end ? uint32_t(border) : bracket.end};
+        guess = interpolate(guess_bin, bracket, top_k, target);
       }
-      found.begin = smem.first_open == kNone ? found.end : begin + (smem.first_open << shift);
-      found.above = smem.tally_before_open;
-      found.inside = smem.count_to_cut - found.above.count;
-      found.is_counted = true;
-      if (threadIdx.x < kClusterSize) *shared_at_rank<kClusterSize>(&smem.window, threadIdx.x) = found;
+      if (threadIdx.x < kClusterSize) {
+        *shared_at_rank<kClusterSize>(&smem.guess, threadIdx.x) = guess;
+        *shared_at_rank<kClusterSize>(&smem.guess_bin, threadIdx.x) = guess_bin;
+      }
     }
     cluster_sync<kClusterSize>();
-    window = smem.window;
+    window = smem.guess;
+    bin = smem.guess_bin;
   }
 
-  // Step 3. Returns whether a block had more elements inside than its part of the list.
-  __device__ __forceinline__ bool collect() {
+  // Guesses where in its bin the limit falls, from how far the bin's elements reach.
+  __device__ __forceinline__ Window interpolate(const Window& bin, const Window& bracket, uint32_t top_k,
+                                                float target) const {
+    constexpr float kWeightError = 1.5e-4f;  // of binned weights, at least for smooth rows
+    const Tally before = smem.before_cut, here = smem.at_cut;
+    const float count = here.count;
+    float part = 1.f, margin = (2.5f * sqrtf(count) + 6.f) / count;
+    if (before.count + here.count >= top_k) part = (top_k - before.count) / count;
+    if (Config::kTopP && before.weight + here.weight >= target) {
+      part = fminf(part, fmaxf(target - before.weight, 0.f) / here.weight);
+      margin += kWeightError * target / here.weight;
+    }
+    const float width = bin.end - bin.begin;
+    const float first = (part - margin) * width, last = (part + margin) * width + 1.f;
+    const uint32_t rise = min(bin.begin - bracket.begin, __float2uint_rz(-first));
+    const uint32_t fall = min(bracket.end - bin.begin, __float2uint_rz(last));
+    return {bin.begin - rise + min(bin.end - bin.begin, __float2uint_rz(first)), bin.begin + fall};
+  }
+
+  // Step 3.
+  __device__ __forceinline__ void collect() {
     __syncthreads();
     if (threadIdx.x == 0) smem.list_size = 0;
     __syncthreads();
-    float weight_above = 0.f, weight_inside = 0.f, inside_max = -kInfinity, lowest = kInfinity;
+    const uint32_t begin = window.begin, width = window.end - window.begin;
+    WindowTally mine{0.f, 0.f, 0, 0, kLowestOrder, kHighestOrder, 0};
     if (depth(thread_max) < window.end) {
-      Candidate* const list =
-          shared_at_rank<kClusterSize>(smem.list, 0) + cluster_rank<kClusterSize>() * kListPerBlock;
-      slice.for_each([&](float score, int slot, int lane) {
-        const uint32_t d = depth(score);
-        if (d >= window.end) return;
-        lowest = fminf(lowest, score);
-        if (d < window.begin) {
-          if constexpr (Config::kInput != kOrderOnly) weight_above += weigh(score);
-          return;
-        }
-        inside_max = fmaxf(inside_max, score);
-        if constexpr (Config::kTopP) weight_inside += weigh(score);
-        const uint32_t place = atomicAdd(&smem.list_size, 1u);
-        if (place < kListPerBlock) list[place] = {score, slice.token_id(slot, threadIdx.x, lane)};
-      });
-    }
-    thread_weight_above = weight_above;
-    Collected mine;
-    mine.weight_above = 0.f;
-    if constexpr (Config::kInput != kOrderOnly) {
-      mine.weight_above = block_reduce<kNumThreads>(weight_above, Sum{}, smem.scratch[0]);
-    }
-    mine.weight_inside = Config::kTopP ? block_reduce<kNumThreads>(weight_inside, Sum{}, smem.scratch[1]) : 0.f;
-    mine.max = block_reduce<kNumThreads>(inside_max, Max{}, smem.scratch[2]);
-    mine.min = -block_reduce<kNumThreads>(-lowest, Max{}, smem.scratch[3]);
-    mine.count = smem.list_size;
-    if (threadIdx.x < kClusterSize) {
-      *shared_at_rank<kClusterSize>(&smem.collected[cluster_rank<kClusterSize>()], threadIdx.x) = mine;
-    }
-    cluster_sync<kClusterSize>();
-    all = {0.f, 0.f, 0, -kInfinity, kInfinity};
-    bool overflows = false;
+      Candidate* const list = shared_at_rank<kClusterSize>(smem.list, 0) + cluster_rank<kClusterSize>() * kListPerBlock;
+      slice.for_each_granule([&](const typename Slice::Granule& granule, int slot) {
+        uint32_t inside = 0;
 #pragma unroll
-    for (int rank = 0; rank < kClusterSize; ++rank) {
-      const Collected& block = smem.collected[rank];
-      all.weight_above += block.weight_above;
-      all.weight_inside += block.weight_inside;
-      all.count += block.count;
-      all.max = fmaxf(all.max, block.max);
-      all.min = fminf(all.min, block.min);
-      overflows |= block.count > kListPerBlock;
-    }
-    return overflows;
-  }
-
-  // Whether the exact weights contradict the window that binned weights gave.
-  __device__ __forceinline__ bool is_off_target(uint32_t top_k, float target) const {
-    if (!window.is_counted) return false;
-    const bool begins_too_deep = window.above.count > 0 && all.weight_above >= target;
-    const bool is_cut_by_weight = window.ends_by_cut && window.above.count + window.inside < top_k;
-    const float weight = all.weight_above + all.weight_inside;
-    return begins_too_deep || (is_cut_by_weight && weight < target * (1.f - kRoundingSlack));
-  }
-
-  template <class Visit>
-  __device__ __forceinline__ void for_each_listed(Visit visit) const {
-#pragma unroll 1
-    for (int rank = 0; rank < kClusterSize; ++rank) {
-      const uint32_t count = smem.collected[rank].count;
-      for (uint32_t i = threadIdx.x; i < count; i += kNumThreads) visit(smem.list[rank * kListPerBlock + i]);
-    }
-  }
-
-  // The smallest rank at which the candidates up to it number at least count_left or weigh at least weight_left, or
-  // kNone. rank_of(candidate) < width takes part. kNumThreads bins at a time, one bin a thread.
-  template <class RankOf, class WeightOf>
-  __device__ __forceinline__ uint32_t radix_select(uint32_t width, uint32_t count_left, uint64_t weight_left,
-                                                   RankOf rank_of, WeightOf weight_of) {
-    uint32_t begin = 0;
-#pragma unroll 1
-    while (true) {
-      const int shift = max(0, 32 - __clz(width - 1) - kLog2Threads);
-      __syncthreads();
-      smem.exact.count[threadIdx.x] = smem.exact.weight_high[threadIdx.x] = smem.exact.weight_low[threadIdx.x] = 0;
-      if (threadIdx.x == 0) smem.chosen_bin = kNone;
-      __syncthreads();
-      for_each_listed([&](Candidate candidate) {
-        const uint32_t below = rank_of(candidate) - begin;
-        if (below >= width) return;
-        const uint32_t bin = below >> shift;
-        atomicAdd(&smem.exact.count[bin], 1u);
-        // 40 bits in two halves, so that 2^10 of them add up in a word each.
-        const uint64_t weight = weight_of(candidate);
-        if (weight > 0) {
-          atomicAdd(&smem.exact.weight_high[bin], uint32_t(weight >> 20));
-          atomicAdd(&smem.exact.weight_low[bin], uint32_t(weight) & 0xfffffu);
+        for (int i = 0; i < Slice::kVecSize; ++i) {
+          const float score = to_float(granule[i]);
+          const uint32_t d = depth(score);
+          inside |= uint32_t(d - begin < width) << i;
+          if (begin > 0) {
+            mine.count_above += d < begin;
+            if constexpr (kWeighs) mine.weight_above += d < begin ? weigh(score) : 0.f;
+          }
+        }
+        if (inside == 0) return;
+#pragma unroll
+        for (int i = 0; i < Slice::kVecSize; ++i) {
+          if (!(inside >> i & 1)) continue;
+          const float score = to_float(granule[i]);
+          mine.max = max(mine.max, ordered_bits(score));
+          mine.min = min(mine.min, ordered_bits(score));
+          if constexpr (kWeighs) mine.weight_inside += weigh(score);
+          ++mine.count_inside;
+          const uint32_t place = atomicAdd(&smem.list_size, 1u);
+          if (place < kListPerBlock) {
+            list[place] = {score, slice.token_id(slot, threadIdx.x, i)};
+          } else {
+            ++mine.overflows;
+          }
         }
       });
-      __syncthreads();
-      const ExactTally bin{smem.exact.count[threadIdx.x],
-                           (uint64_t(smem.exact.weight_high[threadIdx.x]) << 20) + smem.exact.weight_low[threadIdx.x]};
-      const ExactTally before = block_exclusive_scan<kNumThreads>(bin, smem.exact_scratch);
-      const bool is_reached_before = before.count >= count_left || before.weight >= weight_left;
-      const bool is_reached_after = before.count + bin.count >= count_left || before.weight + bin.weight >= weight_left;
-      if (!is_reached_before && is_reached_after) {
-        smem.chosen_bin = threadIdx.x;
-        smem.exact_before = before;
-      }
-      __syncthreads();
-      if (smem.chosen_bin == kNone) return kNone;
-      begin += smem.chosen_bin << shift;
-      if (shift == 0) return begin;
-      width = 1u << shift;
-      count_left -= smem.exact_before.count;
-      weight_left -= smem.exact_before.weight;
     }
+    thread_weight_above = mine.weight_above;
+    smem.tallies.push(warp_total(mine));
+    cluster_sync<kClusterSize>();
+    all = {0.f, 0.f, 0, 0, kLowestOrder, kHighestOrder, 0};
+    smem.tallies.for_lane([&](const WindowTally& warp) {
+      all.weight_above += warp.weight_above;
+      all.weight_inside += warp.weight_inside;
+      all.count_above += warp.count_above;
+      all.count_inside += warp.count_inside;
+      all.max = max(all.max, warp.max);
+      all.min = min(all.min, warp.min);
+      all.overflows += warp.overflows;
+    });
+    all = warp_total(all);
   }
 
-  __device__ __forceinline__ void clear_results() {
-    if (threadIdx.x == 0) {
-      smem.first_open = smem.first_cut = kNone;
-      smem.count_to_cut = 0;
-      smem.tally_before_open = Tally{};
-    }
-    __syncthreads();
+  __device__ __forceinline__ static WindowTally warp_total(const WindowTally& lane) {
+    constexpr uint32_t kAll = 0xffffffffu;
+    return {kWeighs ? warp_reduce(lane.weight_above, Sum{}) : 0.f,
+            kWeighs ? warp_reduce(lane.weight_inside, Sum{}) : 0.f,
+            __reduce_add_sync(kAll, lane.count_above),
+            __reduce_add_sync(kAll, lane.count_inside),
+            __reduce_max_sync(kAll, lane.max),
+            __reduce_min_sync(kAll, lane.min),
+            __reduce_add_sync(kAll, lane.overflows)};
+  }
+
+  // Whether the elements tallied leave no room for smaller ones.
+  __device__ __forceinline__ static bool reaches(const Tally& tally, uint32_t top_k, float target) {
+    return tally.count >= top_k || (kWeighs && tally.weight >= target);
+  }
+
+  // The smallest score before the window's end. Collective over the cluster.
+  __device__ __forceinline__ float find_lowest() {
+    WindowTally mine{0.f, 0.f, 0, 0, kLowestOrder, kHighestOrder, 0};
+    slice.for_each([&](float score, int, int) {
+      if (depth(score) < window.end) mine.min = min(mine.min, ordered_bits(score));
+    });
+    mine = warp_total(mine);
+    mine.weight_above = warp_reduce(thread_weight_above, Sum{});  // what the table holds is still needed
+    cluster_sync<kClusterSize>();
+    smem.tallies.push(mine);
+    cluster_sync<kClusterSize>();
+    int32_t lowest = kHighestOrder;
+    smem.tallies.for_lane([&](const WindowTally& warp) { lowest = min(lowest, warp.min); });
+    return from_ordered_bits(__reduce_min_sync(0xffffffffu, lowest));
   }
 
   // This thread's bins, added over the blocks.
   __device__ __forceinline__ void add_bins(Tally* bins) const {
-#pragma unroll 2
+    constexpr int kWordsPerThread = kBinWords / kNumThreads;
+#pragma unroll 4
     for (int rank = 0; rank < kClusterSize; ++rank) {
 #pragma unroll
-      for (int i = 0; i < kBinsPerThread; ++i) {
-        const int bin = threadIdx.x * kBinsPerThread + i;
-        const uint32_t word = load_shared_at_rank<kClusterSize>(&smem.bins.words[bin % kBinWords], rank);
-        bins[i].count += !kPacksBins ? word : bin < kBinWords ? word & 0xffffu : word >> 16;
+      for (int i = 0; i < kWordsPerThread; ++i) {
+        const uint32_t word = load_shared_at_rank<kClusterSize>(&smem.words[threadIdx.x * kWordsPerThread + i], rank);
+        if constexpr (kPacksBins) {
+          bins[2 * i].count += word & 0xffffu;
+          bins[2 * i + 1].count += word >> 16;
+        } else {
+          bins[i].count += word;
+        }
       }
     }
   }
 
-  // The depth at which the bin after this one begins, within the window. In 64 bits: a window may span all of uint32.
-  __device__ __forceinline__ static uint32_t border_after(uint32_t begin, uint32_t end, uint32_t bin, int shift) {
-    const uint64_t border = begin + ((uint64_t(bin) + 1) << shift);
-    return border < end ? uint32_t(border) : end;
-  }
-
-  // Given each thread's next num_bins bins, finds the first bin that is not certainly kept (first_open) and the first
-  // behind which all is certainly cut (first_cut). Results in shared memory, visible to the block on return.
-  __device__ __forceinline__ void find_bins(const Tally* bins, int num_bins, const Tally& above, uint32_t top_k,
-                                            float target) {
+  // Finds the first bin at which a limit is reached. Results in shared memory, visible to the block on return.
+  __device__ __forceinline__ void find_cut(const Tally* bins, const Tally& above, uint32_t top_k, float target) {
     Tally sum;
 #pragma unroll
-    for (int i = 0; i < num_bins; ++i) sum = sum + bins[i];
-    Tally before = above + block_exclusive_scan<kNumThreads>(sum, smem.tally_scratch);
-    uint32_t open_bin = kNone, cut_bin = kNone, count_to_cut = 0;
-    Tally before_open;
+    for (int i = 0; i < kBinsPerThread; ++i) sum = sum + bins[i];
+    Tally before = above + block_exclusive_scan<kNumThreads>(sum, smem.scan);
+    uint32_t cut_bin = kNone;
+    Tally before_cut, at_cut;
 #pragma unroll
-    for (int i = 0; i < num_bins; ++i) {
+    for (int i = 0; i < kBinsPerThread; ++i) {
       const Tally after = before + bins[i];
-      const bool is_kept = after.count < top_k && (!Config::kTopP || after.upper < target);
-      const bool is_cut = after.count >= top_k || (Config::kTopP && after.lower >= target);
-      if (!is_kept && open_bin == kNone) {
-        open_bin = threadIdx.x * num_bins + i;
-        before_open = before;
-      }
-      if (is_cut && cut_bin == kNone) {
-        cut_bin = threadIdx.x * num_bins + i;
-        count_to_cut = after.count;
+      if (cut_bin == kNone && reaches(after, top_k, target)) {
+        cut_bin = threadIdx.x * kBinsPerThread + i;
+        before_cut = before;
+        at_cut = bins[i];
       }
       before = after;
     }
-    if (open_bin != kNone) atomicMin(&smem.first_open, open_bin);
     if (cut_bin != kNone) atomicMin(&smem.first_cut, cut_bin);
     __syncthreads();
-    if (open_bin != kNone && smem.first_open == open_bin) smem.tally_before_open = before_open;
-    if (cut_bin != kNone && smem.first_cut == cut_bin) smem.count_to_cut = count_to_cut;
-    if (smem.first_cut == kNone && threadIdx.x == kNumThreads - 1) smem.count_to_cut = before.count;
-    if (smem.first_open == kNone && threadIdx.x == kNumThreads - 1) smem.tally_before_open = before;
+    if (cut_bin != kNone && smem.first_cut == cut_bin) {
+      smem.before_cut = before_cut;
+      smem.at_cut = at_cut;
+    }
     __syncthreads();
   }
 };
