@@ -5,6 +5,8 @@
 
 #if !defined(__CUDACC__)
 #include <cmath>
+
+#include "cpu/math.h"
 #endif
 
 namespace flashinfer {
@@ -16,7 +18,7 @@ FLASHINFER_HOST_DEVICE inline float gate(float x) {
 #if defined(__CUDA_ARCH__)
   const auto exp = [](float y) { return __expf(y); };
 #else
-  const auto exp = [](float y) { return std::exp(y); };
+  const auto exp = [](float y) { return cpu::fast_exp(y); };
 #endif
   if constexpr (kGate == kSilu) {
     return x / (1.f + exp(-x));

@@ -11,6 +11,7 @@
 
 #include "attention/kv_view.cuh"
 #include "attention/variant.cuh"
+#include "cpu/math.h"
 #include "cpu/types.h"
 
 namespace flashinfer::cpu {
@@ -46,24 +47,6 @@ inline float sum_lanes(const float* lanes) {
 }
 inline float sum_lanes(FloatLanes x) {
   return sum_lanes<kLanes>(reinterpret_cast<const float*>(&x));
-}
-
-// 2^x for x <= 0, to 2e-7; -inf gives 0. Splits off the integer part by adding 1.5 * 2^23, so that loops over it
-// vectorize (a call of exp2f for each score would cost more than the products).
-inline float exp2_nonpositive(float x) {
-  constexpr float kRound = 12582912.f;
-  const float clamped = x < -126.f ? -126.f : x;
-  const float shifted = clamped + kRound, f = clamped - (shifted - kRound);
-  float y = 1.5403530e-4f;
-  y = y * f + 1.3333558e-3f;
-  y = y * f + 9.6181291e-3f;
-  y = y * f + 5.5504109e-2f;
-  y = y * f + 2.4022651e-1f;
-  y = y * f + 6.9314718e-1f;
-  y = y * f + 1.f;
-  const uint32_t exponent = bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(kRound);
-  const float power = bit_cast<float>(bit_cast<uint32_t>(y) + (exponent << 23));
-  return x < -126.f ? 0.f : power;
 }
 
 // Rotate a row in place to its position; see attention/variant.cuh. Angles are reduced in double.
@@ -185,11 +168,11 @@ struct DecodeState {
     float block_sum = 0.f;
 #pragma omp simd reduction(+ : block_sum)
     for (int j = 0; j < kDecodeBlock; ++j) {
-      scores[j] = exp2_nonpositive(scores[j] * scale - shift);
+      scores[j] = fast_exp2(scores[j] * scale - shift);
       block_sum += scores[j];
     }
     if (new_max != max[h]) {
-      const float decay = exp2_nonpositive(max[h] * scale - shift);
+      const float decay = fast_exp2(max[h] * scale - shift);
       sum[h] *= decay;
       for (int d = 0; d < kDimVo; ++d) out[h][d] *= decay;
       max[h] = new_max;

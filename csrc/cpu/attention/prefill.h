@@ -177,11 +177,11 @@ struct PrefillState {
     float block_sum = 0.f;
 #pragma omp simd reduction(+ : block_sum)
     for (int j = 0; j < kN; ++j) {
-      row_scores[j] = exp2_nonpositive(row_scores[j] * scale - shift);
+      row_scores[j] = fast_exp2(row_scores[j] * scale - shift);
       block_sum += row_scores[j];
     }
     if (new_max != max[row]) {
-      const float decay = exp2_nonpositive(max[row] * scale - shift);
+      const float decay = fast_exp2(max[row] * scale - shift);
       sum[row] *= decay;
       for (int d = 0; d < kDimVo; ++d) out[row][d] *= decay;
       max[row] = new_max;
