@@ -1,7 +1,7 @@
 """Prefill and append attention on a GPU: TFLOP/s, or bandwidth where the KV dominates, against upstream and cuDNN.
 
-FLOPs are 2 (head_dim_qk + head_dim_vo) per visible (query, key, head); bytes are K and V once, q and the output. Calls are
-timed inside a CUDA graph.
+FLOPs are 2 (head_dim_qk + head_dim_vo) per visible (query, key, head); bytes are K and V once, q and the output. Calls
+are timed inside a CUDA graph.
 """
 
 from __future__ import annotations
@@ -174,7 +174,10 @@ def measure_host() -> list[list[object]]:
         ["prefill.run()", host_us(lambda: wrapper.run(q, kv))],
         ["prefill.forward(causal=True)", host_us(lambda: wrapper.forward(q, kv, causal=True))],
         ["prefill.plan", host_us(plan)],
-        ["single_prefill_with_kv_cache", host_us(lambda: flashinfer.single_prefill_with_kv_cache(q1, k1, v1, causal=True))],
+        [
+            "single_prefill_with_kv_cache",
+            host_us(lambda: flashinfer.single_prefill_with_kv_cache(q1, k1, v1, causal=True)),
+        ],
         ["merge_state_in_place", host_us(lambda: flashinfer.merge_state_in_place(q, s, out, s))],
     ]
 

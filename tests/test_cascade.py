@@ -33,7 +33,9 @@ def states(device: torch.device, dtype: torch.dtype, *shape: int) -> tuple[Tenso
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(7, 8, 128), (1, 1, 64), (33, 5, 96), (3, 4, 256), (65, 3, 512), (0, 4, 128)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(7, 8, 128), (1, 1, 64), (33, 5, 96), (3, 4, 256), (65, 3, 512), (0, 4, 128)], ids=str
+)
 def test_merge_state(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     v, s = states(device, dtype, 2, *shape)
     if shape[0] > 2:
@@ -112,7 +114,7 @@ def test_merge_errors(device: torch.device) -> None:
         flashinfer.merge_state(v[0].double(), s[0], v[1].double(), s[1])
 
 
-# ------------------------------------------------------------------------------------------------------- shared prefixes
+# ------------------------------------------------------------------------------------------------------ shared prefixes
 
 HEADS, KV_HEADS, DIM, PAGE = 8, 2, 128, 16
 

@@ -212,7 +212,9 @@ def expect(batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
         out, lse = attention(q, batch.k[i], batch.v[i], **{**batch.case.options, **mask, **options})
         outs, lses, begin = [*outs, out], [*lses, lse], begin + qo_len
     if not outs:
-        return torch.zeros(0, batch.case.heads[0], batch.case.head_dim).double(), torch.zeros(0, batch.case.heads[0]).double()
+        return torch.zeros(0, batch.case.heads[0], batch.case.head_dim).double(), torch.zeros(
+            0, batch.case.heads[0]
+        ).double()
     return torch.cat(outs), torch.cat(lses)
 
 
@@ -470,14 +472,20 @@ def test_every_option_compiles(target: str) -> None:
     for case in CASES:
         if case.q_dtype == FP32:
             continue
+        q_dtype = "bf16" if case.q_dtype == BF16 else "fp16"
+        pos_encodings = {"ROPE_LLAMA": "rope", "ALIBI": "alibi"}
         spec = families.prefill(
-            target, q_dtype="bf16" if case.q_dtype == BF16 else "fp16",
-            kv_dtype={E4M3: "fp8_e4m3", E5M2: "fp8_e5m2", None: "bf16" if case.q_dtype == BF16 else "fp16"}[case.kv_dtype],
-            head_dim=case.head_dim, head_dim_vo=case.head_dim_vo, kv_storage=case.storage,
+            target,
+            q_dtype=q_dtype,
+            kv_dtype={E4M3: "fp8_e4m3", E5M2: "fp8_e5m2", None: q_dtype}[case.kv_dtype],
+            head_dim=case.head_dim,
+            head_dim_vo=case.head_dim_vo,
+            kv_storage=case.storage,
             mask="custom" if case.mask else "causal" if case.options.get("causal") else "none",
-            pos_encoding={"ROPE_LLAMA": "rope", "ALIBI": "alibi"}.get(case.options.get("pos_encoding_mode", ""), "none"),
-            has_window="window_left" in case.options, has_soft_cap="logits_soft_cap" in case.options,
-        )  # fmt: skip
+            pos_encoding=pos_encodings.get(case.options.get("pos_encoding_mode", ""), "none"),
+            has_window="window_left" in case.options,
+            has_soft_cap="logits_soft_cap" in case.options,
+        )
         resolver().load(spec)
 
 

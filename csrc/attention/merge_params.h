@@ -7,9 +7,9 @@ namespace flashinfer {
 // Attention states over disjoint parts of a KV, merged into the state over their union. A state of one (row, head) is
 // the normalized output v and s = log2 of the sum of exponentials.
 struct MergeParams {
-  const void* v;          // [num_states_in, num_heads, head_dim]
-  const float* s;         // [num_states_in, num_heads]
-  const void* v_other;    // the second operand of a pair, shaped like v; null unless kPair
+  const void* v;        // [num_states_in, num_heads, head_dim]
+  const float* s;       // [num_states_in, num_heads]
+  const void* v_other;  // the second operand of a pair, shaped like v; null unless kPair
   const float* s_other;
   const uint8_t* mask;    // [num_rows] rows to merge, or null for all; the others keep v and s. Only kPair
   const int32_t* indptr;  // [num_rows + 1] the states of each row; null: num_states of each, in order. Only kMany
@@ -17,7 +17,7 @@ struct MergeParams {
   float* s_out;           // [num_rows, num_heads]; may be s of a pair; null if not wanted
   int64_t num_rows;
   int32_t num_heads;
-  int32_t num_states;     // states of every row when indptr is null
+  int32_t num_states;  // states of every row when indptr is null
 };
 
 }  // namespace flashinfer

@@ -83,8 +83,8 @@ __device__ __forceinline__ uint32_t load_mask_bits(const uint8_t* mask_gmem, int
 // Soft cap and ALiBi on every score; then -inf where a query does not see a key.
 template <class Config, class Shape = PrefillShape<Config>>
 __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kFragsM][Shape::kFragsN][4],
-                                                   const AttentionParams& params, const PrefillWork& work,
-                                                   int warp_row, int tile, bool needs_mask) {
+                                                   const AttentionParams& params, const PrefillWork& work, int warp_row,
+                                                   int tile, bool needs_mask) {
   const int lane_idx = int(fresh_thread_idx() % 32);
   const int first_kv = tile * Shape::kBlockN + lane_idx % 4 * 2;  // of this lane; fragment n, element e adds 8n + e
 #pragma unroll
@@ -235,8 +235,7 @@ __device__ __forceinline__ void store_output(const float (&out)[Shape::kFragsM][
     const QueryRow query = QueryRow::of<Shape>(work, warp_row + row);
     T* dst_gmem = out_gmem + (work.item.q_begin + query.token_idx) * params.out_token_stride +
                   query.qo_head_idx * params.out_head_stride + chunk * 8;
-    *reinterpret_cast<uint4*>(dst_gmem) =
-        *reinterpret_cast<const uint4*>(warp_rows_smem + OutRows::offset(row, chunk));
+    *reinterpret_cast<uint4*>(dst_gmem) = *reinterpret_cast<const uint4*>(warp_rows_smem + OutRows::offset(row, chunk));
   }
   if (params.lse != nullptr && lane_idx < num_rows) {
     const QueryRow query = QueryRow::of<Shape>(work, warp_row + lane_idx);
@@ -340,9 +339,9 @@ __device__ __forceinline__ void attend(const AttentionParams& params, PrefillSme
     const uint8_t* k_smem = smem.k[stage_of<Config>(tile)];
     if constexpr (Shape::kHasRope) {
       const int first_kv = tile * Shape::kBlockN;
-      rotate_rows<Config, typename Config::Kv, typename Shape::KRows>(
-          params, k_smem, smem.k_rotated, Shape::kBlockN, threadIdx.x, Shape::kNumThreads,
-          [&](int row) { return first_kv + row; });
+      rotate_rows<Config, typename Config::Kv, typename Shape::KRows>(params, k_smem, smem.k_rotated, Shape::kBlockN,
+                                                                      threadIdx.x, Shape::kNumThreads,
+                                                                      [&](int row) { return first_kv + row; });
       k_smem = smem.k_rotated;
       __syncthreads();
     }
@@ -389,9 +388,9 @@ __device__ __forceinline__ PrefillWork fetch_work(const AttentionParams& params,
   return {item, k_gmem, v_gmem, kv_head_idx, group_size};
 }
 
-// Config: Q (of q and out), Kv, kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kPosEncoding, and the
-// tile: kBlockM, kBlockN, kNumStages, kNumThreads, kSmemBytes.
-// Grid: as many CTAs as the planner was told; without a plan, one per (query tile, KV head).
+// Config: Q (of q and out), Kv, kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kPosEncoding, and
+// the tile: kBlockM, kBlockN, kNumStages, kNumThreads, kSmemBytes. Grid: as many CTAs as the planner was told; without
+// a plan, one per (query tile, KV head).
 template <class Config>
 __device__ void prefill(const AttentionParams& params) {
   extern __shared__ __align__(128) uint8_t smem_bytes[];

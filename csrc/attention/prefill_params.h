@@ -14,7 +14,7 @@ struct PrefillItem {
   int32_t qo_len;       // its tokens
   int32_t kv_begin;     // KvView::begin
   int32_t kv_len;
-  int32_t tile_begin;   // KV tiles [tile_begin, tile_end); may be empty
+  int32_t tile_begin;  // KV tiles [tile_begin, tile_end); may be empty
   int32_t tile_end;
   int32_t chunk_idx;    // this run is the chunk_idx-th of num_chunks of the query tile
   int32_t num_chunks;   // 1: the kernel writes the output itself
@@ -50,21 +50,21 @@ struct TileRange {
 };
 
 struct PrefillPlanParams {
-  const int32_t* qo_indptr;   // [batch_size + 1]; null if single
-  KvParams kv;                // only what KvView::of_request reads
+  const int32_t* qo_indptr;  // [batch_size + 1]; null if single
+  KvParams kv;               // only what KvView::of_request reads
   PrefillSchedule* schedule;
-  PrefillItem* items;         // [max_items]
-  int32_t* tile_indptr;       // [batch_size + 1] scratch: where each request's query tiles start
-  uint32_t* counters;         // [max_counters * num_kv_heads], zeroed here as far as they are used
+  PrefillItem* items;    // [max_items]
+  int32_t* tile_indptr;  // [batch_size + 1] scratch: where each request's query tiles start
+  uint32_t* counters;    // [max_counters * num_kv_heads], zeroed here as far as they are used
   int32_t batch_size;
-  int32_t qo_len;             // tokens of a single sequence; otherwise unused
+  int32_t qo_len;  // tokens of a single sequence; otherwise unused
   int32_t num_kv_heads, group_size;
-  int32_t num_ctas;           // of the kernel's grid
+  int32_t num_ctas;  // of the kernel's grid
   int32_t max_items, max_counters;
-  int32_t max_partial_rows;   // rows of partial results the workspace holds for every KV head
-  int32_t block_m, block_n;   // rows of a query tile and of a KV tile
+  int32_t max_partial_rows;  // rows of partial results the workspace holds for every KV head
+  int32_t block_m, block_n;  // rows of a query tile and of a KV tile
   int32_t is_causal;
-  int32_t window_left;        // -1: no window
+  int32_t window_left;  // -1: no window
 };
 
 }  // namespace flashinfer

@@ -45,7 +45,7 @@ struct PrefillPlanSmem {
   int32_t first_item_of_cost[CostBins::kNum];
   int32_t scan[kWarpSize];
   int32_t carry;
-  int32_t max_cost, max_rows;  // of any query tile
+  int32_t max_cost, max_rows;      // of any query tile
   unsigned long long best_choice;  // estimated time and number of chunks, to be minimized
   int32_t num_partial_rows, num_counters;
 };
@@ -66,7 +66,8 @@ struct PrefillPlanner {
     return params.qo_indptr != nullptr ? params.qo_indptr[request_idx] : 0;
   }
   __device__ __forceinline__ int32_t qo_len(int32_t request_idx) const {
-    return params.qo_indptr != nullptr ? params.qo_indptr[request_idx + 1] - params.qo_indptr[request_idx] : params.qo_len;
+    return params.qo_indptr != nullptr ? params.qo_indptr[request_idx + 1] - params.qo_indptr[request_idx]
+                                       : params.qo_len;
   }
 
   // Sum of `value` over the threads up to and including this one.
@@ -228,7 +229,8 @@ struct PrefillPlanner {
 template <class Config>
 __device__ void prefill_plan(const PrefillPlanParams& params) {
   __shared__ PrefillPlanSmem smem;
-  for (int i = threadIdx.x; i < int(sizeof(smem) / 4); i += Config::kNumThreads) reinterpret_cast<int32_t*>(&smem)[i] = 0;
+  for (int i = threadIdx.x; i < int(sizeof(smem) / 4); i += Config::kNumThreads)
+    reinterpret_cast<int32_t*>(&smem)[i] = 0;
   __syncthreads();
   if (threadIdx.x == 0) smem.best_choice = ~0ull;
   wait_for_previous_kernel();

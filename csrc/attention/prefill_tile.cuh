@@ -18,8 +18,9 @@
 
 namespace flashinfer {
 
-// threadIdx.x as the compiler has not seen it before: addresses made from it are computed where they are used. Made from
-// threadIdx.x itself they would be hoisted out of the loop over tiles, a dozen registers that the loop does not have.
+// threadIdx.x as the compiler has not seen it before: addresses made from it are computed where they are used. Made
+// from threadIdx.x itself they would be hoisted out of the loop over tiles, a dozen registers that the loop does not
+// have.
 __device__ __forceinline__ uint32_t fresh_thread_idx() {
   uint32_t thread_idx;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread_idx));
@@ -46,9 +47,9 @@ struct PrefillShape {
 
   using QRows = SwizzledRows<kHeadDimQk * 2>;
   using OutRows = SwizzledRows<kHeadDimVo * 2>;
-  using KRows = SwizzledRows<kHeadDimQk * int(sizeof(Kv))>;
-  using KMmaRows = SwizzledRows<kHeadDimQk * (kIsFp8K ? 1 : 2)>;  // as the tensor cores' loads find them
-  using VRows = SwizzledRows<kHeadDimVo * int(sizeof(Kv))>;
+  using KRows = SwizzledRows<kHeadDimQk* int(sizeof(Kv))>;
+  using KMmaRows = SwizzledRows<kHeadDimQk*(kIsFp8K ? 1 : 2)>;  // as the tensor cores' loads find them
+  using VRows = SwizzledRows<kHeadDimVo* int(sizeof(Kv))>;
 };
 
 // One unit of work: an item for one KV head. It stays in shared memory, where it costs no registers.
@@ -97,7 +98,8 @@ struct WarpTiles {
   using Shape = PrefillShape<Config>;
   int32_t seen_begin, seen_end, whole_begin, whole_end;
 
-  __device__ __forceinline__ static WarpTiles of(const AttentionParams& params, const PrefillWork& work, int first_row) {
+  __device__ __forceinline__ static WarpTiles of(const AttentionParams& params, const PrefillWork& work,
+                                                 int first_row) {
     const int32_t last_row = min(first_row + Shape::kRowsPerWarp, work.num_rows(Shape::kBlockM)) - 1;
     if (last_row < first_row) return {0, 0, 0, 0};
     const int32_t kv_len = work.item.kv_len, offset = kv_len - work.item.qo_len;
@@ -140,8 +142,8 @@ struct PrefillSmem {
   uint32_t is_last_chunk;
 };
 
-// Copies rows of 16-byte chunks into a swizzled tile, all threads together. Neighbouring threads take neighbouring chunks
-// of a row; a thread takes the same chunks of rows `row`, `row + kRowsPerPass`, and so on.
+// Copies rows of 16-byte chunks into a swizzled tile, all threads together. Neighbouring threads take neighbouring
+// chunks of a row; a thread takes the same chunks of rows `row`, `row + kRowsPerPass`, and so on.
 template <class Rows, int kNumRows, int kNumThreads>
 struct RowCopy {
   static constexpr int kPowerOfTwo = Rows::kNumChunks & -Rows::kNumChunks;
@@ -189,8 +191,8 @@ __device__ __forceinline__ void load_q_async(const AttentionParams& params, cons
   });
 }
 
-// Brings in KV tiles. Rows of single and ragged KV are evenly spaced. Those of paged KV are looked up one a thread, a tile
-// ahead of the copy, and their addresses passed through shared memory.
+// Brings in KV tiles. Rows of single and ragged KV are evenly spaced. Those of paged KV are looked up one a thread, a
+// tile ahead of the copy, and their addresses passed through shared memory.
 template <class Config>
 struct KvTileLoader {
   using Shape = PrefillShape<Config>;
@@ -207,8 +209,8 @@ struct KvTileLoader {
   // The first half of the threads finds the rows of K, the second those of V (the strides may differ).
   static_assert(!kIsPaged || Shape::kNumThreads >= 2 * Shape::kBlockN);
 
-  // The page of this thread's row: a load whose result publish() needs only after the current tile. It is kept alone, in
-  // one register; where in the page the row is costs less to compute again than to hold.
+  // The page of this thread's row: a load whose result publish() needs only after the current tile. It is kept alone,
+  // in one register; where in the page the row is costs less to compute again than to hold.
   __device__ __forceinline__ int32_t look_up(int tile) const {
     if constexpr (!kIsPaged) return 0;
     const int kv_idx = tile * Shape::kBlockN + int(threadIdx.x % Shape::kBlockN);
@@ -301,10 +303,9 @@ __device__ __forceinline__ void rotate_rows(const AttentionParams& params, const
   for (int row = worker / kNumPieces; row < num_rows; row += num_workers / kNumPieces) {
     const int32_t position = position_of(row);
     float x[8], y[8];
-    const auto read = [&](int column, float(&out)[8]) {
+    const auto read = [&](int column, float (&out)[8]) {
       const int byte = column * int(sizeof(Src));
-      to_floats(Vec<Src, 8>::load(
-                    reinterpret_cast<const Src*>(src_smem + SrcRows::offset(row, byte / 16) + byte % 16)),
+      to_floats(Vec<Src, 8>::load(reinterpret_cast<const Src*>(src_smem + SrcRows::offset(row, byte / 16) + byte % 16)),
                 out);
     };
     read(piece * 8, x);

@@ -10,8 +10,8 @@ __device__ __forceinline__ uint32_t smem_address(const void* smem_ptr) {
 }
 
 // Copy 16 bytes past L1, or write 16 zero bytes when `valid` is false: the source is then not read, so it may point
-// anywhere. Both addresses are 16-byte aligned. Not a fence for the compiler: other reads of shared memory may move past
-// it, as they must for address tables to be read in one go; commit, wait and barriers are.
+// anywhere. Both addresses are 16-byte aligned. Not a fence for the compiler: other reads of shared memory may move
+// past it, as they must for address tables to be read in one go; commit, wait and barriers are.
 __device__ __forceinline__ void cp_async_16(uint32_t dst_smem, const void* src_gmem, bool valid) {
   const int num_source_bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(dst_smem), "l"(src_gmem),
@@ -19,7 +19,9 @@ __device__ __forceinline__ void cp_async_16(uint32_t dst_smem, const void* src_g
 }
 
 // Close the group of copies this thread has issued since the last commit.
-__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
 
 // Wait until at most kNumPending of this thread's latest groups are still in flight. Other threads' copies are visible
 // only after a barrier.

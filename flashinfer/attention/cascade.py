@@ -1,8 +1,8 @@
 """Cascade attention: attention over a KV in parts, and merging of the parts' results.
 
 A KV that several requests share (a system prompt) is attended to once for all of their queries; the unique rest per
-request; the two results are merged exactly. Ye et al. 2024, "Cascade Inference: Memory Bandwidth Efficient Shared Prefix
-Batch Decoding"; the merging identity is the online softmax of Milakov & Gimelshein 2018, arXiv:1805.02867.
+request; the two results are merged exactly. Ye et al. 2024, "Cascade Inference: Memory Bandwidth Efficient Shared
+Prefix Batch Decoding"; the merging identity is the online softmax of Milakov & Gimelshein 2018, arXiv:1805.02867.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def merge_state(
 
     Args:
         v_a, v_b: outputs, `[seq_len, num_heads, head_dim]`, fp16, bf16 or fp32.
-        s_a, s_b: base-2 logarithms of the sums of exponentials, fp32 `[seq_len, num_heads]`. A state with -inf has seen no
-            key and weighs nothing, whatever its output holds.
+        s_a, s_b: base-2 logarithms of the sums of exponentials, fp32 `[seq_len, num_heads]`. A state with -inf has seen
+            no key and weighs nothing, whatever its output holds.
 
     Returns:
         v, s: shaped like the operands.
@@ -66,17 +66,17 @@ def merge_state_in_place(
 
     Raises: as `merge_state`.
     """
-    op = "merge_state_in_place"
-    _op.require(v.is_contiguous() and s.is_contiguous(), op, "v and s must be contiguous, they are written in place")
-    _op.require(s.dtype == torch.float32, op, f"s is {s.dtype}; expected float32")
     if mask is not None:
-        mask = mask if mask.dtype in (torch.bool, torch.uint8) else mask != 0
-        _op.require(
-            mask.shape == v.shape[:1] and mask.device == v.device, op,
-            f"mask is {list(mask.shape)} on {mask.device}; expected [{v.shape[0]}] on {v.device}",
-        )  # fmt: skip
-        mask = mask.contiguous()
-    _merge_pair(op, v, s, v_other.contiguous(), _fp32(s_other), mask, v, s)
+        mask = _row_mask(v, mask)
+    _merge_pair("merge_state_in_place", v, s, v_other.contiguous(), _fp32(s_other), mask, v, s)
+
+
+def _row_mask(v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    if mask.shape != v.shape[:1] or mask.device != v.device:
+        raise ValueError(
+            f"merge_state_in_place: mask is {list(mask.shape)} on {mask.device}; expected [{v.shape[0]}] on {v.device}"
+        )
+    return (mask if mask.dtype in (torch.bool, torch.uint8) else mask != 0).contiguous()
 
 
 def merge_states(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,23 +134,22 @@ def _require_states(op: str, v: torch.Tensor, s: torch.Tensor, name: str) -> Non
 
 
 _Launch = Callable[..., None]
-_memo: _op.Memo[tuple[_Launch, tuple[int, int, int]]] = _op.Memo()
+_lists: _op.Memo[tuple[_Launch, tuple[int, int, int]]] = _op.Memo()
+_pairs: _op.Memo[Callable[[int, int, int, int, int, int, int], None]] = _op.Memo()
 
 
-def _launcher(op: str, v: torch.Tensor, num_rows: int, num_heads: int, pair: bool) -> tuple[_Launch, tuple[int, int, int]]:
-    key = (v.dtype, v.shape[-1], v.get_device(), num_rows * num_heads, pair)
-    found = _memo.get(key)
-    if found is None:
-        dtype = dtypes.short_name(v.dtype)
-        if dtype not in families.DTYPES:
-            raise UnsupportedConfig(f"{op}: v is {v.dtype}; expected float16, bfloat16 or float32")
-        spec = families.MERGE_STATES.spec(target.of_device(v.device), dtype=dtype, head_dim=v.shape[-1], pair=pair)
-        kernel = resolver().load(spec)
-        grid = (1, 1, 1)
-        if v.is_cuda:
-            grid = (-(-num_rows * num_heads // families.rows_per_block(kernel.config)), 1, 1)
-        found = _memo.remember(key, (kernel.on(v.get_device()), grid))
-    return found
+def _launcher(
+    op: str, v: torch.Tensor, num_rows: int, num_heads: int, pair: bool
+) -> tuple[_Launch, tuple[int, int, int]]:
+    dtype = dtypes.short_name(v.dtype)
+    if dtype not in families.DTYPES:
+        raise UnsupportedConfig(f"{op}: v is {v.dtype}; expected float16, bfloat16 or float32")
+    spec = families.MERGE_STATES.spec(target.of_device(v.device), dtype=dtype, head_dim=v.shape[-1], pair=pair)
+    kernel = resolver().load(spec)
+    grid = (1, 1, 1)
+    if v.is_cuda:
+        grid = (-(-num_rows * num_heads // families.rows_per_block(kernel.config)), 1, 1)
+    return kernel.on(v.get_device()), grid
 
 
 def _merge_pair(
@@ -163,17 +162,54 @@ def _merge_pair(
     v_out: torch.Tensor,
     s_out: torch.Tensor,
 ) -> None:
+    key = (
+        v.dtype, v.shape, v.stride(), v.get_device(), v_other.dtype, v_other.shape, v_other.stride(),
+        v_other.get_device(), s.dtype, s.shape, s.stride(), s.get_device(), s_other.dtype, s_other.shape,
+        s_other.stride(), s_other.get_device(),
+    )  # fmt: skip
+    launch = _pairs.get(key)
+    if launch is None:
+        launch = _pairs.remember(key, _prepare_pair(op, v, s, v_other, s_other))
+    launch(
+        v.data_ptr(), s.data_ptr(), v_other.data_ptr(), s_other.data_ptr(), 0 if mask is None else mask.data_ptr(),
+        v_out.data_ptr(), s_out.data_ptr(),
+    )  # fmt: skip
+
+
+def _prepare_pair(
+    op: str, v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor
+) -> Callable[[int, int, int, int, int, int, int], None]:
     _op.require(v.dim() == 3, op, f"v has shape {list(v.shape)}; expected [seq_len, num_heads, head_dim]")
+    for name, tensor in (("v", v), ("the other v", v_other), ("s", s), ("the other s", s_other)):
+        _op.require(tensor.is_contiguous(), op, f"{name} is not contiguous; call .contiguous()")
     _op.require_like(op, "the other v", v_other, v, "v")
     _require_states(op, v, s, "s")
     _require_states(op, v, s_other, "the other s")
+    for name, tensor in (("s", s), ("the other s", s_other)):
+        _op.require(tensor.dtype == torch.float32, op, f"{name} is {tensor.dtype}; expected float32")
     if v.numel() == 0:
-        return
-    launch, grid = _launcher(op, v, v.shape[0], v.shape[1], True)
-    launch(
-        grid, _op.current_stream(v.get_device()), v.data_ptr(), s.data_ptr(), v_other.data_ptr(), s_other.data_ptr(),
-        0 if mask is None else mask.data_ptr(), 0, v_out.data_ptr(), s_out.data_ptr(), v.shape[0], v.shape[1], 0,
-    )  # fmt: skip
+        return lambda *_: None
+    launcher, grid = _launcher(op, v, v.shape[0], v.shape[1], True)
+    num_rows, num_heads, device_index = v.shape[0], v.shape[1], v.get_device()
+
+    def launch(v: int, s: int, v_other: int, s_other: int, mask: int, v_out: int, s_out: int) -> None:
+        launcher(
+            grid,
+            _op.current_stream(device_index),
+            v,
+            s,
+            v_other,
+            s_other,
+            mask,
+            0,
+            v_out,
+            s_out,
+            num_rows,
+            num_heads,
+            0,
+        )
+
+    return launch
 
 
 def _merge_list(
@@ -183,28 +219,34 @@ def _merge_list(
     v_out = torch.empty((num_rows, num_heads, head_dim), dtype=v.dtype, device=v.device)
     s_out = torch.empty((num_rows, num_heads), dtype=torch.float32, device=v.device)
     if v_out.numel() > 0:
-        launch, grid = _launcher(op, v, num_rows, num_heads, False)
+        key = (v.dtype, head_dim, v.get_device(), num_rows, num_heads)
+        found = _lists.get(key)
+        if found is None:
+            found = _lists.remember(key, _launcher(op, v, num_rows, num_heads, False))
+        launch, grid = found
         launch(
             grid, _op.current_stream(v.get_device()), v.data_ptr(), s.data_ptr(), 0, 0, 0,
-            0 if indptr is None else indptr.data_ptr(), v_out.data_ptr(), s_out.data_ptr(), num_rows, num_heads, num_states,
+            0 if indptr is None else indptr.data_ptr(), v_out.data_ptr(), s_out.data_ptr(), num_rows, num_heads,
+            num_states,
         )  # fmt: skip
     return v_out, s_out
 
 
-# -------------------------------------------------------------------------------------------------------------- wrappers
+# ------------------------------------------------------------------------------------------------------------- wrappers
 
 
 class MultiLevelCascadeAttentionWrapper:
     """Attention over a KV shared at several levels: level 0 by the most requests, the last by none.
 
-    Every level is a paged prefill of its own: its entry of qo_indptr_arr groups the tokens that share its pages. The last
-    level is causal if the plan says so, the others show all their keys to all their queries. Results are merged exactly.
+    Every level is a paged prefill of its own: its entry of qo_indptr_arr groups the tokens that share its pages. The
+    last level is causal if the plan says so, the others show all their keys to all their queries. Results are merged
+    exactly.
 
     Args:
         num_levels: of the cascade.
         float_workspace_buffer, kv_layout, use_cuda_graph: as in `BatchPrefillWithPagedKVCacheWrapper`.
-        qo_indptr_buf_arr, paged_kv_indptr_buf_arr, paged_kv_indices_buf_arr, paged_kv_last_page_len_buf_arr: one buffer a
-            level, needed with use_cuda_graph.
+        qo_indptr_buf_arr, paged_kv_indptr_buf_arr, paged_kv_indices_buf_arr, paged_kv_last_page_len_buf_arr: one buffer
+            a level, needed with use_cuda_graph.
     """
 
     def __init__(
@@ -294,7 +336,9 @@ class MultiLevelCascadeAttentionWrapper:
     begin_forward = plan
 
     def run(self, q: torch.Tensor, paged_kv_cache: PagedCache) -> torch.Tensor:
-        """Attention of one layer: q `[num_tokens, num_qo_heads, head_dim]`, one cache for all levels; returns the output."""
+        """Attention of one layer: q `[num_tokens, num_qo_heads, head_dim]`, one cache for all levels; returns the
+        output.
+        """
         out, lse = self._levels[-1].run(q, paged_kv_cache, return_lse=True)
         for level in self._levels[:-1]:
             merge_state_in_place(out, lse, *level.run(q, paged_kv_cache, return_lse=True))
@@ -329,7 +373,9 @@ class BatchDecodeWithSharedPrefixPagedKVCacheWrapper:
         page_size: int,
         data_type: DataType = "float16",
     ) -> None:
-        """Describe the unique part of the batch; the arguments are those of `BatchDecodeWithPagedKVCacheWrapper.plan`."""
+        """Describe the unique part of the batch; the arguments are those of
+        `BatchDecodeWithPagedKVCacheWrapper.plan`.
+        """
         self._unique.plan(
             unique_kv_indptr,
             unique_kv_indices,
@@ -383,7 +429,9 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper:
         page_size: int,
         **options: Any,
     ) -> None:
-        """Describe the unique part of the batch; the arguments are those of `BatchPrefillWithPagedKVCacheWrapper.plan`."""
+        """Describe the unique part of the batch; the arguments are those of
+        `BatchPrefillWithPagedKVCacheWrapper.plan`.
+        """
         self._unique.plan(
             qo_indptr,
             paged_kv_indptr,

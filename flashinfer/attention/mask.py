@@ -38,7 +38,8 @@ class CustomMask:
             _op.require(
                 packed_custom_mask.dtype == torch.uint8 and packed_custom_mask.dim() == 1,
                 self._op,
-                f"packed_custom_mask is {packed_custom_mask.dtype} {list(packed_custom_mask.shape)}; expected a uint8 vector",
+                f"packed_custom_mask is {packed_custom_mask.dtype} {list(packed_custom_mask.shape)}; "
+                "expected a uint8 vector",
             )
             packed = packed_custom_mask.to(self._device, non_blocking=True).contiguous()
             indptr = _offsets((num_bits + 7) // 8)

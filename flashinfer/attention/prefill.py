@@ -6,7 +6,7 @@ A wrapper is planned once per step, by one small kernel and without waiting for 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
 import torch
@@ -16,7 +16,7 @@ from flashinfer.attention import kv_cache, plan
 from flashinfer.attention import prefill_launch as launches
 from flashinfer.attention.kv_cache import KvStrides, PagedCache, PagedKv
 from flashinfer.attention.mask import CustomMask
-from flashinfer.attention.prefill_launch import Extent, Launch, Schedule
+from flashinfer.attention.prefill_launch import Extent, Launch, PlannerLaunch, Schedule
 from flashinfer.attention.variant import Variant
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.kernels.attention import fast_divisor
@@ -27,8 +27,8 @@ Result = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 
 # Arguments of plan() in later releases that change nothing here, and those that ask for what is not here.
 _IGNORED = {
-    "non_blocking", "o_data_type", "seq_lens", "seq_lens_q", "block_tables", "max_token_per_sequence", "max_sequence_kv",
-    "fixed_split_size", "v_indptr", "o_indptr", "token_pos_in_items_len",
+    "non_blocking", "o_data_type", "seq_lens", "seq_lens_q", "block_tables", "max_token_per_sequence",
+    "max_sequence_kv", "fixed_split_size", "v_indptr", "o_indptr", "token_pos_in_items_len",
 }  # fmt: skip
 _UNSUPPORTED = {"prefix_len_ptr", "token_pos_in_items_ptr", "max_item_len_ptr"}
 
@@ -42,8 +42,19 @@ def _check_later_arguments(op: str, later: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
+class _Run:
+    """One signature of run() under one problem: checked, laid out but for the addresses."""
+
+    launch: Launch
+    extent: Extent
+    short_queries: bool
+    v_offset: int  # of V after K in a cache of one tensor
+    is_empty: bool
+
+
+@dataclass(frozen=True, eq=False)
 class _Problem:
-    """What a plan fixed, but for where the index tensors are."""
+    """What a plan fixed, but for where the index tensors are, and the runs seen under it."""
 
     batch_size: int
     num_qo_heads: int
@@ -56,23 +67,15 @@ class _Problem:
     mask: str
     variant: Variant
     schedule: Optional[Schedule]
+    planner: Optional[PlannerLaunch]
+    runs: _op.Memo[_Run] = field(default_factory=_op.Memo)
+    extents: dict[bool, Extent] = field(default_factory=dict)  # of the planned options, for long and short queries
 
     def is_short(self, num_tokens: int, otherwise: bool = False) -> bool:
         """Whether the tile for short queries serves this many tokens best; `otherwise` where the number is negative."""
         if num_tokens < 0:
             return otherwise
         return num_tokens * (self.num_qo_heads // self.num_kv_heads) <= SHORT_ROWS * self.batch_size
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One signature of run() under one problem: checked, laid out but for the addresses."""
-
-    launch: Launch
-    extent: Extent
-    short_queries: bool
-    v_offset: int  # of V after K in a cache of one tensor
-    is_empty: bool
 
 
 class _BatchPrefill:
@@ -93,7 +96,6 @@ class _BatchPrefill:
         self._fixed: Optional[plan.FixedBuffers] = None
         self._problems: _op.Memo[_Problem] = _op.Memo()
         self._problem: Optional[_Problem] = None
-        self._runs: dict[_Problem, _op.Memo[_Run]] = {}
         self._held: tuple[torch.Tensor, ...] = ()  # index tensors that kernels read at run time
         self._kv_index = (0, 0, 0)
         self._qo_index = (0, 0, 0)
@@ -112,7 +114,6 @@ class _BatchPrefill:
         self._float_workspace_buffer = float_workspace_buffer
         self._int_workspace_buffer = int_workspace_buffer
         self._problems.clear()
-        self._runs.clear()
 
     def end_forward(self) -> None:
         """Kept for compatibility; there is nothing to release."""
@@ -124,16 +125,17 @@ class _BatchPrefill:
         problem = self._problems.get(key)
         if problem is None:
             problem = self._problems.remember(key, self._describe(**arguments))
-            if len(self._runs) > 64:
-                self._runs.clear()
         self._problem = problem
         if problem.schedule is not None:
             # A guess where qo_indptr is on the device: what the last run was. A run that finds it wrong plans again.
             self._short_queries = problem.is_short(num_tokens, self._short_queries)
-            kernel = self._kernel(
-                problem, problem.q_dtype, problem.kv_dtype, problem.mask, problem.variant, self._short_queries
-            )
-            extent = _extent(kernel, problem.mask, problem.variant)
+            extent = problem.extents.get(self._short_queries)
+            if extent is None:
+                kernel = self._kernel(
+                    problem, problem.q_dtype, problem.kv_dtype, problem.mask, problem.variant, self._short_queries
+                )
+                extent = _extent(kernel, problem.mask, problem.variant)
+                problem.extents[self._short_queries] = extent
             if self._use_cuda_graph and self._last_run is not None and self._last_run[2:] == extent[2:]:
                 extent = extent.joined(self._last_run)  # a captured run may be replayed on this schedule
             self._launch_planner(problem, extent)
@@ -163,15 +165,18 @@ class _BatchPrefill:
             self.device, q_dtype, kv_dtype, head_dim_qk, head_dim_vo, self._kv_storage, mask,
             tuple(options.spec_args.items()),
         )  # fmt: skip
-        schedule = None
+        schedule = planner = None
         if self.device.type == "cuda" and batch_size > 0:
             schedule = Schedule.of(
                 op, self._int_workspace_buffer, self._float_workspace_buffer, batch_size, num_kv_heads, head_dim_vo,
                 split=not disable_split_kv,
             )  # fmt: skip
+            planner = schedule.bind_planner(
+                self.device, self._kv_storage, page_size, batch_size, num_kv_heads, num_qo_heads // num_kv_heads
+            )
         return _Problem(
             batch_size, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, q_dtype, kv_dtype, mask,
-            options, schedule,
+            options, schedule, planner,
         )  # fmt: skip
 
     def _kernel(
@@ -190,13 +195,9 @@ class _BatchPrefill:
         )  # fmt: skip
 
     def _launch_planner(self, problem: _Problem, extent: Extent) -> None:
-        assert problem.schedule is not None
+        assert problem.planner is not None
         self._planned = extent
-        problem.schedule.launch_planner(
-            launches.load_planner(self.device, self._kv_storage), _op.current_stream(self.device.index), extent,
-            self._qo_index[0], self._kv_index[0], self._kv_index[2], fast_divisor(problem.page_size), problem.batch_size,
-            problem.num_kv_heads, problem.num_qo_heads // problem.num_kv_heads,
-        )  # fmt: skip
+        problem.planner(extent, self._qo_index[0], self._kv_index[0], self._kv_index[2])
 
     def _take(self, fixed: dict[str, Optional[torch.Tensor]], given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """The index tensors on the device: the given ones, or in a CUDA-graph wrapper its buffers filled from them."""
@@ -233,28 +234,31 @@ class _BatchPrefill:
         problem = self._problem
         if problem is None:
             raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's lengths first")
+        q_shape, device_index = q.shape, q.get_device()
         if out is None:
-            out = torch.empty((*q.shape[:-1], problem.head_dim_vo), dtype=q.dtype, device=q.device)
-        if return_lse and lse is None:
-            lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-        q_ptr, out_ptr = q.data_ptr(), out.data_ptr()
-        if isinstance(kv, torch.Tensor):
-            k_ptr = v_ptr = kv.data_ptr()
-            kv_key: tuple[object, ...] = (kv.dtype, kv.shape, kv.stride(), kv.get_device())
+            out = q.new_empty((*q_shape[:-1], problem.head_dim_vo))
+            out_key = None
         else:
-            k_ptr, v_ptr = kv[0].data_ptr(), kv[1].data_ptr()
-            kv_key = kv_cache.signature(kv)
+            out_key = (out.dtype, out.shape, out.stride(), out.get_device())
+        if return_lse and lse is None:
+            lse = q.new_empty(q_shape[:-1], dtype=torch.float32)
+        q_ptr, out_ptr, lse_ptr, lse_key = q.data_ptr(), out.data_ptr(), 0, None
+        if lse is not None:
+            lse_ptr, lse_key = lse.data_ptr(), (lse.dtype, lse.shape, lse.stride())
+        if isinstance(kv, torch.Tensor):
+            k, v_key = kv, None
+            k_ptr = v_ptr = kv.data_ptr()
+        else:
+            k, v = kv
+            k_ptr, v_ptr = k.data_ptr(), v.data_ptr()
+            v_key = (v.dtype, v.shape, v.stride(), v.get_device())
         key = (
-            q.dtype, q.shape, q.stride(), q.get_device(), kv_key, out.dtype, out.shape, out.stride(), out.get_device(),
-            None if lse is None else (lse.dtype, lse.shape, lse.stride()), scales, pdl, overrides,
-            (q_ptr | out_ptr | k_ptr | v_ptr) & 15,
+            q.dtype, q_shape, q.stride(), device_index, k.dtype, k.shape, k.stride(), k.get_device(), v_key, out_key,
+            lse_key, scales, pdl, overrides, (q_ptr | out_ptr | k_ptr | v_ptr) & 15,
         )  # fmt: skip
-        runs = self._runs.get(problem)
-        if runs is None:
-            runs = self._runs[problem] = _op.Memo()
-        run = runs.get(key)
+        run = problem.runs.get(key)
         if run is None:
-            run = runs.remember(key, self._bind(problem, q, kv, out, lse, scales, bool(pdl), overrides))
+            run = problem.runs.remember(key, self._bind(problem, q, kv, out, lse, scales, bool(pdl), overrides))
         if not run.is_empty:
             # Options given at run time may see other KV tiles than planned: then plan again, also without waiting.
             if (
@@ -264,10 +268,7 @@ class _BatchPrefill:
             ):
                 self._launch_planner(problem, run.extent)
             self._last_run, self._short_queries = run.extent, run.short_queries
-            run.launch(
-                q_ptr, out_ptr, 0 if lse is None else lse.data_ptr(), k_ptr, v_ptr + run.v_offset, self._kv_index,
-                self._qo_index,
-            )  # fmt: skip
+            run.launch(q_ptr, out_ptr, lse_ptr, k_ptr, v_ptr + run.v_offset, self._kv_index, self._qo_index)
         return (out, lse) if return_lse and lse is not None else out
 
     def _bind(
@@ -305,8 +306,8 @@ class _BatchPrefill:
             needed = -(-rows // kernel.block_m) + problem.batch_size
             _op.require(
                 needed <= problem.schedule.max_items, op,
-                f"the int workspace holds {problem.schedule.max_items} work items, {q.shape[0]} tokens may need {needed}; "
-                "pass a larger one to reset_workspace_buffer()",
+                f"the int workspace holds {problem.schedule.max_items} work items, {q.shape[0]} tokens may need "
+                f"{needed}; pass a larger one to reset_workspace_buffer()",
             )  # fmt: skip
         q_scale, k_scale, v_scale = scales
         launch = launches.bind_launch(
@@ -322,6 +323,12 @@ class _BatchPrefill:
 
     def _strides(self, problem: _Problem, kv: PagedCache) -> KvStrides:
         raise NotImplementedError
+
+
+def _qo_index(qo_indptr: torch.Tensor, mask_held: tuple[torch.Tensor, ...]) -> tuple[int, int, int]:
+    if not mask_held:
+        return qo_indptr.data_ptr(), 0, 0
+    return qo_indptr.data_ptr(), mask_held[0].data_ptr(), mask_held[1].data_ptr()
 
 
 def _num_tokens(qo_indptr: torch.Tensor, later: dict[str, Any]) -> int:
@@ -358,25 +365,28 @@ def _forward_overrides(
 
 
 class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
-    """Prefill, chunked prefill or append of a batch over a paged KV cache (FlashAttention-2, Dao 2023, arXiv:2307.08691).
+    """Prefill, chunked prefill or append of a batch over a paged KV cache (FlashAttention-2, Dao 2023,
+    arXiv:2307.08691).
 
     The new tokens' keys and values are in the cache already; query i of a request stands at position
     `kv_len - qo_len + i`.
 
-    With use_cuda_graph plan and run may both be captured, and a captured run may be replayed after planning other lengths
+    With use_cuda_graph plan and run may both be captured, and a captured run may be replayed after planning other
+    lengths
     for the same batch size: give padding requests no tokens and no pages.
 
     Args:
-        float_workspace_buffer: scratch memory on the device to run on, for partial results of long KV under few queries;
-            128 MB suffice for every common shape. May be shared by wrappers that run on one stream. A CPU tensor of any
-            size makes this a wrapper for the CPU.
-        kv_layout: "NHD" (pages of `[page_size, num_kv_heads, head_dim]`) or "HND" (`[num_kv_heads, page_size, head_dim]`).
+        float_workspace_buffer: scratch memory on the device to run on, for partial results of long KV under few
+            queries; 128 MB suffice for every common shape. May be shared by wrappers that run on one stream. A CPU
+            tensor of any size makes this a wrapper for the CPU.
+        kv_layout: "NHD" (pages of `[page_size, num_kv_heads, head_dim]`) or "HND" (`[num_kv_heads, page_size,
+            head_dim]`).
         use_cuda_graph: keep index tensors in the buffers below, whose addresses a graph may hold.
         qo_indptr_buf, paged_kv_indptr_buf: int32 `[batch_size + 1]`. They fix the batch size.
         paged_kv_indices_buf: int32, as long as the longest list of pages.
         paged_kv_last_page_len_buf: int32 `[batch_size]`.
-        custom_mask_buf, mask_indptr_buf: uint8, as long as the longest packed mask, and int32 `[batch_size + 1]`; needed
-            only by plans with a custom mask.
+        custom_mask_buf, mask_indptr_buf: uint8, as long as the longest packed mask, and int32 `[batch_size + 1]`;
+            needed only by plans with a custom mask.
         backend, jit_args, jit_kwargs: accepted for compatibility.
     """
 
@@ -440,15 +450,15 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
         """Describe the batch that the following runs work on. Neither copies from the device nor waits for it.
 
         Args:
-            qo_indptr: int32 `[batch_size + 1]`; request i owns tokens `[qo_indptr[i], qo_indptr[i + 1])` of q. On the device
-                (used in place) or the CPU (uploaded asynchronously), as the three below.
+            qo_indptr: int32 `[batch_size + 1]`; request i owns tokens `[qo_indptr[i], qo_indptr[i + 1])` of q. On the
+                device (used in place) or the CPU (uploaded asynchronously), as the three below.
             paged_kv_indptr: int32 `[batch_size + 1]`; request i owns `paged_kv_indices[indptr[i]:indptr[i + 1]]`.
             paged_kv_indices: int32 page numbers; may be longer than needed.
             paged_kv_last_page_len: int32 `[batch_size]`, entries in use of each request's last page, 1 to page_size.
             num_qo_heads, num_kv_heads, head_dim_qk, page_size, head_dim_vo: shapes; any page size, any multiple of
                 num_kv_heads; head_dim_vo defaults to head_dim_qk.
-            custom_mask: bool, the requests' `[qo_len, kv_len]` masks flattened and concatenated; True = visible. Takes the
-                place of causal.
+            custom_mask: bool, the requests' `[qo_len, kv_len]` masks flattened and concatenated; True = visible. Takes
+                the place of causal.
             packed_custom_mask: the same, packed eight to a byte (little-endian, every request from a byte of its own).
             causal: query i sees keys up to its own position.
             pos_encoding_mode: "NONE", "ROPE_LLAMA" (q and k are rotated on the fly) or "ALIBI".
@@ -456,8 +466,8 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
             window_left: keys seen before the query's own position; -1 for all.
             logits_soft_cap: logits become `cap * tanh(logits / cap)`; None or 0 for none.
             rope_scale, rope_theta: of ROPE_LLAMA; default 1 and 1e4.
-            q_data_type, kv_data_type: dtypes of q and of the cache (default that of q). What run() is given decides; naming
-                them here loads the right kernel ahead of a capture.
+            q_data_type, kv_data_type: dtypes of q and of the cache (default that of q). What run() is given decides;
+                naming them here loads the right kernel ahead of a capture.
             disable_split_kv: let one CTA walk all KV of its queries.
             use_fp16_qk_reduction, non_blocking and later releases' other arguments: accepted for compatibility.
 
@@ -469,8 +479,9 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
         _check_later_arguments(op, later)
         if paged_kv_indptr.shape != (batch_size + 1,) or paged_kv_last_page_len.shape != (batch_size,):
             raise ValueError(
-                f"{op}: qo_indptr is for {batch_size} requests, paged_kv_indptr has shape {list(paged_kv_indptr.shape)} and "
-                f"paged_kv_last_page_len {list(paged_kv_last_page_len.shape)}; expected [{batch_size + 1}] and [{batch_size}]"
+                f"{op}: qo_indptr is for {batch_size} requests, paged_kv_indptr has shape "
+                f"{list(paged_kv_indptr.shape)} and paged_kv_last_page_len {list(paged_kv_last_page_len.shape)}; "
+                f"expected [{batch_size + 1}] and [{batch_size}]"
             )
         given = {
             "qo_indptr": qo_indptr,
@@ -487,18 +498,32 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
             mask_held = self._mask.take(custom_mask, packed_custom_mask, qo, kv_lens)
         self._held = (*held, *mask_held)
         self._kv_index = (indptr.data_ptr(), indices.data_ptr(), last_page_len.data_ptr())
-        self._qo_index = (qo.data_ptr(), mask_held[0].data_ptr(), mask_held[1].data_ptr()) if mask_held else (qo.data_ptr(), 0, 0)
+        self._qo_index = _qo_index(qo, mask_held)
         mask = "custom" if mask_held else "causal" if causal else "none"
         key = (
-            batch_size, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, mask, pos_encoding_mode, sm_scale,
-            window_left, logits_soft_cap, rope_scale, rope_theta, q_data_type, kv_data_type, disable_split_kv,
+            batch_size, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, mask, pos_encoding_mode,
+            sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta, q_data_type, kv_data_type, disable_split_kv,
         )  # fmt: skip
         self._plan(
-            key, _num_tokens(qo_indptr, later), batch_size=batch_size, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=head_dim_qk,
-            head_dim_vo=head_dim_vo, page_size=page_size, mask=mask, q_data_type=q_data_type, kv_data_type=kv_data_type,
-            disable_split_kv=disable_split_kv, pos_encoding_mode=pos_encoding_mode, window_left=window_left,
-            logits_soft_cap=logits_soft_cap, sm_scale=sm_scale, rope_scale=rope_scale, rope_theta=rope_theta,
-        )  # fmt: skip
+            key,
+            _num_tokens(qo_indptr, later),
+            batch_size=batch_size,
+            num_qo_heads=num_qo_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim_qk=head_dim_qk,
+            head_dim_vo=head_dim_vo,
+            page_size=page_size,
+            mask=mask,
+            q_data_type=q_data_type,
+            kv_data_type=kv_data_type,
+            disable_split_kv=disable_split_kv,
+            pos_encoding_mode=pos_encoding_mode,
+            window_left=window_left,
+            logits_soft_cap=logits_soft_cap,
+            sm_scale=sm_scale,
+            rope_scale=rope_scale,
+            rope_theta=rope_theta,
+        )
 
     begin_forward = plan
 
@@ -527,9 +552,9 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
 
         Args:
             q: `[num_tokens, num_qo_heads, head_dim_qk]`, unit stride in the last axis.
-            paged_kv_cache: one tensor `[pages, 2, page_size, num_kv_heads, head_dim]` (NHD; HND swaps the axes of page_size
-                and heads) or a tuple (k, v) of such tensors without the axis of 2; dtype of q, or fp8 e4m3 or e5m2. What
-                lies in entries no request uses is never read into a result, NaN included.
+            paged_kv_cache: one tensor `[pages, 2, page_size, num_kv_heads, head_dim]` (NHD; HND swaps the axes of
+                page_size and heads) or a tuple (k, v) of such tensors without the axis of 2; dtype of q, or fp8 e4m3 or
+                e5m2. What lies in entries no request uses is never read into a result, NaN included.
             q_scale, k_scale, v_scale: factors of quantized q, k and v.
             out: `[num_tokens, num_qo_heads, head_dim_vo]`, dtype of q; allocated when None.
             lse: fp32 `[num_tokens, num_qo_heads]`; allocated when None and return_lse.
@@ -640,7 +665,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(_BatchPrefill):
         _check_later_arguments(op, later)
         _op.require(
             kv_indptr.shape == (batch_size + 1,), op,
-            f"qo_indptr is for {batch_size} requests, kv_indptr has shape {list(kv_indptr.shape)}; expected [{batch_size + 1}]",
+            f"qo_indptr is for {batch_size} requests, kv_indptr has shape {list(kv_indptr.shape)}; "
+            f"expected [{batch_size + 1}]",
         )  # fmt: skip
         held = self._take(self._buffers, {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr})
         qo, indptr = held
@@ -649,18 +675,32 @@ class BatchPrefillWithRaggedKVCacheWrapper(_BatchPrefill):
             mask_held = self._mask.take(custom_mask, packed_custom_mask, qo, indptr[1:] - indptr[:-1])
         self._held = (*held, *mask_held)
         self._kv_index = (indptr.data_ptr(), 0, 0)
-        self._qo_index = (qo.data_ptr(), mask_held[0].data_ptr(), mask_held[1].data_ptr()) if mask_held else (qo.data_ptr(), 0, 0)
+        self._qo_index = _qo_index(qo, mask_held)
         mask = "custom" if mask_held else "causal" if causal else "none"
         key = (
             batch_size, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, mask, pos_encoding_mode, sm_scale,
             window_left, logits_soft_cap, rope_scale, rope_theta, q_data_type, kv_data_type, disable_split_kv,
         )  # fmt: skip
         self._plan(
-            key, _num_tokens(qo_indptr, later), batch_size=batch_size, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim_qk=head_dim_qk,
-            head_dim_vo=head_dim_vo, page_size=1, mask=mask, q_data_type=q_data_type, kv_data_type=kv_data_type,
-            disable_split_kv=disable_split_kv, pos_encoding_mode=pos_encoding_mode, window_left=window_left,
-            logits_soft_cap=logits_soft_cap, sm_scale=sm_scale, rope_scale=rope_scale, rope_theta=rope_theta,
-        )  # fmt: skip
+            key,
+            _num_tokens(qo_indptr, later),
+            batch_size=batch_size,
+            num_qo_heads=num_qo_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim_qk=head_dim_qk,
+            head_dim_vo=head_dim_vo,
+            page_size=1,
+            mask=mask,
+            q_data_type=q_data_type,
+            kv_data_type=kv_data_type,
+            disable_split_kv=disable_split_kv,
+            pos_encoding_mode=pos_encoding_mode,
+            window_left=window_left,
+            logits_soft_cap=logits_soft_cap,
+            sm_scale=sm_scale,
+            rope_scale=rope_scale,
+            rope_theta=rope_theta,
+        )
 
     begin_forward = plan
 

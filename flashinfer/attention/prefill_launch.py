@@ -109,9 +109,13 @@ def require_rows(op: str, name: str, tensor: torch.Tensor) -> None:
 
 
 def row_strides(op: str, k: torch.Tensor, v: torch.Tensor, layout: str) -> KvStrides:
-    """Strides of K and V given as rows: `[kv_len, num_kv_heads, head_dim]` (NHD) or with the first axes swapped (HND)."""
+    """Strides of K and V given as rows: `[kv_len, num_kv_heads, head_dim]` (NHD) or with the first axes swapped
+    (HND).
+    """
     for name, tensor in (("k", k), ("v", v)):
-        _op.require(tensor.dim() == 3, op, f"{name} has shape {list(tensor.shape)}; expected three dimensions ({layout})")
+        _op.require(
+            tensor.dim() == 3, op, f"{name} has shape {list(tensor.shape)}; expected three dimensions ({layout})"
+        )
         require_rows(op, name, tensor)
     _op.require(
         k.shape[:2] == v.shape[:2], op, f"k has shape {list(k.shape)}, v {list(v.shape)}; lengths and heads must agree"
@@ -122,13 +126,12 @@ def row_strides(op: str, k: torch.Tensor, v: torch.Tensor, layout: str) -> KvStr
     return KvStrides(k.stride(row), 0, k.stride(head), v.stride(row), 0, v.stride(head))
 
 
-def require_output(
-    op: str, q: torch.Tensor, out: torch.Tensor, lse: Optional[torch.Tensor], head_dim_vo: int
-) -> None:
+def require_output(op: str, q: torch.Tensor, out: torch.Tensor, lse: Optional[torch.Tensor], head_dim_vo: int) -> None:
     shape = (*q.shape[:2], head_dim_vo)
     if out.shape != shape or out.dtype != q.dtype or out.device != q.device:
         raise ValueError(
-            f"{op}: out is {out.dtype} {list(out.shape)} on {out.device}; expected {q.dtype} {list(shape)} on {q.device}"
+            f"{op}: out is {out.dtype} {list(out.shape)} on {out.device}; "
+            f"expected {q.dtype} {list(shape)} on {q.device}"
         )
     require_rows(op, "out", out)
     if lse is not None and (lse.shape != q.shape[:2] or lse.dtype != torch.float32 or not lse.is_contiguous()):
@@ -162,6 +165,7 @@ class Extent(NamedTuple):
         return other._replace(is_causal=self.is_causal and other.is_causal, window_left=window)
 
 
+PlannerLaunch = Callable[[Extent, int, int, int], None]  # addresses of qo_indptr, kv_indptr, last_page_len
 _MAX_COUNTERS = 1 << 15  # query tiles times KV heads that may be split
 
 
@@ -207,27 +211,34 @@ class Schedule:
             (int_workspace, float_workspace),
         )  # fmt: skip
 
-    def launch_planner(
+    def bind_planner(
         self,
-        planner: Launcher,
-        stream: int,
-        extent: Extent,
-        qo_indptr: int,
-        kv_indptr: int,
-        last_page_len: int,
-        page_size: tuple[int, int, int],
+        device: torch.device,
+        kv_storage: str,
+        page_size: int,
         batch_size: int,
         num_kv_heads: int,
         group_size: int,
         lengths: tuple[int, int] = (0, 0),
-    ) -> None:
-        """`lengths` are qo_len and kv_len of a single sequence."""
-        planner(
-            (1, 1, 1), stream, qo_indptr, 0, 0, kv_indptr, 0, last_page_len, 0, 0, 0, 0, 0, 0, *page_size, lengths[1],
-            self.header, self.items, self.tile_indptr, self.counters, batch_size, lengths[0], num_kv_heads, group_size,
-            extent.num_ctas, self.max_items, self.max_counters, self.max_partial_rows, extent.block_m, extent.block_n,
-            extent.is_causal, extent.window_left,
-        )  # fmt: skip
+    ) -> PlannerLaunch:
+        """The planner with everything but extent and addresses laid out. `lengths`: qo_len and kv_len of one
+        sequence.
+        """
+        launcher, device_index = load_planner(device, kv_storage), device.index
+        kv_tail = (0, 0, 0, 0, 0, 0, *fast_divisor(page_size), lengths[1])
+        outputs = (self.header, self.items, self.tile_indptr, self.counters)
+        counts = (batch_size, lengths[0], num_kv_heads, group_size)
+        limits = (self.max_items, self.max_counters, self.max_partial_rows)
+        current_stream = _op.current_stream
+
+        def launch(extent: Extent, qo_indptr: int, kv_indptr: int, last_page_len: int) -> None:
+            is_causal, window_left, block_m, block_n, num_ctas = extent
+            launcher(
+                (1, 1, 1), current_stream(device_index), qo_indptr, 0, 0, kv_indptr, 0, last_page_len, *kv_tail,
+                *outputs, *counts, num_ctas, *limits, block_m, block_n, is_causal, window_left,
+            )  # fmt: skip
+
+        return launch
 
     @property
     def values(self) -> tuple[int, ...]:

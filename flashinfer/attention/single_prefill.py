@@ -49,8 +49,8 @@ def single_prefill_with_kv_cache(
 
     Args:
         q: `[qo_len, num_qo_heads, head_dim_qk]`, fp16 or bf16 (fp32 on the CPU).
-        k, v: `[kv_len, num_kv_heads, head_dim]` (NHD) or `[num_kv_heads, kv_len, head_dim]` (HND); the dtype of q, or fp8
-            e4m3 or e5m2. head_dim is 32, 64, 96, 128, 192 or 256, or 192 of k and 128 of v. kv_len may be 0.
+        k, v: `[kv_len, num_kv_heads, head_dim]` (NHD) or `[num_kv_heads, kv_len, head_dim]` (HND); the dtype of q, or
+            fp8 e4m3 or e5m2. head_dim is 32, 64, 96, 128, 192 or 256, or 192 of k and 128 of v. kv_len may be 0.
         custom_mask: bool `[qo_len, kv_len]`, True = visible. Takes the place of causal.
         packed_custom_mask: the same flattened and packed eight to a byte, little-endian (`packbits`).
         causal: query i sees keys up to its own position.
@@ -64,8 +64,8 @@ def single_prefill_with_kv_cache(
         use_fp16_qk_reduction, backend: accepted for compatibility.
 
     Returns:
-        `[qo_len, num_qo_heads, head_dim_vo]`, dtype of q; with return_lse also fp32 `[qo_len, num_qo_heads]`. A query that
-        sees no key gives zeros and -inf.
+        `[qo_len, num_qo_heads, head_dim_vo]`, dtype of q; with return_lse also fp32 `[qo_len, num_qo_heads]`. A query
+        that sees no key gives zeros and -inf.
 
     Raises:
         ValueError: a shape, dtype, device or stride does not fit.
@@ -104,7 +104,11 @@ def _product(*factors: Optional[float]) -> float:
 
 
 def _mask_bits(
-    q: torch.Tensor, k: torch.Tensor, custom_mask: Optional[torch.Tensor], packed: Optional[torch.Tensor], kv_layout: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    custom_mask: Optional[torch.Tensor],
+    packed: Optional[torch.Tensor],
+    kv_layout: str,
 ) -> torch.Tensor:
     num_bits = q.shape[0] * k.shape[0 if kv_layout == "NHD" else 1]
     if packed is None:
@@ -189,10 +193,10 @@ class _Single:
         launch = self.direct
         if self.is_planned:
             scratch = _scratch(self.device, self.kernel, self.heads[1], self.head_dim_vo)
-            scratch.schedule.launch_planner(
-                launches.load_planner(self.device, "single"), _op.current_stream(self.device.index), self.extent, 0, 0, 0,
-                launches.ONE_ROW_PAGES, 1, self.heads[1], self.heads[0] // self.heads[1], self.lengths,
-            )  # fmt: skip
+            planner = scratch.schedule.bind_planner(
+                self.device, "single", 1, 1, self.heads[1], self.heads[0] // self.heads[1], self.lengths
+            )
+            planner(self.extent, 0, 0, 0)
             launch = self.bind(scratch.schedule.values)
         launch(
             q.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), k.data_ptr(), v.data_ptr(), (0, 0, 0),

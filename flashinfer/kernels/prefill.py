@@ -25,7 +25,8 @@ ITEM_BYTES = 48
 SCHEDULE_BYTES = 256
 
 
-# Query rows of a request, tokens times query heads per KV head, up to which the tile for short queries is the faster one.
+# Query rows of a request, tokens times query heads per KV head, up to which the tile for short queries is the faster
+# one.
 SHORT_ROWS = 64
 
 
@@ -53,8 +54,8 @@ _TILES: dict[str, tuple[Tile, ...]] = {
     "medium": ((128, 64, 128, 2, 2), (128, 32, 128, 2, 2), (128, 64, 256, 2, 1), (128, 32, 256, 2, 1)),  # 96, 128
     "wide keys": ((128, 32, 128, 2, 2), (128, 32, 256, 2, 1), (64, 32, 128, 2, 1)),  # 192 with values of 128
     "large": ((128, 64, 256, 2, 1), (128, 32, 256, 2, 1), (64, 32, 128, 2, 1), (32, 32, 64, 2, 1)),  # 192, 256
-    # At most 64 rows a request: appends and speculative verification, which read KV at the speed of memory. One fragment
-    # of rows a warp leaves registers, so that two blocks an SM keep more loads in flight.
+    # At most 64 rows a request: appends and speculative verification, which read KV at the speed of memory. One
+    # fragment of rows a warp leaves registers, so that two blocks an SM keep more loads in flight.
     "short": ((64, 64, 128, 2, 2), (64, 32, 128, 2, 2), (64, 64, 128, 2, 1), (64, 32, 128, 2, 1), (32, 32, 64, 2, 1)),
     # fp8 KV: unpacking takes the registers that the second fragment of rows would need.
     "fp8": ((128, 64, 256, 3, 1), (128, 64, 256, 2, 1), (128, 32, 256, 2, 1), (64, 32, 128, 2, 1), (32, 32, 64, 2, 1)),
@@ -69,7 +70,7 @@ def _smem_bytes(spec: KernelSpec, tile: Tile) -> int:
     size += block_n * dim_qk * 2 if spec.arg("pos_encoding") == "rope" else 128
     size += block_n * 32 if spec.arg("kv_storage") == "paged" else 32
     size += 96 + num_threads // 32 * 16 + block_m * 4
-    return -(-size // 128) * 128
+    return int(-(-size // 128) * 128)
 
 
 def _tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:
@@ -85,7 +86,9 @@ def _tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:
         if smem <= per_block and (smem + 1024) * blocks_per_sm <= per_sm:
             break
     else:
-        raise UnsupportedConfig(f"prefill: head_dim {dim_qk}/{dim_vo} needs {smem} bytes of shared memory on {spec.target}")
+        raise UnsupportedConfig(
+            f"prefill: head_dim {dim_qk}/{dim_vo} needs {smem} bytes of shared memory on {spec.target}"
+        )
     block_m, block_n, num_threads, num_stages, _ = tile
     constants = {"kBlockM": block_m, "kBlockN": block_n, "kNumStages": num_stages}
     return constants, Launch(num_threads, blocks_per_sm, smem)
@@ -96,7 +99,9 @@ def _config(spec: KernelSpec) -> Config:
     q_dtype, kv_dtype = spec.arg("q_dtype"), spec.arg("kv_dtype")
     dims = spec.arg("head_dim_qk"), spec.arg("head_dim_vo")
     if dims[0] != dims[1] and dims != (192, 128):
-        raise UnsupportedConfig(f"prefill: head_dim_qk {dims[0]} with head_dim_vo {dims[1]}; they are equal or 192 and 128")
+        raise UnsupportedConfig(
+            f"prefill: head_dim_qk {dims[0]} with head_dim_vo {dims[1]}; they are equal or 192 and 128"
+        )
     if is_cuda and "fp32" in (q_dtype, kv_dtype):
         raise UnsupportedConfig("prefill: fp32 is supported on the CPU alone; use float16 or bfloat16 on CUDA")
     if q_dtype != kv_dtype and not kv_dtype.startswith("fp8"):

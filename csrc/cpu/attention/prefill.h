@@ -1,9 +1,9 @@
 // Prefill attention on the CPU; what it computes stands in attention/prefill.cuh.
 //
 // A work unit is a tile of query rows of one KV head, a row being (token, head in group) with the head innermost. It
-// walks the keys in blocks: the block is converted to float once, keys transposed, so that S = Q Kᵀ and O += P V are both
-// sums of "one number times a row of registers"; 128 query rows share the conversion. Threads take units one by one, the
-// later tiles of a request first, which under a causal mask are the longer ones.
+// walks the keys in blocks: the block is converted to float once, keys transposed, so that S = Q Kᵀ and O += P V are
+// both sums of "one number times a row of registers"; 128 query rows share the conversion. Threads take units one by
+// one, the later tiles of a request first, which under a causal mask are the longer ones.
 #pragma once
 
 #include "attention/prefill_params.h"
@@ -42,9 +42,7 @@ template <int kNumColumns>
 inline void multiply(const float* a, int a_stride, const float* b, float* c, int num_rows, int depth, bool accumulate) {
   constexpr int kMicroRows = 4;
   constexpr int kMaxVecs = kLanes == 16 ? 4 : 2;  // 16 accumulators of the 32 registers, or 8 of the 16
-  constexpr int kNumVecs = kNumColumns % (kMaxVecs * kLanes) == 0 ? kMaxVecs
-                           : kNumColumns % (2 * kLanes) == 0      ? 2
-                                                                  : 1;
+  constexpr int kNumVecs = kNumColumns % (kMaxVecs * kLanes) == 0 ? kMaxVecs : kNumColumns % (2 * kLanes) == 0 ? 2 : 1;
   static_assert(kNumColumns % (kNumVecs * kLanes) == 0);
   for (int column = 0; column < kNumColumns; column += kNumVecs * kLanes) {
     for (int row = 0; row < num_rows; row += kMicroRows) {
@@ -193,7 +191,8 @@ struct PrefillState {
     for (int row = 0; row < num_rows; ++row) {
       const int64_t token_idx = q_begin + token[row];
       const float factor = sum[row] > 0.f ? params.v_scale / sum[row] : 0.f;
-      Q* dst = static_cast<Q*>(params.out) + token_idx * params.out_token_stride + qo_head[row] * params.out_head_stride;
+      Q* dst =
+          static_cast<Q*>(params.out) + token_idx * params.out_token_stride + qo_head[row] * params.out_head_stride;
       for (int d = 0; d < kDimVo; ++d) dst[d] = from_float<Q>(out[row][d] * factor);
       if (params.lse != nullptr) {
         params.lse[token_idx * params.num_qo_heads + qo_head[row]] =
@@ -211,8 +210,7 @@ void prefill(const AttentionParams& params) {
   if (tile_indptr == nullptr) std::abort();
   tile_indptr[0] = 0;
   for (int32_t i = 0; i < params.batch_size; ++i) {
-    const int64_t qo_len =
-        params.qo_indptr != nullptr ? params.qo_indptr[i + 1] - params.qo_indptr[i] : params.qo_len;
+    const int64_t qo_len = params.qo_indptr != nullptr ? params.qo_indptr[i + 1] - params.qo_indptr[i] : params.qo_len;
     tile_indptr[i + 1] = tile_indptr[i] + ceil_div(qo_len * group_size, int64_t(kPrefillBlockM));
   }
   const int64_t num_tiles = tile_indptr[params.batch_size];
