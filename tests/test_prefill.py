@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import flashinfer
-from flashinfer.errors import UnsupportedConfig
+from flashinfer.errors import ToolchainMissing, UnsupportedConfig
 from flashinfer.jit import resolver
 from flashinfer.kernels import prefill as families
 from tests.oracles.attention import attention
@@ -393,20 +393,22 @@ def test_graph_captured_short_and_replayed_long() -> None:
         graph.replay()
         check(result, expect(batches[name]))
 
-    on_device = replace(batches["short"], indices=tuple(x.to(device) for x in batches["short"].indices))
+    on_device = tuple(torch.zeros(size, dtype=torch.int32, device=device) for size in (5, 5, max_pages, 4))
+    captured = replace(batches["short"], indices=on_device)
+
+    def load_indices(batch: Batch) -> None:
+        for target, source in zip(on_device, batch.indices):
+            target[: len(source)].copy_(source)
+
+    load_indices(batches["short"])
+    plan(wrapper, captured)
     both = torch.cuda.CUDAGraph()
-    plan(wrapper, on_device)
-    torch.cuda.synchronize()
     with torch.cuda.graph(both):
-        plan(wrapper, on_device)
+        plan(wrapper, captured)
         result = launch()
     for name in ("long", "short"):
         load(batches[name])
-        for target, source in zip(on_device.indices, batches[name].indices):
-            count = min(target.numel(), source.numel())
-            target[:count].copy_(source[:count])
-        if name == "long":  # more pages than the captured list: they are in the caller's buffer itself
-            continue
+        load_indices(batches[name])
         both.replay()
         check(result, expect(batches[name]))
 
@@ -426,6 +428,30 @@ def test_plan_does_not_wait() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     check(result, expect(batch))
+
+
+def test_torch_compile(device: torch.device) -> None:
+    """Traced without a graph break, with the same result; a new plan needs no new trace."""
+    paged, ragged = Case("compiled"), Case("compiled", storage="ragged")
+    wrappers = [make_wrapper(case, device) for case in (paged, ragged)]
+
+    def layer(q: Tensor, cache: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        out, lse = wrappers[0].run(q * 2, cache, return_lse=True, v_scale=0.5)
+        other, other_lse = wrappers[1].forward_return_lse(q, k, v, causal=True, sm_scale=0.1)
+        merged, merged_lse = flashinfer.merge_state(out, lse, other, other_lse)
+        flashinfer.merge_state_in_place(merged, merged_lse, other, other_lse)
+        both = flashinfer.merge_states(torch.stack([out, other], 1), torch.stack([lse, other_lse], 1))
+        single = flashinfer.single_prefill_with_kv_cache(q[:33], k[:33], v[:33], causal=True)
+        return out + 1, lse, merged, merged_lse, *both, single
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for seed in (0, 1):
+        batches = [make_batch(case, device, seed) for case in (paged, ragged)]
+        for wrapper, batch in zip(wrappers, batches):
+            plan(wrapper, batch)
+        given = (batches[0].q, batches[0].kv, *batches[1].kv)
+        for ours, eager in zip(compiled(*given), layer(*given)):
+            assert torch.equal(ours, eager)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -459,11 +485,31 @@ def test_errors_name_the_argument(device: torch.device) -> None:
 # -------------------------------------------------------------------------------------------------------------- compile
 
 CORE = [
-    {"head_dim": dim, "kv_storage": storage, "mask": mask}
-    for dim in (64, 128)
-    for storage in ("paged", "ragged")
-    for mask in ("causal", "none")
-] + [{"head_dim": 192, "head_dim_vo": 128, "kv_storage": "ragged"}, {"head_dim": 256}, {"head_dim": 32}]  # fmt: skip
+    {"head_dim": 128},
+    {"head_dim": 128, "mask": "none"},
+    {"head_dim": 128, "kv_storage": "ragged"},
+    {"head_dim": 128, "kv_storage": "single"},
+    {"head_dim": 128, "short_queries": True},
+    {"head_dim": 128, "kv_dtype": "fp8_e4m3"},
+    {"head_dim": 64},
+    {"head_dim": 256},
+    {"head_dim": 192, "head_dim_vo": 128, "kv_storage": "ragged"},
+    {"head_dim": 32, "kv_storage": "ragged", "mask": "none"},
+]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("axes", CORE, ids=str)
+def test_core_kernels_do_not_spill(axes: dict[str, Any], arch: str) -> None:
+    from flashinfer.jit import source, toolchain
+
+    try:
+        compiled = toolchain.Nvrtc().compile(
+            source.render(families.prefill(arch, **{"q_dtype": "bf16", "kv_dtype": "bf16", **axes}))
+        )
+    except ToolchainMissing as missing:
+        pytest.skip(str(missing))
+    assert " 0 bytes spill stores, 0 bytes spill loads" in compiled.log, compiled.log
 
 
 @pytest.mark.slow

@@ -46,7 +46,8 @@ def merge_state(
     """
     v_a, v_b = v_a.contiguous(), v_b.contiguous()
     v_out, s_out = torch.empty_like(v_a), torch.empty(s_a.shape, dtype=torch.float32, device=s_a.device)
-    _merge_pair("merge_state", v_a, _fp32(s_a), v_b, _fp32(s_b), None, v_out, s_out)
+    merge = _compiled_pair if torch.compiler.is_dynamo_compiling() else _merge_pair
+    merge("merge_state", v_a, _fp32(s_a), v_b, _fp32(s_b), None, v_out, s_out)
     return v_out, s_out
 
 
@@ -68,7 +69,14 @@ def merge_state_in_place(
     """
     if mask is not None:
         mask = _row_mask(v, mask)
-    _merge_pair("merge_state_in_place", v, s, v_other.contiguous(), _fp32(s_other), mask, v, s)
+    merge = _compiled_in_place if torch.compiler.is_dynamo_compiling() else _merge_in_place
+    merge(v, s, v_other.contiguous(), _fp32(s_other), mask)
+
+
+def _merge_in_place(
+    v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor, mask: Optional[torch.Tensor]
+) -> None:
+    _merge_pair("merge_state_in_place", v, s, v_other, s_other, mask, v, s)
 
 
 def _row_mask(v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -218,18 +226,48 @@ def _merge_list(
     num_heads, head_dim = v.shape[-2:]
     v_out = torch.empty((num_rows, num_heads, head_dim), dtype=v.dtype, device=v.device)
     s_out = torch.empty((num_rows, num_heads), dtype=torch.float32, device=v.device)
-    if v_out.numel() > 0:
-        key = (v.dtype, head_dim, v.get_device(), num_rows, num_heads)
-        found = _lists.get(key)
-        if found is None:
-            found = _lists.remember(key, _launcher(op, v, num_rows, num_heads, False))
-        launch, grid = found
-        launch(
-            grid, _op.current_stream(v.get_device()), v.data_ptr(), s.data_ptr(), 0, 0, 0,
-            0 if indptr is None else indptr.data_ptr(), v_out.data_ptr(), s_out.data_ptr(), num_rows, num_heads,
-            num_states,
-        )  # fmt: skip
+    merge = _compiled_list if torch.compiler.is_dynamo_compiling() else _launch_list
+    merge(op, v, s, indptr, num_states, v_out, s_out)
     return v_out, s_out
+
+
+def _launch_list(
+    op: str,
+    v: torch.Tensor,
+    s: torch.Tensor,
+    indptr: Optional[torch.Tensor],
+    num_states: int,
+    v_out: torch.Tensor,
+    s_out: torch.Tensor,
+) -> None:
+    num_rows, num_heads, head_dim = v_out.shape
+    if v_out.numel() == 0:
+        return
+    key = (v.dtype, head_dim, v.get_device(), num_rows, num_heads)
+    found = _lists.get(key)
+    if found is None:
+        found = _lists.remember(key, _launcher(op, v, num_rows, num_heads, False))
+    launch, grid = found
+    launch(
+        grid, _op.current_stream(v.get_device()), v.data_ptr(), s.data_ptr(), 0, 0, 0,
+        0 if indptr is None else indptr.data_ptr(), v_out.data_ptr(), s_out.data_ptr(), num_rows, num_heads, num_states,
+    )  # fmt: skip
+
+
+_compiled_pair = _op.compiled_op(
+    "merge_state(str op, Tensor v, Tensor s, Tensor v_other, Tensor s_other, Tensor? mask, Tensor(a!) v_out, "
+    "Tensor(b!) s_out) -> ()",
+    _merge_pair,
+)
+_compiled_in_place = _op.compiled_op(
+    "merge_state_in_place(Tensor(a!) v, Tensor(b!) s, Tensor v_other, Tensor s_other, Tensor? mask) -> ()",
+    _merge_in_place,
+)
+_compiled_list = _op.compiled_op(
+    "merge_states(str op, Tensor v, Tensor s, Tensor? indptr, int num_states, Tensor(a!) v_out, "
+    "Tensor(b!) s_out) -> ()",
+    _launch_list,
+)
 
 
 # ------------------------------------------------------------------------------------------------------------- wrappers

@@ -5,7 +5,8 @@ A wrapper is planned once per step, by one small kernel and without waiting for 
 
 from __future__ import annotations
 
-import functools
+import itertools
+import weakref
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
@@ -102,6 +103,8 @@ class _BatchPrefill:
         self._planned = Extent(False, -1, 0, 0, 0)
         self._last_run: Optional[Extent] = None
         self._short_queries = False
+        self._handle = next(_handles)  # names the wrapper in a compiled graph
+        _wrappers[self._handle] = self
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -231,6 +234,8 @@ class _BatchPrefill:
         pdl: Optional[bool],
         overrides: Optional[tuple[Any, ...]],
     ) -> Result:
+        if torch.compiler.is_dynamo_compiling():
+            return self._run_traced(q, kv, out, lse, return_lse, scales, pdl, overrides)
         problem = self._problem
         if problem is None:
             raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's lengths first")
@@ -269,6 +274,27 @@ class _BatchPrefill:
                 self._launch_planner(problem, run.extent)
             self._last_run, self._short_queries = run.extent, run.short_queries
             run.launch(q_ptr, out_ptr, lse_ptr, k_ptr, v_ptr + run.v_offset, self._kv_index, self._qo_index)
+        return (out, lse) if return_lse and lse is not None else out
+
+    def _run_traced(
+        self,
+        q: torch.Tensor,
+        kv: PagedCache,
+        out: Optional[torch.Tensor],
+        lse: Optional[torch.Tensor],
+        return_lse: bool,
+        scales: tuple[Optional[float], Optional[float], Optional[float]],
+        pdl: Optional[bool],
+        overrides: Optional[tuple[Any, ...]],
+    ) -> Result:
+        problem = self._problem
+        assert problem is not None, "run() before plan()"
+        if out is None:
+            out = q.new_empty((*q.shape[:-1], problem.head_dim_vo))
+        if return_lse and lse is None:
+            lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        k, v = (kv, None) if isinstance(kv, torch.Tensor) else kv
+        _compiled_run(self._handle, q, k, v, out, lse, *scales, pdl, *(_NOTHING if overrides is None else overrides))
         return (out, lse) if return_lse and lse is not None else out
 
     def _bind(
@@ -362,6 +388,37 @@ def _forward_overrides(
         rope_scale,
         rope_theta,
     )
+
+
+_handles = itertools.count()
+_wrappers: weakref.WeakValueDictionary[int, _BatchPrefill] = weakref.WeakValueDictionary()
+_NOTHING = (None,) * 7  # no overrides
+
+
+def _run_by_handle(
+    handle: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: Optional[torch.Tensor],
+    out: torch.Tensor,
+    lse: Optional[torch.Tensor],
+    q_scale: Optional[float],
+    k_scale: Optional[float],
+    v_scale: Optional[float],
+    pdl: Optional[bool],
+    *given: Any,
+) -> None:
+    kv = k if v is None else (k, v)
+    overrides = None if given == _NOTHING else given
+    _wrappers[handle]._run(q, kv, out, lse, False, (q_scale, k_scale, v_scale), pdl, overrides)
+
+
+_compiled_run = _op.compiled_op(
+    "batch_prefill(int handle, Tensor q, Tensor k, Tensor? v, Tensor(a!) out, Tensor(b!)? lse, float? q_scale, "
+    "float? k_scale, float? v_scale, bool? pdl, bool? causal, str? pos_encoding_mode, int? window_left, "
+    "float? logits_soft_cap, float? sm_scale, float? rope_scale, float? rope_theta) -> ()",
+    _run_by_handle,
+)
 
 
 class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
@@ -572,7 +629,11 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
         scales = (q_scale, k_scale, v_scale)
         return self._run(q, paged_kv_cache, out, lse, return_lse, scales, enable_pdl, overrides)
 
-    run_return_lse = functools.partialmethod(run, return_lse=True)
+    def run_return_lse(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """`run(..., return_lse=True)`."""
+        result = self.run(*args, return_lse=True, **kwargs)
+        assert isinstance(result, tuple)
+        return result
 
     def forward(
         self,
@@ -597,7 +658,11 @@ class BatchPrefillWithPagedKVCacheWrapper(_BatchPrefill):
         )
         return self._run(q, paged_kv_cache, None, None, return_lse, (None, k_scale, v_scale), None, overrides)
 
-    forward_return_lse = functools.partialmethod(forward, return_lse=True)
+    def forward_return_lse(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward(..., return_lse=True)`."""
+        result = self.forward(*args, return_lse=True, **kwargs)
+        assert isinstance(result, tuple)
+        return result
 
 
 class BatchPrefillWithRaggedKVCacheWrapper(_BatchPrefill):
@@ -746,7 +811,11 @@ class BatchPrefillWithRaggedKVCacheWrapper(_BatchPrefill):
             v_scale = (1.0 if v_scale is None else v_scale) / o_scale
         return self._run(q, (k, v), out, lse, return_lse, (q_scale, k_scale, v_scale), enable_pdl, None)
 
-    run_return_lse = functools.partialmethod(run, return_lse=True)
+    def run_return_lse(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """`run(..., return_lse=True)`."""
+        result = self.run(*args, return_lse=True, **kwargs)
+        assert isinstance(result, tuple)
+        return result
 
     def forward(
         self,
@@ -770,4 +839,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(_BatchPrefill):
         )
         return self._run(q, (k, v), None, None, return_lse, (None, None, None), None, overrides)
 
-    forward_return_lse = functools.partialmethod(forward, return_lse=True)
+    def forward_return_lse(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward(..., return_lse=True)`."""
+        result = self.forward(*args, return_lse=True, **kwargs)
+        assert isinstance(result, tuple)
+        return result

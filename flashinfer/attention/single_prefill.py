@@ -71,15 +71,31 @@ def single_prefill_with_kv_cache(
         ValueError: a shape, dtype, device or stride does not fit.
         UnsupportedConfig: no kernel for this dtype or head_dim.
     """
+    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
+    run = _compiled if torch.compiler.is_dynamo_compiling() else _run
+    run(
+        q, k, v, out, lse, custom_mask, packed_custom_mask, causal, kv_layout, pos_encoding_mode, window_left,
+        logits_soft_cap, sm_scale, rope_scale, rope_theta, scale_q, scale_k, scale_v, k_scale, v_scale,
+    )  # fmt: skip
+    return out if lse is None else (out, lse)
+
+
+def _run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: Optional[torch.Tensor],
+    custom_mask: Optional[torch.Tensor],
+    packed_custom_mask: Optional[torch.Tensor],
+    causal: bool,
+    kv_layout: str,
+    *options: Any,
+) -> None:
     mask, mask_bits = "causal" if causal else "none", None
     if custom_mask is not None or packed_custom_mask is not None:
         mask, mask_bits = "custom", _mask_bits(q, k, custom_mask, packed_custom_mask, kv_layout)
-    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
-    options = (
-        pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, scale_q, scale_k, scale_v,
-        k_scale, v_scale,
-    )  # fmt: skip
     key = (
         q.dtype, q.shape, q.stride(), q.get_device(), kv_cache.signature((k, v)), kv_layout, mask, options,
         (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
@@ -87,10 +103,19 @@ def single_prefill_with_kv_cache(
     single = _singles.get(key)
     if single is None:
         variant = Variant.of(_OP, q.shape[-1], *options[:6])
+        scale_q, scale_k, scale_v, k_scale, v_scale = options[6:]
         scales = (_product(scale_q, scale_k, k_scale), _product(scale_v, v_scale))
         single = _singles.remember(key, _Single(q, k, v, kv_layout, mask, variant, scales))
     single.launch(q, k, v, out, lse, mask_bits)
-    return out if lse is None else (out, lse)
+
+
+_compiled = _op.compiled_op(
+    "single_prefill(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, Tensor? custom_mask, "
+    "Tensor? packed_custom_mask, bool causal, str kv_layout, str pos_encoding_mode, int window_left, "
+    "float? logits_soft_cap, float? sm_scale, float? rope_scale, float? rope_theta, float? scale_q, float? scale_k, "
+    "float? scale_v, float? k_scale, float? v_scale) -> ()",
+    _run,
+)
 
 
 single_prefill_with_kv_cache_return_lse = functools.partial(single_prefill_with_kv_cache, return_lse=True)
