@@ -102,8 +102,9 @@ def _attention(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
         for group_size in model.group_sizes:
             for kv_storage in ("paged", "single"):
                 yield attention.decode(target, **common, group_size=group_size, kv_storage=kv_storage)
-        yield prefill.prefill(target, **common, kv_storage="paged", mask="causal")
-        yield prefill.prefill(target, **common, kv_storage="paged", mask="none")  # the shared prefix of a cascade
+        for short_queries in (False, True) if targets.kind(target) == "cuda" else (False,):
+            for mask in ("causal", "none"):  # none: the shared prefix of a cascade
+                yield prefill.prefill(target, **common, kv_storage="paged", mask=mask, short_queries=short_queries)
     for kv_storage in ("ragged", "single"):
         own: dict[str, Any] = {"q_dtype": dtype, "kv_dtype": dtype, "head_dim": model.head_dim}
         yield prefill.prefill(target, **own, kv_storage=kv_storage, mask="causal")

@@ -130,18 +130,24 @@ class _BatchPrefill:
             problem = self._problems.remember(key, self._describe(**arguments))
         self._problem = problem
         if problem.schedule is not None:
-            # A guess where qo_indptr is on the device: what the last run was. A run that finds it wrong plans again.
+            # A guess where qo_indptr is on the device: what the last run was. A run that finds it wrong plans again,
+            # for which a capture needs the other kernel loaded already.
             self._short_queries = problem.is_short(num_tokens, self._short_queries)
-            extent = problem.extents.get(self._short_queries)
-            if extent is None:
-                kernel = self._kernel(
-                    problem, problem.q_dtype, problem.kv_dtype, problem.mask, problem.variant, self._short_queries
-                )
-                extent = _extent(kernel, problem.mask, problem.variant)
-                problem.extents[self._short_queries] = extent
+            if self._use_cuda_graph and num_tokens < 0:
+                self._planned_extent(problem, not self._short_queries)
+            extent = self._planned_extent(problem, self._short_queries)
             if self._use_cuda_graph and self._last_run is not None and self._last_run[2:] == extent[2:]:
                 extent = extent.joined(self._last_run)  # a captured run may be replayed on this schedule
             self._launch_planner(problem, extent)
+
+    def _planned_extent(self, problem: _Problem, short_queries: bool) -> Extent:
+        extent = problem.extents.get(short_queries)
+        if extent is None:
+            kernel = self._kernel(
+                problem, problem.q_dtype, problem.kv_dtype, problem.mask, problem.variant, short_queries
+            )
+            extent = problem.extents[short_queries] = _extent(kernel, problem.mask, problem.variant)
+        return extent
 
     def _describe(
         self,
