@@ -1,8 +1,8 @@
 // One row of the vocabulary, spread over the threads of a thread-block cluster.
 //
-// The row is cut into 16-byte granules of device memory. Granule g belongs to thread g % (threads of the cluster), so
-// that low token ids, which carry most of the mass in practice, are spread over all blocks. A thread calls its granules
-// slots: slot s is its s-th. When the row is resident, the first reading leaves it in shared memory, in its own element
+// The row is cut into 16-byte granules of device memory. They are dealt to the warps of all blocks in turn, a granule a
+// lane, so that low token ids, which carry most of the mass in practice, are spread. A thread calls its granules slots:
+// slot s is its s-th. When the row is resident, the first reading leaves it in shared memory, in its own element
 // type, and every later pass stays there.
 #pragma once
 
@@ -45,7 +45,8 @@ struct RowSlice {
   }
 
   __device__ __forceinline__ int granule_idx(int slot, int thread_idx) const {
-    return slot * kThreadsPerRow + cluster_rank<Config::kClusterSize>() * Config::kNumThreads + thread_idx;
+    const int warp = thread_idx / kWarpSize * Config::kClusterSize + cluster_rank<Config::kClusterSize>();
+    return slot * kThreadsPerRow + warp * kWarpSize + thread_idx % kWarpSize;
   }
   __device__ __forceinline__ int token_id(int slot, int thread_idx, int lane) const {
     return granule_idx(slot, thread_idx) * kVecSize + lane - head;
@@ -87,7 +88,8 @@ struct RowSlice {
   template <class Visit>
   __device__ __forceinline__ void for_each_granule(Visit visit) {
     if constexpr (kResident) {
-#pragma unroll 2
+      constexpr int kSlotsAtOnce = kVecSize > 4 ? 1 : 2;
+#pragma unroll kSlotsAtOnce
       for (int slot = 0; slot < num_slots; ++slot) visit(at(slot, threadIdx.x), slot);
     } else {
       read([&](const Granule* batch, int slot) {

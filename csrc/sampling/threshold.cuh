@@ -19,6 +19,7 @@
 // What all blocks must agree on, all compute from the same numbers in the same order.
 #pragma once
 
+#include "device/atomic.cuh"
 #include "sampling/row.cuh"
 
 namespace flashinfer {
@@ -132,7 +133,7 @@ struct Candidate {
 
 // A candidate as the others see it.
 struct alignas(16) RankedCandidate {
-  int32_t order;  // ordered bits
+  float score;
   int32_t token_id;
   uint32_t weight;  // in units of 2^-31 of the list's
 };
@@ -290,9 +291,8 @@ struct ThresholdSearch {
     if (kWeighs && mine.is_candidate && mine.unit > 0.f) {
       mine.weight = __float2uint_rz(weigh(mine.candidate.score) / mine.unit);
     }
-    const int32_t order = ordered_bits(mine.candidate.score);
     __syncthreads();
-    smem.ranked[threadIdx.x] = {order, mine.candidate.token_id, mine.weight};
+    smem.ranked[threadIdx.x] = {mine.candidate.score, mine.candidate.token_id, mine.weight};
     __syncthreads();
     mine.count_larger = mine.weight_larger = 0;
     uint32_t weight_tied = 0;
@@ -301,11 +301,17 @@ struct ThresholdSearch {
 #pragma unroll 4
       for (uint32_t i = 0; i < all.count_inside; ++i) {
         const RankedCandidate other = smem.ranked[i];
-        const bool is_larger = other.order > order;
-        mine.count_larger += is_larger;
         if constexpr (kWeighs) {
-          mine.weight_larger += is_larger ? other.weight : 0;
-          weight_tied += other.order == order && other.token_id < mine.candidate.token_id ? other.weight : 0;
+          // Masks instead of predicates, whose latency would set the pace: all ones if the condition holds.
+          const int32_t difference = __float_as_int(mine.candidate.score - other.score);
+          const uint32_t is_larger = difference >> 31;
+          const uint32_t is_tied_before =
+              ~((difference | -difference) >> 31) & ((other.token_id - mine.candidate.token_id) >> 31);
+          mine.count_larger -= is_larger;
+          mine.weight_larger += is_larger & other.weight;
+          weight_tied += is_tied_before & other.weight;
+        } else {
+          mine.count_larger += other.score > mine.candidate.score;
         }
       }
     }
@@ -369,18 +375,23 @@ struct ThresholdSearch {
       const float weight_below = __shfl_up_sync(0xffffffffu, weight, offset);
       if (lane_idx >= offset) count += count_below, weight += weight_below;
     }
-    const bool by_weight = Config::kTopP && weight >= target;
-    const uint32_t hit = __ballot_sync(0xffffffffu, count >= top_k || by_weight);
-    const int hit_lane = hit ? __ffs(hit) - 1 : kWarpSize - 1;
-    const uint32_t count_to_hit = __shfl_sync(0xffffffffu, count, hit_lane);
-    const float weight_to_hit = __shfl_sync(0xffffffffu, weight, hit_lane);
+    const uint32_t by_count = __ballot_sync(0xffffffffu, count >= top_k);
+    int last_lane = by_count ? __ffs(by_count) - 1 : kWarpSize - 1;
+    if constexpr (Config::kTopP) {
+      // The sample sees but a part of the weight, so that a window that ends by weight reaches further, as far as the
+      // list is sure to have room.
+      const uint32_t by_weight = __ballot_sync(0xffffffffu, weight >= target);
+      const uint32_t is_cheap = __ballot_sync(0xffffffffu, count <= kNumThreads / 4);
+      const int enough_lane = by_weight ? __ffs(by_weight) - 1 : kWarpSize - 1;
+      const int cheap_lane = is_cheap ? 31 - __clz(is_cheap) : 0;
+      if (target < kInfinity) last_lane = min(last_lane, by_weight ? max(enough_lane, cheap_lane) : cheap_lane);
+    }
+    const uint32_t sampled_count = __shfl_sync(0xffffffffu, count, last_lane);
+    const float sampled_weight = __shfl_sync(0xffffffffu, weight, last_lane);
     // At 0.55 of the groups, 0.8 elements a group are to be expected.
-    if (count_to_hit > kNumThreads * 11 / 20) return false;
-    if (!hit && !(Config::kTopP && weight_to_hit > 0.6f * target)) return false;
-    // One bin more where the limit is a weight, of which the sample has but a part.
-    const bool is_count = __shfl_sync(0xffffffffu, count >= top_k, hit_lane);
-    const uint32_t bins_to_hit = 2 * (hit_lane + 1) + (is_count ? 0 : 1);
-    const uint64_t border = uint64_t(bins_to_hit) << shift;
+    if (sampled_count > kNumThreads * 11 / 20) return false;
+    if (sampled_count < top_k && !(Config::kTopP && sampled_weight > 0.6f * target)) return false;
+    const uint64_t border = uint64_t(2 * (last_lane + 1)) << shift;
     window = {0, border < end ? uint32_t(border) : end};
     return true;
   }
@@ -396,12 +407,13 @@ struct ThresholdSearch {
     if (threadIdx.x == 0) smem.first_cut = kNone;
     __syncthreads();
     if (depth(thread_max) < bracket.end) {
+      const uint32_t words = static_cast<uint32_t>(__cvta_generic_to_shared(smem.words));
       slice.for_each([&](float score, int, int) {
         const uint32_t below = depth(score) - begin, place = below >> shift;
         if constexpr (kPacksBins) {
-          if (below < width) atomicAdd(&smem.words[place / 2], place % 2 ? 0x10000u : 1u);
+          add_shared_if(below < width, words + place / 2 * 4, place % 2 * 0xffffu + 1u);
         } else {
-          if (below < width) atomicAdd(&smem.words[place], 1u);
+          add_shared_if(below < width, words + place * 4, 1u);
         }
       });
     }
@@ -437,7 +449,7 @@ struct ThresholdSearch {
     constexpr float kWeightError = 1.5e-4f;  // of binned weights, at least for smooth rows
     const Tally before = smem.before_cut, here = smem.at_cut;
     const float count = here.count;
-    float part = 1.f, margin = (2.5f * sqrtf(count) + 6.f) / count;
+    float part = 1.f, margin = (1.6f * sqrtf(count) + 6.f) / count;  // 3 deviations
     if (before.count + here.count >= top_k) part = (top_k - before.count) / count;
     if (Config::kTopP && before.weight + here.weight >= target) {
       part = fminf(part, fmaxf(target - before.weight, 0.f) / here.weight);
@@ -461,17 +473,24 @@ struct ThresholdSearch {
       Candidate* const list = shared_at_rank<kClusterSize>(smem.list, 0) + cluster_rank<kClusterSize>() * kListPerBlock;
       slice.for_each_granule([&](const typename Slice::Granule& granule, int slot) {
         uint32_t inside = 0;
+        if (begin == 0) {
+          // Few elements reach the window: one look at the largest of the granule.
+          float largest = to_float(granule[0]);
+#pragma unroll
+          for (int i = 1; i < Slice::kVecSize; ++i) largest = fmaxf(largest, to_float(granule[i]));
+          if (depth(largest) >= width) return;
+        }
 #pragma unroll
         for (int i = 0; i < Slice::kVecSize; ++i) {
           const float score = to_float(granule[i]);
           const uint32_t d = depth(score);
           inside |= uint32_t(d - begin < width) << i;
-          if (begin > 0) {
-            mine.count_above += d < begin;
-            if constexpr (kWeighs) mine.weight_above += d < begin ? weigh(score) : 0.f;
-          }
+          mine.count_above += d < begin;
+          if constexpr (kWeighs) mine.weight_above += d < begin ? weigh(score) : 0.f;
         }
         if (inside == 0) return;
+        uint32_t place = atomicAdd(&smem.list_size, __popc(inside));
+        mine.count_inside += __popc(inside);
 #pragma unroll
         for (int i = 0; i < Slice::kVecSize; ++i) {
           if (!(inside >> i & 1)) continue;
@@ -479,13 +498,12 @@ struct ThresholdSearch {
           mine.max = max(mine.max, ordered_bits(score));
           mine.min = min(mine.min, ordered_bits(score));
           if constexpr (kWeighs) mine.weight_inside += weigh(score);
-          ++mine.count_inside;
-          const uint32_t place = atomicAdd(&smem.list_size, 1u);
           if (place < kListPerBlock) {
             list[place] = {score, slice.token_id(slot, threadIdx.x, i)};
           } else {
             ++mine.overflows;
           }
+          ++place;
         }
       });
     }
