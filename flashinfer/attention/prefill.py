@@ -91,6 +91,7 @@ class _BatchPrefill:
         self._kv_layout = kv_layout
         self._float_workspace_buffer = float_workspace_buffer
         self.device = launches.indexed(float_workspace_buffer.device)
+        self._cuda_index = self.device.index if self.device.type == "cuda" else -2  # -1 is the CPU
         int_bytes = plan.INT_WORKSPACE_BYTES if self.device.type == "cuda" else 0
         self._int_workspace_buffer = torch.empty(int_bytes, dtype=torch.uint8, device=self.device)
         self._use_cuda_graph = use_cuda_graph
@@ -211,11 +212,11 @@ class _BatchPrefill:
     def _take(self, fixed: dict[str, Optional[torch.Tensor]], given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """The index tensors on the device: the given ones, or in a CUDA-graph wrapper its buffers filled from them."""
         op = self._op_name
-        for name in ("qo_indptr", "paged_kv_indptr", "kv_indptr"):
-            if name in given:
-                plan.require_ascending(op, name, given[name])
         if self._fixed is None:
-            return [plan.upload(op, name, tensor, self.device) for name, tensor in given.items()]
+            return [self._upload(name, tensor) for name, tensor in given.items()]
+        for name, tensor in given.items():
+            if name.endswith("indptr"):
+                plan.require_ascending(op, name, tensor)
         taken = []
         for (name, tensor), buffer in zip(given.items(), fixed.values()):
             assert buffer is not None
@@ -226,6 +227,18 @@ class _BatchPrefill:
                 )
             taken.append(self._fixed.fill(f"{name}_buf", buffer, tensor))
         return taken
+
+    def _upload(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if (
+            tensor.get_device() == self._cuda_index
+            and tensor.dtype is torch.int32
+            and tensor.dim() == 1
+            and tensor.is_contiguous()
+        ):
+            return tensor  # the common case on a GPU: used in place
+        if name.endswith("indptr"):
+            plan.require_ascending(self._op_name, name, tensor)
+        return plan.upload(self._op_name, name, tensor, self.device)
 
     # -------------------------------------------------------------------------------------------------------------- run
 
