@@ -273,23 +273,13 @@ __device__ __forceinline__ void merge_chunks_if_last(const AttentionParams& para
   for (int i = int(fresh_thread_idx()); i < num_rows * kVecsPerRow; i += Shape::kNumThreads) {
     const int row = i / kVecsPerRow, column = i % kVecsPerRow * 4;
     RunningState<4> state;
-    constexpr int kBatch = 16;  // chunks in flight at a time: one CTA reads what many have written
-#pragma unroll 1
-    for (int first_chunk = 0; first_chunk < item.num_chunks; first_chunk += kBatch) {
-      float4 x[kBatch];
-      float lse[kBatch];
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int chunk = min(first_chunk + j, item.num_chunks - 1);
-        const int64_t partial_row = first_row + chunk * chunk_stride + row;
-        x[j] = __ldcg(reinterpret_cast<const float4*>(params.partial_out + partial_row * Shape::kHeadDimVo + column));
-        lse[j] = __ldcg(params.partial_lse + partial_row);
-      }
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const float partial[4] = {x[j].x, x[j].y, x[j].z, x[j].w};
-        state.merge(partial, first_chunk + j < item.num_chunks ? lse[j] : kMinusInfinity);
-      }
+#pragma unroll 4
+    for (int chunk = 0; chunk < item.num_chunks; ++chunk) {
+      const int64_t partial_row = first_row + chunk * chunk_stride + row;
+      const float4 x =
+          __ldcg(reinterpret_cast<const float4*>(params.partial_out + partial_row * Shape::kHeadDimVo + column));
+      const float partial[4] = {x.x, x.y, x.z, x.w};
+      state.merge(partial, __ldcg(params.partial_lse + partial_row));
     }
     state.normalize();
     const QueryRow query = QueryRow::of<Shape>(work, row);
