@@ -188,6 +188,12 @@ CASES: dict[str, tuple[Sampler, dict[str, Any], dict[str, Any], str]] = {
         {"top_k": 30, "top_p": 0.6, "top_k_first": True},
         "probs",
     ),
+    "top_k_first_wide": (  # more is kept than a list holds
+        sampling.top_k_top_p_sampling_from_probs,
+        {"top_k": 2000, "top_p": 0.9},
+        {"top_k": 2000, "top_p": 0.9, "top_k_first": True},
+        "probs",
+    ),
     "joint_logits": (
         sampling.top_k_top_p_sampling_from_logits,
         {"top_k": 30, "top_p": 0.6, "filter_apply_order": "joint"},
@@ -278,6 +284,20 @@ def test_every_position_can_be_drawn(device: torch.device, vocab_size: int, dtyp
         storage[:, start : start + vocab_size] = logits
         assert sampling.top_k_top_p_sampling_from_logits(rows, 5, 0.5).tolist() == positions.tolist()
         assert sampling.softmax(rows).argmax(-1).tolist() == positions.tolist()
+
+
+def test_unnormalized_probabilities(device: torch.device) -> None:
+    """Only proportions count, down to the smallest numbers of fp32."""
+    probs = oracle.softmax(torch.randn(1, 3000, generator=torch.Generator().manual_seed(6)) * 2)
+    top = set(probs[0].topk(20).indices.tolist())
+    indices = torch.zeros(200, dtype=torch.int32, device=device)
+    for scale in (1e-37, 1e-20, 1e20):
+        scaled = (probs * scale).float().to(device)
+        tokens, valid = sampling.top_k_sampling_from_probs(scaled, 20, indices, return_valid=True)
+        assert valid.all() and set(tokens.tolist()) <= top and len(set(tokens.tolist())) > 5
+        sampling.sampling_from_probs(scaled, indices)
+    renormed = sampling.top_p_renorm_probs((probs * 1e20).float().to(device), 0.9)
+    assert abs(renormed.sum().item() - 1) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------- parameters, randomness
