@@ -524,9 +524,6 @@ def _prepare(
     current_stream = _op.current_stream
     indices_are_int64 = int(indices is not None and indices.dtype == torch.int64)
 
-    def address(tensor: Optional[torch.Tensor]) -> int:
-        return 0 if tensor is None else tensor.data_ptr()
-
     def launch(
         input_ptr: int,
         output_ptr: int,
@@ -553,11 +550,11 @@ def _prepare(
             output_ptr,
             token_ids_ptr,
             valid_ptr,
-            address(indices),
-            address(top_k),
-            address(top_p),
-            address(min_p),
-            address(temperature),
+            0 if indices is None else indices.data_ptr(),
+            0 if top_k is None else top_k.data_ptr(),
+            0 if top_p is None else top_p.data_ptr(),
+            0 if min_p is None else min_p.data_ptr(),
+            0 if temperature is None else temperature.data_ptr(),
             state_ptr,
             seed,
             offset,
