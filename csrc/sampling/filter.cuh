@@ -62,27 +62,20 @@ struct Filter {
     return Search{slice, smem.search, depth, Weigh<Config>{totals.row.max, scale}, thread_max, totals.lowest_warp_max};
   }
 
-  // Collective over the cluster. With kDraws, returns false in blocks that hold nothing of what is kept, and takes no
-  // decision on the list that a draw at `uniform` of the kept weight, from the top, does not depend on.
-  template <bool kDraws>
+  // Collective over the cluster. With kLeaderMayFinish, returns false in blocks that hold nothing of what is kept.
+  template <bool kLeaderMayFinish>
   __device__ __forceinline__ bool apply(Search& search, const RowTotals<Config>& totals, int vocab_size, Smem& smem,
-                                        Kept& kept, typename Search::Ranking& ranking, float uniform = 1.f) const {
+                                        Kept& kept, typename Search::Ranking& ranking) const {
     const bool is_leader = cluster_rank<Config::kClusterSize>() == 0;
     uint32_t depth_end = last_depth(search.depth, negligible(totals, vocab_size)), k = top_k;
     float target = in_turn || top_p == kInfinity ? kInfinity : top_p * totals.row.sum, floor = -kInfinity;
 #pragma unroll 1
     while (true) {
       search.run(k, target, depth_end, k == top_k);
-      const bool is_alone = kDraws && search.is_listed && search.window.begin == 0;
+      const bool is_alone = kLeaderMayFinish && search.is_listed && search.window.begin == 0;
       if (is_alone && !is_leader) return false;
-      const bool top_p_follows = in_turn && k != kKeepAll;
-      if (kDraws && !top_p_follows &&
-          uniform * (search.all.weight_above + search.all.weight_inside) < search.all.weight_above) {
-        kept = {floor, 0.f, kInfinity, false};
-        return true;
-      }
       if (is_leader) {
-        kept = lead(search, k, target, top_p_follows, ranking);
+        kept = lead(search, k, target, in_turn && k != kKeepAll, ranking);
         kept.threshold = fmaxf(kept.threshold, floor);
         if (!is_alone && threadIdx.x < Config::kClusterSize) {
           *shared_at_rank<Config::kClusterSize>(&smem.kept, threadIdx.x) = kept;

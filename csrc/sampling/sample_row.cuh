@@ -77,11 +77,11 @@ struct RowDraw {
     Search search = filter.search(slice, totals, scale, thread_max, params.vocab_size, smem.filter);
     Kept kept;
     typename Search::Ranking ranking;
-    const RandomWords words = RandomKey::of(params, row).words(1);
-    const float uniform = words.uniform(1);
-    if (!filter.template apply<true>(search, totals, params.vocab_size, smem.filter, kept, ranking, uniform)) return;
+    if (!filter.template apply<true>(search, totals, params.vocab_size, smem.filter, kept, ranking)) return;
 
-    if (!(uniform * (search.all.weight_above + kept.list_weight) < search.all.weight_above)) {
+    const RandomWords words = RandomKey::of(params, row).words(1);
+    const float drawn = words.uniform(1) * (search.all.weight_above + kept.list_weight);
+    if (drawn < kept.list_weight || search.all.weight_above == 0.f) {
       if (cluster_rank<Config::kClusterSize>() != 0) return;
       // Candidates in descending order share out [0, total); weight_before is where a share begins.
       const uint32_t place = __umulhi(words.word[2], ranking.total);
