@@ -4,7 +4,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV=.venv
-TORCH_VERSION=2.13.0 # what the tests are run with; the library itself pins no torch
+# What the tests are run with; the library itself pins neither. Cubins of the first CUDA 13 compiler run on every driver of
+# CUDA 13, and what the tests say of registers and spills is said of this compiler.
+TORCH_VERSION=2.13.0
+NVRTC_VERSION=13.0.88
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 ensure_env() {
@@ -21,6 +24,7 @@ ensure_env() {
     "$VENV/bin/pip" install --quiet "torch==$TORCH_VERSION"
   fi
   # cu13 brings NVRTC and its headers: CUDA kernels compile on any machine.
-  "$VENV/bin/pip" install --quiet --editable ".[cu13,build,test,examples]"
+  "$VENV/bin/pip" install --quiet --editable ".[cu13,build,test,examples]" \
+    "nvidia-cuda-nvrtc==$NVRTC_VERSION" "nvidia-cuda-runtime==13.0.*"
   echo "$key" >"$stamp"
 }
