@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import copies_for, environment, gpu_us, host_us, print_table, upstream
+from common import copies_for, environment, gpu_us, host_us, print_table, save_plot, upstream
 
 import flashinfer
 
@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true", help="time this library alone")
     parser.add_argument("--only", default="", help="cases whose name contains this text")
     parser.add_argument("--no-host", action="store_true", help="leave out the host costs")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the times as bars; needs matplotlib")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_decode.py needs an NVIDIA GPU")
@@ -192,6 +193,8 @@ def main() -> None:
     ]
     rows = [measure(case, not args.no_peers) for case in CASES if args.only in case.name]
     print_table("Batch decode, bf16", header, rows)
+    if args.plot:
+        save_plot(args.plot, "Batch decode, bf16", header, rows, columns="us")
     if not args.no_host:
         print_table("Host cost per call", ["call", "us"], measure_host())
 

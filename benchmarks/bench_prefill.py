@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import copies_for, environment, gpu_us, host_us, print_table, upstream
+from common import copies_for, environment, gpu_us, host_us, print_table, save_plot, upstream
 
 import flashinfer
 
@@ -187,13 +187,17 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true", help="time this library alone")
     parser.add_argument("--only", default="", help="cases whose name contains this text")
     parser.add_argument("--no-host", action="store_true", help="leave out the host costs")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the rates as bars; needs matplotlib")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_prefill.py needs an NVIDIA GPU")
     print(environment())
     peers = [] if args.no_peers else ["upstream fa2 TFLOP/s", "cuDNN TFLOP/s"]
     header = ["batch x lengths, heads, head_dim, KV, mask", "us", "TFLOP/s", "TB/s", *peers, "goal"]
-    print_table("Prefill, bf16", header, [measure(c, not args.no_peers) for c in CASES if args.only in c.name])
+    rows = [measure(case, not args.no_peers) for case in CASES if args.only in case.name]
+    print_table("Prefill, bf16", header, rows)
+    if args.plot:
+        save_plot(args.plot, "Prefill, bf16", header, rows, columns="TFLOP/s")
     if not args.no_host:
         print_table("Host cost per call", ["call", "us"], measure_host())
 

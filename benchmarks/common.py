@@ -84,6 +84,31 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[objec
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
 
 
+def save_plot(path: str, title: str, header: Sequence[str], rows: Sequence[Sequence[object]], *, columns: str) -> None:
+    """Bars of the columns whose header contains `columns`, a group for each row, as an image. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    measured = [any(isinstance(row[index], (int, float)) for row in rows) for index in range(len(header))]
+    chosen = [index for index, name in enumerate(header) if columns in name and measured[index]]
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.4 * len(rows)))
+    height = 0.8 / len(chosen)
+    for number, index in enumerate(chosen):
+        values = [cell if isinstance(cell := row[index], (int, float)) else 0.0 for row in rows]
+        places = [place + number * height for place in range(len(rows))]
+        label = "flashinfer" if header[index] == columns else header[index].removesuffix(columns).strip()
+        axes.barh(places, values, height, label=label)
+    axes.set_yticks([place + 0.4 - height / 2 for place in range(len(rows))], [str(row[0]) for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(columns)
+    axes.set_title(f"{title}\n{environment()}", fontsize=9)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def _text(cell: object) -> str:
     if isinstance(cell, float):
         return f"{cell:.2f}" if abs(cell) < 100 else f"{cell:.0f}"
