@@ -1,8 +1,9 @@
-"""Prefill and append attention. The code is in flashinfer/attention/prefill.py and single_prefill.py."""
+"""Prefill and append attention. The code is in flashinfer/attention/{paged,ragged,single}_prefill.py."""
 
 from __future__ import annotations
 
-from flashinfer.attention.prefill import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRaggedKVCacheWrapper
+from flashinfer.attention.paged_prefill import BatchPrefillWithPagedKVCacheWrapper
+from flashinfer.attention.ragged_prefill import BatchPrefillWithRaggedKVCacheWrapper
 from flashinfer.attention.single_prefill import single_prefill_with_kv_cache, single_prefill_with_kv_cache_return_lse
 
 __all__ = [

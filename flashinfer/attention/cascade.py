@@ -15,7 +15,7 @@ import torch
 from flashinfer import _op, dtypes, target
 from flashinfer.attention.decode import BatchDecodeWithPagedKVCacheWrapper
 from flashinfer.attention.kv_cache import PagedCache
-from flashinfer.attention.prefill import BatchPrefillWithPagedKVCacheWrapper
+from flashinfer.attention.paged_prefill import BatchPrefillWithPagedKVCacheWrapper
 from flashinfer.attention.single_prefill import single_prefill_with_kv_cache_return_lse
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit import resolver

@@ -1,0 +1,439 @@
+"""What the wrappers of batch prefill share: planning once per step, running once per layer, whatever holds the KV.
+
+A plan is one small kernel and never waits for the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
+
+import torch
+
+from flashinfer import _op, dtypes
+from flashinfer.attention import kv_cache, plan
+from flashinfer.attention import prefill_launch as launches
+from flashinfer.attention.kv_cache import KvStrides, PagedCache
+from flashinfer.attention.prefill_launch import Extent, Launch, PlannerLaunch, Schedule
+from flashinfer.attention.variant import Variant
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.kernels.attention import fast_divisor
+from flashinfer.kernels.prefill import SHORT_ROWS
+
+DataType = Union[str, torch.dtype]
+Result = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
+
+# Arguments of plan() in later releases that change nothing here, and those that ask for what is not here.
+_IGNORED = {
+    "non_blocking", "o_data_type", "seq_lens", "seq_lens_q", "block_tables", "max_token_per_sequence",
+    "max_sequence_kv", "fixed_split_size", "v_indptr", "o_indptr", "token_pos_in_items_len",
+}  # fmt: skip
+_UNSUPPORTED = {"prefix_len_ptr", "token_pos_in_items_ptr", "max_item_len_ptr"}
+
+
+def check_later_arguments(op: str, later: dict[str, Any]) -> None:
+    for name, value in later.items():
+        if name in _UNSUPPORTED and value is not None:
+            raise UnsupportedConfig(f"{op}: {name} (multi-item scoring) is not supported; pass a custom_mask instead")
+        if name not in _IGNORED | _UNSUPPORTED:
+            raise TypeError(f"{op}: unexpected argument {name!r}")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One signature of run() under one problem: checked, laid out but for the addresses."""
+
+    launch: Launch
+    extent: Extent
+    short_queries: bool
+    v_offset: int  # of V after K in a cache of one tensor
+    is_empty: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What a plan fixed, but for where the index tensors are, and the runs seen under it."""
+
+    batch_size: int
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim_qk: int
+    head_dim_vo: int
+    page_size: int
+    q_dtype: torch.dtype
+    kv_dtype: torch.dtype
+    mask: str
+    variant: Variant
+    schedule: Optional[Schedule]
+    planner: Optional[PlannerLaunch]
+    runs: _op.Memo[_Run] = field(default_factory=_op.Memo)
+    extents: dict[bool, Extent] = field(default_factory=dict)  # of the planned options, for long and short queries
+
+    def is_short(self, num_tokens: int, otherwise: bool = False) -> bool:
+        """Whether the tile for short queries serves this many tokens best; `otherwise` where the number is negative."""
+        if num_tokens < 0:
+            return otherwise
+        return num_tokens * (self.num_qo_heads // self.num_kv_heads) <= SHORT_ROWS * self.batch_size
+
+
+class BatchPrefill:
+    """The part of the two wrappers that does not care where the KV is."""
+
+    _op_name = "batch_prefill"
+    _kv_storage = "paged"
+
+    def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str, use_cuda_graph: bool) -> None:
+        kv_cache.require_layout(self._op_name, kv_layout)
+        plan.require_workspace(self._op_name, float_workspace_buffer)
+        self._kv_layout = kv_layout
+        self._float_workspace_buffer = float_workspace_buffer
+        self.device = launches.indexed(float_workspace_buffer.device)
+        self._cuda_index = self.device.index if self.device.type == "cuda" else -2  # -1 is the CPU
+        int_bytes = plan.INT_WORKSPACE_BYTES if self.device.type == "cuda" else 0
+        self._int_workspace_buffer = torch.empty(int_bytes, dtype=torch.uint8, device=self.device)
+        self._use_cuda_graph = use_cuda_graph
+        self._fixed: Optional[plan.FixedBuffers] = None
+        self._problems: _op.Memo[Problem] = _op.Memo()
+        self._problem: Optional[Problem] = None
+        self._held: tuple[torch.Tensor, ...] = ()  # index tensors that kernels read at run time
+        self._kv_index = (0, 0, 0)
+        self._qo_index = (0, 0, 0)
+        self._planned = Extent(False, -1, 0, 0, 0)
+        self._last_run: Optional[Extent] = None
+        self._short_queries = False
+        self._handle = next(_handles)  # names the wrapper in a compiled graph
+        _wrappers[self._handle] = self
+
+    @property
+    def is_cuda_graph_enabled(self) -> bool:
+        return self._use_cuda_graph
+
+    def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor) -> None:
+        """Use other workspaces from the next plan on."""
+        plan.require_workspace(self._op_name, float_workspace_buffer)
+        plan.require_workspace(self._op_name, int_workspace_buffer)
+        self._float_workspace_buffer = float_workspace_buffer
+        self._int_workspace_buffer = int_workspace_buffer
+        self._problems.clear()
+
+    def end_forward(self) -> None:
+        """Kept for compatibility; there is nothing to release."""
+
+    # ------------------------------------------------------------------------------------------------------------- plan
+
+    def _plan(self, key: tuple[Any, ...], num_tokens: int, **arguments: Any) -> None:
+        """Find the problem of these arguments and launch the planner; the index tensors have been taken already."""
+        problem = self._problems.get(key)
+        if problem is None:
+            problem = self._problems.remember(key, self._describe(**arguments))
+        self._problem = problem
+        if problem.schedule is not None:
+            # A guess where qo_indptr is on the device: what the last run was. A run that finds it wrong plans again,
+            # for which a capture needs the other kernel loaded already.
+            self._short_queries = problem.is_short(num_tokens, self._short_queries)
+            if self._use_cuda_graph and num_tokens < 0:
+                self._planned_extent(problem, not self._short_queries)
+            extent = self._planned_extent(problem, self._short_queries)
+            if self._use_cuda_graph and self._last_run is not None and self._last_run[2:] == extent[2:]:
+                extent = extent.joined(self._last_run)  # a captured run may be replayed on this schedule
+            self._launch_planner(problem, extent)
+
+    def _planned_extent(self, problem: Problem, short_queries: bool) -> Extent:
+        extent = problem.extents.get(short_queries)
+        if extent is None:
+            kernel = self._kernel(
+                problem, problem.q_dtype, problem.kv_dtype, problem.mask, problem.variant, short_queries
+            )
+            extent = problem.extents[short_queries] = _extent(kernel, problem.mask, problem.variant)
+        return extent
+
+    def _describe(
+        self,
+        batch_size: int,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        head_dim_vo: Optional[int],
+        page_size: int,
+        mask: str,
+        q_data_type: DataType,
+        kv_data_type: Optional[DataType],
+        disable_split_kv: bool,
+        **variant: Any,
+    ) -> Problem:
+        op = self._op_name
+        launches.require_heads(op, num_qo_heads, num_kv_heads)
+        _op.require(page_size >= 1, op, f"page_size is {page_size}; expected at least 1")
+        head_dim_vo = head_dim_vo or head_dim_qk
+        q_dtype = dtypes.torch_dtype(q_data_type)
+        kv_dtype = q_dtype if kv_data_type is None else dtypes.torch_dtype(kv_data_type)
+        options = Variant.of(op, head_dim_qk, **variant)
+        launches.kernel_spec(
+            self.device, q_dtype, kv_dtype, head_dim_qk, head_dim_vo, self._kv_storage, mask,
+            tuple(options.spec_args.items()),
+        )  # fmt: skip
+        schedule = planner = None
+        if self.device.type == "cuda" and batch_size > 0:
+            schedule = Schedule.of(
+                op, self._int_workspace_buffer, self._float_workspace_buffer, batch_size, num_kv_heads, head_dim_vo,
+                split=not disable_split_kv,
+            )  # fmt: skip
+            planner = schedule.bind_planner(
+                self.device, self._kv_storage, page_size, batch_size, num_kv_heads, num_qo_heads // num_kv_heads
+            )
+        return Problem(
+            batch_size, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, q_dtype, kv_dtype, mask,
+            options, schedule, planner,
+        )  # fmt: skip
+
+    def _kernel(
+        self,
+        problem: Problem,
+        q_dtype: torch.dtype,
+        kv_dtype: torch.dtype,
+        mask: str,
+        variant: Variant,
+        short_queries: bool,
+        pdl: bool = False,
+    ) -> launches.PrefillKernel:
+        return launches.load_kernel(
+            self.device, q_dtype, kv_dtype, problem.head_dim_qk, problem.head_dim_vo, self._kv_storage, mask,
+            tuple(variant.spec_args.items()), short_queries, pdl,
+        )  # fmt: skip
+
+    def _launch_planner(self, problem: Problem, extent: Extent) -> None:
+        assert problem.planner is not None
+        self._planned = extent
+        problem.planner(extent, self._qo_index[0], self._kv_index[0], self._kv_index[2])
+
+    def _take(self, fixed: dict[str, Optional[torch.Tensor]], given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The index tensors on the device: the given ones, or in a CUDA-graph wrapper its buffers filled from them."""
+        op = self._op_name
+        if self._fixed is None:
+            return [self._upload(name, tensor) for name, tensor in given.items()]
+        for name, tensor in given.items():
+            if name.endswith("indptr"):
+                plan.require_ascending(op, name, tensor)
+        taken = []
+        for (name, tensor), buffer in zip(given.items(), fixed.values()):
+            assert buffer is not None
+            if name.endswith("indptr") and tensor.numel() != buffer.numel():
+                raise ValueError(
+                    f"{op}: this wrapper was made for CUDA graphs of batch size {buffer.numel() - 1}, {name} is for "
+                    f"{tensor.numel() - 1} requests; pad with requests that have no tokens"
+                )
+            taken.append(self._fixed.fill(f"{name}_buf", buffer, tensor))
+        return taken
+
+    def _upload(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if (
+            tensor.get_device() == self._cuda_index
+            and tensor.dtype is torch.int32
+            and tensor.dim() == 1
+            and tensor.is_contiguous()
+        ):
+            return tensor  # the common case on a GPU: used in place
+        if name.endswith("indptr"):
+            plan.require_ascending(self._op_name, name, tensor)
+        return plan.upload(self._op_name, name, tensor, self.device)
+
+    # -------------------------------------------------------------------------------------------------------------- run
+
+    def _run(
+        self,
+        q: torch.Tensor,
+        kv: PagedCache,
+        out: Optional[torch.Tensor],
+        lse: Optional[torch.Tensor],
+        return_lse: bool,
+        scales: tuple[Optional[float], Optional[float], Optional[float]],
+        pdl: Optional[bool],
+        overrides: Optional[tuple[Any, ...]],
+    ) -> Result:
+        if torch.compiler.is_dynamo_compiling():
+            return self._run_traced(q, kv, out, lse, return_lse, scales, pdl, overrides)
+        problem = self._problem
+        if problem is None:
+            raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's lengths first")
+        q_shape, device_index = q.shape, q.get_device()
+        if out is None:
+            out = q.new_empty((*q_shape[:-1], problem.head_dim_vo))
+            out_key = None
+        else:
+            out_key = (out.dtype, out.shape, out.stride(), out.get_device())
+        if return_lse and lse is None:
+            lse = q.new_empty(q_shape[:-1], dtype=torch.float32)
+        q_ptr, out_ptr, lse_ptr, lse_key = q.data_ptr(), out.data_ptr(), 0, None
+        if lse is not None:
+            lse_ptr, lse_key = lse.data_ptr(), (lse.dtype, lse.shape, lse.stride())
+        if isinstance(kv, torch.Tensor):
+            k, v_key = kv, None
+            k_ptr = v_ptr = kv.data_ptr()
+        else:
+            k, v = kv
+            k_ptr, v_ptr = k.data_ptr(), v.data_ptr()
+            v_key = (v.dtype, v.shape, v.stride(), v.get_device())
+        key = (
+            q.dtype, q_shape, q.stride(), device_index, k.dtype, k.shape, k.stride(), k.get_device(), v_key, out_key,
+            lse_key, scales, pdl, overrides, (q_ptr | out_ptr | k_ptr | v_ptr) & 15,
+        )  # fmt: skip
+        run = problem.runs.get(key)
+        if run is None:
+            run = problem.runs.remember(key, self._bind(problem, q, kv, out, lse, scales, bool(pdl), overrides))
+        if not run.is_empty:
+            # Options given at run time may see other KV tiles than planned: then plan again, also without waiting.
+            if (
+                problem.schedule is not None
+                and run.extent != self._planned
+                and not (self._use_cuda_graph and self._planned.covers(run.extent))
+            ):
+                self._launch_planner(problem, run.extent)
+            self._last_run, self._short_queries = run.extent, run.short_queries
+            run.launch(q_ptr, out_ptr, lse_ptr, k_ptr, v_ptr + run.v_offset, self._kv_index, self._qo_index)
+        return (out, lse) if return_lse and lse is not None else out
+
+    def _run_traced(
+        self,
+        q: torch.Tensor,
+        kv: PagedCache,
+        out: Optional[torch.Tensor],
+        lse: Optional[torch.Tensor],
+        return_lse: bool,
+        scales: tuple[Optional[float], Optional[float], Optional[float]],
+        pdl: Optional[bool],
+        overrides: Optional[tuple[Any, ...]],
+    ) -> Result:
+        problem = self._problem
+        assert problem is not None, "run() before plan()"
+        if out is None:
+            out = q.new_empty((*q.shape[:-1], problem.head_dim_vo))
+        if return_lse and lse is None:
+            lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        k, v = (kv, None) if isinstance(kv, torch.Tensor) else kv
+        _compiled_run(self._handle, q, k, v, out, lse, *scales, pdl, *(_NOTHING if overrides is None else overrides))
+        return (out, lse) if return_lse and lse is not None else out
+
+    def _bind(
+        self,
+        problem: Problem,
+        q: torch.Tensor,
+        kv: PagedCache,
+        out: torch.Tensor,
+        lse: Optional[torch.Tensor],
+        scales: tuple[Optional[float], Optional[float], Optional[float]],
+        pdl: bool,
+        overrides: Optional[tuple[Any, ...]],
+    ) -> _Run:
+        op = self._op_name
+        if q.dim() != 3 or q.shape[1:] != (problem.num_qo_heads, problem.head_dim_qk):
+            raise ValueError(
+                f"{op}: q has shape {list(q.shape)}; planned for [num_tokens, {problem.num_qo_heads}, "
+                f"{problem.head_dim_qk}] ([num_tokens, num_qo_heads, head_dim])"
+            )
+        _op.require(q.device == self.device, op, f"q is on {q.device}, the workspace on {self.device}")
+        launches.require_rows(op, "q", q)
+        launches.require_output(op, q, out, lse, problem.head_dim_vo)
+        strides = self._strides(problem, kv)
+        mask, variant = problem.mask, problem.variant
+        if overrides is not None:
+            causal, *rest = overrides
+            if causal is not None and mask != "custom":
+                mask = "causal" if causal else "none"
+            variant = variant.updated(op, problem.head_dim_qk, *rest)
+        k = kv if isinstance(kv, torch.Tensor) else kv[0]
+        short = problem.is_short(q.shape[0])
+        kernel = self._kernel(problem, q.dtype, k.dtype, mask, variant, short, pdl)
+        if problem.schedule is not None:
+            rows = q.shape[0] * (problem.num_qo_heads // problem.num_kv_heads)
+            needed = -(-rows // kernel.block_m) + problem.batch_size
+            _op.require(
+                needed <= problem.schedule.max_items, op,
+                f"the int workspace holds {problem.schedule.max_items} work items, {q.shape[0]} tokens may need "
+                f"{needed}; pass a larger one to reset_workspace_buffer()",
+            )  # fmt: skip
+        q_scale, k_scale, v_scale = scales
+        launch = launches.bind_launch(
+            kernel, self.device, kernel.num_ctas or 1, q, out, strides, fast_divisor(problem.page_size),
+            problem.schedule.values if problem.schedule else launches.NO_SCHEDULE, problem.batch_size,
+            problem.num_kv_heads, (0, 0), variant,
+            ((1.0 if q_scale is None else q_scale) * (1.0 if k_scale is None else k_scale),
+             1.0 if v_scale is None else float(v_scale)),
+        )  # fmt: skip
+        v_offset = kv.stride(1) * kv.element_size() if isinstance(kv, torch.Tensor) else 0
+        is_empty = q.shape[0] == 0 or problem.batch_size == 0
+        return _Run(launch, _extent(kernel, mask, variant), short, v_offset, is_empty)
+
+    def _strides(self, problem: Problem, kv: PagedCache) -> KvStrides:
+        raise NotImplementedError
+
+
+def qo_index(qo_indptr: torch.Tensor, mask_held: tuple[torch.Tensor, ...]) -> tuple[int, int, int]:
+    if not mask_held:
+        return qo_indptr.data_ptr(), 0, 0
+    return qo_indptr.data_ptr(), mask_held[0].data_ptr(), mask_held[1].data_ptr()
+
+
+def num_tokens_of(qo_indptr: torch.Tensor, later: dict[str, Any]) -> int:
+    """As far as the host knows without asking the device; -1 if not at all."""
+    if qo_indptr.device.type == "cpu":
+        return int(qo_indptr[-1])
+    longest = later.get("max_token_per_sequence")
+    return int(longest) * (qo_indptr.shape[0] - 1) if longest is not None else -1
+
+
+def _extent(kernel: launches.PrefillKernel, mask: str, variant: Variant) -> Extent:
+    return Extent(mask == "causal", variant.window_left, kernel.block_m, kernel.block_n, kernel.num_ctas)
+
+
+def forward_overrides(
+    causal: bool,
+    pos_encoding_mode: str,
+    window_left: int,
+    logits_soft_cap: Optional[float],
+    sm_scale: Optional[float],
+    rope_scale: Optional[float],
+    rope_theta: Optional[float],
+) -> tuple[Any, ...]:
+    """The mask is what forward() says; of the rest a default leaves what was planned."""
+    return (
+        causal,
+        None if pos_encoding_mode == "NONE" else pos_encoding_mode,
+        None if window_left < 0 else window_left,
+        logits_soft_cap,
+        sm_scale,
+        rope_scale,
+        rope_theta,
+    )
+
+
+_handles = itertools.count()
+_wrappers: weakref.WeakValueDictionary[int, BatchPrefill] = weakref.WeakValueDictionary()
+_NOTHING = (None,) * 7  # no overrides
+
+
+def _run_by_handle(
+    handle: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: Optional[torch.Tensor],
+    out: torch.Tensor,
+    lse: Optional[torch.Tensor],
+    q_scale: Optional[float],
+    k_scale: Optional[float],
+    v_scale: Optional[float],
+    pdl: Optional[bool],
+    *given: Any,
+) -> None:
+    kv = k if v is None else (k, v)
+    overrides = None if given == _NOTHING else given
+    _wrappers[handle]._run(q, kv, out, lse, False, (q_scale, k_scale, v_scale), pdl, overrides)
+
+
+_compiled_run = _op.compiled_op(
+    "batch_prefill(int handle, Tensor q, Tensor k, Tensor? v, Tensor(a!) out, Tensor(b!)? lse, float? q_scale, "
+    "float? k_scale, float? v_scale, bool? pdl, bool? causal, str? pos_encoding_mode, int? window_left, "
+    "float? logits_soft_cap, float? sm_scale, float? rope_scale, float? rope_theta) -> ()",
+    _run_by_handle,
+)
