@@ -22,6 +22,7 @@ from flashinfer.jit.stores import PARTIAL, Entry, JitCache, Registry
 from flashinfer.version import __version__
 from tests.kit import ROOT, compiler_script, cpu_resolver, rmsnorm_spec
 
+# Sizes that the core set lacks: warmup's processes see an installed companion, which the tests hide from themselves.
 CONFIG = """
 [[kernel]]
 family = "rmsnorm"
@@ -34,7 +35,7 @@ gemma = false
 [[kernel]]
 family = "rmsnorm"
 dtype = "fp32"
-hidden_size = 128
+hidden_size = 72
 vec_size = 4
 add_residual = false
 gemma = false
