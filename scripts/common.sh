@@ -16,15 +16,12 @@ ensure_env() {
   if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$key" ]; then return; fi
   echo "== making $VENV (once)"
   python3 -m venv "$VENV"
-  # On a machine with an NVIDIA driver, the CUDA build that pip offers by default; elsewhere the pinned version, which pip
-  # takes as a CPU build where one is offered.
-  if command -v nvidia-smi >/dev/null; then
-    "$VENV/bin/pip" install --quiet torch
-  else
-    "$VENV/bin/pip" install --quiet "torch==$TORCH_VERSION"
-  fi
-  # cu13 brings NVRTC and its headers: CUDA kernels compile on any machine.
-  "$VENV/bin/pip" install --quiet --editable ".[cu13,build,test,examples]" \
-    "nvidia-cuda-nvrtc==$NVRTC_VERSION" "nvidia-cuda-runtime==13.0.*"
+  # cu13 brings NVRTC and its headers: CUDA kernels compile on any machine. On a machine with an NVIDIA driver torch is the
+  # CUDA build that pip offers by default, and chooses its NVRTC itself; elsewhere it is the pinned version, which pip takes
+  # as a CPU build where one is offered.
+  local pinned=("torch==$TORCH_VERSION" "nvidia-cuda-nvrtc==$NVRTC_VERSION" "nvidia-cuda-runtime==13.0.*")
+  if command -v nvidia-smi >/dev/null; then pinned=(torch); fi
+  "$VENV/bin/pip" install --quiet "${pinned[@]}"
+  "$VENV/bin/pip" install --quiet --editable ".[cu13,build,test,examples]"
   echo "$key" >"$stamp"
 }
