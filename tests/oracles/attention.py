@@ -26,7 +26,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
 def rotate(x: Tensor, positions: Tensor, rope_scale: float, rope_theta: float) -> Tensor:
     """Rotary embedding, Llama style, of [tokens, heads, head_dim]: element i turns with element i + head_dim / 2."""
     half = x.shape[-1] // 2
-    frequencies = rope_theta ** (-torch.arange(half, dtype=torch.float64) / half) / rope_scale
+    frequencies = rope_theta ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half) / rope_scale
     angles = positions.double()[:, None, None] * frequencies
     low, high = x[..., :half], x[..., half:]
     return torch.cat([low * angles.cos() - high * angles.sin(), high * angles.cos() + low * angles.sin()], dim=-1)
@@ -51,14 +51,16 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Returns out [qo_len, num_qo_heads, head_dim_vo] and lse [qo_len, num_qo_heads] (base 2), both FP64.
 
-    Query i stands at position kv_len - qo_len + i. A query that sees no key gets zeros and an LSE of -inf.
+    Query i stands at position kv_len - qo_len + i. A query that sees no key gets zeros and an LSE of -inf. Computed on
+    the device of the queries, where FP64 may be fast; returned on the CPU.
     """
     qo_len, num_qo_heads, head_dim = q.shape
     kv_len, num_kv_heads, _ = k.shape
-    q, k, v = (x.cpu().to(torch.float32).double() for x in (q, k, v))
+    device = q.device
+    q, k, v = (x.to(device).to(torch.float32).double() for x in (q, k, v))
     q, k, v = q * q_scale, k * k_scale, v * v_scale
-    q_positions = torch.arange(qo_len) + kv_len - qo_len
-    kv_positions = torch.arange(kv_len)
+    q_positions = torch.arange(qo_len, device=device) + kv_len - qo_len
+    kv_positions = torch.arange(kv_len, device=device)
     if pos_encoding_mode == "ROPE_LLAMA":
         scale, theta = rope_scale or 1.0, rope_theta or 1e4
         q, k = rotate(q, q_positions, scale, theta), rotate(k, kv_positions, scale, theta)
@@ -67,22 +69,22 @@ def attention(
     logits = torch.einsum("ihd,jhd->hij", q, k) * (head_dim**-0.5 if sm_scale is None else sm_scale)
     distance = kv_positions[None, :] - q_positions[:, None]
     if pos_encoding_mode == "ALIBI":
-        logits = logits + alibi_slopes(num_qo_heads)[:, None, None] * distance
+        logits = logits + alibi_slopes(num_qo_heads).to(device)[:, None, None] * distance
     if logits_soft_cap:
         logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
 
-    visible = torch.ones(qo_len, kv_len, dtype=torch.bool)
+    visible = torch.ones(qo_len, kv_len, dtype=torch.bool, device=device)
     if custom_mask is not None:
-        visible &= custom_mask.cpu().bool().reshape(qo_len, kv_len)
+        visible &= custom_mask.to(device).bool().reshape(qo_len, kv_len)
     elif causal:
         visible &= distance <= 0
     if window_left >= 0:
         visible &= distance >= -window_left
     logits = logits.masked_fill(~visible, -math.inf)
 
-    lse = torch.logsumexp(logits, dim=-1) if kv_len else torch.full((num_qo_heads, qo_len), -math.inf).double()
+    lse = torch.logsumexp(logits, dim=-1) if kv_len else logits.new_full((num_qo_heads, qo_len), -math.inf)
     weights = torch.where(visible, torch.exp(logits - torch.where(lse.isinf(), 0.0, lse)[..., None]), 0.0)
-    return torch.einsum("hij,jhd->ihd", weights, v), lse.T * LOG2_E
+    return torch.einsum("hij,jhd->ihd", weights, v).cpu(), (lse.T * LOG2_E).cpu()
 
 
 def paged_request(
@@ -95,7 +97,6 @@ def paged_request(
     halves = (cache[:, 0], cache[:, 1]) if isinstance(cache, Tensor) else cache
     gathered = []
     for half in halves:
-        half = half.cpu()
         if half.dtype.itemsize == 1:
             half = half.to(torch.float32)
         half = half if layout == "NHD" else half.transpose(1, 2)
