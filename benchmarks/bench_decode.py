@@ -1,7 +1,10 @@
-"""Decode attention on a GPU: microseconds and bandwidth against upstream and PyTorch's SDPA.
+"""Decode attention: microseconds and bandwidth beside PyTorch's SDPA and another installation of flashinfer.
+
+python benchmarks/bench_decode.py [--only "64 x 4096"] [--peer FOLDER] [--plot decode.png]
 
 Bytes are K and V once, q and the output. Lengths are equal unless a case says otherwise. Buffers are rotated so that
-nothing is found in the L2 cache; calls are timed inside a CUDA graph.
+nothing is found in the L2 cache; calls are timed inside a CUDA graph. SDPA gets its KV gathered and contiguous. Of the
+peer's two kernels (use_tensor_cores) the faster one counts.
 """
 
 from __future__ import annotations
@@ -13,10 +16,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import copies_for, environment, gpu_us, host_us, print_table, save_plot, upstream
+from common import (
+    DEVICE,
+    Times,
+    copies_for,
+    device_us,
+    environment,
+    measure_host,
+    print_failures,
+    print_host,
+    print_table,
+    run,
+    save_plot,
+)
 
 import flashinfer
 
+PEER_SETTINGS = {"CUDA cores": {"use_tensor_cores": False}, "tensor cores": {"use_tensor_cores": True}}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "e4m3": torch.float8_e4m3fn}
 
 
@@ -48,6 +64,12 @@ class Case:
         drawn = torch.randn(self.batch, generator=torch.Generator().manual_seed(0)).exp()
         return (drawn / drawn.mean() * self.kv_len).round().clamp(min=1).long()
 
+    @property
+    def num_bytes(self) -> int:
+        kv_rows = 2 * int(self.kv_lens().sum()) * self.num_kv_heads
+        q_and_out_rows = 2 * self.batch * self.num_qo_heads
+        return self.head_dim * (kv_rows * DTYPES[self.kv_dtype].itemsize + q_and_out_rows * torch.bfloat16.itemsize)
+
 
 CASES = [
     Case(64, 4096, goal="2.90 TB/s"),
@@ -69,46 +91,31 @@ CASES = [
 ]
 
 
-@dataclass
 class Problem:
-    """One case, its buffers repeated so often that a round does not fit the L2 cache."""
+    """One case, its KV repeated so often that a round does not fit the L2 cache."""
 
-    case: Case
-    indices: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    caches: list[torch.Tensor]
-    q: torch.Tensor
-    out: torch.Tensor
-    num_bytes: int
-
-    @staticmethod
-    def make(case: Case) -> Problem:
-        device = torch.device("cuda")
-        kv_lens = case.kv_lens()
-        pages = -(-kv_lens // case.page_size)
-        indptr = torch.cat([torch.zeros(1, dtype=torch.long), pages.cumsum(0)]).int().to(device)
-        total = int(pages.sum())
-        indices = torch.randperm(total).int().to(device)
-        last_page_len = ((kv_lens - 1) % case.page_size + 1).int().to(device)
-        kv_dtype = DTYPES[case.kv_dtype]
-        row_bytes = case.num_kv_heads * case.head_dim * kv_dtype.itemsize
-        kv_bytes = 2 * int(kv_lens.sum()) * row_bytes
-        shape = (total, 2, case.page_size, case.num_kv_heads, case.head_dim)
-        caches = [
-            torch.randn(shape, device=device, dtype=torch.bfloat16).to(kv_dtype) for _ in range(copies_for(kv_bytes))
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(0)
+        kv_lens, page_size = case.kv_lens(), case.page_size
+        pages = -(-kv_lens // page_size)
+        num_pages = int(pages.sum())
+        indptr = torch.cat([torch.zeros(1, dtype=torch.long), pages.cumsum(0)])
+        last_page_len = (kv_lens - 1) % page_size + 1
+        self.case = case
+        self.indices = [x.int().to(DEVICE) for x in (indptr, torch.randperm(num_pages), last_page_len)]
+        shape = (num_pages, 2, page_size, case.num_kv_heads, case.head_dim)
+        self.caches = [
+            torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).to(DTYPES[case.kv_dtype])
+            for _ in range(copies_for(case.num_bytes))
         ]
-        q = torch.randn(case.batch, case.num_qo_heads, case.head_dim, device=device, dtype=torch.bfloat16)
-        return Problem(
-            case,
-            (indptr, indices, last_page_len),
-            caches,
-            q,
-            torch.empty_like(q),
-            kv_bytes + 2 * q.numel() * q.itemsize,
-        )
+        self.q = torch.randn(case.batch, case.num_qo_heads, case.head_dim, device=DEVICE, dtype=torch.bfloat16)
+        self.out = torch.empty_like(self.q)
 
-    def time(self, wrapper: Any) -> float:
-        """Microseconds of one planned run of a wrapper of ours or upstream's."""
+    def time(self, **options: Any) -> float:
+        """Microseconds of one planned run; options go to the wrapper."""
         case = self.case
+        workspace = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, **options)
         wrapper.plan(
             *self.indices, case.num_qo_heads, case.num_kv_heads, case.head_dim, case.page_size,
             q_data_type=torch.bfloat16, kv_data_type=DTYPES[case.kv_dtype],
@@ -116,11 +123,13 @@ class Problem:
         calls: list[Callable[[], Any]] = [
             (lambda cache=cache: wrapper.run(self.q, cache, out=self.out)) for cache in self.caches
         ]
-        return gpu_us(calls * max(1, 8 // len(calls)))
+        return device_us(calls * max(1, 8 // len(calls)))
 
     def time_sdpa(self) -> float:
         """SDPA over KV already gathered and contiguous; equal lengths alone."""
         case = self.case
+        if case.lengths != "equal" or case.kv_len % case.page_size:
+            return math.nan
         q = self.q.unsqueeze(2)
         calls = []
         for cache in self.caches:
@@ -131,31 +140,12 @@ class Problem:
                     q, k, v, enable_gqa=k.shape[1] != q.shape[1]
                 )
             )
-        return gpu_us(calls)
+        return device_us(calls)
 
 
-def measure(case: Case, peers: bool) -> list[object]:
-    problem = Problem.make(case)
-    workspace = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    ours = problem.time(flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace))
-    row: list[object] = [case.name, ours, problem.num_bytes / ours / 1e6]
-    if peers:
-        theirs: float = math.nan
-        other = upstream()
-        if other is not None:
-            theirs = min(
-                problem.time(other.BatchDecodeWithPagedKVCacheWrapper(workspace, use_tensor_cores=tensor_cores))
-                for tensor_cores in (False, True)
-            )
-        sdpa = problem.time_sdpa() if case.lengths == "equal" and case.kv_len % case.page_size == 0 else math.nan
-        row += [theirs, sdpa]
-    return [*row, case.goal]
-
-
-def measure_host() -> list[list[object]]:
-    """Host microseconds of plan and run beside torch.add(out=), the price of a bare launch."""
-    problem = Problem.make(Case(16, 128))
-    workspace = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
+def measure_host_costs(times: Times) -> None:
+    problem = Problem(Case(16, 128))
+    workspace = torch.empty(128 << 20, dtype=torch.uint8, device=DEVICE)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace)
 
     def plan() -> None:
@@ -163,40 +153,51 @@ def measure_host() -> list[list[object]]:
 
     plan()
     cache, q, out = problem.caches[0], problem.q, problem.out
-    x, y, z = (torch.zeros(1024, device="cuda") for _ in range(3))
-    k, v = torch.zeros(2, 4096, 8, 128, dtype=torch.bfloat16, device="cuda")
-    return [
-        ["torch.add(out=)", host_us(lambda: torch.add(x, y, out=z))],
-        ["decode.run(out=)", host_us(lambda: wrapper.run(q, cache, out=out))],
-        ["decode.run()", host_us(lambda: wrapper.run(q, cache))],
-        ["decode.plan", host_us(plan)],
-        ["single_decode_with_kv_cache", host_us(lambda: flashinfer.single_decode_with_kv_cache(q[0], k, v))],
-    ]
+    k, v = torch.zeros(2, 4096, 8, 128, dtype=torch.bfloat16, device=DEVICE)
+    calls: dict[str, Callable[[], Any]] = {
+        "decode.run(out=)": lambda: wrapper.run(q, cache, out=out),
+        "decode.run()": lambda: wrapper.run(q, cache),
+        "decode.plan": plan,
+        "single_decode_with_kv_cache": lambda: flashinfer.single_decode_with_kv_cache(q[0], k, v),
+    }
+    measure_host(times, calls)
+
+
+def measure(args: argparse.Namespace, times: Times) -> None:
+    for case in CASES:
+        if args.only in case.name:
+            problem = Problem(case)
+            for column, options in (PEER_SETTINGS if times.is_peer else {"": {}}).items():
+                times.measure(case.name, column, problem.time, **options)
+            if not times.is_peer:
+                times.measure(case.name, "SDPA", problem.time_sdpa)
+    if not args.no_host:
+        with times.noting("host costs"):
+            measure_host_costs(times)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--no-peers", action="store_true", help="time this library alone")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name contains this text")
     parser.add_argument("--no-host", action="store_true", help="leave out the host costs")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the times as bars; needs matplotlib")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("bench_decode.py needs an NVIDIA GPU")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the bandwidths as bars; needs matplotlib")
+    args, ours, peers = run(parser, measure)
     print(environment())
-    header = [
-        "batch x kv, heads, head_dim, page",
-        "us",
-        "TB/s",
-        *([] if args.no_peers else ["upstream us", "SDPA us"]),
-        "goal",
-    ]
-    rows = [measure(case, not args.no_peers) for case in CASES if args.only in case.name]
-    print_table("Batch decode, bf16", header, rows)
-    if args.plot:
-        save_plot(args.plot, "Batch decode, bf16", header, rows, columns="us")
+    cases = [case for case in CASES if args.only in case.name]
+    rows: list[list[object]] = []
+    bandwidths: dict[str, list[float]] = {}
+    for case in cases:
+        us = [ours.us(case.name), *(peer.best_us(case.name) for peer in peers), ours.us(case.name, "SDPA")]
+        rows.append([case.name, us[0], case.num_bytes / us[0] / 1e6, *us[1:], case.goal])
+        for label, time in zip(["flashinfer", *(peer.library for peer in peers), "SDPA, gathered KV"], us):
+            bandwidths.setdefault(label, []).append(case.num_bytes / time / 1e6)
+    columns = ["us", "TB/s", *(f"{peer.library} us" for peer in peers), "SDPA us", "goal"]
+    print_table("Batch decode, bf16", ["batch x kv, heads, head_dim, page", *columns], rows)
     if not args.no_host:
-        print_table("Host cost per call", ["call", "us"], measure_host())
+        print_host(ours, peers)
+    print_failures(peers)
+    if args.plot:
+        save_plot(args.plot, "Batch decode, bf16", "TB/s", [case.name for case in cases], bandwidths)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""RoPE, paged append, packing, fp8 outputs and the fused operators: time and bandwidth, beside what they replace.
+"""Norms, activations, RoPE, paged append, fp8 outputs, packing and the fused operators, beside what they replace.
 
-python benchmarks/bench_elementwise.py [--only rope,append,fused,quant,pack]
+python benchmarks/bench_elementwise.py [--only norm,rope] [--peer FOLDER]
 
 Bytes are those that must move once; "replaces" is the time of the separate operators a fused one stands for, or of
 torch's own. Buffers rotate, so that nothing is found in the L2 cache but at the smallest sizes.
@@ -13,18 +13,63 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from common import copies_for, environment, gpu_us, print_table
+from common import DEVICE, Times, copies_for, device_us, environment, print_failures, print_table, run
 
 import flashinfer
+from flashinfer import quantization
 
-DEVICE = "cuda"
+# What is timed, by group: shapes (tokens, size), numbers of tokens, or numbers of booleans.
+CASES: dict[str, list[Any]] = {
+    "norm": [(1, 4096), (16, 4096), (128, 8192), (2048, 4096), (8192, 4096), (8192, 8192), (65536, 128)],
+    "activation": [(1, 14336), (128, 14336), (8192, 14336)],
+    "rope": [1, 128, 8192],
+    "append": [64, 8192],
+    "fused": [1, 64, 8192],
+    "quant": [64, 8192],
+    "pack": [1 << 20, 1 << 28],
+}
 Call = Callable[[], Any]
-Row = tuple[str, str, int, list[Call], list[Call]]  # operator, shape, bytes, our calls, what they replace
+Row = tuple[str, str, int, list[Call], list[Call]]  # operator, shape, bytes, calls, calls of what it replaces
 NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(shape, device=DEVICE, dtype=torch.float32).to(dtype)
+
+
+def norm_rows(shape: tuple[int, int]) -> Iterator[Row]:
+    num_bytes = 2 * shape[0] * shape[1] * 2
+    sets = [(randn(*shape), randn(*shape)) for _ in range(copies_for(num_bytes))]
+    weight = randn(shape[1])
+    norm = torch.nn.functional.rms_norm
+    yield (
+        "rmsnorm",
+        f"{shape[0]} x {shape[1]}",
+        num_bytes,
+        [lambda x=x, out=out: flashinfer.rmsnorm(x, weight, out=out) for x, out in sets],
+        [lambda x=x: norm(x, shape[1:], weight, 1e-6) for x, _ in sets],
+    )
+    yield (
+        "fused_add_rmsnorm",
+        f"{shape[0]} x {shape[1]}",
+        2 * num_bytes,
+        [lambda x=x, r=r: flashinfer.fused_add_rmsnorm(x, r, weight) for x, r in sets],
+        [lambda x=x, r=r: norm(r.add_(x), shape[1:], weight, 1e-6) for x, r in sets],
+    )
+
+
+def activation_rows(shape: tuple[int, int]) -> Iterator[Row]:
+    num_tokens, size = shape
+    num_bytes = 3 * num_tokens * size * 2
+    sets = [(randn(num_tokens, 2 * size), randn(*shape)) for _ in range(copies_for(num_bytes))]
+    silu = torch.nn.functional.silu
+    yield (
+        "silu_and_mul",
+        f"{num_tokens} x {size}",
+        num_bytes,
+        [lambda x=x, out=out: flashinfer.silu_and_mul(x, out=out) for x, out in sets],
+        [lambda x=x, out=out: torch.mul(silu(x[:, :size]), x[:, size:], out=out) for x, out in sets],
+    )
 
 
 def rope_rows(num_tokens: int) -> Iterator[Row]:
@@ -119,7 +164,7 @@ def append_rows(num_tokens: int) -> Iterator[Row]:
         )
     num_bytes = 2 * num_tokens * 576 * 2
     latent = [
-        (randn(num_tokens, 576), randn(pages.num_pages, PAGE_SIZE, 576)) for _ in range(copies_for(num_bytes) // 2)
+        (randn(num_tokens, 576), randn(pages.num_pages, PAGE_SIZE, 576)) for _ in range(copies_for(2 * num_bytes))
     ]
     yield (
         "append, MLA",
@@ -229,50 +274,59 @@ def quant_rows(num_tokens: int) -> Iterator[Row]:
 
 
 def pack_rows(size: int) -> Iterator[Row]:
-    from flashinfer.quantization import segment_packbits_padded
-
     num_bytes = size + size // 8
     masks = [torch.rand(size, device=DEVICE) < 0.5 for _ in range(copies_for(num_bytes))]
     shape = f"{size >> 20}M booleans"
     yield "packbits", shape, num_bytes, [lambda x=x: flashinfer.packbits(x) for x in masks], []
     indptr = torch.arange(17, device=DEVICE, dtype=torch.int32) * (size // 16 - 3)  # segments start anywhere
-    calls = [lambda x=x, indptr=indptr: segment_packbits_padded(x, indptr) for x in masks]
+    calls = [lambda x=x, indptr=indptr: quantization.segment_packbits_padded(x, indptr) for x in masks]
     yield "segment_packbits, 16", shape, num_bytes, calls, []
 
 
-GROUPS: dict[str, tuple[Callable[[int], Iterator[Row]], tuple[int, ...]]] = {
-    "rope": (rope_rows, (1, 128, 8192)),
-    "append": (append_rows, (64, 8192)),
-    "fused": (fused_rows, (1, 64, 8192)),
-    "quant": (quant_rows, (64, 8192)),
-    "pack": (pack_rows, (1 << 20, 1 << 28)),
+ROWS: dict[str, Callable[[Any], Iterator[Row]]] = {
+    "norm": norm_rows,
+    "activation": activation_rows,
+    "rope": rope_rows,
+    "append": append_rows,
+    "fused": fused_rows,
+    "quant": quant_rows,
+    "pack": pack_rows,
 }
 
 
 def time_of(calls: list[Call]) -> float:
-    """Enough calls to a graph that its own launch does not count."""
-    return gpu_us(calls * -(-16 // len(calls)))
+    """Enough calls to a CUDA graph that its own launch does not count."""
+    return device_us(calls * -(-16 // len(calls)) if DEVICE == "cuda" else calls)
 
 
-def all_rows(groups: str) -> Iterator[Row]:
-    for group in groups.split(","):
-        make_rows, sizes = GROUPS[group]
-        for size in sizes:
-            yield from make_rows(size)
+def measure(args: argparse.Namespace, times: Times) -> None:
+    for group in args.only.split(","):
+        for size in CASES[group]:
+            with times.noting(f"{group} {size}"):
+                torch.manual_seed(0)
+                for name, shape, num_bytes, calls, replaced in ROWS[group](size):
+                    case = f"{name}: {shape}"
+                    times.columns.setdefault("bytes", {})[case] = num_bytes
+                    times.measure(case, "us", time_of, calls)
+                    if replaced and not times.is_peer:
+                        times.measure(case, "replaced", time_of, replaced)
+    if DEVICE == "cuda":
+        source, target = (torch.empty(1 << 30, dtype=torch.int8, device=DEVICE) for _ in range(2))
+        times.columns["bytes"]["copy (ceiling): 1 GiB"] = 2 << 30
+        times.measure("copy (ceiling): 1 GiB", "us", time_of, [lambda: target.copy_(source)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(GROUPS), help="comma-separated groups (default: all)")
+    parser.add_argument("--only", default=",".join(CASES), help="comma-separated groups (default: all)")
+    _, ours, peers = run(parser, measure)
     rows: list[list[object]] = []
-    for name, shape, num_bytes, ours, replaced in all_rows(parser.parse_args().only):
-        mine = time_of(ours)
-        other = time_of(replaced) if replaced else None
-        rows.append([name, shape, mine, num_bytes / mine * 1e-6, other or "", other / mine if other else ""])
-    source, target = (torch.empty(1 << 30, dtype=torch.int8, device=DEVICE) for _ in range(2))
-    copy = time_of([lambda: target.copy_(source)])
-    rows.append(["copy (ceiling)", "1 GiB", copy, (2 << 30) / copy * 1e-6, "", ""])
-    print_table(environment(), ["operator", "shape", "µs", "TB/s", "replaces µs", "speed-up"], rows)
+    for case, us in ours.columns["us"].items():
+        bandwidth = ours.columns["bytes"][case] / us * 1e-6
+        rows.append([*case.split(": "), us, bandwidth, ours.us(case, "replaced"), *(p.us(case, "us") for p in peers)])
+    header = ["operator", "shape", "us", "TB/s", "replaces us", *(f"{peer.library} us" for peer in peers)]
+    print_table(environment(), header, rows)
+    print_failures(peers)
 
 
 if __name__ == "__main__":

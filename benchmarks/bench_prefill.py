@@ -1,7 +1,9 @@
-"""Prefill and append attention on a GPU: TFLOP/s, or bandwidth where the KV dominates, against upstream and cuDNN.
+"""Prefill and append attention: TFLOP/s, or bandwidth where the KV dominates, beside cuDNN and another flashinfer.
+
+python benchmarks/bench_prefill.py [--only ragged] [--peer FOLDER] [--plot prefill.png]
 
 FLOPs are 2 (head_dim_qk + head_dim_vo) per visible (query, key, head); bytes are K and V once, q and the output. Calls
-are timed inside a CUDA graph.
+are timed inside a CUDA graph. The peer is timed with each of its backends, "fa2" and "fa3".
 """
 
 from __future__ import annotations
@@ -13,9 +15,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import copies_for, environment, gpu_us, host_us, print_table, save_plot, upstream
+from common import (
+    DEVICE,
+    Calls,
+    Times,
+    copies_for,
+    device_us,
+    environment,
+    measure_host,
+    print_failures,
+    print_host,
+    print_table,
+    run,
+    save_plot,
+)
 
 import flashinfer
+
+PEER_BACKENDS = ["fa2", "fa3"]
 
 
 @dataclass(frozen=True)
@@ -78,25 +95,25 @@ class Problem:
     """One case, its KV repeated so often that a round does not fit the L2 cache."""
 
     def __init__(self, case: Case) -> None:
+        torch.manual_seed(0)
         self.case = case
-        device = torch.device("cuda")
         num_tokens, num_kv = case.batch * case.qo_len, case.batch * case.kv_len
 
         def draw(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, device=device, dtype=torch.bfloat16)
+            return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
 
         def offsets(step: int) -> torch.Tensor:
-            return torch.arange(case.batch + 1, dtype=torch.int32, device=device) * step
+            return torch.arange(case.batch + 1, dtype=torch.int32, device=DEVICE) * step
 
         self.q = draw(num_tokens, case.num_qo_heads, case.head_dim)
-        self.out = torch.empty(num_tokens, case.num_qo_heads, case.head_dim_vo, device=device, dtype=torch.bfloat16)
+        self.out = torch.empty(num_tokens, case.num_qo_heads, case.head_dim_vo, device=DEVICE, dtype=torch.bfloat16)
         rows = [(num_kv,)]
         self.indices: tuple[torch.Tensor, ...] = (offsets(case.qo_len), offsets(case.kv_len))
         if case.page_size:
             num_pages = case.kv_len // case.page_size
             rows = [(case.batch * num_pages, case.page_size)]
-            pages = torch.randperm(case.batch * num_pages, device=device).int()
-            last = torch.full((case.batch,), case.page_size, dtype=torch.int32, device=device)
+            pages = torch.randperm(case.batch * num_pages, device=DEVICE).int()
+            last = torch.full((case.batch,), case.page_size, dtype=torch.int32, device=DEVICE)
             self.indices = (offsets(case.qo_len), offsets(num_pages), pages, last)
         kv_bytes = 2 * num_kv * case.num_kv_heads * (case.head_dim + case.head_dim_vo)
         self.kvs = [
@@ -104,23 +121,25 @@ class Problem:
             for _ in range(copies_for(kv_bytes))
         ]
 
-    def wrapper(self, module: Any, **options: Any) -> Any:
+    def wrapper(self, **options: Any) -> Any:
         case = self.case
-        workspace = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+        workspace = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
         kind = "Paged" if case.page_size else "Ragged"
-        wrapper = getattr(module, f"BatchPrefillWith{kind}KVCacheWrapper")(workspace, **options)
+        wrapper = getattr(flashinfer, f"BatchPrefillWith{kind}KVCacheWrapper")(workspace, **options)
         shapes = [case.num_qo_heads, case.num_kv_heads, case.head_dim, *([case.page_size] if case.page_size else [])]
         wrapper.plan(
             *self.indices, *shapes, head_dim_vo=case.head_dim_vo, causal=case.causal, q_data_type=torch.bfloat16
         )
         return wrapper
 
-    def calls(self, wrapper: Any) -> list[Callable[[], Any]]:
+    def time(self, **options: Any) -> float:
+        """Microseconds of one planned run; options go to the wrapper."""
+        wrapper = self.wrapper(**options)
         if self.case.page_size:
-            return [(lambda kv=kv: wrapper.run(self.q, kv, out=self.out)) for kv in self.kvs]
-        return [(lambda kv=kv: wrapper.run(self.q, kv[0], kv[1], out=self.out)) for kv in self.kvs]
+            return device_us([lambda kv=kv: wrapper.run(self.q, kv, out=self.out) for kv in self.kvs])
+        return device_us([lambda kv=kv: wrapper.run(self.q, kv[0], kv[1], out=self.out) for kv in self.kvs])
 
-    def sdpa_calls(self) -> list[Callable[[], Any]]:
+    def cudnn_calls(self) -> Calls:
         """cuDNN over contiguous KV. SDPA aligns the causal mask to the first key, so equal lengths alone."""
         case = self.case
         q = self.q.view(case.batch, case.qo_len, case.num_qo_heads, -1).transpose(1, 2)
@@ -137,69 +156,77 @@ class Problem:
             calls.append(call)
         return calls
 
-
-def measure(case: Case, peers: bool) -> list[object]:
-    problem = Problem(case)
-    us = gpu_us(problem.calls(problem.wrapper(flashinfer)))
-    row: list[object] = [case.name, us, case.flops / us / 1e6, case.num_bytes / us / 1e6]
-    if peers:
-        theirs = sdpa = math.nan
-        other = upstream()
-        if other is not None:
-            theirs = case.flops / gpu_us(problem.calls(problem.wrapper(other, backend="fa2"))) / 1e6
-        if case.qo_len == case.kv_len:
-            try:
-                sdpa = case.flops / gpu_us(problem.sdpa_calls()) / 1e6
-            except RuntimeError:  # cuDNN does not cover the case
-                sdpa = math.nan
-        row += [theirs, sdpa]
-    return [*row, case.goal]
+    def time_cudnn(self) -> float:
+        if self.case.qo_len != self.case.kv_len or DEVICE == "cpu":
+            return math.nan
+        try:
+            return device_us(self.cudnn_calls())
+        except RuntimeError:  # cuDNN does not cover the case
+            return math.nan
 
 
-def measure_host() -> list[list[object]]:
-    """Host microseconds of plan and run beside torch.add(out=), the price of a bare launch."""
+def measure_host_costs(times: Times) -> None:
     problem = Problem(Case(16, 16, 128, page_size=16))
-    wrapper = problem.wrapper(flashinfer)
+    wrapper = problem.wrapper()
 
     def plan() -> None:
         wrapper.plan(*problem.indices, 32, 8, 128, 16, causal=True, q_data_type=torch.bfloat16)
 
     q, kv, out = problem.q, problem.kvs[0], problem.out
-    x, y, z = (torch.zeros(1024, device="cuda") for _ in range(3))
     q1, (k1, v1) = q[:128], (half.view(-1, 8, 128)[:128] for half in kv)
-    s = torch.zeros(len(q), 32, device="cuda")
-    return [
-        ["torch.add(out=)", host_us(lambda: torch.add(x, y, out=z))],
-        ["prefill.run(out=)", host_us(lambda: wrapper.run(q, kv, out=out))],
-        ["prefill.run()", host_us(lambda: wrapper.run(q, kv))],
-        ["prefill.forward(causal=True)", host_us(lambda: wrapper.forward(q, kv, causal=True))],
-        ["prefill.plan", host_us(plan)],
-        [
-            "single_prefill_with_kv_cache",
-            host_us(lambda: flashinfer.single_prefill_with_kv_cache(q1, k1, v1, causal=True)),
-        ],
-        ["merge_state_in_place", host_us(lambda: flashinfer.merge_state_in_place(q, s, out, s))],
-    ]
+    s = torch.zeros(len(q), 32, device=DEVICE)
+    calls: dict[str, Callable[[], Any]] = {
+        "prefill.run(out=)": lambda: wrapper.run(q, kv, out=out),
+        "prefill.run()": lambda: wrapper.run(q, kv),
+        "prefill.forward(causal=True)": lambda: wrapper.forward(q, kv, causal=True),
+        "prefill.plan": plan,
+        "single_prefill_with_kv_cache": lambda: flashinfer.single_prefill_with_kv_cache(q1, k1, v1, causal=True),
+        "merge_state_in_place": lambda: flashinfer.merge_state_in_place(q, s, out, s),
+    }
+    measure_host(times, calls)
+
+
+def measure(args: argparse.Namespace, times: Times) -> None:
+    for case in CASES:
+        if args.only not in case.name:
+            continue
+        problem = Problem(case)
+        if times.is_peer:
+            for backend in PEER_BACKENDS:
+                times.measure(case.name, backend, problem.time, backend=backend)
+        else:
+            times.measure(case.name, "", problem.time)
+            times.measure(case.name, "cuDNN", problem.time_cudnn)
+    if not args.no_host:
+        with times.noting("host costs"):
+            measure_host_costs(times)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--no-peers", action="store_true", help="time this library alone")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name contains this text")
     parser.add_argument("--no-host", action="store_true", help="leave out the host costs")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the rates as bars; needs matplotlib")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("bench_prefill.py needs an NVIDIA GPU")
+    args, ours, peers = run(parser, measure)
     print(environment())
-    peers = [] if args.no_peers else ["upstream fa2 TFLOP/s", "cuDNN TFLOP/s"]
-    header = ["batch x lengths, heads, head_dim, KV, mask", "us", "TFLOP/s", "TB/s", *peers, "goal"]
-    rows = [measure(case, not args.no_peers) for case in CASES if args.only in case.name]
-    print_table("Prefill, bf16", header, rows)
-    if args.plot:
-        save_plot(args.plot, "Prefill, bf16", header, rows, columns="TFLOP/s")
+    columns = [(f"{peer.library} {backend}", peer, backend) for peer in peers for backend in PEER_BACKENDS]
+    columns.append(("cuDNN", ours, "cuDNN"))
+    cases = [case for case in CASES if args.only in case.name]
+    rows: list[list[object]] = []
+    rates: dict[str, list[float]] = {}
+    for case in cases:
+        us = ours.us(case.name)
+        others = [case.flops / times.us(case.name, column) / 1e6 for _, times, column in columns]
+        rows.append([case.name, us, case.flops / us / 1e6, case.num_bytes / us / 1e6, *others, case.goal])
+        for label, rate in zip(["flashinfer", *(column[0] for column in columns)], [case.flops / us / 1e6, *others]):
+            rates.setdefault(label, []).append(rate)
+    header = ["us", "TFLOP/s", "TB/s", *(f"{label} TFLOP/s" for label, _, _ in columns), "goal"]
+    print_table("Prefill, bf16", ["batch x lengths, heads, head_dim, KV, mask", *header], rows)
     if not args.no_host:
-        print_table("Host cost per call", ["call", "us"], measure_host())
+        print_host(ours, peers)
+    print_failures(peers)
+    if args.plot:
+        save_plot(args.plot, "Prefill and append, bf16", "TFLOP/s", [case.name for case in cases], rates)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,32 @@
-"""Softmax, sampling and filters over a vocabulary, in microseconds, for rows of several shapes, beside torch's own.
+"""Softmax, sampling and filters over a vocabulary, in microseconds, for rows of several shapes.
 
-python benchmarks/bench_sampling.py [--vocab 128256] [--dtype float32] [--rows 1 16 128 512] [--logits normal flat ...]
+python benchmarks/bench_sampling.py [--dtype float32] [--rows 1 16 128 512] [--logits normal flat ...] [--peer FOLDER]
 
 Times are of CUDA graph replays over inputs that rotate through more memory than the L2 cache holds (few rows stay in
-it, as they would behind the kernel that computes them).
+it, as they would behind the kernel that computes them). torch.softmax is the same in a peer's columns: what differs
+there is noise.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from common import copies_for, environment, gpu_us, host_us, print_table
+from common import (
+    DEVICE,
+    Times,
+    copies_for,
+    device_us,
+    environment,
+    measure_host,
+    print_failures,
+    print_host,
+    print_table,
+    run,
+)
 
 from flashinfer import sampling
 
@@ -54,9 +67,25 @@ OPS: dict[str, tuple[str, Callable[[torch.Tensor], Any]]] = {
 
 
 def inputs(shape: str, num_rows: int, vocab_size: int, dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
+    torch.manual_seed(0)
     count = copies_for(num_rows * vocab_size * dtype.itemsize)
-    logits = [SHAPES[shape](torch.randn(num_rows, vocab_size, device="cuda")) for _ in range(count)]
+    logits = [SHAPES[shape](torch.randn(num_rows, vocab_size, device=DEVICE)) for _ in range(count)]
     return {"logits": [x.to(dtype) for x in logits], "probs": [torch.softmax(x, -1).to(dtype) for x in logits]}
+
+
+def case_name(op: str, shape: str, num_rows: int) -> str:
+    return f"{op}, {shape}, {num_rows} rows"
+
+
+def measure(args: argparse.Namespace, times: Times) -> None:
+    for shape in args.logits:
+        for num_rows in args.rows:
+            sets = inputs(shape, num_rows, args.vocab, getattr(torch, args.dtype))
+            for op, (kind, call) in OPS.items():
+                calls = [partial(call, x) for x in sets[kind]]
+                times.measure(case_name(op, shape, num_rows), "", device_us, calls)
+    probs = torch.softmax(torch.randn(1, args.vocab, device=DEVICE), -1)
+    measure_host(times, {"top_p_sampling_from_probs": lambda: sampling.top_p_sampling_from_probs(probs, 0.9)})
 
 
 def main() -> None:
@@ -65,22 +94,20 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 128, 512])
     parser.add_argument("--logits", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    args = parser.parse_args()
-    times: dict[tuple[str, str, int], float] = {}
-    for shape in args.logits:
-        for num_rows in args.rows:
-            sets = inputs(shape, num_rows, args.vocab, getattr(torch, args.dtype))
-            for op, (kind, call) in OPS.items():
-                times[op, shape, num_rows] = gpu_us([lambda x=x, call=call: call(x) for x in sets[kind]])
-            del sets
+    args, ours, peers = run(parser, measure)
     print(environment())
+    header = [
+        "",
+        *(f"{shape}{label}" for shape in args.logits for label in ["", *(f", {peer.library}" for peer in peers)]),
+    ]
     for num_rows in args.rows:
-        table = [[op, *(times[op, shape, num_rows] for shape in args.logits)] for op in OPS]
-        print_table(f"{num_rows} rows of {args.vocab}, {args.dtype}, µs", ["", *args.logits], table)
-
-    probs = torch.softmax(torch.randn(1, args.vocab, device="cuda"), -1)
-    host = host_us(lambda: sampling.top_p_sampling_from_probs(probs, 0.9))
-    print(f"\nhost time of top_p_sampling_from_probs: {host:.1f} µs")
+        rows = []
+        for op in OPS:
+            names = [case_name(op, shape, num_rows) for shape in args.logits]
+            rows.append([op, *(times.us(name) for name in names for times in [ours, *peers])])
+        print_table(f"{num_rows} rows of {args.vocab}, {args.dtype}, us", header, rows)
+    print_host(ours, peers)
+    print_failures(peers)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,23 @@
-"""What the benchmarks share: timing on the GPU and on the host, a table, and the peers that happen to be installed."""
+"""What the benchmarks share: timing, tables, plots, and another installation of flashinfer to compare with."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import itertools
+import json
+import math
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,17 +25,23 @@ import torch
 if importlib.util.find_spec("flashinfer") is None:  # straight from a source tree
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 L2_BYTES = 128 << 20  # more than the L2 cache of any GPU we know
+Calls = Sequence[Callable[[], Any]]
+
+# ------------------------------------------------------------------------------------------------------------- timing
 
 
-def gpu_us(calls: Sequence[Callable[[], Any]], *, repeats: int = 20) -> float:
-    """Median microseconds per call, from CUDA graph replays.
+def device_us(calls: Calls, *, repeats: int = 20) -> float:
+    """Median microseconds per call: from CUDA graph replays on a GPU, host time on a CPU.
 
     Give several closures over different buffers when the data of one would stay in the L2 cache: they are captured in
     turn into one graph, so that launch gaps shrink and no closure finds its data cached.
     """
     for call in calls:
         call()
+    if DEVICE == "cpu":
+        return statistics.median(_seconds(calls) for _ in range(5)) / len(calls) * 1e6
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -50,27 +62,106 @@ def gpu_us(calls: Sequence[Callable[[], Any]], *, repeats: int = 20) -> float:
 
 def copies_for(num_bytes: int) -> int:
     """How many buffer sets a benchmark must rotate over so that none stays in the L2 cache."""
-    return max(2, min(64, -(-2 * L2_BYTES // max(1, num_bytes))))
+    return max(2, min(64, -(-2 * L2_BYTES // max(1, num_bytes)))) if DEVICE == "cuda" else 1
 
 
 def host_us(call: Callable[[], Any], *, rounds: int = 30, calls: int = 200) -> float:
     """Microseconds of host time per call: the best of many short rounds, the GPU's queue emptied between them."""
-    best = float("inf")
+    best = math.inf
     for _ in range(rounds):
-        if torch.cuda.is_available():
+        if DEVICE == "cuda":
             torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in itertools.repeat(None, calls):
-            call()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, _seconds(itertools.repeat(call, calls)))
     return best / calls * 1e6
 
 
-def upstream() -> ModuleType | None:
-    """Upstream FlashInfer, if its distribution (not this one) is what `import flashinfer_upstream` finds."""
-    if importlib.util.find_spec("flashinfer_upstream") is None:
-        return None
-    return importlib.import_module("flashinfer_upstream")
+def _seconds(calls: Any) -> float:
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    return time.perf_counter() - start
+
+
+# -------------------------------------------------------------------------------------------------------------- peers
+
+
+@dataclass
+class Times:
+    """Microseconds by column and case, of the flashinfer that this process imports."""
+
+    library: str
+    is_peer: bool = False
+    columns: dict[str, dict[str, float]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def noting(self, what: str) -> Iterator[None]:
+        """Of a peer, note that it raised, and why, and go on; our own errors are errors."""
+        try:
+            yield
+        except Exception as error:  # whatever another library raises
+            if not self.is_peer:
+                raise
+            reason = (str(error).strip() or "no message").splitlines()[0]
+            self.failures.append(f"{what}: {type(error).__name__}: {reason[:200]}")
+
+    def measure(self, case: str, column: str, measure: Callable[..., float], *args: Any, **options: Any) -> None:
+        with self.noting(f"{case} {column}".rstrip()):
+            self.columns.setdefault(column, {})[case] = measure(*args, **options)
+
+    def us(self, case: str, column: str = "") -> float:
+        """NaN (a dash in a table) where the case was not timed."""
+        return self.columns.get(column, {}).get(case, math.nan)
+
+    def best_us(self, case: str) -> float:
+        """Of all columns."""
+        return min((times[case] for times in self.columns.values() if case in times), default=math.nan)
+
+
+def run(
+    parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace, Times], None]
+) -> tuple[argparse.Namespace, Times, list[Times]]:
+    """The arguments, our times, and those of the peer that --peer names (a list of one, or empty).
+
+    The peer has the same name as we have, so it is timed by this same script in a process of its own, with the same
+    arguments, where `import flashinfer` finds it; that process hands its times back as JSON.
+    """
+    parser.add_argument(
+        "--peer",
+        metavar="FOLDER",
+        help="time another installation of flashinfer too, over the same cases: upstream's (pip install --target "
+        "FOLDER flashinfer-python) or an earlier one of ours; what it cannot run is a dash, with the reason below",
+    )
+    parser.add_argument("--times-to", metavar="FILE", help=argparse.SUPPRESS)  # in the peer's process
+    args = parser.parse_args()
+    import flashinfer
+
+    folder = str(Path(flashinfer.__file__).parent.parent)
+    is_upstream = any(importlib.metadata.distributions(name="flashinfer-python", path=[folder]))
+    library = f"{'upstream' if is_upstream else 'peer'} {flashinfer.__version__}"
+    times = Times(library, is_peer=bool(args.times_to))
+    measure(args, times)
+    if args.times_to:
+        Path(args.times_to).write_text(json.dumps(asdict(times)))
+        raise SystemExit
+    return args, times, [_peer_times(args.peer)] if args.peer else []
+
+
+def _peer_times(folder: str) -> Times:
+    if not (Path(folder) / "flashinfer" / "__init__.py").is_file():
+        raise SystemExit(f"--peer {folder}: expected a folder that holds a package flashinfer, found none")
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+    path = os.pathsep.join([str(Path(folder).resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with tempfile.TemporaryDirectory() as temporary:
+        result = Path(temporary) / "times.json"
+        subprocess.run(
+            [sys.executable, *sys.argv, "--times-to", str(result)], env={**os.environ, "PYTHONPATH": path}, check=True
+        )
+        return Times(**json.loads(result.read_text()))
+
+
+# ------------------------------------------------------------------------------------------------------------- output
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -84,52 +175,64 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[objec
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
 
 
-def save_plot(path: str, title: str, header: Sequence[str], rows: Sequence[Sequence[object]], *, columns: str) -> None:
-    """Bars of the columns whose header contains `columns`, a group for each row, as an image. Needs matplotlib."""
+def measure_host(times: Times, calls: dict[str, Callable[[], Any]]) -> None:
+    """Host microseconds of each call, beside torch.add(out=), the price of a bare launch."""
+    x, y, z = (torch.zeros(1024, device=DEVICE) for _ in range(3))
+    for name, call in {"torch.add(out=)": lambda: torch.add(x, y, out=z), **calls}.items():
+        times.measure(name, "host", host_us, call)
+
+
+def print_host(ours: Times, peers: Sequence[Times]) -> None:
+    rows = [[name, us, *(peer.us(name, "host") for peer in peers)] for name, us in ours.columns["host"].items()]
+    print_table("Host cost per call, us", ["call", "us", *(peer.library for peer in peers)], rows)
+
+
+def print_failures(peers: Sequence[Times]) -> None:
+    for peer in peers:
+        for failure in peer.failures:
+            print(f"- {peer.library}, {failure}")
+
+
+def _text(cell: object) -> str:
+    if isinstance(cell, float):
+        return "-" if math.isnan(cell) else f"{cell:.2f}" if abs(cell) < 100 else f"{cell:.0f}"
+    return str(cell)
+
+
+def save_plot(path: str, title: str, unit: str, cases: Sequence[str], series: dict[str, Sequence[float]]) -> None:
+    """Bars of every series, a group for each case, as an image. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    measured = [any(isinstance(row[index], (int, float)) for row in rows) for index in range(len(header))]
-    chosen = [index for index, name in enumerate(header) if columns in name and measured[index]]
-    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.4 * len(rows)))
-    height = 0.8 / len(chosen)
-    for number, index in enumerate(chosen):
-        values = [cell if isinstance(cell := row[index], (int, float)) else 0.0 for row in rows]
-        places = [place + number * height for place in range(len(rows))]
-        label = "flashinfer" if header[index] == columns else header[index].removesuffix(columns).strip()
-        axes.barh(places, values, height, label=label)
-    axes.set_yticks([place + 0.4 - height / 2 for place in range(len(rows))], [str(row[0]) for row in rows], fontsize=8)
+    series = {label: values for label, values in series.items() if not all(map(math.isnan, values))}
+    height = 0.8 / len(series)
+    figure, axes = pyplot.subplots(figsize=(8, 1.4 + 0.17 * len(cases) * (len(series) + 1)))
+    for number, (label, values) in enumerate(series.items()):
+        places = [case + (number + 0.5) * height - 0.4 for case in range(len(cases))]
+        axes.barh(places, [0.0 if math.isnan(value) else value for value in values], 0.9 * height, label=label)
+        for place, value in zip(places, values):
+            if not math.isnan(value):
+                axes.text(value, place, f" {value:.3g}", va="center", fontsize=6)
+    axes.set_yticks(range(len(cases)), cases, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel(columns)
-    axes.set_title(f"{title}\n{environment()}", fontsize=9)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
-def _text(cell: object) -> str:
-    if isinstance(cell, float):
-        return f"{cell:.2f}" if abs(cell) < 100 else f"{cell:.0f}"
-    return str(cell)
+    axes.margins(y=0.01)
+    axes.set_xlabel(unit)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    axes.set_title(environment(), fontsize=7)
+    figure.legend(loc="outside lower center", ncols=len(series), fontsize=8, frameon=False)
+    figure.set_layout_engine("constrained")
+    figure.savefig(path, dpi=100)
 
 
 def environment() -> str:
     """One line that says what was measured: device, software, commit."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     try:
-        root = Path(__file__).parent
-        commit = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown commit"
     return f"{device}, torch {torch.__version__}, Python {sys.version.split()[0]}, {commit}"
-
-
-def distribution_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
