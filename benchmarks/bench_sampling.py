@@ -84,6 +84,8 @@ def measure(args: argparse.Namespace, times: Times) -> None:
             for op, (kind, call) in OPS.items():
                 calls = [partial(call, x) for x in sets[kind]]
                 times.measure(case_name(op, shape, num_rows), "", device_us, calls)
+    if args.no_host:
+        return
     probs = torch.softmax(torch.randn(1, args.vocab, device=DEVICE), -1)
     measure_host(times, {"top_p_sampling_from_probs": lambda: sampling.top_p_sampling_from_probs(probs, 0.9)})
 
@@ -94,6 +96,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 128, 512])
     parser.add_argument("--logits", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--no-host", action="store_true", help="leave out the host cost")
     args, ours, peers = run(parser, measure)
     print(environment())
     header = [
@@ -106,7 +109,8 @@ def main() -> None:
             names = [case_name(op, shape, num_rows) for shape in args.logits]
             rows.append([op, *(times.us(name) for name in names for times in [ours, *peers])])
         print_table(f"{num_rows} rows of {args.vocab}, {args.dtype}, us", header, rows)
-    print_host(ours, peers)
+    if not args.no_host:
+        print_host(ours, peers)
     print_failures(peers)
 
 

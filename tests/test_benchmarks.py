@@ -109,7 +109,7 @@ def test_our_own_failures_are_errors(benchmark: tuple[str, str], tmp_path: Path)
     [
         ["bench_decode.py", "--only", "1 x 1024", "--no-host"],
         ["bench_prefill.py", "--only", "256 x 128", "--no-host"],
-        ["bench_sampling.py", "--rows", "1", "--logits", "normal", "--vocab", "1000"],
+        ["bench_sampling.py", "--rows", "1", "--logits", "normal", "--vocab", "1000", "--no-host"],
         ["bench_elementwise.py", "--only", "append"],
     ],
     ids=lambda command: command[0],
