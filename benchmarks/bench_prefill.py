@@ -225,8 +225,10 @@ def main() -> None:
     if not args.no_host:
         print_host(ours, peers)
     print_failures(peers)
-    if args.plot:
-        save_plot(args.plot, "Prefill and append, bf16", "TFLOP/s", [case.name for case in cases], rates)
+    if args.plot:  # of prefills: an append is bound by its KV
+        prefills = [index for index, case in enumerate(cases) if case.qo_len == case.kv_len]
+        rates = {label: [values[index] for index in prefills] for label, values in rates.items()}
+        save_plot(args.plot, "Prefill, bf16", "TFLOP/s", [cases[index].name for index in prefills], rates)
 
 
 if __name__ == "__main__":

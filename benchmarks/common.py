@@ -207,23 +207,24 @@ def save_plot(path: str, title: str, unit: str, cases: Sequence[str], series: di
     from matplotlib import pyplot
 
     series = {label: values for label, values in series.items() if not all(map(math.isnan, values))}
-    height = 0.8 / len(series)
-    figure, axes = pyplot.subplots(figsize=(8, 1.4 + 0.17 * len(cases) * (len(series) + 1)))
+    colors = ["#1a6faf", "#e8963e", "#c8553d", "#9aa0a6"]
+    height = 0.84 / len(series)
+    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.12 * len(cases) * (len(series) + 1)), layout="constrained")
     for number, (label, values) in enumerate(series.items()):
-        places = [case + (number + 0.5) * height - 0.4 for case in range(len(cases))]
-        axes.barh(places, [0.0 if math.isnan(value) else value for value in values], 0.9 * height, label=label)
+        places = [case + (number + 0.5) * height - 0.42 for case in range(len(cases))]
+        drawn = [0.0 if math.isnan(value) else value for value in values]
+        axes.barh(places, drawn, 0.92 * height, label=label, color=colors[number % len(colors)])
         for place, value in zip(places, values):
             if not math.isnan(value):
                 axes.text(value, place, f" {value:.3g}", va="center", fontsize=6)
-    axes.set_yticks(range(len(cases)), cases, fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(y=0.01)
-    axes.set_xlabel(unit)
+    axes.set_yticks(range(len(cases)), cases, fontsize=7)
+    axes.set_ylim(len(cases) - 0.5, -0.5)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(unit, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=11)
-    axes.set_title(environment(), fontsize=7)
-    figure.legend(loc="outside lower center", ncols=len(series), fontsize=8, frameon=False)
-    figure.set_layout_engine("constrained")
+    figure.suptitle(f"{title}: {environment()}", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(series), fontsize=7, frameon=False)
     figure.savefig(path, dpi=100)
 
 
