@@ -16,7 +16,8 @@ Conventions of this module:
 - **Random numbers** are Philox words of (seed, row, offset). On CUDA, seed and offset are the generator's, whose offset
   advances as PyTorch's own kernels advance it; in a CUDA graph they are drawn by a kernel of the graph, so that each
   replay draws anew. `seed` and `offset` replace the generator. Equal states give equal tokens on equal devices; sums
-  have a fixed order, so `deterministic=False` is no faster and changes nothing.
+  have a fixed order, so `deterministic=False` is no faster and changes nothing. A row consumes 8 words of the offset:
+  top-p on CUDA, which may need several attempts at a token, takes them from subsequences `row + 2^32 * attempt`.
 
 No function here synchronizes with the device unless `check_nan` asks for it.
 """

@@ -175,6 +175,8 @@ CASES: dict[str, tuple[Sampler, dict[str, Any], dict[str, Any], str]] = {
     "probs": (sampling.sampling_from_probs, {}, {}, "probs"),
     "top_p": (sampling.top_p_sampling_from_probs, {"top_p": 0.7}, {"top_p": 0.7}, "probs"),
     "top_k": (sampling.top_k_sampling_from_probs, {"top_k": 20}, {"top_k": 20}, "probs"),
+    "top_p_narrow": (sampling.top_p_sampling_from_probs, {"top_p": 0.05}, {"top_p": 0.05}, "probs"),
+    "top_k_wide": (sampling.top_k_sampling_from_probs, {"top_k": 2500}, {"top_k": 2500}, "probs"),
     "min_p": (sampling.min_p_sampling_from_probs, {"min_p": 0.1}, {"min_p": 0.1}, "probs"),
     "joint_probs": (
         sampling.top_k_top_p_sampling_from_probs,
@@ -194,10 +196,22 @@ CASES: dict[str, tuple[Sampler, dict[str, Any], dict[str, Any], str]] = {
         {"top_k": 2000, "top_p": 0.9, "top_k_first": True},
         "probs",
     ),
+    "joint_wide": (
+        sampling.top_k_top_p_sampling_from_probs,
+        {"top_k": 2000, "top_p": 0.9, "filter_apply_order": "joint"},
+        {"top_k": 2000, "top_p": 0.9},
+        "probs",
+    ),
     "joint_logits": (
         sampling.top_k_top_p_sampling_from_logits,
         {"top_k": 30, "top_p": 0.6, "filter_apply_order": "joint"},
         {"top_k": 30, "top_p": 0.6},
+        "logits",
+    ),
+    "joint_logits_wide": (
+        sampling.top_k_top_p_sampling_from_logits,
+        {"top_k": 2000, "top_p": 0.9, "filter_apply_order": "joint"},
+        {"top_k": 2000, "top_p": 0.9},
         "logits",
     ),
     "top_k_first_logits": (

@@ -150,7 +150,7 @@ __device__ void chain_speculative(const SpeculativeParams& params) {
 #pragma unroll
         for (int i = 0; i < Slice::kVecSize; ++i) weights[i] = to_float(granule[i]);
       },
-      [&](int token_id) { output_ids[step] = token_id; });
+      [&](int slot, int thread_idx, int lane) { output_ids[step] = target.token_id(slot, thread_idx, lane); });
 }
 
 }  // namespace flashinfer

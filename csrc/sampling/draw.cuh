@@ -7,7 +7,7 @@
 #pragma once
 
 #include "device/philox.cuh"
-#include "sampling/row.cuh"
+#include "sampling/totals.cuh"
 
 namespace flashinfer {
 
@@ -48,31 +48,30 @@ __device__ __forceinline__ int pick_warp(const Table& table, float uniform0, flo
 }
 
 struct RandomKey {
-  uint64_t seed, offset;
-  int row;
+  uint64_t seed, offset, subsequence;
 
   template <class Params>
   __device__ __forceinline__ static RandomKey of(const Params& params, int row) {
-    if (params.random_state) return {params.random_state[0], params.random_state[1], row};
-    return {params.seed, params.offset, row};
+    if (params.random_state) return {params.random_state[0], params.random_state[1], uint64_t(row)};
+    return {params.seed, params.offset, uint64_t(row)};
   }
-  // Words 4 * i ... 4 * i + 3 of the row.
-  __device__ __forceinline__ RandomWords words(int i) const { return philox(seed, row, offset / 4 + i); }
+  // A stream of its own for each attempt at a row's token; the row itself is the first.
+  __device__ __forceinline__ RandomKey attempt(int i) const {
+    return {seed, offset, subsequence + (uint64_t(i) << 32)};
+  }
+  // Words 4 * i ... 4 * i + 3.
+  __device__ __forceinline__ RandomWords words(int i) const { return philox(seed, subsequence, offset / 4 + i); }
 };
 
-// Draws from what is spread over the warps of a cluster. Called by all of them; emit(token id) runs in one thread.
-//   warp_weight_of(entry of the table)        weights of warps, in one scale
-//   thread_weight                             of this thread, in a scale of its warp
-//   element_weights(slot, thread_idx, w[])    the weights behind thread_weight
-template <class Config, class Slice, class Table, class WarpWeightOf, class ElementWeights, class Emit>
-__device__ __forceinline__ void draw_from_warps(const Slice& slice, const RandomKey& random, const Table& table,
-                                                WarpWeightOf warp_weight_of, float thread_weight,
-                                                ElementWeights element_weights, Emit emit) {
-  constexpr int kNumWarps = Config::kNumThreads / kWarpSize;
-  const int warp_idx = threadIdx.x / kWarpSize, lane_idx = threadIdx.x % kWarpSize;
-  const RandomWords words = random.words(0);
-  const int picked_warp = pick_warp(table, words.uniform(0), words.uniform(1), warp_weight_of);
-  if (picked_warp != cluster_rank<Config::kClusterSize>() * kNumWarps + warp_idx) return;
+// Draws from the part of the row that belongs to one warp of this block. Called by a whole warp, which need not be that
+// one; emit(slot, thread_idx, lane) names the element, in one thread.
+//   thread_weight                             of the lane's fellow in that warp
+//   element_weights(slot, thread_idx, w[])    the weights behind it
+template <class Slice, class ElementWeights, class Emit>
+__device__ __forceinline__ void draw_from_warp(const Slice& slice, const RandomWords& words, float last_uniform,
+                                               int warp_idx, float thread_weight, ElementWeights element_weights,
+                                               Emit emit) {
+  const int lane_idx = threadIdx.x % kWarpSize;
   const int thread_idx = warp_idx * kWarpSize + pick_lane(thread_weight, words.uniform(2));
 
   // The lanes of the warp look at the picked thread's slots side by side.
@@ -85,20 +84,38 @@ __device__ __forceinline__ void draw_from_warps(const Slice& slice, const Random
   }
   if (pick_lane(slot_weight, words.uniform(3)) != lane_idx) return;
 
-  const float target = random.words(1).uniform(0) * slot_weight;
+  const float target = last_uniform * slot_weight;
   float prefix = 0.f;
-  int token_id = 0;
+  int picked_slot = 0, picked_lane = 0;
   for (int slot = lane_idx; slot < slice.num_slots && !(prefix > target); slot += kWarpSize) {
     element_weights(slot, thread_idx, weights);
 #pragma unroll
     for (int i = 0; i < Slice::kVecSize; ++i) {
       if (weights[i] > 0.f && !(prefix > target)) {
         prefix += weights[i];
-        token_id = slice.token_id(slot, thread_idx, i);
+        picked_slot = slot;
+        picked_lane = i;
       }
     }
   }
-  emit(token_id);
+  emit(picked_slot, thread_idx, picked_lane);
+}
+
+// Draws from what is spread over the warps of a cluster. Called by all of them; emit(slot, thread_idx, lane) runs in
+// one thread.
+//   warp_weight_of(entry of the table)        weights of warps, in one scale
+//   thread_weight                             of this thread, in a scale of its warp
+//   element_weights                           as above
+template <class Config, class Slice, class Table, class WarpWeightOf, class ElementWeights, class Emit>
+__device__ __forceinline__ void draw_from_warps(const Slice& slice, const RandomKey& random, const Table& table,
+                                                WarpWeightOf warp_weight_of, float thread_weight,
+                                                ElementWeights element_weights, Emit emit) {
+  constexpr int kNumWarps = Config::kNumThreads / kWarpSize;
+  const int warp_idx = threadIdx.x / kWarpSize;
+  const RandomWords words = random.words(0);
+  const int picked_warp = pick_warp(table, words.uniform(0), words.uniform(1), warp_weight_of);
+  if (picked_warp != cluster_rank<Config::kClusterSize>() * kNumWarps + warp_idx) return;
+  draw_from_warp(slice, words, random.words(1).uniform(0), warp_idx, thread_weight, element_weights, emit);
 }
 
 }  // namespace flashinfer

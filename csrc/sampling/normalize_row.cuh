@@ -4,6 +4,7 @@
 
 #include "device/pdl.cuh"
 #include "sampling/filter.cuh"
+#include "sampling/threshold.cuh"
 
 namespace flashinfer {
 
@@ -11,7 +12,7 @@ template <class Config>
 struct NormalizeSmem {
   typename RowSlice<Config>::Smem slice;
   typename RowTotals<Config>::Smem totals;
-  typename Filter<Config>::Smem filter;
+  SearchSmem<Config, Config::kTopK || Config::kTopP> search;
 };
 
 // Stores a granule's worth of results where it lies inside the row, by vectors if the output is aligned as the input.
@@ -50,23 +51,22 @@ __device__ void normalize_row(const SamplingParams& params) {
   wait_for_previous_kernel();
   const int row = blockIdx.x / kClusterSize;
   Slice slice(input_row<typename Config::T>(params, row), params.vocab_size, smem.slice);
-  const Filter<Config> filter = Filter<Config>::load(params, row);
+  const Filter filter = Filter::load<Config>(params, row);
   const float scale = softmax_scale(params, row);
 
   const Stats mine = read_row(slice, scale);
-  const RowTotals<Config> totals =
-      RowTotals<Config>::share(mine, scale, smem.totals, Filter<Config>::maxima(smem.filter));
-  const Weigh<Config> weigh{totals.row.max, scale};
+  const auto totals = RowTotals<Config>::share(mine, scale, smem.totals, search_maxima(smem.search));
+  const Weigh<Config> weigh = totals.weigh();
 
-  float threshold = -kInfinity, kept_sum = totals.row.sum;
-  if constexpr (Filter<Config>::kSearches) {
-    if (filter.cuts() && (Config::kInput == kOrderOnly || totals.is_valid())) {
-      auto search = filter.search(slice, totals, scale, mine.max, params.vocab_size, smem.filter);
-      Kept kept;
-      typename ThresholdSearch<Config>::Ranking ranking;
-      filter.template apply<false>(search, totals, params.vocab_size, smem.filter, kept, ranking);
-      threshold = kept.threshold;
-      kept_sum = search.all.weight_above + kept.list_weight;
+  float floor = -kInfinity, kept_sum = totals.row.sum;
+  if constexpr (Config::kTopK || Config::kTopP) {
+    const bool has_order = Config::kInput == kOrderOnly ? totals.row.max > -kInfinity : totals.is_valid();
+    if (has_order && (filter.top_k < kInfinity || filter.top_p < kInfinity)) {
+      const float target = Config::kTopK ? filter.top_k : filter.top_p * totals.row.sum;
+      ThresholdSearch<Config> search(slice, smem.search, totals, target, params.vocab_size);
+      search.run();
+      floor = search.floor();
+      if constexpr (Config::kInput != kOrderOnly) kept_sum = totals.above(floor, slice, smem.totals).row.sum;
     }
   }
 
@@ -85,9 +85,9 @@ __device__ void normalize_row(const SamplingParams& params) {
     for (int i = 0; i < Slice::kVecSize; ++i) {
       const float score = to_float(granule[i]);
       if constexpr (Config::kInput == kOrderOnly) {
-        values[i] = score >= threshold ? score : -kInfinity;
+        values[i] = score > floor ? score : -kInfinity;
       } else {
-        values[i] = (score >= threshold ? weigh(score) : 0.f) * factor;
+        values[i] = (score > floor ? weigh(score) : 0.f) * factor;
       }
     }
     store_granule<Config, TOut>(slice, slice.granule_idx(slot, threadIdx.x), output_base, is_aligned, values);

@@ -10,8 +10,8 @@ constexpr int kLogits = 0, kProbs = 1, kOrderOnly = 2;
 
 // Normalizing, filtering and sampling over the last axis of a matrix of logits or probabilities.
 //
-// Random numbers are Philox words: the row is the subsequence, `offset` counts 32-bit words as in PyTorch and is a
-// multiple of four.
+// Random numbers are Philox words: row + 2^32 * attempt is the subsequence, `offset` counts 32-bit words as in PyTorch
+// and is a multiple of four.
 struct SamplingParams {
   const void* input;             // [num_inputs, vocab_size]
   void* output;                  // [num_rows, vocab_size] of normalize_row, else null

@@ -8,6 +8,8 @@
 #include "device/pdl.cuh"
 #include "sampling/draw.cuh"
 #include "sampling/filter.cuh"
+#include "sampling/nucleus.cuh"
+#include "sampling/threshold.cuh"
 
 namespace flashinfer {
 
@@ -15,84 +17,63 @@ template <class Config>
 struct SampleSmem {
   typename RowSlice<Config>::Smem slice;
   typename RowTotals<Config>::Smem totals;
-  typename Filter<Config>::Smem filter;
+  union {
+    SearchSmem<Config, Config::kTopK> search;
+    NucleusSmem<Config, Config::kTopP> nucleus;
+  };
 };
 
 // One row's draw.
 template <class Config>
 struct RowDraw {
+  static constexpr int kClusterSize = Config::kClusterSize;
   const SamplingParams& params;
   const int row;
   RowSlice<Config>& slice;
   SampleSmem<Config>& smem;
 
+  __device__ __forceinline__ RandomKey random() const { return RandomKey::of(params, row); }
   __device__ __forceinline__ void emit(int token_id) const {
     params.token_ids[row] = token_id;
     if (params.valid) params.valid[row] = 1;
   }
   __device__ __forceinline__ void emit_invalid() const {
-    if (cluster_rank<Config::kClusterSize>() != 0 || threadIdx.x != 0) return;
+    if (cluster_rank<kClusterSize>() != 0 || threadIdx.x != 0) return;
     params.token_ids[row] = 0;
     if (params.valid) params.valid[row] = 0;
   }
 
-  // Draws from what is spread over the warps; weight_of(score) is the weight behind thread_weight.
-  template <class Table, class WarpWeightOf, class WeightOf>
-  __device__ __forceinline__ void from_warps(const Table& table, WarpWeightOf warp_weight_of, float thread_weight,
-                                             WeightOf weight_of) const {
+  // In proportion to the weights of what is above the floor.
+  __device__ __forceinline__ void from(const RowTotals<Config>& part) const {
+    const Weigh<Config> weigh{finite_or_zero(part.warp_max), part.scale};
     draw_from_warps<Config>(
-        slice, RandomKey::of(params, row), table, warp_weight_of, thread_weight,
+        slice, random(), *part.warps, [&](const Stats& warp) { return rebase<Config>(warp, part.row.max, part.scale); },
+        rebase<Config>(part.thread, part.warp_max, part.scale),
         [&](int slot, int thread_idx, float* weights) {
           const typename RowSlice<Config>::Granule granule = slice.at(slot, thread_idx);
 #pragma unroll
-          for (int i = 0; i < RowSlice<Config>::kVecSize; ++i) weights[i] = weight_of(to_float(granule[i]));
+          for (int i = 0; i < RowSlice<Config>::kVecSize; ++i) {
+            const float score = to_float(granule[i]);
+            weights[i] = score > part.floor ? weigh(score) : 0.f;
+          }
         },
-        [&](int token_id) { emit(token_id); });
+        [&](int slot, int thread_idx, int lane) { emit(slice.token_id(slot, thread_idx, lane)); });
   }
 
-  // The row as it is: the weights found while reading it are enough.
-  __device__ __forceinline__ void unfiltered(const RowTotals<Config>& totals, Stats mine, float scale) const {
-    from_warps(
-        smem.totals.warps, [&](const Stats& warp) { return rebase<Config>(warp, totals.row.max, scale); },
-        rebase<Config>(mine, totals.warp_max, scale), Weigh<Config>{finite_or_zero(totals.warp_max), scale});
-  }
-
-  // What reaches a threshold.
-  __device__ __forceinline__ void above(float threshold, const RowTotals<Config>& totals, float thread_max,
-                                        float scale) const {
-    const Weigh<Config> weigh{totals.row.max, scale};
-    const auto weight_of = [&](float score) { return score >= threshold ? weigh(score) : 0.f; };
-    float thread_weight = 0.f;
-    if (thread_max >= threshold) slice.for_each([&](float score, int, int) { thread_weight += weight_of(score); });
-    cluster_sync<Config::kClusterSize>();  // all have read the table
-    smem.totals.warps.push({0.f, warp_reduce(thread_weight, Sum{})});
-    cluster_sync<Config::kClusterSize>();
-    from_warps(smem.totals.warps, [](const Stats& warp) { return warp.sum; }, thread_weight, weight_of);
-  }
-
-  // What top-k and top-p leave: part of it is on the leader's list, the rest above the search's window.
-  __device__ __forceinline__ void filtered(const Filter<Config>& filter, const RowTotals<Config>& totals,
-                                           float thread_max, float scale) const {
-    using Search = ThresholdSearch<Config>;
-    Search search = filter.search(slice, totals, scale, thread_max, params.vocab_size, smem.filter);
-    Kept kept;
-    typename Search::Ranking ranking;
-    if (!filter.template apply<true>(search, totals, params.vocab_size, smem.filter, kept, ranking)) return;
-
-    const RandomWords words = RandomKey::of(params, row).words(1);
-    const float drawn = words.uniform(1) * (search.all.weight_above + kept.list_weight);
-    if (drawn < kept.list_weight || search.all.weight_above == 0.f) {
-      if (cluster_rank<Config::kClusterSize>() != 0) return;
-      // Candidates in descending order share out [0, total); weight_before is where a share begins.
-      const uint32_t place = __umulhi(words.word[2], ranking.total);
-      if (ranking.is_kept && place - ranking.weight_before < ranking.weight) emit(ranking.candidate.token_id);
-      return;
+  // From the leader's list, which holds all that top-k leaves. Called by the leader's threads.
+  template <class Search>
+  __device__ __forceinline__ void from_list(Search& search, float top_p, const RowTotals<Config>& totals) const {
+    auto& list = search.list;
+    float floor = search.decide();
+    float weight = list.is_listed && list.score > floor ? totals.weigh()(list.score) : 0.f;
+    if (Config::kTopP && top_p < kInfinity) {
+      const float before = list.weight_before(weight);
+      const float whole = params.top_k_first ? list.total(weight) : totals.row.sum;
+      floor = list.floor_of_first(list.is_listed && before < top_p * whole);
+      if (!(list.score > floor)) weight = 0.f;
     }
-    const Weigh<Config> weigh{totals.row.max, scale};
-    from_warps(
-        smem.filter.search.tallies, [](const WindowTally& warp) { return warp.weight_above; },
-        search.thread_weight_above,
-        [&](float score) { return search.depth(score) < search.window.begin ? weigh(score) : 0.f; });
+    const int picked = list.pick(weight, random().words(0));
+    if (picked == threadIdx.x) emit(list.token_id);
   }
 };
 
@@ -108,23 +89,38 @@ __device__ void sample_row(const SamplingParams& params) {
   const int row = blockIdx.x / kClusterSize;
   RowSlice<Config> slice(input_row<typename Config::T>(params, row), params.vocab_size, smem.slice);
   const RowDraw<Config> draw{params, row, slice, smem};
-  const Filter<Config> filter = Filter<Config>::load(params, row);
+  const Filter filter = Filter::load<Config>(params, row);
   const float scale = softmax_scale(params, row);
 
   const Stats mine = read_row(slice, scale);
   allow_next_kernel();
-  const RowTotals<Config> totals =
-      RowTotals<Config>::share(mine, scale, smem.totals, Filter<Config>::maxima(smem.filter));
+  const auto totals = RowTotals<Config>::share(mine, scale, smem.totals, search_maxima(smem.search));
   if (!totals.is_valid()) return draw.emit_invalid();
+
+  RowTotals<Config> part = totals;
   if constexpr (Config::kMinP) {
     const float min_p = params.min_p ? params.min_p[row] : params.min_p_value;
-    draw.above(min_p * totals.row.max, totals, mine.max, scale);
-  } else if constexpr (Filter<Config>::kSearches) {
-    if (filter.cuts()) return draw.filtered(filter, totals, mine.max, scale);
-    draw.unfiltered(totals, mine, scale);
-  } else {
-    draw.unfiltered(totals, mine, scale);
+    part = totals.above(next_below(min_p * totals.row.max), slice, smem.totals);
   }
+  if constexpr (Config::kTopK) {
+    if (filter.top_k < kInfinity) {
+      ThresholdSearch<Config> search(slice, smem.search, totals, filter.top_k, params.vocab_size);
+      search.run();
+      if (search.is_complete()) {
+        if (cluster_rank<kClusterSize>() == 0) draw.from_list(search, filter.top_p, totals);
+        return;
+      }
+      part = totals.above(search.floor(), slice, smem.totals);
+    }
+  }
+  if constexpr (Config::kTopP) {
+    if (filter.top_p < kInfinity) {
+      const float target = filter.top_p * (params.top_k_first ? part.row.sum : totals.row.sum);
+      Nucleus<Config> nucleus{slice, smem.nucleus, totals.weigh()};
+      return nucleus.draw(draw.random(), part, target, [&](int token_id) { draw.emit(token_id); });
+    }
+  }
+  draw.from(part);
 }
 
 }  // namespace flashinfer

@@ -1,5 +1,5 @@
 // One row of the vocabulary on the CPU: its weights, the filters and the draw. What they mean stands in
-// sampling/threshold.cuh and sampling/draw.cuh; sums are taken in double.
+// sampling/threshold.cuh; sums are taken in double. Every filter is a threshold here, and the draw an inverse CDF.
 #pragma once
 
 #include <cstdlib>
