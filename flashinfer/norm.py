@@ -54,7 +54,7 @@ def rmsnorm(
     """
     if out is None:
         out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-    _normalize("rmsnorm", input, None, weight, None, out, eps, enable_pdl)
+    _normalize("rmsnorm", (input, None, weight, None, out), eps, enable_pdl)
     return out
 
 
@@ -68,7 +68,7 @@ def gemma_rmsnorm(
     """RMSNorm as Gemma defines it: the normalized row is multiplied by `1 + weight`. Otherwise as `rmsnorm`."""
     if out is None:
         out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-    _normalize("gemma_rmsnorm", input, None, weight, None, out, eps, enable_pdl)
+    _normalize("gemma_rmsnorm", (input, None, weight, None, out), eps, enable_pdl)
     return out
 
 
@@ -92,7 +92,7 @@ def fused_add_rmsnorm(
 
     Raises: as `rmsnorm`.
     """
-    _normalize("fused_add_rmsnorm", input, residual, weight, None, input, eps, enable_pdl)
+    _normalize("fused_add_rmsnorm", (input, residual, weight, None, input), eps, enable_pdl)
 
 
 def gemma_fused_add_rmsnorm(
@@ -103,7 +103,7 @@ def gemma_fused_add_rmsnorm(
     enable_pdl: Optional[bool] = None,
 ) -> None:
     """`fused_add_rmsnorm` with Gemma's `1 + weight`."""
-    _normalize("gemma_fused_add_rmsnorm", input, residual, weight, None, input, eps, enable_pdl)
+    _normalize("gemma_fused_add_rmsnorm", (input, residual, weight, None, input), eps, enable_pdl)
 
 
 def rmsnorm_quant(
@@ -126,7 +126,7 @@ def rmsnorm_quant(
 
     Raises: as `rmsnorm`.
     """
-    _normalize_quant("rmsnorm_quant", out, input, None, weight, scale, eps, enable_pdl)
+    _normalize_quant("rmsnorm_quant", (input, None, weight, None, out), scale, eps, enable_pdl)
     return out
 
 
@@ -144,7 +144,7 @@ def fused_add_rmsnorm_quant(
     Unlike `fused_add_rmsnorm` it leaves input as it is. The norm is taken of the sum before it is rounded to the dtype
     of residual. Arguments as in `rmsnorm_quant` and `fused_add_rmsnorm`.
     """
-    _normalize_quant("fused_add_rmsnorm_quant", out, input, residual, weight, scale, eps, enable_pdl)
+    _normalize_quant("fused_add_rmsnorm_quant", (input, residual, weight, None, out), scale, eps, enable_pdl)
 
 
 def layernorm(input: torch.Tensor, gemma: torch.Tensor, beta: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -164,45 +164,26 @@ def layernorm(input: torch.Tensor, gemma: torch.Tensor, beta: torch.Tensor, eps:
     Raises: as `rmsnorm`.
     """
     out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-    _normalize("layernorm", input, None, gemma, beta, out, eps, None)
+    _normalize("layernorm", (input, None, gemma, beta, out), eps, None)
     return out
 
 
 # ----------------------------------------------------------------------------------------------------------- one launch
 
-# Called with the addresses of input, residual, weight, bias and output.
+# input, residual, weight, bias, output: the first fields of NormParams, in order.
+_Operands = tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, Optional[torch.Tensor], torch.Tensor]
+# Called with the addresses of the operands, after those of the scale if the output is quantized.
 _memo: _op.Memo[PreparedLaunch] = _op.Memo()
 
 
-def _normalize(
-    op: str,
-    input: torch.Tensor,
-    residual: Optional[torch.Tensor],
-    weight: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    output: torch.Tensor,
-    eps: float,
-    pdl: Optional[bool],
-) -> None:
+def _normalize(op: str, operands: _Operands, eps: float, pdl: Optional[bool]) -> None:
+    input, residual, weight, bias, output = operands
     if torch.compiler.is_dynamo_compiling():
         if residual is None:
             _compiled(op, input, weight, bias, output, eps, pdl)
         else:
             _compiled_add(op, input, residual, weight, eps, pdl)
-    else:
-        _run(op, input, residual, weight, bias, output, eps, pdl)
-
-
-def _run(
-    op: str,
-    input: torch.Tensor,
-    residual: Optional[torch.Tensor],
-    weight: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    output: torch.Tensor,
-    eps: float,
-    pdl: Optional[bool],
-) -> None:
+        return
     input_ptr, weight_ptr, output_ptr = input.data_ptr(), weight.data_ptr(), output.data_ptr()
     residual_ptr = 0 if residual is None else residual.data_ptr()
     # Written out rather than through _op.signature: three calls cost as much as the rest of this function.
@@ -225,36 +206,15 @@ def _run(
     )
     launch = _memo.get(key)
     if launch is None:
-        launch = _memo.remember(key, _prepare(op, input, residual, weight, bias, output, eps, pdl))
+        launch = _memo.remember(key, _prepare(op, operands, eps, pdl))
     launch(input_ptr, residual_ptr, weight_ptr, 0 if bias is None else bias.data_ptr(), output_ptr)
 
 
-def _normalize_quant(
-    op: str,
-    output: torch.Tensor,
-    input: torch.Tensor,
-    residual: Optional[torch.Tensor],
-    weight: torch.Tensor,
-    scale: Scale,
-    eps: float,
-    pdl: Optional[bool],
-) -> None:
+def _normalize_quant(op: str, operands: _Operands, scale: Scale, eps: float, pdl: Optional[bool]) -> None:
+    input, residual, weight, _, output = operands
     if torch.compiler.is_dynamo_compiling():
         _compiled_quant(op, output, input, residual, weight, *_scale.split(scale), eps, pdl)
-    else:
-        _run_quant(op, output, input, residual, weight, scale, eps, pdl)
-
-
-def _run_quant(
-    op: str,
-    output: torch.Tensor,
-    input: torch.Tensor,
-    residual: Optional[torch.Tensor],
-    weight: torch.Tensor,
-    scale: Scale,
-    eps: float,
-    pdl: Optional[bool],
-) -> None:
+        return
     input_ptr, weight_ptr, output_ptr = input.data_ptr(), weight.data_ptr(), output.data_ptr()
     residual_ptr = 0 if residual is None else residual.data_ptr()
     key = (
@@ -271,38 +231,30 @@ def _run_quant(
     launch = _memo.get(key)
     if launch is None:
         _scale.check(op, "scale", scale, input)
-        launch = _memo.remember(key, _prepare(op, input, residual, weight, None, output, eps, pdl))
+        launch = _memo.remember(key, _prepare(op, operands, eps, pdl))
     launch(*_scale.values(scale), input_ptr, residual_ptr, weight_ptr, 0, output_ptr)
 
 
 _compiled = _op.compiled_op(
     "normalize(str op, Tensor input, Tensor weight, Tensor? bias, Tensor(a!) output, float eps, bool? pdl) -> ()",
-    lambda op, input, weight, bias, output, eps, pdl: _run(op, input, None, weight, bias, output, eps, pdl),
+    lambda op, input, weight, bias, output, *rest: _normalize(op, (input, None, weight, bias, output), *rest),
 )
 _compiled_add = _op.compiled_op(
     "add_and_normalize(str op, Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps, bool? pdl) -> ()",
-    lambda op, input, residual, weight, eps, pdl: _run(op, input, residual, weight, None, input, eps, pdl),
+    lambda op, input, residual, weight, *rest: _normalize(op, (input, residual, weight, None, input), *rest),
 )
 _compiled_quant = _op.compiled_op(
     "normalize_quant(str op, Tensor(a!) output, Tensor input, Tensor(b!)? residual, Tensor weight, "
     f"{_scale.SCHEMA.format('scale')}, float eps, bool? pdl) -> ()",
-    lambda op, output, input, residual, weight, scale, scale_value, eps, pdl: _run_quant(
-        op, output, input, residual, weight, _scale.join(scale, scale_value), eps, pdl
+    lambda op, output, input, residual, weight, scale, scale_value, *rest: _normalize_quant(
+        op, (input, residual, weight, None, output), _scale.join(scale, scale_value), *rest
     ),
 )
 
 
-def _prepare(
-    op: str,
-    input: torch.Tensor,
-    residual: Optional[torch.Tensor],
-    weight: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    output: torch.Tensor,
-    eps: float,
-    pdl: Optional[bool],
-) -> PreparedLaunch:
-    _check(op, input, residual, weight, bias, output)
+def _prepare(op: str, operands: _Operands, eps: float, pdl: Optional[bool]) -> PreparedLaunch:
+    _check(op, operands)
+    input, residual, weight, _, output = operands
     num_rows = input.numel() // max(1, input.shape[-1])
     if input.numel() == 0:
         return lambda *_: None
@@ -326,7 +278,7 @@ def _prepare(
         alignment |= output.data_ptr() * input.element_size() // output.element_size()
         for stride in (input_row, input_group, output_row, output_group, residual_row):
             alignment |= stride * input.element_size()
-    kernel = resolver().load(_spec(op, input, weight, output, alignment & 15))
+    kernel = resolver().load(_spec(op, operands, alignment & 15))
 
     launcher = kernel.on(device_index, pdl=bool(pdl))
     grid = (1, 1, 1)
@@ -338,7 +290,8 @@ def _prepare(
     return launcher.prepare(grid, *leading, *strides, num_rows, rows_per_group, eps, varying=len(leading))
 
 
-def _spec(op: str, input: torch.Tensor, weight: torch.Tensor, output: torch.Tensor, alignment: int) -> KernelSpec:
+def _spec(op: str, operands: _Operands, alignment: int) -> KernelSpec:
+    input, _, weight, _, output = operands
     dtype, hidden_size = dtypes.short_name(input.dtype), input.shape[-1]
     family: Family = LAYERNORM if op == "layernorm" else RMSNORM_QUANT if op.endswith("_quant") else RMSNORM
     if dtype not in family.axes["dtype"]:
@@ -361,14 +314,8 @@ def _spec(op: str, input: torch.Tensor, weight: torch.Tensor, output: torch.Tens
     return family.spec(target.of_device(input.device), **args)
 
 
-def _check(
-    op: str,
-    input: torch.Tensor,
-    residual: Optional[torch.Tensor],
-    weight: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    output: torch.Tensor,
-) -> None:
+def _check(op: str, operands: _Operands) -> None:
+    input, residual, weight, bias, output = operands
     _op.require(input.dim() >= 1, op, "input has no dimensions; expected [..., hidden_size]")
     hidden_size = input.shape[-1]
     if bias is None:
