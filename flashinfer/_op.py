@@ -9,8 +9,9 @@ a memo. The hot path is: build the key, find the launch, pack the pointers, laun
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Optional, TypeVar
 
 import torch
 
@@ -44,6 +45,30 @@ def current_stream(device_index: int) -> int:
     return _raw_stream(device_index) if device_index >= 0 else 0
 
 
+Allocate = Callable[[], torch.Tensor]
+
+
+def allocator(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Allocate:
+    """A function that returns a new, uninitialized, contiguous tensor, of one kind.
+
+    On CUDA it goes around the dispatcher, as the code that torch.compile generates does: 1.1 µs on an H100 machine
+    instead of the 2.8 to 3.5 of torch.empty.
+    """
+    shape = tuple(shape)
+    fast: Optional[Callable[..., torch.Tensor]] = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+    if device.type != "cuda" or fast is None:
+        return functools.partial(torch.empty, shape, dtype=dtype, device=device)
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    index, current_device = device.index, torch._C._cuda_getDevice
+
+    def allocate() -> torch.Tensor:
+        if current_device() != index:  # it would be there
+            return torch.empty(shape, dtype=dtype, device=device)
+        return fast(shape, strides, dtype)
+
+    return allocate
+
+
 @functools.cache
 def num_sms(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
@@ -55,7 +80,7 @@ def num_sms(device_index: int) -> int:
 _library = torch.library.Library("flashinfer", "FRAGMENT")
 
 
-def compiled_op(schema: str, eager: Callable[..., None]) -> Any:
+def compiled_op(schema: str, eager: Callable[..., object]) -> Any:
     """Define `torch.ops.flashinfer.<name>` for torch.compile, and return it.
 
     Only a traced call goes through it (`if torch.compiler.is_dynamo_compiling()`), so that eager calls stay lean. The
@@ -63,8 +88,12 @@ def compiled_op(schema: str, eager: Callable[..., None]) -> Any:
     caller, so that shapes need no second description in a fake kernel.
     """
     name = schema.partition("(")[0]
+
+    def run(*args: Any) -> None:
+        eager(*args)
+
     _library.define(schema)
-    _library.impl(name, eager, "CompositeExplicitAutograd")
+    _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flashinfer::{name}", lambda *args, **kwargs: None, lib=_library)
     return getattr(torch.ops.flashinfer, name).default
 

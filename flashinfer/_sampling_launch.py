@@ -3,132 +3,192 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 
 from flashinfer import _op, dtypes, target
 from flashinfer.errors import UnsupportedConfig
-from flashinfer.jit import resolver
+from flashinfer.jit import Family, resolver
+from flashinfer.jit.loader import PreparedLaunch
 from flashinfer.kernels import sampling as kernels
 
 Number = Union[int, float]
 PerRow = Union[torch.Tensor, int, float, None]
 Seed = Union[int, torch.Tensor, None]
 Samples = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-# ----------------------------------------------------------------------------------------------------------- one launch
-
-_Launch = Callable[..., None]
-memo: _op.Memo[_Launch] = _op.Memo()
-_NO_FILTER: tuple[Number, Number, Number] = (0, 1.0, 0.0)  # top_k (unread), top_p, min_p
+# operator: (what it does to a row, axis `op` of the family)
+_NORMALIZERS = {
+    "softmax": "softmax",
+    "top_p_renorm_probs": "top_p_renorm",
+    "top_k_renorm_probs": "top_k_renorm",
+    "top_k_mask_logits": "top_k_mask",
+}
+# operator: (what its rows hold, its filter), axes of the family
+_SAMPLERS = {
+    "sampling_from_logits": ("logits", "none"),
+    "sampling_from_probs": ("probs", "none"),
+    "top_p_sampling_from_probs": ("probs", "top_p"),
+    "top_k_sampling_from_probs": ("probs", "top_k"),
+    "min_p_sampling_from_probs": ("probs", "min_p"),
+    "top_k_top_p_sampling_from_logits": ("logits", "top_k_top_p"),
+    "top_k_top_p_sampling_from_probs": ("probs", "top_k_top_p"),
+}
+_NUM_VARYING = 16  # fields of SamplingParams that change from call to call
 _WORDS_PER_SAMPLE = 8  # Philox words a row consumes
+
+
+# ----------------------------------------------------------------------------------------------------------- whole rows
+
+
+class _Normalizer(NamedTuple):
+    launch: PreparedLaunch
+    new_output: _op.Allocate
+
+
+_normalizers: _op.Memo[_Normalizer] = _op.Memo()
 
 
 def normalize(
     op: str,
-    kernel_op: str,
     input: torch.Tensor,
-    top_k: PerRow,
-    top_p: PerRow,
-    temperature: PerRow,
+    parameters: tuple[PerRow, PerRow, PerRow],
     enable_pdl: Optional[bool] = None,
+    out: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    out = torch.empty(input.shape, dtype=torch.float32 if kernel_op == "softmax" else input.dtype, device=input.device)
+    """parameters: top_k, top_p, temperature."""
+    top_k, top_p, temperature = parameters
     if torch.compiler.is_dynamo_compiling():
-        _compiled_normalize(op, kernel_op, input, *_split(top_k), *_split(top_p), *_split(temperature), enable_pdl, out)
-    else:
-        _normalize_into(op, kernel_op, input, top_k, top_p, temperature, enable_pdl, out)
+        out = torch.empty(input.shape, dtype=_output_dtype(op, input), device=input.device)
+        _compiled_normalize(op, input, *_split(top_k), *_split(top_p), *_split(temperature), enable_pdl, out)
+        return out
+    k_value, k_ptr, k_like = _NO_TOP_K if top_k is None else _count(top_k)
+    p_value, p_ptr, p_like = _ONE if top_p is None else _fraction(top_p)
+    t_value, t_ptr, t_like = _ONE if temperature is None else _fraction(temperature)
+    key = (
+        op, enable_pdl, input.dtype, input.shape, input.stride(), input.get_device(), k_like, p_like, t_like,
+    )  # fmt: skip
+    prepared = _normalizers.get(key)
+    if prepared is None:
+        dtype = _check_rows(op, input, None)
+        readable = _readable(op, ("top_k", "top_p", "temperature"), parameters, input.shape[0], input)
+        if readable is not None:
+            return normalize(op, input, readable, enable_pdl, out)
+        args = {"op": _NORMALIZERS[op]}
+        launch = _prepare(kernels.NORMALIZE_ROW, args, dtype, input, None, (top_k, False), bool(enable_pdl))
+        new_output = _op.allocator(input.shape, _output_dtype(op, input), input.device)
+        prepared = _normalizers.remember(key, _Normalizer(launch, new_output))
+    launch, new_output = prepared
+    if out is None:
+        out = new_output()
+    launch(
+        input.data_ptr(), out.data_ptr(), 0, 0, 0, k_ptr, p_ptr, 0, t_ptr, 0, 0, 0, k_value, p_value, 0.0, t_value
+    )  # fmt: skip
     return out
 
 
-def _normalize_into(
-    op: str,
-    kernel_op: str,
-    input: torch.Tensor,
-    top_k: PerRow,
-    top_p: PerRow,
-    temperature: PerRow,
-    enable_pdl: Optional[bool],
-    out: torch.Tensor,
-) -> None:
-    key = (op, enable_pdl, *_op.signature(input))
-    launch = memo.get(key)
-    if launch is None:
-        launch = memo.remember(key, _prepare(op, "normalize_row", {"op": kernel_op}, input, None, bool(enable_pdl)))
-    num_rows = input.shape[0]
-    k_value, k_tensor = _per_row(op, "top_k", top_k, 0, num_rows, input)
-    p_value, p_tensor = _per_row(op, "top_p", top_p, 1.0, num_rows, input)
-    t_value, t_tensor = _per_row(op, "temperature", temperature, 1.0, num_rows, input)
-    launch(
-        input.data_ptr(), out.data_ptr(), 0, 0, None, k_tensor, p_tensor, None, t_tensor, 0, 0, 0,
-        k_value, p_value, 0.0, t_value, 0,
-    )  # fmt: skip
+def _output_dtype(op: str, input: torch.Tensor) -> torch.dtype:
+    return torch.float32 if op == "softmax" else input.dtype
+
+
+_compiled_normalize = _op.compiled_op(
+    "normalize_rows(str op, Tensor input, Tensor? top_k, int? top_k_value, Tensor? top_p, float? top_p_value, "
+    "Tensor? temperature, float? temperature_value, bool? enable_pdl, Tensor(a!) out) -> ()",
+    lambda op, input, *rest: normalize(op, input, _join(rest[:6]), *rest[6:]),
+)
+
+# -------------------------------------------------------------------------------------------------------------- samples
+
+
+class _Sampler(NamedTuple):
+    launch: PreparedLaunch
+    new_token_ids: _op.Allocate
+    new_valid: _op.Allocate
+
+
+_samplers: _op.Memo[_Sampler] = _op.Memo()
 
 
 def sample(
     op: str,
-    kind: str,
-    filter: str,
     input: torch.Tensor,
-    top_k: PerRow,
-    top_p: PerRow,
-    min_p: PerRow,
+    filters: tuple[PerRow, PerRow, PerRow],
     top_k_first: bool,
     options: tuple[Any, ...],
+    out: Optional[tuple[torch.Tensor, Optional[torch.Tensor]]] = None,
 ) -> Samples:
-    indices, generator, check_nan, seed, offset, return_valid = options
-    num_rows = input.shape[0] if indices is None else indices.shape[0]
-    token_ids = torch.empty(num_rows, dtype=torch.int32, device=input.device)
-    valid = torch.empty(num_rows, dtype=torch.bool, device=input.device) if return_valid else None
+    """filters: top_k, top_p, min_p; options: indices, generator, check_nan, seed, offset, return_valid; out: where
+    tokens and, if wanted, their validity go."""
     if torch.compiler.is_dynamo_compiling():
-        if generator is not None:
-            raise ValueError(f"{op}: torch.compile cannot trace a generator; leave it out, or pass seed and offset")
-        split = (*_split(top_k), *_split(top_p), *_split(min_p), top_k_first)
-        start = (*_split(seed), *_split(offset))
-        _compiled_sample(op, kind, filter, input, *split, indices, check_nan, *start, token_ids, valid)
-    else:
-        filters, random = (top_k, top_p, min_p, top_k_first), (generator, seed, offset)
-        _sample_into(op, kind, filter, input, filters, indices, check_nan, random, token_ids, valid)
+        return _traced_sample(op, input, filters, top_k_first, options)
+    top_k, top_p, min_p = filters
+    indices, generator, check_nan, seed, offset, return_valid = options
+    k_value, k_ptr, k_like = _NO_TOP_K if top_k is None else _count(top_k)
+    p_value, p_ptr, p_like = _ONE if top_p is None else _fraction(top_p)
+    m_value, m_ptr, m_like = _ZERO if min_p is None else _fraction(min_p)
+    device_index = input.get_device()
+    key = (
+        op, top_k_first, input.dtype, input.shape, input.stride(), device_index, k_like, p_like, m_like,
+        None if indices is None else _op.signature(indices),
+    )  # fmt: skip
+    prepared = _samplers.get(key)
+    if prepared is None:
+        dtype = _check_rows(op, input, indices)
+        num_rows = (input if indices is None else indices).shape[0]
+        readable = _readable(op, ("top_k", "top_p", "min_p"), filters, num_rows, input)
+        if readable is not None:
+            return sample(op, input, readable, top_k_first, options, out)
+        kind, filter = _SAMPLERS[op]
+        args = {"input": kind, "filter": filter}
+        prepared = _Sampler(
+            _prepare(kernels.SAMPLE_ROW, args, dtype, input, indices, (top_k, top_k_first)),
+            _op.allocator((num_rows,), torch.int32, input.device),
+            _op.allocator((num_rows,), torch.bool, input.device),
+        )
+        _samplers.remember(key, prepared)
+    if check_nan and bool(torch.isnan(input).any()):
+        kind, _ = _SAMPLERS[op]
+        raise ValueError(f"{op}: the input holds NaN; find where the {kind} come from, or pass check_nan=False")
+    launch, new_token_ids, new_valid = prepared
+    token_ids, valid = (new_token_ids(), new_valid() if return_valid else None) if out is None else out
+    state, seed, offset = random_state(op, input, (generator, seed, offset), _WORDS_PER_SAMPLE)
+    launch(
+        input.data_ptr(), 0, token_ids.data_ptr(), 0 if valid is None else valid.data_ptr(),
+        0 if indices is None else indices.data_ptr(), k_ptr, p_ptr, m_ptr, 0,
+        0 if state is None else state.data_ptr(), seed, offset, k_value, p_value, m_value, 1.0,
+    )  # fmt: skip
     return token_ids if valid is None else (token_ids, valid)
 
 
-def _sample_into(
-    op: str,
-    kind: str,
-    filter: str,
-    input: torch.Tensor,
-    filters: tuple[PerRow, PerRow, PerRow, bool],
-    indices: Optional[torch.Tensor],
-    check_nan: bool,
-    random: tuple[Optional[torch.Generator], Seed, Seed],
-    token_ids: torch.Tensor,
-    valid: Optional[torch.Tensor],
-) -> None:
-    """filters: top_k, top_p, min_p, top_k_first; random: generator, seed, offset."""
-    top_k, top_p, min_p, top_k_first = filters
-    key = (op, *_op.signature(input), None if indices is None else _op.signature(indices))
-    launch = memo.get(key)
-    if launch is None:
-        args = {"input": kind, "filter": filter}
-        launch = memo.remember(key, _prepare(op, "sample_row", args, input, indices, False))
-    if check_nan and bool(torch.isnan(input).any()):
-        raise ValueError(f"{op}: the input holds NaN; find where the {kind} come from, or pass check_nan=False")
-    num_rows = token_ids.shape[0]
-    k_value, p_value, m_value = _NO_FILTER
-    k_tensor = p_tensor = m_tensor = None
-    if top_k is not None:
-        k_value, k_tensor = _per_row(op, "top_k", top_k, 0, num_rows, input)
-    if top_p is not None:
-        p_value, p_tensor = _per_row(op, "top_p", top_p, 1.0, num_rows, input)
-    if min_p is not None:
-        m_value, m_tensor = _per_row(op, "min_p", min_p, 0.0, num_rows, input)
-    state, seed_value, offset_value = random_state(op, input.device, *random, _WORDS_PER_SAMPLE)
-    launch(
-        input.data_ptr(), 0, token_ids.data_ptr(), 0 if valid is None else valid.data_ptr(), indices,
-        k_tensor, p_tensor, m_tensor, None, 0 if state is None else state.data_ptr(), seed_value, offset_value,
-        k_value, p_value, m_value, 1.0, top_k_first,
-    )  # fmt: skip
+def _traced_sample(
+    op: str, input: torch.Tensor, filters: tuple[PerRow, PerRow, PerRow], top_k_first: bool, options: tuple[Any, ...]
+) -> Samples:
+    indices, generator, check_nan, seed, offset, return_valid = options
+    if generator is not None:
+        raise ValueError(f"{op}: torch.compile cannot trace a generator; leave it out, or pass seed and offset")
+    num_rows = input.shape[0] if indices is None else indices.shape[0]
+    token_ids = torch.empty(num_rows, dtype=torch.int32, device=input.device)
+    valid = torch.empty(num_rows, dtype=torch.bool, device=input.device) if return_valid else None
+    top_k, top_p, min_p = filters
+    numbers = (*_split(top_k), *_split(top_p), *_split(min_p), top_k_first)
+    _compiled_sample(op, input, *numbers, indices, check_nan, *_split(seed), *_split(offset), token_ids, valid)
+    return token_ids if valid is None else (token_ids, valid)
+
+
+def _run_compiled_sample(op: str, input: torch.Tensor, *rest: Any) -> None:
+    top_k_first, indices, check_nan = rest[6:9]
+    options = (indices, None, check_nan, *_join(rest[9:13]), False)
+    sample(op, input, _join(rest[:6]), top_k_first, options, rest[13:])
+
+
+_compiled_sample = _op.compiled_op(
+    "sample_rows(str op, Tensor input, Tensor? top_k, int? top_k_value, Tensor? top_p, float? top_p_value, "
+    "Tensor? min_p, float? min_p_value, bool top_k_first, Tensor? indices, bool check_nan, Tensor? seed, "
+    "int? seed_value, Tensor? offset, int? offset_value, Tensor(a!) token_ids, Tensor(b!)? valid) -> ()",
+    _run_compiled_sample,
+)
 
 
 def _split(value: Union[torch.Tensor, Number, None]) -> tuple[Optional[torch.Tensor], Optional[Number]]:
@@ -141,103 +201,110 @@ def _join(pairs: tuple[Any, ...]) -> Any:
     return tuple(number if tensor is None else tensor for tensor, number in zip(pairs[::2], pairs[1::2]))
 
 
-_compiled_normalize = _op.compiled_op(
-    "normalize_rows(str op, str kernel_op, Tensor input, Tensor? top_k, int? top_k_value, Tensor? top_p, "
-    "float? top_p_value, Tensor? temperature, float? temperature_value, bool? enable_pdl, Tensor(a!) out) -> ()",
-    lambda op, kernel_op, input, *rest: _normalize_into(op, kernel_op, input, *_join(rest[:6]), *rest[6:]),
-)
-_compiled_sample = _op.compiled_op(
-    "sample_rows(str op, str kind, str filter, Tensor input, Tensor? top_k, int? top_k_value, Tensor? top_p, "
-    "float? top_p_value, Tensor? min_p, float? min_p_value, bool top_k_first, Tensor? indices, bool check_nan, "
-    "Tensor? seed, int? seed_value, Tensor? offset, int? offset_value, Tensor(a!) token_ids, Tensor(b!)? valid) -> ()",
-    lambda op, kind, filter, input, *rest: _sample_into(
-        op,
-        kind,
-        filter,
-        input,
-        (*_join(rest[:6]), rest[6]),
-        rest[7],
-        rest[8],
-        (None, *_join(rest[9:13])),
-        rest[13],
-        rest[14],
-    ),
-)
+def _nothing(*_: object) -> None:
+    """The launch of an operator on an empty batch."""
 
 
 def _prepare(
-    op: str, family: str, args: dict[str, Any], input: torch.Tensor, indices: Optional[torch.Tensor], pdl: bool
-) -> _Launch:
-    dtype = _check_rows(op, input, indices)
-    num_rows = input.shape[0] if indices is None else indices.shape[0]
-    vocab_size, device_index = input.shape[1], input.get_device()
+    family: Family,
+    args: dict[str, Any],
+    dtype: str,
+    input: torch.Tensor,
+    indices: Optional[torch.Tensor],
+    order: tuple[PerRow, bool],
+    pdl: bool = False,
+) -> PreparedLaunch:
+    """order: top_k, and whether it comes before top_p."""
+    num_rows = (input if indices is None else indices).shape[0]
     if num_rows == 0:
-        return lambda *_: None
+        return _nothing
+    vocab_size, device_index = input.shape[1], input.get_device()
     machine = target.of_device(input.device)
     keeps_row = args.get("filter") != "none"
-    place = kernels.placement(
-        dtype, vocab_size, num_rows, _op.num_sms(device_index) if device_index >= 0 else 1, machine, keeps_row
+    place = kernels.placement(dtype, vocab_size, num_rows, _num_sms(device_index), machine, keeps_row)
+    launcher = resolver().load(family.spec(machine, dtype=dtype, **args, **place)).on(device_index, pdl=pdl)
+    top_k, top_k_first = order
+    return launcher.prepare(
+        (num_rows * place["cluster_size"], 1, 1),
+        *[0] * _NUM_VARYING,
+        input.stride(0),
+        vocab_size,  # the output is contiguous
+        num_rows,
+        vocab_size,
+        indices is not None and indices.dtype is torch.int64,
+        isinstance(top_k, torch.Tensor) and top_k.dtype is torch.int64,
+        top_k_first,
+        varying=_NUM_VARYING,
     )
-    chosen = kernels.SAMPLE_ROW if family == "sample_row" else kernels.NORMALIZE_ROW
-    launcher = resolver().load(chosen.spec(machine, dtype=dtype, **args, **place)).on(device_index, pdl=pdl)
-    grid = (num_rows * place["cluster_size"], 1, 1)
-    input_stride = input.stride(0)
-    current_stream = _op.current_stream
-    indices_are_int64 = int(indices is not None and indices.dtype == torch.int64)
-
-    def launch(
-        input_ptr: int,
-        output_ptr: int,
-        token_ids_ptr: int,
-        valid_ptr: int,
-        indices: Optional[torch.Tensor],
-        top_k: Optional[torch.Tensor],
-        top_p: Optional[torch.Tensor],
-        min_p: Optional[torch.Tensor],
-        temperature: Optional[torch.Tensor],
-        state_ptr: int,
-        seed: int,
-        offset: int,
-        top_k_value: int,
-        top_p_value: float,
-        min_p_value: float,
-        temperature_value: float,
-        top_k_first: bool,
-    ) -> None:
-        launcher(
-            grid,
-            current_stream(device_index),
-            input_ptr,
-            output_ptr,
-            token_ids_ptr,
-            valid_ptr,
-            0 if indices is None else indices.data_ptr(),
-            0 if top_k is None else top_k.data_ptr(),
-            0 if top_p is None else top_p.data_ptr(),
-            0 if min_p is None else min_p.data_ptr(),
-            0 if temperature is None else temperature.data_ptr(),
-            state_ptr,
-            seed,
-            offset,
-            input_stride,
-            vocab_size,  # the output is contiguous
-            num_rows,
-            vocab_size,
-            top_k_value,
-            top_p_value,
-            min_p_value,
-            temperature_value,
-            indices_are_int64,
-            top_k is not None and top_k.dtype is torch.int64,
-            top_k_first,
-        )
-
-    return launch
 
 
-def prepare_speculative(
-    op: str, draft_probs: torch.Tensor, draft_token_ids: torch.Tensor, target_probs: torch.Tensor
-) -> _Launch:
+def _num_sms(device_index: int) -> int:
+    return _op.num_sms(device_index) if device_index >= 0 else 1
+
+
+# ---------------------------------------------------------------------------------------------------------- speculative
+
+
+class _Speculator(NamedTuple):
+    launch: PreparedLaunch
+    new_token_ids: _op.Allocate
+    new_count: _op.Allocate
+    num_words: int  # of Philox, a row
+
+
+_speculators: _op.Memo[_Speculator] = _op.Memo()
+
+
+def speculate(
+    op: str,
+    drafts: tuple[torch.Tensor, torch.Tensor],
+    target_probs: torch.Tensor,
+    counts: tuple[Optional[torch.Tensor], Optional[torch.Tensor]],
+    random: tuple[Optional[torch.Generator], Seed, Seed],
+) -> Triple:
+    """drafts: probabilities and tokens; counts: of accepted and of emitted drafts; random: generator, seed, offset."""
+    draft_probs, draft_ids = drafts
+    accepted, emitted = counts
+    key = (
+        *_op.signature(draft_probs),
+        *_op.signature(target_probs),
+        *_op.signature(draft_ids),
+        None if accepted is None else _op.signature(accepted),
+        None if emitted is None else _op.signature(emitted),
+    )
+    prepared = _speculators.get(key)
+    if prepared is None:
+        if draft_ids.dtype != torch.int32 or not draft_ids.is_contiguous():
+            return speculate(op, (draft_probs, draft_ids.to(torch.int32).contiguous()), target_probs, counts, random)
+        prepared = _speculators.remember(key, _prepare_speculative(op, drafts, target_probs, counts))
+    launch, new_token_ids, new_count, num_words = prepared
+    token_ids = new_token_ids()
+    if accepted is None:
+        accepted = new_count()
+    if emitted is None:
+        emitted = new_count()
+    state, seed, offset = random_state(op, draft_probs, random, num_words)
+    launch(
+        draft_probs.data_ptr(),
+        target_probs.data_ptr(),
+        draft_ids.data_ptr(),
+        token_ids.data_ptr(),
+        accepted.data_ptr(),
+        emitted.data_ptr(),
+        0 if state is None else state.data_ptr(),
+        seed,
+        offset,
+    )
+    return token_ids, accepted, emitted
+
+
+def _prepare_speculative(
+    op: str,
+    drafts: tuple[torch.Tensor, torch.Tensor],
+    target_probs: torch.Tensor,
+    counts: tuple[Optional[torch.Tensor], Optional[torch.Tensor]],
+) -> _Speculator:
+    draft_probs, draft_token_ids = drafts
     dtype = _check_dtype(op, "draft_probs", draft_probs)
     _op.require_dtype_device(op, "target_probs", target_probs, draft_probs, "draft_probs")
     _op.require_device(op, "draft_token_ids", draft_token_ids, draft_probs, "draft_probs")
@@ -258,20 +325,43 @@ def prepare_speculative(
         )
     _op.require_unit_stride(op, "draft_probs", draft_probs)
     _op.require_unit_stride(op, "target_probs", target_probs)
-    if num_rows == 0:
-        return lambda *_: None
-    machine, device_index = target.of_device(draft_probs.device), draft_probs.get_device()
-    num_sms = _op.num_sms(device_index) if device_index >= 0 else 1
-    place = kernels.placement(dtype, vocab_size, num_rows, num_sms, machine, keeps_row=False)
-    spec = kernels.CHAIN_SPECULATIVE.spec(machine, dtype=dtype, cluster_size=place["cluster_size"])
-    launcher = resolver().load(spec).on(device_index)
-    grid = (num_rows * place["cluster_size"], 1, 1)
-    strides = (*draft_probs.stride()[:2], *target_probs.stride()[:2])
-
-    def launch(*values: int) -> None:
-        launcher(grid, _op.current_stream(device_index), *values, *strides, num_rows, num_steps - 1, vocab_size)
-
-    return launch
+    device = draft_probs.device
+    for name, count in zip(("maybe_output_accepted_token_num", "maybe_output_emitted_draft_token_num"), counts):
+        if count is not None:
+            fits = count.dtype == torch.int32 and count.shape == (num_rows,) and count.is_contiguous()
+            _op.require(
+                fits and count.device == device,
+                op,
+                f"{name} is {count.dtype} {list(count.shape)} on {count.device}; expected contiguous int32 "
+                f"[{num_rows}] on {device}",
+            )
+    machine, device_index = target.of_device(device), draft_probs.get_device()
+    launch: PreparedLaunch = _nothing
+    if num_rows > 0:
+        place = kernels.placement(dtype, vocab_size, num_rows, _num_sms(device_index), machine, keeps_row=False)
+        spec = kernels.CHAIN_SPECULATIVE.spec(machine, dtype=dtype, cluster_size=place["cluster_size"])
+        launch = (
+            resolver()
+            .load(spec)
+            .on(device_index)
+            .prepare(
+                (num_rows * place["cluster_size"], 1, 1),
+                *[0] * 9,
+                *draft_probs.stride()[:2],
+                *target_probs.stride()[:2],
+                num_rows,
+                num_steps - 1,
+                vocab_size,
+                *[count is not None for count in counts],
+                varying=9,
+            )
+        )
+    return _Speculator(
+        launch,
+        _op.allocator((num_rows, num_steps), torch.int32, device),
+        _op.allocator((num_rows,), torch.int32, device),
+        8 + 4 * -(-(num_steps - 1) // 2),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
@@ -303,33 +393,57 @@ def _check_rows(op: str, input: torch.Tensor, indices: Optional[torch.Tensor]) -
 
 
 def is_top_k_first(op: str, order: str) -> bool:
-    _op.require(
-        order in ("top_k_first", "joint"), op, f'filter_apply_order is {order!r}; expected "top_k_first" or "joint"'
-    )
-    return order == "top_k_first"
+    if order == "top_k_first":
+        return True
+    if order == "joint":
+        return False
+    raise ValueError(f'{op}: filter_apply_order is {order!r}; expected "top_k_first" or "joint"')
 
 
-def _per_row(
-    op: str, name: str, value: PerRow, default: Number, num_rows: int, input: torch.Tensor
-) -> tuple[Number, Optional[torch.Tensor]]:
-    """(number, None), or (default, a tensor the kernel can read: one contiguous entry per row)."""
-    if value is None:
-        return default, None
+# What a launch takes of a parameter: a number for all rows, or the address of one for each; and the signature of the
+# tensor at that address, which decides whether the kernel can read it.
+_Parameter = tuple[Number, int, Optional[tuple[object, ...]]]
+_NO_TOP_K: _Parameter = (0, 0, None)
+_ONE: _Parameter = (1.0, 0, None)
+_ZERO: _Parameter = (0.0, 0, None)
+_LARGEST_COUNT = 0x7FFFFFFF  # keeps all, as does any count beyond the vocabulary
+
+
+def _count(value: Union[torch.Tensor, Number]) -> _Parameter:
+    if isinstance(value, torch.Tensor):
+        return 0, value.data_ptr(), _op.signature(value)
+    return min(max(int(value), 1), _LARGEST_COUNT), 0, None
+
+
+def _fraction(value: Union[torch.Tensor, Number]) -> _Parameter:
+    if isinstance(value, torch.Tensor):
+        return 0.0, value.data_ptr(), _op.signature(value)
+    return float(value), 0, None
+
+
+def _readable(
+    op: str, names: tuple[str, ...], values: tuple[PerRow, ...], num_rows: int, input: torch.Tensor
+) -> Optional[tuple[Any, ...]]:
+    """The parameters as a kernel can read them, one contiguous entry per row; None if that is how they are."""
+    converted = tuple(_readable_parameter(op, name, value, num_rows, input) for name, value in zip(names, values))
+    return None if all(new is old for new, old in zip(converted, values)) else converted
+
+
+def _readable_parameter(op: str, name: str, value: PerRow, num_rows: int, input: torch.Tensor) -> PerRow:
     if not isinstance(value, torch.Tensor):
-        # A count beyond int32 keeps all, as does any beyond the vocabulary.
-        return (min(max(int(value), 1), 0x7FFFFFFF) if name == "top_k" else float(value)), None
+        return value
     wanted = (torch.int32, torch.int64) if name == "top_k" else (torch.float32,)
     if value.dtype not in wanted:
         value = value.to(wanted[0])
     if value.numel() == 1 and num_rows != 1:
-        value = value.reshape(1).expand(num_rows).contiguous()
+        value = value.reshape(1).expand(num_rows)
     _op.require(
         value.numel() == num_rows,
         op,
         f"{name} is a tensor {list(value.shape)}; expected a number or [{num_rows}], one entry per output row",
     )
     _op.require_device(op, name, value, input)
-    return default, value if value.is_contiguous() else value.contiguous()
+    return value.contiguous()
 
 
 # ------------------------------------------------------------------------------------------------------- random numbers
@@ -339,29 +453,39 @@ _MASK = 0xFFFFFFFFFFFFFFFF
 
 
 def random_state(
-    op: str, device: torch.device, generator: Optional[torch.Generator], seed: Seed, offset: Seed, num_words: int
+    op: str, input: torch.Tensor, random: tuple[Optional[torch.Generator], Seed, Seed], num_words: int
 ) -> tuple[Optional[torch.Tensor], int, int]:
-    """(state on the device or None, seed, offset) for one launch that consumes `num_words` Philox words a row."""
+    """(state on the device or None, seed, offset) for one launch that consumes `num_words` Philox words a row.
+
+    random: generator, seed, offset.
+    """
+    generator, seed, offset = random
     if seed is not None or offset is not None:
         if isinstance(seed, torch.Tensor) or isinstance(offset, torch.Tensor):
-            parts = [torch.as_tensor(0 if part is None else part, device=device) for part in (seed, offset)]
+            parts = [torch.as_tensor(0 if part is None else part, device=input.device) for part in (seed, offset)]
             return torch.stack([part.reshape(-1)[0].to(torch.int64) for part in parts]), 0, 0
         return None, int(seed or 0) & _MASK, int(offset or 0) & _MASK
-    if device.type == "cuda":
-        if generator is None:
-            generator = torch.cuda.default_generators[device.index]
-        elif generator.device.type != "cuda":
-            raise _wrong_generator(op, generator, device)
-        if _is_capturing():
-            # The generator's state lives on the device while a graph is captured: draw our seed there, once a replay.
-            return torch.empty(2, dtype=torch.int64, device=device).random_(generator=generator), 0, 0
+    if not input.is_cuda:
+        if generator is not None and generator.device.type != "cpu":
+            raise _wrong_generator(op, generator, input)
+        return None, int(torch.empty((), dtype=torch.int64).random_(generator=generator).item()), 0
+    if generator is None:
+        generator = torch.cuda.default_generators[input.get_device()]
+    try:
         position = generator.get_offset()
-        generator.set_offset(position + num_words)
-        return None, generator.initial_seed(), position
-    if generator is not None and generator.device.type != "cpu":
-        raise _wrong_generator(op, generator, device)
-    return None, int(torch.empty((), dtype=torch.int64).random_(generator=generator).item()), 0
+    except RuntimeError:
+        # It has none, or refuses because the stream is being captured: asking first would cost each call as much.
+        if generator.device.type != "cuda":
+            raise _wrong_generator(op, generator, input) from None
+        if not _is_capturing():
+            raise
+        # The generator's state lives on the device while a graph is captured: draw our seed there, once a replay.
+        return torch.empty(2, dtype=torch.int64, device=input.device).random_(generator=generator), 0, 0
+    generator.set_offset(position + num_words)
+    return None, generator.initial_seed(), position
 
 
-def _wrong_generator(op: str, generator: torch.Generator, device: torch.device) -> ValueError:
-    return ValueError(f"{op}: generator is on {generator.device}, the input on {device}; make one for that device")
+def _wrong_generator(op: str, generator: torch.Generator, input: torch.Tensor) -> ValueError:
+    return ValueError(
+        f"{op}: generator is on {generator.device}, the input on {input.device}; make one for that device"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 
@@ -52,10 +52,7 @@ def rmsnorm(
         ValueError: a shape, dtype, device or stride does not fit.
         UnsupportedConfig: no kernel for this dtype or hidden_size (at most 32768).
     """
-    if out is None:
-        out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-    _normalize("rmsnorm", (input, None, weight, None, out), eps, enable_pdl)
-    return out
+    return _normalize("rmsnorm", (input, None, weight, None), out, eps, enable_pdl)
 
 
 def gemma_rmsnorm(
@@ -66,10 +63,7 @@ def gemma_rmsnorm(
     enable_pdl: Optional[bool] = None,
 ) -> torch.Tensor:
     """RMSNorm as Gemma defines it: the normalized row is multiplied by `1 + weight`. Otherwise as `rmsnorm`."""
-    if out is None:
-        out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-    _normalize("gemma_rmsnorm", (input, None, weight, None, out), eps, enable_pdl)
-    return out
+    return _normalize("gemma_rmsnorm", (input, None, weight, None), out, eps, enable_pdl)
 
 
 def fused_add_rmsnorm(
@@ -92,7 +86,7 @@ def fused_add_rmsnorm(
 
     Raises: as `rmsnorm`.
     """
-    _normalize("fused_add_rmsnorm", (input, residual, weight, None, input), eps, enable_pdl)
+    _normalize("fused_add_rmsnorm", (input, residual, weight, None), input, eps, enable_pdl)
 
 
 def gemma_fused_add_rmsnorm(
@@ -103,7 +97,7 @@ def gemma_fused_add_rmsnorm(
     enable_pdl: Optional[bool] = None,
 ) -> None:
     """`fused_add_rmsnorm` with Gemma's `1 + weight`."""
-    _normalize("gemma_fused_add_rmsnorm", (input, residual, weight, None, input), eps, enable_pdl)
+    _normalize("gemma_fused_add_rmsnorm", (input, residual, weight, None), input, eps, enable_pdl)
 
 
 def rmsnorm_quant(
@@ -126,7 +120,7 @@ def rmsnorm_quant(
 
     Raises: as `rmsnorm`.
     """
-    _normalize_quant("rmsnorm_quant", (input, None, weight, None, out), scale, eps, enable_pdl)
+    _normalize_quant("rmsnorm_quant", (input, None, weight, None), out, scale, eps, enable_pdl)
     return out
 
 
@@ -144,7 +138,7 @@ def fused_add_rmsnorm_quant(
     Unlike `fused_add_rmsnorm` it leaves input as it is. The norm is taken of the sum before it is rounded to the dtype
     of residual. Arguments as in `rmsnorm_quant` and `fused_add_rmsnorm`.
     """
-    _normalize_quant("fused_add_rmsnorm_quant", (input, residual, weight, None, out), scale, eps, enable_pdl)
+    _normalize_quant("fused_add_rmsnorm_quant", (input, residual, weight, None), out, scale, eps, enable_pdl)
 
 
 def layernorm(input: torch.Tensor, gemma: torch.Tensor, beta: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -163,29 +157,39 @@ def layernorm(input: torch.Tensor, gemma: torch.Tensor, beta: torch.Tensor, eps:
 
     Raises: as `rmsnorm`.
     """
-    out = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-    _normalize("layernorm", (input, None, gemma, beta, out), eps, None)
-    return out
+    return _normalize("layernorm", (input, None, gemma, beta), None, eps, None)
 
 
 # ----------------------------------------------------------------------------------------------------------- one launch
 
-# input, residual, weight, bias, output: the first fields of NormParams, in order.
-_Operands = tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, Optional[torch.Tensor], torch.Tensor]
-# Called with the addresses of the operands, after those of the scale if the output is quantized.
-_memo: _op.Memo[PreparedLaunch] = _op.Memo()
+_Inputs = tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, Optional[torch.Tensor]]
+"""input, residual, weight, bias: with the output, the first fields of NormParams"""
 
 
-def _normalize(op: str, operands: _Operands, eps: float, pdl: Optional[bool]) -> None:
-    input, residual, weight, bias, output = operands
+class _Prepared(NamedTuple):
+    launch: PreparedLaunch  # takes the addresses of inputs and output, after those of the scale if that is quantized
+    new_output: _op.Allocate
+
+
+_memo: _op.Memo[_Prepared] = _op.Memo()
+
+
+def _normalize(
+    op: str, inputs: _Inputs, output: Optional[torch.Tensor], eps: float, pdl: Optional[bool]
+) -> torch.Tensor:
+    """Returns the output, allocated if it is None."""
+    input, residual, weight, bias = inputs
     if torch.compiler.is_dynamo_compiling():
+        if output is None:
+            output = torch.empty(input.shape, dtype=input.dtype, device=input.device)
         if residual is None:
             _compiled(op, input, weight, bias, output, eps, pdl)
         else:
             _compiled_add(op, input, residual, weight, eps, pdl)
-        return
-    input_ptr, weight_ptr, output_ptr = input.data_ptr(), weight.data_ptr(), output.data_ptr()
+        return output
+    input_ptr, weight_ptr = input.data_ptr(), weight.data_ptr()
     residual_ptr = 0 if residual is None else residual.data_ptr()
+    output_ptr = 0 if output is None else output.data_ptr()  # a new output is aligned
     # Written out rather than through _op.signature: three calls cost as much as the rest of this function.
     key = (
         op,
@@ -200,18 +204,25 @@ def _normalize(op: str, operands: _Operands, eps: float, pdl: Optional[bool]) ->
         weight.shape,
         weight.stride(),
         weight.get_device(),
-        None if output is input else (output.dtype, output.shape, output.stride(), output.get_device()),
+        output is input if output is input or output is None else _op.signature(output),
         None if residual is None else _op.signature(residual),
         None if bias is None else _op.signature(bias),
     )
-    launch = _memo.get(key)
-    if launch is None:
-        launch = _memo.remember(key, _prepare(op, operands, eps, pdl))
+    prepared = _memo.get(key)
+    if prepared is None:
+        prepared = _memo.remember(key, _prepare(op, inputs, output, eps, pdl))
+    launch, new_output = prepared
+    if output is None:
+        output = new_output()
+        output_ptr = output.data_ptr()
     launch(input_ptr, residual_ptr, weight_ptr, 0 if bias is None else bias.data_ptr(), output_ptr)
+    return output
 
 
-def _normalize_quant(op: str, operands: _Operands, scale: Scale, eps: float, pdl: Optional[bool]) -> None:
-    input, residual, weight, _, output = operands
+def _normalize_quant(
+    op: str, inputs: _Inputs, output: torch.Tensor, scale: Scale, eps: float, pdl: Optional[bool]
+) -> None:
+    input, residual, weight, _ = inputs
     if torch.compiler.is_dynamo_compiling():
         _compiled_quant(op, output, input, residual, weight, *_scale.split(scale), eps, pdl)
         return
@@ -228,36 +239,39 @@ def _normalize_quant(op: str, operands: _Operands, scale: Scale, eps: float, pdl
         None if residual is None else _op.signature(residual),
         _scale.signature(scale),
     )
-    launch = _memo.get(key)
-    if launch is None:
+    prepared = _memo.get(key)
+    if prepared is None:
         _scale.check(op, "scale", scale, input)
-        launch = _memo.remember(key, _prepare(op, operands, eps, pdl))
-    launch(*_scale.values(scale), input_ptr, residual_ptr, weight_ptr, 0, output_ptr)
+        prepared = _memo.remember(key, _prepare(op, inputs, output, eps, pdl))
+    prepared.launch(*_scale.values(scale), input_ptr, residual_ptr, weight_ptr, 0, output_ptr)
 
 
 _compiled = _op.compiled_op(
     "normalize(str op, Tensor input, Tensor weight, Tensor? bias, Tensor(a!) output, float eps, bool? pdl) -> ()",
-    lambda op, input, weight, bias, output, *rest: _normalize(op, (input, None, weight, bias, output), *rest),
+    lambda op, input, weight, bias, output, *rest: _normalize(op, (input, None, weight, bias), output, *rest),
 )
 _compiled_add = _op.compiled_op(
     "add_and_normalize(str op, Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps, bool? pdl) -> ()",
-    lambda op, input, residual, weight, *rest: _normalize(op, (input, residual, weight, None, input), *rest),
+    lambda op, input, residual, weight, *rest: _normalize(op, (input, residual, weight, None), input, *rest),
 )
 _compiled_quant = _op.compiled_op(
     "normalize_quant(str op, Tensor(a!) output, Tensor input, Tensor(b!)? residual, Tensor weight, "
     f"{_scale.SCHEMA.format('scale')}, float eps, bool? pdl) -> ()",
     lambda op, output, input, residual, weight, scale, scale_value, *rest: _normalize_quant(
-        op, (input, residual, weight, None, output), _scale.join(scale, scale_value), *rest
+        op, (input, residual, weight, None), output, _scale.join(scale, scale_value), *rest
     ),
 )
 
 
-def _prepare(op: str, operands: _Operands, eps: float, pdl: Optional[bool]) -> PreparedLaunch:
-    _check(op, operands)
-    input, residual, weight, _, output = operands
+def _prepare(op: str, inputs: _Inputs, output: Optional[torch.Tensor], eps: float, pdl: Optional[bool]) -> _Prepared:
+    input, residual, weight, _ = inputs
+    new_output = _op.allocator(input.shape, input.dtype, input.device)
+    if output is None:
+        output = new_output()
+    _check(op, inputs, output)
     num_rows = input.numel() // max(1, input.shape[-1])
     if input.numel() == 0:
-        return lambda *_: None
+        return _Prepared(lambda *_: None, new_output)
     rows_per_group, input_row, input_group = _op.grouped_rows(op, "input", input)
     output_rows_per_group, output_row, output_group = _op.grouped_rows(op, "out", output)
     if rows_per_group == 1 and output_rows_per_group > 1:  # let both walk by the finer grouping
@@ -278,7 +292,7 @@ def _prepare(op: str, operands: _Operands, eps: float, pdl: Optional[bool]) -> P
         alignment |= output.data_ptr() * input.element_size() // output.element_size()
         for stride in (input_row, input_group, output_row, output_group, residual_row):
             alignment |= stride * input.element_size()
-    kernel = resolver().load(_spec(op, operands, alignment & 15))
+    kernel = resolver().load(_spec(op, inputs, output, alignment & 15))
 
     launcher = kernel.on(device_index, pdl=bool(pdl))
     grid = (1, 1, 1)
@@ -287,11 +301,12 @@ def _prepare(op: str, operands: _Operands, eps: float, pdl: Optional[bool]) -> P
         grid = (-(-num_rows // rows_per_block), 1, 1)
     strides = (input_row, input_group, residual_row, output_row, output_group)
     leading = [*_scale.NO_VALUES, *[0] * 5] if op.endswith("_quant") else [0] * 5
-    return launcher.prepare(grid, *leading, *strides, num_rows, rows_per_group, eps, varying=len(leading))
+    launch = launcher.prepare(grid, *leading, *strides, num_rows, rows_per_group, eps, varying=len(leading))
+    return _Prepared(launch, new_output)
 
 
-def _spec(op: str, operands: _Operands, alignment: int) -> KernelSpec:
-    input, _, weight, _, output = operands
+def _spec(op: str, inputs: _Inputs, output: torch.Tensor, alignment: int) -> KernelSpec:
+    input, _, weight, _ = inputs
     dtype, hidden_size = dtypes.short_name(input.dtype), input.shape[-1]
     family: Family = LAYERNORM if op == "layernorm" else RMSNORM_QUANT if op.endswith("_quant") else RMSNORM
     if dtype not in family.axes["dtype"]:
@@ -314,8 +329,8 @@ def _spec(op: str, operands: _Operands, alignment: int) -> KernelSpec:
     return family.spec(target.of_device(input.device), **args)
 
 
-def _check(op: str, operands: _Operands) -> None:
-    input, residual, weight, bias, output = operands
+def _check(op: str, inputs: _Inputs, output: torch.Tensor) -> None:
+    input, residual, weight, bias = inputs
     _op.require(input.dim() >= 1, op, "input has no dimensions; expected [..., hidden_size]")
     hidden_size = input.shape[-1]
     if bias is None:

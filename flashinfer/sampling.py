@@ -28,7 +28,6 @@ from typing import Optional, Union
 
 import torch
 
-from flashinfer import _op
 from flashinfer import _sampling_launch as launching
 from flashinfer._sampling_launch import Samples, Seed
 
@@ -70,9 +69,7 @@ def softmax(
         ValueError: a shape, dtype, device or stride does not fit.
         UnsupportedConfig: no kernel for this dtype.
     """
-    return launching.normalize(
-        "softmax", "softmax", logits, None, None, 1.0 if temperature is None else temperature, enable_pdl
-    )
+    return launching.normalize("softmax", logits, (None, None, temperature), enable_pdl)
 
 
 def top_p_renorm_probs(
@@ -90,12 +87,12 @@ def top_p_renorm_probs(
 
     Raises: as `softmax`.
     """
-    return launching.normalize("top_p_renorm_probs", "top_p_renorm", probs, None, top_p, 1.0)
+    return launching.normalize("top_p_renorm_probs", probs, (None, top_p, None))
 
 
 def top_k_renorm_probs(probs: torch.Tensor, top_k: Union[torch.Tensor, int]) -> torch.Tensor:
     """Keep each row's top-k set and scale it to sum 1; zero elsewhere. Otherwise as `top_p_renorm_probs`."""
-    return launching.normalize("top_k_renorm_probs", "top_k_renorm", probs, top_k, None, 1.0)
+    return launching.normalize("top_k_renorm_probs", probs, (top_k, None, None))
 
 
 def top_k_mask_logits(logits: torch.Tensor, top_k: Union[torch.Tensor, int]) -> torch.Tensor:
@@ -110,7 +107,7 @@ def top_k_mask_logits(logits: torch.Tensor, top_k: Union[torch.Tensor, int]) -> 
 
     Raises: as `softmax`.
     """
-    return launching.normalize("top_k_mask_logits", "top_k_mask", logits, top_k, None, 1.0)
+    return launching.normalize("top_k_mask_logits", logits, (top_k, None, None))
 
 
 top_p_renorm_prob = top_p_renorm_probs
@@ -143,7 +140,7 @@ def sampling_from_logits(
         UnsupportedConfig: no kernel for this dtype.
     """
     options = (indices, generator, check_nan, seed, offset, return_valid)
-    return launching.sample("sampling_from_logits", "logits", "none", logits, None, None, None, False, options)
+    return launching.sample("sampling_from_logits", logits, (None, None, None), False, options)
 
 
 def sampling_from_probs(
@@ -161,7 +158,7 @@ def sampling_from_probs(
     Arguments, returns and errors otherwise as `sampling_from_logits`.
     """
     options = (indices, generator, check_nan, seed, offset, return_valid)
-    return launching.sample("sampling_from_probs", "probs", "none", probs, None, None, None, False, options)
+    return launching.sample("sampling_from_probs", probs, (None, None, None), False, options)
 
 
 def top_p_sampling_from_probs(
@@ -183,7 +180,7 @@ def top_p_sampling_from_probs(
     Otherwise as `sampling_from_probs`.
     """
     options = (indices, generator, check_nan, seed, offset, return_valid)
-    return launching.sample("top_p_sampling_from_probs", "probs", "top_p", probs, None, top_p, None, False, options)
+    return launching.sample("top_p_sampling_from_probs", probs, (None, top_p, None), False, options)
 
 
 def top_k_sampling_from_probs(
@@ -205,7 +202,7 @@ def top_k_sampling_from_probs(
     Otherwise as `sampling_from_probs`.
     """
     options = (indices, generator, check_nan, seed, offset, return_valid)
-    return launching.sample("top_k_sampling_from_probs", "probs", "top_k", probs, top_k, None, None, False, options)
+    return launching.sample("top_k_sampling_from_probs", probs, (top_k, None, None), False, options)
 
 
 def min_p_sampling_from_probs(
@@ -228,7 +225,7 @@ def min_p_sampling_from_probs(
     Otherwise as `sampling_from_probs`.
     """
     options = (indices, generator, check_nan, seed, offset, return_valid)
-    return launching.sample("min_p_sampling_from_probs", "probs", "min_p", probs, None, None, min_p, False, options)
+    return launching.sample("min_p_sampling_from_probs", probs, (None, None, min_p), False, options)
 
 
 def top_k_top_p_sampling_from_logits(
@@ -255,7 +252,7 @@ def top_k_top_p_sampling_from_logits(
     op = "top_k_top_p_sampling_from_logits"
     top_k_first = launching.is_top_k_first(op, filter_apply_order)
     options = (indices, generator, check_nan, seed, offset, return_valid)
-    return launching.sample(op, "logits", "top_k_top_p", logits, top_k, top_p, None, top_k_first, options)
+    return launching.sample(op, logits, (top_k, top_p, None), top_k_first, options)
 
 
 def top_k_top_p_sampling_from_probs(
@@ -275,7 +272,7 @@ def top_k_top_p_sampling_from_probs(
     op = "top_k_top_p_sampling_from_probs"
     top_k_first = launching.is_top_k_first(op, filter_apply_order)
     options = (indices, generator, check_nan, seed, offset, return_valid)
-    return launching.sample(op, "probs", "top_k_top_p", probs, top_k, top_p, None, top_k_first, options)
+    return launching.sample(op, probs, (top_k, top_p, None), top_k_first, options)
 
 
 def chain_speculative_sampling(
@@ -310,42 +307,10 @@ def chain_speculative_sampling(
 
     Raises: as `sampling_from_logits`.
     """
-    op = "chain_speculative_sampling"
-    if draft_token_ids.dtype != torch.int32 or not draft_token_ids.is_contiguous():
-        draft_token_ids = draft_token_ids.to(torch.int32).contiguous()
-    key = (op, *_op.signature(draft_probs), *_op.signature(target_probs), *_op.signature(draft_token_ids))
-    launch = launching.memo.get(key)
-    if launch is None:
-        launch = launching.memo.remember(
-            key, launching.prepare_speculative(op, draft_probs, draft_token_ids, target_probs)
-        )
-    num_rows, num_draft = draft_token_ids.shape
-    device = draft_probs.device
-    counts = []
-    for name, count in (
-        ("maybe_output_accepted_token_num", maybe_output_accepted_token_num),
-        ("maybe_output_emitted_draft_token_num", maybe_output_emitted_draft_token_num),
-    ):
-        if count is None:
-            count = torch.zeros(num_rows, dtype=torch.int32, device=device)
-        fits = count.dtype == torch.int32 and count.shape == (num_rows,) and count.is_contiguous()
-        _op.require(
-            fits and count.device == device,
-            op,
-            f"{name} is {count.dtype} {list(count.shape)} on {count.device}; expected contiguous int32 [{num_rows}] on "
-            f"{device}",
-        )
-        counts.append(count)
-    output_ids = torch.empty((num_rows, num_draft + 1), dtype=torch.int32, device=device)
-    state, *seed_and_offset = launching.random_state(op, device, generator, seed, offset, 8 + 4 * -(-num_draft // 2))
-    launch(
-        draft_probs.data_ptr(),
-        target_probs.data_ptr(),
-        draft_token_ids.data_ptr(),
-        output_ids.data_ptr(),
-        counts[0].data_ptr(),
-        counts[1].data_ptr(),
-        0 if state is None else state.data_ptr(),
-        *seed_and_offset,
+    return launching.speculate(
+        "chain_speculative_sampling",
+        (draft_probs, draft_token_ids),
+        target_probs,
+        (maybe_output_accepted_token_num, maybe_output_emitted_draft_token_num),
+        (generator, seed, offset),
     )
-    return output_ids, counts[0], counts[1]

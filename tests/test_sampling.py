@@ -392,8 +392,9 @@ def test_placements_agree() -> None:
             )
             out = torch.full_like(probs, math.nan)
             grid = (len(probs) * cluster_size, 1, 1)
-            values = [probs.data_ptr(), out.data_ptr(), *[0] * 10, 32000, 32000, len(probs), 32000]
-            resolver().load(spec).on(0)(grid, flashinfer._op.current_stream(0), *values, 0, 0.9, 0.0, 1.0, 0, 0, 0)
+            values = [probs.data_ptr(), out.data_ptr(), *[0] * 10, 0, 0.9, 0.0, 1.0]
+            fixed = (32000, 32000, len(probs), 32000, 0, 0, 0)
+            resolver().load(spec).on(0)(grid, flashinfer._op.current_stream(0), *values, *fixed)
             differing = ((out > 0) != expected).sum(-1)
             assert not out.isnan().any() and (differing <= 2).all(), (cluster_size, row_kib, differing.tolist())
 

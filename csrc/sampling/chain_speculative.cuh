@@ -134,8 +134,8 @@ __device__ void chain_speculative(const SpeculativeParams& params) {
       if (i == step && !is_valid) output_ids[i] = 0;
     }
     if (threadIdx.x == 0) {
-      params.num_accepted[row] += accepted.num_accepted;
-      params.num_emitted[row] += accepted.num_emitted;
+      params.num_accepted[row] = (params.adds_accepted ? params.num_accepted[row] : 0) + accepted.num_accepted;
+      params.num_emitted[row] = (params.adds_emitted ? params.num_emitted[row] : 0) + accepted.num_emitted;
     }
   }
   if (!is_valid) return;

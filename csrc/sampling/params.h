@@ -24,10 +24,11 @@ struct SamplingParams {
   const float* temperature;      // [num_rows] or null: temperature_value for all
   const uint64_t* random_state;  // [2] seed and offset on the device, or null: the two values that follow
   uint64_t seed, offset;
-  int64_t input_stride, output_stride;  // elements between rows
-  int32_t num_rows, vocab_size;
   int32_t top_k_value;
   float top_p_value, min_p_value, temperature_value;
+  // What stays the same from call to call.
+  int64_t input_stride, output_stride;  // elements between rows
+  int32_t num_rows, vocab_size;
   int32_t row_indices_are_int64, top_k_is_int64;
   int32_t top_k_first;  // 1: top-p acts on the renormalized top-k set; 0: both act on the given distribution
 };
@@ -38,13 +39,14 @@ struct SpeculativeParams {
   const void* target_probs;      // [num_rows, num_draft + 1, vocab_size]
   const int32_t* draft_ids;      // [num_rows, num_draft], contiguous
   int32_t* output_ids;           // [num_rows, num_draft + 1], contiguous; -1 behind the last token
-  int32_t* num_accepted;         // [num_rows], added to: drafts that pass their own test
-  int32_t* num_emitted;          // [num_rows], added to: drafts before the first that fails
+  int32_t* num_accepted;         // [num_rows]: drafts that pass their own test
+  int32_t* num_emitted;          // [num_rows]: drafts before the first that fails
   const uint64_t* random_state;  // as above
   uint64_t seed, offset;
   int64_t draft_row_stride, draft_step_stride;    // elements
   int64_t target_row_stride, target_step_stride;  // elements
   int32_t num_rows, num_draft, vocab_size;
+  int32_t adds_accepted, adds_emitted;  // 1: the count is added to what is there; 0: it replaces it
 };
 
 }  // namespace flashinfer

@@ -41,14 +41,14 @@ class SamplingParams(ctypes.Structure):
         ("random_state", ctypes.c_void_p),
         ("seed", ctypes.c_uint64),
         ("offset", ctypes.c_uint64),
-        ("input_stride", ctypes.c_int64),
-        ("output_stride", ctypes.c_int64),
-        ("num_rows", ctypes.c_int32),
-        ("vocab_size", ctypes.c_int32),
         ("top_k_value", ctypes.c_int32),
         ("top_p_value", ctypes.c_float),
         ("min_p_value", ctypes.c_float),
         ("temperature_value", ctypes.c_float),
+        ("input_stride", ctypes.c_int64),
+        ("output_stride", ctypes.c_int64),
+        ("num_rows", ctypes.c_int32),
+        ("vocab_size", ctypes.c_int32),
         ("row_indices_are_int64", ctypes.c_int32),
         ("top_k_is_int64", ctypes.c_int32),
         ("top_k_first", ctypes.c_int32),
@@ -75,6 +75,8 @@ class SpeculativeParams(ctypes.Structure):
         ("num_rows", ctypes.c_int32),
         ("num_draft", ctypes.c_int32),
         ("vocab_size", ctypes.c_int32),
+        ("adds_accepted", ctypes.c_int32),
+        ("adds_emitted", ctypes.c_int32),
     ]
 
 

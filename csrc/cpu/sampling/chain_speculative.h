@@ -48,8 +48,8 @@ void chain_speculative(const SpeculativeParams& params) {
     for (int i = 0; i <= num_draft; ++i) {
       output_ids[i] = i < num_emitted ? draft_ids[i] : i > num_emitted ? -1 : token_id < 0 ? 0 : token_id;
     }
-    params.num_accepted[row] += num_accepted;
-    params.num_emitted[row] += num_emitted;
+    params.num_accepted[row] = (params.adds_accepted ? params.num_accepted[row] : 0) + num_accepted;
+    params.num_emitted[row] = (params.adds_emitted ? params.num_emitted[row] : 0) + num_emitted;
   }
 }
 
