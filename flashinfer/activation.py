@@ -154,10 +154,9 @@ def _prepare(op: str, gate: str, input: torch.Tensor, out: torch.Tensor, pdl: Op
     axes: dict[str, ArgValue] = {"dtype": dtype, "gate": gate, "vec_size": width}
     if is_quant:
         axes["out_dtype"] = dtypes.short_name(out.dtype)
-    kernel = resolver().load(family.spec(target.of_device(input.device), **axes))
-    launcher = kernel.on(device_index, pdl=bool(pdl))
+    launcher = resolver().load(family.spec(target.of_device(input.device), **axes)).on(device_index, pdl=bool(pdl))
     num_rows = out.numel() // hidden_size
-    columns_per_block = kernel.config.launch.num_threads * int(kernel.config.constants["kVecsPerThread"]) * width
+    columns_per_block = launcher.config.launch.num_threads * int(launcher.config.constants["kVecsPerThread"]) * width
     grid = (num_rows, -(-hidden_size // columns_per_block), 1)
     leading = [*_scale.NO_VALUES, 0, 0] if is_quant else [0, 0]
     strides = (input_stride, output_stride)

@@ -292,12 +292,10 @@ def _prepare(op: str, inputs: _Inputs, output: Optional[torch.Tensor], eps: floa
         alignment |= output.data_ptr() * input.element_size() // output.element_size()
         for stride in (input_row, input_group, output_row, output_group, residual_row):
             alignment |= stride * input.element_size()
-    kernel = resolver().load(_spec(op, inputs, output, alignment & 15))
-
-    launcher = kernel.on(device_index, pdl=bool(pdl))
+    launcher = resolver().load(_spec(op, inputs, output, alignment & 15)).on(device_index, pdl=bool(pdl))
     grid = (1, 1, 1)
     if device_index >= 0:
-        rows_per_block = kernel.config.launch.num_threads // int(kernel.config.constants["kThreadsPerRow"])
+        rows_per_block = launcher.config.launch.num_threads // int(launcher.config.constants["kThreadsPerRow"])
         grid = (-(-num_rows // rows_per_block), 1, 1)
     strides = (input_row, input_group, residual_row, output_row, output_group)
     leading = [*_scale.NO_VALUES, *[0] * 5] if op.endswith("_quant") else [0] * 5

@@ -426,9 +426,10 @@ def _prepare_append(
             **slot_axes,
         )
     )
-    groups_per_block = kernel.config.launch.num_threads // ((key_dim + value_dim) // vec)
+    launcher = kernel.on(device_index, pdl=bool(pdl))
+    groups_per_block = launcher.config.launch.num_threads // ((key_dim + value_dim) // vec)
     num_groups = num_tokens * -(-num_heads // heads_per_thread)
-    return kernel.on(device_index, pdl=bool(pdl)).prepare(
+    return launcher.prepare(
         (-(-num_groups // groups_per_block), 1, 1),
         *[0] * 14,
         batch_size,
@@ -448,7 +449,8 @@ def _prepare_index(family: Any, reference: torch.Tensor, num_threads: int, count
     if num_threads == 0:
         return lambda *_: None
     device_index = reference.get_device()
-    kernel = resolver().load(family.spec(target.of_device(reference.device), index=str(reference.dtype)[6:]))
-    grid = (-(-num_threads // kernel.config.launch.num_threads), 1, 1)
+    spec = family.spec(target.of_device(reference.device), index=str(reference.dtype)[6:])
+    launcher = resolver().load(spec).on(device_index)
+    grid = (-(-num_threads // launcher.config.launch.num_threads), 1, 1)
     num_addresses = len(family.params._fields_) - len(counts)
-    return kernel.on(device_index).prepare(grid, *[0] * num_addresses, *counts, varying=num_addresses)
+    return launcher.prepare(grid, *[0] * num_addresses, *counts, varying=num_addresses)

@@ -127,11 +127,11 @@ def _prepare_packbits(x: torch.Tensor, bitorder: str) -> PreparedLaunch:
     spec = kernels.PACKBITS.spec(
         target.of_device(x.device), big_endian=bitorder == "big", aligned=device_index < 0 or x.data_ptr() % 16 == 0
     )
-    kernel = resolver().load(spec)
-    config = kernel.config
+    launcher = resolver().load(spec).on(device_index)
+    config = launcher.config
     elements_per_block = config.launch.num_threads * int(config.constants["kVectorsPerThread"]) * 16
     grid = (-(-num_elements // elements_per_block), 1, 1)
-    return kernel.on(device_index).prepare(grid, 0, 0, num_elements, varying=2)
+    return launcher.prepare(grid, 0, 0, num_elements, varying=2)
 
 
 def _prepare_segments(op: str, x: torch.Tensor, indptr: torch.Tensor, num_bytes: int, bitorder: str) -> PreparedLaunch:
@@ -141,15 +141,14 @@ def _prepare_segments(op: str, x: torch.Tensor, indptr: torch.Tensor, num_bytes:
     num_elements, num_segments, device_index = x.shape[0], indptr.shape[0] - 1, x.get_device()
     index, of = str(indptr.dtype)[6:], target.of_device(x.device)
     aligned = device_index < 0 or x.data_ptr() % 16 == 0
-    scan_kernel = resolver().load(kernels.PACKED_INDPTR.spec(of, index=index))
-    pack_kernel = resolver().load(
-        kernels.SEGMENT_PACKBITS.spec(of, index=index, big_endian=bitorder == "big", aligned=aligned)
-    )
-    config = pack_kernel.config
+    scan_launcher = resolver().load(kernels.PACKED_INDPTR.spec(of, index=index)).on(device_index)
+    pack_spec = kernels.SEGMENT_PACKBITS.spec(of, index=index, big_endian=bitorder == "big", aligned=aligned)
+    pack_launcher = resolver().load(pack_spec).on(device_index)
+    config = pack_launcher.config
     bytes_per_block = config.launch.num_threads * int(config.constants["kBytesPerThread"])
     grid = (max(1, -(-num_bytes // bytes_per_block)), 1, 1)
-    scan = scan_kernel.on(device_index).prepare((1, 1, 1), 0, 0, num_segments, varying=2)
-    pack = pack_kernel.on(device_index).prepare(grid, *[0] * 4, num_elements, num_bytes, num_segments, varying=4)
+    scan = scan_launcher.prepare((1, 1, 1), 0, 0, num_segments, varying=2)
+    pack = pack_launcher.prepare(grid, *[0] * 4, num_elements, num_bytes, num_segments, varying=4)
 
     def launch(x_ptr: int, indptr_ptr: int, packed_ptr: int, packed_indptr_ptr: int) -> None:
         scan(indptr_ptr, packed_indptr_ptr)

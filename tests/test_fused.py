@@ -252,24 +252,53 @@ def test_rope_append_llama31(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_programmatic_dependent_launches() -> None:
-    """Each launch reads what the one before it wrote: norm and rope, then rope and append, then rows read back."""
-    device = torch.device("cuda")
-    weight = make((128,), torch.bfloat16, device, 1)
-    positions = torch.arange(512, dtype=torch.int32, device=device)
-    indices, indptr = torch.arange(32, device=device).int(), torch.tensor([0, 32], device=device).int()
-    results = []
-    for pdl in (False, True):
-        qkv = make((512, 48, 128), torch.bfloat16, device, 0)
-        cache = torch.zeros(32, 2, 16, 8, 128, dtype=torch.bfloat16, device=device)
-        for _ in range(20):
-            q, k, v = qkv.split([32, 8, 8], dim=1)
-            fused_qk_rmsnorm_rope(qkv, weight, weight, positions, 32, 8, enable_pdl=pdl)
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("angles_from", ["frequencies", "table"])
+def test_programmatic_dependent_launches(captured: bool, angles_from: str) -> None:
+    """Each launch reads what the one before it wrote, and is let in before that one has written it: norm and rope, then
+    rope and append in place, several times over, then a copy by torch. Many more blocks than fit the GPU at a time."""
+    device, num_tokens, page_size, eps = torch.device("cuda"), 2048, 16, 1e-6
+    start = make((num_tokens, 48, 128), torch.float32, device, 0)
+    weight = make((128,), torch.float32, device, 1)
+    positions = torch.arange(num_tokens, dtype=torch.int32, device=device)
+    indices = torch.arange(num_tokens // page_size, device=device).int().flip(0)
+    indptr = torch.tensor([0, len(indices)], device=device).int()
+    angles = rope_oracle.angles_of(positions, rope_oracle.frequencies(128))
+    table = torch.cat([angles.cos(), angles.sin()], 1).float().to(device) if angles_from == "table" else None
+    qkv, result = torch.empty_like(start), torch.empty_like(start)
+    cache = torch.empty(len(indices), 2, page_size, 8, 128, device=device)
+    options = {"cos_sin_cache": table, "enable_pdl": True}
+
+    def chain() -> None:
+        qkv.copy_(start)
+        cache.fill_(torch.nan)
+        q, k, v = qkv.split([32, 8, 8], dim=1)
+        for _ in range(4):
+            fused_qk_rmsnorm_rope(qkv, weight, weight, positions, 32, 8, eps, **options)
             rope_append_paged_kv_cache(
-                q, k, v, positions * 0, positions, cache, indices, indptr, q_out=q, enable_pdl=pdl
+                q, k, v, torch.zeros_like(positions), positions, cache, indices, indptr, q_out=q, **options
             )
-        results.append((qkv, cache))
-    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+        result.copy_(qkv)
+
+    run = chain
+    if captured:
+        chain()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            chain()
+        run = graph.replay
+    q, k, v = start.cpu().double().split([32, 8, 8], dim=1)
+    for _ in range(4):
+        q, k = (rope_oracle.rotate(norm_oracle.rmsnorm(x, weight, eps), angles) for x in (q, k))
+        q = rope_oracle.rotate(q, angles)
+    for _ in range(3):
+        result.fill_(torch.nan)
+        run()
+        # Eight turns of q, one upon the other, each by a sine and cosine good to 2^-21.
+        assert_close(result, torch.cat([q, k, v], 1), scale=8)
+        keys, values = (x.flatten(0, 1) for x in cache[indices.long()].unbind(1))
+        assert_close(keys, rope_oracle.rotate(k, angles), scale=8)
+        assert_close(values, v)
 
 
 # --------------------------------------------------------------------------------------------------- qk norm and rope

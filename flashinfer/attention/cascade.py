@@ -153,11 +153,11 @@ def _launcher(
     if dtype not in families.DTYPES:
         raise UnsupportedConfig(f"{op}: v is {v.dtype}; expected float16, bfloat16 or float32")
     spec = families.MERGE_STATES.spec(target.of_device(v.device), dtype=dtype, head_dim=v.shape[-1], pair=pair)
-    kernel = resolver().load(spec)
+    launcher = resolver().load(spec).on(v.get_device())
     grid = (1, 1, 1)
     if v.is_cuda:
-        grid = (-(-num_rows * num_heads // families.rows_per_block(kernel.config)), 1, 1)
-    return kernel.on(v.get_device()), grid
+        grid = (-(-num_rows * num_heads // families.rows_per_block(launcher.config)), 1, 1)
+    return launcher, grid
 
 
 def _merge_pair(

@@ -59,7 +59,7 @@ def load_kernel(
     resident_blocks = _op.num_sms(device.index) * launcher.max_blocks_per_sm()
     return DecodeKernel(
         launcher,
-        families.decode_tile_len(kernel.config),
+        families.decode_tile_len(launcher.config),
         num_head_blocks,
         families.decode_num_chunks(resident_blocks, num_head_blocks),
     )

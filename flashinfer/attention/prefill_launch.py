@@ -79,7 +79,7 @@ def load_kernel(
     if device.type == "cpu":
         return PrefillKernel(kernel.on(-1), 0, 0, 0)
     launcher = kernel.on(device.index, pdl=pdl)
-    constants = kernel.config.constants
+    constants = launcher.config.constants
     num_ctas = _op.num_sms(device.index) * launcher.max_blocks_per_sm()
     return PrefillKernel(launcher, int(constants["kBlockM"]), int(constants["kBlockN"]), num_ctas)
 

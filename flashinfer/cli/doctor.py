@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from flashinfer import env, kernels
 from flashinfer import target as targets
@@ -328,6 +328,10 @@ def _kernels() -> Iterator[Finding]:
             yield Finding(name, FAILURE, f"{target}: {error}")
 
 
+def _refused(why: str) -> NoReturn:
+    raise FlashInferError(f"what was compiled does not load: {why}")
+
+
 def _compile_and_run(device: Any, target: str) -> str:
     """Compile RMSNorm, run it, compare with the definition. Bypasses every store, so that the compiler itself is tried
     and nothing is written or recorded."""
@@ -345,7 +349,7 @@ def _compile_and_run(device: Any, target: str) -> str:
     x = torch.randn(num_rows, hidden_size)
     weight = torch.randn(hidden_size)
     ours, on_device, scale = (tensor.to(device) for tensor in (torch.full_like(x, torch.nan), x, weight))
-    launcher = loader.load(source, compiled.machine_code, None).on(device.index)
+    launcher = loader.load(source, compiled.machine_code, None, _refused).on(device.index)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     addresses = (on_device.data_ptr(), 0, scale.data_ptr(), 0, ours.data_ptr())
     strides = (hidden_size, hidden_size, hidden_size, hidden_size, hidden_size)

@@ -18,6 +18,10 @@ from flashinfer.errors import DriverError
 
 INVALID_CONTEXT, INVALID_HANDLE = 201, 400  # CUresult of a launch without, or outside, the right current context
 
+# CUresults that say that a device cannot use machine code: invalid image, no binary for the GPU, invalid PTX, PTX of a
+# later version, invalid source, symbol not found.
+REFUSALS = (200, 209, 218, 222, 300, 500)
+
 FUNC_MAX_DYNAMIC_SMEM = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 LAUNCH_CLUSTER_DIMENSION = 4  # CUlaunchAttributeID
 LAUNCH_PROGRAMMATIC_SERIALIZATION = 6

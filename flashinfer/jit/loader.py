@@ -6,6 +6,10 @@
     launch   = launcher.prepare(grid, *values, varying=3)
     launch(*first_three_values)                 # the rest stays as prepared; on torch's current stream
 
+A device, or the dynamic loader, may refuse machine code that is whole by its checksum: built for another architecture
+or system, or damaged before the checksum was taken. The kernel then asks `instead` for the one from the next source. So
+only a launcher knows its Config.
+
 A launch packs the values into a preallocated block and makes one driver call. What is prepared costs least to repeat.
 """
 
@@ -21,7 +25,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, Union
 
-from flashinfer import env
 from flashinfer.errors import DriverError, FlashInferError
 from flashinfer.jit import driver
 from flashinfer.jit import spec as specs
@@ -31,6 +34,7 @@ from flashinfer.jit.spec import Config, KernelSpec
 Grid = tuple[int, int, int]
 Value = Union[int, float, bytes]
 PreparedLaunch = Callable[..., None]
+Instead = Callable[[str], "Kernel"]  # why machine code does not load -> the kernel from the next source; may raise
 
 
 @functools.cache
@@ -50,6 +54,8 @@ def stream_getter() -> Callable[[int], int]:
 
 
 class Launcher(Protocol):
+    config: Config
+
     def max_blocks_per_sm(self) -> int:
         """Blocks of this kernel that one SM holds at a time; persistent grids are a multiple of it."""
 
@@ -60,9 +66,6 @@ class Launcher(Protocol):
 
 
 class Kernel(Protocol):
-    spec: KernelSpec  # of the machine code: its target may be older than the requested one
-    config: Config
-
     def on(self, device_index: int | None, *, pdl: bool = False) -> Launcher:
         """The launcher for a device. `pdl` asks for programmatic dependent launch (sm_90 and later)."""
 
@@ -98,35 +101,44 @@ def _packer(params: type[ctypes.Structure], num_fields: int | None = None) -> st
 
 
 class CudaKernel:
-    def __init__(self, source: Source, machine_code: bytes) -> None:
-        self.spec, self.config = source.spec, source.config
+    def __init__(self, source: Source, machine_code: bytes, instead: Instead) -> None:
+        self._spec, self._config = source.spec, source.config
         self._machine_code = machine_code
+        self._instead = instead
+        self._successor: Kernel | None = None  # once a device has refused this one
         self._launchers: dict[tuple[int, bool], CudaLauncher] = {}
         self._lock = threading.Lock()
 
-    def on(self, device_index: int | None, *, pdl: bool = False) -> CudaLauncher:
+    def on(self, device_index: int | None, *, pdl: bool = False) -> Launcher:
         assert device_index is not None
         launcher = self._launchers.get((device_index, pdl))
-        if launcher is None:
-            with self._lock:
-                launcher = self._launchers.get((device_index, pdl))
-                if launcher is None:
-                    sibling = self._launchers.get((device_index, not pdl))
+        return launcher if launcher is not None else self._make_launcher(device_index, pdl)
+
+    def _make_launcher(self, device_index: int, pdl: bool) -> Launcher:
+        with self._lock:
+            launcher = self._launchers.get((device_index, pdl))
+            if launcher is None and self._successor is None:
+                sibling = self._launchers.get((device_index, not pdl))
+                try:
                     function = sibling.function if sibling else self._load(device_index)
-                    launcher = CudaLauncher(self.spec, self.config, function, device_index, pdl)
+                except DriverError as error:
+                    if error.code not in driver.REFUSALS:  # out of memory, an earlier fault, …: not the code's fault
+                        raise FlashInferError(
+                            f"{self._spec.name} for {self._spec.target} was not loaded on cuda:{device_index}: {error}"
+                        ) from error
+                    self._successor = self._instead(f"cuda:{device_index}: {error}")
+                else:
+                    launcher = CudaLauncher(self._spec, self._config, function, device_index, pdl)
                     self._launchers[device_index, pdl] = launcher
-        return launcher
+        if launcher is not None:
+            return launcher
+        assert self._successor is not None
+        return self._successor.on(device_index, pdl=pdl)
 
     def _load(self, device_index: int) -> ctypes.c_void_p:
-        try:
-            _, function = driver.load_function(device_index, self._machine_code, self.spec.family)
-        except DriverError as error:
-            raise FlashInferError(
-                f"{self.spec.name} for {self.spec.target} does not load on cuda:{device_index}: {error}; if it is "
-                f"precompiled, {env.DISABLE_AOT.name}=1 compiles it on this machine instead"
-            ) from error
-        if self.config.launch.smem_bytes > 48 * 1024:
-            smem_bytes = self.config.launch.smem_bytes
+        _, function = driver.load_function(device_index, self._machine_code, self._spec.family)
+        smem_bytes = self._config.launch.smem_bytes
+        if smem_bytes > 48 * 1024:
             driver.call("cuFuncSetAttribute", function, driver.FUNC_MAX_DYNAMIC_SMEM, smem_bytes)
         return function
 
@@ -137,7 +149,7 @@ class CudaLauncher:
     def __init__(
         self, spec: KernelSpec, config: Config, function: ctypes.c_void_p, device_index: int, pdl: bool
     ) -> None:
-        self.function = function
+        self.function, self.config = function, config
         self._device_index = device_index
         self._name = spec.name
         self._launch = config.launch
@@ -229,14 +241,13 @@ _pack_launch = struct.Struct("7I4xP").pack_into  # grid, block, smem_bytes, stre
 
 class CpuKernel:
     def __init__(self, source: Source, library_path: Path) -> None:
-        self.spec, self.config = source.spec, source.config
         share_openmp()
         function = getattr(ctypes.CDLL(str(library_path)), source.entry)
         function.argtypes = [ctypes.c_char_p]
         function.restype = None
         pack = _packer(specs.family(source.spec.family).params).pack
 
-        self._launcher = CpuLauncher(function, pack)
+        self._launcher = CpuLauncher(source.config, function, pack)
 
     def on(self, device_index: int | None, *, pdl: bool = False) -> CpuLauncher:
         return self._launcher
@@ -245,7 +256,8 @@ class CpuKernel:
 class CpuLauncher:
     """Calls one CPU kernel. There is no grid and no stream: the kernel spreads its work over OpenMP threads itself."""
 
-    def __init__(self, function: Callable[[bytes], None], pack: Callable[..., bytes]) -> None:
+    def __init__(self, config: Config, function: Callable[[bytes], None], pack: Callable[..., bytes]) -> None:
+        self.config = config
         self._function, self._pack = function, pack
 
     def __call__(self, grid: Grid, stream: int, *values: Value) -> None:
@@ -282,11 +294,11 @@ def share_openmp() -> str:
 # -------------------------------------------------------------------------------------------------------------- either
 
 
-def load(source: Source, machine_code: bytes, path: Path | None) -> Kernel:
+def load(source: Source, machine_code: bytes, path: Path | None, instead: Instead) -> Kernel:
     """Make machine code callable. `path` is its file, if it has one; a CPU library without one is loaded from a
     private copy."""
     if source.kind == "cuda":
-        return CudaKernel(source, machine_code)
+        return CudaKernel(source, machine_code, instead)
     if path is not None:
         # The file can be gone (a cache being cleared) or its file system forbid execution: then as if it had none.
         with contextlib.suppress(OSError):
@@ -297,7 +309,4 @@ def load(source: Source, machine_code: bytes, path: Path | None) -> Kernel:
             copy.flush()
             return CpuKernel(source, Path(copy.name))
     except (OSError, AttributeError) as error:  # AttributeError: a library without the entry point
-        raise FlashInferError(
-            f"{source.spec.name} for {source.spec.target} does not load: {error}; `flashinfer cache clear` removes "
-            "libraries of another system, `flashinfer doctor` tries the compiler"
-        ) from error
+        return instead(str(error))

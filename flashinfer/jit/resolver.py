@@ -26,7 +26,7 @@ from flashinfer.jit import loader, misses
 from flashinfer.jit.loader import Kernel
 from flashinfer.jit.source import Source, render
 from flashinfer.jit.spec import KernelSpec
-from flashinfer.jit.stores import Answer, AotStore, Hit, JitCache, Rejected
+from flashinfer.jit.stores import Answer, AotStore, Hit, JitCache
 from flashinfer.jit.toolchain import Compiled, Toolchain, toolchain
 
 _HEARTBEAT_SECONDS = 10.0
@@ -86,35 +86,44 @@ class Resolver:
     def _load_once(self, spec: KernelSpec) -> Kernel:
         with self._locks.setdefault(spec, threading.Lock()):
             kernel = self._table.get(spec)
-            if kernel is None:
-                kernel = self._table[spec] = self._resolve(spec)
-            return kernel
+            return kernel if kernel is not None else self._resolve(spec)
 
     def _resolve(self, spec: KernelSpec) -> Kernel:
         answer = self.aot.find(spec)
-        if isinstance(answer, Hit):
-            try:
-                return self._use(spec, answer)
-            except (FlashInferError, OSError) as error:  # machine code this machine cannot load
-                answer = Rejected(f"not loadable: {error}")
-        return self._resolve_miss(spec, answer.reason)
+        return self._use(spec, answer, "") if isinstance(answer, Hit) else self._resolve_miss(spec, answer.reason)
 
     def _resolve_miss(self, spec: KernelSpec, reason: str) -> Kernel:
         started = time.perf_counter()
         resolved_by, num_bytes = "failed", 0
         try:
             hit = self._find_or_compile(spec, reason)
-            kernel = self._use(spec, hit)
-            resolved_by, num_bytes = hit.store, len(hit.machine_code)
+            kernel = self._use(spec, hit, reason)
+            resolved_by, num_bytes = self.answered_by[spec], len(hit.machine_code)  # the hit may have been refused
             return kernel
         finally:
             if env.RECORD_MISSES.get():
                 self.misses.record(spec, reason, resolved_by, time.perf_counter() - started, num_bytes)
 
-    def _use(self, spec: KernelSpec, hit: Hit) -> Kernel:
-        kernel = loader.load(hit.source, hit.machine_code, hit.path)
+    def _use(self, spec: KernelSpec, hit: Hit, reason: str) -> Kernel:
+        """`reason`: why AOT did not answer, if it did not."""
         self.answered_by[spec] = hit.store
+        instead = functools.partial(self._instead_of, spec, hit, reason)
+        kernel = self._table[spec] = loader.load(hit.source, hit.machine_code, hit.path, instead)
         return kernel
+
+    def _instead_of(self, spec: KernelSpec, refused: Hit, reason: str, why: str) -> Kernel:
+        """The kernel from the source after the one whose machine code was refused."""
+        if refused.store == "jit-compile":
+            raise FlashInferError(
+                f"{spec.name} for {spec.target}, compiled just now, does not load: {why}; `flashinfer doctor` tries "
+                "compiler and driver"
+            )
+        log.warn_once(f"{spec.name}: {refused.path} does not load and is ignored: {why}")
+        if refused.store == "aot":
+            return self._resolve_miss(spec, f"not loadable: {why}")
+        assert refused.path is not None
+        self.jit.refuse(refused.path.parent, f"not loadable: {why}")
+        return self._resolve_miss(spec, reason)
 
     def _find_or_compile(self, spec: KernelSpec, reason: str) -> Hit:
         source = render(spec)

@@ -228,6 +228,7 @@ class JitCache:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.also_read: tuple[Path, ...] = ()  # caches that cannot be written, such as one baked into an image
+        self._refused: dict[Path, str] = {}  # folder -> why its machine code, whole as it is, does not load here
 
     def folder(self, source: Source, compiler: str) -> Path:
         return self.root / f"{source.digest[:32]}-{compiler}"
@@ -243,7 +244,13 @@ class JitCache:
                     return answer
         return answer
 
+    def refuse(self, folder: Path, reason: str) -> None:
+        """Have a folder's machine code rejected from now on, until it is replaced."""
+        self._refused[folder] = reason
+
     def _read(self, source: Source, folder: Path) -> Answer:
+        if folder in self._refused:
+            return Rejected(self._refused[folder])
         try:
             meta = json.loads((folder / "spec.json").read_text())
             digest, sha256, path = meta["digest"], meta["sha256"], folder / meta["file"]
@@ -287,9 +294,10 @@ class JitCache:
             try:
                 partial.rename(folder)
             except OSError:
-                if isinstance(self._read(source, folder), Rejected):  # damaged: take its place
+                if isinstance(self._read(source, folder), Rejected):  # damaged or refused: take its place
                     self.remove(folder)
                     partial.rename(folder)
+                    self._refused.pop(folder, None)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return folder / file
