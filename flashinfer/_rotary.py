@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 
@@ -30,6 +30,25 @@ class Rotation(NamedTuple):
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     old_context_len: int = 0
+
+    @classmethod
+    def at(cls, positions: torch.Tensor, rotary_dim: Optional[int], interleave: bool, *frequencies: Any) -> Rotation:
+        return cls(rotary_dim, interleave, positions, None, None, None, *frequencies)
+
+    @classmethod
+    def of_requests(
+        cls,
+        indptr: torch.Tensor,
+        offsets: torch.Tensor,
+        rotary_dim: Optional[int],
+        interleave: bool,
+        *frequencies: Any,
+    ) -> Rotation:
+        return cls(rotary_dim, interleave, None, indptr, offsets, None, *frequencies)
+
+    @classmethod
+    def by_table(cls, positions: torch.Tensor, cos_sin_cache: torch.Tensor, interleave: bool) -> Rotation:
+        return cls(cos_sin_cache.shape[-1], interleave, positions, None, None, cos_sin_cache)
 
     def signature(self) -> tuple[object, ...]:
         if self.positions is not None:

@@ -380,6 +380,6 @@ def _prepare(
     pdl: Optional[bool] = None,
 ) -> PreparedLaunch:
     """num_heads: of each kind of head (queries, keys, values) that the kernel visits."""
-    launcher = resolver().load(spec).on(device_index, pdl=bool(pdl))
+    launcher = resolver().load(spec).on(device_index, pdl=pdl)
     grid = rotary.grid(spec, launcher.config, num_tokens, num_heads)
     return launcher.prepare(grid, *values, varying=varying)

@@ -77,7 +77,7 @@ def normalize(
         if readable is not None:
             return normalize(op, input, readable, enable_pdl, out)
         args = {"op": _NORMALIZERS[op]}
-        launch = _prepare(kernels.NORMALIZE_ROW, args, dtype, input, None, (top_k, False), bool(enable_pdl))
+        launch = _prepare(kernels.NORMALIZE_ROW, args, dtype, input, None, (top_k, False), enable_pdl)
         new_output = _op.allocator(input.shape, _output_dtype(op, input), input.device)
         prepared = _normalizers.remember(key, _Normalizer(launch, new_output))
     launch, new_output = prepared
@@ -212,7 +212,7 @@ def _prepare(
     input: torch.Tensor,
     indices: Optional[torch.Tensor],
     order: tuple[PerRow, bool],
-    pdl: bool = False,
+    pdl: Optional[bool] = None,
 ) -> PreparedLaunch:
     """order: top_k, and whether it comes before top_p."""
     num_rows = (input if indices is None else indices).shape[0]

@@ -26,7 +26,7 @@ def silu_and_mul(
     Args:
         input: `[..., 2 * d]`, fp16, bf16 or fp32; unit stride in the last axis, rows evenly spaced.
         out: `[..., d]`, dtype and device of input. Allocated when None.
-        enable_pdl: launch with programmatic dependent launch (sm_90 and later).
+        enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
 
     Returns:
         `out`.
@@ -154,7 +154,7 @@ def _prepare(op: str, gate: str, input: torch.Tensor, out: torch.Tensor, pdl: Op
     axes: dict[str, ArgValue] = {"dtype": dtype, "gate": gate, "vec_size": width}
     if is_quant:
         axes["out_dtype"] = dtypes.short_name(out.dtype)
-    launcher = resolver().load(family.spec(target.of_device(input.device), **axes)).on(device_index, pdl=bool(pdl))
+    launcher = resolver().load(family.spec(target.of_device(input.device), **axes)).on(device_index, pdl=pdl)
     num_rows = out.numel() // hidden_size
     columns_per_block = launcher.config.launch.num_threads * int(launcher.config.constants["kVecsPerThread"]) * width
     grid = (num_rows, -(-hidden_size // columns_per_block), 1)

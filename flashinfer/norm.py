@@ -41,9 +41,8 @@ def rmsnorm(
         weight: `[hidden_size]`, dtype and device of input.
         eps: added to the mean of squares.
         out: shape and dtype of input; may be input itself. Allocated when None.
-        enable_pdl: launch with programmatic dependent launch (sm_90 and later), so that the start of this kernel
-        overlaps
-            the end of the one before it.
+        enable_pdl: programmatic dependent launch: the start of this kernel overlaps the end of the one before it; None:
+            where the hardware has it (sm_90 and later).
 
     Returns:
         `out`.
@@ -292,7 +291,7 @@ def _prepare(op: str, inputs: _Inputs, output: Optional[torch.Tensor], eps: floa
         alignment |= output.data_ptr() * input.element_size() // output.element_size()
         for stride in (input_row, input_group, output_row, output_group, residual_row):
             alignment |= stride * input.element_size()
-    launcher = resolver().load(_spec(op, inputs, output, alignment & 15)).on(device_index, pdl=bool(pdl))
+    launcher = resolver().load(_spec(op, inputs, output, alignment & 15)).on(device_index, pdl=pdl)
     grid = (1, 1, 1)
     if device_index >= 0:
         rows_per_block = launcher.config.launch.num_threads // int(launcher.config.constants["kThreadsPerRow"])

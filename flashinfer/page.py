@@ -75,7 +75,7 @@ def append_paged_kv_cache(
         kv_layout: "NHD" or "HND".
         k_scale, v_scale: an fp8 cache holds `key / k_scale` and `value / v_scale`, rounded to nearest even and
             saturated; a number, or an fp32 tensor of one element on the same device. Only where rows are converted.
-        enable_pdl: launch with programmatic dependent launch (sm_90 and later).
+        enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
 
     Raises:
         ValueError: a shape, dtype, device or stride does not fit.
@@ -426,7 +426,7 @@ def _prepare_append(
             **slot_axes,
         )
     )
-    launcher = kernel.on(device_index, pdl=bool(pdl))
+    launcher = kernel.on(device_index, pdl=pdl)
     groups_per_block = launcher.config.launch.num_threads // ((key_dim + value_dim) // vec)
     num_groups = num_tokens * -(-num_heads // heads_per_thread)
     return launcher.prepare(

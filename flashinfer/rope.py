@@ -65,14 +65,7 @@ def apply_rope(
         ValueError: a shape, dtype, device or stride does not fit.
         UnsupportedConfig: no kernel for this dtype or head dimension.
     """
-    rotation = Rotation(
-        rotary_dim,
-        interleave,
-        indptr=indptr,
-        offsets=offsets,
-        rope_scale=rope_scale,
-        rope_theta=rope_theta,
-    )
+    rotation = Rotation.of_requests(indptr, offsets, rotary_dim, interleave, rope_scale, rope_theta)
     return launches.rope("apply_rope", q, k, torch.empty_like(q), torch.empty_like(k), rotation)
 
 
@@ -87,14 +80,7 @@ def apply_rope_inplace(
     rope_theta: float = 1e4,
 ) -> None:
     """`apply_rope`, in place."""
-    rotation = Rotation(
-        rotary_dim,
-        interleave,
-        indptr=indptr,
-        offsets=offsets,
-        rope_scale=rope_scale,
-        rope_theta=rope_theta,
-    )
+    rotation = Rotation.of_requests(indptr, offsets, rotary_dim, interleave, rope_scale, rope_theta)
     launches.rope("apply_rope_inplace", q, k, q, k, rotation)
 
 
@@ -108,7 +94,7 @@ def apply_rope_pos_ids(
     rope_theta: float = 1e4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`apply_rope` with the position of every row given: pos_ids is `[nnz]`, int32 or int64."""
-    rotation = Rotation(rotary_dim, interleave, pos_ids, rope_scale=rope_scale, rope_theta=rope_theta)
+    rotation = Rotation.at(pos_ids, rotary_dim, interleave, rope_scale, rope_theta)
     return launches.rope("apply_rope_pos_ids", q, k, torch.empty_like(q), torch.empty_like(k), rotation)
 
 
@@ -122,7 +108,7 @@ def apply_rope_pos_ids_inplace(
     rope_theta: float = 1e4,
 ) -> None:
     """`apply_rope_pos_ids`, in place."""
-    rotation = Rotation(rotary_dim, interleave, pos_ids, rope_scale=rope_scale, rope_theta=rope_theta)
+    rotation = Rotation.at(pos_ids, rotary_dim, interleave, rope_scale, rope_theta)
     launches.rope("apply_rope_pos_ids_inplace", q, k, q, k, rotation)
 
 
@@ -144,17 +130,8 @@ def apply_llama31_rope(
     Frequencies with fewer than low_freq_factor turns in the old context are divided by rope_scale, those with more than
     high_freq_factor turns are kept, and between the two the division fades in linearly.
     """
-    rotation = Rotation(
-        rotary_dim,
-        interleave,
-        indptr=indptr,
-        offsets=offsets,
-        rope_scale=rope_scale,
-        rope_theta=rope_theta,
-        low_freq_factor=low_freq_factor,
-        high_freq_factor=high_freq_factor,
-        old_context_len=old_context_len,
-    )
+    frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
+    rotation = Rotation.of_requests(indptr, offsets, rotary_dim, interleave, *frequencies)
     return launches.rope("apply_llama31_rope", q, k, torch.empty_like(q), torch.empty_like(k), rotation)
 
 
@@ -172,17 +149,8 @@ def apply_llama31_rope_inplace(
     old_context_len: int = 8192,
 ) -> None:
     """`apply_llama31_rope`, in place."""
-    rotation = Rotation(
-        rotary_dim,
-        interleave,
-        indptr=indptr,
-        offsets=offsets,
-        rope_scale=rope_scale,
-        rope_theta=rope_theta,
-        low_freq_factor=low_freq_factor,
-        high_freq_factor=high_freq_factor,
-        old_context_len=old_context_len,
-    )
+    frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
+    rotation = Rotation.of_requests(indptr, offsets, rotary_dim, interleave, *frequencies)
     launches.rope("apply_llama31_rope_inplace", q, k, q, k, rotation)
 
 
@@ -199,16 +167,8 @@ def apply_llama31_rope_pos_ids(
     old_context_len: int = 8192,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`apply_llama31_rope` with the position of every row given: pos_ids is `[nnz]`, int32 or int64."""
-    rotation = Rotation(
-        rotary_dim,
-        interleave,
-        pos_ids,
-        rope_scale=rope_scale,
-        rope_theta=rope_theta,
-        low_freq_factor=low_freq_factor,
-        high_freq_factor=high_freq_factor,
-        old_context_len=old_context_len,
-    )
+    frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
+    rotation = Rotation.at(pos_ids, rotary_dim, interleave, *frequencies)
     return launches.rope("apply_llama31_rope_pos_ids", q, k, torch.empty_like(q), torch.empty_like(k), rotation)
 
 
@@ -225,16 +185,8 @@ def apply_llama31_rope_pos_ids_inplace(
     old_context_len: int = 8192,
 ) -> None:
     """`apply_llama31_rope_pos_ids`, in place."""
-    rotation = Rotation(
-        rotary_dim,
-        interleave,
-        pos_ids,
-        rope_scale=rope_scale,
-        rope_theta=rope_theta,
-        low_freq_factor=low_freq_factor,
-        high_freq_factor=high_freq_factor,
-        old_context_len=old_context_len,
-    )
+    frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
+    rotation = Rotation.at(pos_ids, rotary_dim, interleave, *frequencies)
     launches.rope("apply_llama31_rope_pos_ids_inplace", q, k, q, k, rotation)
 
 
@@ -262,7 +214,7 @@ def apply_rope_with_cos_sin_cache(
 
     Raises: as `apply_rope`.
     """
-    rotation = Rotation(cos_sin_cache.shape[-1], not is_neox, positions, cos_sin_cache=cos_sin_cache)
+    rotation = Rotation.by_table(positions, cos_sin_cache, not is_neox)
     query_out, key_out = torch.empty_like(query), torch.empty_like(key)
     return launches.rope("apply_rope_with_cos_sin_cache", query, key, query_out, key_out, rotation, head_size)
 
@@ -276,7 +228,7 @@ def apply_rope_with_cos_sin_cache_inplace(
     is_neox: bool = True,
 ) -> None:
     """`apply_rope_with_cos_sin_cache`, in place."""
-    rotation = Rotation(cos_sin_cache.shape[-1], not is_neox, positions, cos_sin_cache=cos_sin_cache)
+    rotation = Rotation.by_table(positions, cos_sin_cache, not is_neox)
     launches.rope("apply_rope_with_cos_sin_cache_inplace", query, key, query, key, rotation, head_size)
 
 
@@ -323,7 +275,7 @@ def rope_append_paged_kv_cache(
         low_freq_factor, high_freq_factor, old_context_len: as in `apply_llama31_rope`; old_context_len 0: plain
             frequencies.
         cos_sin_cache: `[max_position, rotary_dim]`, as in `apply_rope_with_cos_sin_cache`; replaces the frequencies.
-        enable_pdl: launch with programmatic dependent launch (sm_90 and later).
+        enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
 
     Returns:
         `q_out`.
@@ -332,17 +284,13 @@ def rope_append_paged_kv_cache(
     """
     if q_out is None:
         q_out = torch.empty_like(q)
-    rotation = Rotation(
-        rotary_dim if cos_sin_cache is None else cos_sin_cache.shape[-1],
-        interleave,
-        positions if pos_ids is None else pos_ids,
-        cos_sin_cache=cos_sin_cache,
-        rope_scale=rope_scale,
-        rope_theta=rope_theta,
-        low_freq_factor=low_freq_factor,
-        high_freq_factor=high_freq_factor,
-        old_context_len=old_context_len,
-    )
+    if pos_ids is None:
+        pos_ids = positions
+    frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
+    if cos_sin_cache is None:
+        rotation = Rotation.at(pos_ids, rotary_dim, interleave, *frequencies)
+    else:
+        rotation = Rotation.by_table(pos_ids, cos_sin_cache, interleave)
     launches.append(
         (q, k, v, q_out),
         (batch_indices, positions, kv_indices, kv_indptr),
@@ -388,19 +336,13 @@ def fused_qk_rmsnorm_rope(
         low_freq_factor, high_freq_factor, old_context_len: as in `apply_llama31_rope`; old_context_len 0: plain
             frequencies.
         cos_sin_cache: `[max_position, rotary_dim]`, as in `apply_rope_with_cos_sin_cache`; replaces the frequencies.
-        enable_pdl: launch with programmatic dependent launch (sm_90 and later).
+        enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
 
     Raises: as `apply_rope`.
     """
-    rotation = Rotation(
-        rotary_dim if cos_sin_cache is None else cos_sin_cache.shape[-1],
-        interleave,
-        pos_ids,
-        cos_sin_cache=cos_sin_cache,
-        rope_scale=rope_scale,
-        rope_theta=rope_theta,
-        low_freq_factor=low_freq_factor,
-        high_freq_factor=high_freq_factor,
-        old_context_len=old_context_len,
-    )
+    frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
+    if cos_sin_cache is None:
+        rotation = Rotation.at(pos_ids, rotary_dim, interleave, *frequencies)
+    else:
+        rotation = Rotation.by_table(pos_ids, cos_sin_cache, interleave)
     launches.qk_norm(qkv, (q_weight, k_weight), (num_qo_heads, num_kv_heads), eps, weight_bias, rotation, enable_pdl)

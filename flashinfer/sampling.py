@@ -60,7 +60,7 @@ def softmax(
     Args:
         logits: `[num_rows, vocab_size]`.
         temperature: positive number or `[num_rows]` tensor; 1 when None.
-        enable_pdl: launch with programmatic dependent launch (sm_90 and later).
+        enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
 
     Returns:
         Probabilities, `[num_rows, vocab_size]` fp32. A row of −inf, or with NaN or +inf, becomes NaN.

@@ -45,6 +45,7 @@ __device__ void merge_states(const MergeParams& params) {
   constexpr int kRowsPerBlock = Config::kNumThreads / kThreadsPerRow;
   static_assert(Config::kNumThreads % kThreadsPerRow == 0);
   wait_for_previous_kernel();
+  allow_next_kernel();
 
   const int64_t head_row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreadsPerRow;  // row x head
   const int column = threadIdx.x % kThreadsPerRow * Config::kVecSize;

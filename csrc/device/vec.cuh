@@ -16,6 +16,18 @@ struct alignas(sizeof(T) * N) Vec {
 
   __device__ __forceinline__ static Vec load(const T* src) { return *reinterpret_cast<const Vec*>(src); }
   __device__ __forceinline__ void store(T* dst) const { *reinterpret_cast<Vec*>(dst) = *this; }
+
+  // To global memory, for what this kernel does not read again: the L1 cache is left to what it does read.
+  __device__ __forceinline__ void store_past_l1(T* dst_gmem) const {
+    if constexpr (sizeof(Vec) == 16) {
+      const uint4& bits = reinterpret_cast<const uint4&>(*this);
+      asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(dst_gmem), "r"(bits.x), "r"(bits.y),
+                   "r"(bits.z), "r"(bits.w)
+                   : "memory");
+    } else {
+      store(dst_gmem);
+    }
+  }
 };
 
 }  // namespace flashinfer

@@ -70,8 +70,8 @@ __device__ __forceinline__ void qk_norm_rope(const QkNormRopeParams& params) {
     const int head_idx = group.first_head + i;
     if (head_idx < num_heads) {
       T* row_gmem = heads_gmem + head_idx * params.strides.head;
-      cast_vec<T>(first).store(row_gmem + lane.first);
-      cast_vec<T>(second).store(row_gmem + lane.second);
+      cast_vec<T>(first).store_past_l1(row_gmem + lane.first);
+      cast_vec<T>(second).store_past_l1(row_gmem + lane.second);
     }
   }
 }

@@ -59,8 +59,8 @@ __device__ __forceinline__ void rope(const RopeParams& params) {
       angles.rotate(first, second);
       x[i] = {cast_vec<T>(first), cast_vec<T>(second)};
     }
-    x[i].first.store(out_gmem + head_idx * out_strides.head + lane.first);
-    x[i].second.store(out_gmem + head_idx * out_strides.head + lane.second);
+    x[i].first.store_past_l1(out_gmem + head_idx * out_strides.head + lane.first);
+    x[i].second.store_past_l1(out_gmem + head_idx * out_strides.head + lane.second);
   }
 }
 

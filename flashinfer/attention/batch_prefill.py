@@ -196,7 +196,7 @@ class BatchPrefill:
         mask: str,
         variant: Variant,
         short_queries: bool,
-        pdl: bool = False,
+        pdl: Optional[bool] = None,
     ) -> launches.PrefillKernel:
         return launches.load_kernel(
             self.device, q_dtype, kv_dtype, problem.head_dim_qk, problem.head_dim_vo, self._kv_storage, mask,
@@ -281,7 +281,7 @@ class BatchPrefill:
         )  # fmt: skip
         run = problem.runs.get(key)
         if run is None:
-            run = problem.runs.remember(key, self._bind(problem, q, kv, out, lse, scales, bool(pdl), overrides))
+            run = problem.runs.remember(key, self._bind(problem, q, kv, out, lse, scales, pdl, overrides))
         if not run.is_empty:
             # Options given at run time may see other KV tiles than planned: then plan again, also without waiting.
             if (
@@ -323,7 +323,7 @@ class BatchPrefill:
         out: torch.Tensor,
         lse: Optional[torch.Tensor],
         scales: tuple[Optional[float], Optional[float], Optional[float]],
-        pdl: bool,
+        pdl: Optional[bool],
         overrides: Optional[tuple[Any, ...]],
     ) -> _Run:
         op = self._op_name

@@ -260,7 +260,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
             out: `[batch_size, num_qo_heads, head_dim]`; allocated when None.
             lse: fp32 `[batch_size, num_qo_heads]`; allocated when None and return_lse.
             return_lse: also return the base-2 logarithm of the sum of exponentials.
-            enable_pdl: launch with programmatic dependent launch; by default where the hardware has it (sm_90 on).
+            enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
             window_left: overrides the planned one.
 
         Returns:

@@ -216,7 +216,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             out: `[num_tokens, num_qo_heads, head_dim_vo]`, dtype of q; allocated when None.
             lse: fp32 `[num_tokens, num_qo_heads]`; allocated when None and return_lse.
             return_lse: also return the base-2 logarithm of the sum of exponentials.
-            enable_pdl: launch with programmatic dependent launch (sm_90 and later).
+            enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
             window_left: overrides the planned one.
 
         Returns:

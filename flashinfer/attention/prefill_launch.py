@@ -71,7 +71,7 @@ def load_kernel(
     mask: str,
     variant_args: tuple[tuple[str, str | bool], ...],
     short_queries: bool = False,
-    pdl: bool = False,
+    pdl: Optional[bool] = None,
 ) -> PrefillKernel:
     kernel = resolver().load(
         kernel_spec(device, q_dtype, kv_dtype, head_dim_qk, head_dim_vo, kv_storage, mask, variant_args, short_queries)

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, Union
 
+from flashinfer import target as targets
 from flashinfer.errors import DriverError, FlashInferError
 from flashinfer.jit import driver
 from flashinfer.jit import spec as specs
@@ -66,8 +67,9 @@ class Launcher(Protocol):
 
 
 class Kernel(Protocol):
-    def on(self, device_index: int | None, *, pdl: bool = False) -> Launcher:
-        """The launcher for a device. `pdl` asks for programmatic dependent launch (sm_90 and later)."""
+    def on(self, device_index: int | None, *, pdl: bool | None = None) -> Launcher:
+        """The launcher for a device. `pdl`: with programmatic dependent launch; None: where the hardware has it (sm_90
+        and later), which is also the only place where True changes anything."""
 
 
 _FORMATS: dict[Any, str] = {
@@ -107,10 +109,13 @@ class CudaKernel:
         self._instead = instead
         self._successor: Kernel | None = None  # once a device has refused this one
         self._launchers: dict[tuple[int, bool], CudaLauncher] = {}
+        self._may_depend = targets.capability(source.spec.target)[0] >= 9
         self._lock = threading.Lock()
 
-    def on(self, device_index: int | None, *, pdl: bool = False) -> Launcher:
+    def on(self, device_index: int | None, *, pdl: bool | None = None) -> Launcher:
         assert device_index is not None
+        # Drivers before 12.3 do not capture dependent launches into graphs.
+        pdl = pdl is not False and self._may_depend and driver.version() >= (12, 3)
         launcher = self._launchers.get((device_index, pdl))
         return launcher if launcher is not None else self._make_launcher(device_index, pdl)
 
@@ -249,7 +254,7 @@ class CpuKernel:
 
         self._launcher = CpuLauncher(source.config, function, pack)
 
-    def on(self, device_index: int | None, *, pdl: bool = False) -> CpuLauncher:
+    def on(self, device_index: int | None, *, pdl: bool | None = None) -> CpuLauncher:
         return self._launcher
 
 
