@@ -29,8 +29,8 @@ __device__ __forceinline__ void turn_and_store(
       second[j] *= scale;
     }
     OutT* row_gmem = token_gmem + head_idx * head_stride;
-    cast_vec<OutT>(first).store_past_l1(row_gmem + lane.first);
-    cast_vec<OutT>(second).store_past_l1(row_gmem + lane.second);
+    cast_vec<OutT>(first).store(row_gmem + lane.first);
+    cast_vec<OutT>(second).store(row_gmem + lane.second);
   }
 }
 
