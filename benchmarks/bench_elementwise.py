@@ -29,7 +29,7 @@ CASES: dict[str, list[Any]] = {
     "pack": [1 << 20, 1 << 28],
 }
 Call = Callable[[], Any]
-Row = tuple[str, str, int, list[Call], list[Call]]  # operator, shape, bytes, calls, calls of what it replaces
+Row = tuple[str, str, int, list[Call], list[Call]]  # operator, shape, bytes, calls, those it replaces
 NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
 
 
@@ -37,31 +37,18 @@ def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(shape, device=DEVICE, dtype=torch.float32).to(dtype)
 
 
-def with_and_without_pdl(num_tokens: int) -> list[tuple[str, bool | None]]:
-    """Where a kernel is short, its start counts, and so does programmatic dependent launch (upstream's default)."""
-    return [("", None), (", enable_pdl", True)] if num_tokens <= 128 else [("", None)]
-
-
 def norm_rows(shape: tuple[int, int]) -> Iterator[Row]:
+    text = f"{shape[0]} x {shape[1]}"
     num_bytes = 2 * shape[0] * shape[1] * 2
     sets = [(randn(*shape), randn(*shape)) for _ in range(copies_for(num_bytes))]
     weight = randn(shape[1])
     norm = torch.nn.functional.rms_norm
-    for label, pdl in with_and_without_pdl(shape[0]):
-        yield (
-            f"rmsnorm{label}",
-            f"{shape[0]} x {shape[1]}",
-            num_bytes,
-            [lambda x=x, out=out, pdl=pdl: flashinfer.rmsnorm(x, weight, out=out, enable_pdl=pdl) for x, out in sets],
-            [lambda x=x: norm(x, shape[1:], weight, 1e-6) for x, _ in sets],
-        )
-        yield (
-            f"fused_add_rmsnorm{label}",
-            f"{shape[0]} x {shape[1]}",
-            2 * num_bytes,
-            [lambda x=x, r=r, pdl=pdl: flashinfer.fused_add_rmsnorm(x, r, weight, enable_pdl=pdl) for x, r in sets],
-            [lambda x=x, r=r: norm(r.add_(x), shape[1:], weight, 1e-6) for x, r in sets],
-        )
+    ours = [lambda x=x, out=out: flashinfer.rmsnorm(x, weight, out=out) for x, out in sets]
+    replaced = [lambda x=x: norm(x, shape[1:], weight, 1e-6) for x, _ in sets]
+    yield "rmsnorm", text, num_bytes, ours, replaced
+    ours = [lambda x=x, r=r: flashinfer.fused_add_rmsnorm(x, r, weight) for x, r in sets]
+    replaced = [lambda x=x, r=r: norm(r.add_(x), shape[1:], weight, 1e-6) for x, r in sets]
+    yield "fused_add_rmsnorm", text, 2 * num_bytes, ours, replaced
 
 
 def activation_rows(shape: tuple[int, int]) -> Iterator[Row]:
@@ -69,14 +56,9 @@ def activation_rows(shape: tuple[int, int]) -> Iterator[Row]:
     num_bytes = 3 * num_tokens * size * 2
     sets = [(randn(num_tokens, 2 * size), randn(*shape)) for _ in range(copies_for(num_bytes))]
     silu = torch.nn.functional.silu
-    for label, pdl in with_and_without_pdl(num_tokens):
-        yield (
-            f"silu_and_mul{label}",
-            f"{num_tokens} x {size}",
-            num_bytes,
-            [lambda x=x, out=out, pdl=pdl: flashinfer.silu_and_mul(x, out=out, enable_pdl=pdl) for x, out in sets],
-            [lambda x=x, out=out: torch.mul(silu(x[:, :size]), x[:, size:], out=out) for x, out in sets],
-        )
+    ours = [lambda x=x, out=out: flashinfer.silu_and_mul(x, out=out) for x, out in sets]
+    replaced = [lambda x=x, out=out: torch.mul(silu(x[:, :size]), x[:, size:], out=out) for x, out in sets]
+    yield "silu_and_mul", f"{num_tokens} x {size}", num_bytes, ours, replaced
 
 
 def rope_rows(num_tokens: int) -> Iterator[Row]:
