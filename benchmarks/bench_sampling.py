@@ -10,6 +10,7 @@ there is noise.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -77,6 +78,12 @@ def case_name(op: str, shape: str, num_rows: int) -> str:
     return f"{op}, {shape}, {num_rows} rows"
 
 
+def slowest(times: Times, op: str, shapes: list[str], num_rows: int) -> float:
+    """Of the distributions; NaN where one could not be timed."""
+    us = [times.us(case_name(op, shape, num_rows)) for shape in shapes]
+    return math.nan if any(map(math.isnan, us)) else max(us)
+
+
 def measure(args: argparse.Namespace, times: Times) -> None:
     for shape in args.logits:
         for num_rows in args.rows:
@@ -99,16 +106,20 @@ def main() -> None:
     parser.add_argument("--no-host", action="store_true", help="leave out the host cost")
     args, ours, peers = run(parser, measure)
     print(environment())
-    header = [
-        "",
-        *(f"{shape}{label}" for shape in args.logits for label in ["", *(f", {peer.library}" for peer in peers)]),
-    ]
+    libraries = [("", ours), *((f", {peer.library}", peer) for peer in peers)]
     for num_rows in args.rows:
-        rows = []
-        for op in OPS:
-            names = [case_name(op, shape, num_rows) for shape in args.logits]
-            rows.append([op, *(times.us(name) for name in names for times in [ours, *peers])])
-        print_table(f"{num_rows} rows of {args.vocab}, {args.dtype}, us", header, rows)
+        header = [f"{shape}{label}" for shape in args.logits for label, _ in libraries]
+        rows: list[list[object]] = [
+            [op, *(times.us(case_name(op, shape, num_rows)) for shape in args.logits for _, times in libraries)]
+            for op in OPS
+        ]
+        print_table(f"{num_rows} rows of {args.vocab}, {args.dtype}, us", ["", *header], rows)
+    header = [f"{num_rows}{label}" for num_rows in args.rows for label, _ in libraries]
+    rows = [
+        [op, *(slowest(times, op, args.logits, num_rows) for num_rows in args.rows for _, times in libraries)]
+        for op in OPS
+    ]
+    print_table("The slowest of these distributions, by rows, us", ["", *header], rows)
     if not args.no_host:
         print_host(ours, peers)
     print_failures(peers)
