@@ -1,4 +1,4 @@
-"""Cascade attention and merging of attention states. The code is in flashinfer/attention/cascade.py."""
+"""Cascade attention and merging of attention states. The code is in flashinfer/attention/{cascade,merge}.py."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from flashinfer.attention.cascade import (
     BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
     BatchPrefillWithSharedPrefixPagedKVCacheWrapper,
     MultiLevelCascadeAttentionWrapper,
+)
+from flashinfer.attention.merge import (
     merge_state,
     merge_state_in_place,
     merge_states,
