@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -16,29 +14,9 @@ import flashinfer
 from flashinfer import target
 from flashinfer.errors import ToolchainMissing, UnsupportedConfig
 from flashinfer.kernels import attention as families
+from tests.decode_kit import BF16, E4M3, E5M2, FP16, FP32, Batch, Case, check, make_wrapper, random_rows
 from tests.oracles.attention import attention, paged_request
 from tests.tolerances import assert_close
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-
-
-@dataclass(frozen=True)
-class Case:
-    """A batch over a paged cache. Unused pages and entries hold NaN; page numbers are shuffled."""
-
-    name: str
-    kv_lens: tuple[int, ...] = (33, 1, 200, 64, 517)
-    heads: tuple[int, int] = (8, 2)
-    head_dim: int = 128
-    page_size: int = 16
-    q_dtype: torch.dtype = BF16
-    kv_dtype: torch.dtype | None = None
-    layout: str = "NHD"
-    cache: str = "one"  # "one" 5-D tensor, "tuple" (k, v), "strided": rows cut out of a wider tensor
-    options: dict[str, Any] = field(default_factory=dict)
-    cuda_only: bool = False
-
 
 CASES = [
     Case("ordinary"),
@@ -99,119 +77,6 @@ CPU_CASES = [
 ]
 
 
-def _rows(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator).to(dtype)
-
-
-def _cut_rows(x: Tensor, device: torch.device) -> Tensor:
-    """The same values as rows of a wider tensor: no stride but the last is the packed one."""
-    wide = torch.full((*x.shape[:-2], x.shape[-2] + 1, x.shape[-1] + 32), math.nan, dtype=x.dtype, device=device)
-    view = wide[..., : x.shape[-2], : x.shape[-1]]
-    view.copy_(x)
-    return view
-
-
-class Batch:
-    """The tensors of a case on a device, and what the oracle says."""
-
-    def __init__(self, case: Case, device: torch.device, seed: int = 0) -> None:
-        self.case, self.device = case, device
-        generator = torch.Generator().manual_seed(seed)
-        num_qo_heads, num_kv_heads = case.heads
-        kv_dtype = case.kv_dtype or case.q_dtype
-        num_pages = [-(-length // case.page_size) for length in case.kv_lens]
-        total = sum(num_pages)
-        order = torch.randperm(total + 3, generator=generator)  # three pages belong to nobody
-        self.indptr = torch.tensor(
-            [0, *torch.tensor(num_pages, dtype=torch.int32).cumsum(0).tolist()], dtype=torch.int32
-        )
-        self.indices = torch.cat([order[:total], torch.zeros(5, dtype=torch.int64)]).to(torch.int32)
-        self.last_page_len = torch.tensor(
-            [(length - 1) % case.page_size + 1 if length else 0 for length in case.kv_lens], dtype=torch.int32
-        )
-        shape = (total + 3, case.page_size, num_kv_heads, case.head_dim)
-        self.q = _rows((len(case.kv_lens), num_qo_heads, case.head_dim), case.q_dtype, generator)
-        k, v = _rows(shape, kv_dtype, generator), _rows(shape, kv_dtype, generator)
-        used = torch.zeros(shape[:2], dtype=torch.bool)
-        for i, pages in enumerate(self.pages):
-            for j, page in enumerate(pages):
-                used[page, : case.page_size if j + 1 < len(pages) else int(self.last_page_len[i])] = True
-        for half in (k, v):
-            values = half.float()
-            values[~used] = math.nan
-            half.copy_(values.to(kv_dtype))
-        if case.layout == "HND":
-            k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
-        self.cache: Tensor | tuple[Tensor, Tensor]
-        if case.cache == "one":
-            self.cache = torch.stack([k, v], dim=1).to(device)
-        elif case.cache == "tuple":
-            self.cache = (k.to(device), v.to(device))
-        else:
-            k, v = _cut_rows(k, device), _cut_rows(v, device)
-            self.cache = (k, v)
-
-    @property
-    def pages(self) -> list[list[int]]:
-        offsets = self.indptr.tolist()
-        return [self.indices[begin:end].tolist() for begin, end in itertools.pairwise(offsets)]
-
-    def expected(self, **options: Any) -> tuple[Tensor, Tensor]:
-        outs, lses = [], []
-        for i, pages in enumerate(self.pages):
-            k, v = paged_request(self.cache, self.case.layout, pages, int(self.last_page_len[i]))
-            out, lse = attention(self.q[i : i + 1], k, v, **{**self.case.options, **options})
-            outs.append(out)
-            lses.append(lse)
-        if not outs:
-            return torch.zeros(self.q.shape, dtype=torch.float64), torch.zeros(self.q.shape[:2], dtype=torch.float64)
-        return torch.cat(outs), torch.cat(lses)
-
-    def plan(
-        self, wrapper: flashinfer.BatchDecodeWithPagedKVCacheWrapper, index_device: str = "same", **extra: Any
-    ) -> None:
-        case = self.case
-        options = {
-            name: value for name, value in case.options.items() if not name.endswith(("q_scale", "k_scale", "v_scale"))
-        }
-        where = self.device if index_device == "same" else torch.device(index_device)
-        wrapper.plan(
-            *(x.to(where) for x in (self.indptr, self.indices, self.last_page_len)),
-            *case.heads,
-            case.head_dim,
-            case.page_size,
-            q_data_type=case.q_dtype,
-            kv_data_type=case.kv_dtype,
-            **{**options, **extra},
-        )
-
-    def run(self, wrapper: flashinfer.BatchDecodeWithPagedKVCacheWrapper, **extra: Any) -> tuple[Tensor, Tensor]:
-        scales = {
-            name: value for name, value in self.case.options.items() if name.endswith(("q_scale", "k_scale", "v_scale"))
-        }
-        out = torch.full(self.q.shape, math.nan, dtype=self.case.q_dtype, device=self.device)
-        lse = torch.full(self.q.shape[:2], math.nan, device=self.device)
-        wrapper.run(self.q.to(self.device), self.cache, out=out, lse=lse, return_lse=True, **{**scales, **extra})
-        return out, lse
-
-
-def make_wrapper(device: torch.device, layout: str = "NHD") -> flashinfer.BatchDecodeWithPagedKVCacheWrapper:
-    workspace = torch.empty(64 << 20 if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
-    return flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, layout)
-
-
-def check(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], case: Case) -> None:
-    out, lse = actual
-    # CUDA rounds a rotated key, or one of another 16-bit type than q, to the type of q before the tensor cores take it.
-    rotated = case.options.get("pos_encoding_mode") == "ROPE_LLAMA"
-    rounded = out.is_cuda and (rotated or (case.q_dtype == BF16 and case.kv_dtype == FP16))
-    assert_close(out, expected[0], scale=2.0 if rounded else 1.0)
-    finite = torch.isfinite(expected[1])
-    assert torch.equal(lse.cpu()[~finite].double(), expected[1][~finite])
-    tolerance = 2e-2 if rounded else 1e-4
-    torch.testing.assert_close(lse.cpu().double()[finite], expected[1][finite], rtol=1e-5, atol=tolerance)
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_batch(case: Case, device: torch.device) -> None:
     batch = Batch(case, device)
@@ -235,8 +100,10 @@ SINGLE_CASES = [case for case in CASES if case.name in SINGLE_NAMES]
 def test_single(case: Case, layout: str, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(1)
     for kv_len in (0, 1, 77, 3000):
-        q = _rows((case.heads[0], case.head_dim), case.q_dtype, generator)
-        k, v = (_rows((kv_len, case.heads[1], case.head_dim), case.kv_dtype or case.q_dtype, generator) for _ in "kv")
+        q = random_rows((case.heads[0], case.head_dim), case.q_dtype, generator)
+        k, v = (
+            random_rows((kv_len, case.heads[1], case.head_dim), case.kv_dtype or case.q_dtype, generator) for _ in "kv"
+        )
         expected = attention(q[None], k, v, **case.options)
         if layout == "HND":
             k, v = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()
@@ -249,7 +116,7 @@ def test_single(case: Case, layout: str, device: torch.device) -> None:
 
 def test_value_head_dim_of_its_own(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(2)
-    q, k, v = (_rows(shape, BF16, generator) for shape in ((8, 192), (500, 2, 192), (500, 2, 128)))
+    q, k, v = (random_rows(shape, BF16, generator) for shape in ((8, 192), (500, 2, 192), (500, 2, 128)))
     out = flashinfer.single_decode_with_kv_cache(q.to(device), k.to(device), v.to(device))
     assert_close(out[None], attention(q[None], k, v)[0])
 
@@ -264,21 +131,32 @@ def test_replanning_and_rerunning(device: torch.device) -> None:
             check(batch.run(wrapper), batch.expected(), batch.case)
 
 
-@pytest.mark.parametrize("given", ["plan", "forward"])
-def test_options_at_forward(given: str, device: torch.device) -> None:
-    """Serving engines pass scale, window and cap to forward."""
+FORWARD_OPTIONS = [
+    {"sm_scale": 0.3, "window_left": 40, "logits_soft_cap": 4.0},
+    {"pos_encoding_mode": "ROPE_LLAMA", "rope_scale": 2.0, "rope_theta": 5e5, "window_left": 100},
+    {},
+]
+
+
+@pytest.mark.parametrize("options", FORWARD_OPTIONS, ids=["scale_window_cap", "rope", "defaults"])
+@pytest.mark.parametrize("planned", FORWARD_OPTIONS, ids=["plan_scale_window_cap", "plan_rope", "plan_defaults"])
+def test_forward_overrides_what_was_planned(
+    planned: dict[str, Any], options: dict[str, Any], device: torch.device
+) -> None:
+    """Defaults included, as the serving engines' older calls expect it; `run` goes by the plan before and after."""
     batch = Batch(Case("forward"), device)
     wrapper = make_wrapper(device)
-    options: dict[str, Any] = {"sm_scale": 0.3, "window_left": 40, "logits_soft_cap": 4.0}
     wrapper.begin_forward(
-        batch.indptr.to(device), batch.indices.to(device), batch.last_page_len.to(device), 8, 2, 128, 16, "NONE",
-        data_type="bfloat16", **(options if given == "plan" else {}),
+        *(x.to(device) for x in (batch.indptr, batch.indices, batch.last_page_len)), 8, 2, 128, 16,
+        data_type="bfloat16", **planned,
     )  # fmt: skip
-    at_forward = options if given == "forward" else {}
-    out, lse = wrapper.forward_return_lse(batch.q.to(device), batch.cache, **at_forward)
-    check((out, lse), batch.expected(**options), batch.case)
-    assert torch.equal(wrapper.forward(batch.q.to(device), batch.cache, **at_forward), out)
+    as_planned, as_given = Case("planned", options=planned), Case("given", options=options)
+    check(batch.run(wrapper), batch.expected(**planned), as_planned)
+    out, lse = wrapper.forward_return_lse(batch.q.to(device), batch.cache, **options)
+    check((out, lse), batch.expected(**options), as_given)
+    assert torch.equal(wrapper.forward(batch.q.to(device), batch.cache, **options), out)
     wrapper.end_forward()
+    check(batch.run(wrapper), batch.expected(**planned), as_planned)
 
 
 def test_window_given_to_run_may_widen_the_planned_one(device: torch.device) -> None:
@@ -477,7 +355,27 @@ def test_bad_run_arguments(device: torch.device) -> None:
         wrapper.run(q, cache, out=torch.empty(q.shape, device=device))
     with pytest.raises(ValueError, match=r"lse is torch\.bfloat16"):
         wrapper.run(q, cache, lse=q[..., 0].contiguous(), return_lse=True)
+    with pytest.raises(TypeError, match="by keyword"):
+        wrapper.run(q, cache, 0.5)
     wrapper.run(q, cache)  # and still works
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, math.nan, math.inf])
+def test_a_scale_that_is_not_positive_is_refused(device: torch.device, scale: float) -> None:
+    """The kernels keep the largest q·k, which a negative scale would make the smallest logit."""
+    batch, wrapper = _planned(device)
+    q = batch.q.to(device)
+    with pytest.raises(ValueError, match=r"sm_scale is .*; expected a positive number"):
+        batch.plan(wrapper, sm_scale=scale)
+    with pytest.raises(ValueError, match=r"sm_scale is .*; expected a positive number"):
+        wrapper.forward(q, batch.cache, sm_scale=scale)
+    with pytest.raises(ValueError, match=r"q_scale \* k_scale is .*; expected a positive number"):
+        wrapper.run(q, batch.cache, k_scale=scale)
+    k = torch.zeros(10, 2, 128, dtype=BF16, device=device)
+    with pytest.raises(ValueError, match=r"sm_scale is .*; expected a positive number"):
+        flashinfer.single_decode_with_kv_cache(q[0], k, k, sm_scale=scale)
+    with pytest.raises(ValueError, match=r"q_scale \* k_scale is .*; expected a positive number"):
+        flashinfer.single_decode_with_kv_cache(q[0], k, k, q_scale=scale)
 
 
 def test_bad_plan_arguments(device: torch.device) -> None:
@@ -485,6 +383,8 @@ def test_bad_plan_arguments(device: torch.device) -> None:
     wrapper = make_wrapper(device)
     with pytest.raises(ValueError, match=r"run\(\) before plan\(\)"):
         wrapper.run(batch.q.to(device), batch.cache)
+    with pytest.raises(ValueError, match=r"run\(\) before plan\(\)"):
+        wrapper.run(batch.q.to(device), batch.cache, window_left=3)
     indices = (batch.indptr, batch.indices, batch.last_page_len)
     with pytest.raises(UnsupportedConfig, match="head_dim_qk=80 is not supported; allowed: 32, 64"):
         wrapper.plan(*indices, 8, 2, 80, 16)
@@ -506,6 +406,8 @@ def test_bad_plan_arguments(device: torch.device) -> None:
         wrapper.plan(batch.indptr, batch.indices.float(), batch.last_page_len, 8, 2, 128, 16)
     with pytest.raises(ValueError, match="kv_layout is 'NDH'"):
         make_wrapper(device, "NDH")
+    with pytest.raises(UnsupportedConfig, match="jit_args brings C\\+\\+"):
+        flashinfer.BatchDecodeWithPagedKVCacheWrapper(torch.empty(0, device=device), jit_args=["name"])
     with pytest.raises(ValueError, match="needs paged_kv_indptr_buffer"):
         flashinfer.BatchDecodeWithPagedKVCacheWrapper(torch.empty(0, device=device), use_cuda_graph=True)
 

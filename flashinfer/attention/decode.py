@@ -17,9 +17,10 @@ from flashinfer import _op, dtypes
 from flashinfer.attention import decode_launch as launching
 from flashinfer.attention import kv_cache
 from flashinfer.attention import plan as planning
-from flashinfer.attention.decode_plan import BoundDecode, DecodePlan
+from flashinfer.attention.decode_plan import BoundDecode, DecodePlan, Options, Scales
 from flashinfer.attention.kv_cache import PagedCache, PagedKv
 from flashinfer.attention.variant import Variant
+from flashinfer.errors import UnsupportedConfig
 
 DataType = Union[str, torch.dtype]
 _handles = itertools.count()
@@ -37,7 +38,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
             that run on one stream may share it. A CPU tensor of any size makes this a wrapper for the CPU.
         kv_layout: "NHD" (pages of `[page_size, num_kv_heads, head_dim]`) or "HND" (the two middle axes swapped).
         use_cuda_graph: keep index tensors in the three buffers below, whose addresses a graph may hold.
-        use_tensor_cores, backend, jit_args: accepted for compatibility; one kernel serves every group size.
+        use_tensor_cores, backend: accepted for compatibility; one kernel serves every group size.
+        jit_args: None; upstream's C++ of an attention variant does not compile against these kernels.
         paged_kv_indptr_buffer: int32 `[batch_size + 1]`. Fixes the batch size.
         paged_kv_indices_buffer: int32, as long as the longest list of pages.
         paged_kv_last_page_len_buffer: int32 `[batch_size]`.
@@ -58,6 +60,11 @@ class BatchDecodeWithPagedKVCacheWrapper:
         backend: str = "auto",
     ) -> None:
         kv_cache.require_layout(self._op_name, kv_layout)
+        if jit_args is not None:
+            raise UnsupportedConfig(
+                f"{self._op_name}: jit_args brings C++ written for upstream's kernels; expected None. Windows, soft "
+                "caps and position encodings are arguments of plan()"
+            )
         planning.require_workspace(self._op_name, float_workspace_buffer)
         self._kv_layout = kv_layout
         self._float_workspace_buffer = float_workspace_buffer
@@ -162,21 +169,11 @@ class BatchDecodeWithPagedKVCacheWrapper:
             logits_soft_cap, q_data_type, kv_data_type, data_type, o_data_type, sm_scale, rope_scale, rope_theta,
             self._int_workspace_buffer.data_ptr(),  # clients replace it
         )  # fmt: skip
-        shape = self._plans.get(key)
-        if shape is None:
+        plan = self._plans.get(key)
+        if plan is None:
             q_dtype = dtypes.torch_dtype(q_data_type or data_type or "float16")
             kv_dtype = dtypes.torch_dtype(kv_data_type or data_type or q_dtype)
-            variant = Variant.of(
-                self._op_name,
-                head_dim,
-                pos_encoding_mode,
-                window_left,
-                logits_soft_cap,
-                sm_scale,
-                rope_scale,
-                rope_theta,
-            )
-            shape = self._plans.remember(
+            plan = self._plans.remember(
                 key,
                 DecodePlan(
                     self._op_name,
@@ -186,14 +183,14 @@ class BatchDecodeWithPagedKVCacheWrapper:
                     PagedKv(self._kv_layout, page_size, num_kv_heads, head_dim, head_dim, kv_dtype),
                     q_dtype,
                     q_dtype if o_data_type is None else dtypes.torch_dtype(o_data_type),
-                    variant,
+                    (pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta),
                     self._int_workspace_buffer,
                     self._float_workspace_buffer,
                 ),
             )
         self._take_indices(indptr, indices, last_page_len, batch_size)
-        self._plan = shape
-        self._plan_window(shape.variant.window_left)
+        self._plan = plan
+        self._plan_window(plan.variant.window_left)
 
     begin_forward = plan
 
@@ -271,8 +268,10 @@ class BatchDecodeWithPagedKVCacheWrapper:
         """
         if args:
             raise TypeError(f"{self._op_name}: run() takes q and paged_kv_cache; give the rest by keyword")
-        overrides = None if window_left is None else (None, window_left, None, None, None, None)
-        return self._run(q, paged_kv_cache, q_scale, k_scale, v_scale, out, lse, return_lse, enable_pdl, overrides)
+        options = None
+        if window_left is not None and self._plan is not None:
+            options = (self._plan.options[0], window_left, *self._plan.options[2:])
+        return self._run(q, paged_kv_cache, out, lse, return_lse, (q_scale, k_scale, v_scale), enable_pdl, options)
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
 
@@ -290,9 +289,11 @@ class BatchDecodeWithPagedKVCacheWrapper:
         rope_scale: Optional[float] = None,
         rope_theta: Optional[float] = None,
     ) -> torch.Tensor:
-        """The older spelling of `run`. What is given here overrides the plan; a default leaves the planned value."""
-        overrides = _overrides(pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
-        result = self._run(q, paged_kv_cache, q_scale, k_scale, v_scale, None, None, False, None, overrides)
+        """The older spelling of `run`, which takes every option from its own arguments: a default here overrides what
+        was planned.
+        """
+        options = (pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+        result = self._run(q, paged_kv_cache, None, None, False, (q_scale, k_scale, v_scale), None, options)
         assert isinstance(result, torch.Tensor)
         return result
 
@@ -311,8 +312,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         rope_theta: Optional[float] = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward` that also returns the LSE."""
-        overrides = _overrides(pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
-        result = self._run(q, paged_kv_cache, q_scale, k_scale, v_scale, None, None, True, None, overrides)
+        options = (pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+        result = self._run(q, paged_kv_cache, None, None, True, (q_scale, k_scale, v_scale), None, options)
         assert isinstance(result, tuple)
         return result
 
@@ -323,24 +324,39 @@ class BatchDecodeWithPagedKVCacheWrapper:
         self,
         q: torch.Tensor,
         cache: PagedCache,
-        q_scale: Optional[float],
-        k_scale: Optional[float],
-        v_scale: Optional[float],
         out: Optional[torch.Tensor],
         lse: Optional[torch.Tensor],
         return_lse: bool,
+        scales: Scales,
         pdl: Optional[bool],
-        overrides: Optional[_Overrides],
+        options: Optional[Options],
     ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        if torch.compiler.is_dynamo_compiling():
-            return self._run_traced(q, cache, q_scale, k_scale, v_scale, out, lse, return_lse, pdl, overrides)
-        shape = self._plan
-        if shape is None:
+        plan = self._plan
+        if plan is None:
             raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's page table first")
         if out is None:
-            out = torch.empty(shape.out_shape, dtype=shape.o_dtype, device=self.device)
+            out = torch.empty(plan.out_shape, dtype=plan.o_dtype, device=self.device)
         if return_lse and lse is None:
-            lse = torch.empty(shape.lse_shape, dtype=torch.float32, device=self.device)
+            lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=self.device)
+        if torch.compiler.is_dynamo_compiling():
+            k, v = (cache, None) if isinstance(cache, torch.Tensor) else cache
+            given = (None,) * 6 if options is None else options
+            _compiled_run(self._handle, q, k, v, out, lse, *scales, pdl, *given)
+        else:
+            self._launch(plan, q, cache, out, lse, scales, pdl, options)
+        return (out, lse) if return_lse and lse is not None else out
+
+    def _launch(
+        self,
+        plan: DecodePlan,
+        q: torch.Tensor,
+        cache: PagedCache,
+        out: torch.Tensor,
+        lse: Optional[torch.Tensor],
+        scales: Scales,
+        pdl: Optional[bool],
+        options: Optional[Options],
+    ) -> None:
         q_ptr, out_ptr, lse_ptr, lse_key = q.data_ptr(), out.data_ptr(), 0, None
         if lse is not None:
             lse_ptr, lse_key = lse.data_ptr(), (lse.shape, lse.stride(), lse.dtype)
@@ -355,49 +371,23 @@ class BatchDecodeWithPagedKVCacheWrapper:
         key = (
             q.dtype, q.shape, q.stride(), q.get_device(), k.dtype, k.shape, k.stride(), k.get_device(), v_key,
             out.dtype, out.shape, out.stride(), out.get_device(), lse_key, (q_ptr | out_ptr | k_ptr | v_ptr) & 15,
-            q_scale, k_scale, v_scale, pdl, overrides, settled,
+            scales, pdl, options, settled,
         )  # fmt: skip
-        bound = shape.bound.get(key)
+        bound = plan.bound.get(key)
         if bound is None:
-            variant = shape.variant
-            if overrides is not None:
-                variant = variant.updated(self._op_name, shape.kv.head_dim_qk, *overrides)
-            scales = launching.qk_and_v_scale(q_scale, k_scale, v_scale)
+            variant = plan.variant if options is None else Variant.of(self._op_name, plan.kv.head_dim_qk, *options)
             dependent = launching.launches_dependent(self.device) if pdl is None else pdl
-            bound = BoundDecode(shape, q, cache, out, lse, variant, scales, dependent, settled and dependent)
-            shape.bound.remember(key, bound)
+            bound = plan.bound.remember(
+                key, BoundDecode(plan, q, cache, out, lse, variant, scales, dependent, settled and dependent)
+            )
         # A schedule serves every window that is no wider than its own.
         planned = self._planned_window
         if planned >= 0 and not 0 <= bound.window_left <= planned:
             self._plan_window(bound.window_left)
-            return self._run(q, cache, q_scale, k_scale, v_scale, out, lse, return_lse, pdl, overrides)
+            self._launch(plan, q, cache, out, lse, scales, pdl, options)
+            return
         bound.launch(q_ptr, out_ptr, lse_ptr, k_ptr, v_ptr + bound.v_offset, *self._index_addresses)
         self._is_settled = True
-        return (out, lse) if return_lse and lse is not None else out
-
-    def _run_traced(
-        self,
-        q: torch.Tensor,
-        cache: PagedCache,
-        q_scale: Optional[float],
-        k_scale: Optional[float],
-        v_scale: Optional[float],
-        out: Optional[torch.Tensor],
-        lse: Optional[torch.Tensor],
-        return_lse: bool,
-        pdl: Optional[bool],
-        overrides: Optional[_Overrides],
-    ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        shape = self._plan
-        assert shape is not None, "run() before plan()"
-        if out is None:
-            out = torch.empty(shape.out_shape, dtype=shape.o_dtype, device=self.device)
-        if return_lse and lse is None:
-            lse = torch.empty(shape.lse_shape, dtype=torch.float32, device=self.device)
-        k, v = (cache, None) if isinstance(cache, torch.Tensor) else cache
-        given = (None,) * 6 if overrides is None else overrides
-        _compiled_run(self._handle, q, k, v, out, lse, q_scale, k_scale, v_scale, pdl, *given)
-        return (out, lse) if return_lse and lse is not None else out
 
 
 _wrappers: weakref.WeakValueDictionary[int, BatchDecodeWithPagedKVCacheWrapper] = weakref.WeakValueDictionary()
@@ -416,9 +406,9 @@ def _run_by_handle(
     pdl: Optional[bool],
     *given: Any,
 ) -> None:
-    overrides = None if given == (None,) * 6 else given
+    options = None if given == (None,) * 6 else given
     cache = k if v is None else (k, v)
-    _wrappers[handle]._run(q, cache, q_scale, k_scale, v_scale, out, lse, False, pdl, overrides)
+    _wrappers[handle]._run(q, cache, out, lse, False, (q_scale, k_scale, v_scale), pdl, options)
 
 
 _compiled_run = _op.compiled_op(
@@ -427,29 +417,6 @@ _compiled_run = _op.compiled_op(
     "float? sm_scale, float? rope_scale, float? rope_theta) -> ()",
     _run_by_handle,
 )
-
-_Overrides = tuple[
-    Optional[str], Optional[int], Optional[float], Optional[float], Optional[float], Optional[float]
-]  # arguments of Variant.updated
-
-
-def _overrides(
-    pos_encoding_mode: str,
-    window_left: int,
-    logits_soft_cap: Optional[float],
-    sm_scale: Optional[float],
-    rope_scale: Optional[float],
-    rope_theta: Optional[float],
-) -> Optional[_Overrides]:
-    given = (
-        None if pos_encoding_mode == "NONE" else pos_encoding_mode,
-        None if window_left < 0 else window_left,
-        logits_soft_cap,
-        sm_scale,
-        rope_scale,
-        rope_theta,
-    )
-    return None if given == (None,) * 6 else given
 
 
 class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):

@@ -10,6 +10,7 @@ import torch
 
 from flashinfer import _op, dtypes, target
 from flashinfer.attention import kv_cache
+from flashinfer.attention.variant import require_positive
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit import resolver
 from flashinfer.jit.loader import Launcher
@@ -92,10 +93,12 @@ def require_heads(op: str, num_qo_heads: int, num_kv_heads: int) -> None:
         )
 
 
-def qk_and_v_scale(q_scale: Optional[float], k_scale: Optional[float], v_scale: Optional[float]) -> tuple[float, float]:
+def qk_and_v_scale(
+    op: str, q_scale: Optional[float], k_scale: Optional[float], v_scale: Optional[float]
+) -> tuple[float, float]:
     """Factors of q·k and of the output."""
     q, k, v = (1.0 if scale is None else float(scale) for scale in (q_scale, k_scale, v_scale))
-    return q * k, v
+    return require_positive(op, "q_scale * k_scale", q * k), v
 
 
 def require_rows(op: str, name: str, tensor: torch.Tensor) -> None:

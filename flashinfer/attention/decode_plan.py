@@ -15,6 +15,11 @@ from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit.loader import PreparedLaunch
 from flashinfer.kernels import attention as families
 
+# Arguments of Variant.of after head_dim: pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale,
+# rope_theta.
+Options = tuple[str, int, Optional[float], Optional[float], Optional[float], Optional[float]]
+Scales = tuple[Optional[float], Optional[float], Optional[float]]  # of q, k and v
+
 
 class DecodePlan:
     """What a plan means for kernels and workspaces: all that does not depend on where the index tensors are."""
@@ -28,14 +33,15 @@ class DecodePlan:
         kv: PagedKv,
         q_dtype: torch.dtype,
         o_dtype: torch.dtype,
-        variant: Variant,
+        options: Options,
         int_workspace: torch.Tensor,
         float_workspace: torch.Tensor,
     ) -> None:
         launching.require_heads(op, num_qo_heads, kv.num_kv_heads)
         _op.require(kv.page_size >= 1, op, f"page_size is {kv.page_size}; expected at least 1")
         self.op, self.device, self.batch_size, self.num_qo_heads = op, device, batch_size, num_qo_heads
-        self.kv, self.q_dtype, self.o_dtype, self.variant = kv, q_dtype, o_dtype, variant
+        self.kv, self.q_dtype, self.o_dtype, self.options = kv, q_dtype, o_dtype, options
+        self.variant = Variant.of(op, kv.head_dim_qk, *options)
         self.out_shape = (batch_size, num_qo_heads, kv.head_dim_vo)
         self.lse_shape = (batch_size, num_qo_heads)
         self.bound: _op.Memo[BoundDecode] = _op.Memo()
@@ -43,7 +49,7 @@ class DecodePlan:
         self.schedule = planning.DecodeSchedule()
         self.num_chunks = 0
         self._planners: dict[int, PreparedLaunch] = {}
-        kernel = self.kernel(variant, launching.launches_dependent(device))
+        kernel = self.kernel(self.variant, launching.launches_dependent(device))
         if device.type == "cuda" and batch_size > 0:
             self.num_chunks = kernel.num_chunks
             self.tile_len = kernel.tile_len
@@ -87,7 +93,7 @@ class BoundDecode:
         out: torch.Tensor,
         lse: Optional[torch.Tensor],
         variant: Variant,
-        scales: tuple[float, float],
+        scales: Scales,
         pdl: bool,
         plan_is_settled: bool,
     ) -> None:
@@ -118,7 +124,7 @@ class BoundDecode:
             0, 0, 0, alibi_slopes_ptr(variant, shape.num_qo_heads, device), *shape.schedule.values,
             q.stride(0), q.stride(1), out.stride(0), out.stride(1),
             shape.batch_size, shape.num_qo_heads, kv.num_kv_heads, 1, shape.num_chunks, variant.window_left,
-            *variant.scalars(*scales, plan_is_settled=plan_is_settled),
+            *variant.scalars(*launching.qk_and_v_scale(op, *scales), plan_is_settled=plan_is_settled),
         )  # fmt: skip
         # Addresses of q, out, lse, k, v, indptr, indices and last_page_len vary from call to call.
         grid = (kernel.num_head_blocks, shape.num_chunks, 1)

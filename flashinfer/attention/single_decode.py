@@ -105,7 +105,7 @@ def _run(
             rope_scale,
             rope_theta,
         )
-        scales = launching.qk_and_v_scale(q_scale, k_scale, v_scale)
+        scales = launching.qk_and_v_scale("single_decode", q_scale, k_scale, v_scale)
         single = _singles.remember(key, _Single(q, k, v, kv_layout, variant, scales))
     single.launch(q, k, v, out, lse, k.shape[rows_axis])
 

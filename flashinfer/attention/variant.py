@@ -16,6 +16,17 @@ from flashinfer.utils import get_alibi_slopes
 POS_ENCODING_MODES = {"NONE": "none", "ROPE_LLAMA": "rope", "ALIBI": "alibi"}
 
 
+def require_positive(op: str, name: str, scale: float) -> float:
+    """The online softmax keeps the largest product q·k of a row, which is the largest logit under a positive scale
+    alone.
+    """
+    if not 0.0 < scale < math.inf:
+        raise ValueError(
+            f"{op}: {name} is {scale}; expected a positive number (for a negative one, negate q and the scale)"
+        )
+    return scale
+
+
 @dataclass(frozen=True)
 class Variant:
     """What happens to a score besides the mask: kinds are compiled into the kernel, values are parameters."""
@@ -51,7 +62,7 @@ class Variant:
             POS_ENCODING_MODES[pos_encoding_mode],
             max(window_left, -1),
             soft_cap,
-            1.0 / math.sqrt(head_dim) if sm_scale is None else float(sm_scale),
+            1.0 / math.sqrt(head_dim) if sm_scale is None else require_positive(op, "sm_scale", float(sm_scale)),
             1.0 if rope_scale is None else float(rope_scale),
             1e4 if rope_theta is None else float(rope_theta),
         )
@@ -74,7 +85,7 @@ class Variant:
             pos_encoding=self.pos_encoding if pos_encoding_mode is None else given.pos_encoding,
             window_left=self.window_left if window_left is None else given.window_left,
             logits_soft_cap=self.logits_soft_cap if logits_soft_cap is None else float(logits_soft_cap),
-            sm_scale=self.sm_scale if sm_scale is None else float(sm_scale),
+            sm_scale=self.sm_scale if sm_scale is None else require_positive(op, "sm_scale", float(sm_scale)),
             rope_scale=self.rope_scale if rope_scale is None else float(rope_scale),
             rope_theta=self.rope_theta if rope_theta is None else float(rope_theta),
         )

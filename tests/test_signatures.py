@@ -1,0 +1,112 @@
+"""Names, order and defaults of decode and cascade are upstream FlashInfer's.
+
+The table is upstream 0.2.5, whose order matters because engines call these positionally, and behind it what later
+releases or we added: keyword arguments, or last in line.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+
+from flashinfer import cascade, decode
+
+_FORWARD = """
+    self, q, paged_kv_cache, pos_encoding_mode="NONE", q_scale=None, k_scale=None, v_scale=None, window_left=-1,
+    logits_soft_cap=None, sm_scale=None, rope_scale=None, rope_theta=None
+"""
+_PLAN = """
+    self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode="NONE",
+    window_left=-1, logits_soft_cap=None, q_data_type=None, kv_data_type=None, data_type=None, sm_scale=None,
+    rope_scale=None, rope_theta=None, non_blocking=True,
+    *, o_data_type=None, block_tables=None, seq_lens=None, fixed_split_size=None, disable_split_kv=False
+"""
+_RESET = "self, float_workspace_buffer, int_workspace_buffer"
+_UNIQUE = "unique_kv_indptr, unique_kv_indices, unique_kv_last_page_len"
+_SHAPES = "num_qo_heads, num_kv_heads, head_dim, page_size"
+
+# q_data_type: upstream's default is "float16", which None means here too unless data_type is given; a caller who gives
+# data_type alone then gets it for q as well.
+SIGNATURES: dict[Any, str] = {
+    decode.single_decode_with_kv_cache: """
+        q, k, v, kv_layout="NHD", pos_encoding_mode="NONE", use_tensor_cores=False, q_scale=None, k_scale=None,
+        v_scale=None, window_left=-1, logits_soft_cap=None, sm_scale=None, rope_scale=None, rope_theta=None,
+        return_lse=False
+    """,
+    decode.BatchDecodeWithPagedKVCacheWrapper.__init__: """
+        self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, use_tensor_cores=False,
+        paged_kv_indptr_buffer=None, paged_kv_indices_buffer=None, paged_kv_last_page_len_buffer=None, jit_args=None,
+        backend="auto"
+    """,
+    decode.BatchDecodeWithPagedKVCacheWrapper.reset_workspace_buffer: _RESET,
+    decode.BatchDecodeWithPagedKVCacheWrapper.plan: _PLAN,
+    decode.BatchDecodeWithPagedKVCacheWrapper.run: """
+        self, q, paged_kv_cache, *args, q_scale=None, k_scale=None, v_scale=None, out=None, lse=None, return_lse=False,
+        enable_pdl=None, window_left=None
+    """,
+    decode.BatchDecodeWithPagedKVCacheWrapper.forward: _FORWARD,
+    decode.BatchDecodeWithPagedKVCacheWrapper.forward_return_lse: _FORWARD,
+    decode.BatchDecodeWithPagedKVCacheWrapper.end_forward: "self",
+    decode.CUDAGraphBatchDecodeWithPagedKVCacheWrapper.__init__: """
+        self, workspace_buffer, indptr_buffer, indices_buffer, last_page_len_buffer, kv_layout="NHD",
+        use_tensor_cores=False
+    """,
+    cascade.merge_state: "v_a, s_a, v_b, s_b",
+    cascade.merge_state_in_place: "v, s, v_other, s_other, mask=None",
+    cascade.merge_states: "v, s",
+    cascade.variable_length_merge_states: "v, s, indptr",
+    cascade.MultiLevelCascadeAttentionWrapper.__init__: """
+        self, num_levels, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, qo_indptr_buf_arr=None,
+        paged_kv_indptr_buf_arr=None, paged_kv_indices_buf_arr=None, paged_kv_last_page_len_buf_arr=None
+    """,
+    cascade.MultiLevelCascadeAttentionWrapper.reset_workspace_buffer: """
+        self, float_workspace_buffer, int_workspace_buffers
+    """,
+    cascade.MultiLevelCascadeAttentionWrapper.plan: f"""
+        self, qo_indptr_arr, paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len, {_SHAPES}, causal=False,
+        pos_encoding_mode="NONE", use_fp16_qk_reduction=False, sm_scale=None, window_left=-1, logits_soft_cap=None,
+        rope_scale=None, rope_theta=None, q_data_type="float16", kv_data_type=None
+    """,
+    cascade.MultiLevelCascadeAttentionWrapper.run: "self, q, paged_kv_cache",
+    cascade.BatchDecodeWithSharedPrefixPagedKVCacheWrapper.__init__: 'self, float_workspace_buffer, kv_layout="NHD"',
+    cascade.BatchDecodeWithSharedPrefixPagedKVCacheWrapper.reset_workspace_buffer: _RESET,
+    cascade.BatchDecodeWithSharedPrefixPagedKVCacheWrapper.begin_forward: f"""
+        self, {_UNIQUE}, {_SHAPES}, data_type="float16"
+    """,
+    cascade.BatchDecodeWithSharedPrefixPagedKVCacheWrapper.forward: "self, q, k_shared, v_shared, unique_kv_cache",
+    cascade.BatchDecodeWithSharedPrefixPagedKVCacheWrapper.end_forward: "self",
+    cascade.BatchPrefillWithSharedPrefixPagedKVCacheWrapper.__init__: 'self, float_workspace_buffer, kv_layout="NHD"',
+    cascade.BatchPrefillWithSharedPrefixPagedKVCacheWrapper.reset_workspace_buffer: _RESET,
+    cascade.BatchPrefillWithSharedPrefixPagedKVCacheWrapper.begin_forward: f"""
+        self, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, {_SHAPES}, **options
+    """,
+    cascade.BatchPrefillWithSharedPrefixPagedKVCacheWrapper.forward: """
+        self, q, k_shared, v_shared, unique_kv_cache, causal=False, use_fp16_qk_reduction=False, sm_scale=None,
+        rope_scale=None, rope_theta=None
+    """,
+    cascade.BatchPrefillWithSharedPrefixPagedKVCacheWrapper.end_forward: "self",
+}
+
+
+def shape(function: Any) -> list[tuple[str, Any, Any]]:
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__qualname__)
+def test_signature(function: Any) -> None:
+    arguments = " ".join(SIGNATURES[function].split())
+    assert shape(function) == shape(eval(f"lambda {arguments}: None"))
+
+
+def test_other_names() -> None:
+    wrapper, cascaded = decode.BatchDecodeWithPagedKVCacheWrapper, cascade.MultiLevelCascadeAttentionWrapper
+    assert wrapper.__dict__["run_return_lse"].keywords == {"return_lse": True}
+    assert wrapper.begin_forward is wrapper.plan
+    assert cascaded.begin_forward is cascaded.plan and cascaded.forward is cascaded.run
+    for cls, names in (
+        (wrapper, ("is_cuda_graph_enabled", "use_tensor_cores")),
+        (cascaded, ("is_cuda_graph_enabled",)),
+    ):
+        assert all(isinstance(inspect.getattr_static(cls, name), property) for name in names)
