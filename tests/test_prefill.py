@@ -278,6 +278,21 @@ def test_options_at_forward_time(device: torch.device, storage: str) -> None:
     wrapper.end_forward()
 
 
+@pytest.mark.parametrize("storage", ["paged", "ragged"])
+def test_forward_overrides_what_was_planned(device: torch.device, storage: str) -> None:
+    """Defaults included, as the serving engines' older calls expect it; `run` goes by the plan before and after."""
+    planned = {"causal": True, "window_left": 20, "logits_soft_cap": 4.0, "pos_encoding_mode": "ALIBI", "sm_scale": 0.3}
+    case = Case("overridden", storage=storage, options=planned)
+    batch = make_batch(case, device)
+    wrapper = make_wrapper(case, device)
+    plan(wrapper, batch)
+    check(run(wrapper, batch), expect(batch))
+    plain = replace(batch, case=replace(case, options={}))
+    check(wrapper.forward_return_lse(*arguments(batch)), expect(plain))
+    check(wrapper.forward_return_lse(*arguments(batch), causal=True), expect(plain, causal=True))
+    check(run(wrapper, batch), expect(batch))
+
+
 def test_what_shares_the_batch_does_not_matter(device: torch.device) -> None:
     case = Case("alone", qo_lens=(20, 300, 5), kv_lens=(2000, 300, 4000))
     batch = make_batch(case, device)
@@ -480,6 +495,23 @@ def test_errors_name_the_argument(device: torch.device) -> None:
         plan(wrapper, batch, pos_encoding_mode="SPIRAL")
     with pytest.raises(TypeError, match="no_such_argument"):
         plan(wrapper, batch, no_such_argument=1)
+    with pytest.raises(TypeError, match="by keyword"):
+        wrapper.run(batch.q, batch.kv, 0.5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, math.nan, math.inf])
+def test_a_scale_that_is_not_positive_is_refused(device: torch.device, scale: float) -> None:
+    batch = make_batch(Case("scale"), device)
+    wrapper = make_wrapper(batch.case, device)
+    with pytest.raises(ValueError, match=r"sm_scale is .*; expected a positive number"):
+        plan(wrapper, batch, sm_scale=scale)
+    plan(wrapper, batch)
+    with pytest.raises(ValueError, match=r"sm_scale is .*; expected a positive number"):
+        wrapper.forward(*arguments(batch), sm_scale=scale)
+    with pytest.raises(ValueError, match=r"q_scale \* k_scale is .*; expected a positive number"):
+        wrapper.run(*arguments(batch), q_scale=scale)
+    with pytest.raises(ValueError, match=r"sm_scale is .*; expected a positive number"):
+        flashinfer.single_prefill_with_kv_cache(batch.q, batch.k[0].to(device), batch.v[0].to(device), sm_scale=scale)
 
 
 # -------------------------------------------------------------------------------------------------------------- compile

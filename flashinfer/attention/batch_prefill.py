@@ -6,6 +6,7 @@ A plan is one small kernel and never waits for the device.
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
@@ -388,6 +389,7 @@ def _extent(kernel: launches.PrefillKernel, mask: str, variant: Variant) -> Exte
 
 
 def forward_overrides(
+    q: torch.Tensor,
     causal: bool,
     pos_encoding_mode: str,
     window_left: int,
@@ -396,15 +398,15 @@ def forward_overrides(
     rope_scale: Optional[float],
     rope_theta: Optional[float],
 ) -> tuple[Any, ...]:
-    """The mask is what forward() says; of the rest a default leaves what was planned."""
+    """forward() takes every option from its own arguments, defaults included, whatever was planned."""
     return (
         causal,
-        None if pos_encoding_mode == "NONE" else pos_encoding_mode,
-        None if window_left < 0 else window_left,
-        logits_soft_cap,
-        sm_scale,
-        rope_scale,
-        rope_theta,
+        pos_encoding_mode,
+        window_left,
+        0.0 if logits_soft_cap is None else logits_soft_cap,
+        1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else sm_scale,
+        1.0 if rope_scale is None else rope_scale,
+        1e4 if rope_theta is None else rope_theta,
     )
 
 

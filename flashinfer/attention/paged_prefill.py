@@ -225,6 +225,8 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         Raises:
             ValueError: nothing is planned, or a shape, dtype, device or stride does not fit.
         """
+        if args:
+            raise TypeError(f"{self._op_name}: run() takes q and paged_kv_cache; give the rest by keyword")
         overrides = None if window_left is None else (None, None, window_left, None, None, None, None)
         scales = (q_scale, k_scale, v_scale)
         return self._run(q, paged_kv_cache, out, lse, return_lse, scales, enable_pdl, overrides)
@@ -252,9 +254,11 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         *,
         return_lse: bool = False,
     ) -> Result:
-        """The older spelling of `run`: causal is as given here; of the rest a default leaves the planned value."""
+        """The older spelling of `run`, which takes every option from its own arguments: a default here overrides what
+        was planned, but for a custom mask, which takes the place of causal.
+        """
         overrides = forward_overrides(
-            causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta
+            q, causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta
         )
         return self._run(q, paged_kv_cache, None, None, return_lse, (None, k_scale, v_scale), None, overrides)
 

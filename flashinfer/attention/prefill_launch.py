@@ -12,7 +12,7 @@ import torch
 from flashinfer import _op, dtypes, target
 from flashinfer.attention import kv_cache, plan
 from flashinfer.attention.kv_cache import KvStrides
-from flashinfer.attention.variant import Variant, alibi_slopes_ptr
+from flashinfer.attention.variant import Variant, alibi_slopes_ptr, require_positive
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit import resolver
 from flashinfer.jit.loader import Launcher
@@ -267,6 +267,7 @@ def bind_launch(
     scales: tuple[float, float],
 ) -> Launch:
     """A launch with everything but the addresses laid out. `lengths` are qo_len and kv_len of a single sequence."""
+    require_positive("prefill", "q_scale * k_scale", scales[0])
     kv_tail = (*strides.values, *page_size, lengths[1])
     num_qo_heads = q.shape[1]
     tail = (

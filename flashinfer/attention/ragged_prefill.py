@@ -165,6 +165,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
 
         Returns and raises: as there.
         """
+        if args:
+            raise TypeError(f"{self._op_name}: run() takes q, k and v; give the rest by keyword")
         if o_scale is not None:
             v_scale = (1.0 if v_scale is None else v_scale) / o_scale
         return self._run(q, (k, v), out, lse, return_lse, (q_scale, k_scale, v_scale), enable_pdl, None)
@@ -191,9 +193,11 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         *,
         return_lse: bool = False,
     ) -> Result:
-        """The older spelling of `run`: causal is as given here; of the rest a default leaves the planned value."""
+        """The older spelling of `run`, which takes every option from its own arguments: a default here overrides what
+        was planned, but for a custom mask, which takes the place of causal.
+        """
         overrides = forward_overrides(
-            causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta
+            q, causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta
         )
         return self._run(q, (k, v), None, None, return_lse, (None, None, None), None, overrides)
 
