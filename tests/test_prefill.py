@@ -56,6 +56,7 @@ CASES = [
     Case("page_3", page_size=3),
     Case("last_page_full", qo_lens=(16, 3), kv_lens=(64, 160)),
     Case("long_kv_few_queries", qo_lens=(1, 5, 16), kv_lens=(3000, 5000, 200)),
+    Case("many_chunks", qo_lens=(3,), kv_lens=(20000,), heads=(4, 1)),  # merged in two steps
     Case("one_long_request", qo_lens=(700,), kv_lens=(900,)),
     Case("many_short", qo_lens=tuple(i % 7 + 1 for i in range(70)), kv_lens=tuple(i % 40 + 7 for i in range(70))),
     Case("empty_requests", qo_lens=(0, 5, 0, 3, 0), kv_lens=(7, 9, 0, 300, 0)),

@@ -18,14 +18,16 @@ struct RunningState {
   float max = kMinusInfinity, sum = 0.f;
   float out[kVecSize] = {};
 
+  // Without a branch, so that the loads of several states can be in flight together.
   __device__ __forceinline__ void merge(const float (&other)[kVecSize], float lse) {
-    if (lse == kMinusInfinity) return;  // other may then be anything, NaN included
-    const float new_max = fmaxf(max, lse);
-    const float old_weight = fast_exp2(max - new_max), weight = fast_exp2(lse - new_max);
+    const float new_max = fmaxf(max, lse), shift = new_max == kMinusInfinity ? 0.f : new_max;
+    const float old_weight = fast_exp2(max - shift), weight = fast_exp2(lse - shift);
     max = new_max;
     sum = sum * old_weight + weight;
 #pragma unroll
-    for (int i = 0; i < kVecSize; ++i) out[i] = out[i] * old_weight + other[i] * weight;
+    for (int i = 0; i < kVecSize; ++i) {  // what weighs nothing may be anything, NaN included
+      out[i] = out[i] * old_weight + (weight == 0.f ? 0.f : other[i] * weight);
+    }
   }
   __device__ __forceinline__ void normalize() {
     const float rcp_sum = sum > 0.f ? 1.f / sum : 0.f;
@@ -67,8 +69,23 @@ __device__ void merge_states(const MergeParams& params) {
     const int64_t begin = params.indptr ? params.indptr[row] : row * params.num_states;
     const int64_t end = params.indptr ? params.indptr[row + 1] : begin + params.num_states;
     const int64_t head_idx = head_row - row * params.num_heads;
-#pragma unroll 4
-    for (int64_t i = begin; i < end; ++i) merge_state(params.v, params.s, i * params.num_heads + head_idx);
+    constexpr int kBatch = 8;  // states in flight at a time
+    for (int64_t first = begin; first < end; first += kBatch) {
+      Vector vecs[kBatch];
+      float lse[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int64_t index = (first + i < end ? first + i : first) * params.num_heads + head_idx;
+        vecs[i] = Vector::load(static_cast<const T*>(params.v) + index * Config::kHeadDim + column);
+        lse[i] = first + i < end ? params.s[index] : kMinusInfinity;
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        float other[Config::kVecSize];
+        to_floats(vecs[i], other);
+        state.merge(other, lse[i]);
+      }
+    }
   }
 
   if constexpr (Config::kPair) __syncthreads();  // in place: every thread of a row reads s before one overwrites it

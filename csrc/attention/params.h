@@ -17,6 +17,12 @@ namespace flashinfer {
 struct FastDivisor {
   uint32_t divisor, magic, shift;
 
+  // As the host computes it.
+  FLASHINFER_FN static FastDivisor of(uint32_t divisor) {
+    uint32_t shift = 0;
+    while ((1u << shift) < divisor) ++shift;
+    return {divisor, uint32_t((((uint64_t(1) << shift) - divisor) << 32) / divisor) + 1, shift};
+  }
   FLASHINFER_FN uint32_t divide(uint32_t n) const { return (uint32_t((uint64_t(n) * magic) >> 32) + n) >> shift; }
 };
 

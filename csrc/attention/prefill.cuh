@@ -134,7 +134,9 @@ __device__ __forceinline__ void softmax_times_v(const float (&scores)[Shape::kFr
                                                 SoftmaxState<Config>& state,
                                                 float (&out)[Shape::kFragsM][Shape::kFragsD][4], uint32_t v_smem,
                                                 float scale_log2) {
+  using VRows = typename Shape::VRows;
   const int lane_idx = int(fresh_thread_idx() % 32);
+  const uint32_t v_lane_smem = v_smem + VRows::offset(lane_idx % 16, lane_idx / 16);
   float scaled_max[Shape::kFragsM][2];
 #pragma unroll
   for (int m = 0; m < Shape::kFragsM; ++m) {
@@ -157,16 +159,18 @@ __device__ __forceinline__ void softmax_times_v(const float (&scores)[Shape::kFr
         p[m][i] = pack_16bit<typename Config::Q>(x, y);
       }
     }
-    accumulate_output<Config>(out, p, v_smem, step, lane_idx);
+    accumulate_output<Config>(out, p, v_lane_smem + step * 16 * VRows::kNumBytes);
   }
 }
 
 // Reduce the lanes' shares of the sums. They become the factors that normalize the output; the LSE go to shared memory,
 // from where one lane a row stores them.
 template <class Config, class Shape = PrefillShape<Config>>
-__device__ __forceinline__ void finish_softmax(SoftmaxState<Config>& state, float* warp_lse_smem, float v_scale,
+__device__ __forceinline__ void finish_softmax(SoftmaxState<Config>& state, PrefillSmem<Config>& smem, float v_scale,
                                                float scale_log2) {
-  const int lane_idx = int(fresh_thread_idx() % 32);
+  const uint32_t thread_idx = fresh_thread_idx();
+  const int lane_idx = int(thread_idx % 32);
+  float* warp_lse_smem = smem.lse + thread_idx / 32 * Shape::kRowsPerWarp;
 #pragma unroll
   for (int m = 0; m < Shape::kFragsM; ++m) {
 #pragma unroll
@@ -182,11 +186,11 @@ __device__ __forceinline__ void finish_softmax(SoftmaxState<Config>& state, floa
   __syncwarp();
 }
 
-// visit(row in warp, column, x, y) for every pair of neighbouring output columns of this lane, normalized.
+// visit(row, column, x, y) for every pair of neighbouring output columns of this lane, normalized. Row and column are
+// constants, to be added to the lane's own: lane_idx / 4 in the warp, and OutputPair::lane_column.
 template <class Config, class Visit, class Shape = PrefillShape<Config>>
 __device__ __forceinline__ void for_each_output_pair(const float (&out)[Shape::kFragsM][Shape::kFragsD][4],
                                                      const SoftmaxState<Config>& state, const Visit& visit) {
-  const int lane_idx = int(fresh_thread_idx() % 32);
 #pragma unroll
   for (int m = 0; m < Shape::kFragsM; ++m) {
 #pragma unroll
@@ -194,8 +198,8 @@ __device__ __forceinline__ void for_each_output_pair(const float (&out)[Shape::k
       const float factor = state.sum[m][half];
 #pragma unroll
       for (int pair = 0; pair < Shape::kFragsD; ++pair) {
-        const auto at = OutputPair<Shape>::of(pair / 2, pair % 2, lane_idx % 4);
-        visit(m * 16 + half * 8 + lane_idx / 4, at.column, out[m][at.frag_idx[0]][2 * half + at.element[0]] * factor,
+        const auto at = OutputPair<Shape>::of(pair / 2, pair % 2);
+        visit(m * 16 + half * 8, at.column, out[m][at.frag_idx[0]][2 * half + at.element[0]] * factor,
               out[m][at.frag_idx[1]][2 * half + at.element[1]] * factor);
       }
     }
@@ -214,28 +218,53 @@ __device__ __forceinline__ void store_output(const float (&out)[Shape::kFragsM][
   const int num_rows = min(work.num_rows(Shape::kBlockM) - warp_row, Shape::kRowsPerWarp);  // of the warp
   uint8_t* warp_rows_smem = smem.q + warp_row * Shape::kHeadDimQk * 2;
   const float* warp_lse_smem = smem.lse + warp_row;
+  const int lane_row = lane_idx / 4, lane_column = OutputPair<Shape>::lane_column(lane_idx % 4);
   if (work.item.num_chunks > 1) {
     const int64_t first_row = work.partial_row(work.item.chunk_idx, Shape::kBlockM, params.num_kv_heads) + warp_row;
+    float* lane_gmem = params.partial_out + (first_row + lane_row) * Shape::kHeadDimVo + lane_column;
     for_each_output_pair<Config>(out, state, [&](int row, int column, float x, float y) {
-      if (row >= num_rows) return;
-      *reinterpret_cast<float2*>(params.partial_out + (first_row + row) * Shape::kHeadDimVo + column) = float2{x, y};
+      if (lane_row + row >= num_rows) return;
+      *reinterpret_cast<float2*>(lane_gmem + row * Shape::kHeadDimVo + column) = float2{x, y};
     });
     if (lane_idx < num_rows) params.partial_lse[first_row + lane_idx] = warp_lse_smem[lane_idx];
     return;
   }
+  const uint32_t lane_offset = OutRows::offset(lane_row, lane_column / 8) + lane_column % 8 * 2;
   for_each_output_pair<Config>(out, state, [&](int row, int column, float x, float y) {
-    *reinterpret_cast<uint32_t*>(warp_rows_smem + OutRows::offset(row, column / 8) + column % 8 * 2) =
-        pack_16bit<T>(x, y);
+    const uint32_t offset = OutRows::advance(lane_offset, column / 8) + row * OutRows::kNumBytes + column % 8 * 2;
+    *reinterpret_cast<uint32_t*>(warp_rows_smem + offset) = pack_16bit<T>(x, y);
   });
   __syncwarp();
-  T* out_gmem = static_cast<T*>(params.out);
-#pragma unroll 4
-  for (int i = lane_idx; i < num_rows * OutRows::kNumChunks; i += 32) {
-    const int row = i / OutRows::kNumChunks, chunk = i % OutRows::kNumChunks;
-    const QueryRow query = QueryRow::of<Shape>(work, warp_row + row);
-    T* dst_gmem = out_gmem + (work.item.q_begin + query.token_idx) * params.out_token_stride +
-                  query.qo_head_idx * params.out_head_stride + chunk * 8;
-    *reinterpret_cast<uint4*>(dst_gmem) = *reinterpret_cast<const uint4*>(warp_rows_smem + OutRows::offset(row, chunk));
+  using Copy = RowCopy<OutRows, Shape::kRowsPerWarp, 32>;
+  const Copy copy = Copy::of_thread();
+  const auto rows = WarpRows<Shape>::of(work, warp_row, params.out_token_stride, params.out_head_stride);
+  constexpr int kChunksPerPass = OutRows::kNumChunks / Copy::kLanesPerRow;
+  constexpr int kMaxBatch = 8 / kChunksPerPass;
+  constexpr int kBatch = Copy::kNumPasses < kMaxBatch ? Copy::kNumPasses : kMaxBatch;  // passes
+  static_assert(Copy::kNumPasses % kBatch == 0);
+#pragma unroll
+  for (int first = 0; first < Copy::kNumPasses; first += kBatch) {
+    uint4 vecs[kBatch][kChunksPerPass];
+    int64_t offsets[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int row = copy.row + (first + i) * Copy::kRowsPerPass;
+      offsets[i] = rows.offset(row);
+#pragma unroll
+      for (int c = 0; c < kChunksPerPass; ++c) {
+        const int chunk = copy.lane + c * Copy::kLanesPerRow;
+        vecs[i][c] = load_shared_16(smem_address(warp_rows_smem) + OutRows::offset(row, chunk));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (copy.row + (first + i) * Copy::kRowsPerPass >= num_rows) continue;
+      T* row_gmem = static_cast<T*>(params.out) + offsets[i] + copy.lane * 8;
+#pragma unroll
+      for (int c = 0; c < kChunksPerPass; ++c) {
+        *reinterpret_cast<uint4*>(row_gmem + c * Copy::kLanesPerRow * 8) = vecs[i][c];
+      }
+    }
   }
   if (params.lse != nullptr && lane_idx < num_rows) {
     const QueryRow query = QueryRow::of<Shape>(work, warp_row + lane_idx);
@@ -244,58 +273,217 @@ __device__ __forceinline__ void store_output(const float (&out)[Shape::kFragsM][
   }
 }
 
-// The chunk that arrives last merges all of the query tile, in the order of the chunks whoever that is.
+// Whether this CTA is the last of `count` to come to the counter. It then sees what all of them wrote before.
 template <class Config>
-__device__ __forceinline__ void merge_chunks_if_last(const AttentionParams& params, const PrefillWork& work,
-                                                     PrefillSmem<Config>& smem) {
-  using Shape = PrefillShape<Config>;
-  using T = typename Config::Q;
-  const PrefillItem& item = work.item;
-  if (item.num_chunks <= 1) return;
+__device__ __forceinline__ bool is_last_of(int32_t count, uint32_t* counter, PrefillSmem<Config>& smem) {
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    uint32_t* counter = params.counters + int64_t(item.counter) * params.num_kv_heads + work.kv_head_idx;
-    const bool is_last = atomicAdd(counter, 1u) == uint32_t(item.num_chunks - 1);
-    if (is_last) *counter = 0;
-    smem.is_last_chunk = is_last;
+    smem.is_last = atomicAdd(counter, 1u) == uint32_t(count - 1);
+    if (smem.is_last) *counter = 0;
   }
   __syncthreads();
-  if (!smem.is_last_chunk) return;
   __threadfence();
+  return smem.is_last;
+}
 
+// Merges slots [first_slot, first_slot + num_slots) of the query tile, in this order whoever does it, and calls
+// store(row, column, state) for every four columns of a row.
+template <class Config, class Store>
+__device__ __forceinline__ void merge_slots(const AttentionParams& params, const PrefillWork& work, int32_t first_slot,
+                                            int32_t num_slots, const Store& store) {
+  using Shape = PrefillShape<Config>;
   constexpr int kVecsPerRow = Shape::kHeadDimVo / 4;
-  const int num_rows = work.num_rows(Shape::kBlockM);
-  const int64_t first_row = work.partial_row(0, Shape::kBlockM, params.num_kv_heads);
-  const int64_t chunk_stride = int64_t(num_rows) * params.num_kv_heads;
-  T* out_gmem = static_cast<T*>(params.out);
+  constexpr int kNumVecs = 4, kBatch = 4;  // a thread has this many vectors of this many slots in flight
+  const int num_vecs = work.num_rows(Shape::kBlockM) * kVecsPerRow;
+  const int64_t first_row = work.partial_row(first_slot, Shape::kBlockM, params.num_kv_heads);
+  const int64_t slot_stride = int64_t(work.num_rows(Shape::kBlockM)) * params.num_kv_heads;
 #pragma unroll 1
-  for (int i = int(fresh_thread_idx()); i < num_rows * kVecsPerRow; i += Shape::kNumThreads) {
-    const int row = i / kVecsPerRow, column = i % kVecsPerRow * 4;
-    RunningState<4> state;
-#pragma unroll 4
-    for (int chunk = 0; chunk < item.num_chunks; ++chunk) {
-      const int64_t partial_row = first_row + chunk * chunk_stride + row;
-      const float4 x =
-          __ldcg(reinterpret_cast<const float4*>(params.partial_out + partial_row * Shape::kHeadDimVo + column));
-      const float partial[4] = {x.x, x.y, x.z, x.w};
-      state.merge(partial, __ldcg(params.partial_lse + partial_row));
+  for (int i = int(fresh_thread_idx()); i < num_vecs; i += kNumVecs * Shape::kNumThreads) {
+    RunningState<4> states[kNumVecs];
+#pragma unroll 1
+    for (int first = 0; first < num_slots; first += kBatch) {
+      float4 x[kNumVecs][kBatch];
+      float lse[kNumVecs][kBatch];
+#pragma unroll
+      for (int v = 0; v < kNumVecs; ++v) {
+        const int vec_idx = min(i + v * Shape::kNumThreads, num_vecs - 1);
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const int64_t row = first_row + min(first + j, num_slots - 1) * slot_stride + vec_idx / kVecsPerRow;
+          x[v][j] =
+              __ldcg(reinterpret_cast<const float4*>(params.partial_out) + row * kVecsPerRow + vec_idx % kVecsPerRow);
+          lse[v][j] = __ldcg(params.partial_lse + row);
+        }
+      }
+#pragma unroll
+      for (int v = 0; v < kNumVecs; ++v) {
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const float partial[4] = {x[v][j].x, x[v][j].y, x[v][j].z, x[v][j].w};
+          states[v].merge(partial, first + j < num_slots ? lse[v][j] : kMinusInfinity);
+        }
+      }
     }
-    state.normalize();
-    const QueryRow query = QueryRow::of<Shape>(work, row);
-    const int64_t token_idx = item.q_begin + query.token_idx;
-    cast_vec<T>(state.out).store(out_gmem + token_idx * params.out_token_stride +
-                                 query.qo_head_idx * params.out_head_stride + column);
-    if (column == 0 && params.lse != nullptr) {
-      params.lse[token_idx * params.num_qo_heads + query.qo_head_idx] = state.lse();
+#pragma unroll
+    for (int v = 0; v < kNumVecs; ++v) {
+      const int vec_idx = i + v * Shape::kNumThreads;
+      if (vec_idx >= num_vecs) break;
+      states[v].normalize();
+      store(vec_idx / kVecsPerRow, vec_idx % kVecsPerRow * 4, states[v]);
     }
   }
 }
 
-// One query tile of one KV head against its run of KV tiles.
+// Merges the chunks of the query tile as far as this CTA is the one to do it (MergeTree).
 template <class Config>
-__device__ __forceinline__ void attend(const AttentionParams& params, PrefillSmem<Config>& smem) {
+__device__ __forceinline__ void merge_chunks(const AttentionParams& params, const PrefillWork& work,
+                                             PrefillSmem<Config>& smem) {
   using Shape = PrefillShape<Config>;
+  using T = typename Config::Q;
+  const PrefillItem& item = work.item;
+  if (item.num_chunks <= 1) return;
+  const MergeTree tree = MergeTree::of(item.num_chunks);
+  const auto counter = [&](int32_t idx) {
+    return params.counters + (item.counter + int64_t(idx)) * params.num_kv_heads + work.kv_head_idx;
+  };
+  int32_t first_slot = 0, num_slots = tree.num_chunks;
+  if (tree.num_groups > 0) {
+    const int32_t group_idx = item.chunk_idx / tree.group_len, group_len = tree.len_of_group(group_idx);
+    if (!is_last_of(group_len, counter(1 + group_idx), smem)) return;
+    const int64_t group_row = work.partial_row(tree.num_chunks + group_idx, Shape::kBlockM, params.num_kv_heads);
+    merge_slots<Config>(params, work, group_idx * tree.group_len, group_len,
+                        [&](int row, int column, const RunningState<4>& state) {
+                          const float4 x = {state.out[0], state.out[1], state.out[2], state.out[3]};
+                          float* out_row_gmem = params.partial_out + (group_row + row) * Shape::kHeadDimVo;
+                          *reinterpret_cast<float4*>(out_row_gmem + column) = x;
+                          if (column == 0) params.partial_lse[group_row + row] = state.lse();
+                        });
+    first_slot = tree.num_chunks;
+    num_slots = tree.num_groups;
+  }
+  if (!is_last_of(num_slots, counter(0), smem)) return;
+  merge_slots<Config>(params, work, first_slot, num_slots, [&](int row, int column, const RunningState<4>& state) {
+    const QueryRow query = QueryRow::of<Shape>(work, row);
+    const int64_t token_idx = item.q_begin + query.token_idx;
+    T* out_row_gmem =
+        static_cast<T*>(params.out) + token_idx * params.out_token_stride + query.qo_head_idx * params.out_head_stride;
+    cast_vec<T>(state.out).store(out_row_gmem + column);
+    if (column == 0 && params.lse != nullptr) {
+      params.lse[token_idx * params.num_qo_heads + query.qo_head_idx] = state.lse();
+    }
+  });
+}
+
+// The units of work, an item for a KV head each, that one CTA takes: the first by its place in the grid, then whatever
+// is next on the planner's list. The next one is fetched while the KV of this one are on their way. Without a plan, a
+// CTA has one (query tile, KV head) of a single sequence. One thread does all of it.
+template <class Config>
+struct WorkQueue {
+  using Shape = PrefillShape<Config>;
+  const AttentionParams& params;
+  PrefillSmem<Config>& smem;
+
+  __device__ __forceinline__ PrefillSchedule& schedule() const {
+    PrefillSchedule* schedule_gmem;  // found where it is used, like fresh_thread_idx()
+    asm volatile("mov.u64 %0, %1;" : "=l"(schedule_gmem) : "l"(params.requests));
+    return *schedule_gmem;
+  }
+  __device__ __forceinline__ bool is_planned() const { return params.chunks != nullptr; }
+
+  __device__ __forceinline__ void open() const {
+    smem.num_units = is_planned() ? schedule().num_items * params.num_kv_heads : gridDim.x;
+    smem.next_work.group_size = FastDivisor::of(params.num_qo_heads / params.num_kv_heads);
+    if (!is_planned()) smem.next_work.item = item_of_single(blockIdx.x / params.num_kv_heads);
+    fetch_async(blockIdx.x);
+  }
+
+  // Number of the next unit. It takes a trip to memory until it is known.
+  __device__ __forceinline__ uint32_t claim() const {
+    return is_planned() ? gridDim.x + atomicAdd(&schedule().next_unit, 1u) : smem.num_units;
+  }
+
+  __device__ __forceinline__ void fetch_async(uint32_t unit) const {
+    using Kv = typename Config::Kv;
+    smem.next_unit = unit;
+    if (unit >= smem.num_units) return;
+    const int32_t item_idx = unit / params.num_kv_heads, kv_head_idx = unit - item_idx * params.num_kv_heads;
+    smem.next_work.kv_head_idx = kv_head_idx;
+    smem.next_work.k_gmem = static_cast<const Kv*>(params.kv.k) + kv_head_idx * params.kv.k_head_stride;
+    smem.next_work.v_gmem = static_cast<const Kv*>(params.kv.v) + kv_head_idx * params.kv.v_head_stride;
+    if (!is_planned()) return;
+    const PrefillItem* item_gmem = static_cast<const PrefillItem*>(params.chunks) + item_idx;
+    static_assert(sizeof(PrefillItem) % 16 == 0);
+#pragma unroll
+    for (int i = 0; i < int(sizeof(PrefillItem)) / 16; ++i) {
+      cp_async_16(smem_address(&smem.next_work.item) + 16 * i, reinterpret_cast<const uint4*>(item_gmem) + i, true);
+    }
+    cp_async_commit();
+  }
+
+  // Makes the unit that was fetched the current one.
+  __device__ __forceinline__ void take_next() const {
+    cp_async_wait<0>();
+    smem.unit = smem.next_unit;
+    smem.work = smem.next_work;
+  }
+
+  // The query tiles of a single sequence: the last, under a causal mask the longest, first.
+  __device__ __forceinline__ PrefillItem item_of_single(int32_t item_idx) const {
+    const int32_t q_tile = gridDim.x / params.num_kv_heads - 1 - item_idx;
+    const TileRange tiles =
+        TileRange::of(q_tile, params.num_qo_heads / params.num_kv_heads, params.qo_len, params.kv.len, Shape::kBlockM,
+                      Shape::kBlockN, Config::kMask == kMaskCausal, Config::kHasWindow ? params.window_left : -1);
+    PrefillItem item = {};
+    item.q_tile = q_tile;
+    item.qo_len = params.qo_len;
+    item.kv_len = params.kv.len;
+    item.tile_begin = tiles.begin;
+    item.tile_end = tiles.end;
+    item.num_chunks = 1;
+    return item;
+  }
+
+  // The last CTA to leave resets the list for the next launch.
+  __device__ __forceinline__ void close() const {
+    if (is_planned() && atomicAdd(&schedule().num_done, 1u) == gridDim.x - 1) {
+      schedule().next_unit = 0;
+      schedule().num_done = 0;
+    }
+  }
+};
+
+// Sends for the query rows and the last KV tiles of the unit.
+template <class Config>
+__device__ __forceinline__ void load_first_tiles_async(const AttentionParams& params, PrefillSmem<Config>& smem) {
+  using Shape = PrefillShape<Config>;
+  constexpr int kNumAhead = Config::kNumStages - 1;
+  const PrefillWork& work = smem.work;
+  const KvTileLoader<Config> loader{params, work, smem};
+  const int last_tile = work.item.tile_end - 1;
+  int32_t pages[kNumAhead + 1];
+#pragma unroll
+  for (int i = 0; i <= kNumAhead; ++i) pages[i] = loader.look_up(last_tile - i);
+  load_q_async<Config>(params, work, smem);
+  const int warp_idx = threadIdx.x / 32;
+  if (threadIdx.x % 32 == 0) {
+    smem.warp_tiles[warp_idx] = WarpTiles<Config>::of(params, work, warp_idx * Shape::kRowsPerWarp);
+  }
+#pragma unroll
+  for (int i = 0; i < kNumAhead; ++i) {
+    loader.publish(last_tile - i, pages[i]);
+    if constexpr (KvTileLoader<Config>::kIsPaged) __syncthreads();
+    if (last_tile - i >= work.item.tile_begin) loader.load_async(last_tile - i);
+    cp_async_commit();
+  }
+  loader.publish(last_tile - kNumAhead, pages[kNumAhead]);
+}
+
+// One query tile of one KV head against its run of KV tiles: leaves the warp's rows of the output, yet to be
+// normalized.
+template <class Config, class Shape = PrefillShape<Config>>
+__device__ __forceinline__ void attend(const AttentionParams& params, PrefillSmem<Config>& smem,
+                                       float (&out)[Shape::kFragsM][Shape::kFragsD][4], SoftmaxState<Config>& state) {
   const PrefillWork& work = smem.work;
   constexpr int kNumAhead = Config::kNumStages - 1;  // tiles in flight while one is worked on
   const int warp_idx = threadIdx.x / 32, warp_row = warp_idx * Shape::kRowsPerWarp;
@@ -304,36 +492,16 @@ __device__ __forceinline__ void attend(const AttentionParams& params, PrefillSme
   const float scale_log2 = Variant<Config>::scale_log2(params);
   const KvTileLoader<Config> loader{params, work, smem};
 
-  float out[Shape::kFragsM][Shape::kFragsD][4] = {};
-  SoftmaxState<Config> state;
-  state.reset();
-
   // From the last tile to the first. A group is committed for every tile, loaded or not, so that "all but the latest
   // kNumStages - 2" always means the tile at hand.
-  const int last_tile = work.item.tile_end - 1;
-  if (last_tile >= work.item.tile_begin) {
-    load_q_async<Config>(params, work, smem);
-    if (threadIdx.x % 32 == 0) smem.warp_tiles[warp_idx] = WarpTiles<Config>::of(params, work, warp_row);
-#pragma unroll
-    for (int i = 0; i < kNumAhead; ++i) {
-      if constexpr (KvTileLoader<Config>::kIsPaged) {
-        loader.publish(last_tile - i, loader.look_up(last_tile - i));
-        __syncthreads();
-      }
-      if (last_tile - i >= work.item.tile_begin) loader.load_async(last_tile - i);
-      cp_async_commit();
-    }
-    loader.publish(last_tile - kNumAhead, loader.look_up(last_tile - kNumAhead));
-  }
 #pragma unroll 1
-  for (int tile = last_tile; tile >= work.item.tile_begin; --tile) {
+  for (int tile = work.item.tile_end - 1; tile >= work.item.tile_begin; --tile) {
     cp_async_wait<kNumAhead - 1>();
     __syncthreads();  // the tile is there for all, and all have left the one before, whose stage is filled next
     if (tile - kNumAhead >= work.item.tile_begin) {
       loader.load_async(tile - kNumAhead);
     }
     cp_async_commit();
-    const int32_t next_page = loader.look_up(tile - kNumAhead - 1);
 
     if (tile == work.item.tile_end - 1) prepare_q<Config>(params, work, smem.q, warp_row);
     const uint8_t* k_smem = smem.k[stage_of<Config>(tile)];
@@ -345,9 +513,13 @@ __device__ __forceinline__ void attend(const AttentionParams& params, PrefillSme
       k_smem = smem.k_rotated;
       __syncthreads();
     }
-    if (tiles.sees(tile)) {
+    int32_t next_page;
+    if (!tiles.sees(tile)) {
+      next_page = loader.look_up(tile - kNumAhead - 1);
+    } else {
       float scores[Shape::kFragsM][Shape::kFragsN][4];
       compute_scores<Config>(scores, smem_address(warp_rows_smem), smem_address(k_smem));
+      next_page = loader.look_up(tile - kNumAhead - 1);  // not sooner: the products above need every register
       const bool needs_mask = !tiles.sees_whole(tile);
       if (needs_mask || !Variant<Config>::kIsPlain) {
         transform_and_mask<Config>(scores, params, work, warp_row, tile, needs_mask);
@@ -357,35 +529,6 @@ __device__ __forceinline__ void attend(const AttentionParams& params, PrefillSme
     }
     loader.publish(tile - kNumAhead - 1, next_page);
   }
-  finish_softmax<Config>(state, smem.lse + warp_row, params.v_scale, scale_log2);
-  store_output<Config>(out, state, params, work, smem);
-  merge_chunks_if_last<Config>(params, work, smem);
-}
-
-// The unit-th piece of work, by one thread: from the planner's list, or for a single sequence from the shapes.
-template <class Config>
-__device__ __forceinline__ PrefillWork fetch_work(const AttentionParams& params, uint32_t unit) {
-  using Shape = PrefillShape<Config>;
-  const int32_t item_idx = unit / params.num_kv_heads, kv_head_idx = unit - item_idx * params.num_kv_heads;
-  const int32_t group_size = params.num_qo_heads / params.num_kv_heads;
-  using Kv = typename Config::Kv;
-  const Kv* k_gmem = static_cast<const Kv*>(params.kv.k) + kv_head_idx * params.kv.k_head_stride;
-  const Kv* v_gmem = static_cast<const Kv*>(params.kv.v) + kv_head_idx * params.kv.v_head_stride;
-  if (params.chunks != nullptr) {
-    return {static_cast<const PrefillItem*>(params.chunks)[item_idx], k_gmem, v_gmem, kv_head_idx, group_size};
-  }
-  const int32_t num_q_tiles = gridDim.x / params.num_kv_heads, q_tile = num_q_tiles - 1 - item_idx;
-  const TileRange tiles =
-      TileRange::of(q_tile, group_size, params.qo_len, params.kv.len, Shape::kBlockM, Shape::kBlockN,
-                    Config::kMask == kMaskCausal, Config::kHasWindow ? params.window_left : -1);
-  PrefillItem item = {};
-  item.q_tile = q_tile;
-  item.qo_len = params.qo_len;
-  item.kv_len = params.kv.len;
-  item.tile_begin = tiles.begin;
-  item.tile_end = tiles.end;
-  item.num_chunks = 1;
-  return {item, k_gmem, v_gmem, kv_head_idx, group_size};
 }
 
 // Config: Q (of q and out), Kv, kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kPosEncoding, and
@@ -398,24 +541,31 @@ __device__ void prefill(const AttentionParams& params) {
   PrefillSmem<Config>& smem = *reinterpret_cast<PrefillSmem<Config>*>(smem_bytes);
   wait_for_previous_kernel();
 
-  PrefillSchedule* schedule = static_cast<PrefillSchedule*>(const_cast<void*>(params.requests));
-  const bool is_planned = params.chunks != nullptr;
-  if (threadIdx.x == 0) {
-    smem.num_units = is_planned ? schedule->num_items * params.num_kv_heads : gridDim.x;
-    smem.unit = blockIdx.x;
-  }
+  using Shape = PrefillShape<Config>;
+  const WorkQueue<Config> queue{params, smem};
+  if (fresh_thread_idx() == 0) queue.open();
   while (true) {
-    if (threadIdx.x == 0 && smem.unit < smem.num_units) smem.work = fetch_work<Config>(params, smem.unit);
+    if (fresh_thread_idx() == 0) queue.take_next();
     __syncthreads();
     if (smem.unit >= smem.num_units) break;
-    attend<Config>(params, smem);
+    const uint32_t next_unit = fresh_thread_idx() == 0 ? queue.claim() : 0;
+    load_first_tiles_async<Config>(params, smem);
+    if (fresh_thread_idx() == 0) queue.fetch_async(next_unit);
+
+    float out[Shape::kFragsM][Shape::kFragsD][4] = {};
+    SoftmaxState<Config> state;
+    state.reset();
+    attend<Config>(params, smem, out, state);
+    if (smem.work.item.tile_end <= smem.work.item.tile_begin) {  // the query rows, whose place the output takes
+      cp_async_wait<0>();
+      __syncthreads();
+    }
+    finish_softmax<Config>(state, smem, params.v_scale, Variant<Config>::scale_log2(params));
+    store_output<Config>(out, state, params, smem.work, smem);
+    merge_chunks<Config>(params, smem.work, smem);
     __syncthreads();  // all have left the work and the shared memory of this unit
-    if (threadIdx.x == 0) smem.unit = is_planned ? gridDim.x + atomicAdd(&schedule->next_unit, 1u) : smem.num_units;
   }
-  if (is_planned && threadIdx.x == 0 && atomicAdd(&schedule->num_done, 1u) == gridDim.x - 1) {
-    schedule->next_unit = 0;
-    schedule->num_done = 0;
-  }
+  if (fresh_thread_idx() == 0) queue.close();
 }
 
 }  // namespace flashinfer

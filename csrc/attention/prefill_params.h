@@ -18,8 +18,30 @@ struct PrefillItem {
   int32_t tile_end;
   int32_t chunk_idx;    // this run is the chunk_idx-th of num_chunks of the query tile
   int32_t num_chunks;   // 1: the kernel writes the output itself
-  int32_t partial_row;  // first row of the query tile's partial results; chunk c starts num_rows * c further
-  int32_t counter;      // which counter its chunks share
+  int32_t partial_row;  // first row of the query tile's partial results; see MergeTree
+  int32_t counter;      // first of the counters its chunks share
+};
+
+// How the partial results of a query tile's chunks become one: whoever is last to finish merges. Many chunks are merged
+// in groups first, so that several CTAs share the work. A tile has a slot of partial results for every chunk, then one
+// for every group, and a counter for itself, then one for every group.
+struct MergeTree {
+  int32_t num_chunks;
+  int32_t group_len;   // chunks of a group; of the last one perhaps fewer
+  int32_t num_groups;  // 0: no groups
+
+  FLASHINFER_FN static MergeTree of(int32_t num_chunks) {
+    constexpr int32_t kMinGroup = 4;
+    int32_t group_len = kMinGroup;
+    while (group_len * group_len < num_chunks) group_len *= 2;
+    return {num_chunks, group_len, num_chunks > 2 * kMinGroup ? ceil_div(num_chunks, group_len) : 0};
+  }
+  FLASHINFER_FN int32_t num_slots() const { return num_chunks + num_groups; }
+  FLASHINFER_FN int32_t num_counters() const { return 1 + num_groups; }
+  FLASHINFER_FN int32_t len_of_group(int32_t group_idx) const {
+    const int32_t num_left = num_chunks - group_idx * group_len;
+    return num_left < group_len ? num_left : group_len;
+  }
 };
 
 // Head of the schedule. Alone in its cache lines: next_unit is where CTAs fetch work.

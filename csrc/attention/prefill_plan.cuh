@@ -146,7 +146,7 @@ struct PrefillPlanner {
   // An upper bound of the time when CTAs take items as they come, the longest first, in KV tiles: the average load plus
   // one longest item, or as many rounds of the longest as there are.
   __device__ __forceinline__ float estimate_time(int32_t limit) const {
-    float num_units = 0.f, load = 0.f, longest = 0.f, num_split = 0.f, num_partial = 0.f;
+    float num_units = 0.f, load = 0.f, longest = 0.f, num_counters = 0.f, num_slots = 0.f;
     for (int i = 0; i < smem.num_occupied; ++i) {
       const int bin = smem.occupied_bins[i];
       const int32_t cost = bin_cost(bin), num_chunks = num_chunks_of(cost, limit);
@@ -157,14 +157,15 @@ struct PrefillPlanner {
       load += count * float(num_chunks) * chunk_cost;
       longest = fmaxf(longest, chunk_cost);
       if (num_chunks > 1) {
-        num_split += float(smem.num_tiles_of_cost[bin]);
-        num_partial += float(smem.num_tiles_of_cost[bin]) * float(num_chunks);
+        const MergeTree tree = MergeTree::of(num_chunks);
+        num_counters += float(smem.num_tiles_of_cost[bin]) * float(tree.num_counters());
+        num_slots += float(smem.num_tiles_of_cost[bin]) * float(tree.num_slots());
       }
     }
-    const bool fits = num_partial * float(smem.max_rows) <= float(params.max_partial_rows) &&
-                      num_split <= float(params.max_counters) &&
+    const bool fits = num_slots * float(smem.max_rows) <= float(params.max_partial_rows) &&
+                      num_counters <= float(params.max_counters) &&
                       num_units <= float(params.max_items) * float(params.num_kv_heads);
-    if (!fits && num_split > 0.f) return __builtin_bit_cast(float, 0x7f800000);
+    if (!fits && num_slots > 0.f) return __builtin_bit_cast(float, 0x7f800000);
     const float num_ctas = float(params.num_ctas);
     return fminf(load / num_ctas + longest, ceilf(num_units / num_ctas) * longest);
   }
@@ -210,8 +211,9 @@ struct PrefillPlanner {
       int32_t place = atomicAdd(&smem.first_item_of_cost[chunk_bin(bin, limit)], num_chunks);
       item.num_chunks = num_chunks;
       if (num_chunks > 1) {
-        item.partial_row = atomicAdd(&smem.num_partial_rows, num_rows_of(item) * num_chunks);
-        item.counter = atomicAdd(&smem.num_counters, 1);
+        const MergeTree tree = MergeTree::of(num_chunks);
+        item.partial_row = atomicAdd(&smem.num_partial_rows, num_rows_of(item) * tree.num_slots());
+        item.counter = atomicAdd(&smem.num_counters, tree.num_counters());
       }
       for (int32_t chunk = 0; chunk < num_chunks; ++chunk, ++place) {
         item.chunk_idx = chunk;

@@ -58,17 +58,17 @@ struct alignas(16) PrefillWork {
   const void* k_gmem;  // the KV head's part of row 0
   const void* v_gmem;
   int32_t kv_head_idx;
-  int32_t group_size;
+  FastDivisor group_size;  // the same in every unit
 
   // Rows of the query tile that exist.
   __device__ __forceinline__ int32_t num_rows(int32_t block_m) const {
-    const int32_t num_left = item.qo_len * group_size - item.q_tile * block_m;
+    const int32_t num_left = item.qo_len * int32_t(group_size.divisor) - item.q_tile * block_m;
     return num_left < block_m ? num_left : block_m;
   }
-  // First row of a chunk's partial results. Chunks follow each other, within one the KV heads, within those the rows.
-  __device__ __forceinline__ int64_t partial_row(int32_t chunk_idx, int32_t block_m, int32_t num_kv_heads) const {
+  // First row of a slot of partial results. Slots follow each other, within one the KV heads, within those the rows.
+  __device__ __forceinline__ int64_t partial_row(int32_t slot_idx, int32_t block_m, int32_t num_kv_heads) const {
     const int64_t num_rows = this->num_rows(block_m);
-    return (item.partial_row + chunk_idx * num_rows) * num_kv_heads + kv_head_idx * num_rows;
+    return (item.partial_row + slot_idx * num_rows) * num_kv_heads + kv_head_idx * num_rows;
   }
 };
 
@@ -85,9 +85,9 @@ struct QueryRow {
 
   template <class Shape>
   __device__ __forceinline__ static QueryRow of(const PrefillWork& work, int row) {
-    const int32_t packed = work.item.q_tile * Shape::kBlockM + row;
-    const int32_t token_idx = packed / work.group_size;
-    return {token_idx, work.kv_head_idx * work.group_size + packed - token_idx * work.group_size};
+    const int32_t packed = work.item.q_tile * Shape::kBlockM + row, group_size = work.group_size.divisor;
+    const int32_t token_idx = work.group_size.divide(packed);
+    return {token_idx, work.kv_head_idx * group_size + packed - token_idx * group_size};
   }
 };
 
@@ -135,14 +135,14 @@ struct PrefillSmem {
   alignas(128) uint8_t v[Config::kNumStages][Shape::kBlockN * Shape::kHeadDimVo * sizeof(typename Config::Kv)];
   alignas(128) uint8_t k_rotated[Shape::kHasRope ? Shape::kBlockN * Shape::kHeadDimQk * 2 : 16];
   alignas(16) const void* rows[2][2][kIsPaged ? Shape::kBlockN : 1];  // of tiles even and odd; of K and V
-  PrefillWork work;
+  PrefillWork work, next_work;
   WarpTiles<Config> warp_tiles[Shape::kNumWarps];
   float lse[Shape::kBlockM];
-  uint32_t unit, num_units;
-  uint32_t is_last_chunk;
+  uint32_t unit, next_unit, num_units;
+  uint32_t is_last;
 };
 
-// Copies rows of 16-byte chunks into a swizzled tile, all threads together. Neighbouring threads take neighbouring
+// Copies rows of 16-byte chunks into a swizzled tile, kNumThreads together. Neighbouring threads take neighbouring
 // chunks of a row; a thread takes the same chunks of rows `row`, `row + kRowsPerPass`, and so on.
 template <class Rows, int kNumRows, int kNumThreads>
 struct RowCopy {
@@ -154,7 +154,7 @@ struct RowCopy {
   int row, lane;
 
   __device__ __forceinline__ static RowCopy of_thread() {
-    const uint32_t thread_idx = fresh_thread_idx();
+    const uint32_t thread_idx = fresh_thread_idx() % kNumThreads;
     return {int(thread_idx / kLanesPerRow), int(thread_idx % kLanesPerRow)};
   }
 
@@ -175,24 +175,39 @@ struct RowCopy {
   }
 };
 
+// The rows of a warp in q or out. Each lane finds one, the others get it by shuffle.
+template <class Shape>
+struct WarpRows {
+  int num_rows;  // that exist; may be negative
+  int64_t lane_offset;
+
+  __device__ __forceinline__ static WarpRows of(const PrefillWork& work, int warp_row, int64_t token_stride,
+                                                int64_t head_stride) {
+    static_assert(Shape::kRowsPerWarp <= 32);
+    const QueryRow query = QueryRow::of<Shape>(work, warp_row + int(fresh_thread_idx() % 32));
+    return {work.num_rows(Shape::kBlockM) - warp_row,
+            (work.item.q_begin + query.token_idx) * token_stride + query.qo_head_idx * head_stride};
+  }
+  // Elements from the start of the tensor to that of a row. By all lanes of the warp.
+  __device__ __forceinline__ int64_t offset(int row) const { return __shfl_sync(0xffffffffu, lane_offset, row); }
+};
+
+// Each warp copies its own query rows.
 template <class Config>
 __device__ __forceinline__ void load_q_async(const AttentionParams& params, const PrefillWork& work,
                                              PrefillSmem<Config>& smem) {
   using Shape = PrefillShape<Config>;
-  const typename Config::Q* q_gmem = static_cast<const typename Config::Q*>(params.q);
-  const int num_rows = work.num_rows(Shape::kBlockM);
-  using Copy = RowCopy<typename Shape::QRows, Shape::kBlockM, Shape::kNumThreads>;
+  using Copy = RowCopy<typename Shape::QRows, Shape::kRowsPerWarp, 32>;
+  const int warp_row = int(fresh_thread_idx() / 32) * Shape::kRowsPerWarp;
+  const auto rows = WarpRows<Shape>::of(work, warp_row, params.q_token_stride, params.q_head_stride);
   const Copy copy = Copy::of_thread();
-  copy(smem_address(smem.q), num_rows, [&](int pass) {
-    const int row = copy.row + pass * Copy::kRowsPerPass;
-    const QueryRow query = QueryRow::of<Shape>(work, row < num_rows ? row : 0);
-    return q_gmem + (work.item.q_begin + query.token_idx) * params.q_token_stride +
-           query.qo_head_idx * params.q_head_stride;
+  copy(smem_address(smem.q + warp_row * Shape::kHeadDimQk * 2), rows.num_rows, [&](int pass) {
+    return static_cast<const typename Config::Q*>(params.q) + rows.offset(copy.row + pass * Copy::kRowsPerPass);
   });
 }
 
 // Brings in KV tiles. Rows of single and ragged KV are evenly spaced. Those of paged KV are looked up one a thread, a
-// tile ahead of the copy, and their addresses passed through shared memory.
+// tile ahead of the copy, and their addresses in K and V (the strides may differ) passed through shared memory.
 template <class Config>
 struct KvTileLoader {
   using Shape = PrefillShape<Config>;
@@ -206,8 +221,9 @@ struct KvTileLoader {
   const PrefillWork& work;
   PrefillSmem<Config>& smem;
 
-  // The first half of the threads finds the rows of K, the second those of V (the strides may differ).
-  static_assert(!kIsPaged || Shape::kNumThreads >= 2 * Shape::kBlockN);
+  static_assert(!kIsPaged || Shape::kNumThreads % Shape::kBlockN == 0);
+  // Two threads a row share the work: one finds the row of K, one that of V.
+  static constexpr bool kHasThreadsForEach = Shape::kNumThreads >= 2 * Shape::kBlockN;
 
   // The page of this thread's row: a load whose result publish() needs only after the current tile. It is kept alone,
   // in one register; where in the page the row is costs less to compute again than to hold.
@@ -222,14 +238,15 @@ struct KvTileLoader {
   // well, which nobody reads.
   __device__ __forceinline__ void publish(int tile, int32_t page_idx) const {
     if constexpr (kIsPaged) {
-      const uint32_t thread_idx = fresh_thread_idx(), matrix = thread_idx / Shape::kBlockN;
+      const uint32_t thread_idx = fresh_thread_idx();
       const int row = int(thread_idx % Shape::kBlockN), kv_idx = max(tile * Shape::kBlockN + row, 0);
       const FastDivisor& page_size = params.kv.page_size;
       const KvRow location = {page_idx, kv_idx - int32_t(page_size.divide(kv_idx) * page_size.divisor)};
-      if (matrix == 0) {
+      if (!kHasThreadsForEach || thread_idx / Shape::kBlockN == 0) {
         smem.rows[tile & 1][0][place_of<CopyK>(row)] =
             static_cast<const Kv*>(work.k_gmem) + View::k_offset(params.kv, location, 0);
-      } else if (matrix == 1) {
+      }
+      if (!kHasThreadsForEach || thread_idx / Shape::kBlockN == 1) {
         smem.rows[tile & 1][1][place_of<CopyV>(row)] =
             static_cast<const Kv*>(work.v_gmem) + View::v_offset(params.kv, location, 0);
       }
@@ -369,18 +386,25 @@ __device__ __forceinline__ void compute_scores(float (&scores)[Shape::kFragsM][S
       for (int i = 0; i < 4; ++i) scores[m][n][i] = 0.f;
     }
   }
+  // Where this lane loads its part of fragments: of step 0; 16 rows further down the permutation is the same.
+  using QRows = typename Shape::QRows;
+  using KRows = typename Shape::KMmaRows;
+  const uint32_t q_lane_smem = q_smem + QRows::offset(lane_idx % 16, lane_idx / 16);
+  const uint32_t k_lane_smem =
+      k_smem +
+      (Shape::kIsFp8K ? KRows::offset(lane_idx, 0) : KRows::offset(lane_idx % 8 + lane_idx / 16 * 8, lane_idx / 8 % 2));
 #pragma unroll
   for (int step = 0; step < Shape::kHeadDimQk / 16; ++step) {
     uint32_t q[Shape::kFragsM][4];
 #pragma unroll
     for (int m = 0; m < Shape::kFragsM; ++m) {
-      ldmatrix_x4(q[m], q_smem + Shape::QRows::offset(m * 16 + lane_idx % 16, step * 2 + lane_idx / 16));
+      ldmatrix_x4(q[m], QRows::advance(q_lane_smem, step * 2) + m * 16 * QRows::kNumBytes);
     }
     if constexpr (Shape::kIsFp8K) {
 #pragma unroll
       for (int n = 0; n < Shape::kFragsN; n += 4) {
         uint32_t k[4];
-        ldmatrix_x4(k, k_smem + Shape::KMmaRows::offset(n * 8 + lane_idx, step));
+        ldmatrix_x4(k, KRows::advance(k_lane_smem, step) + n * 8 * KRows::kNumBytes);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const Pair16<T> pair = unpack_fp8<T, typename Config::Kv>(k[i]);
@@ -389,11 +413,10 @@ __device__ __forceinline__ void compute_scores(float (&scores)[Shape::kFragsM][S
         }
       }
     } else {
-      const int row = lane_idx % 8 + lane_idx / 16 * 8, chunk = step * 2 + lane_idx / 8 % 2;
 #pragma unroll
       for (int n = 0; n < Shape::kFragsN; n += 2) {
         uint32_t k[4];
-        ldmatrix_x4(k, k_smem + Shape::KMmaRows::offset(n * 8 + row, chunk));
+        ldmatrix_x4(k, KRows::advance(k_lane_smem, step * 2) + n * 8 * KRows::kNumBytes);
 #pragma unroll
         for (int m = 0; m < Shape::kFragsM; ++m) {
           mma_m16n8k16<T>(scores[m][n], q[m], k[0], k[1]);
@@ -404,19 +427,18 @@ __device__ __forceinline__ void compute_scores(float (&scores)[Shape::kFragsM][S
   }
 }
 
-// out += P V, P packed from probabilities of 16 keys (step) at a time.
+// out += P V, P packed from the probabilities of 16 keys, whose rows of V start at v_smem.
 template <class Config, class Shape = PrefillShape<Config>>
 __device__ __forceinline__ void accumulate_output(float (&out)[Shape::kFragsM][Shape::kFragsD][4],
-                                                  const uint32_t (&p)[Shape::kFragsM][4], uint32_t v_smem, int step,
-                                                  int lane_idx) {
+                                                  const uint32_t (&p)[Shape::kFragsM][4], uint32_t v_lane_smem) {
   using T = typename Config::Q;
-  const int row = step * 16 + lane_idx % 16;
+  using VRows = typename Shape::VRows;
   if constexpr (Shape::kIsFp8V) {
     // Transposed 16-bit units hold two neighbouring columns of V, so that an mma's 8 columns are every other one of 16.
 #pragma unroll
     for (int d = 0; d < Shape::kFragsD; d += 4) {
       uint32_t v[4];
-      ldmatrix_x4_trans(v, v_smem + Shape::VRows::offset(row, d / 2 + lane_idx / 16));
+      ldmatrix_x4_trans(v, VRows::advance(v_lane_smem, d / 2));
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
         const Pair16<T> low = unpack_fp8<T, typename Config::Kv>(v[i]);
@@ -432,7 +454,7 @@ __device__ __forceinline__ void accumulate_output(float (&out)[Shape::kFragsM][S
 #pragma unroll
     for (int d = 0; d < Shape::kFragsD; d += 2) {
       uint32_t v[4];
-      ldmatrix_x4_trans(v, v_smem + Shape::VRows::offset(row, d + lane_idx / 16));
+      ldmatrix_x4_trans(v, VRows::advance(v_lane_smem, d));
 #pragma unroll
       for (int m = 0; m < Shape::kFragsM; ++m) {
         mma_m16n8k16<T>(out[m][d], p[m], v[0], v[1]);
@@ -442,15 +464,18 @@ __device__ __forceinline__ void accumulate_output(float (&out)[Shape::kFragsM][S
   }
 }
 
-// The two pairs of neighbouring output columns that a lane holds of 16: pair i is at column(i), value(...)[0..1].
+// The two pairs of neighbouring output columns that a lane holds of 16. A pair is at lane_column(quad_lane) + column.
 template <class Shape>
 struct OutputPair {
   int frag_idx[2], element[2];  // fragment and element of the pair's first and second column
   int column;
 
-  __device__ __forceinline__ static constexpr OutputPair of(int sixteen, int pair, int quad_lane) {
-    if (Shape::kIsFp8V) return {{2 * sixteen, 2 * sixteen + 1}, {pair, pair}, 16 * sixteen + 4 * quad_lane + 2 * pair};
-    return {{2 * sixteen + pair, 2 * sixteen + pair}, {0, 1}, 16 * sixteen + 8 * pair + 2 * quad_lane};
+  __device__ __forceinline__ static constexpr OutputPair of(int sixteen, int pair) {
+    if (Shape::kIsFp8V) return {{2 * sixteen, 2 * sixteen + 1}, {pair, pair}, 16 * sixteen + 2 * pair};
+    return {{2 * sixteen + pair, 2 * sixteen + pair}, {0, 1}, 16 * sixteen + 8 * pair};
+  }
+  __device__ __forceinline__ static constexpr int lane_column(int quad_lane) {
+    return (Shape::kIsFp8V ? 4 : 2) * quad_lane;
   }
 };
 

@@ -12,7 +12,7 @@ namespace flashinfer {
 template <int kRowBytes>
 struct SwizzledRows {
   static_assert(kRowBytes % 32 == 0, "a row is an even number of 16-byte chunks");
-  static constexpr int kNumChunks = kRowBytes / 16;
+  static constexpr int kNumBytes = kRowBytes, kNumChunks = kRowBytes / 16;
   static constexpr int kLog2 = kNumChunks % 8 == 0 ? 3 : kNumChunks % 4 == 0 ? 2 : 1;
 
   __device__ __forceinline__ static constexpr int permutation(int row) {
@@ -21,6 +21,12 @@ struct SwizzledRows {
   // Byte offset of a 16-byte chunk from the start of the tile.
   __device__ __forceinline__ static constexpr int offset(int row, int chunk) {
     return row * kRowBytes + ((chunk ^ permutation(row)) << 4);
+  }
+  // The address of chunk `chunk + num_chunks` of a row from that of `chunk`, where the two numbers have no bit in
+  // common and the tile is aligned to 128 bytes: one exclusive or, and an addition that folds into the load.
+  __device__ __forceinline__ static constexpr uint32_t advance(uint32_t address, int num_chunks) {
+    constexpr int kMask = (1 << kLog2) - 1;
+    return (address ^ uint32_t((num_chunks & kMask) << 4)) + uint32_t((num_chunks & ~kMask) << 4);
   }
 };
 

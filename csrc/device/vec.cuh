@@ -30,4 +30,15 @@ struct alignas(sizeof(T) * N) Vec {
   }
 };
 
+// 16 bytes of shared memory, loaded here and not where the compiler would rather: past a branch, or after a store to a
+// pointer that might alias.
+__device__ __forceinline__ uint4 load_shared_16(uint32_t address_smem) {
+  uint4 vec;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(vec.x), "=r"(vec.y), "=r"(vec.z), "=r"(vec.w)
+               : "r"(address_smem)
+               : "memory");
+  return vec;
+}
+
 }  // namespace flashinfer

@@ -51,6 +51,7 @@ class PrefillPlanParams(ctypes.Structure):
 Tile = tuple[int, int, int, int, int]
 _TILES: dict[str, tuple[Tile, ...]] = {
     "small": ((128, 64, 128, 2, 2), (128, 32, 128, 2, 2), (128, 32, 128, 2, 1)),  # head_dim up to 64
+    "small, plain": ((128, 128, 128, 2, 2), (128, 64, 128, 2, 2), (128, 32, 128, 2, 2), (128, 32, 128, 2, 1)),  # 64
     # 4 x 4096 causal, 32/8, H100, TFLOP/s. head_dim 128: 357; KV tiles of 32 rows 318, 256 query rows in one block 349,
     # eight warps 260. head_dim 64: 307; KV tiles of 128 rows 328, beyond the page look-ups (a row a thread).
     "medium": ((128, 64, 128, 2, 2), (128, 32, 128, 2, 2), (128, 64, 256, 2, 1), (128, 32, 256, 2, 1)),  # 96, 128
@@ -71,13 +72,20 @@ def _smem_bytes(spec: KernelSpec, tile: Tile) -> int:
     size = block_m * dim_qk * 2 + num_stages * block_n * (dim_qk + dim_vo) * kv
     size += block_n * dim_qk * 2 if spec.arg("pos_encoding") == "rope" else 128
     size += block_n * 32 if spec.arg("kv_storage") == "paged" else 32
-    size += 96 + num_threads // 32 * 16 + block_m * 4
+    size += 176 + num_threads // 32 * 16 + block_m * 4
     return int(-(-size // 128) * 128)
+
+
+def _is_plain(spec: KernelSpec) -> bool:
+    """Whether nothing happens to a score beyond a causal mask or a window: all registers are left to the tile."""
+    return spec.arg("mask") != "custom" and spec.arg("pos_encoding") == "none" and not spec.arg("has_soft_cap")
 
 
 def _tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:
     dim_qk, dim_vo = spec.arg("head_dim_qk"), spec.arg("head_dim_vo")
     kind = "small" if dim_qk <= 64 else "medium" if dim_qk <= 128 else "wide keys" if dim_vo <= 128 else "large"
+    if dim_qk == 64 and _is_plain(spec):
+        kind = "small, plain"
     if ITEMSIZE[spec.arg("kv_dtype")] == 1:
         kind = "fp8"
     if spec.arg("short_queries"):
