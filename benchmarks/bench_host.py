@@ -9,13 +9,14 @@ import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from common import environment, host_us, print_table
 
 import flashinfer
-from flashinfer import target
+from flashinfer import sampling, target
 from flashinfer.jit import resolver
 from flashinfer.kernels.norm import RMSNORM, vec_size
 
@@ -44,22 +45,43 @@ def in_process(code: str) -> float:
     return min(float(run().stdout) for _ in range(5))
 
 
+def operators(device: torch.device) -> dict[str, Callable[[], object]]:
+    """Calls that are nearly free of work, so that the host is what they cost."""
+    x, gated = torch.randn(4, 4096).to(device, torch.bfloat16), torch.randn(4, 8192).to(device, torch.bfloat16)
+    weight, out = torch.ones(4096).to(device, torch.bfloat16), torch.empty_like(x)
+    q, k = torch.randn(4, 32, 128).to(device, torch.bfloat16), torch.randn(4, 8, 128).to(device, torch.bfloat16)
+    positions = torch.arange(4, dtype=torch.int32, device=device)
+    logits = torch.randn(4, 1000, device=device)
+    probs = torch.softmax(logits, -1)
+    top_k, top_p = positions + 40, torch.full((4,), 0.9, device=device)
+    drafts, chain = torch.zeros(4, 2, dtype=torch.int32, device=device), probs[:, None].repeat(1, 3, 1)
+    drafted = chain[:, :2].contiguous()
+    return {
+        "torch.add(out=)": lambda: torch.add(x, x, out=out),
+        "torch.add": lambda: torch.add(x, x),
+        "rmsnorm(out=)": lambda: flashinfer.rmsnorm(x, weight, out=out),
+        "rmsnorm": lambda: flashinfer.rmsnorm(x, weight),
+        "silu_and_mul(out=)": lambda: flashinfer.silu_and_mul(gated, out=out),
+        "apply_rope_pos_ids_inplace": lambda: flashinfer.apply_rope_pos_ids_inplace(q, k, positions),
+        "softmax": lambda: sampling.softmax(logits),
+        "top_k_renorm_probs": lambda: sampling.top_k_renorm_probs(probs, 50),
+        "sampling_from_logits": lambda: sampling.sampling_from_logits(logits),
+        "sampling_from_probs": lambda: sampling.sampling_from_probs(probs),
+        "top_p": lambda: sampling.top_p_sampling_from_probs(probs, 0.9),
+        "top_k": lambda: sampling.top_k_sampling_from_probs(probs, 50),
+        "min_p": lambda: sampling.min_p_sampling_from_probs(probs, 0.1),
+        "top_k + top_p": lambda: sampling.top_k_top_p_sampling_from_probs(probs, 50, 0.9, None, "joint"),
+        "the same, tensors": lambda: sampling.top_k_top_p_sampling_from_probs(probs, top_k, top_p, None, "joint"),
+        "chain_speculative_sampling": lambda: sampling.chain_speculative_sampling(drafted, drafts, chain),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(parser.parse_args().device)
 
-    x = torch.randn(4, 4096).to(device, torch.bfloat16)
-    weight, out = torch.ones(4096).to(device, torch.bfloat16), torch.empty_like(x)
-    add = host_us(lambda: torch.add(x, x, out=out))
-    rows = [["torch.add(out=)", add, 1.0]]
-
-    norm = host_us(lambda: flashinfer.rmsnorm(x, weight, out=out))
-    rows.append(["rmsnorm(out=)", norm, norm / add])
-    gated = torch.randn(4, 8192).to(device, torch.bfloat16)
-    silu = host_us(lambda: flashinfer.silu_and_mul(gated, out=out))
-    rows.append(["silu_and_mul(out=)", silu, silu / add])
-
+    calls = operators(device)
     indptr = torch.arange(5, dtype=torch.int32, device=device) * 4
     indices = torch.arange(16, dtype=torch.int32, device=device)
     last_page_len = torch.full((4,), 16, dtype=torch.int32, device=device)
@@ -75,8 +97,11 @@ def main() -> None:
     decoded = torch.empty_like(q)
     plan()
     wrapper.run(q, cache, out=decoded)
-    planned, ran = host_us(plan), host_us(lambda: wrapper.run(q, cache, out=decoded))
-    rows += [["decode.plan", planned, planned / add], ["decode.run(out=)", ran, ran / add]]
+    calls |= {"decode.plan": plan, "decode.run(out=)": lambda: wrapper.run(q, cache, out=decoded)}
+    for call in calls.values():
+        call()
+    times = {name: host_us(call) for name, call in calls.items()}
+    rows: list[list[object]] = [[name, us, us / times["torch.add(out=)"]] for name, us in times.items()]
 
     spec = RMSNORM.spec(
         target.of_device(device),

@@ -167,7 +167,7 @@ def _traced_sample(
 ) -> Samples:
     indices, generator, check_nan, seed, offset, return_valid = options
     if generator is not None:
-        raise ValueError(f"{op}: torch.compile cannot trace a generator; leave it out, or pass seed and offset")
+        raise _untraceable_generator(op)
     num_rows = input.shape[0] if indices is None else indices.shape[0]
     token_ids = torch.empty(num_rows, dtype=torch.int32, device=input.device)
     valid = torch.empty(num_rows, dtype=torch.bool, device=input.device) if return_valid else None
@@ -261,8 +261,13 @@ def speculate(
     target_probs: torch.Tensor,
     counts: tuple[Optional[torch.Tensor], Optional[torch.Tensor]],
     random: tuple[Optional[torch.Generator], Seed, Seed],
+    out: Optional[torch.Tensor] = None,
 ) -> Triple:
-    """drafts: probabilities and tokens; counts: of accepted and of emitted drafts; random: generator, seed, offset."""
+    """drafts: probabilities and tokens; counts: of accepted and of emitted drafts; random: generator, seed, offset.
+
+    Tokens go to `out` if given."""
+    if torch.compiler.is_dynamo_compiling():
+        return _traced_speculate(op, drafts, target_probs, counts, random)
     draft_probs, draft_ids = drafts
     accepted, emitted = counts
     key = (
@@ -275,10 +280,11 @@ def speculate(
     prepared = _speculators.get(key)
     if prepared is None:
         if draft_ids.dtype != torch.int32 or not draft_ids.is_contiguous():
-            return speculate(op, (draft_probs, draft_ids.to(torch.int32).contiguous()), target_probs, counts, random)
+            drafts = (draft_probs, draft_ids.to(torch.int32).contiguous())
+            return speculate(op, drafts, target_probs, counts, random, out)
         prepared = _speculators.remember(key, _prepare_speculative(op, drafts, target_probs, counts))
     launch, new_token_ids, new_count, num_words = prepared
-    token_ids = new_token_ids()
+    token_ids = new_token_ids() if out is None else out
     if accepted is None:
         accepted = new_count()
     if emitted is None:
@@ -296,6 +302,34 @@ def speculate(
         offset,
     )
     return token_ids, accepted, emitted
+
+
+def _traced_speculate(
+    op: str,
+    drafts: tuple[torch.Tensor, torch.Tensor],
+    target_probs: torch.Tensor,
+    counts: tuple[Optional[torch.Tensor], Optional[torch.Tensor]],
+    random: tuple[Optional[torch.Generator], Seed, Seed],
+) -> Triple:
+    generator, seed, offset = random
+    if generator is not None:
+        raise _untraceable_generator(op)
+    shape, device = target_probs.shape[:2], target_probs.device
+    accepted, emitted = (
+        torch.zeros(shape[0], dtype=torch.int32, device=device) if count is None else count for count in counts
+    )
+    token_ids = torch.empty(shape, dtype=torch.int32, device=device)
+    _compiled_speculate(op, *drafts, target_probs, accepted, emitted, *_split(seed), *_split(offset), token_ids)
+    return token_ids, accepted, emitted
+
+
+_compiled_speculate = _op.compiled_op(
+    "speculate(str op, Tensor draft_probs, Tensor draft_ids, Tensor target_probs, Tensor(a!) accepted, "
+    "Tensor(b!) emitted, Tensor? seed, int? seed_value, Tensor? offset, int? offset_value, Tensor(c!) out) -> ()",
+    lambda op, draft_probs, draft_ids, target_probs, accepted, emitted, *rest: speculate(
+        op, (draft_probs, draft_ids), target_probs, (accepted, emitted), (None, *_join(rest[:4])), rest[4]
+    ),
+)
 
 
 def _prepare_speculative(
@@ -483,6 +517,10 @@ def random_state(
         return torch.empty(2, dtype=torch.int64, device=input.device).random_(generator=generator), 0, 0
     generator.set_offset(position + num_words)
     return None, generator.initial_seed(), position
+
+
+def _untraceable_generator(op: str) -> ValueError:
+    return ValueError(f"{op}: torch.compile cannot trace a generator; leave it out, or pass seed and offset")
 
 
 def _wrong_generator(op: str, generator: torch.Generator, input: torch.Tensor) -> ValueError:

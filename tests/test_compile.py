@@ -36,6 +36,9 @@ def activations(x: torch.Tensor) -> torch.Tensor:
 def samplers(x: torch.Tensor) -> list[torch.Tensor]:
     probs, state = torch.softmax(x.float(), dim=-1), {"seed": 3, "offset": 0}
     per_row = torch.full((x.shape[0],), 0.7, device=x.device)
+    chain = probs[:, None].repeat(1, 3, 1)
+    drafts = torch.arange(2 * x.shape[0], device=x.device).view(-1, 2)
+    counts = torch.ones(x.shape[0], dtype=torch.int32, device=x.device)
     tokens, valid = flashinfer.top_k_top_p_sampling_from_probs(probs, 5, per_row, return_valid=True, **state)
     return [
         flashinfer.sampling.softmax(x, temperature=per_row),
@@ -46,6 +49,7 @@ def samplers(x: torch.Tensor) -> list[torch.Tensor]:
         flashinfer.top_k_top_p_sampling_from_logits(x, 5, 0.9, **state),
         tokens,
         valid,
+        *flashinfer.chain_speculative_sampling(chain[:, :2], drafts, chain, counts, **state),
     ]
 
 

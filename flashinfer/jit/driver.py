@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import struct
 import sys
 from collections.abc import Iterator
 
@@ -20,7 +21,8 @@ INVALID_CONTEXT, INVALID_HANDLE = 201, 400  # CUresult of a launch without, or o
 
 # CUresults that say that a device cannot use machine code: invalid image, no binary for the GPU, invalid PTX, PTX of a
 # later version, invalid source, symbol not found.
-REFUSALS = (200, 209, 218, 222, 300, 500)
+INVALID_IMAGE = 200
+REFUSALS = (INVALID_IMAGE, 209, 218, 222, 300, 500)
 
 FUNC_MAX_DYNAMIC_SMEM = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 LAUNCH_CLUSTER_DIMENSION = 4  # CUlaunchAttributeID
@@ -114,12 +116,39 @@ def relaxed_capture() -> Iterator[None]:
 
 def load_function(device: int, machine_code: bytes, entry: str) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
     """Load a cubin on a device. Returns (library handle, function handle); neither is ever unloaded."""
+    if not is_whole_elf(machine_code):
+        raise DriverError("reading the cubin", INVALID_IMAGE, "not a whole ELF file")
     loaded, kernel, function = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
     with relaxed_capture(), context(device):
         call("cuLibraryLoadData", ctypes.byref(loaded), machine_code, None, None, 0, None, None, 0)
         call("cuLibraryGetKernel", ctypes.byref(kernel), loaded, entry.encode())
         call("cuKernelGetFunction", ctypes.byref(function), kernel)
     return loaded, function
+
+
+_ELF_HEADER = struct.Struct("<4sB27xQQ6xHHHH2x")  # magic, class; offsets, then sizes and numbers of both tables
+_ELF_SECTION = struct.Struct("<4xI16xQQ24x")  # type, offset, size
+_NO_BITS = 8  # type of a section without content in the file
+
+
+def is_whole_elf(machine_code: bytes) -> bool:
+    """Whether all that an ELF file refers to lies within it. The driver is told no size and believes so; some files
+    that end early make it loop for ever."""
+    size = len(machine_code)
+    if size < _ELF_HEADER.size:
+        return False
+    magic, width, segments, sections, segment_size, num_segments, section_size, num_sections = _ELF_HEADER.unpack_from(
+        machine_code
+    )
+    if magic != b"\x7fELF" or width != 2 or section_size != _ELF_SECTION.size:
+        return False
+    if segments + segment_size * num_segments > size or sections + section_size * num_sections > size:
+        return False
+    for number in range(num_sections):
+        kind, offset, length = _ELF_SECTION.unpack_from(machine_code, sections + number * section_size)
+        if kind != _NO_BITS and offset + length > size:
+            return False
+    return True
 
 
 def max_blocks_per_sm(function: ctypes.c_void_p, num_threads: int, smem_bytes: int) -> int:
