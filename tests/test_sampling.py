@@ -275,6 +275,30 @@ def test_hostile_rows_draw_only_what_is_kept(device: torch.device, case: str, vo
             assert (got - expected).abs().sum() / 2 < 0.15, name
 
 
+@pytest.mark.sanitizer
+def test_each_kernel_once(device: torch.device) -> None:
+    """One launch of each kernel over hostile rows, which checkers of memory and races can afford."""
+    vocab_size = 4097
+    probs = oracle.softmax(_batch(vocab_size, F32))
+    for case, (draw, kwargs, filters, kind) in CASES.items():
+        rows = _batch(vocab_size, F32) if kind == "logits" else probs.float()
+        tokens = draw(rows.to(device), seed=3, offset=0, **kwargs).tolist()
+        larger = _larger(vocab_size, F32, kind)
+        for name, row, weights, token, above in zip(ROWS, rows, probs, tokens, larger):
+            mask = oracle.kept(row, weights, slack=SLACK, larger=above, **filters) & (weights > 0)
+            assert mask[token], f"{case}, {name}: drew {token}"
+    assert_close(sampling.softmax(_batch(vocab_size, F32).to(device)), probs)
+    _check_renorm(sampling.top_p_renorm_probs(probs.float().to(device), 0.9).cpu(), top_p=0.9)
+    for top_k in (50, 1000):
+        _check_renorm(sampling.top_k_renorm_probs(probs.float().to(device), top_k).cpu(), top_k=top_k)
+        masked = sampling.top_k_mask_logits(_batch(vocab_size, F32).to(device), top_k).isfinite().sum(-1)
+        assert (masked[:4] == top_k).all()  # rows of distinct values
+    certain = torch.zeros(3, 2, vocab_size).index_fill_(2, torch.tensor([vocab_size - 1]), 1).to(device)
+    ids = torch.full((3, 1), vocab_size - 1, dtype=torch.int32, device=device)
+    tokens, _, emitted = sampling.chain_speculative_sampling(certain[:, :1].contiguous(), ids, certain)
+    assert emitted.tolist() == [1] * 3 and tokens.tolist() == [[vocab_size - 1] * 2] * 3
+
+
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 @pytest.mark.parametrize("vocab_size", [111, 32000, 128256, 129280, 151936])
 def test_every_position_can_be_drawn(device: torch.device, vocab_size: int, dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@
 namespace flashinfer {
 
 // Sums over what a thread or a warp has seen.
-struct SpeculativeWeights {
+struct alignas(8) SpeculativeWeights {
   float residual;  // of max(target - draft, 0)
   float target;    // of the target itself, for the row whose residual vanishes
 };
@@ -20,6 +20,7 @@ template <class Config>
 struct SpeculativeSmem {
   typename RowSlice<Config>::Smem target, draft;
   WarpTable<Config, SpeculativeWeights> warps;
+  Mailbox<Config::kClusterSize> mailbox;
 };
 
 struct AcceptedDraft {
@@ -65,7 +66,7 @@ __device__ void chain_speculative(const SpeculativeParams& params) {
   static_assert(sizeof(SpeculativeSmem<Config>) <= Config::kSmemBytes);
   SpeculativeSmem<Config>& smem = *reinterpret_cast<SpeculativeSmem<Config>*>(smem_raw);
 
-  cluster_announce<kClusterSize>();
+  Mailbox<kClusterSize>::open(&smem.mailbox, 1);
   wait_for_previous_kernel();
   const int row = blockIdx.x / kClusterSize;
   const RandomKey random = RandomKey::of(params, row);
@@ -113,8 +114,7 @@ __device__ void chain_speculative(const SpeculativeParams& params) {
   allow_next_kernel();
 
   cluster_await<kClusterSize>();
-  smem.warps.push({warp_reduce(mine.residual, Sum{}), warp_reduce(mine.target, Sum{})});
-  cluster_sync<kClusterSize>();
+  smem.warps.exchange({warp_reduce(mine.residual, Sum{}), warp_reduce(mine.target, Sum{})}, smem.mailbox);
   SpeculativeWeights total{0.f, 0.f};
   smem.warps.for_lane([&](const SpeculativeWeights& warp) {
     total.residual += warp.residual;

@@ -73,6 +73,7 @@ __device__ __forceinline__ void draw_from_warp(const Slice& slice, const RandomW
                                                Emit emit) {
   const int lane_idx = threadIdx.x % kWarpSize;
   const int thread_idx = warp_idx * kWarpSize + pick_lane(thread_weight, words.uniform(2));
+  __syncwarp();  // a resident row was stored by each of its threads
 
   // The lanes of the warp look at the picked thread's slots side by side.
   float slot_weight = 0.f;

@@ -12,6 +12,7 @@ template <class Config>
 struct NormalizeSmem {
   typename RowSlice<Config>::Smem slice;
   typename RowTotals<Config>::Smem totals;
+  RowMail<Config::kClusterSize> mail;
   SearchSmem<Config, Config::kTopK || Config::kTopP> search;
 };
 
@@ -47,7 +48,7 @@ __device__ void normalize_row(const SamplingParams& params) {
   static_assert(sizeof(NormalizeSmem<Config>) <= Config::kSmemBytes);
   NormalizeSmem<Config>& smem = *reinterpret_cast<NormalizeSmem<Config>*>(smem_raw);
 
-  cluster_announce<kClusterSize>();
+  smem.mail.open();
   wait_for_previous_kernel();
   const int row = blockIdx.x / kClusterSize;
   Slice slice(input_row<typename Config::T>(params, row), params.vocab_size, smem.slice);
@@ -55,7 +56,7 @@ __device__ void normalize_row(const SamplingParams& params) {
   const float scale = softmax_scale(params, row);
 
   const Stats mine = read_row(slice, scale);
-  const auto totals = RowTotals<Config>::share(mine, scale, smem.totals, search_maxima(smem.search));
+  const auto totals = RowTotals<Config>::share(mine, scale, smem.totals, smem.mail, search_maxima(smem.search));
   const Weigh<Config> weigh = totals.weigh();
 
   float floor = -kInfinity, kept_sum = totals.row.sum;
@@ -63,10 +64,10 @@ __device__ void normalize_row(const SamplingParams& params) {
     const bool has_order = Config::kInput == kOrderOnly ? totals.row.max > -kInfinity : totals.is_valid();
     if (has_order && (filter.top_k < kInfinity || filter.top_p < kInfinity)) {
       const float target = Config::kTopK ? filter.top_k : filter.top_p * totals.row.sum;
-      ThresholdSearch<Config> search(slice, smem.search, totals, target, params.vocab_size);
+      ThresholdSearch<Config> search(slice, smem.search, smem.mail, totals, target, params.vocab_size);
       search.run();
       floor = search.floor();
-      if constexpr (Config::kInput != kOrderOnly) kept_sum = totals.above(floor, slice, smem.totals).row.sum;
+      if constexpr (Config::kInput != kOrderOnly) kept_sum = totals.above(floor, slice, smem.totals, smem.mail).row.sum;
     }
   }
 

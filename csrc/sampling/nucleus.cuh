@@ -24,15 +24,19 @@ struct Nucleus {
   using Candidates = Pivots<Config, kNumCandidates>;
   using Masses = typename Candidates::Masses;
 
+  struct alignas(8) Candidate {
+    float score;
+    int32_t token_id;
+  };
   struct Smem {
-    float thread_weights[kNumThreads];  // above the floor, of this block's threads
-    typename Candidates::Table warps;
-    Candidates candidates;
-    int32_t token_ids[kNumCandidates];
+    float thread_weights[kNumThreads];    // above the floor, of this block's threads
+    typename Candidates::Table warps[2];  // of the rounds, in turn
+    Candidate candidates[kNumCandidates];
   };
 
   Slice& slice;
   Smem& smem;
+  RowMail<kClusterSize>& mail;
   const Weigh<Config> weigh;
 
   // Draws from `part`; the weights above a token must sum to less than target. Collective over the cluster. emit(token
@@ -40,8 +44,9 @@ struct Nucleus {
   template <class Emit>
   __device__ __forceinline__ void draw(const RandomKey& random, const RowTotals<Config>& part, float target,
                                        Emit emit) {
+    __syncthreads();  // a search may have used the same memory
     for (int i = threadIdx.x; i < RowTotals<Config>::Table::kNumEntries; i += kNumThreads) {
-      smem.warps.entries[i].above[0] = rebase<Config>(part.warps->entries[i], weigh.max, weigh.scale);
+      smem.warps[1].entries[i].above[0] = rebase<Config>(part.warps->entries[i], weigh.max, weigh.scale);
     }
     float floor = part.floor, thread_weight = rebase<Config>(part.thread, weigh.max, weigh.scale);
     int floor_idx = 0;  // the candidate of the round before that is the floor
@@ -50,14 +55,17 @@ struct Nucleus {
       smem.thread_weights[threadIdx.x] = thread_weight;
       __syncthreads();
       draw_candidates(random, round, floor, floor_idx);
-      cluster_sync<kClusterSize>();
+      mail.candidates.receive(kNumCandidates * sizeof(Candidate), round);
 
-      const Candidates candidates = smem.candidates;
+      Candidates candidates;
       int32_t token_ids[kNumCandidates];
 #pragma unroll
-      for (int c = 0; c < kNumCandidates; ++c) token_ids[c] = smem.token_ids[c];
+      for (int c = 0; c < kNumCandidates; ++c) {
+        candidates.score[c] = smem.candidates[c].score;
+        token_ids[c] = smem.candidates[c].token_id;
+      }
       const Masses thread = candidates.in_thread(slice, part.thread_max, weigh);
-      const Masses row = Candidates::in_row(thread, smem.warps);
+      const Masses row = Candidates::in_row(thread, smem.warps[round % 2], mail.candidate_masses[round % 2], round / 2);
 
       int token_id = -1;
       floor = -kInfinity;
@@ -74,6 +82,7 @@ struct Nucleus {
         if (cluster_rank<kClusterSize>() == 0 && threadIdx.x == 0) emit(token_id);
         return;
       }
+      __syncthreads();  // all have read the weights of this round
     }
   }
 
@@ -84,7 +93,7 @@ struct Nucleus {
     if (candidate_idx >= kNumCandidates) return;
     const RandomKey own = random.attempt(round * kNumCandidates + candidate_idx);
     const RandomWords words = own.words(0);
-    const int picked = pick_warp(smem.warps, words.uniform(0), words.uniform(1),
+    const int picked = pick_warp(smem.warps[(round + 1) % 2], words.uniform(0), words.uniform(1),
                                  [&](const Masses& warp) { return warp.above[floor_idx]; });
     if (picked / kNumWarps != cluster_rank<kClusterSize>()) return;
     const int warp_idx = picked % kNumWarps;
@@ -99,12 +108,10 @@ struct Nucleus {
           }
         },
         [&](int slot, int thread_idx, int lane) {
-          const float score = slice.score(slot, thread_idx, lane);
-          const int32_t token_id = slice.token_id(slot, thread_idx, lane);
+          const Candidate candidate{slice.score(slot, thread_idx, lane), slice.token_id(slot, thread_idx, lane)};
 #pragma unroll
           for (int rank = 0; rank < kClusterSize; ++rank) {
-            *shared_at_rank<kClusterSize>(&smem.candidates.score[candidate_idx], rank) = score;
-            *shared_at_rank<kClusterSize>(&smem.token_ids[candidate_idx], rank) = token_id;
+            mail.candidates.send(&smem.candidates[candidate_idx], candidate, rank);
           }
         });
   }

@@ -26,18 +26,20 @@ struct Pivots {
     slice.for_each([&](float x, int, int) {
       const float weight = weight_of(x);
 #pragma unroll
-      for (int i = 0; i < kNum; ++i) mine.above[i] += x > score[i] ? weight : 0.f;
+      for (int i = 0; i < kNum; ++i) {
+        if (x > score[i]) mine.above[i] += weight;
+      }
     });
     return mine;
   }
 
-  // In the row, from what its threads have. Collective over the cluster; ends with its barrier.
-  __device__ __forceinline__ static Masses in_row(const Masses& thread, Table& table) {
+  // In the row, from what its threads have. Collective over the cluster.
+  __device__ __forceinline__ static Masses in_row(const Masses& thread, Table& table,
+                                                  Mailbox<Config::kClusterSize>& mailbox, int num_before) {
     Masses warp, row{};
 #pragma unroll
     for (int i = 0; i < kNum; ++i) warp.above[i] = warp_reduce(thread.above[i], Sum{});
-    table.push(warp);
-    cluster_sync<Config::kClusterSize>();
+    table.exchange(warp, mailbox, num_before);
     table.for_lane([&](const Masses& entry) {
 #pragma unroll
       for (int i = 0; i < kNum; ++i) row.above[i] += entry.above[i];

@@ -20,7 +20,7 @@ struct RankedList {
   // Score and token in one number, larger where the element comes earlier.
   using Key = uint64_t;
   // What a block sent, or would have sent if there had been room.
-  struct Sent {
+  struct alignas(16) Sent {
     int32_t count, least, most;  // scores as ordered bits
   };
   struct Smem {
@@ -34,6 +34,8 @@ struct RankedList {
   };
 
   Smem& smem;
+  RowMail<kClusterSize>& mail;
+  int num_gathered = 0;  // times
   int size;
   float least, most;  // of the scores in the range gathered last
 
@@ -43,14 +45,14 @@ struct RankedList {
   bool is_listed = false;
 
   // Sends the elements in (low, high] to the leader. Returns whether they all found a place; least and most are right
-  // also if not. Collective over the cluster; ends with its barrier.
+  // also if not. Collective over the cluster; an exchange between all warps must come before the next time.
   __device__ __forceinline__ bool gather(Slice& slice, float thread_max, float low, float high) {
     const int rank = cluster_rank<kClusterSize>();
     if (threadIdx.x == 0) smem.mine = {0, kHighestBits, kLowestBits};
     __syncthreads();
     int32_t thread_least = kHighestBits, thread_most = kLowestBits;
     if (thread_max > low) {
-      Key* const list = shared_at_rank<kClusterSize>(smem.arrived, 0) + rank * kPerBlock;
+      Key* const list = smem.arrived + rank * kPerBlock;
       slice.for_each_granule([&](const typename Slice::Granule& granule, int slot) {
         uint32_t inside = 0;
 #pragma unroll
@@ -66,7 +68,7 @@ struct RankedList {
           const int32_t bits = ordered_bits(to_float(granule[i]));
           thread_least = min(thread_least, bits);
           thread_most = max(thread_most, bits);
-          if (place < kPerBlock) list[place] = key(bits, slice.token_id(slot, threadIdx.x, i));
+          if (place < kPerBlock) mail.list.send(list + place, key(bits, slice.token_id(slot, threadIdx.x, i)), 0);
           ++place;
         }
       });
@@ -78,8 +80,9 @@ struct RankedList {
       atomicMax(&smem.mine.most, warp_most);
     }
     __syncthreads();
-    if (threadIdx.x < kClusterSize) *shared_at_rank<kClusterSize>(&smem.blocks[rank], threadIdx.x) = smem.mine;
-    cluster_sync<kClusterSize>();
+    if (threadIdx.x < kClusterSize) mail.sent.send(&smem.blocks[rank], smem.mine, threadIdx.x);
+    mail.sent.receive(kClusterSize * sizeof(Sent), num_gathered);
+    int num_listed = 0;
     bool fits = true;
     Sent all{0, kHighestBits, kLowestBits};
 #pragma unroll
@@ -87,7 +90,10 @@ struct RankedList {
       const Sent sent = smem.blocks[block];
       all = {all.count + sent.count, min(all.least, sent.least), max(all.most, sent.most)};
       fits &= sent.count <= kPerBlock;
+      num_listed += min(sent.count, kPerBlock);
     }
+    if (rank == 0) mail.list.receive(num_listed * sizeof(Key), num_gathered);
+    ++num_gathered;
     size = all.count;
     least = from_ordered_bits(all.least);
     most = from_ordered_bits(all.most);

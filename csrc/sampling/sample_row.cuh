@@ -17,6 +17,7 @@ template <class Config>
 struct SampleSmem {
   typename RowSlice<Config>::Smem slice;
   typename RowTotals<Config>::Smem totals;
+  RowMail<Config::kClusterSize> mail;
   union {
     SearchSmem<Config, Config::kTopK> search;
     NucleusSmem<Config, Config::kTopP> nucleus;
@@ -84,7 +85,7 @@ __device__ void sample_row(const SamplingParams& params) {
   static_assert(sizeof(SampleSmem<Config>) <= Config::kSmemBytes);
   SampleSmem<Config>& smem = *reinterpret_cast<SampleSmem<Config>*>(smem_raw);
 
-  cluster_announce<kClusterSize>();
+  smem.mail.open();
   wait_for_previous_kernel();
   const int row = blockIdx.x / kClusterSize;
   RowSlice<Config> slice(input_row<typename Config::T>(params, row), params.vocab_size, smem.slice);
@@ -94,29 +95,29 @@ __device__ void sample_row(const SamplingParams& params) {
 
   const Stats mine = read_row(slice, scale);
   allow_next_kernel();
-  const auto totals = RowTotals<Config>::share(mine, scale, smem.totals, search_maxima(smem.search));
+  const auto totals = RowTotals<Config>::share(mine, scale, smem.totals, smem.mail, search_maxima(smem.search));
   if (!totals.is_valid()) return draw.emit_invalid();
 
   RowTotals<Config> part = totals;
   if constexpr (Config::kMinP) {
     const float min_p = params.min_p ? params.min_p[row] : params.min_p_value;
-    part = totals.above(next_below(min_p * totals.row.max), slice, smem.totals);
+    part = totals.above(next_below(min_p * totals.row.max), slice, smem.totals, smem.mail);
   }
   if constexpr (Config::kTopK) {
     if (filter.top_k < kInfinity) {
-      ThresholdSearch<Config> search(slice, smem.search, totals, filter.top_k, params.vocab_size);
+      ThresholdSearch<Config> search(slice, smem.search, smem.mail, totals, filter.top_k, params.vocab_size);
       search.run();
       if (search.is_complete()) {
         if (cluster_rank<kClusterSize>() == 0) draw.from_list(search, filter.top_p, totals);
         return;
       }
-      part = totals.above(search.floor(), slice, smem.totals);
+      part = totals.above(search.floor(), slice, smem.totals, smem.mail);
     }
   }
   if constexpr (Config::kTopP) {
     if (filter.top_p < kInfinity) {
       const float target = filter.top_p * (params.top_k_first ? part.row.sum : totals.row.sum);
-      Nucleus<Config> nucleus{slice, smem.nucleus, totals.weigh()};
+      Nucleus<Config> nucleus{slice, smem.nucleus, smem.mail, totals.weigh()};
       return nucleus.draw(draw.random(), part, target, [&](int token_id) { draw.emit(token_id); });
     }
   }

@@ -31,13 +31,14 @@ struct ThresholdSearch {
 
   struct Smem {
     float maxima[kNumThreads];            // of groups of threads, row-wide
-    typename RowPivots::Table masses[2];  // of this round and of the one before, which others may still read
+    typename RowPivots::Table masses[2];  // of the rounds, in turn
     typename List::Smem list;
     float floor;
   };
 
   Slice& slice;
   Smem& smem;
+  RowMail<kClusterSize>& mail;
   const RowTotals<Config>& totals;
   const float target;
   const int vocab_size;
@@ -48,11 +49,17 @@ struct ThresholdSearch {
   float mass_low, mass_high;  // the weight above each
   bool is_listed;             // the leader holds all elements in (low, high]; else they are equal, and stay
 
-  __device__ __forceinline__ ThresholdSearch(Slice& slice, Smem& smem, const RowTotals<Config>& totals, float target,
-                                             int vocab_size)
-      : slice(slice), smem(smem), totals(totals), target(target), vocab_size(vocab_size), list{smem.list} {}
+  __device__ __forceinline__ ThresholdSearch(Slice& slice, Smem& smem, RowMail<kClusterSize>& mail,
+                                             const RowTotals<Config>& totals, float target, int vocab_size)
+      : slice(slice),
+        smem(smem),
+        mail(mail),
+        totals(totals),
+        target(target),
+        vocab_size(vocab_size),
+        list{smem.list, mail} {}
 
-  // Collective over the cluster; ends with its barrier.
+  // Collective over the cluster.
   __device__ __forceinline__ void run() {
     low = lowest();
     high = totals.row.max;
@@ -63,11 +70,11 @@ struct ThresholdSearch {
     if (has_bound) gather();
 #pragma unroll 1
     for (int round = 0; !is_listed && !holds_one_value<typename Config::T>(low, high); ++round) {
-      narrow(round == 0 && !has_bound ? outward() : inward(), smem.masses[round % 2]);
+      narrow(round == 0 && !has_bound ? outward() : inward(), round);
       // Each element inside weighs more than low does, which limits their number. Else see from time to time whether
       // many equal ones are in the way.
       const bool may_fit = mass_low - mass_high <= List::kCapacity * weight_of(low);
-      if (may_fit || round % 3 == 2) gather();
+      if (may_fit || round % 5 == 4) gather();
     }
   }
 
@@ -82,14 +89,14 @@ struct ThresholdSearch {
     return list.floor_of_first(list.is_listed && mass_high + before < target);
   }
 
-  // The score above which elements stay. Collective over the cluster; ends with its barrier.
+  // The score above which elements stay. Collective over the cluster.
   __device__ __forceinline__ float floor() {
     if (!is_listed) return low;
     if (cluster_rank<kClusterSize>() == 0) {
       const float decided = decide();
-      if (threadIdx.x < kClusterSize) *shared_at_rank<kClusterSize>(&smem.floor, threadIdx.x) = decided;
+      if (threadIdx.x < kClusterSize) mail.floor.send(&smem.floor, decided, threadIdx.x);
     }
-    cluster_sync<kClusterSize>();
+    mail.floor.receive(sizeof(float), 0);
     return smem.floor;
   }
 
@@ -159,8 +166,9 @@ struct ThresholdSearch {
     high = fminf(high, list.most);
   }
 
-  __device__ __forceinline__ void narrow(const RowPivots& pivots, typename RowPivots::Table& table) {
-    const auto masses = RowPivots::in_row(pivots.in_thread(slice, totals.thread_max, weight_of), table);
+  __device__ __forceinline__ void narrow(const RowPivots& pivots, int round) {
+    const auto masses = RowPivots::in_row(pivots.in_thread(slice, totals.thread_max, weight_of), smem.masses[round % 2],
+                                          mail.pivots[round % 2], round / 2);
 #pragma unroll
     for (int i = 0; i < kNumPivots; ++i) {
       const float pivot = pivots.score[i];

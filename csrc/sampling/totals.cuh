@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device/exp2.cuh"
+#include "device/mailbox.cuh"
 #include "sampling/row.cuh"
 
 namespace flashinfer {
@@ -19,7 +20,7 @@ struct Weigh {
 
 // The largest score and the sum of weights, of a thread, a block or a row. The sum of logits' weights is relative to
 // exp2(max * scale). A NaN, or a logit of +infinity, makes the sum NaN.
-struct Stats {
+struct alignas(8) Stats {
   float max, sum;
 };
 
@@ -63,8 +64,8 @@ __device__ __forceinline__ float rebase(Stats stats, float max, float scale) {
   return Config::kInput == kLogits ? stats.sum * exp2_approx((stats.max - finite_or_zero(max)) * scale) : stats.sum;
 }
 
-// What each warp of the cluster has to say, in every block's shared memory. One barrier of the cluster spreads and
-// none of the block: tables this small are cheaper to reduce in every warp than to reduce once and hand out.
+// What each warp of the cluster has to say, in every block's shared memory: tables this small are cheaper to reduce in
+// every warp than to reduce once and hand out.
 template <class Config, class Entry>
 struct WarpTable {
   static constexpr int kClusterSize = Config::kClusterSize, kNumWarps = Config::kNumThreads / kWarpSize;
@@ -73,11 +74,15 @@ struct WarpTable {
 
   Entry entries[kEntriesPerLane * kWarpSize];
 
-  // Every warp of the cluster gives its entry (the same in all lanes); visible after the next cluster barrier.
-  __device__ __forceinline__ void push(const Entry& mine) {
+  // Every warp of the cluster gives its entry (the same in all lanes) and receives the table, for the num_before + 1st
+  // time. Other bytes may come with it. Returning, a warp knows that all others of the cluster came so far as to call.
+  // A table is written again only after another exchange of this kind: so nobody still reads it.
+  __device__ __forceinline__ void exchange(const Entry& mine, Mailbox<kClusterSize>& mailbox, int num_before = 0,
+                                           int other_bytes = 0) {
     const int lane_idx = threadIdx.x % kWarpSize;
     const int place = cluster_rank<kClusterSize>() * kNumWarps + threadIdx.x / kWarpSize;
-    if (lane_idx < kClusterSize) *shared_at_rank<kClusterSize>(&entries[place], lane_idx) = mine;
+    if (lane_idx < kClusterSize) mailbox.send(&entries[place], mine, lane_idx);
+    mailbox.receive(kNumEntries * sizeof(Entry) + other_bytes, num_before);
   }
   // visit(entry) for this lane's part of the table.
   template <class Visit>
@@ -90,6 +95,17 @@ struct WarpTable {
   }
 };
 
+// All exchanges between the blocks of a row. A mailbox is used again only after an exchange between all warps.
+template <int kClusterSize>
+struct RowMail {
+  Mailbox<kClusterSize> totals, above;                    // tables of weights
+  Mailbox<kClusterSize> pivots[2];                        // tables of a search, in turn
+  Mailbox<kClusterSize> sent, list, floor;                // of a search: what blocks sent to the leader, its answer
+  Mailbox<kClusterSize> candidates, candidate_masses[2];  // of top-p
+
+  __device__ __forceinline__ void open() { Mailbox<kClusterSize>::open(&totals, sizeof(*this) / sizeof(totals)); }
+};
+
 // What there is to draw from or to normalize: the elements above a floor, at first all of them, and their weights by
 // thread, by warp and in all.
 template <class Config>
@@ -99,6 +115,7 @@ struct RowTotals {
   struct Smem {
     Table warps, warps_above;
   };
+  using Mail = RowMail<kClusterSize>;
 
   const Table* warps;  // sums relative to the entries' own maxima
   Stats row, thread;
@@ -110,9 +127,10 @@ struct RowTotals {
   // Nothing to draw from: no weight at all, or NaN.
   __device__ __forceinline__ bool is_valid() const { return row.sum > 0.f && row.sum < kInfinity; }
 
-  // Of the whole row. Collective over the cluster; ends with its barrier. maxima_smem[kNumThreads], if not null,
-  // receives the maxima of groups of kClusterSize threads, from all blocks.
-  __device__ __forceinline__ static RowTotals share(Stats mine, float scale, Smem& smem, float* maxima_smem) {
+  // Of the whole row. Collective over the cluster. maxima_smem[kNumThreads], if not null, receives the maxima of groups
+  // of kClusterSize threads, from all blocks.
+  __device__ __forceinline__ static RowTotals share(Stats mine, float scale, Smem& smem, Mail& mail,
+                                                    float* maxima_smem) {
     RowTotals totals;
     totals.warps = &smem.warps;
     totals.thread = mine;
@@ -128,13 +146,12 @@ struct RowTotals {
     const float warp_sum = warp_reduce(rebase<Config>(mine, totals.warp_max, scale), Sum{});
 
     cluster_await<kClusterSize>();
-    smem.warps.push({totals.warp_max, warp_sum});
     if (maxima_smem) {
       constexpr int kGroupsPerBlock = kNumThreads / kClusterSize;
       const int place = cluster_rank<kClusterSize>() * kGroupsPerBlock + threadIdx.x / kClusterSize;
-      *shared_at_rank<kClusterSize>(&maxima_smem[place], threadIdx.x % kClusterSize) = group_max;
+      mail.totals.send(&maxima_smem[place], group_max, threadIdx.x % kClusterSize);
     }
-    cluster_sync<kClusterSize>();
+    smem.warps.exchange({totals.warp_max, warp_sum}, mail.totals, 0, maxima_smem ? kNumThreads * sizeof(float) : 0);
 
     float max = RowSlice<Config>::kPadding, lowest = kInfinity, sum = 0.f;
     smem.warps.for_lane([&](const Stats& warp) {
@@ -148,18 +165,19 @@ struct RowTotals {
     return totals;
   }
 
-  // Of the elements above a floor. Once for a row; collective over the cluster; ends with its barrier.
-  __device__ __forceinline__ RowTotals above(float new_floor, RowSlice<Config>& slice, Smem& smem) const {
+  // Of the elements above a floor. Once for a row; collective over the cluster.
+  __device__ __forceinline__ RowTotals above(float new_floor, RowSlice<Config>& slice, Smem& smem, Mail& mail) const {
     RowTotals part = *this;
     part.floor = new_floor;
     part.warps = &smem.warps_above;
     part.warp_max = part.thread.max = row.max;
     part.thread.sum = 0.f;
     if (thread_max > new_floor) {
-      slice.for_each([&](float score, int, int) { part.thread.sum += score > new_floor ? weigh()(score) : 0.f; });
+      slice.for_each([&](float score, int, int) {
+        if (score > new_floor) part.thread.sum += weigh()(score);
+      });
     }
-    smem.warps_above.push({row.max, warp_reduce(part.thread.sum, Sum{})});
-    cluster_sync<kClusterSize>();
+    smem.warps_above.exchange({row.max, warp_reduce(part.thread.sum, Sum{})}, mail.above);
     float sum = 0.f;
     smem.warps_above.for_lane([&](const Stats& warp) { sum += warp.sum; });
     part.row.sum = warp_reduce(sum, Sum{});
