@@ -477,6 +477,8 @@ def test_errors_name_the_argument(device: torch.device) -> None:
     case = Case("errors")
     batch = make_batch(case, device)
     wrapper = make_wrapper(case, device)
+    with pytest.raises(UnsupportedConfig, match="jit_args"):
+        make_wrapper(case, device, jit_args=["a_module"])
     with pytest.raises(ValueError, match=r"run\(\) before plan"):
         wrapper.run(batch.q, batch.kv)
     plan(wrapper, batch)

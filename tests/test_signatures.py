@@ -1,4 +1,4 @@
-"""Names, order and defaults of decode and cascade are upstream FlashInfer's.
+"""Names, order and defaults of decode, prefill and cascade are upstream FlashInfer's.
 
 The table is upstream 0.2.5, whose order matters because engines call these positionally, and behind it what later
 releases or we added: keyword arguments, or last in line.
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from flashinfer import cascade, decode
+from flashinfer import cascade, decode, prefill
 
 _FORWARD = """
     self, q, paged_kv_cache, pos_encoding_mode="NONE", q_scale=None, k_scale=None, v_scale=None, window_left=-1,
@@ -22,6 +22,10 @@ _PLAN = """
     window_left=-1, logits_soft_cap=None, q_data_type=None, kv_data_type=None, data_type=None, sm_scale=None,
     rope_scale=None, rope_theta=None, non_blocking=True,
     *, o_data_type=None, block_tables=None, seq_lens=None, fixed_split_size=None, disable_split_kv=False
+"""
+_PREFILL_OPTIONS = """
+    head_dim_vo=None, custom_mask=None, packed_custom_mask=None, causal=False, pos_encoding_mode="NONE",
+    use_fp16_qk_reduction=False
 """
 _RESET = "self, float_workspace_buffer, int_workspace_buffer"
 _UNIQUE = "unique_kv_indptr, unique_kv_indices, unique_kv_last_page_len"
@@ -52,6 +56,51 @@ SIGNATURES: dict[Any, str] = {
     decode.CUDAGraphBatchDecodeWithPagedKVCacheWrapper.__init__: """
         self, workspace_buffer, indptr_buffer, indices_buffer, last_page_len_buffer, kv_layout="NHD",
         use_tensor_cores=False
+    """,
+    prefill.single_prefill_with_kv_cache: """
+        q, k, v, custom_mask=None, packed_custom_mask=None, causal=False, kv_layout="NHD", pos_encoding_mode="NONE",
+        use_fp16_qk_reduction=False, sm_scale=None, window_left=-1, logits_soft_cap=None, rope_scale=None,
+        rope_theta=None, return_lse=False, backend="auto",
+        *, scale_q=None, scale_k=None, scale_v=None, k_scale=None, v_scale=None
+    """,
+    prefill.BatchPrefillWithPagedKVCacheWrapper.__init__: """
+        self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, qo_indptr_buf=None,
+        paged_kv_indptr_buf=None, paged_kv_indices_buf=None, paged_kv_last_page_len_buf=None, custom_mask_buf=None,
+        mask_indptr_buf=None, backend="auto", jit_args=None, jit_kwargs=None
+    """,
+    prefill.BatchPrefillWithPagedKVCacheWrapper.reset_workspace_buffer: _RESET,
+    prefill.BatchPrefillWithPagedKVCacheWrapper.plan: f"""
+        self, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, num_qo_heads, num_kv_heads,
+        head_dim_qk, page_size, {_PREFILL_OPTIONS}, sm_scale=None, window_left=-1, logits_soft_cap=None,
+        rope_scale=None, rope_theta=None, q_data_type="float16", kv_data_type=None, non_blocking=True,
+        *, disable_split_kv=False, **later
+    """,
+    prefill.BatchPrefillWithPagedKVCacheWrapper.run: """
+        self, q, paged_kv_cache, *args, q_scale=None, k_scale=None, v_scale=None, out=None, lse=None, return_lse=False,
+        enable_pdl=None, window_left=None
+    """,
+    prefill.BatchPrefillWithPagedKVCacheWrapper.forward: """
+        self, q, paged_kv_cache, causal=False, pos_encoding_mode="NONE", use_fp16_qk_reduction=False, k_scale=None,
+        v_scale=None, window_left=-1, logits_soft_cap=None, sm_scale=None, rope_scale=None, rope_theta=None,
+        *, return_lse=False
+    """,
+    prefill.BatchPrefillWithPagedKVCacheWrapper.end_forward: "self",
+    prefill.BatchPrefillWithRaggedKVCacheWrapper.__init__: """
+        self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, qo_indptr_buf=None, kv_indptr_buf=None,
+        custom_mask_buf=None, mask_indptr_buf=None, backend="auto", jit_args=None, jit_kwargs=None
+    """,
+    prefill.BatchPrefillWithRaggedKVCacheWrapper.plan: f"""
+        self, qo_indptr, kv_indptr, num_qo_heads, num_kv_heads, head_dim_qk, {_PREFILL_OPTIONS}, window_left=-1,
+        logits_soft_cap=None, sm_scale=None, rope_scale=None, rope_theta=None, q_data_type="float16",
+        kv_data_type=None, *, disable_split_kv=False, **later
+    """,
+    prefill.BatchPrefillWithRaggedKVCacheWrapper.run: """
+        self, q, k, v, *args, q_scale=None, k_scale=None, v_scale=None, o_scale=None, out=None, lse=None,
+        return_lse=False, enable_pdl=None
+    """,
+    prefill.BatchPrefillWithRaggedKVCacheWrapper.forward: """
+        self, q, k, v, causal=False, pos_encoding_mode="NONE", use_fp16_qk_reduction=False, window_left=-1,
+        logits_soft_cap=None, sm_scale=None, rope_scale=None, rope_theta=None, *, return_lse=False
     """,
     cascade.merge_state: "v_a, s_a, v_b, s_b",
     cascade.merge_state_in_place: "v, s, v_other, s_other, mask=None",

@@ -42,6 +42,14 @@ def check_later_arguments(op: str, later: dict[str, Any]) -> None:
             raise TypeError(f"{op}: unexpected argument {name!r}")
 
 
+def require_no_jit_args(op: str, jit_args: Optional[list[Any]]) -> None:
+    if jit_args is not None:
+        raise UnsupportedConfig(
+            f"{op}: jit_args brings C++ written for upstream's kernels; expected None. Masks, windows, soft caps and "
+            "position encodings are arguments of plan()"
+        )
+
+
 @dataclass(frozen=True)
 class _Run:
     """One signature of run() under one problem: checked, laid out but for the addresses."""

@@ -16,6 +16,7 @@ from flashinfer.attention.batch_prefill import (
     forward_overrides,
     num_tokens_of,
     qo_index,
+    require_no_jit_args,
 )
 from flashinfer.attention.kv_cache import KvStrides, PagedCache, PagedKv
 from flashinfer.attention.mask import CustomMask
@@ -44,7 +45,8 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         paged_kv_last_page_len_buf: int32 `[batch_size]`.
         custom_mask_buf, mask_indptr_buf: uint8, as long as the longest packed mask, and int32 `[batch_size + 1]`;
             needed only by plans with a custom mask.
-        backend, jit_args, jit_kwargs: accepted for compatibility.
+        backend, jit_kwargs: accepted for compatibility.
+        jit_args: None; upstream's C++ of an attention variant does not compile against these kernels.
     """
 
     _op_name = "batch_prefill_paged"
@@ -65,6 +67,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         jit_args: Optional[list[Any]] = None,
         jit_kwargs: Optional[dict[str, Any]] = None,
     ) -> None:
+        require_no_jit_args(self._op_name, jit_args)
         super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph)
         self._buffers = {
             "qo_indptr_buf": qo_indptr_buf,

@@ -18,6 +18,7 @@ from flashinfer.attention.batch_prefill import (
     forward_overrides,
     num_tokens_of,
     qo_index,
+    require_no_jit_args,
 )
 from flashinfer.attention.kv_cache import KvStrides, PagedCache
 from flashinfer.attention.mask import CustomMask
@@ -46,6 +47,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         jit_args: Optional[list[Any]] = None,
         jit_kwargs: Optional[dict[str, Any]] = None,
     ) -> None:
+        require_no_jit_args(self._op_name, jit_args)
         super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph)
         self._buffers = {"qo_indptr_buf": qo_indptr_buf, "kv_indptr_buf": kv_indptr_buf}
         self._mask = CustomMask(self._op_name, self.device, custom_mask_buf, mask_indptr_buf, use_cuda_graph)
