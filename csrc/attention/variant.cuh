@@ -10,7 +10,7 @@
 //
 // To add an option: what it does to a score here, in Variant (kIsPlain, scale_log2, transform) or as a new condition of
 // visibility; its value in AttentionParams; its constant among the axes and in _config of flashinfer/kernels/prefill.py
-// and attention.py (decode); its argument in flashinfer/attention/variant.py. Kernels know of scores what Variant tells.
+// and attention.py (decode); its argument in flashinfer/attention/variant.py. Kernels know nothing else of it.
 #pragma once
 
 #include "attention/params.h"
