@@ -275,6 +275,63 @@ def test_hostile_rows_draw_only_what_is_kept(device: torch.device, case: str, vo
             assert (got - expected).abs().sum() / 2 < 0.15, name
 
 
+def _random_rows(kind: str, vocab_size: int, g: torch.Generator) -> torch.Tensor:
+    """Eight rows of logits that differ in scale, ties and tails."""
+    x = torch.randn(8, vocab_size, generator=g)
+    uniform = torch.rand(8, 1, generator=g)
+    if kind == "any_scale":  # of rows, some far from zero
+        return x * 10 ** (uniform * 7.5 - 6) + torch.tensor([0.0, 1e3, -1e3, 1e-3]).repeat(2)[:, None]
+    if kind == "all_scales":  # within a row
+        return x * 10.0 ** torch.randint(-30, 31, x.shape, generator=g)
+    if kind == "rounded":
+        return (x * 4).bfloat16().float()
+    if kind == "few_values":
+        return x.gather(1, torch.randint(min(3, vocab_size), x.shape, generator=g))
+    if kind == "subnormal":
+        return -x.abs() * 1e-40
+    assert kind == "holes"
+    x[torch.rand(8, vocab_size, generator=g) < uniform] = -math.inf
+    x[:, 0] = 0
+    return x
+
+
+@pytest.mark.parametrize("kind", ["any_scale", "all_scales", "rounded", "few_values", "subnormal", "holes"])
+def test_random_rows_and_filters(device: torch.device, kind: str) -> None:
+    g = torch.Generator().manual_seed(len(kind))
+    draws = 50
+    indices = torch.arange(8, device=device).repeat_interleave(draws)
+    for vocab_size in (2, 33, 257, 1000, 5003, 20000):
+        for dtype in (F32, BF16):
+            logits = _random_rows(kind, vocab_size, g).to(dtype)
+            probs = oracle.softmax(logits).to(dtype)
+            top_k = (vocab_size ** torch.rand(8, generator=g)).int()
+            top_p = torch.tensor([0.0, 0.05, 0.3, 0.5, 0.7, 0.9, 0.99, 0.9999])
+            k, p = top_k.to(device), top_p.to(device)
+            masked = sampling.top_k_mask_logits(logits.to(device), k).cpu()
+            k_renormed = sampling.top_k_renorm_probs(probs.to(device), k).cpu()
+            p_renormed = sampling.top_p_renorm_probs(probs.to(device), p).cpu()
+            drawn = {
+                name: draw(probs.to(device), *args, indices=indices, generator=_generator(device)).cpu().view(8, draws)
+                for name, draw, args in (
+                    ("top_k", sampling.top_k_sampling_from_probs, [k.repeat_interleave(draws)]),
+                    ("top_p", sampling.top_p_sampling_from_probs, [p.repeat_interleave(draws)]),
+                )
+            }
+            for i in range(8):
+                what = f"{kind}, vocab {vocab_size}, {dtype}, row {i}, top_k {top_k[i]}, top_p {top_p[i]}"
+                mask = oracle.kept(logits[i], logits[i], top_k=int(top_k[i]))
+                assert torch.equal(masked[i], torch.where(mask, logits[i], -math.inf)), what
+                seen = probs[i].double() > 1e-30  # smaller ones may round to zero on the way
+                mask = oracle.kept(probs[i], probs[i], top_k=int(top_k[i]))
+                assert torch.equal(k_renormed[i][seen] > 0, mask[seen]), what
+                assert (mask & (probs[i] > 0))[drawn["top_k"][i].long()].all(), what
+                inner, outer = (
+                    oracle.kept(probs[i], probs[i], top_p=float(top_p[i]), slack=s) for s in (-SLACK, SLACK)
+                )
+                assert (p_renormed[i] > 0)[inner & seen].all() and not (p_renormed[i] > 0)[~outer].any(), what
+                assert (outer & (probs[i] > 0))[drawn["top_p"][i].long()].all(), what
+
+
 @pytest.mark.sanitizer
 def test_each_kernel_once(device: torch.device) -> None:
     """One launch of each kernel over hostile rows, which checkers of memory and races can afford."""
@@ -339,6 +396,14 @@ def test_unnormalized_probabilities(device: torch.device) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- parameters, randomness
+
+
+def test_min_p_keeps_the_likeliest(device: torch.device) -> None:
+    probs = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.0, 0.5]], device=device)
+    for min_p in (1.0, 1.5, torch.tensor([1.0, 7.0], device=device)):
+        for seed in range(5):
+            tokens, valid = sampling.min_p_sampling_from_probs(probs, min_p, seed=seed, offset=0, return_valid=True)
+            assert valid.all() and tokens[0] == 1 and tokens[1] in (0, 2)
 
 
 def test_per_row_parameters(device: torch.device) -> None:

@@ -101,7 +101,7 @@ __device__ void sample_row(const SamplingParams& params) {
   RowTotals<Config> part = totals;
   if constexpr (Config::kMinP) {
     const float min_p = params.min_p ? params.min_p[row] : params.min_p_value;
-    part = totals.above(next_below(min_p * totals.row.max), slice, smem.totals, smem.mail);
+    part = totals.above(next_below(fminf(min_p, 1.f) * totals.row.max), slice, smem.totals, smem.mail);
   }
   if constexpr (Config::kTopK) {
     if (filter.top_k < kInfinity) {

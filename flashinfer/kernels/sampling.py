@@ -85,6 +85,10 @@ def placement(dtype: str, vocab_size: int, num_rows: int, num_sms: int, target: 
 
     Enough blocks to fill the machine while rows are few; for a row that stays in shared memory, also blocks small
     enough that three fit an SM, so that one loads while others search.
+
+    Measured on an H100, fp32, vocabulary 128256, µs, unfiltered from logits, by cluster size 1 / 2 / 4 / 8:
+    1 row 16.2 / 11.0 / 7.5 / 6.0, 16 rows 19.1 / 13.0 / 9.3 / 8.4, 128 rows 30.8 / 28.8 / 28.9 / 30.6, 512 rows all
+    within 3 % of 96. Eight granules in flight a thread beat four by up to 20 % where blocks are few.
     """
     has_clusters = targets.kind(target) == "cuda" and targets.capability(target)[0] in (9, 10)
     if targets.kind(target) == "cpu":
@@ -115,6 +119,10 @@ def _block_kib(row_bytes: int, cluster_size: int) -> int:
 
 
 def _launch(spec: KernelSpec, shared: int, streams: bool) -> tuple[dict[str, int], Launch]:
+    # 256 threads: with 512, two blocks an SM and 64 registers, streaming 512 rows of logits took 120 µs instead of 96.
+    # Resident rows come by plain loads. By bulk copies, min-p of 512 rows took 120 µs instead of 126, but few rows
+    # 0.4 µs more. With a later row prefetched into L2 while a block computes, top-p took 132 instead of 135, softmax 250
+    # instead of 193.
     row_kib = spec.arg("row_kib")
     num_threads = _NUM_THREADS
     # Granules of 16-bit elements hold twice as many: half as many in flight, or their floats spill.

@@ -160,7 +160,9 @@ inline float filter_threshold(const SamplingParams& params, int64_t row_idx, con
                               RowBuffer& row) {
   constexpr int kInput = Config::kInput;
   const int vocab_size = params.vocab_size;
-  if constexpr (Config::kMinP) return (params.min_p ? params.min_p[row_idx] : params.min_p_value) * totals.max;
+  if constexpr (Config::kMinP) {
+    return std::fmin(params.min_p ? params.min_p[row_idx] : params.min_p_value, 1.f) * totals.max;
+  }
   if constexpr (!Config::kTopK && !Config::kTopP) return -INFINITY;
 
   int64_t top_k = vocab_size;
