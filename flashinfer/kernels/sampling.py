@@ -121,8 +121,8 @@ def _block_kib(row_bytes: int, cluster_size: int) -> int:
 def _launch(spec: KernelSpec, shared: int, streams: bool) -> tuple[dict[str, int], Launch]:
     # 256 threads: with 512, two blocks an SM and 64 registers, streaming 512 rows of logits took 120 µs instead of 96.
     # Resident rows come by plain loads. By bulk copies, min-p of 512 rows took 120 µs instead of 126, but few rows
-    # 0.4 µs more. With a later row prefetched into L2 while a block computes, top-p took 132 instead of 135, softmax 250
-    # instead of 193.
+    # 0.4 µs more. With a later row prefetched into L2 while a block computes, top-p took 132 µs instead of 135, softmax
+    # 250 instead of 193.
     row_kib = spec.arg("row_kib")
     num_threads = _NUM_THREADS
     # Granules of 16-bit elements hold twice as many: half as many in flight, or their floats spill.
