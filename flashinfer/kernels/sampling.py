@@ -20,8 +20,9 @@ _NUM_THREADS = 256
 # Shared memory besides the row. With a search, three blocks with 64 KiB of row just fit an SM of Hopper.
 _SEARCH_BYTES, _NUCLEUS_BYTES, _PLAIN_BYTES = 11264, 3328, 1152
 # Of top-p, checked in one look at the row. At top_p 0.9 two fail one time in a hundred, and each costs a comparison and
-# an addition an element. Measured on an H100, fp32, vocabulary 128256, µs for 1 / 16 / 128 / 512 normal rows, by number
-# of candidates: 2: 7.3 / 10.2 / 41 / 133; 3: 7.5 / 10.7 / 42 / 138; 4: 7.9 / 11.3 / 45 / 145; 8: 9.8 / 14.7 / 59 / 200.
+# an addition an element. Measured on an H100 with barriers of the cluster where mailboxes are now, fp32, vocabulary
+# 128256, µs for 1 / 16 / 128 / 512 normal rows, by number of candidates: 2: 7.3 / 10.2 / 41 / 133;
+# 3: 7.5 / 10.7 / 42 / 138; 4: 7.9 / 11.3 / 45 / 145; 8: 9.8 / 14.7 / 59 / 200.
 _NUM_CANDIDATES = 2
 
 
