@@ -51,6 +51,10 @@ def operators(device: torch.device) -> dict[str, Callable[[], object]]:
     weight, out = torch.ones(4096).to(device, torch.bfloat16), torch.empty_like(x)
     q, k = torch.randn(4, 32, 128).to(device, torch.bfloat16), torch.randn(4, 8, 128).to(device, torch.bfloat16)
     positions = torch.arange(4, dtype=torch.int32, device=device)
+    qkv = torch.randn(4, 48, 128).to(device, torch.bfloat16)
+    packed_q, packed_k, packed_v = qkv.split([32, 8, 8], dim=1)
+    pages, zeros, head_weight = torch.zeros(1, 2, 16, 8, 128).to(device, torch.bfloat16), positions * 0, weight[:128]
+    table = (zeros[:1], positions[:2])  # one page
     logits = torch.randn(4, 1000, device=device)
     probs = torch.softmax(logits, -1)
     top_k, top_p = positions + 40, torch.full((4,), 0.9, device=device)
@@ -63,6 +67,12 @@ def operators(device: torch.device) -> dict[str, Callable[[], object]]:
         "rmsnorm": lambda: flashinfer.rmsnorm(x, weight),
         "silu_and_mul(out=)": lambda: flashinfer.silu_and_mul(gated, out=out),
         "apply_rope_pos_ids_inplace": lambda: flashinfer.apply_rope_pos_ids_inplace(q, k, positions),
+        "fused_qk_rmsnorm_rope": lambda: flashinfer.fused_qk_rmsnorm_rope(
+            qkv, head_weight, head_weight, positions, 32, 8
+        ),
+        "rope_append_paged_kv_cache": lambda: flashinfer.rope_append_paged_kv_cache(
+            packed_q, packed_k, packed_v, zeros, positions, pages, *table, q_out=packed_q
+        ),
         "softmax": lambda: sampling.softmax(logits),
         "top_k_renorm_probs": lambda: sampling.top_k_renorm_probs(probs, 50),
         "sampling_from_logits": lambda: sampling.sampling_from_logits(logits),

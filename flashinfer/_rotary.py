@@ -63,11 +63,11 @@ class Rotation(NamedTuple):
 
     def addresses(self) -> tuple[int, int, int, int]:
         """The pointers of `Rotary` in rope/params.h, in order."""
-        return _address(self.positions), _address(self.indptr), _address(self.offsets), _address(self.cos_sin_cache)
-
-
-def _address(tensor: Optional[torch.Tensor]) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+        positions, indptr, offsets, table = self[2:6]
+        if positions is not None:
+            return positions.data_ptr(), 0, 0, 0 if table is None else table.data_ptr()
+        assert indptr is not None and offsets is not None
+        return 0, indptr.data_ptr(), offsets.data_ptr(), 0
 
 
 NUM_ADDRESSES = 4

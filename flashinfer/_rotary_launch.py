@@ -31,6 +31,8 @@ from flashinfer.kernels import rope as kernels
 from flashinfer.kernels.page import vec_size
 
 _memo: _op.Memo[PreparedLaunch] = _op.Memo()
+# With the batch size and the page size, which stand among the addresses.
+_appends: _op.Memo[tuple[PreparedLaunch, tuple[int, int]]] = _op.Memo()
 
 
 def _nothing(*_: object) -> None:
@@ -110,9 +112,12 @@ def append(
             *heads, *slots, *pair, kv_layout, *_scale.split(k_scale), *_scale.split(v_scale), pdl, *rotation
         )
         return
+    addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), q_out.data_ptr())
+    caches = cache_addresses(paged_kv_cache)
     key = (
         kv_layout,
         pdl,
+        (addresses[0] | addresses[1] | addresses[2] | addresses[3] | caches[0] | caches[1]) & 15,
         _op.signature(q),
         _op.signature(k),
         _op.signature(v),
@@ -126,17 +131,16 @@ def append(
         _scale.signature(v_scale),
         rotation.signature(),
     )
-    addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), q_out.data_ptr())
-    caches = cache_addresses(paged_kv_cache)
-    alignment = (addresses[0] | addresses[1] | addresses[2] | addresses[3] | caches[0] | caches[1]) & 15
-    launch = _memo.get((key, alignment))
-    if launch is None:
+    prepared = _appends.get(key)
+    if prepared is None:
         op = "rope_append_paged_kv_cache"
         split = split_cache(op, paged_kv_cache, kv_layout)
         check_scales(op, k_scale, v_scale, k, split[0])
         slot_axes = check_slots(op, k, *slots)
-        launch = _prepare_append(op, heads, split, slot_axes, kv_indptr.shape[0] - 1, rotation, pdl)
-        _memo.remember((key, alignment), launch)
+        geometry = (kv_indptr.shape[0] - 1, split[0].shape[1])
+        launch = _prepare_append(op, heads, split, slot_axes, rotation, pdl)
+        prepared = _appends.remember(key, (launch, geometry))
+    launch, geometry = prepared
     launch(
         *addresses,
         *caches,
@@ -146,8 +150,7 @@ def append(
         positions.data_ptr(),
         kv_indices.data_ptr(),
         kv_indptr.data_ptr(),
-        kv_indptr.shape[0] - 1,
-        _page_size(paged_kv_cache, kv_layout),
+        *geometry,
         *rotation.addresses(),
     )
 
@@ -165,12 +168,6 @@ _compiled_append = _op.compiled_op(
     f"{_scale.SCHEMA.format('k_scale')}, {_scale.SCHEMA.format('v_scale')}, bool? pdl, {rotary.SCHEMA}) -> ()",
     _run_compiled_append,
 )
-
-
-def _page_size(cache: PagedCache, kv_layout: str) -> int:
-    is_whole = isinstance(cache, torch.Tensor)
-    shape = cache.shape if isinstance(cache, torch.Tensor) else cache[0].shape
-    return shape[(1 if kv_layout == "NHD" else 2) + is_whole]
 
 
 def qk_norm(
@@ -263,7 +260,6 @@ def _prepare_append(
     heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     caches: tuple[torch.Tensor, torch.Tensor],
     slot_axes: dict[str, str],
-    batch_size: int,
     rotation: Rotation,
     pdl: Optional[bool],
 ) -> PreparedLaunch:
@@ -292,15 +288,11 @@ def _prepare_append(
     if q.numel() + k.numel() == 0:
         return _nothing
     spec = kernels.ROPE_APPEND.spec(target.of_device(q.device), **geometry.axes, cache_dtype=cache_dtype, **slot_axes)
-    page_size = k_cache.shape[1]
     return _prepare(
         spec,
         [num_qo_heads, num_kv_heads, num_kv_heads],
         num_tokens,
-        *[0] * 16,
-        batch_size,
-        page_size,
-        *[0] * rotary.NUM_ADDRESSES,
+        *[0] * (16 + 2 + rotary.NUM_ADDRESSES),
         *geometry.constants,
         *head_strides(q),
         *head_strides(k),
