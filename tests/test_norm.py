@@ -128,6 +128,20 @@ def test_programmatic_dependent_launch() -> None:
     assert torch.equal(y, expected)
 
 
+def test_each_call_returns_a_tensor_of_its_own(device: torch.device) -> None:
+    """As torch.empty would have made it: in inference mode too, and when another device is the current one."""
+    x, weight = make((3, 64), torch.bfloat16, device, 0), make((64,), torch.bfloat16, device, 1)
+    first, second = flashinfer.rmsnorm(x, weight), flashinfer.rmsnorm(x * 2, weight)
+    assert first.data_ptr() != second.data_ptr() and first.is_contiguous() and not first.requires_grad
+    assert (first.shape, first.dtype, first.device) == (x.shape, x.dtype, x.device)
+    assert_close(first, oracle.rmsnorm(x, weight, 1e-6))
+    with torch.inference_mode():
+        assert flashinfer.rmsnorm(x, weight).is_inference()
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        with torch.cuda.device(1):
+            assert flashinfer.rmsnorm(x, weight).device == x.device
+
+
 @pytest.mark.gpu
 def test_cuda_graph() -> None:
     x = make((8, 4096), torch.bfloat16, torch.device("cuda"))

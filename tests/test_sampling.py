@@ -566,3 +566,15 @@ def test_errors(device: torch.device) -> None:
     with pytest.raises(ValueError, match="one step less"):
         ids = torch.zeros(1, 2, dtype=torch.int32, device=device)
         sampling.chain_speculative_sampling(probs[None], ids, probs[None])
+    with pytest.raises(ValueError, match=r"maybe_output_emitted_draft_token_num is torch\.int64"):
+        counts = torch.zeros(1, dtype=torch.int64, device=device)
+        sampling.chain_speculative_sampling(probs[None, :1], ids[:, :1], probs[None], None, counts)
+
+
+@pytest.mark.gpu
+def test_generator_of_another_device() -> None:
+    probs, generator = torch.full((2, 10), 0.1, device="cuda"), torch.Generator()
+    with pytest.raises(ValueError, match="generator is on cpu, the input on cuda:0; make one for that device"):
+        sampling.sampling_from_probs(probs, generator=generator)
+    with pytest.raises(ValueError, match="generator is on cuda:0, the input on cpu; make one for that device"):
+        sampling.sampling_from_probs(probs.cpu(), generator=_generator(probs.device))
