@@ -1,21 +1,18 @@
-"""What the operators of sampling share: arguments, random numbers, and one prepared launch per signature."""
+"""What the operators of sampling share: one prepared launch per signature."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
 
-from flashinfer import _op, dtypes, target
-from flashinfer.errors import UnsupportedConfig
+from flashinfer import _op, target
+from flashinfer import _sampling_arguments as arguments
+from flashinfer._sampling_arguments import Number, PerRow, Seed
 from flashinfer.jit import Family, resolver
 from flashinfer.jit.loader import PreparedLaunch
 from flashinfer.kernels import sampling as kernels
 
-Number = Union[int, float]
-PerRow = Union[torch.Tensor, int, float, None]
-Seed = Union[int, torch.Tensor, None]
 Samples = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -64,16 +61,16 @@ def normalize(
         out = torch.empty(input.shape, dtype=_output_dtype(op, input), device=input.device)
         _compiled_normalize(op, input, *_split(top_k), *_split(top_p), *_split(temperature), enable_pdl, out)
         return out
-    k_value, k_ptr, k_like = _NO_TOP_K if top_k is None else _count(top_k)
-    p_value, p_ptr, p_like = _ONE if top_p is None else _fraction(top_p)
-    t_value, t_ptr, t_like = _ONE if temperature is None else _fraction(temperature)
+    k_value, k_ptr, k_like = arguments.NO_TOP_K if top_k is None else arguments.count(top_k)
+    p_value, p_ptr, p_like = arguments.ONE if top_p is None else arguments.fraction(top_p)
+    t_value, t_ptr, t_like = arguments.ONE if temperature is None else arguments.fraction(temperature)
     key = (
         op, enable_pdl, input.dtype, input.shape, input.stride(), input.get_device(), k_like, p_like, t_like,
     )  # fmt: skip
     prepared = _normalizers.get(key)
     if prepared is None:
-        dtype = _check_rows(op, input, None)
-        readable = _readable(op, ("top_k", "top_p", "temperature"), parameters, input.shape[0], input)
+        dtype = arguments.check_rows(op, input, None)
+        readable = arguments.readable(op, ("top_k", "top_p", "temperature"), parameters, input.shape[0], input)
         if readable is not None:
             return normalize(op, input, readable, enable_pdl, out)
         args = {"op": _NORMALIZERS[op]}
@@ -125,9 +122,9 @@ def sample(
         return _traced_sample(op, input, filters, top_k_first, options)
     top_k, top_p, min_p = filters
     indices, generator, check_nan, seed, offset, return_valid = options
-    k_value, k_ptr, k_like = _NO_TOP_K if top_k is None else _count(top_k)
-    p_value, p_ptr, p_like = _ONE if top_p is None else _fraction(top_p)
-    m_value, m_ptr, m_like = _ZERO if min_p is None else _fraction(min_p)
+    k_value, k_ptr, k_like = arguments.NO_TOP_K if top_k is None else arguments.count(top_k)
+    p_value, p_ptr, p_like = arguments.ONE if top_p is None else arguments.fraction(top_p)
+    m_value, m_ptr, m_like = arguments.ZERO if min_p is None else arguments.fraction(min_p)
     device_index = input.get_device()
     key = (
         op, top_k_first, input.dtype, input.shape, input.stride(), device_index, k_like, p_like, m_like,
@@ -135,9 +132,9 @@ def sample(
     )  # fmt: skip
     prepared = _samplers.get(key)
     if prepared is None:
-        dtype = _check_rows(op, input, indices)
+        dtype = arguments.check_rows(op, input, indices)
         num_rows = (input if indices is None else indices).shape[0]
-        readable = _readable(op, ("top_k", "top_p", "min_p"), filters, num_rows, input)
+        readable = arguments.readable(op, ("top_k", "top_p", "min_p"), filters, num_rows, input)
         if readable is not None:
             return sample(op, input, readable, top_k_first, options, out)
         kind, filter = _SAMPLERS[op]
@@ -153,7 +150,7 @@ def sample(
         raise ValueError(f"{op}: the input holds NaN; find where the {kind} come from, or pass check_nan=False")
     launch, new_token_ids, new_valid = prepared
     token_ids, valid = (new_token_ids(), new_valid() if return_valid else None) if out is None else out
-    state, seed, offset = random_state(op, input, (generator, seed, offset), _WORDS_PER_SAMPLE)
+    state, seed, offset = arguments.random_state(op, input, (generator, seed, offset), _WORDS_PER_SAMPLE)
     launch(
         input.data_ptr(), 0, token_ids.data_ptr(), 0 if valid is None else valid.data_ptr(),
         0 if indices is None else indices.data_ptr(), k_ptr, p_ptr, m_ptr, 0,
@@ -167,7 +164,7 @@ def _traced_sample(
 ) -> Samples:
     indices, generator, check_nan, seed, offset, return_valid = options
     if generator is not None:
-        raise _untraceable_generator(op)
+        raise arguments.untraceable_generator(op)
     num_rows = input.shape[0] if indices is None else indices.shape[0]
     token_ids = torch.empty(num_rows, dtype=torch.int32, device=input.device)
     valid = torch.empty(num_rows, dtype=torch.bool, device=input.device) if return_valid else None
@@ -289,7 +286,7 @@ def speculate(
         accepted = new_count()
     if emitted is None:
         emitted = new_count()
-    state, seed, offset = random_state(op, draft_probs, random, num_words)
+    state, seed, offset = arguments.random_state(op, draft_probs, random, num_words)
     launch(
         draft_probs.data_ptr(),
         target_probs.data_ptr(),
@@ -313,7 +310,7 @@ def _traced_speculate(
 ) -> Triple:
     generator, seed, offset = random
     if generator is not None:
-        raise _untraceable_generator(op)
+        raise arguments.untraceable_generator(op)
     shape, device = target_probs.shape[:2], target_probs.device
     accepted, emitted = (
         torch.zeros(shape[0], dtype=torch.int32, device=device) if count is None else count for count in counts
@@ -339,7 +336,7 @@ def _prepare_speculative(
     counts: tuple[Optional[torch.Tensor], Optional[torch.Tensor]],
 ) -> _Speculator:
     draft_probs, draft_token_ids = drafts
-    dtype = _check_dtype(op, "draft_probs", draft_probs)
+    dtype = arguments.check_dtype(op, "draft_probs", draft_probs)
     _op.require_dtype_device(op, "target_probs", target_probs, draft_probs, "draft_probs")
     _op.require_device(op, "draft_token_ids", draft_token_ids, draft_probs, "draft_probs")
     _op.require(
@@ -395,135 +392,4 @@ def _prepare_speculative(
         _op.allocator((num_rows, num_steps), torch.int32, device),
         _op.allocator((num_rows,), torch.int32, device),
         8 + 4 * -(-(num_steps - 1) // 2),
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------ arguments
-
-
-def _check_dtype(op: str, name: str, tensor: torch.Tensor) -> str:
-    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise UnsupportedConfig(f"{op}: {name} is {tensor.dtype}; expected float32, float16 or bfloat16")
-    return dtypes.short_name(tensor.dtype)
-
-
-def _check_rows(op: str, input: torch.Tensor, indices: Optional[torch.Tensor]) -> str:
-    dtype = _check_dtype(op, "the input", input)
-    _op.require(
-        input.dim() == 2 and input.shape[1] >= 1,
-        op,
-        f"the input is {list(input.shape)}; expected [num_rows, vocab_size] with at least one token",
-    )
-    _op.require_unit_stride(op, "the input", input)
-    if indices is not None:
-        _op.require_device(op, "indices", indices, input)
-        _op.require(
-            indices.dtype in (torch.int32, torch.int64) and indices.dim() == 1 and indices.is_contiguous(),
-            op,
-            f"indices is {indices.dtype} {list(indices.shape)}; expected contiguous int32 or int64 [num_rows]",
-        )
-        _op.require(input.shape[0] > 0 or indices.shape[0] == 0, op, "indices names rows of an empty input")
-    return dtype
-
-
-def is_top_k_first(op: str, order: str) -> bool:
-    if order == "top_k_first":
-        return True
-    if order == "joint":
-        return False
-    raise ValueError(f'{op}: filter_apply_order is {order!r}; expected "top_k_first" or "joint"')
-
-
-# What a launch takes of a parameter: a number for all rows, or the address of one for each; and the signature of the
-# tensor at that address, which decides whether the kernel can read it.
-_Parameter = tuple[Number, int, Optional[tuple[object, ...]]]
-_NO_TOP_K: _Parameter = (0, 0, None)
-_ONE: _Parameter = (1.0, 0, None)
-_ZERO: _Parameter = (0.0, 0, None)
-_LARGEST_COUNT = 0x7FFFFFFF  # keeps all, as does any count beyond the vocabulary
-
-
-def _count(value: Union[torch.Tensor, Number]) -> _Parameter:
-    if isinstance(value, torch.Tensor):
-        return 0, value.data_ptr(), _op.signature(value)
-    return min(max(int(value), 1), _LARGEST_COUNT), 0, None
-
-
-def _fraction(value: Union[torch.Tensor, Number]) -> _Parameter:
-    if isinstance(value, torch.Tensor):
-        return 0.0, value.data_ptr(), _op.signature(value)
-    return float(value), 0, None
-
-
-def _readable(
-    op: str, names: tuple[str, ...], values: tuple[PerRow, ...], num_rows: int, input: torch.Tensor
-) -> Optional[tuple[Any, ...]]:
-    """The parameters as a kernel can read them, one contiguous entry per row; None if that is how they are."""
-    converted = tuple(_readable_parameter(op, name, value, num_rows, input) for name, value in zip(names, values))
-    return None if all(new is old for new, old in zip(converted, values)) else converted
-
-
-def _readable_parameter(op: str, name: str, value: PerRow, num_rows: int, input: torch.Tensor) -> PerRow:
-    if not isinstance(value, torch.Tensor):
-        return value
-    wanted = (torch.int32, torch.int64) if name == "top_k" else (torch.float32,)
-    if value.dtype not in wanted:
-        value = value.to(wanted[0])
-    if value.numel() == 1 and num_rows != 1:
-        value = value.reshape(1).expand(num_rows)
-    _op.require(
-        value.numel() == num_rows,
-        op,
-        f"{name} is a tensor {list(value.shape)}; expected a number or [{num_rows}], one entry per output row",
-    )
-    _op.require_device(op, name, value, input)
-    return value.contiguous()
-
-
-# ------------------------------------------------------------------------------------------------------- random numbers
-
-_is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
-_MASK = 0xFFFFFFFFFFFFFFFF
-
-
-def random_state(
-    op: str, input: torch.Tensor, random: tuple[Optional[torch.Generator], Seed, Seed], num_words: int
-) -> tuple[Optional[torch.Tensor], int, int]:
-    """(state on the device or None, seed, offset) for one launch that consumes `num_words` Philox words a row.
-
-    random: generator, seed, offset.
-    """
-    generator, seed, offset = random
-    if seed is not None or offset is not None:
-        if isinstance(seed, torch.Tensor) or isinstance(offset, torch.Tensor):
-            parts = [torch.as_tensor(0 if part is None else part, device=input.device) for part in (seed, offset)]
-            return torch.stack([part.reshape(-1)[0].to(torch.int64) for part in parts]), 0, 0
-        return None, int(seed or 0) & _MASK, int(offset or 0) & _MASK
-    if not input.is_cuda:
-        if generator is not None and generator.device.type != "cpu":
-            raise _wrong_generator(op, generator, input)
-        return None, int(torch.empty((), dtype=torch.int64).random_(generator=generator).item()), 0
-    if generator is None:
-        generator = torch.cuda.default_generators[input.get_device()]
-    try:
-        position = generator.get_offset()
-    except RuntimeError:
-        # It has none, or refuses because the stream is being captured: asking first would cost each call as much.
-        if generator.device.type != "cuda":
-            raise _wrong_generator(op, generator, input) from None
-        if not _is_capturing():
-            raise
-        # The generator's state lives on the device while a graph is captured: draw our seed there, once a replay.
-        return torch.empty(2, dtype=torch.int64, device=input.device).random_(generator=generator), 0, 0
-    generator.set_offset(position + num_words)
-    return None, generator.initial_seed(), position
-
-
-def _untraceable_generator(op: str) -> ValueError:
-    return ValueError(f"{op}: torch.compile cannot trace a generator; leave it out, or pass seed and offset")
-
-
-def _wrong_generator(op: str, generator: torch.Generator, input: torch.Tensor) -> ValueError:
-    return ValueError(
-        f"{op}: generator is on {generator.device}, the input on {input.device}; make one for that device"
     )

@@ -29,7 +29,8 @@ from typing import Optional, Union
 import torch
 
 from flashinfer import _sampling_launch as launching
-from flashinfer._sampling_launch import Samples, Seed
+from flashinfer._sampling_arguments import Seed, is_top_k_first
+from flashinfer._sampling_launch import Samples
 
 __all__ = [
     "softmax",
@@ -250,7 +251,7 @@ def top_k_top_p_sampling_from_logits(
     Otherwise as `sampling_from_logits`, `top_k_sampling_from_probs` and `top_p_sampling_from_probs`.
     """
     op = "top_k_top_p_sampling_from_logits"
-    top_k_first = launching.is_top_k_first(op, filter_apply_order)
+    top_k_first = is_top_k_first(op, filter_apply_order)
     options = (indices, generator, check_nan, seed, offset, return_valid)
     return launching.sample(op, logits, (top_k, top_p, None), top_k_first, options)
 
@@ -270,7 +271,7 @@ def top_k_top_p_sampling_from_probs(
 ) -> Samples:
     """Draw one token per row of `probs` after top-k and top-p, in the order of `top_k_top_p_sampling_from_logits`."""
     op = "top_k_top_p_sampling_from_probs"
-    top_k_first = launching.is_top_k_first(op, filter_apply_order)
+    top_k_first = is_top_k_first(op, filter_apply_order)
     options = (indices, generator, check_nan, seed, offset, return_valid)
     return launching.sample(op, probs, (top_k, top_p, None), top_k_first, options)
 
