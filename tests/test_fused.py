@@ -200,6 +200,7 @@ def test_rope_append(
     assert_fp8_close(cache[:, 1].cpu()[written], expected_v[written] / 2.0)
 
 
+@pytest.mark.sanitizer
 def test_rope_append_in_place_with_a_table(device: torch.device) -> None:
     """Queries turned in place; positions in the cache and positions to turn by may differ; int64 indices."""
     q, k, v = (make((6, heads, 64), torch.float16, device, heads) for heads in (4, 2, 1))
@@ -347,6 +348,7 @@ def test_qk_norm_rope(device: torch.device, name: str, interleave: bool, dtype: 
     assert torch.equal(qkv[:, num_qo_heads + num_kv_heads :], before[:, num_qo_heads + num_kv_heads :])
 
 
+@pytest.mark.sanitizer
 def test_qk_norm_rope_with_a_table(device: torch.device) -> None:
     qkv = make((4, 6, 64), torch.bfloat16, device, 0)
     weight = make((64,), torch.bfloat16, device, 1)

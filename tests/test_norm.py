@@ -75,6 +75,7 @@ def test_many_rows(device: torch.device) -> None:
     assert_close(flashinfer.rmsnorm(x, weight, EPS), oracle.rmsnorm(x, weight, EPS))
 
 
+@pytest.mark.sanitizer
 def test_heads_of_a_packed_projection_in_place(device: torch.device) -> None:
     """q cut out of qkv has rows in groups; its neighbours k and v must not change."""
     qkv = make((9, 12, 128), torch.bfloat16, device)
@@ -85,6 +86,7 @@ def test_heads_of_a_packed_projection_in_place(device: torch.device) -> None:
     assert torch.equal(qkv[:, 8:], before[:, 8:])
 
 
+@pytest.mark.sanitizer
 def test_grouped_input_to_even_output_and_back(device: torch.device) -> None:
     qkv, weight = make((6, 10, 64), torch.float16, device), make((64,), torch.float16, device, 1)
     expected = oracle.rmsnorm(qkv[:, 2:6], weight, EPS)
@@ -95,6 +97,7 @@ def test_grouped_input_to_even_output_and_back(device: torch.device) -> None:
     assert wide[:, 0].eq(0).all() and wide[:, 5:].eq(0).all()
 
 
+@pytest.mark.sanitizer
 def test_strided_and_misaligned_rows(device: torch.device) -> None:
     wide, weight = make((6, 300), torch.bfloat16, device), make((256,), torch.bfloat16, device, 1)
     for offset in (0, 1, 2, 4, 8):  # element offsets: 16-byte aligned only at 0 and 8

@@ -74,6 +74,7 @@ def test_rope_pos_ids(device: torch.device, name: str, interleave: bool, dtype: 
         assert torch.equal(q[..., case.rotary_dim :], before[0][..., case.rotary_dim :])
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("interleave", [False, True])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 def test_ragged_rope(device: torch.device, interleave: bool, index_dtype: torch.dtype) -> None:
@@ -152,6 +153,7 @@ def test_cos_sin_cache(device: torch.device, name: str, is_neox: bool, table_dty
     assert_close(k, expected[1])
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("offset", [0, 1, 2, 4])
 @pytest.mark.parametrize("interleave", [False, True])
 def test_strided_and_misaligned(device: torch.device, offset: int, interleave: bool) -> None:
