@@ -249,6 +249,38 @@ def test_cuda_graph_of_plan_and_run() -> None:
 
 
 @pytest.mark.gpu
+def test_kv_written_by_the_kernel_before() -> None:
+    """A launch that overlaps the one before reads the cache ahead of it, but computes with what that one writes."""
+    device = torch.device("cuda", 0)
+    num_tokens = 20000
+    batch = Batch(Case("overwritten", kv_lens=(num_tokens,)), device)
+    wrapper = make_wrapper(device)
+    batch.plan(wrapper)
+    q, (cache, indices) = batch.q.to(device), (batch.cache, batch.indices.to(device))
+    indptr, last_page_len = batch.indptr.to(device), batch.last_page_len.to(device)
+    tokens = torch.arange(num_tokens, dtype=torch.int32, device=device)
+    request = torch.zeros_like(tokens)
+    rows = torch.randn(3, 2, num_tokens, 2, 128, device=device).to(BF16)
+    outs = torch.empty(12, 1, 8, 128, dtype=BF16, device=device)
+
+    def steps() -> None:
+        for i, out in enumerate(outs):
+            k, v = rows[i % 3]
+            flashinfer.append_paged_kv_cache(k, v, request, tokens, cache, indices, indptr, last_page_len)
+            wrapper.run(q, cache, out=out)
+
+    steps()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        steps()
+    outs.fill_(math.nan)
+    for _ in range(3):
+        graph.replay()
+    for i, out in enumerate(outs):
+        assert_close(out, attention(q, *rows[i % 3])[0])
+
+
+@pytest.mark.gpu
 def test_plan_does_not_synchronize() -> None:
     device = torch.device("cuda", 0)
     batch = Batch(Case("no_sync"), device)

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "attention/decode_tile.cuh"
+#include "device/atomic.cuh"
 #include "device/cast.cuh"
 #include "device/pdl.cuh"
 
@@ -109,9 +110,8 @@ __device__ __forceinline__ bool arrives_last(const AttentionParams& params, Deco
   __syncthreads();
   if (threadIdx.x == 0) {
     uint32_t* counter = params.counters + int64_t(request.request_idx) * gridDim.x + blockIdx.x;
-    __threadfence();  // what the block wrote before the barrier becomes visible ahead of the count
-    smem.is_last = atomicInc(counter, request.num_chunks - 1) == uint32_t(request.num_chunks - 1);
-    __threadfence();
+    const uint32_t last = request.num_chunks - 1;
+    smem.is_last = atomic_inc_acq_rel(counter, last) == last;
   }
   __syncthreads();
   return smem.is_last;
@@ -203,13 +203,16 @@ __device__ void decode(const AttentionParams& params) {
   Smem& smem = *reinterpret_cast<Smem*>(smem_bytes);
   const int warp_idx = threadIdx.x / kWarpSize;
 
+  if (threadIdx.x == 0) smem.previous_ended = 0;
+  __syncthreads();
   if (!params.plan_is_settled) wait_for_previous_kernel();
   const DecodeChunk chunk = load_chunk<Config>(params);
   const HeadBlock heads = HeadBlock::make<Config::kGroupTile>(params, blockIdx.x);
   TileLoader<Config> loader(params, heads, chunk);
   const bool is_short = chunk.num_tiles <= kShortChunk;
-  if (params.plan_is_settled && is_short) loader.prefetch();
+  if (params.plan_is_settled && is_short) loader.touch(smem.out[warp_idx], smem.previous_ended);
   wait_for_previous_kernel();
+  if (threadIdx.x == 0) smem.previous_ended = 1;
   if (is_short)
     allow_next_kernel();  // after the wait: early reads count on every kernel before the previous being done
   if (chunk.num_tiles > 0) {

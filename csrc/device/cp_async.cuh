@@ -18,6 +18,18 @@ __device__ __forceinline__ void cp_async_16(uint32_t dst_smem, const void* src_g
                "r"(num_source_bytes));
 }
 
+// For data that is read once: L2 gives its place away first, to what others will come back to.
+__device__ __forceinline__ uint64_t evict_first_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void cp_async_16(uint32_t dst_smem, const void* src_gmem, bool valid, uint64_t l2_policy) {
+  const int num_source_bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;\n" ::"r"(dst_smem),
+               "l"(src_gmem), "r"(num_source_bytes), "l"(l2_policy));
+}
+
 // Close the group of copies this thread has issued since the last commit.
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
