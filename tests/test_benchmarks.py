@@ -64,7 +64,7 @@ def table(output: str) -> list[list[str]]:
 
 
 @pytest.fixture
-def benchmark(tmp_path: Path) -> tuple[str, str]:
+def stub(tmp_path: Path) -> tuple[str, str]:
     """The script, and the path on which it finds our side."""
     script = tmp_path / "bench_stub.py"
     script.write_text(BENCHMARK)
@@ -72,8 +72,8 @@ def benchmark(tmp_path: Path) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(("distribution", "label"), [("", "peer 0.7"), ("flashinfer_python", "upstream 0.7")])
-def test_peer_columns(benchmark: tuple[str, str], tmp_path: Path, distribution: str, label: str) -> None:
-    script, path = benchmark
+def test_peer_columns(stub: tuple[str, str], tmp_path: Path, distribution: str, label: str) -> None:
+    script, path = stub
     peer = install(tmp_path / "theirs", PEER, distribution)
     done = run(script, "--peer", str(peer), "--scale", "2", path=path)  # the peer gets the same arguments
     assert done.returncode == 0, done.stderr
@@ -81,26 +81,26 @@ def test_peer_columns(benchmark: tuple[str, str], tmp_path: Path, distribution: 
     assert f"- {label}, large: ValueError: no kernel for large\n" in done.stdout
 
 
-def test_without_a_peer(benchmark: tuple[str, str]) -> None:
-    done = run(benchmark[0], path=benchmark[1])
+def test_without_a_peer(stub: tuple[str, str]) -> None:
+    done = run(stub[0], path=stub[1])
     assert table(done.stdout) == [["case", "us"], ["small", "1.50"], ["large", "2.50"]]
 
 
-def test_an_empty_folder_is_no_peer(benchmark: tuple[str, str], tmp_path: Path) -> None:
-    done = run(benchmark[0], "--peer", str(tmp_path), path=benchmark[1])
+def test_an_empty_folder_is_no_peer(stub: tuple[str, str], tmp_path: Path) -> None:
+    done = run(stub[0], "--peer", str(tmp_path), path=stub[1])
     assert done.returncode != 0
     assert "expected a folder that holds a package flashinfer" in done.stderr
 
 
-def test_a_peer_that_dies_is_an_error(benchmark: tuple[str, str], tmp_path: Path) -> None:
+def test_a_peer_that_dies_is_an_error(stub: tuple[str, str], tmp_path: Path) -> None:
     peer = install(tmp_path / "theirs", PEER + "import os; os._exit(3)\n")
-    done = run(benchmark[0], "--peer", str(peer), path=benchmark[1])
+    done = run(stub[0], "--peer", str(peer), path=stub[1])
     assert done.returncode != 0 and "|" not in done.stdout
 
 
-def test_our_own_failures_are_errors(benchmark: tuple[str, str], tmp_path: Path) -> None:
+def test_our_own_failures_are_errors(stub: tuple[str, str], tmp_path: Path) -> None:
     ours = install(tmp_path / "broken", PEER)
-    done = run(benchmark[0], path=f"{ours}{os.pathsep}{benchmark[1]}")
+    done = run(stub[0], path=f"{ours}{os.pathsep}{stub[1]}")
     assert done.returncode != 0 and "no kernel for large" in done.stderr
 
 
