@@ -372,6 +372,21 @@ __device__ __forceinline__ void prepare_q(const AttentionParams& params, const P
   }
 }
 
+// The keys of a tile as the tensor cores are to find them: rotated first, by all threads, if there is RoPE.
+template <class Config>
+__device__ __forceinline__ const uint8_t* prepare_k(const AttentionParams& params, PrefillSmem<Config>& smem,
+                                                    int tile) {
+  using Shape = PrefillShape<Config>;
+  const uint8_t* k_smem = smem.k[stage_of<Config>(tile)];
+  if constexpr (!Shape::kHasRope) return k_smem;
+  const int first_kv = tile * Shape::kBlockN;
+  rotate_rows<Config, typename Config::Kv, typename Shape::KRows>(params, k_smem, smem.k_rotated, Shape::kBlockN,
+                                                                  threadIdx.x, Shape::kNumThreads,
+                                                                  [&](int row) { return first_kv + row; });
+  __syncthreads();
+  return smem.k_rotated;
+}
+
 // scores = Q Kᵀ of the warp's rows against one tile.
 template <class Config, class Shape = PrefillShape<Config>>
 __device__ __forceinline__ void compute_scores(float (&scores)[Shape::kFragsM][Shape::kFragsN][4], uint32_t q_smem,
@@ -463,20 +478,5 @@ __device__ __forceinline__ void accumulate_output(float (&out)[Shape::kFragsM][S
     }
   }
 }
-
-// The two pairs of neighbouring output columns that a lane holds of 16. A pair is at lane_column(quad_lane) + column.
-template <class Shape>
-struct OutputPair {
-  int frag_idx[2], element[2];  // fragment and element of the pair's first and second column
-  int column;
-
-  __device__ __forceinline__ static constexpr OutputPair of(int sixteen, int pair) {
-    if (Shape::kIsFp8V) return {{2 * sixteen, 2 * sixteen + 1}, {pair, pair}, 16 * sixteen + 2 * pair};
-    return {{2 * sixteen + pair, 2 * sixteen + pair}, {0, 1}, 16 * sixteen + 8 * pair};
-  }
-  __device__ __forceinline__ static constexpr int lane_column(int quad_lane) {
-    return (Shape::kIsFp8V ? 4 : 2) * quad_lane;
-  }
-};
 
 }  // namespace flashinfer
