@@ -51,10 +51,12 @@ class PrefillPlanParams(ctypes.Structure):
 Tile = tuple[int, int, int, int, int]
 _TILES: dict[str, tuple[Tile, ...]] = {
     "small": ((128, 64, 128, 2, 2), (128, 32, 128, 2, 2), (128, 32, 128, 2, 1)),  # head_dim up to 64
-    "small, plain": ((128, 128, 128, 2, 2), (128, 64, 128, 2, 2), (128, 32, 128, 2, 2), (128, 32, 128, 2, 1)),  # 64
-    # 4 x 4096 causal, 32/8, H100, TFLOP/s. head_dim 128: 357; KV tiles of 32 rows 318, 256 query rows in one block 349,
-    # eight warps 260. head_dim 64: 307; KV tiles of 128 rows 328, beyond the page look-ups (a row a thread).
-    "medium": ((128, 64, 128, 2, 2), (128, 32, 128, 2, 2), (128, 64, 256, 2, 1), (128, 32, 256, 2, 1)),  # 96, 128
+    # head_dim 64, H100, 4 x 4096 causal, 32/8, in one run: 337 TFLOP/s, KV tiles of 64 rows 307. Of 128 rows they fill
+    # the registers: masks and position encodings spill, and head_dim 32 loses 13% on sequences of 128.
+    "small, plain": ((128, 128, 128, 2, 2), (128, 64, 128, 2, 2), (128, 32, 128, 2, 2), (128, 32, 128, 2, 1)),
+    # 96 and 128. The same case before the addresses of a lane were kept, when this tile made 357: KV tiles of 32 rows
+    # 318, 256 query rows in one block 349, eight warps 260.
+    "medium": ((128, 64, 128, 2, 2), (128, 32, 128, 2, 2), (128, 64, 256, 2, 1), (128, 32, 256, 2, 1)),
     "wide keys": ((128, 32, 128, 2, 2), (128, 32, 256, 2, 1), (64, 32, 128, 2, 1)),  # 192 with values of 128
     "large": ((128, 64, 256, 2, 1), (128, 32, 256, 2, 1), (64, 32, 128, 2, 1), (32, 32, 64, 2, 1)),  # 192, 256
     # At most 64 rows a request: appends and speculative verification, which read KV at the speed of memory. One
