@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -133,40 +134,32 @@ class Pages:
 
 def append_rows(num_tokens: int) -> Iterator[Row]:
     pages = Pages(num_tokens)
-    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
-        num_elements = 2 * num_tokens * NUM_KV_HEADS * HEAD_DIM
-        num_bytes = num_elements * (2 + dtype.itemsize)
-        sets = [
-            (randn(num_tokens, 2 * NUM_KV_HEADS, HEAD_DIM), pages.cache(dtype)) for _ in range(copies_for(num_bytes))
-        ]
-        yield (
-            f"append, {str(dtype)[6:]} cache",
-            f"{num_tokens} x {NUM_KV_HEADS} x {HEAD_DIM}",
-            num_bytes,
-            [
-                lambda x=x, cache=cache: flashinfer.append_paged_kv_cache(
-                    x[:, :NUM_KV_HEADS], x[:, NUM_KV_HEADS:], *pages.slots, cache, *pages.table
-                )
-                for x, cache in sets
-            ],
-            [],
-        )
+
+    def append(x: torch.Tensor, cache: torch.Tensor) -> None:
+        k, v = x[:, :NUM_KV_HEADS], x[:, NUM_KV_HEADS:]
+        flashinfer.append_paged_kv_cache(k, v, *pages.slots, cache, *pages.table)
+
+    def append_mla(x: torch.Tensor, cache: torch.Tensor) -> None:
+        halves = cache[..., :512], cache[..., 512:]
+        flashinfer.append_paged_mla_kv_cache(x[:, :512], x[:, 512:], *pages.slots, *halves, *pages.table)
+
     num_bytes = 2 * num_tokens * 576 * 2
     latent = [
         (randn(num_tokens, 576), randn(pages.num_pages, PAGE_SIZE, 576)) for _ in range(copies_for(2 * num_bytes))
     ]
-    yield (
-        "append, MLA",
-        f"{num_tokens} x (512+64)",
-        num_bytes,
-        [
-            lambda x=x, c=c: flashinfer.append_paged_mla_kv_cache(
-                x[:, :512], x[:, 512:], *pages.slots, c[..., :512], c[..., 512:], *pages.table
-            )
-            for x, c in latent
-        ],
-        [],
-    )
+    yield "append, MLA", f"{num_tokens} x (512+64)", num_bytes, [partial(append_mla, *one) for one in latent], []
+    shape = f"{num_tokens} x {NUM_KV_HEADS} x {HEAD_DIM}"
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        num_bytes = 2 * num_tokens * NUM_KV_HEADS * HEAD_DIM * (2 + dtype.itemsize)
+        sets = [
+            (randn(num_tokens, 2 * NUM_KV_HEADS, HEAD_DIM), pages.cache(dtype)) for _ in range(copies_for(num_bytes))
+        ]
+        x, cache = sets[0]
+        append(x, cache)
+        torch.testing.assert_close(  # upstream takes the bytes of K and V for those of the cache's dtype
+            cache.float().abs().sum(), x.to(dtype).float().abs().sum(), rtol=1e-3, atol=0, msg="no conversion to fp8"
+        )
+        yield f"append, {str(dtype)[6:]} cache", shape, num_bytes, [partial(append, *one) for one in sets], []
 
 
 def fused_rows(num_tokens: int) -> Iterator[Row]:
