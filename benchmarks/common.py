@@ -189,8 +189,7 @@ def print_host(ours: Times, peers: Sequence[Times]) -> None:
 
 def print_failures(peers: Sequence[Times]) -> None:
     for peer in peers:
-        for failure in peer.failures:
-            print(f"- {peer.library}, {failure}")
+        print("\n".join(["", *(f"- {peer.library}, {failure}" for failure in peer.failures)]))
 
 
 def _text(cell: object) -> str:
