@@ -46,6 +46,7 @@ def test_tails(device: torch.device, gate: str) -> None:
     assert_close(OPS[gate](x), act_and_mul(gate, x))
 
 
+@pytest.mark.sanitizer
 def test_strided_and_misaligned_rows(device: torch.device) -> None:
     wide = make((6, 600), torch.bfloat16, device)
     for offset in (0, 1, 2, 4, 8):

@@ -57,6 +57,7 @@ def test_merge_state_far_apart(device: torch.device) -> None:
     assert torch.equal(out, v[0]) and torch.equal(lse, s[0])
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("masked", [False, True])
 def test_merge_state_in_place(device: torch.device, masked: bool) -> None:
     v, s = states(device, torch.bfloat16, 2, 50, 6, 128)
@@ -89,6 +90,7 @@ def test_merge_states(device: torch.device, dtype: torch.dtype, num_states: int)
     assert_close(lse, expected[1])
 
 
+@pytest.mark.sanitizer
 def test_variable_length_merge_states(device: torch.device) -> None:
     lengths = [3, 0, 1, 70, 0, 2]
     v, s = states(device, torch.float16, sum(lengths), 3, 64)

@@ -99,6 +99,7 @@ def test_append(device: torch.device, name: str, kv_layout: str, index_dtype: to
         assert torch.equal(bits(cache[:, i]), bits(expected[i]))
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn])
 def test_append_to_a_pair_of_strided_caches(device: torch.device, dtype: torch.dtype) -> None:
     """Caches cut out of larger tensors, rows cut out of a packed qkv, at different offsets."""
@@ -153,6 +154,7 @@ def test_append_to_an_fp8_cache(
     assert torch.equal(cache[:, 1].cpu().float(), expected_v)
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("which", ["both", "ckv", "kpe"])
 def test_append_mla(device: torch.device, which: str) -> None:
     """Both caches are slices of one tensor, as engines keep them."""

@@ -1,0 +1,16 @@
+"""Named cases as parameters of a test."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import pytest
+
+
+def named(cases: Sequence[Any], *, sanitized: Collection[str]) -> list[Any]:
+    """Each case under its name; those of `sanitized` are also run under compute-sanitizer, which has time for few."""
+    unknown = set(sanitized) - {case.name for case in cases}
+    assert not unknown, f"no such case: {sorted(unknown)}"
+    marks = {name: pytest.mark.sanitizer for name in sanitized}
+    return [pytest.param(case, id=case.name, marks=marks.get(case.name, ())) for case in cases]
