@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from flashinfer import log
+from tests.kit import RESOLVER_MODULE
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -32,3 +35,18 @@ def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.environ["FLASHINFER_CACHE_DIR"] = str(folder)
     yield folder
     del os.environ["FLASHINFER_CACHE_DIR"]
+
+
+@pytest.fixture(autouse=True)
+def _forget_warnings() -> Iterator[None]:
+    """Each test sees the warnings that a process sees once."""
+    log.warn_once.cache_clear()
+    RESOLVER_MODULE._temporary_cache_dir.cache_clear()
+    yield
+    RESOLVER_MODULE._temporary_cache_dir.cache_clear()
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """The warnings so far."""
+    return lambda: [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]

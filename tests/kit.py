@@ -4,6 +4,7 @@ file systems that are full or read-only."""
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -71,6 +72,10 @@ def only_artifact(cache: Path) -> Path:
     assert len(folders) == 1, folders
     assert sorted(file.name for file in folders[0].iterdir()) == ["kernel.so", "log.txt", "source.cpp", "spec.json"]
     return folders[0]
+
+
+def set_field(path: Path, name: str, value: str) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
 
 
 # ------------------------------------------------------------------------------------------------------------ processes

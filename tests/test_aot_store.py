@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from flashinfer import env, log
+from flashinfer import env
 from flashinfer.jit import driver, misses
 from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.stores import AotStore, Hit, Registry, Rejected
@@ -42,13 +41,6 @@ def sound_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kernels(sound_set: Path, tmp_path: Path) -> Path:
     """A set of our own, to be damaged."""
     return copy_set(sound_set, tmp_path / "set")
-
-
-@pytest.fixture
-def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    log.warn_once.cache_clear()
-    caplog.set_level(logging.WARNING, logger="flashinfer")
-    return lambda: [record.getMessage() for record in caplog.records]
 
 
 def artifact_of(root: Path, hidden_size: int = 64) -> Path:

@@ -4,8 +4,6 @@ missing compilers, many processes at once, forks."""
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import signal
 import threading
@@ -14,15 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from flashinfer import log, target
-from flashinfer.errors import FlashInferError, KernelMissing, ToolchainMissing
-from flashinfer.jit import KernelSpec, driver, loader, misses, stores, toolchain
+from flashinfer.errors import ToolchainMissing
+from flashinfer.jit import loader, misses, stores, toolchain
 from flashinfer.jit.resolver import Resolver
-from flashinfer.jit.source import Source, render
-from flashinfer.jit.stores import AotStore, Entry, Hit, JitCache, Registry, Rejected
-from flashinfer.jit.toolchain import Compiled, HostCxx, Nvrtc
+from flashinfer.jit.source import render
+from flashinfer.jit.stores import AotStore, Hit, JitCache, Rejected
+from flashinfer.jit.toolchain import HostCxx, Nvrtc
 from tests.kit import (
     RESOLVER_MODULE,
     CountingCxx,
@@ -34,6 +30,7 @@ from tests.kit import (
     read_only,
     rmsnorm_spec,
     run_rmsnorm,
+    set_field,
     spawn,
 )
 
@@ -46,20 +43,6 @@ CALL = """
     from flashinfer.jit import resolver
     print(resolver().cache_dir)
 """
-
-
-@pytest.fixture(autouse=True)
-def forget_warnings() -> Iterator[None]:
-    """Each test sees the warnings that a process sees once."""
-    log.warn_once.cache_clear()
-    RESOLVER_MODULE._temporary_cache_dir.cache_clear()
-    yield
-    RESOLVER_MODULE._temporary_cache_dir.cache_clear()
-
-
-@pytest.fixture
-def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    return lambda: [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
 
 # ------------------------------------------------------------------------------------------------- the cache directory
@@ -341,7 +324,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "description of another shape": lambda folder: (folder / "spec.json").write_text("[1, 2]"),
     "description without a field": lambda folder: (folder / "spec.json").write_text('{"file": "kernel.so"}'),
     "description not text": lambda folder: (folder / "spec.json").write_bytes(b"\xff\xfe\x00"),
-    "description of another kernel": lambda folder: _set_field(folder / "spec.json", "digest", "0" * 64),
+    "description of another kernel": lambda folder: set_field(folder / "spec.json", "digest", "0" * 64),
     "a file instead of the folder": lambda folder: _replace_by_file(folder),
 }
 
@@ -371,10 +354,6 @@ def _flip_byte(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-def _set_field(path: Path, name: str, value: str) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
-
-
 def _replace_by_file(folder: Path) -> None:
     for file in folder.iterdir():
         file.unlink()
@@ -391,118 +370,6 @@ def test_a_library_that_vanishes_before_it_is_loaded(tmp_path: Path) -> None:
     assert isinstance(hit, Hit) and hit.path is not None
     hit.path.unlink()
     run_rmsnorm(loader.load(hit.source, hit.machine_code, hit.path, pytest.fail))
-
-
-# ------------------------------------------------------------------------- machine code that is whole but does not load
-
-
-def _forge(folder: Path, machine_code: bytes) -> None:
-    """Machine code of another system, with a checksum that fits."""
-    (artifact,) = folder.glob("kernel.*")
-    artifact.unlink()  # this process may have the file mapped
-    artifact.write_bytes(machine_code)
-    _set_field(folder / "spec.json", "sha256", hashlib.sha256(machine_code).hexdigest())
-
-
-def test_a_cached_library_that_does_not_load(tmp_path: Path, warnings: Callable[[], list[str]]) -> None:
-    """It is compiled again and replaced: a cache shared with another system, which has another loader."""
-    compiler, spec = CountingCxx(), rmsnorm_spec()
-    cpu_resolver(tmp_path, compiler).ensure(spec)
-    folder = only_artifact(tmp_path)
-    _forge(folder, b"machine code of another system")
-    resolver = cpu_resolver(tmp_path, compiler)
-    run_rmsnorm(resolver.load(spec))
-    assert compiler.num_compiles == 2 and resolver.answered_by[spec] == "jit-compile"
-    (warning,) = warnings()
-    assert f"{folder / 'kernel.so'} does not load and is ignored: " in warning
-    (miss,), _ = misses.read([tmp_path / "misses"])
-    assert miss.resolved_by == "jit-compile"
-    run_rmsnorm(cpu_resolver(tmp_path, compiler).load(spec))
-    assert compiler.num_compiles == 2, "it has been replaced"
-
-
-def test_nothing_else_than_a_library_that_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = rmsnorm_spec()
-    cpu_resolver(tmp_path).ensure(spec)
-    _forge(only_artifact(tmp_path), b"machine code of another system")
-    monkeypatch.setenv("FLASHINFER_DISABLE_JIT", "1")
-    with pytest.raises(KernelMissing, match=r"JIT cache: not loadable: (.|\n)*flashinfer warmup --config"):
-        cpu_resolver(tmp_path).load(spec)
-
-
-def test_a_compiler_whose_output_does_not_load(tmp_path: Path) -> None:
-    class Foreign(CountingCxx):
-        def compile(self, source: Source) -> Compiled:
-            return Compiled(b"machine code of another system", "")
-
-    for _ in range(2):  # the second time it comes from the cache
-        with pytest.raises(FlashInferError, match=r"compiled just now, does not load.*flashinfer doctor"):
-            cpu_resolver(tmp_path, Foreign()).load(rmsnorm_spec())
-
-
-def test_a_cubin_that_ends_early_is_no_whole_elf_file() -> None:
-    """The driver may loop for ever on one, so it is not asked."""
-    code = _rmsnorm_cubin("sm_90a")
-    assert driver.is_whole_elf(code)
-    assert not any(driver.is_whole_elf(code[:length]) for length in (*range(0, len(code) - 8, 97), len(code) - 8))
-
-
-REFUSED_CUBINS: dict[str, Callable[[bytes], bytes]] = {
-    "not a cubin": lambda code: b"machine code of another system",
-    "empty": lambda code: b"",
-    "truncated": lambda code: code[: len(code) // 2],
-    "of another architecture": lambda code: _rmsnorm_cubin("sm_120a"),
-    "without the kernel": lambda code: code.replace(b"rmsnorm\0", b"rmsmorn\0"),
-}
-
-
-def _rmsnorm_cubin(on: str) -> bytes:
-    return Nvrtc().compile(render(rmsnorm_spec(on=on))).machine_code
-
-
-def _run_on_gpu(kernel: loader.Kernel) -> None:
-    x, weight = torch.randn(2, 64, device="cuda"), torch.randn(64, device="cuda")
-    out = torch.full_like(x, torch.nan)
-    addresses = (x.data_ptr(), 0, weight.data_ptr(), 0, out.data_ptr())
-    launcher = kernel.on(0)
-    launcher((2, 1, 1), torch.cuda.current_stream().cuda_stream, *addresses, *(64,) * 5, 2, 1, 1e-6)
-    torch.testing.assert_close(out, x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * weight)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("store", ["aot", "jit-cache"])
-@pytest.mark.parametrize("name", REFUSED_CUBINS)
-def test_a_cubin_that_the_driver_refuses(
-    name: str, store: str, tmp_path: Path, warnings: Callable[[], list[str]]
-) -> None:
-    """The next source takes its place; the reason is logged and recorded; torch's context survives."""
-    spec = rmsnorm_spec(on=target.of_device(torch.device("cuda:0")))
-    cubin = REFUSED_CUBINS[name](_rmsnorm_cubin(spec.target))
-    resolver = Resolver(AotStore([_registry(tmp_path, spec, cubin)] if store == "aot" else []), tmp_path / "cache")
-    if store == "jit-cache":
-        hit = resolver.ensure(spec)
-        assert hit.path is not None
-        _forge(hit.path.parent, cubin)
-    kernel = resolver.load(spec)
-    assert resolver.answered_by[spec] == store
-    _run_on_gpu(kernel)
-    _run_on_gpu(resolver.load(spec))
-    assert resolver.answered_by[spec] == "jit-compile"
-    (warning,) = warnings()
-    assert "does not load and is ignored: cuda:0: " in warning
-    *_, miss = misses.read([tmp_path / "cache" / "misses"])[0]
-    assert miss.resolved_by == "jit-compile"
-    assert miss.reason.startswith("not loadable: cuda:0: " if store == "aot" else "flashinfer_aot is not installed")
-
-
-def _registry(root: Path, spec: KernelSpec, machine_code: bytes) -> Path:
-    """An AOT set of one kernel."""
-    (root / "kernel.cubin").write_bytes(machine_code)
-    checksum, digest = hashlib.sha256(machine_code).hexdigest(), render(spec).digest
-    file, size = "kernel.cubin", len(machine_code)
-    entry = Entry(spec.name, spec.family, dict(spec.args), spec.target, digest, file, checksum, size, "any")
-    Registry.write(root, [entry])
-    return root
 
 
 # -------------------------------------------------------------------------------------------------- missing compilers
