@@ -55,6 +55,8 @@ class _Run:
     """One signature of run() under one problem: checked, laid out but for the addresses."""
 
     launch: Launch
+    new_out: _op.Allocate
+    new_lse: _op.Allocate
     extent: Extent
     short_queries: bool
     v_offset: int  # of V after K in a cache of one tensor
@@ -99,7 +101,6 @@ class BatchPrefill:
         self._kv_layout = kv_layout
         self._float_workspace_buffer = float_workspace_buffer
         self.device = launches.indexed(float_workspace_buffer.device)
-        self._cuda_index = self.device.index if self.device.type == "cuda" else -2  # -1 is the CPU
         int_bytes = plan.INT_WORKSPACE_BYTES if self.device.type == "cuda" else 0
         self._int_workspace_buffer = torch.empty(int_bytes, dtype=torch.uint8, device=self.device)
         self._use_cuda_graph = use_cuda_graph
@@ -132,11 +133,12 @@ class BatchPrefill:
 
     # ------------------------------------------------------------------------------------------------------------- plan
 
-    def _plan(self, key: tuple[Any, ...], num_tokens: int, **arguments: Any) -> None:
-        """Find the problem of these arguments and launch the planner; the index tensors have been taken already."""
-        problem = self._problems.get(key)
+    def _plan(self, arguments: tuple[Any, ...], num_tokens: int) -> None:
+        """Find the problem that `_describe` makes of these arguments, and launch the planner; the index tensors have
+        been taken already."""
+        problem = self._problems.get(arguments)
         if problem is None:
-            problem = self._problems.remember(key, self._describe(**arguments))
+            problem = self._problems.remember(arguments, self._describe(*arguments))
         self._problem = problem
         if problem.schedule is not None:
             # A guess where qo_indptr is on the device: what the last run was. A run that finds it wrong plans again,
@@ -170,15 +172,16 @@ class BatchPrefill:
         q_data_type: DataType,
         kv_data_type: Optional[DataType],
         disable_split_kv: bool,
-        **variant: Any,
+        *variant: Any,
     ) -> Problem:
+        """variant: arguments of `Variant.of` after head_dim."""
         op = self._op_name
         launches.require_heads(op, num_qo_heads, num_kv_heads)
         _op.require(page_size >= 1, op, f"page_size is {page_size}; expected at least 1")
         head_dim_vo = head_dim_vo or head_dim_qk
         q_dtype = dtypes.torch_dtype(q_data_type)
         kv_dtype = q_dtype if kv_data_type is None else dtypes.torch_dtype(kv_data_type)
-        options = Variant.of(op, head_dim_qk, **variant)
+        options = Variant.of(op, head_dim_qk, *variant)
         launches.kernel_spec(
             self.device, q_dtype, kv_dtype, head_dim_qk, head_dim_vo, self._kv_storage, mask,
             tuple(options.spec_args.items()),
@@ -221,7 +224,7 @@ class BatchPrefill:
         """The index tensors on the device: the given ones, or in a CUDA-graph wrapper its buffers filled from them."""
         op = self._op_name
         if self._fixed is None:
-            return [self._upload(name, tensor) for name, tensor in given.items()]
+            return [plan.upload(op, name, tensor, self.device) for name, tensor in given.items()]
         for name, tensor in given.items():
             if name.endswith("indptr"):
                 plan.require_ascending(op, name, tensor)
@@ -235,18 +238,6 @@ class BatchPrefill:
                 )
             taken.append(self._fixed.fill(f"{name}_buf", buffer, tensor))
         return taken
-
-    def _upload(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if (
-            tensor.get_device() == self._cuda_index
-            and tensor.dtype is torch.int32
-            and tensor.dim() == 1
-            and tensor.is_contiguous()
-        ):
-            return tensor  # the common case on a GPU: used in place
-        if name.endswith("indptr"):
-            plan.require_ascending(self._op_name, name, tensor)
-        return plan.upload(self._op_name, name, tensor, self.device)
 
     # -------------------------------------------------------------------------------------------------------------- run
 
@@ -266,17 +257,11 @@ class BatchPrefill:
         problem = self._problem
         if problem is None:
             raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's lengths first")
-        q_shape, device_index = q.shape, q.get_device()
-        if out is None:
-            out = q.new_empty((*q_shape[:-1], problem.head_dim_vo))
-            out_key = None
-        else:
-            out_key = (out.dtype, out.shape, out.stride(), out.get_device())
-        if return_lse and lse is None:
-            lse = q.new_empty(q_shape[:-1], dtype=torch.float32)
-        q_ptr, out_ptr, lse_ptr, lse_key = q.data_ptr(), out.data_ptr(), 0, None
+        q_ptr, out_ptr, out_key, lse_key = q.data_ptr(), 0, None, None
+        if out is not None:
+            out_ptr, out_key = out.data_ptr(), (out.dtype, out.shape, out.stride(), out.get_device())
         if lse is not None:
-            lse_ptr, lse_key = lse.data_ptr(), (lse.dtype, lse.shape, lse.stride())
+            lse_key = (lse.dtype, lse.shape, lse.stride())
         if isinstance(kv, torch.Tensor):
             k, v_key = kv, None
             k_ptr = v_ptr = kv.data_ptr()
@@ -285,12 +270,16 @@ class BatchPrefill:
             k_ptr, v_ptr = k.data_ptr(), v.data_ptr()
             v_key = (v.dtype, v.shape, v.stride(), v.get_device())
         key = (
-            q.dtype, q_shape, q.stride(), device_index, k.dtype, k.shape, k.stride(), k.get_device(), v_key, out_key,
+            q.dtype, q.shape, q.stride(), q.get_device(), k.dtype, k.shape, k.stride(), k.get_device(), v_key, out_key,
             lse_key, scales, pdl, overrides, (q_ptr | out_ptr | k_ptr | v_ptr) & 15,
         )  # fmt: skip
         run = problem.runs.get(key)
         if run is None:
             run = problem.runs.remember(key, self._bind(problem, q, kv, out, lse, scales, pdl, overrides))
+        if out is None:
+            out = run.new_out()
+        if return_lse and lse is None:
+            lse = run.new_lse()
         if not run.is_empty:
             # Options given at run time may see other KV tiles than planned: then plan again, also without waiting.
             if (
@@ -300,7 +289,8 @@ class BatchPrefill:
             ):
                 self._launch_planner(problem, run.extent)
             self._last_run, self._short_queries = run.extent, run.short_queries
-            run.launch(q_ptr, out_ptr, lse_ptr, k_ptr, v_ptr + run.v_offset, self._kv_index, self._qo_index)
+            lse_ptr = 0 if lse is None else lse.data_ptr()
+            run.launch(q_ptr, out.data_ptr(), lse_ptr, k_ptr, v_ptr + run.v_offset, self._kv_index, self._qo_index)
         return (out, lse) if return_lse and lse is not None else out
 
     def _run_traced(
@@ -329,7 +319,7 @@ class BatchPrefill:
         problem: Problem,
         q: torch.Tensor,
         kv: PagedCache,
-        out: torch.Tensor,
+        out: Optional[torch.Tensor],
         lse: Optional[torch.Tensor],
         scales: tuple[Optional[float], Optional[float], Optional[float]],
         pdl: Optional[bool],
@@ -343,6 +333,8 @@ class BatchPrefill:
             )
         _op.require(q.device == self.device, op, f"q is on {q.device}, the workspace on {self.device}")
         launches.require_rows(op, "q", q)
+        new_out = _op.allocator((*q.shape[:2], problem.head_dim_vo), q.dtype, self.device)
+        out = new_out() if out is None else out
         launches.require_output(op, q, out, lse, problem.head_dim_vo)
         strides = self._strides(problem, kv)
         mask, variant = problem.mask, problem.variant
@@ -364,15 +356,16 @@ class BatchPrefill:
             )  # fmt: skip
         q_scale, k_scale, v_scale = scales
         launch = launches.bind_launch(
-            kernel, self.device, kernel.num_ctas or 1, q, out, strides, fast_divisor(problem.page_size),
-            problem.schedule.values if problem.schedule else launches.NO_SCHEDULE, problem.batch_size,
-            problem.num_kv_heads, (0, 0), variant,
+            kernel, self.device, kernel.num_ctas or 1, (*q.stride()[:2], *out.stride()[:2]), strides,
+            fast_divisor(problem.page_size), problem.schedule.values if problem.schedule else launches.NO_SCHEDULE,
+            problem.batch_size, (problem.num_qo_heads, problem.num_kv_heads), (0, 0), variant,
             ((1.0 if q_scale is None else q_scale) * (1.0 if k_scale is None else k_scale),
              1.0 if v_scale is None else float(v_scale)),
         )  # fmt: skip
         v_offset = kv.stride(1) * kv.element_size() if isinstance(kv, torch.Tensor) else 0
         is_empty = q.shape[0] == 0 or problem.batch_size == 0
-        return _Run(launch, _extent(kernel, mask, variant), short, v_offset, is_empty)
+        new_lse = _op.allocator(q.shape[:2], torch.float32, self.device)
+        return _Run(launch, new_out, new_lse, _extent(kernel, mask, variant), short, v_offset, is_empty)
 
     def _strides(self, problem: Problem, kv: PagedCache) -> KvStrides:
         raise NotImplementedError

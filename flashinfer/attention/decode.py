@@ -202,8 +202,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
             raise ValueError(
                 f"{op}: indptr has shape {list(indptr.shape)}; expected [{batch_size + 1}], one more than last_page_len"
             )
-        planning.require_ascending(op, "indptr", indptr)
         if self._use_cuda_graph:
+            planning.require_ascending(op, "indptr", indptr)
             if batch_size != self._fixed_batch_size:
                 raise ValueError(
                     f"{op}: this wrapper was made for CUDA graphs of batch size {self._fixed_batch_size}, the plan has "
@@ -334,29 +334,12 @@ class BatchDecodeWithPagedKVCacheWrapper:
         plan = self._plan
         if plan is None:
             raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's page table first")
-        if out is None:
-            out = torch.empty(plan.out_shape, dtype=plan.o_dtype, device=self.device)
-        if return_lse and lse is None:
-            lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=self.device)
         if torch.compiler.is_dynamo_compiling():
-            k, v = (cache, None) if isinstance(cache, torch.Tensor) else cache
-            given = (None,) * 6 if options is None else options
-            _compiled_run(self._handle, q, k, v, out, lse, *scales, pdl, *given)
-        else:
-            self._launch(plan, q, cache, out, lse, scales, pdl, options)
-        return (out, lse) if return_lse and lse is not None else out
-
-    def _launch(
-        self,
-        plan: DecodePlan,
-        q: torch.Tensor,
-        cache: PagedCache,
-        out: torch.Tensor,
-        lse: Optional[torch.Tensor],
-        scales: Scales,
-        pdl: Optional[bool],
-        options: Optional[Options],
-    ) -> None:
+            return self._run_traced(plan, q, cache, out, lse, return_lse, scales, pdl, options)
+        if out is None:
+            out = plan.new_out()
+        if return_lse and lse is None:
+            lse = plan.new_lse()
         q_ptr, out_ptr, lse_ptr, lse_key = q.data_ptr(), out.data_ptr(), 0, None
         if lse is not None:
             lse_ptr, lse_key = lse.data_ptr(), (lse.shape, lse.stride(), lse.dtype)
@@ -384,10 +367,30 @@ class BatchDecodeWithPagedKVCacheWrapper:
         planned = self._planned_window
         if planned >= 0 and not 0 <= bound.window_left <= planned:
             self._plan_window(bound.window_left)
-            self._launch(plan, q, cache, out, lse, scales, pdl, options)
-            return
+            return self._run(q, cache, out, lse, return_lse, scales, pdl, options)
         bound.launch(q_ptr, out_ptr, lse_ptr, k_ptr, v_ptr + bound.v_offset, *self._index_addresses)
         self._is_settled = True
+        return (out, lse) if return_lse and lse is not None else out
+
+    def _run_traced(
+        self,
+        plan: DecodePlan,
+        q: torch.Tensor,
+        cache: PagedCache,
+        out: Optional[torch.Tensor],
+        lse: Optional[torch.Tensor],
+        return_lse: bool,
+        scales: Scales,
+        pdl: Optional[bool],
+        options: Optional[Options],
+    ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        if out is None:
+            out = torch.empty(plan.out_shape, dtype=plan.o_dtype, device=self.device)
+        if return_lse and lse is None:
+            lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=self.device)
+        k, v = (cache, None) if isinstance(cache, torch.Tensor) else cache
+        _compiled_run(self._handle, q, k, v, out, lse, *scales, pdl, *((None,) * 6 if options is None else options))
+        return (out, lse) if return_lse and lse is not None else out
 
 
 _wrappers: weakref.WeakValueDictionary[int, BatchDecodeWithPagedKVCacheWrapper] = weakref.WeakValueDictionary()

@@ -22,9 +22,9 @@ class DecodeKernel:
     """A decode kernel on a device, and how its grid follows from the head counts."""
 
     launcher: Launcher
-    tile_len: int  # KV rows a chunk is counted in; 0 on the CPU
+    tile_len: int  # KV rows a chunk is counted in
     num_head_blocks: int
-    num_chunks: int  # that fill the device once
+    num_chunks: int  # that fill the device once; none on the CPU
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def load_kernel(
     )
     kernel = resolver().load(spec)
     if device.type == "cpu":
-        return DecodeKernel(kernel.on(-1), 0, 0, 0)
+        return DecodeKernel(kernel.on(-1), 1, 0, 0)
     launcher = kernel.on(device.index, pdl=pdl)
     num_head_blocks = num_kv_heads * -(-(num_qo_heads // num_kv_heads) // spec.arg("group_tile"))
     resident_blocks = _op.num_sms(device.index) * launcher.max_blocks_per_sm()

@@ -44,6 +44,8 @@ class DecodePlan:
         self.variant = Variant.of(op, kv.head_dim_qk, *options)
         self.out_shape = (batch_size, num_qo_heads, kv.head_dim_vo)
         self.lse_shape = (batch_size, num_qo_heads)
+        self.new_out = _op.allocator(self.out_shape, o_dtype, device)
+        self.new_lse = _op.allocator(self.lse_shape, torch.float32, device)
         self.bound: _op.Memo[BoundDecode] = _op.Memo()
         self._workspaces = (int_workspace, float_workspace)  # alive as long as their addresses are in use
         self.schedule = planning.DecodeSchedule()

@@ -41,6 +41,15 @@ def require_workspace(op: str, buffer: torch.Tensor) -> None:
 
 def upload(op: str, name: str, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The index tensor as contiguous int32 on the device: itself if it is that already, else an asynchronous copy."""
+    if (
+        tensor.get_device() == device.index
+        and tensor.dtype is torch.int32
+        and tensor.dim() == 1
+        and tensor.is_contiguous()
+    ):
+        return tensor  # the common case on a GPU
+    if name.endswith("indptr"):
+        require_ascending(op, name, tensor)
     if tensor.dim() != 1:
         raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}; expected one dimension")
     if tensor.dtype != torch.int32:

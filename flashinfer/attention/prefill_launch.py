@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 
@@ -15,7 +15,7 @@ from flashinfer.attention.kv_cache import KvStrides
 from flashinfer.attention.variant import Variant, alibi_slopes_ptr, require_positive
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit import resolver
-from flashinfer.jit.loader import Launcher
+from flashinfer.jit.loader import Launcher, PreparedLaunch
 from flashinfer.jit.spec import KernelSpec
 from flashinfer.kernels import prefill as families
 from flashinfer.kernels.attention import fast_divisor
@@ -224,19 +224,22 @@ class Schedule:
         """The planner with everything but extent and addresses laid out. `lengths`: qo_len and kv_len of one
         sequence.
         """
-        launcher, device_index = load_planner(device, kv_storage), device.index
+        launcher = load_planner(device, kv_storage)
         kv_tail = (0, 0, 0, 0, 0, 0, *fast_divisor(page_size), lengths[1])
         outputs = (self.header, self.items, self.tile_indptr, self.counters)
         counts = (batch_size, lengths[0], num_kv_heads, group_size)
         limits = (self.max_items, self.max_counters, self.max_partial_rows)
-        current_stream = _op.current_stream
+
+        @functools.cache
+        def prepared(extent: Extent) -> PreparedLaunch:
+            is_causal, window_left, block_m, block_n, num_ctas = extent
+            return launcher.prepare(
+                (1, 1, 1), *(0,) * 6, *kv_tail, *outputs, *counts, num_ctas, *limits, block_m, block_n, is_causal,
+                window_left, varying=6,
+            )  # fmt: skip
 
         def launch(extent: Extent, qo_indptr: int, kv_indptr: int, last_page_len: int) -> None:
-            is_causal, window_left, block_m, block_n, num_ctas = extent
-            launcher(
-                (1, 1, 1), current_stream(device_index), qo_indptr, 0, 0, kv_indptr, 0, last_page_len, *kv_tail,
-                *outputs, *counts, num_ctas, *limits, block_m, block_n, is_causal, window_left,
-            )  # fmt: skip
+            prepared(extent)(qo_indptr, 0, 0, kv_indptr, 0, last_page_len)
 
         return launch
 
@@ -255,32 +258,37 @@ def bind_launch(
     kernel: PrefillKernel,
     device: torch.device,
     grid_size: int,
-    q: torch.Tensor,
-    out: torch.Tensor,
-    strides: KvStrides,
+    row_strides: tuple[int, ...],
+    kv_strides: KvStrides,
     page_size: tuple[int, int, int],
     schedule: tuple[int, ...],
     batch_size: int,
-    num_kv_heads: int,
+    num_heads: tuple[int, int],
     lengths: tuple[int, int],
     variant: Variant,
     scales: tuple[float, float],
 ) -> Launch:
-    """A launch with everything but the addresses laid out. `lengths` are qo_len and kv_len of a single sequence."""
+    """A launch with everything but the addresses laid out.
+
+    row_strides: of q's tokens and heads, of those of the output; num_heads: of queries and KV; lengths: qo_len and
+    kv_len of a single sequence.
+    """
     require_positive("prefill", "q_scale * k_scale", scales[0])
-    kv_tail = (*strides.values, *page_size, lengths[1])
-    num_qo_heads = q.shape[1]
+    kv_tail = (*kv_strides.values, *page_size, lengths[1])
     tail = (
-        alibi_slopes_ptr(variant, num_qo_heads, device), *schedule,
-        q.stride(0), q.stride(1), out.stride(0), out.stride(1),
-        batch_size, num_qo_heads, num_kv_heads, lengths[0], grid_size, variant.window_left, *variant.scalars(*scales),
+        alibi_slopes_ptr(variant, num_heads[0], device), *schedule, *row_strides, batch_size, *num_heads, lengths[0],
+        grid_size, variant.window_left, *variant.scalars(*scales),
     )  # fmt: skip
-    launcher, grid, device_index = kernel.launcher, (grid_size, 1, 1), -1 if device.index is None else device.index
-    current_stream = _op.current_stream
+    first_values = (*(0,) * 8, *kv_tail, 0, 0, 0)  # of AttentionParams, up to mask_indptr
+    launch_prepared = kernel.launcher.prepare((grid_size, 1, 1), *first_values, *tail, varying=len(first_values))
 
     def launch(
         q: int, out: int, lse: int, k: int, v: int, kv_index: tuple[int, int, int], qo_index: tuple[int, int, int]
     ) -> None:
-        launcher(grid, current_stream(device_index), q, out, lse, k, v, *kv_index, *kv_tail, *qo_index, *tail)
+        launch_prepared(q, out, lse, k, v, *kv_index, *kv_tail, *qo_index)
 
     return launch
+
+
+def no_launch(*addresses: Any) -> None:
+    """Of no query."""

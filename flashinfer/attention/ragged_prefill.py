@@ -102,30 +102,11 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         self._kv_index = (indptr.data_ptr(), 0, 0)
         self._qo_index = qo_index(qo, mask_held)
         mask = "custom" if mask_held else "causal" if causal else "none"
-        key = (
-            batch_size, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, mask, pos_encoding_mode, sm_scale,
-            window_left, logits_soft_cap, rope_scale, rope_theta, q_data_type, kv_data_type, disable_split_kv,
+        arguments = (
+            batch_size, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, 1, mask, q_data_type, kv_data_type,
+            disable_split_kv, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta,
         )  # fmt: skip
-        self._plan(
-            key,
-            num_tokens_of(qo_indptr, later),
-            batch_size=batch_size,
-            num_qo_heads=num_qo_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim_qk=head_dim_qk,
-            head_dim_vo=head_dim_vo,
-            page_size=1,
-            mask=mask,
-            q_data_type=q_data_type,
-            kv_data_type=kv_data_type,
-            disable_split_kv=disable_split_kv,
-            pos_encoding_mode=pos_encoding_mode,
-            window_left=window_left,
-            logits_soft_cap=logits_soft_cap,
-            sm_scale=sm_scale,
-            rope_scale=rope_scale,
-            rope_theta=rope_theta,
-        )
+        self._plan(arguments, num_tokens_of(qo_indptr, later))
 
     begin_forward = plan
 

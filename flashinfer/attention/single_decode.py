@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 
@@ -12,6 +11,7 @@ from flashinfer.attention import decode_launch as launching
 from flashinfer.attention import kv_cache
 from flashinfer.attention import plan as planning
 from flashinfer.attention.variant import Variant, alibi_slopes_ptr
+from flashinfer.jit.loader import PreparedLaunch
 from flashinfer.kernels import attention as families
 
 _ONE_ROW_PAGES = families.fast_divisor(1)
@@ -60,77 +60,62 @@ def single_decode_with_kv_cache(
         raise ValueError(
             f"single_decode: q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions; expected 2, 3 and 3"
         )
-    out = torch.empty((q.shape[0], v.shape[2]), dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
-    options = (kv_layout, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
-    run = _compiled if torch.compiler.is_dynamo_compiling() else _run
-    run(q, k, v, out, lse, *options, q_scale, k_scale, v_scale)
-    return out if lse is None else (out, lse)
+    options = (
+        kv_layout, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, q_scale, k_scale,
+        v_scale,
+    )  # fmt: skip
+    if torch.compiler.is_dynamo_compiling():
+        out = torch.empty((q.shape[0], v.shape[2]), dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:1], dtype=torch.float32, device=q.device) if return_lse else None
+        _compiled(q, k, v, out, lse, *options)
+        return out if lse is None else (out, lse)
+    return _run(q, k, v, None, None, return_lse, options)
+
+
+# kv_layout; arguments of Variant.of after head_dim; q_scale, k_scale and v_scale.
+_Options = tuple[Any, ...]
 
 
 def _run(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
+    out: Optional[torch.Tensor],
     lse: Optional[torch.Tensor],
-    kv_layout: str,
-    pos_encoding_mode: str,
-    window_left: int,
-    logits_soft_cap: Optional[float],
-    sm_scale: Optional[float],
-    rope_scale: Optional[float],
-    rope_theta: Optional[float],
-    q_scale: Optional[float],
-    k_scale: Optional[float],
-    v_scale: Optional[float],
-) -> None:
-    device_index = q.get_device()
-    rows_axis = 0 if kv_layout == "NHD" else 1
+    return_lse: bool,
+    options: _Options,
+) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    rows, heads = (0, 1) if options[0] == "NHD" else (1, 0)
+    q_ptr, k_ptr, v_ptr, k_shape, v_shape = q.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape, v.shape
+    kv_len = k_shape[rows]  # no part of the key: it grows from call to call
     key = (
-        q.dtype, q.shape, q.stride(), k.dtype, k.stride(), k.shape[1 - rows_axis], k.shape[-1], k.get_device(),
-        v.dtype, v.stride(), v.shape[-1], v.get_device(), device_index, kv_layout, pos_encoding_mode, window_left,
-        logits_soft_cap, sm_scale, rope_scale, rope_theta, q_scale, k_scale, v_scale,
-        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
+        q.dtype, q.shape, q.stride(), q.get_device(), k.dtype, k_shape[heads], k_shape[2], k.stride(), k.get_device(),
+        v.dtype, v_shape[heads], v_shape[2], v.stride(), v.get_device(), options, (q_ptr | k_ptr | v_ptr) & 15,
     )  # fmt: skip
     single = _singles.get(key)
-    if single is None or k.shape[rows_axis] != v.shape[rows_axis]:
-        variant = Variant.of(
-            "single_decode",
-            q.shape[-1],
-            pos_encoding_mode,
-            window_left,
-            logits_soft_cap,
-            sm_scale,
-            rope_scale,
-            rope_theta,
-        )
-        scales = launching.qk_and_v_scale("single_decode", q_scale, k_scale, v_scale)
-        single = _singles.remember(key, _Single(q, k, v, kv_layout, variant, scales))
-    single.launch(q, k, v, out, lse, k.shape[rows_axis])
+    if single is None or v_shape[rows] != kv_len:
+        single = _singles.remember(key, _Single(q, k, v, options))
+    if out is None:
+        out = single.new_out()
+    if return_lse and lse is None:
+        lse = single.new_lse()
+    single.launch(q_ptr, out.data_ptr(), 0 if lse is None else lse.data_ptr(), k_ptr, v_ptr, kv_len)
+    return out if lse is None else (out, lse)
 
 
 _compiled = _op.compiled_op(
     "single_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, str kv_layout, "
     "str pos_encoding_mode, int window_left, float? logits_soft_cap, float? sm_scale, float? rope_scale, "
     "float? rope_theta, float? q_scale, float? k_scale, float? v_scale) -> ()",
-    _run,
+    lambda q, k, v, out, lse, *options: _run(q, k, v, out, lse, False, options),
 )
 
 
 class _Single:
     """single_decode_with_kv_cache for one signature; the length may differ from call to call."""
 
-    def __init__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        kv_layout: str,
-        variant: Variant,
-        scales: tuple[float, float],
-    ) -> None:
-        op = "single_decode"
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: _Options) -> None:
+        op, (kv_layout, *variant_options), scales = "single_decode", options[:-3], options[-3:]
         kv_cache.require_layout(op, kv_layout)
         rows, heads = (0, 1) if kv_layout == "NHD" else (1, 0)
         num_qo_heads, num_kv_heads = q.shape[0], k.shape[heads]
@@ -150,74 +135,77 @@ class _Single:
             _op.require_device(op, name, tensor, q, "q")
             launching.require_rows(op, name, tensor)
         device = launching.with_index(q.device)
+        variant = Variant.of(op, q.shape[1], *variant_options)
         self.kernel = launching.load_kernel(
             device, q.dtype, k.dtype, q.dtype, q.shape[1], v.shape[2], num_qo_heads, num_kv_heads, "single",
             tuple(variant.spec_args.items()), launching.launches_dependent(device),
         )  # fmt: skip
+        self.new_out = _op.allocator((num_qo_heads, v.shape[2]), q.dtype, device)
+        self.new_lse = _op.allocator((num_qo_heads,), torch.float32, device)
         self.device, self.num_qo_heads, self.head_dim_vo = device, num_qo_heads, v.shape[2]
-        self.scratches: dict[tuple[int, int], tuple[int, int, int]] = {}
-        strides = (k.stride(rows), 0, k.stride(heads), v.stride(rows), 0, v.stride(heads))
-        self.kv_values = (0, 0, 0, *strides, *_ONE_ROW_PAGES)
-        self.pointers = (0, 0, 0, alibi_slopes_ptr(variant, num_qo_heads, device), 0, 0, 0)
-        self.strides = (0, q.stride(0), 0, self.head_dim_vo)
-        self.counts = (1, num_qo_heads, num_kv_heads, 1)
         self.window_left = variant.window_left
-        self.scalars = (variant.window_left, *variant.scalars(*scales, plan_is_settled=True))
+        kv_strides = (k.stride(rows), 0, k.stride(heads), v.stride(rows), 0, v.stride(heads))
+        self.kv_values = (0, 0, 0, *kv_strides, *_ONE_ROW_PAGES)
+        self.pointers = (0, 0, 0, alibi_slopes_ptr(variant, num_qo_heads, device), 0, 0, 0)
+        strides = (0, q.stride(0), 0, v.shape[2])
+        self.strides_and_counts = (*strides, 1, num_qo_heads, num_kv_heads, 1)
+        factors = launching.qk_and_v_scale(op, *scales)
+        self.scalars = (variant.window_left, *variant.scalars(*factors, plan_is_settled=True))
+        self.launch_whole = self.prepare(1, (0, 0, 0))
+        self.launches: dict[tuple[int, int], PreparedLaunch] = {}  # (stream, number of chunks)
 
-    def launch(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: Optional[torch.Tensor],
-        kv_len: int,
-    ) -> None:
-        kernel, stream, grid, num_chunks, scratch = self.kernel, 0, (1, 1, 1), 0, (0, 0, 0)
-        if self.device.type == "cuda":
+    def launch(self, q: int, out: int, lse: int, k: int, v: int, kv_len: int) -> None:
+        """On the current stream; every tensor by its address."""
+        visible = kv_len if self.window_left < 0 else min(kv_len, self.window_left + 1)
+        num_chunks = min(self.kernel.num_chunks, -(-visible // self.kernel.tile_len))
+        if num_chunks <= 1:
+            launch = self.launch_whole
+        elif torch.cuda.is_current_stream_capturing():
+            # A graph has scratch of its own, zeroed by the graph, so that a replay disturbs no other launch.
+            scratch = self.make_scratch(num_chunks)
+            launch = self.prepare(num_chunks, scratch.addresses(self.partial_bytes(num_chunks)[0]))
+        else:
             stream = _op.current_stream(self.device.index)
-            visible = kv_len if self.window_left < 0 else min(kv_len, self.window_left + 1)
-            num_chunks = max(1, min(kernel.num_chunks, -(-visible // kernel.tile_len)))
-            grid = (kernel.num_head_blocks, num_chunks, 1)
-            if num_chunks > 1:
-                if torch.cuda.is_current_stream_capturing():
-                    # A graph has scratch of its own, zeroed by the graph, so that a replay disturbs no other launch.
-                    graph_scratch = self.make_scratch(num_chunks)
-                    scratch = graph_scratch.addresses
-                else:
-                    scratch = self.scratches.get((stream, num_chunks)) or self.find_scratch(stream, num_chunks)
-        kernel.launcher(
-            grid, stream, q.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), k.data_ptr(),
-            v.data_ptr(), *self.kv_values, kv_len, *self.pointers, *scratch, *self.strides, *self.counts, num_chunks,
-            *self.scalars,
+            launch = self.launches.get((stream, num_chunks)) or self.prepare_on(stream, num_chunks)
+        launch(q, out, lse, k, v, *self.kv_values, kv_len)
+
+    def prepare(self, num_chunks: int, scratch: tuple[int, int, int]) -> PreparedLaunch:
+        """A launch that takes what AttentionParams holds up to kv.len."""
+        first_values = (0, 0, 0, 0, 0, *self.kv_values, 0)
+        return self.kernel.launcher.prepare(
+            (self.kernel.num_head_blocks, num_chunks, 1), *first_values, *self.pointers, *scratch,
+            *self.strides_and_counts, num_chunks, *self.scalars, varying=len(first_values),
         )  # fmt: skip
 
-    def find_scratch(self, stream: int, num_chunks: int) -> tuple[int, int, int]:
-        out_bytes, lse_bytes = planning.decode_partial_bytes(num_chunks, self.num_qo_heads, self.head_dim_vo)
+    def prepare_on(self, stream: int, num_chunks: int) -> PreparedLaunch:
+        out_bytes, lse_bytes = self.partial_bytes(num_chunks)
         size_class = (out_bytes + lse_bytes).bit_length()
         key = (self.device.index, stream, self.kernel.num_head_blocks, size_class)
-        found = _scratches.get(key)
-        if found is None:
-            found = _scratches[key] = self.make_scratch(num_chunks, 1 << size_class)
-        counters, partial_out, _ = found.addresses
-        self.scratches[stream, num_chunks] = (counters, partial_out, partial_out + out_bytes)
-        return self.scratches[stream, num_chunks]
+        scratch = _scratches.get(key)
+        if scratch is None:
+            scratch = _scratches[key] = self.make_scratch(num_chunks, 1 << size_class)
+        launch = self.launches[stream, num_chunks] = self.prepare(num_chunks, scratch.addresses(out_bytes))
+        return launch
+
+    def partial_bytes(self, num_chunks: int) -> tuple[int, int]:
+        return planning.decode_partial_bytes(num_chunks, self.num_qo_heads, self.head_dim_vo)
 
     def make_scratch(self, num_chunks: int, num_bytes: int = 0) -> _Scratch:
-        out_bytes, lse_bytes = planning.decode_partial_bytes(num_chunks, self.num_qo_heads, self.head_dim_vo)
         counters = torch.zeros(self.kernel.num_head_blocks, dtype=torch.int32, device=self.device)
-        partials = torch.empty(max(num_bytes, out_bytes + lse_bytes), dtype=torch.uint8, device=self.device)
-        address = partials.data_ptr()
-        return _Scratch(counters, partials, (counters.data_ptr(), address, address + out_bytes))
+        num_bytes = max(num_bytes, sum(self.partial_bytes(num_chunks)))
+        return _Scratch(counters, torch.empty(num_bytes, dtype=torch.uint8, device=self.device))
 
 
-@dataclass(frozen=True)
-class _Scratch:
-    """Counters (zero between launches) and partial results of unplanned decodes on one stream."""
+class _Scratch(NamedTuple):
+    """Of unplanned decodes on one stream."""
 
-    counters: torch.Tensor
-    partials: torch.Tensor
-    addresses: tuple[int, int, int]  # counters, partial_out, partial_lse
+    counters: torch.Tensor  # zero between launches
+    partials: torch.Tensor  # outputs, then their LSE
+
+    def addresses(self, out_bytes: int) -> tuple[int, int, int]:
+        """Of counters, partial_out and partial_lse."""
+        partials = self.partials.data_ptr()
+        return self.counters.data_ptr(), partials, partials + out_bytes
 
 
 # (device, stream, counters, log2 of bytes) -> scratch. Never freed, so that addresses stay valid; sizes are powers of

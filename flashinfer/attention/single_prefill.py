@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from flashinfer import _op
 from flashinfer.attention import kv_cache
 from flashinfer.attention import prefill_launch as launches
-from flashinfer.attention.prefill_launch import Extent, PrefillKernel, Schedule
+from flashinfer.attention.prefill_launch import Extent, Launch, Schedule
 from flashinfer.attention.variant import Variant
 from flashinfer.kernels import prefill as families
 from flashinfer.quantization import packbits
@@ -71,42 +70,51 @@ def single_prefill_with_kv_cache(
         ValueError: a shape, dtype, device or stride does not fit.
         UnsupportedConfig: no kernel for this dtype or head_dim.
     """
-    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
-    run = _compiled if torch.compiler.is_dynamo_compiling() else _run
-    run(
-        q, k, v, out, lse, custom_mask, packed_custom_mask, causal, kv_layout, pos_encoding_mode, window_left,
-        logits_soft_cap, sm_scale, rope_scale, rope_theta, scale_q, scale_k, scale_v, k_scale, v_scale,
+    given = (
+        custom_mask, packed_custom_mask, causal, kv_layout, pos_encoding_mode, window_left, logits_soft_cap, sm_scale,
+        rope_scale, rope_theta, scale_q, scale_k, scale_v, k_scale, v_scale,
     )  # fmt: skip
-    return out if lse is None else (out, lse)
+    if torch.compiler.is_dynamo_compiling():
+        out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
+        _compiled(q, k, v, out, lse, *given)
+        return out if lse is None else (out, lse)
+    return _run(q, k, v, None, None, return_lse, *given)
 
 
 def _run(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
+    out: Optional[torch.Tensor],
     lse: Optional[torch.Tensor],
+    return_lse: bool,
     custom_mask: Optional[torch.Tensor],
     packed_custom_mask: Optional[torch.Tensor],
     causal: bool,
     kv_layout: str,
     *options: Any,
-) -> None:
+) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     mask, mask_bits = "causal" if causal else "none", None
     if custom_mask is not None or packed_custom_mask is not None:
         mask, mask_bits = "custom", _mask_bits(q, k, custom_mask, packed_custom_mask, kv_layout)
+    q_ptr, k_ptr, v_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr()
     key = (
-        q.dtype, q.shape, q.stride(), q.get_device(), kv_cache.signature((k, v)), kv_layout, mask, options,
-        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
+        q.dtype, q.shape, q.stride(), q.get_device(), k.dtype, k.shape, k.stride(), k.get_device(),
+        v.dtype, v.shape, v.stride(), v.get_device(), kv_layout, mask, options, (q_ptr | k_ptr | v_ptr) & 15,
     )  # fmt: skip
     single = _singles.get(key)
     if single is None:
-        variant = Variant.of(_OP, q.shape[-1], *options[:6])
-        scale_q, scale_k, scale_v, k_scale, v_scale = options[6:]
-        scales = (_product(scale_q, scale_k, k_scale), _product(scale_v, v_scale))
-        single = _singles.remember(key, _Single(q, k, v, kv_layout, mask, variant, scales))
-    single.launch(q, k, v, out, lse, mask_bits)
+        single = _singles.remember(key, _Single(q, k, v, kv_layout, mask, options))
+    if out is None:
+        out = single.new_out()
+    if return_lse and lse is None:
+        lse = single.new_lse()
+    single.launch(
+        q_ptr, out.data_ptr(), 0 if lse is None else lse.data_ptr(), k_ptr, v_ptr,
+        0 if mask_bits is None else mask_bits.data_ptr(),
+    )  # fmt: skip
+    return out if lse is None else (out, lse)
 
 
 _compiled = _op.compiled_op(
@@ -114,7 +122,7 @@ _compiled = _op.compiled_op(
     "Tensor? packed_custom_mask, bool causal, str kv_layout, str pos_encoding_mode, int window_left, "
     "float? logits_soft_cap, float? sm_scale, float? rope_scale, float? rope_theta, float? scale_q, float? scale_k, "
     "float? scale_v, float? k_scale, float? v_scale) -> ()",
-    _run,
+    lambda q, k, v, out, lse, *given: _run(q, k, v, out, lse, False, *given),
 )
 
 
@@ -154,109 +162,93 @@ class _Single:
     """single_prefill_with_kv_cache for one signature: checked, laid out but for the addresses."""
 
     def __init__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        kv_layout: str,
-        mask: str,
-        variant: Variant,
-        scales: tuple[float, float],
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_layout: str, mask: str, options: tuple[Any, ...]
     ) -> None:
         kv_cache.require_layout(_OP, kv_layout)
         _op.require(q.dim() == 3, _OP, f"q has shape {list(q.shape)}; expected [qo_len, num_qo_heads, head_dim]")
-        strides = launches.row_strides(_OP, k, v, kv_layout)
+        kv_strides = launches.row_strides(_OP, k, v, kv_layout)
         launches.require_rows(_OP, "q", q)
         _op.require_device(_OP, "k", k, q, "q")
         _op.require(
             k.shape[2] == q.shape[2], _OP, f"k dim 2 (head_dim) is {k.shape[2]}, q has {q.shape[2]}; they must be equal"
         )
         rows, heads = (0, 1) if kv_layout == "NHD" else (1, 0)
-        qo_len, num_qo_heads, _ = q.shape
-        kv_len, num_kv_heads = k.shape[rows], k.shape[heads]
+        qo_len, num_qo_heads, head_dim_qk = q.shape
+        kv_len, num_kv_heads, head_dim_vo = v.shape[rows], v.shape[heads], v.shape[2]
         launches.require_heads(_OP, num_qo_heads, num_kv_heads)
-        self.is_empty = qo_len == 0
-        self.device = launches.indexed(q.device)
-        self.kernel = launches.load_kernel(
-            self.device, q.dtype, k.dtype, q.shape[2], v.shape[2], "single", mask, tuple(variant.spec_args.items()),
+        device = launches.indexed(q.device)
+        variant = Variant.of(_OP, head_dim_qk, *options[:6])
+        scale_q, scale_k, scale_v, k_scale, v_scale = options[6:]
+        scales = (_product(scale_q, scale_k, k_scale), _product(scale_v, v_scale))
+        kernel = launches.load_kernel(
+            device, q.dtype, k.dtype, head_dim_qk, head_dim_vo, "single", mask, tuple(variant.spec_args.items()),
             qo_len * num_qo_heads <= families.SHORT_ROWS * num_kv_heads,
         )  # fmt: skip
-        self.heads, self.lengths, self.head_dim_vo = (num_qo_heads, num_kv_heads), (qo_len, kv_len), v.shape[2]
-        self.extent = Extent(
-            mask == "causal", variant.window_left, self.kernel.block_m, self.kernel.block_n, self.kernel.num_ctas
-        )
-        grid_size = 1
-        self.is_planned = False
-        if self.device.type == "cuda" and not self.is_empty:
-            num_tiles = -(-qo_len * num_qo_heads // num_kv_heads // self.kernel.block_m)
-            grid_size = num_tiles * num_kv_heads
-            # Too few query tiles to fill the device, and KV long enough that splitting it pays for the planner.
-            self.is_planned = grid_size < self.kernel.num_ctas and kv_len >= 16 * self.kernel.block_n
-            grid_size = self.kernel.num_ctas if self.is_planned else grid_size
-        out = torch.empty((qo_len, num_qo_heads, v.shape[2]), device="meta")
+        self.new_out = _op.allocator((qo_len, num_qo_heads, head_dim_vo), q.dtype, device)
+        self.new_lse = _op.allocator((qo_len, num_qo_heads), torch.float32, device)
+        self.device, self.kernel, self.num_kv_heads, self.head_dim_vo = device, kernel, num_kv_heads, head_dim_vo
+        row_strides = (q.stride(0), q.stride(1), num_qo_heads * head_dim_vo, head_dim_vo)
+        lengths, group_size = (qo_len, kv_len), num_qo_heads // num_kv_heads
 
-        def bind(schedule: tuple[int, ...]) -> launches.Launch:
+        def bind(grid_size: int, schedule: tuple[int, ...]) -> Launch:
             return launches.bind_launch(
-                self.kernel, self.device, grid_size, q, out, strides, launches.ONE_ROW_PAGES, schedule, 1, num_kv_heads,
-                self.lengths, variant, scales,
+                kernel, device, grid_size, row_strides, kv_strides, launches.ONE_ROW_PAGES, schedule, 1,
+                (num_qo_heads, num_kv_heads), lengths, variant, scales,
             )  # fmt: skip
 
-        self.bind = bind
-        self.direct = bind(launches.NO_SCHEDULE)
+        def bind_planned(schedule: Schedule) -> Launch:
+            plan = schedule.bind_planner(device, "single", 1, 1, num_kv_heads, group_size, lengths)
+            launch = bind(kernel.num_ctas, schedule.values)
+            extent = Extent(mask == "causal", variant.window_left, kernel.block_m, kernel.block_n, kernel.num_ctas)
 
-    def launch(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: Optional[torch.Tensor],
-        mask_bits: Optional[torch.Tensor],
-    ) -> None:
-        if self.is_empty:
-            return
-        launch = self.direct
-        if self.is_planned:
-            scratch = _scratch(self.device, self.kernel, self.heads[1], self.head_dim_vo)
-            planner = scratch.schedule.bind_planner(
-                self.device, "single", 1, 1, self.heads[1], self.heads[0] // self.heads[1], self.lengths
-            )
-            planner(self.extent, 0, 0, 0)
-            launch = self.bind(scratch.schedule.values)
-        launch(
-            q.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), k.data_ptr(), v.data_ptr(), (0, 0, 0),
-            (0, 0 if mask_bits is None else mask_bits.data_ptr(), 0),
-        )  # fmt: skip
+            def plan_and_launch(*addresses: Any) -> None:
+                plan(extent, 0, 0, 0)
+                launch(*addresses)
+
+            return plan_and_launch
+
+        self.bind_planned = bind_planned
+        self.planned: dict[int, Launch] = {}  # by stream
+        self.is_planned = False
+        num_tiles = 1
+        if device.type == "cuda" and qo_len > 0:
+            num_tiles = -(-qo_len * group_size // kernel.block_m) * num_kv_heads
+            # Too few query tiles to fill the device, and KV long enough that splitting it pays for the planner.
+            self.is_planned = num_tiles < kernel.num_ctas and kv_len >= 16 * kernel.block_n
+        self.direct = bind(num_tiles, launches.NO_SCHEDULE) if qo_len > 0 else launches.no_launch
+
+    def launch(self, q: int, out: int, lse: int, k: int, v: int, mask_bits: int) -> None:
+        """On the current stream; every tensor by its address."""
+        if not self.is_planned:
+            launch = self.direct
+        elif torch.cuda.is_current_stream_capturing():
+            # A captured graph has scratch of its own, so that a replay disturbs no other launch.
+            schedule = self.make_schedule()
+            launch = self.bind_planned(schedule)
+        else:
+            stream = _op.current_stream(self.device.index)
+            launch = self.planned.get(stream) or self.bind_on(stream)
+        launch(q, out, lse, k, v, (0, 0, 0), (0, mask_bits, 0))
+
+    def bind_on(self, stream: int) -> Launch:
+        kernel = self.kernel
+        key = (self.device.index, stream, self.num_kv_heads, self.head_dim_vo, kernel.block_m, kernel.num_ctas)
+        schedule = _schedules.get(key)
+        if schedule is None:
+            schedule = _schedules[key] = self.make_schedule()
+        launch = self.planned[stream] = self.bind_planned(schedule)
+        return launch
+
+    def make_schedule(self) -> Schedule:
+        # Two chunks a CTA, each of a full tile of query rows, are more than any plan of one sequence takes.
+        kernel = self.kernel
+        partial_bytes = 2 * kernel.num_ctas * kernel.block_m * (self.head_dim_vo + 1) * 4 + 1024
+        items_bytes = (8 * kernel.num_ctas + 64) * families.ITEM_BYTES
+        int_workspace = torch.empty((1 << 18) + items_bytes, dtype=torch.uint8, device=self.device)
+        float_workspace = torch.empty(partial_bytes, dtype=torch.uint8, device=self.device)
+        return Schedule.of(_OP, int_workspace, float_workspace, 1, self.num_kv_heads, self.head_dim_vo)
 
 
 _singles: _op.Memo[_Single] = _op.Memo()
-
-
-@dataclass(frozen=True)
-class _Scratch:
-    """Workspaces of unplanned calls on one stream."""
-
-    schedule: Schedule
-    tensors: tuple[torch.Tensor, ...]
-
-
-_scratches: dict[tuple[Any, ...], _Scratch] = {}
-
-
-def _scratch(device: torch.device, kernel: PrefillKernel, num_kv_heads: int, head_dim_vo: int) -> _Scratch:
-    key = (device.index, _op.current_stream(device.index), num_kv_heads, head_dim_vo, kernel.block_m)
-    capturing = torch.cuda.is_current_stream_capturing()
-    found = _scratches.get(key)
-    if found is not None and not capturing:
-        return found
-    # Two chunks a CTA, each of a full tile of query rows, are more than any plan of one sequence takes.
-    partial_bytes = 2 * kernel.num_ctas * kernel.block_m * (head_dim_vo + 1) * 4 + 1024
-    items_bytes = (8 * kernel.num_ctas + 64) * families.ITEM_BYTES
-    int_workspace = torch.empty((1 << 18) + items_bytes, dtype=torch.uint8, device=device)
-    float_workspace = torch.empty(partial_bytes, dtype=torch.uint8, device=device)
-    schedule = Schedule.of(_OP, int_workspace, float_workspace, 1, num_kv_heads, head_dim_vo)
-    made = _Scratch(schedule, (int_workspace, float_workspace))
-    # A captured graph has scratch of its own, so that a replay disturbs no other launch.
-    if not capturing:
-        _scratches[key] = made
-    return made
+# (device, stream, KV heads, head_dim, tile) -> the schedule of unplanned calls there, and its scratch.
+_schedules: dict[tuple[int, ...], Schedule] = {}
