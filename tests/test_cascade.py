@@ -57,6 +57,33 @@ def test_merge_state_far_apart(device: torch.device) -> None:
     assert torch.equal(out, v[0]) and torch.equal(lse, s[0])
 
 
+def test_merging_what_is_strided_unaligned_or_of_another_dtype(device: torch.device) -> None:
+    """Copied as kernels read it; a second call, whose signature is known, copies again."""
+    v, s = states(device, torch.bfloat16, 2, 6, 4, 64)
+    unaligned = torch.empty(v[1].numel() + 1, dtype=v.dtype, device=device)[1:].view(v[1].shape)
+    unaligned.copy_(v[1])
+    v_strided, s_strided = (
+        v.transpose(1, 2).contiguous().transpose(1, 2),
+        s.transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    expected, s_half = merged(v, s), s.half()
+    expected_half = merged(v, torch.stack([s[0], s_half[1].float()]))
+    offsets = torch.tensor([0, 1, 2], device=device)
+    for _ in range(2):
+        for actual in (
+            flashinfer.merge_state(v_strided[0], s_strided[0], unaligned, s[1]),
+            flashinfer.merge_states(v_strided.transpose(0, 1), s_strided.transpose(0, 1)),
+        ):
+            assert_close(actual[0], expected[0])
+            assert_close(actual[1], expected[1])
+        out, lse = v[0].clone(), s[0].clone()
+        flashinfer.merge_state_in_place(out, lse, unaligned, s_half[1])
+        assert_close(out, expected_half[0])
+        assert_close(lse, expected_half[1])
+        single = variable_length_merge_states(unaligned[:2], s_half[1, :2], offsets)  # int64 offsets
+        assert torch.equal(single[0], v[1, :2]) and torch.equal(single[1], s_half[1, :2].float())
+
+
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("masked", [False, True])
 def test_merge_state_in_place(device: torch.device, masked: bool) -> None:
@@ -114,6 +141,12 @@ def test_merge_errors(device: torch.device) -> None:
         flashinfer.merge_state_in_place(v[0].transpose(0, 1), s[0].T, v[1], s[1])
     with pytest.raises(UnsupportedConfig, match="float16"):
         flashinfer.merge_state(v[0].double(), s[0], v[1].double(), s[1])
+    with pytest.raises(ValueError, match=r"s is torch\.float16; expected float32"):
+        flashinfer.merge_state_in_place(v[0], s[0].half(), v[1], s[1])
+    with pytest.raises(ValueError, match=r"v starts 4 bytes after a multiple of 16; call \.clone\(\)"):
+        flashinfer.merge_state_in_place(v.flatten()[1 : 1 + v[0].numel()].view(v[0].shape), s[0], v[1], s[1])
+    with pytest.raises(ValueError, match=r"expected \[num_states, num_heads, head_dim\]"):
+        variable_length_merge_states(v, s, torch.tensor([0, 1], device=device))
 
 
 # ------------------------------------------------------------------------------------------------------ shared prefixes

@@ -6,14 +6,15 @@ Gimelshein 2018, arXiv:1805.02867.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Optional
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
 
 import torch
 
 from flashinfer import _op, dtypes, target
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit import resolver
+from flashinfer.jit.loader import PreparedLaunch
 from flashinfer.kernels import cascade as families
 
 
@@ -34,11 +35,11 @@ def merge_state(
         ValueError: a shape, dtype or device does not fit.
         UnsupportedConfig: no kernel for this dtype or head_dim.
     """
-    v_a, v_b = v_a.contiguous(), v_b.contiguous()
-    v_out, s_out = torch.empty_like(v_a), torch.empty(s_a.shape, dtype=torch.float32, device=s_a.device)
-    merge = _compiled_pair if torch.compiler.is_dynamo_compiling() else _merge_pair
-    merge("merge_state", v_a, _fp32(s_a), v_b, _fp32(s_b), None, v_out, s_out)
-    return v_out, s_out
+    if torch.compiler.is_dynamo_compiling():
+        out = _new_state(v_a.shape[:-1], v_a)
+        _compiled_pair("merge_state", v_a, s_a, v_b, s_b, *out)
+        return out
+    return _merge_pair("merge_state", v_a, s_a, v_b, s_b)
 
 
 def merge_state_in_place(
@@ -51,7 +52,7 @@ def merge_state_in_place(
     """`merge_state` of (v, s) with (v_other, s_other), written over v and s.
 
     Args:
-        v, v_other: `[seq_len, num_heads, head_dim]`; v is contiguous.
+        v, v_other: `[seq_len, num_heads, head_dim]`; v is contiguous and starts at a multiple of 16 bytes.
         s, s_other: fp32 `[seq_len, num_heads]`; s is contiguous.
         mask: bool `[seq_len]`; rows with False keep their v and s. None merges all.
 
@@ -59,14 +60,16 @@ def merge_state_in_place(
     """
     if mask is not None:
         mask = _row_mask(v, mask)
-    merge = _compiled_in_place if torch.compiler.is_dynamo_compiling() else _merge_in_place
-    merge(v, s, v_other.contiguous(), _fp32(s_other), mask)
+    if torch.compiler.is_dynamo_compiling():
+        _compiled_in_place(v, s, v_other, s_other, mask)
+    else:
+        _merge_in_place(v, s, v_other, s_other, mask)
 
 
 def _merge_in_place(
     v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor, mask: Optional[torch.Tensor]
 ) -> None:
-    _merge_pair("merge_state_in_place", v, s, v_other, s_other, mask, v, s)
+    _merge_pair("merge_state_in_place", v, s, v_other, s_other, mask, (v, s))
 
 
 def _row_mask(v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -89,10 +92,11 @@ def merge_states(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.
 
     Raises: as `merge_state`.
     """
-    op = "merge_states"
-    _op.require(v.dim() == 4, op, f"v has shape {list(v.shape)}; expected [seq_len, num_states, num_heads, head_dim]")
-    _require_states(op, v, s, "s")
-    return _merge_list(op, v.contiguous(), _fp32(s), None, v.shape[0], v.shape[1])
+    if torch.compiler.is_dynamo_compiling():
+        out = _new_state((v.shape[0], *v.shape[2:-1]), v)
+        _compiled_list("merge_states", v, s, None, *out)
+        return out
+    return _merge_list("merge_states", v, s, None)
 
 
 def variable_length_merge_states(
@@ -110,18 +114,114 @@ def variable_length_merge_states(
 
     Raises: as `merge_state`.
     """
-    op = "variable_length_merge_states"
-    _op.require(v.dim() == 3, op, f"v has shape {list(v.shape)}; expected [num_states, num_heads, head_dim]")
-    _require_states(op, v, s, "s")
-    _op.require(
-        indptr.dim() == 1 and indptr.numel() >= 1 and indptr.device == v.device, op,
-        f"indptr is {list(indptr.shape)} on {indptr.device}; expected [seq_len + 1] on {v.device}",
+    if torch.compiler.is_dynamo_compiling():
+        out = _new_state((indptr.shape[0] - 1, *v.shape[1:-1]), v)
+        _compiled_list("variable_length_merge_states", v, s, indptr, *out)
+        return out
+    return _merge_list("variable_length_merge_states", v, s, indptr)
+
+
+_State = tuple[torch.Tensor, torch.Tensor]  # v, s
+
+
+def _new_state(shape: Sequence[int], v: torch.Tensor) -> _State:
+    """A traced call's result."""
+    return v.new_empty((*shape, v.shape[-1])), v.new_empty(shape, dtype=torch.float32)
+
+
+class _Merge(NamedTuple):
+    launch: PreparedLaunch
+    new_v: _op.Allocate
+    new_s: _op.Allocate
+
+
+_pairs: _op.Memo[_Merge] = _op.Memo()
+_lists: _op.Memo[_Merge] = _op.Memo()
+
+
+def _merge_pair(
+    op: str,
+    v: torch.Tensor,
+    s: torch.Tensor,
+    v_other: torch.Tensor,
+    s_other: torch.Tensor,
+    mask: Optional[torch.Tensor] = None,
+    out: Optional[_State] = None,
+) -> _State:
+    v_ptr, other_ptr = v.data_ptr(), v_other.data_ptr()
+    key = (
+        v.dtype, v.shape, v.stride(), v.get_device(), v_other.dtype, v_other.shape, v_other.stride(),
+        v_other.get_device(), s.dtype, s.shape, s.stride(), s.get_device(), s_other.dtype, s_other.shape,
+        s_other.stride(), s_other.get_device(), (v_ptr | other_ptr) & 15,
     )  # fmt: skip
-    return _merge_list(op, v.contiguous(), _fp32(s), indptr.int().contiguous(), indptr.numel() - 1, 0)
+    merge = _pairs.get(key)
+    if merge is None:
+        if out is not None:
+            _require_writable(op, *out)
+        _op.require(v.dim() == 3, op, f"v has shape {list(v.shape)}; expected [seq_len, num_heads, head_dim]")
+        _op.require_like(op, "the other v", v_other, v, "v")
+        _require_states(op, v, s, "s")
+        _require_states(op, v, s_other, "the other s")
+        given = (v, s, v_other, s_other)
+        readable = (_aligned(v), _fp32(s), _aligned(v_other), _fp32(s_other))
+        if any(new is not old for new, old in zip(readable, given)):
+            return _merge_pair(op, *readable, mask, out)
+        merge = _pairs.remember(key, _prepare(op, v, v.shape[0], pair=True))
+    v_out, s_out = (merge.new_v(), merge.new_s()) if out is None else out
+    merge.launch(
+        v_ptr, s.data_ptr(), other_ptr, s_other.data_ptr(), 0 if mask is None else mask.data_ptr(), 0,
+        v_out.data_ptr(), s_out.data_ptr(),
+    )  # fmt: skip
+    return v_out, s_out
 
 
-def _fp32(s: torch.Tensor) -> torch.Tensor:
-    return s.float().contiguous()
+def _merge_list(
+    op: str, v: torch.Tensor, s: torch.Tensor, indptr: Optional[torch.Tensor], out: Optional[_State] = None
+) -> _State:
+    """indptr None: every row of v has its states on dim 1; else they lie side by side on dim 0."""
+    v_ptr = v.data_ptr()
+    key = (
+        v.dtype, v.shape, v.stride(), v.get_device(), s.dtype, s.shape, s.stride(), s.get_device(),
+        None if indptr is None else _op.signature(indptr), v_ptr & 15,
+    )  # fmt: skip
+    merge = _lists.get(key)
+    if merge is None:
+        order = "[seq_len, num_states, num_heads, head_dim]" if indptr is None else "[num_states, num_heads, head_dim]"
+        _op.require(v.dim() == (4 if indptr is None else 3), op, f"v has shape {list(v.shape)}; expected {order}")
+        _require_states(op, v, s, "s")
+        readable = (_aligned(v), _fp32(s), None if indptr is None else _offsets(op, v, indptr))
+        if any(new is not old for new, old in zip(readable, (v, s, indptr))):
+            return _merge_list(op, *readable, out)
+        num_rows, num_states = v.shape[:2] if indptr is None else (indptr.shape[0] - 1, 0)
+        merge = _lists.remember(key, _prepare(op, v, num_rows, num_states))
+    v_out, s_out = (merge.new_v(), merge.new_s()) if out is None else out
+    merge.launch(
+        v_ptr, s.data_ptr(), 0, 0, 0, 0 if indptr is None else indptr.data_ptr(), v_out.data_ptr(), s_out.data_ptr()
+    )
+    return v_out, s_out
+
+
+def _prepare(op: str, v: torch.Tensor, num_rows: int, num_states: int = 0, pair: bool = False) -> _Merge:
+    """A launch that takes the addresses of MergeParams."""
+    num_heads, head_dim = v.shape[-2:]
+    dtype = dtypes.short_name(v.dtype)
+    if dtype not in families.DTYPES:
+        raise UnsupportedConfig(f"{op}: v is {v.dtype}; expected float16, bfloat16 or float32")
+    launch: PreparedLaunch = _no_launch
+    if num_rows * num_heads * head_dim > 0:
+        spec = families.MERGE_STATES.spec(target.of_device(v.device), dtype=dtype, head_dim=head_dim, pair=pair)
+        launcher = resolver().load(spec).on(v.get_device())
+        num_blocks = -(-num_rows * num_heads // families.rows_per_block(launcher.config)) if v.is_cuda else 1
+        launch = launcher.prepare((num_blocks, 1, 1), *(0,) * 8, num_rows, num_heads, num_states, varying=8)
+    return _Merge(
+        launch,
+        _op.allocator((num_rows, num_heads, head_dim), v.dtype, v.device),
+        _op.allocator((num_rows, num_heads), torch.float32, v.device),
+    )
+
+
+def _no_launch(*addresses: int) -> None:
+    """An empty result."""
 
 
 def _require_states(op: str, v: torch.Tensor, s: torch.Tensor, name: str) -> None:
@@ -131,130 +231,40 @@ def _require_states(op: str, v: torch.Tensor, s: torch.Tensor, name: str) -> Non
         )
 
 
-_Launch = Callable[..., None]
-_lists: _op.Memo[tuple[_Launch, tuple[int, int, int]]] = _op.Memo()
-_pairs: _op.Memo[Callable[[int, int, int, int, int, int, int], None]] = _op.Memo()
-
-
-def _launcher(
-    op: str, v: torch.Tensor, num_rows: int, num_heads: int, pair: bool
-) -> tuple[_Launch, tuple[int, int, int]]:
-    dtype = dtypes.short_name(v.dtype)
-    if dtype not in families.DTYPES:
-        raise UnsupportedConfig(f"{op}: v is {v.dtype}; expected float16, bfloat16 or float32")
-    spec = families.MERGE_STATES.spec(target.of_device(v.device), dtype=dtype, head_dim=v.shape[-1], pair=pair)
-    launcher = resolver().load(spec).on(v.get_device())
-    grid = (1, 1, 1)
-    if v.is_cuda:
-        grid = (-(-num_rows * num_heads // families.rows_per_block(launcher.config)), 1, 1)
-    return launcher, grid
-
-
-def _merge_pair(
-    op: str,
-    v: torch.Tensor,
-    s: torch.Tensor,
-    v_other: torch.Tensor,
-    s_other: torch.Tensor,
-    mask: Optional[torch.Tensor],
-    v_out: torch.Tensor,
-    s_out: torch.Tensor,
-) -> None:
-    key = (
-        v.dtype, v.shape, v.stride(), v.get_device(), v_other.dtype, v_other.shape, v_other.stride(),
-        v_other.get_device(), s.dtype, s.shape, s.stride(), s.get_device(), s_other.dtype, s_other.shape,
-        s_other.stride(), s_other.get_device(),
-    )  # fmt: skip
-    launch = _pairs.get(key)
-    if launch is None:
-        launch = _pairs.remember(key, _prepare_pair(op, v, s, v_other, s_other))
-    launch(
-        v.data_ptr(), s.data_ptr(), v_other.data_ptr(), s_other.data_ptr(), 0 if mask is None else mask.data_ptr(),
-        v_out.data_ptr(), s_out.data_ptr(),
-    )  # fmt: skip
-
-
-def _prepare_pair(
-    op: str, v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor
-) -> Callable[[int, int, int, int, int, int, int], None]:
-    _op.require(v.dim() == 3, op, f"v has shape {list(v.shape)}; expected [seq_len, num_heads, head_dim]")
-    for name, tensor in (("v", v), ("the other v", v_other), ("s", s), ("the other s", s_other)):
+def _require_writable(op: str, v: torch.Tensor, s: torch.Tensor) -> None:
+    for name, tensor in (("v", v), ("s", s)):
         _op.require(tensor.is_contiguous(), op, f"{name} is not contiguous; call .contiguous()")
-    _op.require_like(op, "the other v", v_other, v, "v")
-    _require_states(op, v, s, "s")
-    _require_states(op, v, s_other, "the other s")
-    for name, tensor in (("s", s), ("the other s", s_other)):
-        _op.require(tensor.dtype == torch.float32, op, f"{name} is {tensor.dtype}; expected float32")
-    if v.numel() == 0:
-        return lambda *_: None
-    launcher, grid = _launcher(op, v, v.shape[0], v.shape[1], True)
-    num_rows, num_heads, device_index = v.shape[0], v.shape[1], v.get_device()
-
-    def launch(v: int, s: int, v_other: int, s_other: int, mask: int, v_out: int, s_out: int) -> None:
-        launcher(
-            grid,
-            _op.current_stream(device_index),
-            v,
-            s,
-            v_other,
-            s_other,
-            mask,
-            0,
-            v_out,
-            s_out,
-            num_rows,
-            num_heads,
-            0,
-        )
-
-    return launch
+    _op.require(s.dtype == torch.float32, op, f"s is {s.dtype}; expected float32")
+    _op.require(v.data_ptr() % 16 == 0, op, f"v starts {v.data_ptr() % 16} bytes after a multiple of 16; call .clone()")
 
 
-def _merge_list(
-    op: str, v: torch.Tensor, s: torch.Tensor, indptr: Optional[torch.Tensor], num_rows: int, num_states: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    num_heads, head_dim = v.shape[-2:]
-    v_out = torch.empty((num_rows, num_heads, head_dim), dtype=v.dtype, device=v.device)
-    s_out = torch.empty((num_rows, num_heads), dtype=torch.float32, device=v.device)
-    merge = _compiled_list if torch.compiler.is_dynamo_compiling() else _launch_list
-    merge(op, v, s, indptr, num_states, v_out, s_out)
-    return v_out, s_out
+def _aligned(v: torch.Tensor) -> torch.Tensor:
+    """Contiguous, from a multiple of 16 bytes on, as kernels load vectors: itself if it is that, else a copy."""
+    v = v.contiguous()
+    return v if v.data_ptr() % 16 == 0 else v.clone()
 
 
-def _launch_list(
-    op: str,
-    v: torch.Tensor,
-    s: torch.Tensor,
-    indptr: Optional[torch.Tensor],
-    num_states: int,
-    v_out: torch.Tensor,
-    s_out: torch.Tensor,
-) -> None:
-    num_rows, num_heads, head_dim = v_out.shape
-    if v_out.numel() == 0:
-        return
-    key = (v.dtype, head_dim, v.get_device(), num_rows, num_heads)
-    found = _lists.get(key)
-    if found is None:
-        found = _lists.remember(key, _launcher(op, v, num_rows, num_heads, False))
-    launch, grid = found
-    launch(
-        grid, _op.current_stream(v.get_device()), v.data_ptr(), s.data_ptr(), 0, 0, 0,
-        0 if indptr is None else indptr.data_ptr(), v_out.data_ptr(), s_out.data_ptr(), num_rows, num_heads, num_states,
+def _fp32(s: torch.Tensor) -> torch.Tensor:
+    return s.float().contiguous()
+
+
+def _offsets(op: str, v: torch.Tensor, indptr: torch.Tensor) -> torch.Tensor:
+    _op.require(
+        indptr.dim() == 1 and indptr.numel() >= 1 and indptr.device == v.device, op,
+        f"indptr is {list(indptr.shape)} on {indptr.device}; expected [seq_len + 1] on {v.device}",
     )  # fmt: skip
+    return indptr.int().contiguous()
 
 
 _compiled_pair = _op.compiled_op(
-    "merge_state(str op, Tensor v, Tensor s, Tensor v_other, Tensor s_other, Tensor? mask, Tensor(a!) v_out, "
-    "Tensor(b!) s_out) -> ()",
-    _merge_pair,
+    "merge_state(str op, Tensor v, Tensor s, Tensor v_other, Tensor s_other, Tensor(a!) v_out, Tensor(b!) s_out) -> ()",
+    lambda op, v, s, v_other, s_other, *out: _merge_pair(op, v, s, v_other, s_other, None, out),
 )
 _compiled_in_place = _op.compiled_op(
     "merge_state_in_place(Tensor(a!) v, Tensor(b!) s, Tensor v_other, Tensor s_other, Tensor? mask) -> ()",
     _merge_in_place,
 )
 _compiled_list = _op.compiled_op(
-    "merge_states(str op, Tensor v, Tensor s, Tensor? indptr, int num_states, Tensor(a!) v_out, "
-    "Tensor(b!) s_out) -> ()",
-    _launch_list,
+    "merge_states(str op, Tensor v, Tensor s, Tensor? indptr, Tensor(a!) v_out, Tensor(b!) s_out) -> ()",
+    lambda op, v, s, indptr, *out: _merge_list(op, v, s, indptr, out),
 )
