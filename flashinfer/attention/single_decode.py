@@ -151,7 +151,7 @@ class _Single:
         self.strides_and_counts = (*strides, 1, num_qo_heads, num_kv_heads, 1)
         factors = launching.qk_and_v_scale(op, *scales)
         self.scalars = (variant.window_left, *variant.scalars(*factors, plan_is_settled=True))
-        self.launch_whole = self.prepare(1, (0, 0, 0))
+        self.launch_whole = self.prepare(1)
         self.launches: dict[tuple[int, int], PreparedLaunch] = {}  # (stream, number of chunks)
 
     def launch(self, q: int, out: int, lse: int, k: int, v: int, kv_len: int) -> None:
@@ -163,17 +163,18 @@ class _Single:
         elif torch.cuda.is_current_stream_capturing():
             # A graph has scratch of its own, zeroed by the graph, so that a replay disturbs no other launch.
             scratch = self.make_scratch(num_chunks)
-            launch = self.prepare(num_chunks, scratch.addresses(self.partial_bytes(num_chunks)[0]))
+            launch = self.prepare(num_chunks, scratch)
         else:
             stream = _op.current_stream(self.device.index)
             launch = self.launches.get((stream, num_chunks)) or self.prepare_on(stream, num_chunks)
         launch(q, out, lse, k, v, *self.kv_values, kv_len)
 
-    def prepare(self, num_chunks: int, scratch: tuple[int, int, int]) -> PreparedLaunch:
-        """A launch that takes what AttentionParams holds up to kv.len."""
+    def prepare(self, num_chunks: int, scratch: Optional[_Scratch] = None) -> PreparedLaunch:
+        """A launch that takes what AttentionParams holds up to kv.len. It does not keep the scratch alive."""
         first_values = (0, 0, 0, 0, 0, *self.kv_values, 0)
+        scratch_values = (0, 0, 0) if scratch is None else scratch.addresses(self.partial_bytes(num_chunks)[0])
         return self.kernel.launcher.prepare(
-            (self.kernel.num_head_blocks, num_chunks, 1), *first_values, *self.pointers, *scratch,
+            (self.kernel.num_head_blocks, num_chunks, 1), *first_values, *self.pointers, *scratch_values,
             *self.strides_and_counts, num_chunks, *self.scalars, varying=len(first_values),
         )  # fmt: skip
 
@@ -181,10 +182,8 @@ class _Single:
         out_bytes, lse_bytes = self.partial_bytes(num_chunks)
         size_class = (out_bytes + lse_bytes).bit_length()
         key = (self.device.index, stream, self.kernel.num_head_blocks, size_class)
-        scratch = _scratches.get(key)
-        if scratch is None:
-            scratch = _scratches[key] = self.make_scratch(num_chunks, 1 << size_class)
-        launch = self.launches[stream, num_chunks] = self.prepare(num_chunks, scratch.addresses(out_bytes))
+        scratch = _scratches.get(key) or _scratches.setdefault(key, self.make_scratch(num_chunks, 1 << size_class))
+        launch = self.launches[stream, num_chunks] = self.prepare(num_chunks, scratch)
         return launch
 
     def partial_bytes(self, num_chunks: int) -> tuple[int, int]:

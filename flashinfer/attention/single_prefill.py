@@ -233,9 +233,7 @@ class _Single:
     def bind_on(self, stream: int) -> Launch:
         kernel = self.kernel
         key = (self.device.index, stream, self.num_kv_heads, self.head_dim_vo, kernel.block_m, kernel.num_ctas)
-        schedule = _schedules.get(key)
-        if schedule is None:
-            schedule = _schedules[key] = self.make_schedule()
+        schedule = _schedules.get(key) or _schedules.setdefault(key, self.make_schedule())
         launch = self.planned[stream] = self.bind_planned(schedule)
         return launch
 
