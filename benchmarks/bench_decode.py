@@ -152,13 +152,13 @@ def measure_host_costs(times: Times) -> None:
         wrapper.plan(*problem.indices, 32, 8, 128, 16, q_data_type=torch.bfloat16)
 
     plan()
-    cache, q, out = problem.caches[0], problem.q, problem.out
-    k, v = torch.zeros(2, 4096, 8, 128, dtype=torch.bfloat16, device=DEVICE)
+    cache, q, one_q, out = problem.caches[0], problem.q, problem.q[0], problem.out
+    k, v = torch.randn(2, 4096, 8, 128, dtype=torch.bfloat16, device=DEVICE)
     calls: dict[str, Callable[[], Any]] = {
         "decode.run(out=)": lambda: wrapper.run(q, cache, out=out),
         "decode.run()": lambda: wrapper.run(q, cache),
         "decode.plan": plan,
-        "single_decode_with_kv_cache": lambda: flashinfer.single_decode_with_kv_cache(q[0], k, v),
+        "single_decode_with_kv_cache": lambda: flashinfer.single_decode_with_kv_cache(one_q, k, v),
     }
     measure_host(times, calls)
 

@@ -1,6 +1,9 @@
 """Host costs: importing, the first call, a warm load, and one call of an operator beside torch.add(out=).
 
-python benchmarks/bench_host.py [--device cuda|cpu]
+python benchmarks/bench_host.py [--device cuda|cpu] [--no-start]
+
+Calls are timed 200 at a time into an empty queue of the GPU, which holds more: however long a kernel runs, no call
+waits for it. What a call returns is allocated in it unless it says out=.
 """
 
 from __future__ import annotations
@@ -86,28 +89,64 @@ def operators(device: torch.device) -> dict[str, Callable[[], object]]:
     }
 
 
+def attention(device: torch.device) -> dict[str, Callable[[], object]]:
+    """Four requests of 64 tokens, 32 query heads on 8 KV heads."""
+    bf16 = torch.bfloat16
+    indptr, each = (torch.arange(5, dtype=torch.int32, device=device) * n for n in (4, 1))
+    indices = torch.arange(16, dtype=torch.int32, device=device)
+    last_page_len = torch.full((4,), 16, dtype=torch.int32, device=device)
+    table, shapes = (indptr, indices, last_page_len), (32, 8, 128, 16)
+    workspace = torch.empty(128 << 20, dtype=torch.uint8, device=device)
+    q, cache = torch.randn(4, 32, 128).to(device, bf16), torch.randn(16, 2, 16, 8, 128).to(device, bf16)
+    k, v = torch.randn(2, 4096, 8, 128).to(device, bf16)
+    one_q, short_k, short_v = q[0], k[:64], v[:64]  # a view of a tensor costs its caller 1 us
+
+    decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace)
+    prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace)
+    cascade = flashinfer.MultiLevelCascadeAttentionWrapper(2, workspace)
+    plan_decode = lambda: decode.plan(*table, *shapes, q_data_type=bf16)  # noqa: E731
+    plan_prefill = lambda: prefill.plan(each, *table, *shapes, causal=True, q_data_type=bf16)  # noqa: E731
+    plan_decode()
+    plan_prefill()
+    ends, first_pages = indptr[::4].contiguous() // 4, indices[:4]  # level 0: all queries over the first four pages
+    cascade.plan(
+        [ends, each], [ends, indptr], [first_pages, indices], [last_page_len[:1], last_page_len], *shapes,
+        q_data_type=bf16,
+    )  # fmt: skip
+    out, lse = prefill.run(q, cache, return_lse=True)
+    other, other_lse = prefill.run(q, cache, return_lse=True)
+    outs, lses = torch.stack([out, other], 1), torch.stack([lse, other_lse], 1)
+    slots, new_k, new_v = (each[:4], each[:4] * 0), k[:4], v[:4]
+    return {
+        "decode.plan": plan_decode,
+        "decode.run(out=)": lambda: decode.run(q, cache, out=out),
+        "decode.run": lambda: decode.run(q, cache),
+        "decode.run(return_lse=True)": lambda: decode.run(q, cache, return_lse=True),
+        "single_decode_with_kv_cache, 64 keys": lambda: flashinfer.single_decode_with_kv_cache(one_q, short_k, short_v),
+        "the same, 4096 keys": lambda: flashinfer.single_decode_with_kv_cache(one_q, k, v),
+        "prefill.plan": plan_prefill,
+        "prefill.run(out=)": lambda: prefill.run(q, cache, out=out),
+        "prefill.run": lambda: prefill.run(q, cache),
+        "single_prefill_with_kv_cache, 64 keys": lambda: flashinfer.single_prefill_with_kv_cache(q, short_k, short_v),
+        "the same, 4096 keys, two launches": lambda: flashinfer.single_prefill_with_kv_cache(q, k, v),
+        "merge_state_in_place": lambda: flashinfer.merge_state_in_place(out, lse, other, other_lse),
+        "merge_state": lambda: flashinfer.merge_state(out, lse, other, other_lse),
+        "merge_states": lambda: flashinfer.merge_states(outs, lses),
+        "cascade.run, two levels": lambda: cascade.run(q, cache),
+        "append_paged_kv_cache": lambda: flashinfer.append_paged_kv_cache(
+            new_k, new_v, *slots, cache, indices, indptr, last_page_len
+        ),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(parser.parse_args().device)
+    parser.add_argument("--no-start", action="store_true", help="leave out what takes processes of its own")
+    args = parser.parse_args()
+    device = torch.device(args.device)
 
-    calls = operators(device)
-    indptr = torch.arange(5, dtype=torch.int32, device=device) * 4
-    indices = torch.arange(16, dtype=torch.int32, device=device)
-    last_page_len = torch.full((4,), 16, dtype=torch.int32, device=device)
-    workspace = torch.empty(128 << 20, dtype=torch.uint8, device=device)
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
-    plan = lambda: wrapper.plan(  # noqa: E731
-        indptr, indices, last_page_len, 32, 8, 128, 16, q_data_type=torch.bfloat16
-    )
-    q, cache = (
-        torch.randn(4, 32, 128).to(device, torch.bfloat16),
-        torch.randn(16, 2, 16, 8, 128).to(device, torch.bfloat16),
-    )
-    decoded = torch.empty_like(q)
-    plan()
-    wrapper.run(q, cache, out=decoded)
-    calls |= {"decode.plan": plan, "decode.run(out=)": lambda: wrapper.run(q, cache, out=decoded)}
+    calls = operators(device) | attention(device)
     for call in calls.values():
         call()
     times = {name: host_us(call) for name, call in calls.items()}
@@ -128,6 +167,8 @@ def main() -> None:
         load(spec)
     rows.append(["resolver.load, warm", (time.perf_counter() - start) * 10, ""])
     print_table(environment(), ["call", "host µs", "of torch.add"], rows)
+    if args.no_start:
+        return
     print_table(
         "In a fresh process, ms",
         ["what", "ms"],

@@ -66,7 +66,8 @@ def copies_for(num_bytes: int) -> int:
 
 
 def host_us(call: Callable[[], Any], *, rounds: int = 30, calls: int = 200) -> float:
-    """Microseconds of host time per call: the best of many short rounds, the GPU's queue emptied between them."""
+    """Microseconds of host time per call: the best of many short rounds, the GPU's queue emptied between them. The
+    queue holds more than a round, so that no call waits for a kernel to end."""
     best = math.inf
     for _ in range(rounds):
         if DEVICE == "cuda":

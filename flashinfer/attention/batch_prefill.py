@@ -100,7 +100,7 @@ class BatchPrefill:
         plan.require_workspace(self._op_name, float_workspace_buffer)
         self._kv_layout = kv_layout
         self._float_workspace_buffer = float_workspace_buffer
-        self.device = launches.indexed(float_workspace_buffer.device)
+        self.device = float_workspace_buffer.device
         int_bytes = plan.INT_WORKSPACE_BYTES if self.device.type == "cuda" else 0
         self._int_workspace_buffer = torch.empty(int_bytes, dtype=torch.uint8, device=self.device)
         self._use_cuda_graph = use_cuda_graph
@@ -176,7 +176,7 @@ class BatchPrefill:
     ) -> Problem:
         """variant: arguments of `Variant.of` after head_dim."""
         op = self._op_name
-        launches.require_heads(op, num_qo_heads, num_kv_heads)
+        kv_cache.require_heads(op, num_qo_heads, num_kv_heads)
         _op.require(page_size >= 1, op, f"page_size is {page_size}; expected at least 1")
         head_dim_vo = head_dim_vo or head_dim_qk
         q_dtype = dtypes.torch_dtype(q_data_type)
@@ -261,7 +261,7 @@ class BatchPrefill:
         if out is not None:
             out_ptr, out_key = out.data_ptr(), (out.dtype, out.shape, out.stride(), out.get_device())
         if lse is not None:
-            lse_key = (lse.dtype, lse.shape, lse.stride())
+            lse_key = (lse.dtype, lse.shape, lse.stride(), lse.get_device())
         if isinstance(kv, torch.Tensor):
             k, v_key = kv, None
             k_ptr = v_ptr = kv.data_ptr()
@@ -332,7 +332,7 @@ class BatchPrefill:
                 f"{problem.head_dim_qk}] ([num_tokens, num_qo_heads, head_dim])"
             )
         _op.require(q.device == self.device, op, f"q is on {q.device}, the workspace on {self.device}")
-        launches.require_rows(op, "q", q)
+        kv_cache.require_rows(op, "q", q)
         new_out = _op.allocator((*q.shape[:2], problem.head_dim_vo), q.dtype, self.device)
         out = new_out() if out is None else out
         launches.require_output(op, q, out, lse, problem.head_dim_vo)

@@ -68,7 +68,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         planning.require_workspace(self._op_name, float_workspace_buffer)
         self._kv_layout = kv_layout
         self._float_workspace_buffer = float_workspace_buffer
-        self.device = launching.with_index(float_workspace_buffer.device)
+        self.device = float_workspace_buffer.device
         int_bytes = planning.INT_WORKSPACE_BYTES if self.device.type == "cuda" else 0
         self._int_workspace_buffer = torch.empty(int_bytes, dtype=torch.uint8, device=self.device)
         self._use_tensor_cores = use_tensor_cores
@@ -336,25 +336,22 @@ class BatchDecodeWithPagedKVCacheWrapper:
             raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's page table first")
         if torch.compiler.is_dynamo_compiling():
             return self._run_traced(plan, q, cache, out, lse, return_lse, scales, pdl, options)
-        if out is None:
-            out = plan.new_out()
-        if return_lse and lse is None:
-            lse = plan.new_lse()
-        q_ptr, out_ptr, lse_ptr, lse_key = q.data_ptr(), out.data_ptr(), 0, None
+        q_ptr, out_ptr, out_key, lse_key = q.data_ptr(), 0, None, None
+        if out is not None:
+            out_ptr, out_key = out.data_ptr(), (out.dtype, out.shape, out.stride(), out.get_device())
         if lse is not None:
-            lse_ptr, lse_key = lse.data_ptr(), (lse.shape, lse.stride(), lse.dtype)
+            lse_key = (lse.dtype, lse.shape, lse.stride(), lse.get_device())
         if isinstance(cache, torch.Tensor):
-            k_ptr = v_ptr = cache.data_ptr()
             k, v_key = cache, None
+            k_ptr = v_ptr = cache.data_ptr()
         else:
             k, v = cache
             k_ptr, v_ptr = k.data_ptr(), v.data_ptr()
             v_key = (v.dtype, v.shape, v.stride(), v.get_device())
         settled = self._is_settled
         key = (
-            q.dtype, q.shape, q.stride(), q.get_device(), k.dtype, k.shape, k.stride(), k.get_device(), v_key,
-            out.dtype, out.shape, out.stride(), out.get_device(), lse_key, (q_ptr | out_ptr | k_ptr | v_ptr) & 15,
-            scales, pdl, options, settled,
+            q.dtype, q.shape, q.stride(), q.get_device(), k.dtype, k.shape, k.stride(), k.get_device(), v_key, out_key,
+            lse_key, scales, pdl, options, settled, (q_ptr | out_ptr | k_ptr | v_ptr) & 15,
         )  # fmt: skip
         bound = plan.bound.get(key)
         if bound is None:
@@ -368,7 +365,12 @@ class BatchDecodeWithPagedKVCacheWrapper:
         if planned >= 0 and not 0 <= bound.window_left <= planned:
             self._plan_window(bound.window_left)
             return self._run(q, cache, out, lse, return_lse, scales, pdl, options)
-        bound.launch(q_ptr, out_ptr, lse_ptr, k_ptr, v_ptr + bound.v_offset, *self._index_addresses)
+        if out is None:
+            out = plan.new_out()
+        if return_lse and lse is None:
+            lse = plan.new_lse()
+        lse_ptr = 0 if lse is None else lse.data_ptr()
+        bound.launch(q_ptr, out.data_ptr(), lse_ptr, k_ptr, v_ptr + bound.v_offset, *self._index_addresses)
         self._is_settled = True
         return (out, lse) if return_lse and lse is not None else out
 

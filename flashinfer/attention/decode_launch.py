@@ -9,9 +9,7 @@ from typing import Any, Optional
 import torch
 
 from flashinfer import _op, dtypes, target
-from flashinfer.attention import kv_cache
 from flashinfer.attention.variant import require_positive
-from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit import resolver
 from flashinfer.jit.loader import Launcher
 from flashinfer.kernels import attention as families
@@ -79,31 +77,12 @@ def launches_dependent(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def with_index(device: torch.device) -> torch.device:
-    """`cuda` names the current device; kernels are loaded per ordinal."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def require_heads(op: str, num_qo_heads: int, num_kv_heads: int) -> None:
-    if num_kv_heads <= 0 or num_qo_heads <= 0 or num_qo_heads % num_kv_heads:
-        raise UnsupportedConfig(
-            f"{op}: num_qo_heads is {num_qo_heads}, num_kv_heads {num_kv_heads}; expected a positive multiple of it"
-        )
-
-
 def qk_and_v_scale(
     op: str, q_scale: Optional[float], k_scale: Optional[float], v_scale: Optional[float]
 ) -> tuple[float, float]:
     """Factors of q·k and of the output."""
     q, k, v = (1.0 if scale is None else float(scale) for scale in (q_scale, k_scale, v_scale))
     return require_positive(op, "q_scale * k_scale", q * k), v
-
-
-def require_rows(op: str, name: str, tensor: torch.Tensor) -> None:
-    _op.require_unit_stride(op, name, tensor)
-    kv_cache.require_copyable(op, name, tensor)
 
 
 def require_output(

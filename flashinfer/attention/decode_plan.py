@@ -8,6 +8,7 @@ import torch
 
 from flashinfer import _op
 from flashinfer.attention import decode_launch as launching
+from flashinfer.attention import kv_cache
 from flashinfer.attention import plan as planning
 from flashinfer.attention.kv_cache import PagedCache, PagedKv
 from flashinfer.attention.variant import Variant, alibi_slopes_ptr
@@ -37,7 +38,7 @@ class DecodePlan:
         int_workspace: torch.Tensor,
         float_workspace: torch.Tensor,
     ) -> None:
-        launching.require_heads(op, num_qo_heads, kv.num_kv_heads)
+        kv_cache.require_heads(op, num_qo_heads, kv.num_kv_heads)
         _op.require(kv.page_size >= 1, op, f"page_size is {kv.page_size}; expected at least 1")
         self.op, self.device, self.batch_size, self.num_qo_heads = op, device, batch_size, num_qo_heads
         self.kv, self.q_dtype, self.o_dtype, self.options = kv, q_dtype, o_dtype, options
@@ -92,7 +93,7 @@ class BoundDecode:
         shape: DecodePlan,
         q: torch.Tensor,
         cache: PagedCache,
-        out: torch.Tensor,
+        out: Optional[torch.Tensor],
         lse: Optional[torch.Tensor],
         variant: Variant,
         scales: Scales,
@@ -107,9 +108,10 @@ class BoundDecode:
             )
         _op.require(q.dtype == shape.q_dtype, op, f"q is {q.dtype}; planned with q_data_type {shape.q_dtype}")
         _op.require(q.device == device, op, f"q is on {q.device}, the workspace on {device}; move them to one device")
-        launching.require_rows(op, "q", q)
+        kv_cache.require_rows(op, "q", q)
+        out = shape.new_out() if out is None else out
         launching.require_output(op, "out", out, shape.out_shape, shape.o_dtype, device)
-        launching.require_rows(op, "out", out)
+        kv_cache.require_rows(op, "out", out)
         if lse is not None:
             launching.require_output(op, "lse", lse, shape.lse_shape, torch.float32, device)
             _op.require(lse.is_contiguous(), op, "lse is not contiguous; call .contiguous()")

@@ -8,6 +8,7 @@ from typing import Union
 import torch
 
 from flashinfer import _op
+from flashinfer.errors import UnsupportedConfig
 
 PagedCache = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 LAYOUTS = ("NHD", "HND")
@@ -88,12 +89,19 @@ class PagedKv:
                 )
         _op.require(half.dtype == self.dtype, op, f"{name} is {half.dtype}; planned with kv_data_type {self.dtype}")
         _op.require(half.device == device, op, f"{name} is on {half.device}, q on {device}; move them to one device")
-        _op.require_unit_stride(op, name, half)
-        require_copyable(op, name, half)
+        require_rows(op, name, half)
 
 
-def require_copyable(op: str, name: str, tensor: torch.Tensor) -> None:
-    """CUDA kernels copy 16 bytes at a time: every row must start at a multiple of 16 bytes."""
+def require_heads(op: str, num_qo_heads: int, num_kv_heads: int) -> None:
+    if num_kv_heads <= 0 or num_qo_heads <= 0 or num_qo_heads % num_kv_heads:
+        raise UnsupportedConfig(
+            f"{op}: num_qo_heads is {num_qo_heads}, num_kv_heads {num_kv_heads}; expected a positive multiple of it"
+        )
+
+
+def require_rows(op: str, name: str, tensor: torch.Tensor) -> None:
+    """Dense rows. CUDA kernels copy 16 bytes at a time: there every row must start at a multiple of 16 bytes."""
+    _op.require_unit_stride(op, name, tensor)
     if tensor.device.type != "cuda" or tensor.numel() == 0:
         return
     itemsize = tensor.element_size()
@@ -103,19 +111,3 @@ def require_copyable(op: str, name: str, tensor: torch.Tensor) -> None:
             f"{op}: rows of {name} do not start at multiples of 16 bytes (address % 16 = {tensor.data_ptr() % 16}, "
             f"strides {list(tensor.stride())} elements of {itemsize} bytes); call .contiguous()"
         )
-
-
-def addresses(cache: PagedCache) -> tuple[int, int]:
-    """Addresses of K and V. A 5-D cache holds V one stride of axis 1 after K."""
-    if isinstance(cache, torch.Tensor):
-        address = cache.data_ptr()
-        return address, address + cache.stride(1) * cache.element_size()
-    return cache[0].data_ptr(), cache[1].data_ptr()
-
-
-def signature(cache: PagedCache) -> tuple[object, ...]:
-    """Everything `PagedKv.strides_of` looks at but the addresses' value: equal signatures, equal verdict."""
-    if isinstance(cache, torch.Tensor):
-        return cache.dtype, cache.shape, cache.stride(), cache.get_device()
-    k, v = cache
-    return k.dtype, k.shape, k.stride(), k.get_device(), v.dtype, v.shape, v.stride(), v.get_device()

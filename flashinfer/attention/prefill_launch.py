@@ -13,7 +13,6 @@ from flashinfer import _op, dtypes, target
 from flashinfer.attention import kv_cache, plan
 from flashinfer.attention.kv_cache import KvStrides
 from flashinfer.attention.variant import Variant, alibi_slopes_ptr, require_positive
-from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit import resolver
 from flashinfer.jit.loader import Launcher, PreparedLaunch
 from flashinfer.jit.spec import KernelSpec
@@ -89,25 +88,6 @@ def load_planner(device: torch.device, kv_storage: str) -> Launcher:
     return resolver().load(families.PREFILL_PLAN.spec(target.of_device(device), kv_storage=kv_storage)).on(device.index)
 
 
-def indexed(device: torch.device) -> torch.device:
-    """`cuda` names the current device; kernels are loaded per ordinal."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def require_heads(op: str, num_qo_heads: int, num_kv_heads: int) -> None:
-    if num_kv_heads <= 0 or num_qo_heads <= 0 or num_qo_heads % num_kv_heads:
-        raise UnsupportedConfig(
-            f"{op}: num_qo_heads is {num_qo_heads}, num_kv_heads {num_kv_heads}; expected a positive multiple of it"
-        )
-
-
-def require_rows(op: str, name: str, tensor: torch.Tensor) -> None:
-    _op.require_unit_stride(op, name, tensor)
-    kv_cache.require_copyable(op, name, tensor)
-
-
 def row_strides(op: str, k: torch.Tensor, v: torch.Tensor, layout: str) -> KvStrides:
     """Strides of K and V given as rows: `[kv_len, num_kv_heads, head_dim]` (NHD) or with the first axes swapped
     (HND).
@@ -116,7 +96,7 @@ def row_strides(op: str, k: torch.Tensor, v: torch.Tensor, layout: str) -> KvStr
         _op.require(
             tensor.dim() == 3, op, f"{name} has shape {list(tensor.shape)}; expected three dimensions ({layout})"
         )
-        require_rows(op, name, tensor)
+        kv_cache.require_rows(op, name, tensor)
     _op.require(
         k.shape[:2] == v.shape[:2], op, f"k has shape {list(k.shape)}, v {list(v.shape)}; lengths and heads must agree"
     )
@@ -133,11 +113,14 @@ def require_output(op: str, q: torch.Tensor, out: torch.Tensor, lse: Optional[to
             f"{op}: out is {out.dtype} {list(out.shape)} on {out.device}; "
             f"expected {q.dtype} {list(shape)} on {q.device}"
         )
-    require_rows(op, "out", out)
-    if lse is not None and (lse.shape != q.shape[:2] or lse.dtype != torch.float32 or not lse.is_contiguous()):
+    kv_cache.require_rows(op, "out", out)
+    if lse is None:
+        return
+    fits = lse.shape == q.shape[:2] and lse.dtype == torch.float32 and lse.device == q.device
+    if not fits or not lse.is_contiguous():
         raise ValueError(
-            f"{op}: lse is {lse.dtype} {list(lse.shape)}, strides {list(lse.stride())}; "
-            f"expected contiguous float32 {list(q.shape[:2])}"
+            f"{op}: lse is {lse.dtype} {list(lse.shape)}, strides {list(lse.stride())}, on {lse.device}; "
+            f"expected contiguous float32 {list(q.shape[:2])} on {q.device}"
         )
 
 

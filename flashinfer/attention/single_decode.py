@@ -130,11 +130,11 @@ class _Single:
             f"k has shape {list(k.shape)}, v {list(v.shape)}; lengths and heads must agree",
         )
         _op.require(k.dtype == v.dtype, op, f"k is {k.dtype}, v {v.dtype}; expected one dtype")
-        launching.require_heads(op, num_qo_heads, num_kv_heads)
+        kv_cache.require_heads(op, num_qo_heads, num_kv_heads)
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             _op.require_device(op, name, tensor, q, "q")
-            launching.require_rows(op, name, tensor)
-        device = launching.with_index(q.device)
+            kv_cache.require_rows(op, name, tensor)
+        device = q.device
         variant = Variant.of(op, q.shape[1], *variant_options)
         self.kernel = launching.load_kernel(
             device, q.dtype, k.dtype, q.dtype, q.shape[1], v.shape[2], num_qo_heads, num_kv_heads, "single",

@@ -167,7 +167,7 @@ class _Single:
         kv_cache.require_layout(_OP, kv_layout)
         _op.require(q.dim() == 3, _OP, f"q has shape {list(q.shape)}; expected [qo_len, num_qo_heads, head_dim]")
         kv_strides = launches.row_strides(_OP, k, v, kv_layout)
-        launches.require_rows(_OP, "q", q)
+        kv_cache.require_rows(_OP, "q", q)
         _op.require_device(_OP, "k", k, q, "q")
         _op.require(
             k.shape[2] == q.shape[2], _OP, f"k dim 2 (head_dim) is {k.shape[2]}, q has {q.shape[2]}; they must be equal"
@@ -175,8 +175,8 @@ class _Single:
         rows, heads = (0, 1) if kv_layout == "NHD" else (1, 0)
         qo_len, num_qo_heads, head_dim_qk = q.shape
         kv_len, num_kv_heads, head_dim_vo = v.shape[rows], v.shape[heads], v.shape[2]
-        launches.require_heads(_OP, num_qo_heads, num_kv_heads)
-        device = launches.indexed(q.device)
+        kv_cache.require_heads(_OP, num_qo_heads, num_kv_heads)
+        device = q.device
         variant = Variant.of(_OP, head_dim_qk, *options[:6])
         scale_q, scale_k, scale_v, k_scale, v_scale = options[6:]
         scales = (_product(scale_q, scale_k, k_scale), _product(scale_v, v_scale))
