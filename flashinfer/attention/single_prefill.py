@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any, Optional, Union
 
 import torch
@@ -202,8 +203,9 @@ class _Single:
             extent = Extent(mask == "causal", variant.window_left, kernel.block_m, kernel.block_n, kernel.num_ctas)
 
             def plan_and_launch(*addresses: Any) -> None:
-                plan(extent, 0, 0, 0)
-                launch(*addresses)
+                with _planning:
+                    plan(extent, 0, 0, 0)
+                    launch(*addresses)
 
             return plan_and_launch
 
@@ -248,5 +250,7 @@ class _Single:
 
 
 _singles: _op.Memo[_Single] = _op.Memo()
+# A kernel follows its planner at once: on a stream that threads share, another plan would come between.
+_planning = threading.Lock()
 # (device, stream, KV heads, head_dim, tile) -> the schedule of unplanned calls there, and its scratch.
 _schedules: dict[tuple[int, ...], Schedule] = {}
