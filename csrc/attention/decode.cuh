@@ -27,11 +27,12 @@ struct ResultWriter {
   using O = typename Config::O;
   const AttentionParams& params;
 
+  template <int N>
   __device__ __forceinline__ void write_out(int32_t token_idx, int32_t head, int32_t element,
-                                            const float (&x)[4]) const {
-    float y[4];
+                                            const float (&x)[N]) const {
+    float y[N];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) y[i] = x[i] * params.v_scale;
+    for (int i = 0; i < N; ++i) y[i] = x[i] * params.v_scale;
     O* dst = static_cast<O*>(params.out) + token_idx * params.out_token_stride + head * params.out_head_stride;
     cast_vec<O>(y).store(dst + element);
   }
@@ -39,10 +40,30 @@ struct ResultWriter {
     if (params.lse != nullptr) params.lse[int64_t(token_idx) * params.num_qo_heads + head] = lse;
   }
   __device__ __forceinline__ float* partial_out(int32_t slot, int32_t head, int32_t element) const {
-    return params.partial_out + (int64_t(slot) * params.num_qo_heads + head) * Config::kHeadDimVo + element;
+    return params.partial_out + head * Config::kHeadDimVo + element +
+           int64_t(slot) * (params.num_qo_heads * Config::kHeadDimVo);
   }
   __device__ __forceinline__ float& partial_lse(int32_t slot, int32_t head) const {
     return params.partial_lse[int64_t(slot) * params.num_qo_heads + head];
+  }
+  template <int N>
+  __device__ __forceinline__ void write_partial(int32_t slot, int32_t head, int32_t element, const float (&x)[N],
+                                                float lse) const {
+    cast_vec<float>(x).store(partial_out(slot, head, element));
+    if (element == 0) partial_lse(slot, head) = lse;
+  }
+};
+
+// The part of an output row that a warp takes, kVec elements a lane. One request is finished by all of its warps at
+// once: what they do here is what the next kernel waits for.
+template <class Config>
+struct RowPiece {
+  static constexpr int kVec = Config::kHeadDimVo % (2 * kWarpSize) == 0 ? 2 : 1;
+  static constexpr int kNumPerRow = Config::kHeadDimVo / (kVec * kWarpSize);
+  int row, element;  // the lane's first
+
+  __device__ __forceinline__ static RowPiece of(int piece_idx) {
+    return {piece_idx / kNumPerRow, (piece_idx % kNumPerRow * kWarpSize + int(threadIdx.x) % kWarpSize) * kVec};
   }
 };
 
@@ -52,6 +73,7 @@ __device__ __forceinline__ void store_request(const AttentionParams& params, con
                                               const WarpState<Config>& state, DecodeSmem<Config>& smem,
                                               const DecodeRequest& request, int32_t slot) {
   using Tile = DecodeTile<Config>;
+  using Piece = RowPiece<Config>;
   const ResultWriter<Config> writer{params};
   const int warp_idx = threadIdx.x / kWarpSize;
   if (state.group == 0) {
@@ -72,9 +94,10 @@ __device__ __forceinline__ void store_request(const AttentionParams& params, con
     }
     __syncthreads();
     const int num_heads = min(heads.num_heads - t * kMmaHeads, kMmaHeads);
-    for (int idx = threadIdx.x; idx < num_heads * (Tile::kDimVo / 4); idx += Config::kNumThreads) {
-      const int row = idx / (Tile::kDimVo / 4), element = idx % (Tile::kDimVo / 4) * 4, head = t * kMmaHeads + row;
-      float max = kMinusInf, sum = 0.f, out[4] = {0.f, 0.f, 0.f, 0.f};
+    for (int idx = warp_idx; idx < num_heads * Piece::kNumPerRow; idx += Tile::kNumWarps) {
+      const auto [row, element] = Piece::of(idx);
+      const int head = t * kMmaHeads + row;
+      float max = kMinusInf, sum = 0.f, out[Piece::kVec] = {};
 #pragma unroll
       for (int w = 0; w < Tile::kNumWarps; ++w) max = fmaxf(max, smem.max[w][head]);
       const float shift = max == kMinusInf ? 0.f : max * state.scale;
@@ -82,21 +105,20 @@ __device__ __forceinline__ void store_request(const AttentionParams& params, con
       for (int w = 0; w < Tile::kNumWarps; ++w) {
         const float weight = fast_exp2(smem.max[w][head] * state.scale - shift);
         sum += smem.sum[w][head] * weight;
-        const Vec<float, 4> x = Vec<float, 4>::load(&smem.out[w][row][element]);
+        const auto x = Vec<float, Piece::kVec>::load(&smem.out[w][row][element]);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) out[i] += x[i] * weight;
+        for (int i = 0; i < Piece::kVec; ++i) out[i] += x[i] * weight;
       }
-      const float rcp_sum = sum > 0.f ? 1.f / sum : 0.f;
+      const float rcp_sum = sum > 0.f ? fast_rcp(sum) : 0.f;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) out[i] *= rcp_sum;
-      const float lse = sum > 0.f ? shift + log2f(sum) : kMinusInf;
+      for (int i = 0; i < Piece::kVec; ++i) out[i] *= rcp_sum;
+      const float lse = sum > 0.f ? shift + fast_log2(sum) : kMinusInf;
       const int32_t qo_head = heads.first_head + head;
       if (request.num_chunks == 1) {
         writer.write_out(request.request_idx, qo_head, element, out);
         if (element == 0) writer.write_lse(request.request_idx, qo_head, lse);
       } else {
-        Vec<float, 4>{out[0], out[1], out[2], out[3]}.store(writer.partial_out(slot, qo_head, element));
-        if (element == 0) writer.partial_lse(slot, qo_head) = lse;
+        writer.write_partial(slot, qo_head, element, out, lse);
       }
     }
   }
@@ -117,47 +139,56 @@ __device__ __forceinline__ bool arrives_last(const AttentionParams& params, Deco
   return smem.is_last;
 }
 
+// Merge the partial results of one request. A lane holds the LSE of one of them, so that each weight is computed once.
 template <class Config>
 __device__ __forceinline__ void merge_partials(const AttentionParams& params, const HeadBlock& heads,
                                                const DecodeRequest& request) {
-  constexpr int kVecsPerHead = Config::kHeadDimVo / 4;
-  // Loads in flight: up to 16 partials cost one latency, where the registers allow it.
-  constexpr int kUnroll = Config::kMinBlocksPerSm > 1 ? 8 : 16;
+  using Piece = RowPiece<Config>;
+  using Vector = Vec<float, Piece::kVec>;
+  constexpr int kNumWarps = Config::kNumThreads / kWarpSize, kBatch = 16;  // partials whose loads are in flight at once
+  const int warp_idx = threadIdx.x / kWarpSize, lane_idx = threadIdx.x % kWarpSize;
   const ResultWriter<Config> writer{params};
-  for (int idx = threadIdx.x; idx < heads.num_heads * kVecsPerHead; idx += Config::kNumThreads) {
-    const int32_t head = heads.first_head + idx / kVecsPerHead, element = idx % kVecsPerHead * 4;
-    float max = kMinusInf, sum = 0.f, out[4] = {0.f, 0.f, 0.f, 0.f};
-    for (int first = 0; first < request.num_chunks; first += kUnroll) {
-      float lse[kUnroll], batch_max = max;
-      Vec<float, 4> x[kUnroll];
+  for (int idx = warp_idx; idx < heads.num_heads * Piece::kNumPerRow; idx += kNumWarps) {
+    const auto [row, element] = Piece::of(idx);
+    const int32_t head = heads.first_head + row;
+    float max = kMinusInf, sum = 0.f, out[Piece::kVec] = {};
+    // Of chunk 0 of the request; that partial lies one slot further (partial_slot).
+    const float* out_gmem = writer.partial_out(2 * request.first_chunk, head, element);
+    const float* lse_gmem = &writer.partial_lse(2 * request.first_chunk, head);
+    const uint32_t lse_stride = params.num_qo_heads, out_stride = lse_stride * Config::kHeadDimVo;  // between slots
+    for (int32_t first = 0; first < request.num_chunks; first += kBatch) {
+      const int32_t num_left = request.num_chunks - first;
+      const auto slot = [&](uint32_t i) { return 2 * i + (first + i == 0 ? 1 : 0); };
+      float lse = kMinusInf;
+      if (lane_idx < min(num_left, kBatch)) lse = __ldcg(lse_gmem + slot(lane_idx) * lse_stride);
+      Vector x[kBatch];
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        const int32_t chunk = first + i, slot = partial_slot(request.first_chunk + chunk, chunk == 0);
-        const bool exists = chunk < request.num_chunks;
-        lse[i] = exists ? __ldcg(&writer.partial_lse(slot, head)) : kMinusInf;
-        const float4* src = reinterpret_cast<const float4*>(writer.partial_out(slot, head, element));
-        *reinterpret_cast<float4*>(&x[i]) = exists ? __ldcg(src) : float4{0.f, 0.f, 0.f, 0.f};
+      for (uint32_t i = 0; i < kBatch; ++i) {
+        x[i] = {};
+        if (i < num_left) x[i] = Vector::load_from_l2(out_gmem + slot(i) * out_stride);
       }
+      lse_gmem += 2 * kBatch * lse_stride;
+      out_gmem += 2 * kBatch * out_stride;
+      const float new_max = fmaxf(max, warp_reduce(lse, Max{}));
+      const float shift = new_max == kMinusInf ? 0.f : new_max;
+      const float weight = fast_exp2(lse - shift), decay = fast_exp2(max - shift);
+      max = new_max;
+      sum = sum * decay + weight;  // of this lane's
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) batch_max = fmaxf(batch_max, lse[i]);
-      const float shift = batch_max == kMinusInf ? 0.f : batch_max, decay = fast_exp2(max - shift);
-      sum *= decay;
+      for (int j = 0; j < Piece::kVec; ++j) out[j] *= decay;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) out[j] *= decay;
+      for (int i = 0; i < kBatch; ++i) {
+        const float weight_i = __shfl_sync(0xffffffffu, weight, i);
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        const float weight = fast_exp2(lse[i] - shift);
-        sum += weight;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) out[j] += x[i][j] * weight;
+        for (int j = 0; j < Piece::kVec; ++j) out[j] += x[i][j] * weight_i;
       }
-      max = batch_max;
     }
-    const float rcp_sum = sum > 0.f ? 1.f / sum : 0.f;
+    sum = warp_reduce(sum, Sum{});
+    const float rcp_sum = sum > 0.f ? fast_rcp(sum) : 0.f;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) out[j] *= rcp_sum;
+    for (int j = 0; j < Piece::kVec; ++j) out[j] *= rcp_sum;
     writer.write_out(request.request_idx, head, element, out);
-    if (element == 0) writer.write_lse(request.request_idx, head, sum > 0.f ? max + log2f(sum) : kMinusInf);
+    if (element == 0) writer.write_lse(request.request_idx, head, sum > 0.f ? max + fast_log2(sum) : kMinusInf);
   }
 }
 
@@ -210,7 +241,7 @@ __device__ void decode(const AttentionParams& params) {
   const HeadBlock heads = HeadBlock::make<Config::kGroupTile>(params, blockIdx.x);
   TileLoader<Config> loader(params, heads, chunk);
   const bool is_short = chunk.num_tiles <= kShortChunk;
-  if (params.plan_is_settled && is_short) loader.touch(smem.out[warp_idx], smem.previous_ended);
+  if (params.plan_is_settled && is_short && warp_idx > 0) loader.touch(smem.out[warp_idx], smem.previous_ended);
   wait_for_previous_kernel();
   if (threadIdx.x == 0) smem.previous_ended = 1;
   if (is_short)

@@ -69,9 +69,8 @@ struct HeadBlock {
 
 // ------------------------------------------------------------------------------------------------------------ loading
 
-// Tiles read ahead of the previous kernel's end. One request of 8192 tokens, H100: none 16.3 us, 2 tiles 14.3, 3 tiles
-// 13.9, more the same.
-constexpr int kTouchTiles = 3;
+// Tiles read ahead of the previous kernel's end, at most.
+constexpr int kTouchTiles = 4;
 
 // The copies of one warp tile, and the lookup of the rows of the tile after it: an index load is in flight while the
 // copies that do not need it are issued.
@@ -125,40 +124,50 @@ struct TileLoader {
   //
   // Copies of 16 bytes of every line do it. A prefetch instruction does not: it stops at the L2 partition that owns the
   // line. 128 KB an SM then take 8240 cycles to copy, against 4600 after a copy like this and 11130 from device memory
-  // (H100). Each lane copies to one place again and again, which nobody reads before the wait for the first tile
-  // (places of their own cost 0.6 us; compute-sanitizer's racecheck warns of these writes).
+  // (H100).
   //
-  // The copies must not stand in the way once the previous kernel has ended: the first warp goes ahead to wait for it,
-  // and raises previous_ended for the others.
+  // They must not stand in the way of what follows. A warp waits for its copies before it sends more, as many in flight
+  // hold up the copies that count; and it sends no more once the previous kernel has ended. Warp 0 touches nothing, so
+  // that it can tell the others by previous_ended. What they leave in flight has arrived when the first tile has.
   __device__ __forceinline__ void touch(typename Smem::WarpOut& scratch_smem,
                                         const volatile uint32_t& previous_ended) const {
+    const auto ended = [&] { return __any_sync(0xffffffffu, previous_ended != 0) != 0; };
+    const auto may_go_on = [&] {
+      if (ended()) return false;
+      cp_async_wait<0>();
+      return !ended();
+    };
     TileWalk ahead = walk;
     for (int i = 0; i < kTouchTiles && !ahead.done(); ++i, ahead.advance()) {
-      if (i > 0 && (warp_idx == 0 || previous_ended != 0)) return;
       const int32_t kv_idx = ahead.first_row(Tile::kTileRows) + warp_idx * Tile::kWarpRows + lane_idx % Tile::kWarpRows;
       const bool valid = kv_idx < ahead.request.kv_len;
       KvRow found{0, 0};
       if (valid) found = View{params.kv, ahead.request.page_begin, ahead.request.kv_len}.locate(kv_idx);
       const int64_t k_offset = View::k_offset(params.kv, found, heads.kv_head);
       const int64_t v_offset = View::v_offset(params.kv, found, heads.kv_head);
-      const uint32_t dst = smem_address(&scratch_smem) + lane_idx * 16;
-      touch_rows<Tile::kDimQk>(dst, static_cast<const Kv*>(params.kv.k), k_offset, valid);
-      touch_rows<Tile::kDimVo>(dst, static_cast<const Kv*>(params.kv.v), v_offset, valid);
+      if (i > 0 && !may_go_on()) return;
+      touch_rows<Tile::kDimQk>(scratch_smem, static_cast<const Kv*>(params.kv.k), k_offset, valid);
+      if (!may_go_on()) return;
+      touch_rows<Tile::kDimVo>(scratch_smem, static_cast<const Kv*>(params.kv.v), v_offset, valid);
     }
   }
 
  private:
   template <int kDim>
-  __device__ __forceinline__ void touch_rows(uint32_t dst_smem, const Kv* src_gmem, int64_t offset,
+  __device__ __forceinline__ void touch_rows(typename Smem::WarpOut& scratch_smem, const Kv* src_gmem, int64_t offset,
                                              bool row_valid) const {
     constexpr int kLineElements = 128 / sizeof(Kv), kNumLines = ceil_div(kDim, kLineElements);
+    constexpr int kNumCopies = ceil_div(Tile::kWarpRows * kNumLines, kWarpSize);
+    static_assert(sizeof(scratch_smem) >= kNumCopies * kWarpSize * 16);
+    const uint32_t dst = smem_address(&scratch_smem) + lane_idx * 16;
 #pragma unroll
-    for (int i = 0; i < ceil_div(Tile::kWarpRows * kNumLines, kWarpSize); ++i) {
+    for (int i = 0; i < kNumCopies; ++i) {
       const int idx = i * kWarpSize + lane_idx, row_idx = idx / kNumLines, line = idx % kNumLines;
       const int64_t row_offset = __shfl_sync(0xffffffffu, offset, row_idx);
       const bool valid = __shfl_sync(0xffffffffu, int(row_valid), row_idx) && row_idx < Tile::kWarpRows;
-      if (valid) cp_async_16(dst_smem, src_gmem + row_offset + line * kLineElements, true);
+      if (valid) cp_async_16(dst + i * kWarpSize * 16, src_gmem + row_offset + line * kLineElements, true);
     }
+    cp_async_commit();
   }
 
   // Rows outside the request are zero-filled without being read: whatever lies there, NaN included, stays out.

@@ -33,6 +33,11 @@ FLASHINFER_FN float fast_log2(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+FLASHINFER_FN float fast_rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // From exp2: tanh.approx is off by up to 5e-4, which a soft cap of 50 turns into 2.5% of a probability.
 FLASHINFER_FN float soft_tanh(float x) {
   return 1.f - __fdividef(2.f, 1.f + fast_exp2(2.f * kLog2E * x));

@@ -17,6 +17,20 @@ struct alignas(sizeof(T) * N) Vec {
   __device__ __forceinline__ static Vec load(const T* src) { return *reinterpret_cast<const Vec*>(src); }
   __device__ __forceinline__ void store(T* dst) const { *reinterpret_cast<Vec*>(dst) = *this; }
 
+  // From the L2 cache: what other SMs have just written.
+  __device__ __forceinline__ static Vec load_from_l2(const T* src_gmem) {
+    Vec vec;
+    if constexpr (sizeof(Vec) == 16) {
+      reinterpret_cast<uint4&>(vec) = __ldcg(reinterpret_cast<const uint4*>(src_gmem));
+    } else if constexpr (sizeof(Vec) == 8) {
+      reinterpret_cast<uint2&>(vec) = __ldcg(reinterpret_cast<const uint2*>(src_gmem));
+    } else {
+      static_assert(sizeof(Vec) == 4);
+      reinterpret_cast<uint32_t&>(vec) = __ldcg(reinterpret_cast<const uint32_t*>(src_gmem));
+    }
+    return vec;
+  }
+
   // To global memory, for what this kernel does not read again: the L1 cache is left to what it does read.
   __device__ __forceinline__ void store_past_l1(T* dst_gmem) const {
     if constexpr (sizeof(Vec) == 16) {
