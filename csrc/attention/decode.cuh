@@ -97,10 +97,10 @@ __device__ __forceinline__ void store_request(const AttentionParams& params, con
     for (int idx = warp_idx; idx < num_heads * Piece::kNumPerRow; idx += Tile::kNumWarps) {
       const auto [row, element] = Piece::of(idx);
       const int head = t * kMmaHeads + row;
-      float max = kMinusInf, sum = 0.f, out[Piece::kVec] = {};
+      float max = kMinusInfinity, sum = 0.f, out[Piece::kVec] = {};
 #pragma unroll
       for (int w = 0; w < Tile::kNumWarps; ++w) max = fmaxf(max, smem.max[w][head]);
-      const float shift = max == kMinusInf ? 0.f : max * state.scale;
+      const float shift = max == kMinusInfinity ? 0.f : max * state.scale;
 #pragma unroll
       for (int w = 0; w < Tile::kNumWarps; ++w) {
         const float weight = fast_exp2(smem.max[w][head] * state.scale - shift);
@@ -112,7 +112,7 @@ __device__ __forceinline__ void store_request(const AttentionParams& params, con
       const float rcp_sum = sum > 0.f ? fast_rcp(sum) : 0.f;
 #pragma unroll
       for (int i = 0; i < Piece::kVec; ++i) out[i] *= rcp_sum;
-      const float lse = sum > 0.f ? shift + fast_log2(sum) : kMinusInf;
+      const float lse = sum > 0.f ? shift + fast_log2(sum) : kMinusInfinity;
       const int32_t qo_head = heads.first_head + head;
       if (request.num_chunks == 1) {
         writer.write_out(request.request_idx, qo_head, element, out);
@@ -151,7 +151,7 @@ __device__ __forceinline__ void merge_partials(const AttentionParams& params, co
   for (int idx = warp_idx; idx < heads.num_heads * Piece::kNumPerRow; idx += kNumWarps) {
     const auto [row, element] = Piece::of(idx);
     const int32_t head = heads.first_head + row;
-    float max = kMinusInf, sum = 0.f, out[Piece::kVec] = {};
+    float max = kMinusInfinity, sum = 0.f, out[Piece::kVec] = {};
     // Of chunk 0 of the request; that partial lies one slot further (partial_slot).
     const float* out_gmem = writer.partial_out(2 * request.first_chunk, head, element);
     const float* lse_gmem = &writer.partial_lse(2 * request.first_chunk, head);
@@ -159,7 +159,7 @@ __device__ __forceinline__ void merge_partials(const AttentionParams& params, co
     for (int32_t first = 0; first < request.num_chunks; first += kBatch) {
       const int32_t num_left = request.num_chunks - first;
       const auto slot = [&](uint32_t i) { return 2 * i + (first + i == 0 ? 1 : 0); };
-      float lse = kMinusInf;
+      float lse = kMinusInfinity;
       if (lane_idx < min(num_left, kBatch)) lse = __ldcg(lse_gmem + slot(lane_idx) * lse_stride);
       Vector x[kBatch];
 #pragma unroll
@@ -170,7 +170,7 @@ __device__ __forceinline__ void merge_partials(const AttentionParams& params, co
       lse_gmem += 2 * kBatch * lse_stride;
       out_gmem += 2 * kBatch * out_stride;
       const float new_max = fmaxf(max, warp_reduce(lse, Max{}));
-      const float shift = new_max == kMinusInf ? 0.f : new_max;
+      const float shift = new_max == kMinusInfinity ? 0.f : new_max;
       const float weight = fast_exp2(lse - shift), decay = fast_exp2(max - shift);
       max = new_max;
       sum = sum * decay + weight;  // of this lane's
@@ -188,7 +188,7 @@ __device__ __forceinline__ void merge_partials(const AttentionParams& params, co
 #pragma unroll
     for (int j = 0; j < Piece::kVec; ++j) out[j] *= rcp_sum;
     writer.write_out(request.request_idx, head, element, out);
-    if (element == 0) writer.write_lse(request.request_idx, head, sum > 0.f ? max + fast_log2(sum) : kMinusInf);
+    if (element == 0) writer.write_lse(request.request_idx, head, sum > 0.f ? max + fast_log2(sum) : kMinusInfinity);
   }
 }
 
@@ -203,7 +203,7 @@ __device__ __forceinline__ void store_empty_requests(const AttentionParams& para
     for (int idx = threadIdx.x; idx < heads.num_heads * kVecsPerHead; idx += Config::kNumThreads) {
       const int32_t head = heads.first_head + idx / kVecsPerHead, element = idx % kVecsPerHead * 4;
       writer.write_out(request_idx, head, element, {0.f, 0.f, 0.f, 0.f});
-      if (element == 0) writer.write_lse(request_idx, head, kMinusInf);
+      if (element == 0) writer.write_lse(request_idx, head, kMinusInfinity);
     }
   }
 }

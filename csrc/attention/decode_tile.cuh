@@ -15,7 +15,6 @@ namespace flashinfer {
 
 constexpr int kMmaHeads = 8;  // columns of an mma: query heads
 constexpr int kMmaRows = 16;  // rows of an mma: keys of S^T, elements of head_dim of O^T
-constexpr float kMinusInf = __builtin_bit_cast(float, 0xff800000u);
 
 template <class Config>
 struct DecodeTile {
@@ -264,7 +263,7 @@ struct WarpState {
       if constexpr (V::kHasRope) rotate_query(q_rmem[t], kv_len - 1);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        max_rmem[t][j] = kMinusInf;
+        max_rmem[t][j] = kMinusInfinity;
         sum_rmem[t][j] = 0.f;
       }
 #pragma unroll
@@ -362,7 +361,7 @@ struct WarpState {
 #pragma unroll
       for (int j = 0; j < 2 * Tile::kHeadTiles; ++j) {
         float& score = scores[i / 2][j / 2][i % 2 * 2 + j % 2];
-        score = visible ? V::transform(params, score, slope_rmem[j / 2][j % 2], kv_idx - (kv_len - 1)) : kMinusInf;
+        score = visible ? V::transform(params, score, slope_rmem[j / 2][j % 2], kv_idx - (kv_len - 1)) : kMinusInfinity;
       }
     }
   }
@@ -374,12 +373,12 @@ struct WarpState {
       float shift[2], decay[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        float tile_max = kMinusInf;
+        float tile_max = kMinusInfinity;
 #pragma unroll
         for (int r = 0; r < Tile::kRowTiles; ++r)
           tile_max = fmaxf(tile_max, fmaxf(scores[r][t][j], scores[r][t][j + 2]));
         const float new_max = fmaxf(max_rmem[t][j], reduce_over_rows(tile_max, Max{}));
-        shift[j] = new_max == kMinusInf ? 0.f : new_max * scale;  // nothing visible yet: exp2(-inf - 0) = 0
+        shift[j] = new_max == kMinusInfinity ? 0.f : new_max * scale;  // nothing visible yet: exp2(-inf - 0) = 0
         decay[j] = fast_exp2(max_rmem[t][j] * scale - shift[j]);
         max_rmem[t][j] = new_max;
         sum_rmem[t][j] *= decay[j];

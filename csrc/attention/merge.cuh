@@ -10,8 +10,6 @@
 
 namespace flashinfer {
 
-constexpr float kMinusInfinity = __builtin_bit_cast(float, 0xff800000u);
-
 // One running state: a short vector of the output, and the statistics every thread of the row keeps alike.
 template <int kVecSize>
 struct RunningState {

@@ -14,6 +14,9 @@
 #pragma once
 
 #include "attention/params.h"
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+#include "device/fast_math.cuh"
+#endif
 
 namespace flashinfer {
 
@@ -21,23 +24,9 @@ enum MaskKind : int { kMaskNone = 0, kMaskCausal = 1, kMaskCustom = 2 };
 enum PosEncoding : int { kPosNone = 0, kPosRope = 1, kPosAlibi = 2 };
 
 constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kMinusInfinity = __builtin_bit_cast(float, 0xff800000u);  // the LSE of no key
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
-FLASHINFER_FN float fast_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-FLASHINFER_FN float fast_log2(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-FLASHINFER_FN float fast_rcp(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 // From exp2: tanh.approx is off by up to 5e-4, which a soft cap of 50 turns into 2.5% of a probability.
 FLASHINFER_FN float soft_tanh(float x) {
   return 1.f - __fdividef(2.f, 1.f + fast_exp2(2.f * kLog2E * x));

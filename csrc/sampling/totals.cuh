@@ -1,7 +1,7 @@
 // What a row weighs: from scores to weights, and from the weights of elements to those of threads, warps and the row.
 #pragma once
 
-#include "device/exp2.cuh"
+#include "device/fast_math.cuh"
 #include "device/mailbox.cuh"
 #include "sampling/row.cuh"
 
@@ -14,7 +14,7 @@ struct Weigh {
   float scale;  // log2(e) / temperature
 
   __device__ __forceinline__ float operator()(float score) const {
-    return Config::kInput == kLogits ? exp2_approx((score - max) * scale) : score;
+    return Config::kInput == kLogits ? fast_exp2((score - max) * scale) : score;
   }
 };
 
@@ -52,7 +52,7 @@ __device__ __forceinline__ Stats read_row(RowSlice<Config>& slice, float scale) 
         batch_sum += Weigh<Config>{base, scale}(to_float(batch[u][i]));
       }
     }
-    if constexpr (Config::kInput == kLogits) stats.sum *= exp2_approx((old_max - base) * scale);
+    if constexpr (Config::kInput == kLogits) stats.sum *= fast_exp2((old_max - base) * scale);
     stats.sum += batch_sum;
   });
   return stats;
@@ -61,7 +61,7 @@ __device__ __forceinline__ Stats read_row(RowSlice<Config>& slice, float scale) 
 // Brings a sum from one maximum to another, at least as large.
 template <class Config>
 __device__ __forceinline__ float rebase(Stats stats, float max, float scale) {
-  return Config::kInput == kLogits ? stats.sum * exp2_approx((stats.max - finite_or_zero(max)) * scale) : stats.sum;
+  return Config::kInput == kLogits ? stats.sum * fast_exp2((stats.max - finite_or_zero(max)) * scale) : stats.sum;
 }
 
 // What each warp of the cluster has to say, in every block's shared memory: tables this small are cheaper to reduce in
