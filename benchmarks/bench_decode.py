@@ -86,6 +86,8 @@ CASES = [
     Case(1, 131072, goal="185 us"),
     Case(16, 1024, goal="30 us"),
     Case(16, 8192, goal="188 us"),
+    Case(1, 32768, 8, 1),  # one KV head a GPU: 70B models in tensor parallel over eight
+    Case(16, 4096, 8, 1),
     Case(64, 4096, kv_dtype="e4m3"),
     Case(64, 4096, head_dim=256, num_qo_heads=16, num_kv_heads=4),
 ]

@@ -29,6 +29,9 @@ CASES = [
     Case("last_page_full", kv_lens=(16, 32, 160)),
     Case("one_long_request", kv_lens=(9000,)),
     Case("short_among_long", kv_lens=(4000, 3, 2500, 1, 1, 3000)),
+    Case("merged_in_groups", kv_lens=(9000, 0, 8500, 40, 2), heads=(8, 1)),
+    Case("merged_in_groups_head_dim_96", kv_lens=(12000,), heads=(4, 1), head_dim=96),
+    Case("merged_in_groups_head_dim_256", kv_lens=(12000, 700), heads=(3, 1), head_dim=256),
     Case("many_short", kv_lens=tuple(range(1, 120))),
     Case("no_kv", kv_lens=(0, 5, 0, 0, 300, 0)),
     Case("only_no_kv", kv_lens=(0, 0, 0)),
@@ -79,7 +82,7 @@ CPU_CASES = [
 
 
 SANITIZED = {"ordinary", "page_1", "one_long_request", "short_among_long", "group_16", "head_dim_64"}
-SANITIZED |= {"e4m3_head_dim_96"}
+SANITIZED |= {"merged_in_groups", "e4m3_head_dim_96"}
 
 
 @pytest.mark.parametrize("case", named(CASES, sanitized=SANITIZED))
@@ -95,7 +98,7 @@ def test_batch_fp32(case: Case) -> None:
     test_batch(case, torch.device("cpu"))
 
 
-SINGLE_NAMES = {"ordinary", "fp16", "group_7", "group_40", "head_dim_96", "head_dim_256", "e4m3"}
+SINGLE_NAMES = {"ordinary", "fp16", "mqa", "group_7", "group_40", "head_dim_96", "head_dim_256", "e4m3"}
 SINGLE_NAMES |= {"window", "soft_cap", "alibi", "rope"}
 SINGLE_CASES = [case for case in CASES if case.name in SINGLE_NAMES]
 
@@ -104,7 +107,7 @@ SINGLE_CASES = [case for case in CASES if case.name in SINGLE_NAMES]
 @pytest.mark.parametrize("case", SINGLE_CASES, ids=lambda case: case.name)
 def test_single(case: Case, layout: str, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(1)
-    for kv_len in (0, 1, 77, 3000):
+    for kv_len in (0, 1, 77, 3000, 9000):
         q = random_rows((case.heads[0], case.head_dim), case.q_dtype, generator)
         k, v = (
             random_rows((kv_len, case.heads[1], case.head_dim), case.kv_dtype or case.q_dtype, generator) for _ in "kv"
@@ -129,7 +132,7 @@ def test_value_head_dim_of_its_own(device: torch.device) -> None:
 def test_replanning_and_rerunning(device: torch.device) -> None:
     """One wrapper, batch after batch: nothing of a plan or a run leaks into the next."""
     wrapper = make_wrapper(device)
-    for seed, kv_lens in enumerate([(5000, 4), (3,), (100, 0, 2000), (5000, 4)]):
+    for seed, kv_lens in enumerate([(5000, 4), (3,), (100, 0, 2000), (9000, 40), (5000, 4)]):
         batch = Batch(Case("replan", kv_lens=kv_lens), device, seed)
         batch.plan(wrapper)
         for _ in range(3):

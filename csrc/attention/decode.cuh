@@ -9,7 +9,7 @@
 // respectively head_dim, and its 8 columns the query heads that share a KV head. Small groups waste columns, but the
 // kernel waits for memory either way; what matters is that K and V pass through shared memory once.
 //
-// A request that spans several chunks leaves partial outputs; the block that finishes last merges them.
+// A request that spans several chunks leaves partial outputs; the blocks that finish last merge them.
 #pragma once
 
 #include "attention/decode_tile.cuh"
@@ -28,16 +28,14 @@ struct ResultWriter {
   const AttentionParams& params;
 
   template <int N>
-  __device__ __forceinline__ void write_out(int32_t token_idx, int32_t head, int32_t element,
-                                            const float (&x)[N]) const {
+  __device__ __forceinline__ void write_result(int32_t token_idx, int32_t head, int32_t element, const float (&x)[N],
+                                               float lse) const {
     float y[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) y[i] = x[i] * params.v_scale;
     O* dst = static_cast<O*>(params.out) + token_idx * params.out_token_stride + head * params.out_head_stride;
     cast_vec<O>(y).store(dst + element);
-  }
-  __device__ __forceinline__ void write_lse(int32_t token_idx, int32_t head, float lse) const {
-    if (params.lse != nullptr) params.lse[int64_t(token_idx) * params.num_qo_heads + head] = lse;
+    if (element == 0 && params.lse != nullptr) params.lse[int64_t(token_idx) * params.num_qo_heads + head] = lse;
   }
   __device__ __forceinline__ float* partial_out(int32_t slot, int32_t head, int32_t element) const {
     return params.partial_out + head * Config::kHeadDimVo + element +
@@ -54,11 +52,13 @@ struct ResultWriter {
   }
 };
 
-// The part of an output row that a warp takes, kVec elements a lane. One request is finished by all of its warps at
+// The part of an output row that a warp takes, kVec elements a lane. A request is finished by all of a block's warps at
 // once: what they do here is what the next kernel waits for.
-template <class Config>
+template <class Config, int kMaxVec>
 struct RowPiece {
-  static constexpr int kVec = Config::kHeadDimVo % (2 * kWarpSize) == 0 ? 2 : 1;
+  static constexpr int kVec = Config::kHeadDimVo % (kMaxVec * kWarpSize) == 0 ? kMaxVec
+                              : Config::kHeadDimVo % (2 * kWarpSize) == 0     ? 2
+                                                                              : 1;
   static constexpr int kNumPerRow = Config::kHeadDimVo / (kVec * kWarpSize);
   int row, element;  // the lane's first
 
@@ -73,7 +73,7 @@ __device__ __forceinline__ void store_request(const AttentionParams& params, con
                                               const WarpState<Config>& state, DecodeSmem<Config>& smem,
                                               const DecodeRequest& request, int32_t slot) {
   using Tile = DecodeTile<Config>;
-  using Piece = RowPiece<Config>;
+  using Piece = RowPiece<Config, 2>;
   const ResultWriter<Config> writer{params};
   const int warp_idx = threadIdx.x / kWarpSize;
   if (state.group == 0) {
@@ -115,8 +115,7 @@ __device__ __forceinline__ void store_request(const AttentionParams& params, con
       const float lse = sum > 0.f ? shift + fast_log2(sum) : kMinusInfinity;
       const int32_t qo_head = heads.first_head + head;
       if (request.num_chunks == 1) {
-        writer.write_out(request.request_idx, qo_head, element, out);
-        if (element == 0) writer.write_lse(request.request_idx, qo_head, lse);
+        writer.write_result(request.request_idx, qo_head, element, out, lse);
       } else {
         writer.write_partial(slot, qo_head, element, out, lse);
       }
@@ -124,51 +123,61 @@ __device__ __forceinline__ void store_request(const AttentionParams& params, con
   }
 }
 
-// True in every thread of the block that arrives last of a request's blocks. The counter returns to zero by itself, so
-// a captured launch can be replayed.
+// ------------------------------------------------------------------------------------------------------------ merging
+
+// True in every thread of the block that comes last of `count` to the counter, which returns to zero by itself, so that
+// a captured launch can be replayed. It then sees what all of them wrote before.
 template <class Config>
-__device__ __forceinline__ bool arrives_last(const AttentionParams& params, DecodeSmem<Config>& smem,
-                                             const DecodeRequest& request) {
+__device__ __forceinline__ bool arrives_last(uint32_t* counter, uint32_t count, DecodeSmem<Config>& smem) {
   __syncthreads();
-  if (threadIdx.x == 0) {
-    uint32_t* counter = params.counters + int64_t(request.request_idx) * gridDim.x + blockIdx.x;
-    const uint32_t last = request.num_chunks - 1;
-    smem.is_last = atomic_inc_acq_rel(counter, last) == last;
-  }
+  if (threadIdx.x == 0) smem.is_last = atomic_inc_acq_rel(counter, count - 1) == count - 1;
   __syncthreads();
   return smem.is_last;
 }
 
-// Merge the partial results of one request. A lane holds the LSE of one of them, so that each weight is computed once.
-template <class Config>
-__device__ __forceinline__ void merge_partials(const AttentionParams& params, const HeadBlock& heads,
-                                               const DecodeRequest& request) {
-  using Piece = RowPiece<Config>;
+// Partial results of one request: those of every chunk_stride-th chunk.
+struct PartialRun {
+  int32_t first_chunk, chunk_stride, count;
+  bool starts_request;  // its first chunk is the request's first
+
+  __device__ __forceinline__ int32_t first_slot() const { return partial_slot(first_chunk, starts_request); }
+  __device__ __forceinline__ int32_t slot_stride() const { return 2 * chunk_stride; }
+};
+
+// Merge partial results and call store(head, element, out, lse) for every few elements of a row. A lane holds the LSE
+// of one of them, so that each weight is computed once.
+template <class Config, class Store>
+__device__ __forceinline__ void merge_run(const AttentionParams& params, const HeadBlock& heads, const PartialRun& run,
+                                          const Store& store) {
+  using Piece = RowPiece<Config, 4>;
   using Vector = Vec<float, Piece::kVec>;
-  constexpr int kNumWarps = Config::kNumThreads / kWarpSize, kBatch = 16;  // partials whose loads are in flight at once
+  constexpr int kNumWarps = Config::kNumThreads / kWarpSize;
   const int warp_idx = threadIdx.x / kWarpSize, lane_idx = threadIdx.x % kWarpSize;
   const ResultWriter<Config> writer{params};
+  const uint32_t lse_stride = run.slot_stride() * params.num_qo_heads, out_stride = lse_stride * Config::kHeadDimVo;
   for (int idx = warp_idx; idx < heads.num_heads * Piece::kNumPerRow; idx += kNumWarps) {
     const auto [row, element] = Piece::of(idx);
     const int32_t head = heads.first_head + row;
     float max = kMinusInfinity, sum = 0.f, out[Piece::kVec] = {};
-    // Of chunk 0 of the request; that partial lies one slot further (partial_slot).
-    const float* out_gmem = writer.partial_out(2 * request.first_chunk, head, element);
-    const float* lse_gmem = &writer.partial_lse(2 * request.first_chunk, head);
-    const uint32_t lse_stride = params.num_qo_heads, out_stride = lse_stride * Config::kHeadDimVo;  // between slots
-    for (int32_t first = 0; first < request.num_chunks; first += kBatch) {
-      const int32_t num_left = request.num_chunks - first;
-      const auto slot = [&](uint32_t i) { return 2 * i + (first + i == 0 ? 1 : 0); };
+    // Where partial 0 would lie if it did not start the request, one slot further.
+    const int32_t origin = run.first_slot() - run.starts_request;
+    const float* out_gmem = writer.partial_out(origin, head, element);
+    const float* lse_gmem = &writer.partial_lse(origin, head);
+    for (int32_t first = 0; first < run.count; first += kMergeBatch) {
+      const int32_t num_left = run.count - first;
+      const uint32_t shift_0 = first == 0 && run.starts_request ? params.num_qo_heads : 0;
       float lse = kMinusInfinity;
-      if (lane_idx < min(num_left, kBatch)) lse = __ldcg(lse_gmem + slot(lane_idx) * lse_stride);
-      Vector x[kBatch];
+      if (lane_idx < min(num_left, kMergeBatch))
+        lse = __ldcg(lse_gmem + lane_idx * lse_stride + (lane_idx == 0 ? shift_0 : 0));
+      Vector x[kMergeBatch];
 #pragma unroll
-      for (uint32_t i = 0; i < kBatch; ++i) {
+      for (uint32_t i = 0; i < kMergeBatch; ++i) {
         x[i] = {};
-        if (i < num_left) x[i] = Vector::load_from_l2(out_gmem + slot(i) * out_stride);
+        if (i < num_left)
+          x[i] = Vector::load_from_l2(out_gmem + i * out_stride + (i == 0 ? shift_0 * Config::kHeadDimVo : 0));
       }
-      lse_gmem += 2 * kBatch * lse_stride;
-      out_gmem += 2 * kBatch * out_stride;
+      lse_gmem += kMergeBatch * lse_stride;
+      out_gmem += kMergeBatch * out_stride;
       const float new_max = fmaxf(max, warp_reduce(lse, Max{}));
       const float shift = new_max == kMinusInfinity ? 0.f : new_max;
       const float weight = fast_exp2(lse - shift), decay = fast_exp2(max - shift);
@@ -177,7 +186,7 @@ __device__ __forceinline__ void merge_partials(const AttentionParams& params, co
 #pragma unroll
       for (int j = 0; j < Piece::kVec; ++j) out[j] *= decay;
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
+      for (int i = 0; i < kMergeBatch; ++i) {
         const float weight_i = __shfl_sync(0xffffffffu, weight, i);
 #pragma unroll
         for (int j = 0; j < Piece::kVec; ++j) out[j] += x[i][j] * weight_i;
@@ -187,8 +196,37 @@ __device__ __forceinline__ void merge_partials(const AttentionParams& params, co
     const float rcp_sum = sum > 0.f ? fast_rcp(sum) : 0.f;
 #pragma unroll
     for (int j = 0; j < Piece::kVec; ++j) out[j] *= rcp_sum;
-    writer.write_out(request.request_idx, head, element, out);
-    if (element == 0) writer.write_lse(request.request_idx, head, sum > 0.f ? max + fast_log2(sum) : kMinusInfinity);
+    store(head, element, out, sum > 0.f ? max + fast_log2(sum) : kMinusInfinity);
+  }
+}
+
+// Merge the partial results of a request as far as this block is the one to do it: the last to finish. Many are merged
+// in groups first, so that several blocks share the work. A group's result and counter are named after its first chunk.
+template <class Config>
+__device__ __forceinline__ void merge_request(const AttentionParams& params, const HeadBlock& heads,
+                                              DecodeSmem<Config>& smem, const DecodeRequest& request) {
+  const ResultWriter<Config> writer{params};
+  const int32_t num_chunks = gridDim.y;
+  bool is_group = request.num_chunks > kMaxUngrouped;
+  PartialRun run{request.first_chunk, 1, request.num_chunks, true};
+  if (is_group) {
+    const int32_t first = (int32_t(blockIdx.y) - request.first_chunk) / kMergeBatch * kMergeBatch;
+    run = {request.first_chunk + first, 1, min(request.num_chunks - first, kMergeBatch), first == 0};
+  }
+#pragma unroll 1
+  while (true) {
+    const int32_t counter_idx = is_group ? params.batch_size + run.first_slot() : request.request_idx;
+    if (!arrives_last(params.counters + int64_t(counter_idx) * gridDim.x + blockIdx.x, run.count, smem)) return;
+    merge_run<Config>(params, heads, run, [&](int32_t head, int32_t element, const auto& out, float lse) {
+      if (is_group) {
+        writer.write_partial(run.first_slot() + 2 * num_chunks, head, element, out, lse);
+      } else {
+        writer.write_result(request.request_idx, head, element, out, lse);
+      }
+    });
+    if (!is_group) return;
+    is_group = false;
+    run = {request.first_chunk + num_chunks, kMergeBatch, ceil_div(request.num_chunks, kMergeBatch), true};
   }
 }
 
@@ -202,8 +240,7 @@ __device__ __forceinline__ void store_empty_requests(const AttentionParams& para
     const int32_t request_idx = params.empty == nullptr ? 0 : params.empty[i];
     for (int idx = threadIdx.x; idx < heads.num_heads * kVecsPerHead; idx += Config::kNumThreads) {
       const int32_t head = heads.first_head + idx / kVecsPerHead, element = idx % kVecsPerHead * 4;
-      writer.write_out(request_idx, head, element, {0.f, 0.f, 0.f, 0.f});
-      if (element == 0) writer.write_lse(request_idx, head, kMinusInfinity);
+      writer.write_result(request_idx, head, element, {0.f, 0.f, 0.f, 0.f}, kMinusInfinity);
     }
   }
 }
@@ -255,12 +292,13 @@ __device__ void decode(const AttentionParams& params) {
     while (!walk.done()) {
       const DecodeRequest request = walk.request;
       const int32_t first_tile = walk.tile, end_tile = first_tile + walk.num_in_request();
+      state.clear();
       for (int32_t tile = first_tile; tile < end_tile; ++tile) {
         loader.issue(smem.stages[warp_idx][free_stage]);
         cp_async_wait<Config::kNumStages - 1>();
         __syncwarp();
         const auto& arrived = smem.stages[warp_idx][stage];
-        if (tile == first_tile) state.begin_request(arrived, request.kv_len);
+        if (tile == first_tile) state.take_query(arrived, request.kv_len);
         state.attend(arrived, request.kv_begin + tile * Tile::kTileRows + warp_idx * Tile::kWarpRows, request.kv_len);
         __syncwarp();
         free_stage = stage;
@@ -268,7 +306,7 @@ __device__ void decode(const AttentionParams& params) {
       }
       state.finish_request();
       store_request(params, heads, state, smem, request, partial_slot(blockIdx.y, first_tile == 0));
-      if (request.num_chunks > 1 && arrives_last(params, smem, request)) merge_partials<Config>(params, heads, request);
+      if (request.num_chunks > 1) merge_request(params, heads, smem, request);
       __syncthreads();
       walk.advance(end_tile - first_tile);
     }

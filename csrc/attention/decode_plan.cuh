@@ -61,9 +61,8 @@ __device__ void decode_plan(const DecodePlanParams& params) {
   wait_for_previous_kernel();
   allow_next_kernel();
 
-  for (int64_t i = threadIdx.x; i < int64_t(params.batch_size) * params.counters_per_request; i += kNumThreads) {
-    params.counters[i] = 0;
-  }
+  const int64_t num_counters = (int64_t(params.batch_size) + 2 * params.num_chunks) * params.num_head_blocks;
+  for (int64_t i = threadIdx.x; i < num_counters; i += kNumThreads) params.counters[i] = 0;
   int32_t num_tiles = 0;
   for (int32_t first = 0; first < params.batch_size; first += kNumThreads) {
     num_tiles += scan_block<kNumThreads>(read_request(params, first + threadIdx.x).num_tiles, false, smem).num_tiles;

@@ -23,6 +23,9 @@ struct ChunkSplit {
   }
 };
 
+// A block merges so many partial results in one go; a request of more than kMaxUngrouped is merged in groups of them.
+constexpr int32_t kMergeBatch = 16, kMaxUngrouped = 3 * kMergeBatch;
+
 // Where a request's partial result of one chunk is kept. A chunk makes at most two: of the request it begins within and
 // of the request that goes on after it. The latter starts in this chunk, which is what tells the two apart.
 FLASHINFER_FN int32_t partial_slot(int32_t chunk_idx, bool request_starts_here) {

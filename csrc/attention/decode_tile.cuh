@@ -249,7 +249,23 @@ struct WarpState {
     return step * 16 + (Tile::kFp8 ? column * 4 + half * 2 : column * 2 + half * 8);
   }
 
-  __device__ __forceinline__ void begin_request(const typename Smem::Stage& stage, int32_t kv_len) {
+  // Before the first tile, not with it: so the compiler sees that these registers hold nothing while a request is
+  // merged.
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int t = 0; t < Tile::kHeadTiles; ++t) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        max_rmem[t][j] = kMinusInfinity;
+        sum_rmem[t][j] = 0.f;
+      }
+#pragma unroll
+      for (int i = 0; i < 4 * Tile::kVoTiles; ++i) out_rmem[t][i / 4][i % 4] = 0.f;
+    }
+  }
+
+  // From the stage of a request's first tile.
+  __device__ __forceinline__ void take_query(const typename Smem::Stage& stage, int32_t kv_len) {
     using Rows = SwizzledRows<Tile::kDimQk * sizeof(Q)>;
     const char* q_smem = reinterpret_cast<const char*>(stage.q);
 #pragma unroll
@@ -261,13 +277,6 @@ struct WarpState {
         q_rmem[t][i / 2][i % 2] = cast_16bit<Mma, Q>(*reinterpret_cast<const uint32_t*>(q_smem + offset));
       }
       if constexpr (V::kHasRope) rotate_query(q_rmem[t], kv_len - 1);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        max_rmem[t][j] = kMinusInfinity;
-        sum_rmem[t][j] = 0.f;
-      }
-#pragma unroll
-      for (int i = 0; i < 4 * Tile::kVoTiles; ++i) out_rmem[t][i / 4][i % 4] = 0.f;
     }
   }
 

@@ -82,7 +82,7 @@ struct AttentionParams {
   const void* chunks;    // decode: DecodeChunk[num_chunks]; other planners: their own records
   const void* requests;  // decode: DecodeRequest[batch_size]
   const int32_t* empty;  // decode: [batch_size] requests without KV
-  uint32_t* counters;    // one per output tile that several chunks share; zero before and after every launch
+  uint32_t* counters;    // of blocks that have left partial results; zero before and after every launch
   float* partial_out;    // unmerged outputs, in an order known to the kernel
   float* partial_lse;    // their LSE
 
@@ -111,8 +111,8 @@ struct DecodePlanParams {
   DecodeRequest* requests;       // [batch_size]
   int32_t* empty;                // [batch_size]
   int32_t* tile_indptr;          // [batch_size + 1] scratch: where each listed request's tiles start
-  uint32_t* counters;            // [batch_size * counters_per_request], zeroed here
-  int32_t batch_size, num_chunks, counters_per_request;
+  uint32_t* counters;            // [(batch_size + 2 * num_chunks) * num_head_blocks], zeroed here
+  int32_t batch_size, num_chunks, num_head_blocks;
   int32_t page_size;
   int32_t tile_len;     // KV rows of one tile
   int32_t window_left;  // -1: no window

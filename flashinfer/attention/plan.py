@@ -123,9 +123,15 @@ DECODE_CHUNK_BYTES, DECODE_REQUEST_BYTES = 48, 32
 
 
 def decode_partial_bytes(num_chunks: int, num_qo_heads: int, head_dim_vo: int) -> tuple[int, int]:
-    """Bytes of partial_out and partial_lse: two slots a chunk (csrc/attention/decode_schedule.cuh)."""
-    slots = 2 * num_chunks * num_qo_heads
+    """Bytes of partial_out and partial_lse: for each chunk, two slots and two of the groups that begin with it
+    (csrc/attention/decode_schedule.cuh)."""
+    slots = 4 * num_chunks * num_qo_heads
     return slots * head_dim_vo * 4, slots * 4
+
+
+def decode_num_counters(batch_size: int, num_chunks: int, num_head_blocks: int) -> int:
+    """One for each request, and two for the groups of partial results that begin with each chunk."""
+    return (batch_size + 2 * num_chunks) * num_head_blocks
 
 
 def decode_schedule(
@@ -147,7 +153,7 @@ def decode_schedule(
             num_chunks * DECODE_CHUNK_BYTES,
             batch_size * DECODE_REQUEST_BYTES,
             batch_size * 4,
-            batch_size * num_head_blocks * 4,
+            decode_num_counters(batch_size, num_chunks, num_head_blocks) * 4,
             (batch_size + 1) * 4,
         ),
     )

@@ -181,7 +181,7 @@ class _Single:
     def prepare_on(self, stream: int, num_chunks: int) -> PreparedLaunch:
         out_bytes, lse_bytes = self.partial_bytes(num_chunks)
         size_class = (out_bytes + lse_bytes).bit_length()
-        key = (self.device.index, stream, self.kernel.num_head_blocks, size_class)
+        key = (self.device.index, stream, self.kernel.num_chunks, self.kernel.num_head_blocks, size_class)
         scratch = _scratches.get(key) or _scratches.setdefault(key, self.make_scratch(num_chunks, 1 << size_class))
         launch = self.launches[stream, num_chunks] = self.prepare(num_chunks, scratch)
         return launch
@@ -190,7 +190,8 @@ class _Single:
         return planning.decode_partial_bytes(num_chunks, self.num_qo_heads, self.head_dim_vo)
 
     def make_scratch(self, num_chunks: int, num_bytes: int = 0) -> _Scratch:
-        counters = torch.zeros(self.kernel.num_head_blocks, dtype=torch.int32, device=self.device)
+        num_counters = planning.decode_num_counters(1, self.kernel.num_chunks, self.kernel.num_head_blocks)
+        counters = torch.zeros(num_counters, dtype=torch.int32, device=self.device)
         num_bytes = max(num_bytes, sum(self.partial_bytes(num_chunks)))
         return _Scratch(counters, torch.empty(num_bytes, dtype=torch.uint8, device=self.device))
 
@@ -207,7 +208,7 @@ class _Scratch(NamedTuple):
         return self.counters.data_ptr(), partials, partials + out_bytes
 
 
-# (device, stream, counters, log2 of bytes) -> scratch. Never freed, so that addresses stay valid; sizes are powers of
-# two.
-_scratches: dict[tuple[int, int, int, int], _Scratch] = {}
+# (device, stream, chunks, head blocks, log2 of bytes) -> scratch. Never freed, so that addresses stay valid; sizes are
+# powers of two.
+_scratches: dict[tuple[int, int, int, int, int], _Scratch] = {}
 _singles: _op.Memo[_Single] = _op.Memo()

@@ -56,7 +56,7 @@ class DecodePlanParams(ctypes.Structure):
     _fields_ = [
         *[(name, _POINTER) for name in ("kv_indptr", "last_page_len")],
         *[(name, _POINTER) for name in ("chunks", "requests", "empty", "tile_indptr", "counters")],
-        *[(name, _INT32) for name in ("batch_size", "num_chunks", "counters_per_request", "page_size")],
+        *[(name, _INT32) for name in ("batch_size", "num_chunks", "num_head_blocks", "page_size")],
         *[(name, _INT32) for name in ("tile_len", "window_left")],
     ]
 
