@@ -26,7 +26,7 @@ namespace flashinfer {
 template <class Config>
 __device__ __forceinline__ void load_first_tiles_async(const AttentionParams& params, PrefillSmem<Config>& smem) {
   using Shape = PrefillShape<Config>;
-  constexpr int kNumAhead = Config::kNumStages - 1;
+  constexpr int kNumAhead = Shape::kNumAhead;
   const PrefillWork& work = smem.work;
   const KvTileLoader<Config> loader{params, work, smem};
   const int last_tile = work.item.tile_end - 1;
@@ -38,48 +38,63 @@ __device__ __forceinline__ void load_first_tiles_async(const AttentionParams& pa
   if (threadIdx.x % 32 == 0) {
     smem.warp_tiles[warp_idx] = WarpTiles<Config>::of(params, work, warp_idx * Shape::kRowsPerWarp);
   }
+  __syncwarp();
 #pragma unroll
   for (int i = 0; i < kNumAhead; ++i) {
     loader.publish(last_tile - i, pages[i]);
     if constexpr (KvTileLoader<Config>::kIsPaged) __syncthreads();
-    if (last_tile - i >= work.item.tile_begin) loader.load_async(last_tile - i);
+    if (last_tile - i >= work.item.tile_begin) {
+      loader.template load_async<true, !Shape::kTakesTurns>(last_tile - i, loader.num_valid(last_tile - i));
+    }
     cp_async_commit();
   }
   loader.publish(last_tile - kNumAhead, pages[kNumAhead]);
 }
 
 // One query tile of one KV head against its run of KV tiles: leaves the warp's rows of the output, yet to be
-// normalized.
-template <class Config, class Shape = PrefillShape<Config>>
+// normalized. A warp without rows only helps to bring in the tiles: from a loop of its own, which meets the others at
+// the same barriers, since these count warps wherever they come from.
+template <class Config, bool kHasRows, class Shape = PrefillShape<Config>>
 __device__ __forceinline__ void attend(const AttentionParams& params, PrefillSmem<Config>& smem,
                                        float (&out)[Shape::kFragsM][Shape::kFragsD][4], SoftmaxState<Config>& state) {
   const PrefillWork& work = smem.work;
-  constexpr int kNumAhead = Config::kNumStages - 1;  // tiles in flight while one is worked on
+  constexpr int kNumAhead = Shape::kNumAhead;
   const int warp_idx = threadIdx.x / 32, warp_row = warp_idx * Shape::kRowsPerWarp;
   uint8_t* warp_rows_smem = smem.q + warp_row * Shape::kHeadDimQk * 2;
   const WarpTiles<Config>& tiles = smem.warp_tiles[warp_idx];
   const float scale_log2 = Variant<Config>::scale_log2(params);
   const KvTileLoader<Config> loader{params, work, smem};
 
-  // From the last tile to the first. A group is committed for every tile, loaded or not, so that "all but the latest
-  // kNumStages - 2" always means the tile at hand.
+  const auto turn_to_values = [&](int tile) {
+    if constexpr (Shape::kTakesTurns) {
+      cp_async_wait<0>();
+      __syncthreads();  // the values are there for all, and all have left the keys
+      if (tile > work.item.tile_begin) loader.template load_async<true, false>(tile - 1, Shape::kBlockN);
+      cp_async_commit();
+    }
+  };
+
+  // From the last tile to the first. A group is committed for every load, made or not, so that "all but the latest
+  // kNumAhead - 1" always means the tile at hand, or, where they take turns, its keys.
 #pragma unroll 1
   for (int tile = work.item.tile_end - 1; tile >= work.item.tile_begin; --tile) {
     cp_async_wait<kNumAhead - 1>();
     __syncthreads();  // the tile is there for all, and all have left the one before, whose stage is filled next
-    if (tile - kNumAhead >= work.item.tile_begin) {
-      loader.load_async(tile - kNumAhead);
+    if constexpr (Shape::kTakesTurns) {
+      loader.template load_async<false, true>(tile, loader.num_valid(tile));
+    } else if (tile - kNumAhead >= work.item.tile_begin) {
+      loader.template load_async<true, true>(tile - kNumAhead, Shape::kBlockN);
     }
     cp_async_commit();
 
-    if (tile == work.item.tile_end - 1) prepare_q<Config>(params, work, smem.q, warp_row);
+    if (kHasRows && tile == work.item.tile_end - 1) prepare_q<Config>(params, work, smem.q, warp_row);
     const uint8_t* k_smem = prepare_k<Config>(params, smem, tile);
     int32_t next_page;
-    if (!tiles.sees(tile)) {
-      next_page = loader.look_up(tile - kNumAhead - 1);
-    } else {
+    // Where they take turns, a tile that the warp does not see is masked: a way around it costs all tiles more.
+    if (kHasRows && (Shape::kTakesTurns || tiles.sees(tile))) {
       float scores[Shape::kFragsM][Shape::kFragsN][4];
       compute_scores<Config>(scores, smem_address(warp_rows_smem), smem_address(k_smem));
+      turn_to_values(tile);
       next_page = loader.look_up(tile - kNumAhead - 1);  // not sooner: the products above need every register
       const bool needs_mask = !tiles.sees_whole(tile);
       if (needs_mask || !Variant<Config>::kIsPlain) {
@@ -87,6 +102,9 @@ __device__ __forceinline__ void attend(const AttentionParams& params, PrefillSme
       }
       state.raise_max(scores, out, scale_log2);
       softmax_times_v<Config>(scores, state, out, smem_address(smem.v[stage_of<Config>(tile)]), scale_log2);
+    } else {
+      turn_to_values(tile);
+      next_page = loader.look_up(tile - kNumAhead - 1);
     }
     loader.publish(tile - kNumAhead - 1, next_page);
   }
@@ -116,7 +134,11 @@ __device__ void prefill(const AttentionParams& params) {
     float out[Shape::kFragsM][Shape::kFragsD][4] = {};
     SoftmaxState<Config> state;
     state.reset();
-    attend<Config>(params, smem, out, state);
+    if (!Shape::kTakesTurns || smem.warp_tiles[fresh_thread_idx() / 32].seen_end > 0) {
+      attend<Config, true>(params, smem, out, state);
+    } else {
+      attend<Config, false>(params, smem, out, state);
+    }
     if (smem.work.item.tile_end <= smem.work.item.tile_begin) {  // the query rows, whose place the output takes
       cp_async_wait<0>();
       __syncthreads();

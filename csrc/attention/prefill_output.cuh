@@ -26,7 +26,7 @@ struct OutputPair {
 template <class Config, class Shape = PrefillShape<Config>>
 __device__ __forceinline__ void finish_softmax(SoftmaxState<Config>& state, PrefillSmem<Config>& smem, float v_scale,
                                                float scale_log2) {
-  const uint32_t thread_idx = fresh_thread_idx();
+  const uint32_t thread_idx = thread_idx_after_loop();
   const int lane_idx = int(thread_idx % 32);
   float* warp_lse_smem = smem.lse + thread_idx / 32 * Shape::kRowsPerWarp;
 #pragma unroll
@@ -71,7 +71,7 @@ __device__ __forceinline__ void store_output(const float (&out)[Shape::kFragsM][
                                              const PrefillWork& work, PrefillSmem<Config>& smem) {
   using T = typename Config::Q;
   using OutRows = typename Shape::OutRows;
-  const uint32_t thread_idx = fresh_thread_idx();
+  const uint32_t thread_idx = thread_idx_after_loop();
   const int lane_idx = int(thread_idx % 32), warp_row = int(thread_idx / 32) * Shape::kRowsPerWarp;
   const int num_rows = min(work.num_rows(Shape::kBlockM) - warp_row, Shape::kRowsPerWarp);  // of the warp
   uint8_t* warp_rows_smem = smem.q + warp_row * Shape::kHeadDimQk * 2;
@@ -94,8 +94,8 @@ __device__ __forceinline__ void store_output(const float (&out)[Shape::kFragsM][
   });
   __syncwarp();
   using Copy = RowCopy<OutRows, Shape::kRowsPerWarp, 32>;
-  const Copy copy = Copy::of_thread();
-  const auto rows = WarpRows<Shape>::of(work, warp_row, params.out_token_stride, params.out_head_stride);
+  const Copy copy = Copy::of(thread_idx);
+  const auto rows = WarpRows<Shape>::of(work, thread_idx, params.out_token_stride, params.out_head_stride);
   constexpr int kChunksPerPass = OutRows::kNumChunks / Copy::kLanesPerRow;
   constexpr int kMaxBatch = 8 / kChunksPerPass;
   constexpr int kBatch = Copy::kNumPasses < kMaxBatch ? Copy::kNumPasses : kMaxBatch;  // passes

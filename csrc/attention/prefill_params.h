@@ -47,10 +47,25 @@ struct MergeTree {
 // Head of the schedule. Alone in its cache lines: next_unit is where CTAs fetch work.
 struct PrefillSchedule {
   int32_t num_items;
-  int32_t reserved[31];
+  int32_t num_heads_abreast;
+  int32_t reserved[30];
   uint32_t next_unit;  // (item, KV head) pairs handed out beyond the first of each CTA; zero between launches
   uint32_t num_done;   // CTAs that have left; zero between launches
   int32_t reserved_too[30];
+};
+
+// Which item and KV head a unit of work is. The whole list is taken for the first num_heads_abreast KV heads, then for
+// the next ones: CTAs at work at the same time share heads, and find the KV that others have read in the L2 cache.
+struct UnitOrder {
+  int32_t num_items, num_kv_heads, num_heads_abreast;
+
+  FLASHINFER_FN void find(uint32_t unit, int32_t& item_idx, int32_t& kv_head_idx) const {
+    const int32_t first_head = unit / uint32_t(num_items * num_heads_abreast) * num_heads_abreast;
+    const uint32_t num_left = num_kv_heads - first_head, idx = unit - uint32_t(first_head * num_items);
+    const uint32_t num_heads = num_left < uint32_t(num_heads_abreast) ? num_left : num_heads_abreast;
+    item_idx = idx / num_heads;
+    kv_head_idx = first_head + idx - item_idx * num_heads;
+  }
 };
 
 // The KV tiles [begin, end) that some row of a query tile sees; empty if there is none.

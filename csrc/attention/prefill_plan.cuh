@@ -143,9 +143,16 @@ struct PrefillPlanner {
     __syncthreads();
   }
 
-  // An upper bound of the time when CTAs take items as they come, the longest first, in KV tiles: the average load plus
-  // one longest item, or as many rounds of the longest as there are.
-  __device__ __forceinline__ float estimate_time(int32_t limit) const {
+  // In KV tiles of time.
+  struct Estimate {
+    float load;     // of a CTA on average
+    float longest;  // item
+    float time;     // infinite where the workspace is too small
+  };
+
+  // `time` is an upper bound when CTAs take items as they come, the longest first: the average load plus one longest
+  // item, or as many rounds of the longest as there are.
+  __device__ __forceinline__ Estimate estimate(int32_t limit) const {
     float num_units = 0.f, load = 0.f, longest = 0.f, num_counters = 0.f, num_slots = 0.f;
     for (int i = 0; i < smem.num_occupied; ++i) {
       const int bin = smem.occupied_bins[i];
@@ -165,20 +172,39 @@ struct PrefillPlanner {
     const bool fits = num_slots * float(smem.max_rows) <= float(params.max_partial_rows) &&
                       num_counters <= float(params.max_counters) &&
                       num_units <= float(params.max_items) * float(params.num_kv_heads);
-    if (!fits && num_slots > 0.f) return __builtin_bit_cast(float, 0x7f800000);
     const float num_ctas = float(params.num_ctas);
-    return fminf(load / num_ctas + longest, ceilf(num_units / num_ctas) * longest);
+    load /= num_ctas;
+    const float time = fminf(load + longest, ceilf(num_units / num_ctas) * longest);
+    return {load, longest, fits || num_slots == 0.f ? time : __builtin_bit_cast(float, 0x7f800000)};
+  }
+
+  // KV heads whose items are taken in turn before those of the next heads: with many heads few, so that CTAs at work at
+  // the same time find the KV that others have read in the L2 cache. Not so few that the last heads' longest item keeps
+  // others waiting for more than kMaxIdle of the time.
+  __device__ __forceinline__ int32_t num_heads_abreast(const Estimate& chosen) const {
+    constexpr int32_t kEnoughReaders = 8;  // at work on one request and KV head
+    constexpr float kMaxIdle = 1.f / 64.f;
+    const bool has_enough_readers =
+        params.num_ctas >= int64_t(kEnoughReaders) * params.num_kv_heads * params.batch_size;
+    const bool has_one_reader = params.tile_indptr[params.batch_size] < 2 * params.batch_size;  // appends, of all heads
+    if (has_enough_readers || has_one_reader) return params.num_kv_heads;
+    const float num_heads = (chosen.longest - kMaxIdle * chosen.load) / chosen.load * float(params.num_kv_heads);
+    return min(max(int32_t(ceilf(num_heads)), 1), params.num_kv_heads);
   }
 
   // The choices: cut the longest item into 1, 2, ..., kNumThreads chunks, and the others into chunks no longer.
   __device__ __forceinline__ int32_t choose_limit() const {
     const int32_t num_chunks = threadIdx.x + 1, limit = max(ceil_div(smem.max_cost, num_chunks), kMinChunk);
+    Estimate estimate = {};
     if (threadIdx.x == 0 || ceil_div(smem.max_cost, limit) == num_chunks) {
-      const float time = estimate_time(limit) * (threadIdx.x == 0 ? 0.97f : 1.f);  // a draw goes to not splitting
+      estimate = this->estimate(limit);
+      const float time = estimate.time * (threadIdx.x == 0 ? 0.97f : 1.f);  // a draw goes to not splitting
       atomicMin(&smem.best_choice, (static_cast<unsigned long long>(__float_as_uint(time)) << 32) | num_chunks);
     }
     __syncthreads();
-    return max(ceil_div(max(smem.max_cost, 1), int32_t(smem.best_choice & 0xffffffffu)), kMinChunk);
+    const int32_t best = int32_t(smem.best_choice & 0xffffffffu);
+    if (num_chunks == best) params.schedule->num_heads_abreast = num_heads_abreast(estimate);
+    return max(ceil_div(max(smem.max_cost, 1), best), kMinChunk);
   }
 
   // Where the items of each cost start in the list, the longest first.

@@ -22,9 +22,10 @@ struct WorkQueue {
   __device__ __forceinline__ bool is_planned() const { return params.chunks != nullptr; }
 
   __device__ __forceinline__ void open() const {
-    smem.num_units = is_planned() ? schedule().num_items * params.num_kv_heads : gridDim.x;
+    const int32_t num_items = is_planned() ? schedule().num_items : gridDim.x / params.num_kv_heads;
+    smem.order = {num_items, params.num_kv_heads, is_planned() ? schedule().num_heads_abreast : params.num_kv_heads};
+    smem.num_units = num_items * params.num_kv_heads;
     smem.next_work.group_size = FastDivisor::of(params.num_qo_heads / params.num_kv_heads);
-    if (!is_planned()) smem.next_work.item = item_of_single(blockIdx.x / params.num_kv_heads);
     fetch_async(blockIdx.x);
   }
 
@@ -37,11 +38,15 @@ struct WorkQueue {
     using Kv = typename Config::Kv;
     smem.next_unit = unit;
     if (unit >= smem.num_units) return;
-    const int32_t item_idx = unit / params.num_kv_heads, kv_head_idx = unit - item_idx * params.num_kv_heads;
+    int32_t item_idx, kv_head_idx;
+    smem.order.find(unit, item_idx, kv_head_idx);
     smem.next_work.kv_head_idx = kv_head_idx;
     smem.next_work.k_gmem = static_cast<const Kv*>(params.kv.k) + kv_head_idx * params.kv.k_head_stride;
     smem.next_work.v_gmem = static_cast<const Kv*>(params.kv.v) + kv_head_idx * params.kv.v_head_stride;
-    if (!is_planned()) return;
+    if (!is_planned()) {
+      smem.next_work.item = item_of_single(item_idx);
+      return;
+    }
     const PrefillItem* item_gmem = static_cast<const PrefillItem*>(params.chunks) + item_idx;
     static_assert(sizeof(PrefillItem) % 16 == 0);
 #pragma unroll

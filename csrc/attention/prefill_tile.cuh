@@ -27,6 +27,13 @@ __device__ __forceinline__ uint32_t fresh_thread_idx() {
   return thread_idx;
 }
 
+// The same for the end of a unit. ptxas knows two reads of %tid.x for one and would keep, or spill, what the loop over
+// tiles made of it; the result of a shuffle is news to it. By all lanes of a warp.
+__device__ __forceinline__ uint32_t thread_idx_after_loop() {
+  const uint32_t thread_idx = fresh_thread_idx();
+  return __shfl_sync(0xffffffffu, thread_idx, thread_idx);
+}
+
 template <class Config>
 struct PrefillShape {
   using T = typename Config::Q;
@@ -37,6 +44,11 @@ struct PrefillShape {
   static constexpr bool kHasRope = Variant<Config>::kHasRope;
   static constexpr bool kIsFp8V = sizeof(Kv) == 1;
   static constexpr bool kIsFp8K = kIsFp8V && !kHasRope;  // rotated keys are kept in T
+
+  // With a single stage, keys and values take turns: a tile's values come in during its Q Kᵀ, the keys of the next one
+  // during P V. Otherwise whole tiles come in while others are worked on.
+  static constexpr bool kTakesTurns = Config::kNumStages == 1;
+  static constexpr int kNumAhead = kTakesTurns ? 1 : Config::kNumStages - 1;  // tiles in flight, or their keys
 
   static constexpr int kRowsPerWarp = kBlockM / kNumWarps;
   static constexpr int kFragsM = kRowsPerWarp / 16;
@@ -136,6 +148,7 @@ struct PrefillSmem {
   alignas(128) uint8_t k_rotated[Shape::kHasRope ? Shape::kBlockN * Shape::kHeadDimQk * 2 : 16];
   alignas(16) const void* rows[2][2][kIsPaged ? Shape::kBlockN : 1];  // of tiles even and odd; of K and V
   PrefillWork work, next_work;
+  UnitOrder order;
   WarpTiles<Config> warp_tiles[Shape::kNumWarps];
   float lse[Shape::kBlockM];
   uint32_t unit, next_unit, num_units;
@@ -153,8 +166,8 @@ struct RowCopy {
 
   int row, lane;
 
-  __device__ __forceinline__ static RowCopy of_thread() {
-    const uint32_t thread_idx = fresh_thread_idx() % kNumThreads;
+  __device__ __forceinline__ static RowCopy of(uint32_t thread_idx) {
+    thread_idx %= kNumThreads;
     return {int(thread_idx / kLanesPerRow), int(thread_idx % kLanesPerRow)};
   }
 
@@ -162,14 +175,19 @@ struct RowCopy {
   // with zeros, because a probability of zero times an arbitrary bit pattern may be NaN.
   template <class Source>
   __device__ __forceinline__ void operator()(uint32_t tile_smem, int num_valid, const Source& source) const {
+    const uint32_t lane_smem = tile_smem + Rows::offset(row, lane);
+    const int num_left = num_valid - row;
 #pragma unroll
     for (int pass = 0; pass < kNumPasses; ++pass) {
-      const int pass_row = row + pass * kRowsPerPass;
-      if (kNumRows % kRowsPerPass != 0 && pass_row >= kNumRows) break;
+      const int first_row = pass * kRowsPerPass;
+      if (kNumRows % kRowsPerPass != 0 && row + first_row >= kNumRows) break;
       const uint8_t* src_gmem = reinterpret_cast<const uint8_t*>(source(pass)) + lane * 16;
+      // Eight rows on, the permutation is the same, and the distance in shared memory folds into the copy.
+      const uint32_t row_smem = kRowsPerPass % 8 == 0 ? lane_smem + first_row * Rows::kNumBytes
+                                                      : tile_smem + Rows::offset(row + first_row, lane);
 #pragma unroll
       for (int chunk = 0; chunk < Rows::kNumChunks; chunk += kLanesPerRow) {
-        cp_async_16(tile_smem + Rows::offset(pass_row, lane + chunk), src_gmem + chunk * 16, pass_row < num_valid);
+        cp_async_16(row_smem + chunk * 16, src_gmem + chunk * 16, num_left > first_row);
       }
     }
   }
@@ -181,10 +199,11 @@ struct WarpRows {
   int num_rows;  // that exist; may be negative
   int64_t lane_offset;
 
-  __device__ __forceinline__ static WarpRows of(const PrefillWork& work, int warp_row, int64_t token_stride,
+  __device__ __forceinline__ static WarpRows of(const PrefillWork& work, uint32_t thread_idx, int64_t token_stride,
                                                 int64_t head_stride) {
     static_assert(Shape::kRowsPerWarp <= 32);
-    const QueryRow query = QueryRow::of<Shape>(work, warp_row + int(fresh_thread_idx() % 32));
+    const int warp_row = int(thread_idx / 32) * Shape::kRowsPerWarp;
+    const QueryRow query = QueryRow::of<Shape>(work, warp_row + int(thread_idx % 32));
     return {work.num_rows(Shape::kBlockM) - warp_row,
             (work.item.q_begin + query.token_idx) * token_stride + query.qo_head_idx * head_stride};
   }
@@ -198,9 +217,10 @@ __device__ __forceinline__ void load_q_async(const AttentionParams& params, cons
                                              PrefillSmem<Config>& smem) {
   using Shape = PrefillShape<Config>;
   using Copy = RowCopy<typename Shape::QRows, Shape::kRowsPerWarp, 32>;
-  const int warp_row = int(fresh_thread_idx() / 32) * Shape::kRowsPerWarp;
-  const auto rows = WarpRows<Shape>::of(work, warp_row, params.q_token_stride, params.q_head_stride);
-  const Copy copy = Copy::of_thread();
+  const uint32_t thread_idx = fresh_thread_idx();
+  const int warp_row = int(thread_idx / 32) * Shape::kRowsPerWarp;
+  const auto rows = WarpRows<Shape>::of(work, thread_idx, params.q_token_stride, params.q_head_stride);
+  const Copy copy = Copy::of(thread_idx);
   copy(smem_address(smem.q + warp_row * Shape::kHeadDimQk * 2), rows.num_rows, [&](int pass) {
     return static_cast<const typename Config::Q*>(params.q) + rows.offset(copy.row + pass * Copy::kRowsPerPass);
   });
@@ -257,16 +277,26 @@ struct KvTileLoader {
     return row % Copy::kRowsPerPass * Copy::kNumPasses + row / Copy::kRowsPerPass;
   }
 
-  __device__ __forceinline__ void load_async(int tile) const {
-    const int stage = stage_of<Config>(tile);
-    const int first_row = tile * Shape::kBlockN, num_valid = work.item.kv_len - first_row;
+  // Rows of the tile that exist, or more.
+  __device__ __forceinline__ int num_valid(int tile) const { return work.item.kv_len - tile * Shape::kBlockN; }
+
+  template <bool kKeys, bool kValues>
+  __device__ __forceinline__ void load_async(int tile, int num_valid) const {
+    const int stage = stage_of<Config>(tile), first_row = tile * Shape::kBlockN;
     if constexpr (kIsPaged) {
-      copy_paged(CopyK::of_thread(), smem.k[stage], num_valid, smem.rows[tile & 1][0]);
-      copy_paged(CopyV::of_thread(), smem.v[stage], num_valid, smem.rows[tile & 1][1]);
+      if constexpr (kKeys) copy_paged(CopyK::of(fresh_thread_idx()), smem.k[stage], num_valid, smem.rows[tile & 1][0]);
+      if constexpr (kValues)
+        copy_paged(CopyV::of(fresh_thread_idx()), smem.v[stage], num_valid, smem.rows[tile & 1][1]);
     } else {
       const uint32_t row_idx = work.item.kv_begin + first_row;
-      copy_even(CopyK::of_thread(), smem.k[stage], num_valid, row_idx, work.k_gmem, params.kv.k_page_stride);
-      copy_even(CopyV::of_thread(), smem.v[stage], num_valid, row_idx, work.v_gmem, params.kv.v_page_stride);
+      if constexpr (kKeys) {
+        copy_even(CopyK::of(fresh_thread_idx()), smem.k[stage], num_valid, row_idx, work.k_gmem,
+                  params.kv.k_page_stride);
+      }
+      if constexpr (kValues) {
+        copy_even(CopyV::of(fresh_thread_idx()), smem.v[stage], num_valid, row_idx, work.v_gmem,
+                  params.kv.v_page_stride);
+      }
     }
   }
 
@@ -346,7 +376,7 @@ template <class Config>
 __device__ __forceinline__ void prepare_q(const AttentionParams& params, const PrefillWork& work, uint8_t* q_smem,
                                           int first_row) {
   using Shape = PrefillShape<Config>;
-  const int lane_idx = threadIdx.x % 32;
+  const int lane_idx = int(fresh_thread_idx() % 32);
   if constexpr (Shape::kHasRope) {
     uint8_t* rows_smem = q_smem + first_row * Shape::kHeadDimQk * 2;  // 16-row aligned: the swizzle does not change
     rotate_rows<Config, typename Config::Q, typename Shape::QRows>(
@@ -381,7 +411,7 @@ __device__ __forceinline__ const uint8_t* prepare_k(const AttentionParams& param
   if constexpr (!Shape::kHasRope) return k_smem;
   const int first_kv = tile * Shape::kBlockN;
   rotate_rows<Config, typename Config::Kv, typename Shape::KRows>(params, k_smem, smem.k_rotated, Shape::kBlockN,
-                                                                  threadIdx.x, Shape::kNumThreads,
+                                                                  fresh_thread_idx(), Shape::kNumThreads,
                                                                   [&](int row) { return first_kv + row; });
   __syncthreads();
   return smem.k_rotated;

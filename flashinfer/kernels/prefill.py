@@ -47,18 +47,25 @@ class PrefillPlanParams(ctypes.Structure):
 
 
 # A tile: query rows, KV rows, threads, stages of KV, blocks an SM is meant to hold. By head_dim, the first that fits.
-# Four warps of 32 rows each reuse every K and V fragment twice; eight warps of 16 rows need half the registers.
+# Four warps of 32 rows each reuse every K and V fragment twice; eight warps of 16 rows need half the registers. With
+# one stage, keys and values take turns (prefill_tile.cuh), which leaves room for twice the KV rows of two stages.
 Tile = tuple[int, int, int, int, int]
 _TILES: dict[str, tuple[Tile, ...]] = {
     "small": ((128, 64, 128, 2, 2), (128, 32, 128, 2, 2), (128, 32, 128, 2, 1)),  # head_dim up to 64
-    # head_dim 64, H100, 4 x 4096 causal, 32/8, in one run: 337 TFLOP/s, KV tiles of 64 rows 307. Of 128 rows they fill
-    # the registers: masks and position encodings spill, and head_dim 32 loses 13% on sequences of 128.
-    "small, plain": ((128, 128, 128, 2, 2), (128, 64, 128, 2, 2), (128, 32, 128, 2, 2), (128, 32, 128, 2, 1)),
-    # 96 and 128. The same case before the addresses of a lane were kept, when this tile made 357: KV tiles of 32 rows
-    # 318, 256 query rows in one block 349, eight warps 260.
-    "medium": ((128, 64, 128, 2, 2), (128, 32, 128, 2, 2), (128, 64, 256, 2, 1), (128, 32, 256, 2, 1)),
-    "wide keys": ((128, 32, 128, 2, 2), (128, 32, 256, 2, 1), (64, 32, 128, 2, 1)),  # 192 with values of 128
-    "large": ((128, 64, 256, 2, 1), (128, 32, 256, 2, 1), (64, 32, 128, 2, 1), (32, 32, 64, 2, 1)),  # 192, 256
+    # head_dim 64, H100, 4 x 4096 causal, 32/8, in one run: 338 TFLOP/s, two stages 332. In another, two stages: 337, KV
+    # tiles of 64 rows 307. Of 128 rows they fill the registers: masks and position encodings spill, and head_dim 32
+    # loses 13% on sequences of 128.
+    "small, plain": ((128, 128, 128, 1, 2), (128, 64, 128, 1, 2), (128, 32, 128, 2, 1)),
+    # 96 and 128. The same case, in one run: 386, two stages 382; paged 365 and 360. In earlier ones, of two stages: KV
+    # tiles of 32 rows 318, 256 query rows in one block 349, eight warps 260, where this tile made 357.
+    "medium": ((128, 64, 128, 1, 2),),
+    # Less shared memory an SM than sm_90 has. That of sm_80 would do for the tile above, which spills there.
+    "medium, less memory": ((128, 32, 128, 2, 2), (128, 64, 256, 2, 1), (128, 32, 256, 2, 1)),
+    # 192 with values of 128. 4 x 4096 causal, 128/128, in one run: 349; KV tiles of 32 rows in two stages 307. In
+    # another: the same in one stage 283, 64 query rows 179, where this tile made 332.
+    "wide keys": ((128, 64, 128, 1, 2), (128, 32, 128, 1, 2), (128, 64, 128, 1, 1), (64, 32, 128, 2, 1)),
+    # 192, 256. 4 x 4096 causal, 16/4, 256, in one run: 326; eight warps in one block, two stages 309.
+    "large": ((64, 64, 128, 1, 2), (128, 64, 256, 2, 1), (128, 32, 256, 2, 1), (64, 32, 128, 2, 1), (32, 32, 64, 2, 1)),
     # At most 64 rows a request: appends and speculative verification, which read KV at the speed of memory. One
     # fragment of rows a warp leaves registers, so that two blocks an SM keep more loads in flight.
     "short": ((64, 64, 128, 2, 2), (64, 32, 128, 2, 2), (64, 64, 128, 2, 1), (64, 32, 128, 2, 1), (32, 32, 64, 2, 1)),
@@ -74,7 +81,7 @@ def _smem_bytes(spec: KernelSpec, tile: Tile) -> int:
     size = block_m * dim_qk * 2 + num_stages * block_n * (dim_qk + dim_vo) * kv
     size += block_n * dim_qk * 2 if spec.arg("pos_encoding") == "rope" else 128
     size += block_n * 32 if spec.arg("kv_storage") == "paged" else 32
-    size += 176 + num_threads // 32 * 16 + block_m * 4
+    size += 192 + num_threads // 32 * 16 + block_m * 4
     return int(-(-size // 128) * 128)
 
 
@@ -93,6 +100,8 @@ def _tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:
     if spec.arg("short_queries"):
         kind = "short"
     per_sm, per_block = _smem_limits(spec.target)
+    if kind == "medium" and per_sm < 200 << 10:
+        kind = "medium, less memory"
     for tile in _TILES[kind]:
         smem, blocks_per_sm = _smem_bytes(spec, tile), tile[4]
         if smem <= per_block and (smem + 1024) * blocks_per_sm <= per_sm:
