@@ -28,6 +28,7 @@ _EXPORTS = {
             "single_decode_with_kv_cache",
             "BatchDecodeWithPagedKVCacheWrapper",
             "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
+            "fast_decode_plan",
         ),
         "norm": (
             "rmsnorm",

@@ -91,7 +91,9 @@ def top_p_renorm_probs(
     return launching.normalize("top_p_renorm_probs", probs, (None, top_p, None))
 
 
-def top_k_renorm_probs(probs: torch.Tensor, top_k: Union[torch.Tensor, int]) -> torch.Tensor:
+def top_k_renorm_probs(
+    probs: torch.Tensor, top_k: Union[torch.Tensor, int], is_deterministic: bool = False
+) -> torch.Tensor:
     """Keep each row's top-k set and scale it to sum 1; zero elsewhere. Otherwise as `top_p_renorm_probs`."""
     return launching.normalize("top_k_renorm_probs", probs, (top_k, None, None))
 

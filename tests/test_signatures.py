@@ -21,7 +21,7 @@ _PLAN = """
     self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode="NONE",
     window_left=-1, logits_soft_cap=None, q_data_type=None, kv_data_type=None, data_type=None, sm_scale=None,
     rope_scale=None, rope_theta=None, non_blocking=True,
-    *, o_data_type=None, block_tables=None, seq_lens=None, fixed_split_size=None, disable_split_kv=False
+    *, o_data_type=None, **later
 """
 _PREFILL_OPTIONS = """
     head_dim_vo=None, custom_mask=None, packed_custom_mask=None, causal=False, pos_encoding_mode="NONE",
@@ -48,7 +48,7 @@ SIGNATURES: dict[Any, str] = {
     decode.BatchDecodeWithPagedKVCacheWrapper.plan: _PLAN,
     decode.BatchDecodeWithPagedKVCacheWrapper.run: """
         self, q, paged_kv_cache, *args, q_scale=None, k_scale=None, v_scale=None, out=None, lse=None, return_lse=False,
-        enable_pdl=None, window_left=None
+        enable_pdl=None, window_left=None, **later
     """,
     decode.BatchDecodeWithPagedKVCacheWrapper.forward: _FORWARD,
     decode.BatchDecodeWithPagedKVCacheWrapper.forward_return_lse: _FORWARD,
@@ -73,11 +73,11 @@ SIGNATURES: dict[Any, str] = {
         self, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, num_qo_heads, num_kv_heads,
         head_dim_qk, page_size, {_PREFILL_OPTIONS}, sm_scale=None, window_left=-1, logits_soft_cap=None,
         rope_scale=None, rope_theta=None, q_data_type="float16", kv_data_type=None, non_blocking=True,
-        *, disable_split_kv=False, **later
+        *, o_data_type=None, disable_split_kv=False, **later
     """,
     prefill.BatchPrefillWithPagedKVCacheWrapper.run: """
         self, q, paged_kv_cache, *args, q_scale=None, k_scale=None, v_scale=None, out=None, lse=None, return_lse=False,
-        enable_pdl=None, window_left=None
+        enable_pdl=None, window_left=None, **later
     """,
     prefill.BatchPrefillWithPagedKVCacheWrapper.forward: """
         self, q, paged_kv_cache, causal=False, pos_encoding_mode="NONE", use_fp16_qk_reduction=False, k_scale=None,
@@ -92,11 +92,11 @@ SIGNATURES: dict[Any, str] = {
     prefill.BatchPrefillWithRaggedKVCacheWrapper.plan: f"""
         self, qo_indptr, kv_indptr, num_qo_heads, num_kv_heads, head_dim_qk, {_PREFILL_OPTIONS}, window_left=-1,
         logits_soft_cap=None, sm_scale=None, rope_scale=None, rope_theta=None, q_data_type="float16",
-        kv_data_type=None, *, disable_split_kv=False, **later
+        kv_data_type=None, *, o_data_type=None, disable_split_kv=False, **later
     """,
     prefill.BatchPrefillWithRaggedKVCacheWrapper.run: """
         self, q, k, v, *args, q_scale=None, k_scale=None, v_scale=None, o_scale=None, out=None, lse=None,
-        return_lse=False, enable_pdl=None
+        return_lse=False, enable_pdl=None, **later
     """,
     prefill.BatchPrefillWithRaggedKVCacheWrapper.forward: """
         self, q, k, v, causal=False, pos_encoding_mode="NONE", use_fp16_qk_reduction=False, window_left=-1,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
@@ -16,7 +17,9 @@ import torch
 from flashinfer import _op, dtypes
 from flashinfer.attention import kv_cache, plan
 from flashinfer.attention import prefill_launch as launches
+from flashinfer.attention.engine_names import EngineNames, Planned, require_no_jit_args, require_number_scales
 from flashinfer.attention.kv_cache import KvStrides, PagedCache
+from flashinfer.attention.mask import take_mask
 from flashinfer.attention.prefill_launch import Extent, Launch, PlannerLaunch, Schedule
 from flashinfer.attention.variant import Variant
 from flashinfer.errors import UnsupportedConfig
@@ -25,29 +28,6 @@ from flashinfer.kernels.prefill import SHORT_ROWS
 
 DataType = Union[str, torch.dtype]
 Result = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
-
-# Arguments of plan() in later releases that change nothing here, and those that ask for what is not here.
-_IGNORED = {
-    "non_blocking", "o_data_type", "seq_lens", "seq_lens_q", "block_tables", "max_token_per_sequence",
-    "max_sequence_kv", "fixed_split_size", "v_indptr", "o_indptr", "token_pos_in_items_len",
-}  # fmt: skip
-_UNSUPPORTED = {"prefix_len_ptr", "token_pos_in_items_ptr", "max_item_len_ptr"}
-
-
-def check_later_arguments(op: str, later: dict[str, Any]) -> None:
-    for name, value in later.items():
-        if name in _UNSUPPORTED and value is not None:
-            raise UnsupportedConfig(f"{op}: {name} (multi-item scoring) is not supported; pass a custom_mask instead")
-        if name not in _IGNORED | _UNSUPPORTED:
-            raise TypeError(f"{op}: unexpected argument {name!r}")
-
-
-def require_no_jit_args(op: str, jit_args: Optional[list[Any]]) -> None:
-    if jit_args is not None:
-        raise UnsupportedConfig(
-            f"{op}: jit_args brings C++ written for upstream's kernels; expected None. Masks, windows, soft caps and "
-            "position encodings are arguments of plan()"
-        )
 
 
 @dataclass(frozen=True)
@@ -89,13 +69,28 @@ class Problem:
         return num_tokens * (self.num_qo_heads // self.num_kv_heads) <= SHORT_ROWS * self.batch_size
 
 
-class BatchPrefill:
-    """The part of the two wrappers that does not care where the KV is."""
+class BatchPrefill(EngineNames):
+    """The part of the two wrappers that does not care where the KV is.
+
+    An index tensor `x` is in `_x_buf`: of the last plan, or under use_cuda_graph the caller's buffer that plans fill.
+    """
 
     _op_name = "batch_prefill"
     _kv_storage = "paged"
+    _index_names: tuple[str, ...] = ()  # qo_indptr, then where the KV is
 
-    def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str, use_cuda_graph: bool) -> None:
+    def __init__(
+        self,
+        float_workspace_buffer: torch.Tensor,
+        kv_layout: str,
+        use_cuda_graph: bool,
+        index_buffers: tuple[Optional[torch.Tensor], ...],
+        mask_buffers: tuple[Optional[torch.Tensor], Optional[torch.Tensor]],
+        backend: str,
+        jit_args: Optional[list[Any]],
+    ) -> None:
+        require_no_jit_args(self._op_name, jit_args)
+        super().__init__(backend)
         kv_cache.require_layout(self._op_name, kv_layout)
         plan.require_workspace(self._op_name, float_workspace_buffer)
         self._kv_layout = kv_layout
@@ -105,13 +100,19 @@ class BatchPrefill:
         self._int_workspace_buffer = torch.empty(int_bytes, dtype=torch.uint8, device=self.device)
         self._use_cuda_graph = use_cuda_graph
         self._fixed: Optional[plan.FixedBuffers] = None
+        buffers = {f"{name}_buf": buffer for name, buffer in zip(self._index_names, index_buffers)}
+        if use_cuda_graph:
+            self._fixed = plan.FixedBuffers(self._op_name, self.device, **buffers)
+        self._buffer_names = [f"_{name}" for name in buffers]
+        vars(self).update(zip(self._buffer_names, index_buffers))
+        # Of the last custom mask, or the caller's buffers.
+        self._custom_mask_buf, self._mask_indptr_buf = mask_buffers if use_cuda_graph else (None, None)
         self._problems: _op.Memo[Problem] = _op.Memo()
         self._problem: Optional[Problem] = None
-        self._held: tuple[torch.Tensor, ...] = ()  # index tensors that kernels read at run time
         self._kv_index = (0, 0, 0)
         self._qo_index = (0, 0, 0)
         self._planned = Extent(False, -1, 0, 0, 0)
-        self._last_run: Optional[Extent] = None
+        self._seen: Optional[Extent] = None  # under use_cuda_graph: what the runs so far needed
         self._short_queries = False
         self._handle = next(_handles)  # names the wrapper in a compiled graph
         _wrappers[self._handle] = self
@@ -140,16 +141,49 @@ class BatchPrefill:
         if problem is None:
             problem = self._problems.remember(arguments, self._describe(*arguments))
         self._problem = problem
-        if problem.schedule is not None:
+        self._schedule(problem, num_tokens)
+
+    def _schedule(self, problem: Problem, num_tokens: int) -> None:
+        """Launch the planner on the index tensors."""
+        if problem.schedule is None:
+            return
+        if not self._tile_is_fixed:
             # A guess where qo_indptr is on the device: what the last run was. A run that finds it wrong plans again,
             # for which a capture needs the other kernel loaded already.
             self._short_queries = problem.is_short(num_tokens, self._short_queries)
             if self._use_cuda_graph and num_tokens < 0:
                 self._planned_extent(problem, not self._short_queries)
-            extent = self._planned_extent(problem, self._short_queries)
-            if self._use_cuda_graph and self._last_run is not None and self._last_run[2:] == extent[2:]:
-                extent = extent.joined(self._last_run)  # a captured run may be replayed on this schedule
-            self._launch_planner(problem, extent)
+        extent = self._planned_extent(problem, self._short_queries)
+        if self._seen is not None:
+            extent = extent.joined(self._seen)  # a captured run may be replayed on this schedule
+        self._launch_planner(problem, extent)
+
+    @property
+    def _tile_is_fixed(self) -> bool:
+        """Under use_cuda_graph the first run decides which tile serves all: a plan cannot know which of the captured
+        runs, of more or fewer tokens, will be replayed on it."""
+        return self._seen is not None
+
+    def _planned_shape(self) -> Optional[Planned]:
+        problem = self._problem
+        if problem is None:
+            return None
+        shape = (
+            problem.batch_size, problem.num_qo_heads, problem.num_kv_heads, problem.page_size, self._use_cuda_graph,
+            problem.head_dim_qk, problem.head_dim_vo,
+        )  # fmt: skip
+        return Planned(problem.variant, problem.head_dim_qk, shape)
+
+    def _plan_from_buffers(self) -> None:
+        assert self._problem is not None
+        self._read_addresses(self._problem.mask == "custom")
+        self._schedule(self._problem, num_tokens=-1)
+
+    @property
+    def _causal(self) -> bool:
+        if self._problem is None:
+            raise AttributeError(f"{self._op_name}: _causal is known after plan()")
+        return self._problem.mask == "causal"
 
     def _planned_extent(self, problem: Problem, short_queries: bool) -> Extent:
         extent = problem.extents.get(short_queries)
@@ -171,6 +205,7 @@ class BatchPrefill:
         mask: str,
         q_data_type: DataType,
         kv_data_type: Optional[DataType],
+        o_data_type: Optional[DataType],
         disable_split_kv: bool,
         *variant: Any,
     ) -> Problem:
@@ -181,6 +216,10 @@ class BatchPrefill:
         head_dim_vo = head_dim_vo or head_dim_qk
         q_dtype = dtypes.torch_dtype(q_data_type)
         kv_dtype = q_dtype if kv_data_type is None else dtypes.torch_dtype(kv_data_type)
+        if o_data_type is not None and dtypes.torch_dtype(o_data_type) != q_dtype:
+            raise UnsupportedConfig(
+                f"{op}: o_data_type is {o_data_type}; expected that of q, {q_dtype}. Next step: convert the output"
+            )
         options = Variant.of(op, head_dim_qk, *variant)
         launches.kernel_spec(
             self.device, q_dtype, kv_dtype, head_dim_qk, head_dim_vo, self._kv_storage, mask,
@@ -220,24 +259,52 @@ class BatchPrefill:
         self._planned = extent
         problem.planner(extent, self._qo_index[0], self._kv_index[0], self._kv_index[2])
 
-    def _take(self, fixed: dict[str, Optional[torch.Tensor]], given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    def _take(self, *given: torch.Tensor) -> list[torch.Tensor]:
         """The index tensors on the device: the given ones, or in a CUDA-graph wrapper its buffers filled from them."""
         op = self._op_name
-        if self._fixed is None:
-            return [plan.upload(op, name, tensor, self.device) for name, tensor in given.items()]
-        for name, tensor in given.items():
-            if name.endswith("indptr"):
-                plan.require_ascending(op, name, tensor)
-        taken = []
-        for (name, tensor), buffer in zip(given.items(), fixed.values()):
-            assert buffer is not None
-            if name.endswith("indptr") and tensor.numel() != buffer.numel():
-                raise ValueError(
-                    f"{op}: this wrapper was made for CUDA graphs of batch size {buffer.numel() - 1}, {name} is for "
-                    f"{tensor.numel() - 1} requests; pad with requests that have no tokens"
-                )
-            taken.append(self._fixed.fill(f"{name}_buf", buffer, tensor))
+        if self._fixed is not None:
+            return [self._fill(self._fixed, name, tensor) for name, tensor in zip(self._index_names, given)]
+        taken = [plan.upload(op, name, tensor, self.device) for name, tensor in zip(self._index_names, given)]
+        vars(self).update(zip(self._buffer_names, taken))
         return taken
+
+    def _fill(self, fixed: plan.FixedBuffers, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        buffer: torch.Tensor = getattr(self, f"_{name}_buf")
+        if name.endswith("indptr"):
+            plan.require_ascending(self._op_name, name, tensor)
+            if tensor.numel() != buffer.numel():
+                raise ValueError(
+                    f"{self._op_name}: this wrapper was made for CUDA graphs of batch size {buffer.numel() - 1}, "
+                    f"{name} is for {tensor.numel() - 1} requests; pad with requests that have no tokens"
+                )
+        return fixed.fill(f"{name}_buf", buffer, tensor)
+
+    def _take_mask(
+        self,
+        custom_mask: Optional[torch.Tensor],
+        packed_custom_mask: Optional[torch.Tensor],
+        qo_indptr: torch.Tensor,
+        kv_lens: Callable[[], torch.Tensor],
+    ) -> bool:
+        """Whether there is one. The last of what a plan takes: notes where the kernels find all of it."""
+        is_custom = custom_mask is not None or packed_custom_mask is not None
+        if is_custom:
+            buffers = (self._custom_mask_buf, self._mask_indptr_buf) if self._use_cuda_graph else None
+            self._custom_mask_buf, self._mask_indptr_buf = take_mask(
+                self._op_name, self.device, custom_mask, packed_custom_mask, qo_indptr, kv_lens(), buffers
+            )
+        elif not self._use_cuda_graph:
+            self._custom_mask_buf = self._mask_indptr_buf = None
+        self._read_addresses(is_custom)
+        return is_custom
+
+    def _read_addresses(self, is_custom: bool) -> None:
+        qo_indptr, *kv = [getattr(self, name).data_ptr() for name in self._buffer_names]
+        self._kv_index = (kv[0], kv[1], kv[2]) if len(kv) == 3 else (kv[0], 0, 0)
+        self._qo_index = (qo_indptr, 0, 0)
+        if is_custom:
+            assert self._custom_mask_buf is not None and self._mask_indptr_buf is not None
+            self._qo_index = (qo_indptr, self._custom_mask_buf.data_ptr(), self._mask_indptr_buf.data_ptr())
 
     # -------------------------------------------------------------------------------------------------------------- run
 
@@ -288,7 +355,10 @@ class BatchPrefill:
                 and not (self._use_cuda_graph and self._planned.covers(run.extent))
             ):
                 self._launch_planner(problem, run.extent)
-            self._last_run, self._short_queries = run.extent, run.short_queries
+            self._short_queries = run.short_queries
+            seen = self._seen
+            if self._use_cuda_graph and (seen is None or not seen.covers(run.extent)):
+                self._seen = seen.joined(run.extent) if seen and seen[2:] == run.extent[2:] else run.extent
             lse_ptr = 0 if lse is None else lse.data_ptr()
             run.launch(q_ptr, out.data_ptr(), lse_ptr, k_ptr, v_ptr + run.v_offset, self._kv_index, self._qo_index)
         return (out, lse) if return_lse and lse is not None else out
@@ -332,6 +402,7 @@ class BatchPrefill:
                 f"{problem.head_dim_qk}] ([num_tokens, num_qo_heads, head_dim])"
             )
         _op.require(q.device == self.device, op, f"q is on {q.device}, the workspace on {self.device}")
+        require_number_scales(op, *scales)
         kv_cache.require_rows(op, "q", q)
         new_out = _op.allocator((*q.shape[:2], problem.head_dim_vo), q.dtype, self.device)
         out = new_out() if out is None else out
@@ -344,7 +415,7 @@ class BatchPrefill:
                 mask = "causal" if causal else "none"
             variant = variant.updated(op, problem.head_dim_qk, *rest)
         k = kv if isinstance(kv, torch.Tensor) else kv[0]
-        short = problem.is_short(q.shape[0])
+        short = self._short_queries if self._tile_is_fixed else problem.is_short(q.shape[0])
         kernel = self._kernel(problem, q.dtype, k.dtype, mask, variant, short, pdl)
         if problem.schedule is not None:
             rows = q.shape[0] * (problem.num_qo_heads // problem.num_kv_heads)
@@ -369,12 +440,6 @@ class BatchPrefill:
 
     def _strides(self, problem: Problem, kv: PagedCache) -> KvStrides:
         raise NotImplementedError
-
-
-def qo_index(qo_indptr: torch.Tensor, mask_held: tuple[torch.Tensor, ...]) -> tuple[int, int, int]:
-    if not mask_held:
-        return qo_indptr.data_ptr(), 0, 0
-    return qo_indptr.data_ptr(), mask_held[0].data_ptr(), mask_held[1].data_ptr()
 
 
 def num_tokens_of(qo_indptr: torch.Tensor, later: dict[str, Any]) -> int:

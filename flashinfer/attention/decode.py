@@ -18,15 +18,15 @@ from flashinfer.attention import decode_launch as launching
 from flashinfer.attention import kv_cache
 from flashinfer.attention import plan as planning
 from flashinfer.attention.decode_plan import BoundDecode, DecodePlan, Options, Scales
+from flashinfer.attention.engine_names import EngineNames, Planned, check_later_arguments, require_no_jit_args
 from flashinfer.attention.kv_cache import PagedCache, PagedKv
 from flashinfer.attention.variant import Variant
-from flashinfer.errors import UnsupportedConfig
 
 DataType = Union[str, torch.dtype]
 _handles = itertools.count()
 
 
-class BatchDecodeWithPagedKVCacheWrapper:
+class BatchDecodeWithPagedKVCacheWrapper(EngineNames):
     """Decode attention of a batch over a paged KV cache (vLLM's PagedAttention, Kwon et al. 2023, arXiv:2309.06180).
 
     `plan` cuts the KV of the batch into equal shares for the device, by one small kernel and without waiting for the
@@ -39,7 +39,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         kv_layout: "NHD" (pages of `[page_size, num_kv_heads, head_dim]`) or "HND" (the two middle axes swapped).
         use_cuda_graph: keep index tensors in the three buffers below, whose addresses a graph may hold.
         use_tensor_cores, backend: accepted for compatibility; one kernel serves every group size.
-        jit_args: None; upstream's C++ of an attention variant does not compile against these kernels.
+        jit_args: None; upstream's C++ of an attention variant does not compile against these kernels. A string here is
+            the backend, which later releases have in this place.
         paged_kv_indptr_buffer: int32 `[batch_size + 1]`. Fixes the batch size.
         paged_kv_indices_buffer: int32, as long as the longest list of pages.
         paged_kv_last_page_len_buffer: int32 `[batch_size]`.
@@ -56,15 +57,14 @@ class BatchDecodeWithPagedKVCacheWrapper:
         paged_kv_indptr_buffer: Optional[torch.Tensor] = None,
         paged_kv_indices_buffer: Optional[torch.Tensor] = None,
         paged_kv_last_page_len_buffer: Optional[torch.Tensor] = None,
-        jit_args: Optional[list[Any]] = None,
+        jit_args: Union[list[Any], str, None] = None,
         backend: str = "auto",
     ) -> None:
+        if isinstance(jit_args, str):
+            backend, jit_args = jit_args, None  # where later releases have it
+        super().__init__(backend)
         kv_cache.require_layout(self._op_name, kv_layout)
-        if jit_args is not None:
-            raise UnsupportedConfig(
-                f"{self._op_name}: jit_args brings C++ written for upstream's kernels; expected None. Windows, soft "
-                "caps and position encodings are arguments of plan()"
-            )
+        require_no_jit_args(self._op_name, jit_args)
         planning.require_workspace(self._op_name, float_workspace_buffer)
         self._kv_layout = kv_layout
         self._float_workspace_buffer = float_workspace_buffer
@@ -98,7 +98,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         self._plans: _op.Memo[DecodePlan] = _op.Memo()
         self._plan: Optional[DecodePlan] = None
         self._index_addresses = (0, 0, 0)
-        self._planned_window = -1
+        self._planned_window: Optional[int] = None
         self._is_settled = False  # a kernel was launched since the planner
 
     @property
@@ -138,10 +138,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         non_blocking: bool = True,
         *,
         o_data_type: Optional[DataType] = None,
-        block_tables: Optional[torch.Tensor] = None,
-        seq_lens: Optional[torch.Tensor] = None,
-        fixed_split_size: Optional[int] = None,
-        disable_split_kv: bool = False,
+        **later: Any,
     ) -> None:
         """Describe the batch that the following runs work on. Neither copies from the device nor waits for it.
 
@@ -157,12 +154,15 @@ class BatchDecodeWithPagedKVCacheWrapper:
                 the output (default that of q).
             pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta: as in
                 `single_decode_with_kv_cache`.
-            non_blocking, block_tables, seq_lens, fixed_split_size, disable_split_kv: accepted for compatibility.
+            non_blocking: accepted for compatibility.
+            later: what later releases added, as far as it asks for nothing that is not here (engine_names.py).
 
         Raises:
             ValueError: a shape, dtype or device does not fit, or a workspace is too small.
             UnsupportedConfig: no kernel for these arguments.
         """
+        if later:
+            check_later_arguments(self._op_name, later)
         batch_size = last_page_len.shape[0]
         key = (
             batch_size, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode, window_left,
@@ -190,7 +190,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
             )
         self._take_indices(indptr, indices, last_page_len, batch_size)
         self._plan = plan
-        self._plan_window(plan.variant.window_left)
+        self._plan_lengths(plan)
 
     begin_forward = plan
 
@@ -212,19 +212,44 @@ class BatchDecodeWithPagedKVCacheWrapper:
             assert self._paged_kv_indptr_buf is not None and self._paged_kv_indices_buf is not None
             assert self._paged_kv_last_page_len_buf is not None
             fill = self._fixed.fill
-            held = (
-                fill("paged_kv_indptr_buffer", self._paged_kv_indptr_buf, indptr),
-                fill("paged_kv_indices_buffer", self._paged_kv_indices_buf, indices),
-                fill("paged_kv_last_page_len_buffer", self._paged_kv_last_page_len_buf, last_page_len),
-            )
+            fill("paged_kv_indptr_buffer", self._paged_kv_indptr_buf, indptr)
+            fill("paged_kv_indices_buffer", self._paged_kv_indices_buf, indices)
+            fill("paged_kv_last_page_len_buffer", self._paged_kv_last_page_len_buf, last_page_len)
+            held = (self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf)
         else:
             held = (
                 planning.upload(op, "indptr", indptr, self.device),
                 planning.upload(op, "indices", indices, self.device),
                 planning.upload(op, "last_page_len", last_page_len, self.device),
             )
-        self._indices_held = held  # the kernels read them at run time
+            self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = held
         self._index_addresses = (held[0].data_ptr(), held[1].data_ptr(), held[2].data_ptr())
+
+    def _planned_shape(self) -> Optional[Planned]:
+        plan = self._plan
+        if plan is None:
+            return None
+        kv = plan.kv
+        shape = (
+            plan.batch_size, plan.num_qo_heads, kv.num_kv_heads, kv.page_size, self._use_cuda_graph, kv.head_dim_qk,
+            kv.head_dim_vo,
+        )  # fmt: skip
+        return Planned(plan.variant, kv.head_dim_qk, shape)
+
+    def _plan_from_buffers(self) -> None:
+        buffers = (self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf)
+        indptr, indices, last_page_len = (buffer.data_ptr() for buffer in buffers if buffer is not None)
+        self._index_addresses = (indptr, indices, last_page_len)
+        assert self._plan is not None
+        self._plan_lengths(self._plan)
+
+    def _plan_lengths(self, plan: DecodePlan) -> None:
+        """Plan for the lengths in the index tensors: in a CUDA-graph wrapper for the widest window that was planned, as
+        a captured run may be replayed on this schedule."""
+        window, widest = plan.variant.window_left, self._planned_window
+        if self._use_cuda_graph and widest is not None:
+            window = -1 if min(window, widest) < 0 else max(window, widest)
+        self._plan_window(window)
 
     def _plan_window(self, window_left: int) -> None:
         assert self._plan is not None
@@ -245,6 +270,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         return_lse: bool = False,
         enable_pdl: Optional[bool] = None,
         window_left: Optional[int] = None,
+        **later: Any,
     ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Attention of one layer, as planned.
 
@@ -259,6 +285,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
             return_lse: also return the base-2 logarithm of the sum of exponentials.
             enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
             window_left: overrides the planned one.
+            later: as in `plan`.
 
         Returns:
             out, or (out, lse). A request without KV gives zeros and -inf.
@@ -268,6 +295,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         """
         if args:
             raise TypeError(f"{self._op_name}: run() takes q and paged_kv_cache; give the rest by keyword")
+        if later:
+            check_later_arguments(self._op_name, later)
         options = None
         if window_left is not None and self._plan is not None:
             options = (self._plan.options[0], window_left, *self._plan.options[2:])
@@ -362,6 +391,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
             )
         # A schedule serves every window that is no wider than its own.
         planned = self._planned_window
+        assert planned is not None
         if planned >= 0 and not 0 <= bound.window_left <= planned:
             self._plan_window(bound.window_left)
             return self._run(q, cache, out, lse, return_lse, scales, pdl, options)
@@ -447,8 +477,19 @@ class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWra
         )
 
 
-def fast_decode_plan(wrapper: BatchDecodeWithPagedKVCacheWrapper, *args: Any, **kwargs: Any) -> None:
-    """`wrapper.plan(...)`, which is as fast: planning never waits for the device. The host-side copy of indptr that
-    callers pass along (`global_override_indptr_cpu`) is not needed."""
-    kwargs.pop("global_override_indptr_cpu", None)
-    wrapper.plan(*args, **kwargs)
+def fast_decode_plan(
+    wrapper: BatchDecodeWithPagedKVCacheWrapper,
+    *args: Any,
+    global_override_indptr_cpu: Optional[torch.Tensor] = None,
+    **kwargs: Any,
+) -> None:
+    """`wrapper.plan(...)`, which is as fast: planning never waits for the device. Callers may put this in its place.
+
+    Args:
+        global_override_indptr_cpu: a host-side copy of indptr, which is not needed.
+        o_data_type: that of the plan before, which callers of this function do not repeat.
+    """
+    plan = wrapper._plan
+    if plan is not None and plan.o_dtype != plan.q_dtype:
+        kwargs.setdefault("o_data_type", plan.o_dtype)
+    BatchDecodeWithPagedKVCacheWrapper.plan(wrapper, *args, **kwargs)

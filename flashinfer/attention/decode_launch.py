@@ -9,6 +9,7 @@ from typing import Any, Optional
 import torch
 
 from flashinfer import _op, dtypes, target
+from flashinfer.attention.engine_names import require_number_scales
 from flashinfer.attention.variant import require_positive
 from flashinfer.jit import resolver
 from flashinfer.jit.loader import Launcher
@@ -81,6 +82,7 @@ def qk_and_v_scale(
     op: str, q_scale: Optional[float], k_scale: Optional[float], v_scale: Optional[float]
 ) -> tuple[float, float]:
     """Factors of q·k and of the output."""
+    require_number_scales(op, q_scale, k_scale, v_scale)
     q, k, v = (1.0 if scale is None else float(scale) for scale in (q_scale, k_scale, v_scale))
     return require_positive(op, "q_scale * k_scale", q * k), v
 

@@ -6,20 +6,16 @@ from typing import Any, Optional
 
 import torch
 
-from flashinfer.attention import plan
 from flashinfer.attention.batch_prefill import (
     BatchPrefill,
     DataType,
     Problem,
     Result,
-    check_later_arguments,
     forward_overrides,
     num_tokens_of,
-    qo_index,
-    require_no_jit_args,
 )
+from flashinfer.attention.engine_names import check_later_arguments
 from flashinfer.attention.kv_cache import KvStrides, PagedCache, PagedKv
-from flashinfer.attention.mask import CustomMask
 
 
 class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
@@ -51,6 +47,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
 
     _op_name = "batch_prefill_paged"
     _kv_storage = "paged"
+    _index_names = ("qo_indptr", "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
 
     def __init__(
         self,
@@ -67,17 +64,11 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         jit_args: Optional[list[Any]] = None,
         jit_kwargs: Optional[dict[str, Any]] = None,
     ) -> None:
-        require_no_jit_args(self._op_name, jit_args)
-        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph)
-        self._buffers = {
-            "qo_indptr_buf": qo_indptr_buf,
-            "paged_kv_indptr_buf": paged_kv_indptr_buf,
-            "paged_kv_indices_buf": paged_kv_indices_buf,
-            "paged_kv_last_page_len_buf": paged_kv_last_page_len_buf,
-        }
-        self._mask = CustomMask(self._op_name, self.device, custom_mask_buf, mask_indptr_buf, use_cuda_graph)
-        if use_cuda_graph:
-            self._fixed = plan.FixedBuffers(self._op_name, self.device, **self._buffers)
+        index_buffers = (qo_indptr_buf, paged_kv_indptr_buf, paged_kv_indices_buf, paged_kv_last_page_len_buf)
+        mask_buffers = (custom_mask_buf, mask_indptr_buf)
+        super().__init__(
+            float_workspace_buffer, kv_layout, use_cuda_graph, index_buffers, mask_buffers, backend, jit_args
+        )
 
     def plan(
         self,
@@ -104,6 +95,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         kv_data_type: Optional[DataType] = None,
         non_blocking: bool = True,
         *,
+        o_data_type: Optional[DataType] = None,
         disable_split_kv: bool = False,
         **later: Any,
     ) -> None:
@@ -128,8 +120,10 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             rope_scale, rope_theta: of ROPE_LLAMA; default 1 and 1e4.
             q_data_type, kv_data_type: dtypes of q and of the cache (default that of q). What run() is given decides;
                 naming them here loads the right kernel ahead of a capture.
+            o_data_type: None, or that of q.
             disable_split_kv: let one CTA walk all KV of its queries.
-            use_fp16_qk_reduction, non_blocking and later releases' other arguments: accepted for compatibility.
+            use_fp16_qk_reduction, non_blocking: accepted for compatibility.
+            later: what later releases added, as far as it asks for nothing that is not here (engine_names.py).
 
         Raises:
             ValueError: a shape, dtype or device does not fit, or a workspace is too small.
@@ -143,27 +137,18 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
                 f"{list(paged_kv_indptr.shape)} and paged_kv_last_page_len {list(paged_kv_last_page_len.shape)}; "
                 f"expected [{batch_size + 1}] and [{batch_size}]"
             )
-        given = {
-            "qo_indptr": qo_indptr,
-            "paged_kv_indptr": paged_kv_indptr,
-            "paged_kv_indices": paged_kv_indices,
-            "paged_kv_last_page_len": paged_kv_last_page_len,
-        }
-        held = self._take(self._buffers, given)
-        qo, indptr, indices, last_page_len = held
-        mask_held: tuple[torch.Tensor, ...] = ()
-        if custom_mask is not None or packed_custom_mask is not None:
-            kv_lens = (indptr[1:] - indptr[:-1] - 1).clamp(min=0) * page_size + last_page_len
-            kv_lens = torch.where(indptr[1:] > indptr[:-1], kv_lens, 0)
-            mask_held = self._mask.take(custom_mask, packed_custom_mask, qo, kv_lens)
-        self._held = (*held, *mask_held)
-        self._kv_index = (indptr.data_ptr(), indices.data_ptr(), last_page_len.data_ptr())
-        self._qo_index = qo_index(qo, mask_held)
-        mask = "custom" if mask_held else "causal" if causal else "none"
+        qo, indptr, _, last_page_len = self._take(qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
+
+        def kv_lens() -> torch.Tensor:
+            num_pages = indptr[1:] - indptr[:-1]
+            return torch.where(num_pages > 0, (num_pages - 1) * page_size + last_page_len, 0)
+
+        is_custom = self._take_mask(custom_mask, packed_custom_mask, qo, kv_lens)
+        mask = "custom" if is_custom else "causal" if causal else "none"
         arguments = (
             batch_size, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, mask, q_data_type,
-            kv_data_type, disable_split_kv, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale,
-            rope_theta,
+            kv_data_type, o_data_type, disable_split_kv, pos_encoding_mode, window_left, logits_soft_cap, sm_scale,
+            rope_scale, rope_theta,
         )  # fmt: skip
         self._plan(arguments, num_tokens_of(qo_indptr, later))
 
@@ -189,6 +174,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         return_lse: bool = False,
         enable_pdl: Optional[bool] = None,
         window_left: Optional[int] = None,
+        **later: Any,
     ) -> Result:
         """Attention of one layer, as planned.
 
@@ -203,6 +189,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             return_lse: also return the base-2 logarithm of the sum of exponentials.
             enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
             window_left: overrides the planned one.
+            later: as in `plan`.
 
         Returns:
             out, or (out, lse). A query that sees no key gives zeros and -inf.
@@ -212,6 +199,8 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         """
         if args:
             raise TypeError(f"{self._op_name}: run() takes q and paged_kv_cache; give the rest by keyword")
+        if later:
+            check_later_arguments(self._op_name, later)
         overrides = None if window_left is None else (None, None, window_left, None, None, None, None)
         scales = (q_scale, k_scale, v_scale)
         return self._run(q, paged_kv_cache, out, lse, return_lse, scales, enable_pdl, overrides)

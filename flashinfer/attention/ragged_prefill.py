@@ -7,21 +7,17 @@ from typing import Any, Optional
 import torch
 
 from flashinfer import _op
-from flashinfer.attention import plan
 from flashinfer.attention import prefill_launch as launches
 from flashinfer.attention.batch_prefill import (
     BatchPrefill,
     DataType,
     Problem,
     Result,
-    check_later_arguments,
     forward_overrides,
     num_tokens_of,
-    qo_index,
-    require_no_jit_args,
 )
+from flashinfer.attention.engine_names import check_later_arguments
 from flashinfer.attention.kv_cache import KvStrides, PagedCache
-from flashinfer.attention.mask import CustomMask
 
 
 class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
@@ -33,6 +29,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
 
     _op_name = "batch_prefill_ragged"
     _kv_storage = "ragged"
+    _index_names = ("qo_indptr", "kv_indptr")
 
     def __init__(
         self,
@@ -47,12 +44,11 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         jit_args: Optional[list[Any]] = None,
         jit_kwargs: Optional[dict[str, Any]] = None,
     ) -> None:
-        require_no_jit_args(self._op_name, jit_args)
-        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph)
-        self._buffers = {"qo_indptr_buf": qo_indptr_buf, "kv_indptr_buf": kv_indptr_buf}
-        self._mask = CustomMask(self._op_name, self.device, custom_mask_buf, mask_indptr_buf, use_cuda_graph)
-        if use_cuda_graph:
-            self._fixed = plan.FixedBuffers(self._op_name, self.device, **self._buffers)
+        mask_buffers = (custom_mask_buf, mask_indptr_buf)
+        super().__init__(
+            float_workspace_buffer, kv_layout, use_cuda_graph, (qo_indptr_buf, kv_indptr_buf), mask_buffers, backend,
+            jit_args,
+        )  # fmt: skip
 
     def plan(
         self,
@@ -75,6 +71,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         q_data_type: DataType = "float16",
         kv_data_type: Optional[DataType] = None,
         *,
+        o_data_type: Optional[DataType] = None,
         disable_split_kv: bool = False,
         **later: Any,
     ) -> None:
@@ -93,18 +90,13 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
             f"qo_indptr is for {batch_size} requests, kv_indptr has shape {list(kv_indptr.shape)}; "
             f"expected [{batch_size + 1}]",
         )  # fmt: skip
-        held = self._take(self._buffers, {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr})
-        qo, indptr = held
-        mask_held: tuple[torch.Tensor, ...] = ()
-        if custom_mask is not None or packed_custom_mask is not None:
-            mask_held = self._mask.take(custom_mask, packed_custom_mask, qo, indptr[1:] - indptr[:-1])
-        self._held = (*held, *mask_held)
-        self._kv_index = (indptr.data_ptr(), 0, 0)
-        self._qo_index = qo_index(qo, mask_held)
-        mask = "custom" if mask_held else "causal" if causal else "none"
+        qo, indptr = self._take(qo_indptr, kv_indptr)
+        is_custom = self._take_mask(custom_mask, packed_custom_mask, qo, lambda: indptr[1:] - indptr[:-1])
+        mask = "custom" if is_custom else "causal" if causal else "none"
         arguments = (
             batch_size, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, 1, mask, q_data_type, kv_data_type,
-            disable_split_kv, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta,
+            o_data_type, disable_split_kv, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale,
+            rope_theta,
         )  # fmt: skip
         self._plan(arguments, num_tokens_of(qo_indptr, later))
 
@@ -137,6 +129,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         lse: Optional[torch.Tensor] = None,
         return_lse: bool = False,
         enable_pdl: Optional[bool] = None,
+        **later: Any,
     ) -> Result:
         """Attention of one layer, as planned.
 
@@ -150,6 +143,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         """
         if args:
             raise TypeError(f"{self._op_name}: run() takes q, k and v; give the rest by keyword")
+        if later:
+            check_later_arguments(self._op_name, later)
         if o_scale is not None:
             v_scale = (1.0 if v_scale is None else v_scale) / o_scale
         return self._run(q, (k, v), out, lse, return_lse, (q_scale, k_scale, v_scale), enable_pdl, None)

@@ -91,6 +91,11 @@ class Variant:
         )
 
     @property
+    def pos_encoding_mode(self) -> str:
+        """Upstream's name."""
+        return next(mode for mode, kind in POS_ENCODING_MODES.items() if kind == self.pos_encoding)
+
+    @property
     def spec_args(self) -> dict[str, str | bool]:
         """The part of the variant that selects a kernel."""
         return {

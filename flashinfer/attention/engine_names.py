@@ -1,0 +1,187 @@
+"""What serving engines pass and reach for beyond the documented API: arguments of later releases, and private names of
+upstream's wrappers. docs/architecture.md ("What engines reach for") says which and why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Optional
+
+import torch
+
+from flashinfer.attention.variant import Variant
+from flashinfer.errors import UnsupportedConfig
+
+# ------------------------------------------------------------------------------------------------------------ arguments
+
+# Arguments of plan() and run() that say what is known already, or how fast to go.
+_HINTS = {
+    "non_blocking", "block_tables", "seq_lens", "seq_lens_q", "max_token_per_sequence", "max_sequence_kv",
+    "uniform_q_len",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Request:
+    """An argument that would change the result. None and `neutral` leave it as it is."""
+
+    neutral: object
+    what: str
+    next_step: str
+
+
+_MULTI_ITEM = _Request(None, "multi-item scoring", "pass a custom_mask to BatchPrefillWithPagedKVCacheWrapper")
+_INVARIANCE = _Request(-1, "results that do not depend on the rest of the batch", "leave that mode of the engine off")
+_OWN_OFFSETS = _Request(None, "rows of v or out at other offsets than those of k and q", "copy them to the same ones")
+_REQUESTS = {
+    "prefix_len_ptr": _MULTI_ITEM,
+    "token_pos_in_items_ptr": _MULTI_ITEM,
+    "token_pos_in_items_len": _Request(0, _MULTI_ITEM.what, _MULTI_ITEM.next_step),
+    "max_item_len_ptr": _MULTI_ITEM,
+    "v_indptr": _OWN_OFFSETS,
+    "o_indptr": _OWN_OFFSETS,
+    "fixed_split_size": _INVARIANCE,
+    "disable_split_kv": _Request(False, _INVARIANCE.what, "BatchPrefillWithPagedKVCacheWrapper takes it"),
+    "q_len_per_req": _Request(
+        1, "several queries a request", "use BatchPrefillWithPagedKVCacheWrapper with causal=True"
+    ),
+    "window_right": _Request(0, "keys behind the query's position", "use BatchPrefillWithPagedKVCacheWrapper"),
+    "sinks": _Request(
+        None, "attention sinks", "merge a state of zeros with the LSE sink * log2(e) into the result (merge_state)"
+    ),
+    "kv_cache_sf": _Request(None, "a cache with block scales", "use a cache of fp8 or 16 bits"),
+    "skip_softmax_threshold_scale_factor": _Request(None, "an approximate softmax", "leave it out"),
+    "use_fp16_softmax": _Request(False, "an approximate softmax", "leave it out"),
+    "uses_spcompress": _Request(False, "compressed scores", "leave it out"),
+    "lse_base": _Request("log2", "an LSE of another base", "multiply it by ln(2)"),
+    "lse_layout": _Request("NH", "an LSE of another layout", "transpose it"),
+}
+
+
+def check_later_arguments(op: str, later: dict[str, Any]) -> None:
+    """Accept what later releases of upstream added, as far as it asks for nothing that is not here."""
+    for name, value in later.items():
+        request = _REQUESTS.get(name)
+        if request is None:
+            if name not in _HINTS:
+                raise TypeError(f"{op}: unexpected argument {name!r}")
+        elif value is not None and (isinstance(value, torch.Tensor) or value != request.neutral):
+            got = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
+            raise UnsupportedConfig(
+                f"{op}: {name} asks for {request.what}, which is not supported; expected {request.neutral!r}, got "
+                f"{got}. Next step: {request.next_step}"
+            )
+
+
+def require_no_jit_args(op: str, jit_args: object) -> None:
+    if jit_args is not None:
+        raise UnsupportedConfig(
+            f"{op}: jit_args brings C++ written for upstream's kernels; expected None. Masks, windows, soft caps and "
+            "position encodings are arguments of plan()"
+        )
+
+
+def require_number_scales(op: str, *scales: object) -> None:
+    """A launch keeps its scales: those in tensors, which may change, would be read once."""
+    for scale in scales:
+        if isinstance(scale, torch.Tensor):
+            raise UnsupportedConfig(
+                f"{op}: a scale is a tensor; expected a number, which a launch keeps without asking the device. Next "
+                "step: pass scale.item() once, ahead of a capture"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------- names
+
+
+class Planned(NamedTuple):
+    """What a plan settled, as far as engines ask for it."""
+
+    variant: Variant
+    head_dim: int
+    # batch_size, num_qo_heads, num_kv_heads, page_size, is_cuda_graph_enabled, head_dim_qk, head_dim_vo
+    shape: tuple[int, ...]
+
+
+class _PlannedOption:
+    """An option under upstream's private name. Reads what was planned; may be assigned nothing else, since a run takes
+    its options from the plan."""
+
+    def __init__(self, option: str) -> None:
+        self._option = option
+
+    def __get__(self, wrapper: Optional[EngineNames], owner: type) -> Any:
+        if wrapper is None:
+            return self
+        return getattr(self._planned(wrapper).variant, self._option)
+
+    def __set__(self, wrapper: EngineNames, value: Any) -> None:
+        planned = self._planned(wrapper)
+        old = getattr(planned.variant, self._option)
+        if value == old:
+            return
+        given = Variant.of(wrapper._op_name, planned.head_dim, **{self._option: value})
+        if getattr(given, self._option) != old:
+            raise UnsupportedConfig(
+                f"{wrapper._op_name}: _{self._option} was planned as {old!r} and cannot be assigned; got {value!r}. "
+                "Next step: call plan() with it"
+            )
+
+    def _planned(self, wrapper: EngineNames) -> Planned:
+        planned = wrapper._planned_shape()
+        if planned is None:
+            raise AttributeError(f"{wrapper._op_name}: _{self._option} is known after plan()")
+        return planned
+
+
+class _CachedModule:
+    """Stands for upstream's loaded planner, which engines call with host copies of index tensors after they have filled
+    the wrapper's index buffers themselves."""
+
+    def __init__(self, wrapper: EngineNames, planned: Planned) -> None:
+        self._wrapper, self._planned = wrapper, planned
+
+    def plan(self, *arguments: Any) -> None:
+        """Launch the planner on the wrapper's index buffers, in stream order behind whatever fills them. Of the
+        arguments, which are those of upstream's fa2 planner, shapes are compared with those of the plan; the others
+        repeat what is in the buffers or concern upstream's schedule."""
+        shape = self._planned.shape
+        if arguments[7 : 7 + len(shape)] != shape:
+            raise UnsupportedConfig(
+                f"{self._wrapper._op_name}: _cached_module.plan() plans anew what plan() described; expected batch "
+                "size, query heads, KV heads, page size, use_cuda_graph and head dimensions as arguments 7 to 13 to be "
+                f"{list(shape)}, got {list(arguments[7 : 7 + len(shape)])}. Next step: call plan()"
+            )
+        options = dict(zip(("fixed_split_size", "disable_split_kv"), arguments[16:18]))
+        check_later_arguments(self._wrapper._op_name, options)
+        self._wrapper._plan_from_buffers()
+
+
+class EngineNames:
+    """Private names of upstream's wrappers that serving engines read, assign or pass back."""
+
+    _op_name: str
+    _pin_memory_int_workspace_buffer: Optional[torch.Tensor] = None  # schedules are made on the device
+    _max_total_num_rows: Optional[int] = None
+    _pos_encoding_mode = _PlannedOption("pos_encoding_mode")
+    _window_left = _PlannedOption("window_left")
+    _logits_soft_cap = _PlannedOption("logits_soft_cap")
+    _sm_scale = _PlannedOption("sm_scale")
+    _rope_scale = _PlannedOption("rope_scale")
+    _rope_theta = _PlannedOption("rope_theta")
+
+    def __init__(self, backend: str) -> None:
+        self._backend = "fa2" if backend == "auto" else backend  # whose planner's arguments _cached_module takes
+
+    @property
+    def _cached_module(self) -> Optional[_CachedModule]:
+        planned = self._planned_shape()
+        return None if planned is None else _CachedModule(self, planned)
+
+    def _planned_shape(self) -> Optional[Planned]:
+        """None before the first plan."""
+        raise NotImplementedError
+
+    def _plan_from_buffers(self) -> None:
+        """Plan again what was planned last, for whatever the index buffers hold now."""
+        raise NotImplementedError

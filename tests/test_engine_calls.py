@@ -1,0 +1,411 @@
+"""Calls as serving engines make them: arguments they always pass, private names they read, assign and pass back, index
+buffers they fill themselves before they plan anew for a captured graph."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashinfer
+from flashinfer.errors import UnsupportedConfig
+from tests.oracles.attention import attention, paged_request
+from tests.tolerances import assert_close
+
+BF16 = torch.bfloat16
+NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 128
+SHAPES = (NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM)
+SM_SCALE = 0.07
+
+
+class Pool:
+    """A paged cache that several batches live in, one at a time."""
+
+    def __init__(self, device: torch.device, page_size: int, num_pages: int = 400) -> None:
+        self.device, self.page_size, self.num_pages = device, page_size, num_pages
+        self.generator = torch.Generator().manual_seed(page_size)
+        shape = (num_pages, 2, page_size, NUM_KV_HEADS, HEAD_DIM)
+        self.cache = self.draw(*shape)
+
+    def draw(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device, BF16)
+
+    def empty(self, size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.int32, device=self.device)
+
+    def workspace(self) -> Tensor:
+        return torch.empty(32 << 20 if self.device.type == "cuda" else 0, dtype=torch.uint8, device=self.device)
+
+    def table(self, kv_lens: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """indptr, indices and last_page_len, on the CPU."""
+        pages = torch.tensor([-(-n // self.page_size) for n in kv_lens])
+        order = torch.randperm(self.num_pages, generator=self.generator)[: int(pages.sum())].int()
+        last = torch.tensor([(n - 1) % self.page_size + 1 if n else 1 for n in kv_lens], dtype=torch.int32)
+        return offsets(pages.tolist()), order, last
+
+    def expected(
+        self, q: Tensor, qo_lens: tuple[int, ...], table: tuple[Tensor, Tensor, Tensor], **options: Any
+    ) -> Tensor:
+        indptr, indices, last = table
+        masks, outs, begin = options.pop("masks", None), [], 0
+        for i, qo_len in enumerate(qo_lens):
+            k, v = paged_request(self.cache, "NHD", indices[indptr[i] : indptr[i + 1]].tolist(), int(last[i]))
+            mask = {} if masks is None else {"custom_mask": masks[i]}
+            outs.append(attention(q[begin : begin + qo_len], k, v, **options, **mask)[0])
+            begin += qo_len
+        return torch.cat(outs)
+
+
+def offsets(lengths: Any) -> Tensor:
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """What repeats the call: a replay of its CUDA graph, or the call itself on the CPU."""
+    call()
+    if device.type == "cpu":
+        return call
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def decode_wrapper(pool: Pool, batch_size: int, **options: Any) -> flashinfer.BatchDecodeWithPagedKVCacheWrapper:
+    return flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        pool.workspace(), "NHD", use_cuda_graph=True, use_tensor_cores=True,
+        paged_kv_indptr_buffer=pool.empty(batch_size + 1), paged_kv_indices_buffer=pool.empty(pool.num_pages),
+        paged_kv_last_page_len_buffer=pool.empty(batch_size), **options,
+    )  # fmt: skip
+
+
+def prefill_wrapper(pool: Pool, batch_size: int, **options: Any) -> flashinfer.BatchPrefillWithPagedKVCacheWrapper:
+    return flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+        pool.workspace(), "NHD", use_cuda_graph=True, backend="fa2", qo_indptr_buf=pool.empty(batch_size + 1),
+        paged_kv_indptr_buf=pool.empty(batch_size + 1), paged_kv_indices_buf=pool.empty(pool.num_pages),
+        paged_kv_last_page_len_buf=pool.empty(batch_size), **options,
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- decode
+
+
+@pytest.mark.parametrize("window_left", [-1, 40])
+def test_decode_planned_anew_through_the_cached_module(window_left: int, device: torch.device) -> None:
+    """Lengths on the CPU and page numbers in the wrapper's buffer, later plans past plan() with 15 arguments."""
+    pool, batch_size = Pool(device, 16), 3
+    wrapper = decode_wrapper(pool, batch_size)
+    assert wrapper._cached_module is None
+    q, out = pool.draw(batch_size, NUM_QO_HEADS, HEAD_DIM), pool.draw(batch_size, NUM_QO_HEADS, HEAD_DIM)
+    replay: Callable[[], Any] | None = None
+    for kv_lens in [(20, 5, 1), (900, 3, 1200), (17, 2000, 0)]:
+        table = indptr, indices, last_page_len = pool.table(kv_lens)
+        wrapper._paged_kv_indices_buf[: len(indices)].copy_(indices)
+        if replay is None:
+            wrapper.plan(
+                indptr, wrapper._paged_kv_indices_buf[: len(indices)], last_page_len, *SHAPES, 16, "NONE", window_left,
+                None, BF16, BF16, None, SM_SCALE, None, None, True,
+            )  # fmt: skip
+            replay = captured(lambda: wrapper.run(q, pool.cache, k_scale=1.0, v_scale=1.0, out=out), device)
+        else:
+            assert batch_size == wrapper._fixed_batch_size
+            wrapper._paged_kv_indptr_buf.copy_(indptr, non_blocking=True)
+            wrapper._paged_kv_last_page_len_buf.copy_(last_page_len, non_blocking=True)
+            wrapper._plan_info = wrapper._cached_module.plan(
+                wrapper._float_workspace_buffer, wrapper._int_workspace_buffer,
+                wrapper._pin_memory_int_workspace_buffer, torch.arange(batch_size + 1, dtype=torch.int32), indptr,
+                torch.tensor(kv_lens), batch_size, batch_size, *SHAPES[:2], 16, wrapper.is_cuda_graph_enabled, HEAD_DIM,
+                HEAD_DIM, False,
+            )  # fmt: skip
+            wrapper._pos_encoding_mode = "NONE"
+            wrapper._window_left, wrapper._logits_soft_cap, wrapper._sm_scale = window_left, 0.0, SM_SCALE
+            wrapper._rope_scale = wrapper._rope_theta = None
+        assert (wrapper._window_left, wrapper._logits_soft_cap, wrapper._sm_scale) == (window_left, 0.0, SM_SCALE)
+        out.fill_(math.nan)
+        replay()
+        lengths = (1,) * batch_size
+        assert_close(out, pool.expected(q, lengths, table, sm_scale=SM_SCALE, window_left=window_left))
+
+
+def test_decode_with_fast_decode_plan_in_place_of_begin_forward(device: torch.device) -> None:
+    """Pages of one entry, whose numbers the engine writes into the wrapper's own buffer; options at forward()."""
+    pool, batch_size = Pool(device, 1, 3000), 3
+    wrapper = decode_wrapper(pool, batch_size, backend="fa2")
+    indptr_buf, last_buf = wrapper._paged_kv_indptr_buf, wrapper._paged_kv_last_page_len_buf
+    last_buf.fill_(1)
+    cache = (pool.cache[:, 0].squeeze(1), pool.cache[:, 1].squeeze(1))
+    q = pool.draw(batch_size, NUM_QO_HEADS, HEAD_DIM)
+    out = torch.empty_like(q)
+
+    def layer() -> None:
+        result = wrapper.forward(
+            q, tuple(half.unsqueeze(1) for half in cache), sm_scale=SM_SCALE, logits_soft_cap=0.0, k_scale=None,
+            v_scale=None,
+        )  # fmt: skip
+        out.copy_(result)
+
+    replay: Callable[[], Any] | None = None
+    for kv_lens in [(1, 1, 1), (800, 3, 1500), (17, 1, 0)]:
+        table = indptr, indices, _ = pool.table(kv_lens)
+        indptr_buf.copy_(indptr)
+        wrapper._paged_kv_indices_buf[: len(indices)].copy_(indices)
+        common = dict(
+            data_type=BF16, q_data_type=BF16, non_blocking=True, fixed_split_size=None, disable_split_kv=False
+        )
+        if replay is not None:
+            assert wrapper.begin_forward.func is flashinfer.fast_decode_plan
+            common["global_override_indptr_cpu"] = indptr
+        wrapper.begin_forward(indptr_buf, wrapper._paged_kv_indices_buf, last_buf, *SHAPES, 1, **common)
+        if replay is None:
+            replay = captured(layer, device)
+            wrapper.begin_forward = functools.partial(flashinfer.fast_decode_plan, wrapper)
+        out.fill_(math.nan)
+        replay()
+        assert_close(out, pool.expected(q, (1,) * batch_size, table, sm_scale=SM_SCALE))
+
+
+def test_captured_run_with_a_wider_window_than_planned(device: torch.device) -> None:
+    """Options of forward() are its own: a later plan for a narrow window serves the captured run all the same."""
+    pool = Pool(device, 16)
+    wrapper = decode_wrapper(pool, 2)
+    q = pool.draw(2, NUM_QO_HEADS, HEAD_DIM)
+    out = torch.empty_like(q)
+    replay: Callable[[], Any] | None = None
+    for kv_lens in [(300, 20), (1500, 3000)]:
+        table = pool.table(kv_lens)
+        wrapper.plan(*(x.to(device) for x in table), *SHAPES, 16, q_data_type=BF16, window_left=40)
+        replay = replay or captured(lambda: out.copy_(wrapper.forward(q, pool.cache)), device)
+        out.fill_(math.nan)
+        replay()
+        assert_close(out, pool.expected(q, (1, 1), table))
+
+
+def test_fast_decode_plan_in_place_of_plan_keeps_the_output_dtype(device: torch.device) -> None:
+    pool = Pool(device, 16)
+    wrapper = decode_wrapper(pool, 1)
+    indices = [x.to(device) for x in pool.table((50,))]
+    hints = {"q_data_type": BF16, "q_len_per_req": 1, "fixed_split_size": -1}
+    wrapper.plan(*indices, *SHAPES, 16, o_data_type=torch.float16, **hints)
+    wrapper.plan = functools.partial(flashinfer.fast_decode_plan, wrapper)
+    wrapper.plan(*indices, *SHAPES, 16, **hints)
+    assert wrapper.run(pool.draw(1, NUM_QO_HEADS, HEAD_DIM), pool.cache).dtype == torch.float16
+
+
+# -------------------------------------------------------------------------------------------------------------- prefill
+
+
+@pytest.mark.parametrize("is_masked, soft_cap", [(False, 0.0), (False, 2.0), (True, 0.0)])
+def test_verification_planned_anew_through_the_cached_module(
+    is_masked: bool, soft_cap: float, device: torch.device
+) -> None:
+    """A few draft tokens a request. The engine fills index and mask buffers itself and passes 20 arguments. A soft cap
+    may bring another kernel than the planned one."""
+    pool, batch_size, width = Pool(device, 1, 3000), 3, 4
+    masks = {"custom_mask_buf": torch.zeros(8000, dtype=torch.uint8, device=device)} if is_masked else {}
+    wrapper = prefill_wrapper(
+        pool, batch_size, **masks, **({"mask_indptr_buf": pool.empty(batch_size + 1)} if is_masked else {})
+    )
+    assert wrapper._backend == "fa2" and wrapper._max_total_num_rows is None
+    assert (wrapper._custom_mask_buf is not None) == is_masked
+    qo_lens = (width,) * batch_size
+    qo_indptr, last = offsets(qo_lens), torch.ones(batch_size, dtype=torch.int32)
+    q = pool.draw(width * batch_size, NUM_QO_HEADS, HEAD_DIM)
+    out = torch.empty_like(q)
+
+    def layer() -> None:
+        out.copy_(
+            wrapper.forward(
+                q, pool.cache, causal=True, sm_scale=SM_SCALE, window_left=-1, logits_soft_cap=soft_cap, k_scale=None,
+                v_scale=None,
+            )
+        )  # fmt: skip
+
+    replay: Callable[[], Any] | None = None
+    for kv_lens in [(9, 4, 5), (900, 30, 1500), (17, 4, 700)]:
+        table = indptr, indices, _ = pool.table(kv_lens)
+        bits = [torch.rand(width, n, generator=pool.generator) < 0.6 for n in kv_lens]
+        on_device = [x.to(device) for x in (qo_indptr, indptr, indices, last)]
+        if replay is None:
+            wrapper.begin_forward(
+                *on_device, *SHAPES, 1, q_data_type=BF16, kv_data_type=BF16, non_blocking=True, fixed_split_size=None,
+                custom_mask=torch.cat([x.flatten() for x in bits]).to(device) if is_masked else None,
+                prefix_len_ptr=None, token_pos_in_items_ptr=None, token_pos_in_items_len=0, max_item_len_ptr=None,
+            )  # fmt: skip
+            replay = captured(layer, device)
+        else:
+            wrapper._qo_indptr_buf.copy_(on_device[0], non_blocking=True)
+            wrapper._paged_kv_indptr_buf.copy_(on_device[1], non_blocking=True)
+            wrapper._paged_kv_last_page_len_buf.copy_(on_device[3], non_blocking=True)
+            wrapper._paged_kv_indices_buf[: len(indices)].copy_(on_device[2], non_blocking=True)
+            if is_masked:
+                packed = [flashinfer.packbits(x.flatten(), bitorder="little") for x in bits]
+                wrapper._mask_indptr_buf.copy_(offsets([len(x) for x in packed]))
+                wrapper._custom_mask_buf[: sum(map(len, packed))].copy_(torch.cat(packed))
+            wrapper._max_total_num_rows = wrapper._batch_size = wrapper._block_tables = None
+            wrapper._plan_info = wrapper._cached_module.plan(
+                wrapper._float_workspace_buffer, wrapper._int_workspace_buffer,
+                wrapper._pin_memory_int_workspace_buffer, qo_indptr, indptr, torch.tensor(kv_lens), len(q), batch_size,
+                *SHAPES[:2], 1, wrapper.is_cuda_graph_enabled, HEAD_DIM, HEAD_DIM, False, -1, -1, False, 0, 0,
+            )  # fmt: skip
+        out.fill_(math.nan)
+        replay()
+        options: dict[str, Any] = {"masks": bits} if is_masked else {"causal": True}
+        assert_close(out, pool.expected(q, qo_lens, table, sm_scale=SM_SCALE, logits_soft_cap=soft_cap, **options))
+
+
+def test_captured_runs_that_see_other_keys_than_planned(device: torch.device) -> None:
+    pool, qo_lens = Pool(device, 16), (40, 33)
+    wrapper = prefill_wrapper(pool, 2)
+    q = pool.draw(sum(qo_lens), NUM_QO_HEADS, HEAD_DIM)
+    outs = torch.empty(2, *q.shape, dtype=BF16, device=device)
+    replay: Callable[[], Any] | None = None
+
+    def layers() -> None:
+        for out, causal in zip(outs, (False, True)):
+            out.copy_(wrapper.forward(q, pool.cache, causal=causal))
+
+    for kv_lens in [(40, 40), (2000, 700)]:
+        table = pool.table(kv_lens)
+        wrapper.plan(offsets(qo_lens), *table, *SHAPES, 16, causal=True, q_data_type=BF16)
+        replay = replay or captured(layers, device)
+        outs.fill_(math.nan)
+        replay()
+        for out, causal in zip(outs, (False, True)):
+            assert_close(out, pool.expected(q, qo_lens, table, causal=causal))
+
+
+def test_captures_of_several_sizes_share_a_wrapper(device: torch.device) -> None:
+    """Prefills captured for many and for few tokens; a plan does not say which of them is replayed next, nor whether
+    padding is."""
+    pool, batch_size = Pool(device, 16), 4
+    wrapper = prefill_wrapper(pool, batch_size)
+    buckets: dict[int, tuple[Tensor, Tensor, Callable[[], Any]]] = {}
+
+    def plan(qo_lens: tuple[int, ...], kv_lens: tuple[int, ...], where: str) -> tuple[Tensor, Tensor, Tensor]:
+        table = indptr, indices, last = pool.table(kv_lens)
+        index = [x.to(device if where == "device" else "cpu") for x in (offsets(qo_lens), indptr, indices, last)]
+        wrapper.begin_forward(*index, *SHAPES, 16, q_data_type=BF16, kv_data_type=BF16)
+        return table
+
+    def capture(num_tokens: int) -> None:
+        q = pool.draw(num_tokens, NUM_QO_HEADS, HEAD_DIM)
+        out = torch.empty_like(q)
+        replay = captured(lambda: out.copy_(wrapper.forward(q, pool.cache, causal=True)), device)
+        buckets[num_tokens] = q, out, replay
+
+    for num_tokens in (160, 8):
+        plan((num_tokens // 4,) * 4, (num_tokens // 4,) * 4, "device")
+        capture(num_tokens)
+    for where in ("device", "cpu"):
+        for num_tokens, qo_lens in [(160, (40, 40, 40, 40)), (8, (1, 5, 2, 0)), (160, (1, 1, 1, 0)), (8, (2, 2, 2, 2))]:
+            table = plan(qo_lens, (600, 77, 2000, 40), where)
+            q, out, replay = buckets[num_tokens]
+            out.fill_(math.nan)
+            replay()
+            assert_close(out[: sum(qo_lens)], pool.expected(q, qo_lens, table, causal=True))
+
+
+def test_prefill_planned_by_keywords(device: torch.device) -> None:
+    """Lengths on the CPU, hints of later releases, scales of one, names that say what was planned."""
+    pool, qo_lens, kv_lens = Pool(device, 16), (3, 40), (70, 40)
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(pool.workspace(), "NHD", backend="auto")
+    table = indptr, indices, last = pool.table(kv_lens)
+    wrapper.plan(
+        qo_indptr=offsets(qo_lens), paged_kv_indptr=indptr, paged_kv_indices=indices.to(device),
+        paged_kv_last_page_len=last, seq_lens=torch.tensor(kv_lens), num_qo_heads=NUM_QO_HEADS,
+        num_kv_heads=NUM_KV_HEADS, head_dim_qk=HEAD_DIM, page_size=16, causal=True, sm_scale=SM_SCALE, window_left=20,
+        logits_soft_cap=None, q_data_type=BF16, kv_data_type=BF16, o_data_type=BF16, fixed_split_size=-1,
+        disable_split_kv=False, block_tables=None,
+    )  # fmt: skip
+    assert wrapper._causal and wrapper._window_left == 20
+    assert wrapper._logits_soft_cap == 0.0 and wrapper._sm_scale == SM_SCALE
+    q = pool.draw(sum(qo_lens), NUM_QO_HEADS, HEAD_DIM)
+    halves, out = (pool.cache[:, 0], pool.cache[:, 1]), torch.empty_like(q)
+    wrapper.run(q, halves, q_scale=1.0, k_scale=1.0, v_scale=1.0, out=out, kv_cache_sf=None)
+    assert_close(out, pool.expected(q, qo_lens, table, causal=True, window_left=20, sm_scale=SM_SCALE))
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+ON_CPU = torch.device("cpu")
+ANY_TENSOR = torch.zeros(1)
+
+
+def planned_wrappers() -> list[Any]:
+    pool = Pool(ON_CPU, 16, 8)
+    decode, prefill = decode_wrapper(pool, 1), prefill_wrapper(pool, 1)
+    ragged = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(pool.workspace())
+    table = pool.table((5,))
+    for wrapper, index in (
+        (decode, (*table, *SHAPES, 16)),
+        (prefill, (offsets((1,)), *table, *SHAPES, 16)),
+        (ragged, (offsets((1,)), offsets((5,)), *SHAPES)),
+    ):
+        wrapper.plan_again = functools.partial(wrapper.plan, *index, q_data_type=BF16)
+        wrapper.plan_again()
+    return [decode, prefill, ragged]
+
+
+@pytest.fixture(scope="module")
+def wrappers() -> list[Any]:
+    return planned_wrappers()
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("prefix_len_ptr", ANY_TENSOR), ("token_pos_in_items_len", 3), ("fixed_split_size", 2048), ("q_len_per_req", 2),
+        ("window_right", 8), ("sinks", ANY_TENSOR), ("kv_cache_sf", (ANY_TENSOR, ANY_TENSOR)), ("lse_base", "ln"),
+        ("skip_softmax_threshold_scale_factor", 0.5), ("v_indptr", ANY_TENSOR),
+    ],
+)  # fmt: skip
+def test_what_is_not_here_is_refused(name: str, value: Any, wrappers: list[Any]) -> None:
+    for wrapper in wrappers:
+        run = functools.partial(wrapper.run, *[None] * (3 if "ragged" in wrapper._op_name else 2))
+        for call in (wrapper.plan_again, run):
+            with pytest.raises(UnsupportedConfig, match=rf"{name} asks for .* expected .* got .* Next step"):
+                call(**{name: value})
+
+
+def test_unknown_arguments_are_refused(wrappers: list[Any]) -> None:
+    for wrapper in wrappers:
+        with pytest.raises(TypeError, match="unexpected argument 'window_lift'"):
+            wrapper.plan_again(window_lift=3)
+
+
+def test_output_dtype_of_prefill(wrappers: list[Any]) -> None:
+    for wrapper in wrappers[1:]:
+        with pytest.raises(UnsupportedConfig, match=r"o_data_type is .*expected that of q"):
+            wrapper.plan_again(o_data_type=torch.float32)
+
+
+def test_scales_in_tensors_are_refused(wrappers: list[Any]) -> None:
+    decode, prefill, _ = wrappers
+    for wrapper in (decode, prefill):
+        q, cache = torch.zeros(1, NUM_QO_HEADS, HEAD_DIM, dtype=BF16), Pool(ON_CPU, 16, 8).cache
+        with pytest.raises(UnsupportedConfig, match="a scale is a tensor"):
+            wrapper.run(q, cache, k_scale=torch.ones(1))
+
+
+def test_private_names(wrappers: list[Any]) -> None:
+    for wrapper in wrappers:
+        wrapper._sm_scale = wrapper._logits_soft_cap = None  # the defaults, as planned
+        with pytest.raises(UnsupportedConfig, match=r"_window_left was planned as -1 .* got 5\. Next step: call plan"):
+            wrapper._window_left = 5
+        with pytest.raises(UnsupportedConfig, match=r"plans anew what plan\(\) described"):
+            wrapper._cached_module.plan(*[None] * 7, 17, *SHAPES[:2], 16, True, HEAD_DIM, HEAD_DIM, False)
+    fresh = decode_wrapper(Pool(ON_CPU, 16, 8), 1)
+    assert fresh._cached_module is None and not hasattr(fresh, "_sm_scale")
+
+
+def test_backend_where_later_releases_have_it() -> None:
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(0), "NHD", False, True, None, None, None, "fa3"
+    )  # fmt: skip
+    assert wrapper._backend == "fa3"
