@@ -32,6 +32,7 @@ CASES = [
     Case("merged_in_groups", kv_lens=(9000, 0, 8500, 40, 2), heads=(8, 1)),
     Case("merged_in_groups_head_dim_96", kv_lens=(12000,), heads=(4, 1), head_dim=96),
     Case("merged_in_groups_head_dim_256", kv_lens=(12000, 700), heads=(3, 1), head_dim=256),
+    Case("merged_in_groups_e4m3_head_dim_64", kv_lens=(20000,), heads=(4, 1), head_dim=64, kv_dtype=E4M3),
     Case("many_short", kv_lens=tuple(range(1, 120))),
     Case("no_kv", kv_lens=(0, 5, 0, 0, 300, 0)),
     Case("only_no_kv", kv_lens=(0, 0, 0)),
@@ -489,7 +490,8 @@ def test_workspace_too_small() -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("axes", [
-    {}, {"head_dim": 64}, {"head_dim": 256}, {"group_size": 16}, {"kv_dtype": "fp8_e4m3"}, {"kv_storage": "single"},
+    {}, {"head_dim": 64}, {"head_dim": 256}, {"group_size": 16}, {"kv_dtype": "fp8_e4m3"},
+    {"kv_dtype": "fp8_e4m3", "head_dim": 64}, {"kv_storage": "single"},
 ], ids=str)  # fmt: skip
 def test_core_kernels_do_not_spill(axes: dict[str, Any], arch: str) -> None:
     from flashinfer.jit import source, toolchain

@@ -149,9 +149,11 @@ struct PartialRun {
 template <class Config, class Store>
 __device__ __forceinline__ void merge_run(const AttentionParams& params, const HeadBlock& heads, const PartialRun& run,
                                           const Store& store) {
-  using Piece = RowPiece<Config, 4>;
+  constexpr bool kFewRegisters = Config::kMinBlocksPerSm > 1;
+  using Piece = RowPiece<Config, kFewRegisters ? 1 : 4>;
   using Vector = Vec<float, Piece::kVec>;
   constexpr int kNumWarps = Config::kNumThreads / kWarpSize;
+  constexpr int kBatch = kFewRegisters ? 8 : 16;  // loads in flight, as the registers allow
   const int warp_idx = threadIdx.x / kWarpSize, lane_idx = threadIdx.x % kWarpSize;
   const ResultWriter<Config> writer{params};
   const uint32_t lse_stride = run.slot_stride() * params.num_qo_heads, out_stride = lse_stride * Config::kHeadDimVo;
@@ -163,21 +165,21 @@ __device__ __forceinline__ void merge_run(const AttentionParams& params, const H
     const int32_t origin = run.first_slot() - run.starts_request;
     const float* out_gmem = writer.partial_out(origin, head, element);
     const float* lse_gmem = &writer.partial_lse(origin, head);
-    for (int32_t first = 0; first < run.count; first += kMergeBatch) {
+    for (int32_t first = 0; first < run.count; first += kBatch) {
       const int32_t num_left = run.count - first;
       const uint32_t shift_0 = first == 0 && run.starts_request ? params.num_qo_heads : 0;
       float lse = kMinusInfinity;
-      if (lane_idx < min(num_left, kMergeBatch))
+      if (lane_idx < min(num_left, kBatch))
         lse = __ldcg(lse_gmem + lane_idx * lse_stride + (lane_idx == 0 ? shift_0 : 0));
-      Vector x[kMergeBatch];
+      Vector x[kBatch];
 #pragma unroll
-      for (uint32_t i = 0; i < kMergeBatch; ++i) {
+      for (uint32_t i = 0; i < kBatch; ++i) {
         x[i] = {};
         if (i < num_left)
           x[i] = Vector::load_from_l2(out_gmem + i * out_stride + (i == 0 ? shift_0 * Config::kHeadDimVo : 0));
       }
-      lse_gmem += kMergeBatch * lse_stride;
-      out_gmem += kMergeBatch * out_stride;
+      lse_gmem += kBatch * lse_stride;
+      out_gmem += kBatch * out_stride;
       const float new_max = fmaxf(max, warp_reduce(lse, Max{}));
       const float shift = new_max == kMinusInfinity ? 0.f : new_max;
       const float weight = fast_exp2(lse - shift), decay = fast_exp2(max - shift);
@@ -186,7 +188,7 @@ __device__ __forceinline__ void merge_run(const AttentionParams& params, const H
 #pragma unroll
       for (int j = 0; j < Piece::kVec; ++j) out[j] *= decay;
 #pragma unroll
-      for (int i = 0; i < kMergeBatch; ++i) {
+      for (int i = 0; i < kBatch; ++i) {
         const float weight_i = __shfl_sync(0xffffffffu, weight, i);
 #pragma unroll
         for (int j = 0; j < Piece::kVec; ++j) out[j] += x[i][j] * weight_i;
@@ -210,8 +212,8 @@ __device__ __forceinline__ void merge_request(const AttentionParams& params, con
   bool is_group = request.num_chunks > kMaxUngrouped;
   PartialRun run{request.first_chunk, 1, request.num_chunks, true};
   if (is_group) {
-    const int32_t first = (int32_t(blockIdx.y) - request.first_chunk) / kMergeBatch * kMergeBatch;
-    run = {request.first_chunk + first, 1, min(request.num_chunks - first, kMergeBatch), first == 0};
+    const int32_t first = (int32_t(blockIdx.y) - request.first_chunk) / kMergeGroup * kMergeGroup;
+    run = {request.first_chunk + first, 1, min(request.num_chunks - first, kMergeGroup), first == 0};
   }
 #pragma unroll 1
   while (true) {
@@ -226,7 +228,7 @@ __device__ __forceinline__ void merge_request(const AttentionParams& params, con
     });
     if (!is_group) return;
     is_group = false;
-    run = {request.first_chunk + num_chunks, kMergeBatch, ceil_div(request.num_chunks, kMergeBatch), true};
+    run = {request.first_chunk + num_chunks, kMergeGroup, ceil_div(request.num_chunks, kMergeGroup), true};
   }
 }
 

@@ -23,8 +23,8 @@ struct ChunkSplit {
   }
 };
 
-// A block merges so many partial results in one go; a request of more than kMaxUngrouped is merged in groups of them.
-constexpr int32_t kMergeBatch = 16, kMaxUngrouped = 3 * kMergeBatch;
+// A request of more than kMaxUngrouped partial results has them merged in groups of kMergeGroup first.
+constexpr int32_t kMergeGroup = 16, kMaxUngrouped = 48;
 
 // Where a request's partial result of one chunk is kept. A chunk makes at most two: of the request it begins within and
 // of the request that goes on after it. The latter starts in this chunk, which is what tells the two apart.

@@ -261,6 +261,8 @@ struct WarpState {
       }
 #pragma unroll
       for (int i = 0; i < 4 * Tile::kVoTiles; ++i) out_rmem[t][i / 4][i % 4] = 0.f;
+#pragma unroll
+      for (int i = 0; i < 2 * Tile::kQkSteps; ++i) q_rmem[t][i / 2][i % 2] = 0;  // overwritten by take_query
     }
   }
 
