@@ -1,4 +1,5 @@
-"""Norms, activations, RoPE, paged append, fp8 outputs, packing and the fused operators, beside what they replace.
+"""Norms, activations, RoPE, paged append, fp8 outputs, packing, merging and the fused operators, beside what they
+replace.
 
 python benchmarks/bench_elementwise.py [--only norm,rope] [--peer FOLDER]
 
@@ -28,6 +29,7 @@ CASES: dict[str, list[Any]] = {
     "fused": [1, 64, 8192],
     "quant": [64, 8192],
     "pack": [1 << 20, 1 << 28],
+    "merge": [64, 8192],
 }
 Call = Callable[[], Any]
 Row = tuple[str, str, int, list[Call], list[Call]]  # operator, shape, bytes, calls, those it replaces
@@ -265,6 +267,21 @@ def pack_rows(size: int) -> Iterator[Row]:
     yield "segment_packbits, 16", shape, num_bytes, calls, []
 
 
+def merge_rows(num_tokens: int) -> Iterator[Row]:
+    for num_states in (2, 8):
+        shape = (num_tokens, num_states, NUM_QO_HEADS)
+        num_bytes = num_tokens * (num_states + 1) * NUM_QO_HEADS * (HEAD_DIM * 2 + 4)
+        states = [(randn(*shape, HEAD_DIM), randn(*shape, dtype=torch.float32)) for _ in range(copies_for(num_bytes))]
+        text = f"{num_states} of {num_tokens} x {NUM_QO_HEADS} x {HEAD_DIM}"
+        yield "merge_states", text, num_bytes, [lambda v=v, s=s: flashinfer.merge_states(v, s) for v, s in states], []
+        if num_states == 2:
+            pairs = [
+                (*(x.contiguous() for x in v.unbind(1)), *(x.contiguous() for x in s.unbind(1))) for v, s in states
+            ]
+            calls = [partial(flashinfer.merge_state, v, s, w, u) for v, w, s, u in pairs]
+            yield "merge_state", text, num_bytes, calls, []
+
+
 ROWS: dict[str, Callable[[Any], Iterator[Row]]] = {
     "norm": norm_rows,
     "activation": activation_rows,
@@ -273,6 +290,7 @@ ROWS: dict[str, Callable[[Any], Iterator[Row]]] = {
     "fused": fused_rows,
     "quant": quant_rows,
     "pack": pack_rows,
+    "merge": merge_rows,
 }
 
 

@@ -94,7 +94,10 @@ def top_p_renorm_probs(
 def top_k_renorm_probs(
     probs: torch.Tensor, top_k: Union[torch.Tensor, int], is_deterministic: bool = False
 ) -> torch.Tensor:
-    """Keep each row's top-k set and scale it to sum 1; zero elsewhere. Otherwise as `top_p_renorm_probs`."""
+    """Keep each row's top-k set and scale it to sum 1; zero elsewhere. Otherwise as `top_p_renorm_probs`.
+
+    The result is deterministic, whatever is_deterministic says.
+    """
     return launching.normalize("top_k_renorm_probs", probs, (top_k, None, None))
 
 
