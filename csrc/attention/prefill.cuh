@@ -7,7 +7,8 @@
 // and LSE in the workspace, and the CTAs that finish last merge them.
 //
 //   prefill_queue.cuh    which unit of work a CTA does next
-//   prefill_tile.cuh     geometry, shared memory, loads, Q Kᵀ and P V
+//   prefill_tile.cuh     geometry, shared memory, Q Kᵀ and P V
+//   prefill_load.cuh     how rows come in
 //   prefill_softmax.cuh  what happens to the scores in between
 //   prefill_output.cuh   the end of a unit: normalize, store, merge
 //
@@ -15,6 +16,7 @@
 // costs loads in flight. Hence the units of work in shared memory, and addresses that start from fresh_thread_idx().
 #pragma once
 
+#include "attention/prefill_load.cuh"
 #include "attention/prefill_output.cuh"
 #include "attention/prefill_queue.cuh"
 #include "attention/prefill_softmax.cuh"

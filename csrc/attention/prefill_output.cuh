@@ -2,6 +2,7 @@
 // were split is merged by the CTAs that finish its chunks last.
 #pragma once
 
+#include "attention/prefill_load.cuh"
 #include "attention/prefill_softmax.cuh"
 
 namespace flashinfer {

@@ -6,10 +6,8 @@ A plan is one small kernel and never waits for the device.
 from __future__ import annotations
 
 import itertools
-import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
 import torch
@@ -20,53 +18,14 @@ from flashinfer.attention import prefill_launch as launches
 from flashinfer.attention.engine_names import EngineNames, Planned, require_no_jit_args, require_number_scales
 from flashinfer.attention.kv_cache import KvStrides, PagedCache
 from flashinfer.attention.mask import take_mask
-from flashinfer.attention.prefill_launch import Extent, Launch, PlannerLaunch, Schedule
+from flashinfer.attention.prefill_launch import Extent, Schedule
+from flashinfer.attention.prefill_problem import Problem, Run, extent_of
 from flashinfer.attention.variant import Variant
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.kernels.attention import fast_divisor
-from flashinfer.kernels.prefill import SHORT_ROWS
 
 DataType = Union[str, torch.dtype]
 Result = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One signature of run() under one problem: checked, laid out but for the addresses."""
-
-    launch: Launch
-    new_out: _op.Allocate
-    new_lse: _op.Allocate
-    extent: Extent
-    short_queries: bool
-    v_offset: int  # of V after K in a cache of one tensor
-    is_empty: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """What a plan fixed, but for where the index tensors are, and the runs seen under it."""
-
-    batch_size: int
-    num_qo_heads: int
-    num_kv_heads: int
-    head_dim_qk: int
-    head_dim_vo: int
-    page_size: int
-    q_dtype: torch.dtype
-    kv_dtype: torch.dtype
-    mask: str
-    variant: Variant
-    schedule: Optional[Schedule]
-    planner: Optional[PlannerLaunch]
-    runs: _op.Memo[_Run] = field(default_factory=_op.Memo)
-    extents: dict[bool, Extent] = field(default_factory=dict)  # of the planned options, for long and short queries
-
-    def is_short(self, num_tokens: int, otherwise: bool = False) -> bool:
-        """Whether the tile for short queries serves this many tokens best; `otherwise` where the number is negative."""
-        if num_tokens < 0:
-            return otherwise
-        return num_tokens * (self.num_qo_heads // self.num_kv_heads) <= SHORT_ROWS * self.batch_size
 
 
 class BatchPrefill(EngineNames):
@@ -191,7 +150,7 @@ class BatchPrefill(EngineNames):
             kernel = self._kernel(
                 problem, problem.q_dtype, problem.kv_dtype, problem.mask, problem.variant, short_queries
             )
-            extent = problem.extents[short_queries] = _extent(kernel, problem.mask, problem.variant)
+            extent = problem.extents[short_queries] = extent_of(kernel, problem.mask, problem.variant)
         return extent
 
     def _describe(
@@ -394,7 +353,7 @@ class BatchPrefill(EngineNames):
         scales: tuple[Optional[float], Optional[float], Optional[float]],
         pdl: Optional[bool],
         overrides: Optional[tuple[Any, ...]],
-    ) -> _Run:
+    ) -> Run:
         op = self._op_name
         if q.dim() != 3 or q.shape[1:] != (problem.num_qo_heads, problem.head_dim_qk):
             raise ValueError(
@@ -436,44 +395,10 @@ class BatchPrefill(EngineNames):
         v_offset = kv.stride(1) * kv.element_size() if isinstance(kv, torch.Tensor) else 0
         is_empty = q.shape[0] == 0 or problem.batch_size == 0
         new_lse = _op.allocator(q.shape[:2], torch.float32, self.device)
-        return _Run(launch, new_out, new_lse, _extent(kernel, mask, variant), short, v_offset, is_empty)
+        return Run(launch, new_out, new_lse, extent_of(kernel, mask, variant), short, v_offset, is_empty)
 
     def _strides(self, problem: Problem, kv: PagedCache) -> KvStrides:
         raise NotImplementedError
-
-
-def num_tokens_of(qo_indptr: torch.Tensor, later: dict[str, Any]) -> int:
-    """As far as the host knows without asking the device; -1 if not at all."""
-    if qo_indptr.device.type == "cpu":
-        return int(qo_indptr[-1])
-    longest = later.get("max_token_per_sequence")
-    return int(longest) * (qo_indptr.shape[0] - 1) if longest is not None else -1
-
-
-def _extent(kernel: launches.PrefillKernel, mask: str, variant: Variant) -> Extent:
-    return Extent(mask == "causal", variant.window_left, kernel.block_m, kernel.block_n, kernel.num_ctas)
-
-
-def forward_overrides(
-    q: torch.Tensor,
-    causal: bool,
-    pos_encoding_mode: str,
-    window_left: int,
-    logits_soft_cap: Optional[float],
-    sm_scale: Optional[float],
-    rope_scale: Optional[float],
-    rope_theta: Optional[float],
-) -> tuple[Any, ...]:
-    """forward() takes every option from its own arguments, defaults included, whatever was planned."""
-    return (
-        causal,
-        pos_encoding_mode,
-        window_left,
-        0.0 if logits_soft_cap is None else logits_soft_cap,
-        1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else sm_scale,
-        1.0 if rope_scale is None else rope_scale,
-        1e4 if rope_theta is None else rope_theta,
-    )
 
 
 _handles = itertools.count()

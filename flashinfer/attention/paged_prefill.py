@@ -6,16 +6,10 @@ from typing import Any, Optional
 
 import torch
 
-from flashinfer.attention.batch_prefill import (
-    BatchPrefill,
-    DataType,
-    Problem,
-    Result,
-    forward_overrides,
-    num_tokens_of,
-)
+from flashinfer.attention.batch_prefill import BatchPrefill, DataType, Result
 from flashinfer.attention.engine_names import check_later_arguments
 from flashinfer.attention.kv_cache import KvStrides, PagedCache, PagedKv
+from flashinfer.attention.prefill_problem import Problem, forward_overrides, num_tokens_of
 
 
 class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):

@@ -8,16 +8,10 @@ import torch
 
 from flashinfer import _op
 from flashinfer.attention import prefill_launch as launches
-from flashinfer.attention.batch_prefill import (
-    BatchPrefill,
-    DataType,
-    Problem,
-    Result,
-    forward_overrides,
-    num_tokens_of,
-)
+from flashinfer.attention.batch_prefill import BatchPrefill, DataType, Result
 from flashinfer.attention.engine_names import check_later_arguments
 from flashinfer.attention.kv_cache import KvStrides, PagedCache
+from flashinfer.attention.prefill_problem import Problem, forward_overrides, num_tokens_of
 
 
 class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
