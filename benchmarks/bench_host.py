@@ -20,8 +20,8 @@ from common import environment, host_us, print_table
 
 import flashinfer
 from flashinfer import sampling, target
-from flashinfer.jit import resolver
-from flashinfer.kernels.norm import RMSNORM, vec_size
+from flashinfer.families.norm import RMSNORM, vec_size
+from flashinfer.jit import default_resolver
 
 # In a process of its own: from the request to the launch of the first kernel, torch being initialized.
 FIRST_CALL = """
@@ -160,7 +160,7 @@ def main() -> None:
         add_residual=False,
         gemma=False,
     )
-    load = resolver().load
+    load = default_resolver().load
     load(spec)
     start = time.perf_counter()
     for _ in range(100_000):

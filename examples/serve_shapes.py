@@ -22,7 +22,7 @@ from torch.nn import functional
 
 import flashinfer
 from flashinfer.aot.config import Model, find_config, read_config
-from flashinfer.jit import resolver
+from flashinfer.jit import default_resolver
 
 NUM_LAYERS = 2
 VOCABULARY = 4096
@@ -205,7 +205,7 @@ class Decoder:
 
 
 def serve(model: Model, weights: Weights, device: str, dtype: torch.dtype) -> None:
-    answered = resolver().answered_by
+    answered = default_resolver().answered_by
     known = set(answered)
     num_pages = 2 * MAX_BATCH
     decoder, scheduler = Decoder(model, weights, num_pages, device, dtype), Scheduler(num_pages)

@@ -6,14 +6,16 @@ from typing import Optional
 
 import torch
 
-from flashinfer import _op, _scale, dtypes, target
-from flashinfer._scale import Scale
+from flashinfer import dtypes, target
 from flashinfer.errors import UnsupportedConfig
-from flashinfer.jit import ArgValue, resolver
+from flashinfer.families.activation import ACT_AND_MUL, ACT_AND_MUL_QUANT
+from flashinfer.families.layout import FP8_DTYPES
+from flashinfer.families.norm import vec_size
+from flashinfer.host import checks, memo, quant_scale, traced
+from flashinfer.host.quant_scale import Scale
+from flashinfer.host.rows import even_rows
+from flashinfer.jit import ArgValue, default_resolver
 from flashinfer.jit.loader import PreparedLaunch
-from flashinfer.kernels._params import FP8_DTYPES
-from flashinfer.kernels.activation import ACT_AND_MUL, ACT_AND_MUL_QUANT
-from flashinfer.kernels.norm import vec_size
 
 __all__ = ["silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul_quant"]
 
@@ -68,7 +70,7 @@ def silu_and_mul_quant(
     Raises: as `silu_and_mul`.
     """
     if torch.compiler.is_dynamo_compiling():
-        _compiled_quant(out, input, *_scale.split(scale), enable_pdl)
+        _compiled_quant(out, input, *quant_scale.split(scale), enable_pdl)
     else:
         _run_quant(out, input, scale, enable_pdl)
     return out
@@ -78,22 +80,29 @@ def _run_quant(out: torch.Tensor, input: torch.Tensor, scale: Scale, enable_pdl:
     op = "silu_and_mul_quant"
     input_ptr, output_ptr = input.data_ptr(), out.data_ptr()
     alignment = (input_ptr | output_ptr) & 15
-    key = (op, enable_pdl, alignment, _op.signature(input), _op.signature(out), _scale.signature(scale))
+    key = (
+        op,
+        enable_pdl,
+        alignment,
+        memo.signature(input),
+        memo.signature(out),
+        quant_scale.signature(scale),
+    )
     launch = _memo.get(key)
     if launch is None:
-        _scale.check(op, "scale", scale, input)
+        quant_scale.check(op, "scale", scale, input)
         launch = _memo.remember(key, _prepare(op, "silu", input, out, enable_pdl))
-    launch(*_scale.values(scale), input_ptr, output_ptr)
+    launch(*quant_scale.values(scale), input_ptr, output_ptr)
 
 
-_compiled_quant = _op.compiled_op(
-    f"silu_and_mul_quant(Tensor(a!) out, Tensor input, {_scale.SCHEMA.format('scale')}, bool? pdl) -> ()",
-    lambda out, input, scale, scale_value, pdl: _run_quant(out, input, _scale.join(scale, scale_value), pdl),
+_compiled_quant = traced.compiled_op(
+    f"silu_and_mul_quant(Tensor(a!) out, Tensor input, {quant_scale.SCHEMA.format('scale')}, bool? pdl) -> ()",
+    lambda out, input, scale, scale_value, pdl: _run_quant(out, input, quant_scale.join(scale, scale_value), pdl),
 )
 
 
 # Called with the addresses of input and output, after the scale of an fp8 output.
-_memo: _op.Memo[PreparedLaunch] = _op.Memo()
+_memo: memo.Memo[PreparedLaunch] = memo.Memo()
 
 
 def _act_and_mul(
@@ -110,36 +119,36 @@ def _act_and_mul(
 
 def _run(op: str, gate: str, input: torch.Tensor, out: torch.Tensor, pdl: Optional[bool]) -> None:
     input_ptr, output_ptr = input.data_ptr(), out.data_ptr()
-    key = (op, pdl, (input_ptr | output_ptr) & 15, *_op.signature(input), *_op.signature(out))
+    key = (op, pdl, (input_ptr | output_ptr) & 15, *memo.signature(input), *memo.signature(out))
     launch = _memo.get(key)
     if launch is None:
         launch = _memo.remember(key, _prepare(op, gate, input, out, pdl))
     launch(input_ptr, output_ptr)
 
 
-_compiled = _op.compiled_op("act_and_mul(str op, str gate, Tensor input, Tensor(a!) out, bool? pdl) -> ()", _run)
+_compiled = traced.compiled_op("act_and_mul(str op, str gate, Tensor input, Tensor(a!) out, bool? pdl) -> ()", _run)
 
 
 def _prepare(op: str, gate: str, input: torch.Tensor, out: torch.Tensor, pdl: Optional[bool]) -> PreparedLaunch:
-    _op.require(
+    checks.require(
         input.dim() >= 1 and input.shape[-1] % 2 == 0,
         op,
         f"input has shape {list(input.shape)}; expected [..., 2 * hidden_size], an even last dimension",
     )
     hidden_size = input.shape[-1] // 2
     expected = [*input.shape[:-1], hidden_size]
-    _op.require(list(out.shape) == expected, op, f"out has shape {list(out.shape)}; expected {expected}")
+    checks.require(list(out.shape) == expected, op, f"out has shape {list(out.shape)}; expected {expected}")
     is_quant = op.endswith("_quant")
     if is_quant:
-        _op.require_device(op, "out", out, input)
+        checks.require_device(op, "out", out, input)
         if dtypes.short_name(out.dtype) not in FP8_DTYPES:
             raise UnsupportedConfig(f"{op}: out is {out.dtype}; expected float8_e4m3fn or float8_e5m2")
     else:
-        _op.require_dtype_device(op, "out", out, input)
+        checks.require_dtype_device(op, "out", out, input)
     dtype = dtypes.short_name(input.dtype)
     if dtype not in ACT_AND_MUL.axes["dtype"]:
         raise UnsupportedConfig(f"{op}: input is {input.dtype}; expected float16, bfloat16 or float32")
-    input_stride, output_stride = _op.even_rows(op, "input", input), _op.even_rows(op, "out", out)
+    input_stride, output_stride = even_rows(op, "input", input), even_rows(op, "out", out)
     if out.numel() == 0:
         return lambda *_: None
 
@@ -154,10 +163,10 @@ def _prepare(op: str, gate: str, input: torch.Tensor, out: torch.Tensor, pdl: Op
     axes: dict[str, ArgValue] = {"dtype": dtype, "gate": gate, "vec_size": width}
     if is_quant:
         axes["out_dtype"] = dtypes.short_name(out.dtype)
-    launcher = resolver().load(family.spec(target.of_device(input.device), **axes)).on(device_index, pdl=pdl)
+    launcher = default_resolver().load(family.spec(target.of_device(input.device), **axes)).on(device_index, pdl=pdl)
     num_rows = out.numel() // hidden_size
     columns_per_block = launcher.config.launch.num_threads * int(launcher.config.constants["kVecsPerThread"]) * width
     grid = (num_rows, -(-hidden_size // columns_per_block), 1)
-    leading = [*_scale.NO_VALUES, 0, 0] if is_quant else [0, 0]
+    leading = [*quant_scale.NO_VALUES, 0, 0] if is_quant else [0, 0]
     strides = (input_stride, output_stride)
     return launcher.prepare(grid, *leading, *strides, num_rows, hidden_size, varying=len(leading))

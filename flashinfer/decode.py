@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from flashinfer.attention.decode import (
+from flashinfer.attention.decode.paged import (
     BatchDecodeWithPagedKVCacheWrapper,
     CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
     fast_decode_plan,
 )
-from flashinfer.attention.single_decode import single_decode_with_kv_cache
+from flashinfer.attention.decode.single import single_decode_with_kv_cache
 
 __all__ = [
     "BatchDecodeWithPagedKVCacheWrapper",

@@ -6,13 +6,15 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from flashinfer import _op, _scale, dtypes, target
-from flashinfer._scale import Scale
+from flashinfer import dtypes, target
 from flashinfer.errors import UnsupportedConfig
-from flashinfer.jit import ArgValue, Family, KernelSpec, resolver
+from flashinfer.families.layout import FP8_DTYPES
+from flashinfer.families.norm import LAYERNORM, RMSNORM, RMSNORM_QUANT, vec_size
+from flashinfer.host import checks, memo, quant_scale, traced
+from flashinfer.host.quant_scale import Scale
+from flashinfer.host.rows import even_rows, grouped_rows
+from flashinfer.jit import ArgValue, Family, KernelSpec, default_resolver
 from flashinfer.jit.loader import PreparedLaunch
-from flashinfer.kernels._params import FP8_DTYPES
-from flashinfer.kernels.norm import LAYERNORM, RMSNORM, RMSNORM_QUANT, vec_size
 
 __all__ = [
     "rmsnorm",
@@ -167,10 +169,10 @@ _Inputs = tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, Optional[tor
 
 class _Prepared(NamedTuple):
     launch: PreparedLaunch  # takes the addresses of inputs and output, after those of the scale if that is quantized
-    new_output: _op.Allocate
+    new_output: memo.Allocate
 
 
-_memo: _op.Memo[_Prepared] = _op.Memo()
+_memo: memo.Memo[_Prepared] = memo.Memo()
 
 
 def _normalize(
@@ -189,7 +191,7 @@ def _normalize(
     input_ptr, weight_ptr = input.data_ptr(), weight.data_ptr()
     residual_ptr = 0 if residual is None else residual.data_ptr()
     output_ptr = 0 if output is None else output.data_ptr()  # a new output is aligned
-    # Written out rather than through _op.signature: three calls cost as much as the rest of this function.
+    # Written out rather than through quant_scale.signature: three calls cost as much as the rest of this function.
     key = (
         op,
         pdl,
@@ -203,9 +205,9 @@ def _normalize(
         weight.shape,
         weight.stride(),
         weight.get_device(),
-        output is input if output is input or output is None else _op.signature(output),
-        None if residual is None else _op.signature(residual),
-        None if bias is None else _op.signature(bias),
+        output is input if output is input or output is None else memo.signature(output),
+        None if residual is None else memo.signature(residual),
+        None if bias is None else memo.signature(bias),
     )
     prepared = _memo.get(key)
     if prepared is None:
@@ -223,7 +225,7 @@ def _normalize_quant(
 ) -> None:
     input, residual, weight, _ = inputs
     if torch.compiler.is_dynamo_compiling():
-        _compiled_quant(op, output, input, residual, weight, *_scale.split(scale), eps, pdl)
+        _compiled_quant(op, output, input, residual, weight, *quant_scale.split(scale), eps, pdl)
         return
     input_ptr, weight_ptr, output_ptr = input.data_ptr(), weight.data_ptr(), output.data_ptr()
     residual_ptr = 0 if residual is None else residual.data_ptr()
@@ -232,54 +234,54 @@ def _normalize_quant(
         pdl,
         eps,
         (input_ptr | weight_ptr | output_ptr | residual_ptr) & 15,
-        _op.signature(input),
-        _op.signature(weight),
-        _op.signature(output),
-        None if residual is None else _op.signature(residual),
-        _scale.signature(scale),
+        memo.signature(input),
+        memo.signature(weight),
+        memo.signature(output),
+        None if residual is None else memo.signature(residual),
+        quant_scale.signature(scale),
     )
     prepared = _memo.get(key)
     if prepared is None:
-        _scale.check(op, "scale", scale, input)
+        quant_scale.check(op, "scale", scale, input)
         prepared = _memo.remember(key, _prepare(op, inputs, output, eps, pdl))
-    prepared.launch(*_scale.values(scale), input_ptr, residual_ptr, weight_ptr, 0, output_ptr)
+    prepared.launch(*quant_scale.values(scale), input_ptr, residual_ptr, weight_ptr, 0, output_ptr)
 
 
-_compiled = _op.compiled_op(
+_compiled = traced.compiled_op(
     "normalize(str op, Tensor input, Tensor weight, Tensor? bias, Tensor(a!) output, float eps, bool? pdl) -> ()",
     lambda op, input, weight, bias, output, *rest: _normalize(op, (input, None, weight, bias), output, *rest),
 )
-_compiled_add = _op.compiled_op(
+_compiled_add = traced.compiled_op(
     "add_and_normalize(str op, Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps, bool? pdl) -> ()",
     lambda op, input, residual, weight, *rest: _normalize(op, (input, residual, weight, None), input, *rest),
 )
-_compiled_quant = _op.compiled_op(
+_compiled_quant = traced.compiled_op(
     "normalize_quant(str op, Tensor(a!) output, Tensor input, Tensor(b!)? residual, Tensor weight, "
-    f"{_scale.SCHEMA.format('scale')}, float eps, bool? pdl) -> ()",
+    f"{quant_scale.SCHEMA.format('scale')}, float eps, bool? pdl) -> ()",
     lambda op, output, input, residual, weight, scale, scale_value, *rest: _normalize_quant(
-        op, (input, residual, weight, None), output, _scale.join(scale, scale_value), *rest
+        op, (input, residual, weight, None), output, quant_scale.join(scale, scale_value), *rest
     ),
 )
 
 
 def _prepare(op: str, inputs: _Inputs, output: Optional[torch.Tensor], eps: float, pdl: Optional[bool]) -> _Prepared:
     input, residual, weight, _ = inputs
-    new_output = _op.allocator(input.shape, input.dtype, input.device)
+    new_output = memo.allocator(input.shape, input.dtype, input.device)
     if output is None:
         output = new_output()
     _check(op, inputs, output)
     num_rows = input.numel() // max(1, input.shape[-1])
     if input.numel() == 0:
         return _Prepared(lambda *_: None, new_output)
-    rows_per_group, input_row, input_group = _op.grouped_rows(op, "input", input)
-    output_rows_per_group, output_row, output_group = _op.grouped_rows(op, "out", output)
+    rows_per_group, input_row, input_group = grouped_rows(op, "input", input)
+    output_rows_per_group, output_row, output_group = grouped_rows(op, "out", output)
     if rows_per_group == 1 and output_rows_per_group > 1:  # let both walk by the finer grouping
         rows_per_group, input_row, input_group = output_rows_per_group, input_group, input_group * output_rows_per_group
     elif output_rows_per_group == 1 and rows_per_group > 1:
         output_row, output_group = output_group, output_group * rows_per_group
     residual_row = 0
     if residual is not None:
-        residual_row = _op.even_rows(op, "residual", residual)
+        residual_row = even_rows(op, "residual", residual)
 
     tensors = [tensor for tensor in (input, residual, weight) if tensor is not None]
     device_index = input.get_device()
@@ -291,13 +293,13 @@ def _prepare(op: str, inputs: _Inputs, output: Optional[torch.Tensor], eps: floa
         alignment |= output.data_ptr() * input.element_size() // output.element_size()
         for stride in (input_row, input_group, output_row, output_group, residual_row):
             alignment |= stride * input.element_size()
-    launcher = resolver().load(_spec(op, inputs, output, alignment & 15)).on(device_index, pdl=pdl)
+    launcher = default_resolver().load(_spec(op, inputs, output, alignment & 15)).on(device_index, pdl=pdl)
     grid = (1, 1, 1)
     if device_index >= 0:
         rows_per_block = launcher.config.launch.num_threads // int(launcher.config.constants["kThreadsPerRow"])
         grid = (-(-num_rows // rows_per_block), 1, 1)
     strides = (input_row, input_group, residual_row, output_row, output_group)
-    leading = [*_scale.NO_VALUES, *[0] * 5] if op.endswith("_quant") else [0] * 5
+    leading = [*quant_scale.NO_VALUES, *[0] * 5] if op.endswith("_quant") else [0] * 5
     launch = launcher.prepare(grid, *leading, *strides, num_rows, rows_per_group, eps, varying=len(leading))
     return _Prepared(launch, new_output)
 
@@ -328,24 +330,24 @@ def _spec(op: str, inputs: _Inputs, output: torch.Tensor, alignment: int) -> Ker
 
 def _check(op: str, inputs: _Inputs, output: torch.Tensor) -> None:
     input, residual, weight, bias = inputs
-    _op.require(input.dim() >= 1, op, "input has no dimensions; expected [..., hidden_size]")
+    checks.require(input.dim() >= 1, op, "input has no dimensions; expected [..., hidden_size]")
     hidden_size = input.shape[-1]
     if bias is None:
-        _op.require_dtype_device(op, "weight", weight, input)
+        checks.require_dtype_device(op, "weight", weight, input)
     else:
-        _op.require_device(op, "gemma", weight, input)
-        _op.require_like(op, "beta", bias, weight, "gemma")
-        _op.require(bias.is_contiguous(), op, "beta is not contiguous; call .contiguous()")
-    _op.require(
+        checks.require_device(op, "gemma", weight, input)
+        checks.require_like(op, "beta", bias, weight, "gemma")
+        checks.require(bias.is_contiguous(), op, "beta is not contiguous; call .contiguous()")
+    checks.require(
         weight.shape == (hidden_size,) and weight.is_contiguous(),
         op,
         f"weight has shape {list(weight.shape)}, strides {list(weight.stride())}; expected a contiguous "
         f"[{hidden_size}], the last dimension of input",
     )
     if op.endswith("_quant"):
-        _op.require_shape(op, "out", output, input)
-        _op.require_device(op, "out", output, input)
+        checks.require_shape(op, "out", output, input)
+        checks.require_device(op, "out", output, input)
     else:
-        _op.require_like(op, "out", output, input)
+        checks.require_like(op, "out", output, input)
     if residual is not None:
-        _op.require_like(op, "residual", residual, input)
+        checks.require_like(op, "residual", residual, input)

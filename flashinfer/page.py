@@ -11,26 +11,27 @@ from typing import Any, Optional
 
 import torch
 
-from flashinfer import _op, _scale, dtypes, target
-from flashinfer._kv import (
+from flashinfer import dtypes, target
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.families import page as families
+from flashinfer.host import checks, memo, quant_scale, traced
+from flashinfer.host.checks import check_index
+from flashinfer.host.paged_cache import (
     PagedCache,
-    alignment_of,
     cache_addresses,
     cache_signature,
     cache_strides,
     check_cache,
     check_conversion,
-    check_index,
     check_scales,
     check_slots,
     head_strides,
     split_cache,
 )
-from flashinfer._scale import Scale
-from flashinfer.errors import UnsupportedConfig
-from flashinfer.jit import resolver
+from flashinfer.host.quant_scale import Scale
+from flashinfer.host.rows import alignment_of
+from flashinfer.jit import default_resolver
 from flashinfer.jit.loader import PreparedLaunch
-from flashinfer.kernels import page as kernels
 
 __all__ = [
     "append_paged_kv_cache",
@@ -84,21 +85,21 @@ def append_paged_kv_cache(
     if torch.compiler.is_dynamo_compiling():
         pair = (paged_kv_cache, None) if isinstance(paged_kv_cache, torch.Tensor) else paged_kv_cache
         slots = (batch_indices, positions, kv_indices, kv_indptr)
-        scales = (*_scale.split(k_scale), *_scale.split(v_scale))
+        scales = (*quant_scale.split(k_scale), *quant_scale.split(v_scale))
         _compiled_append(append_key, append_value, *slots, *pair, kv_layout, *scales, enable_pdl)
         return
     key = (
         kv_layout,
         enable_pdl,
-        _op.signature(append_key),
-        _op.signature(append_value),
-        _op.signature(batch_indices),
-        _op.signature(positions),
+        memo.signature(append_key),
+        memo.signature(append_value),
+        memo.signature(batch_indices),
+        memo.signature(positions),
         cache_signature(paged_kv_cache),
-        _op.signature(kv_indices),
-        _op.signature(kv_indptr),
-        _scale.signature(k_scale),
-        _scale.signature(v_scale),
+        memo.signature(kv_indices),
+        memo.signature(kv_indptr),
+        quant_scale.signature(k_scale),
+        quant_scale.signature(v_scale),
     )
     key_ptr, value_ptr = append_key.data_ptr(), append_value.data_ptr()
     key_cache_ptr, value_cache_ptr = cache_addresses(paged_kv_cache)
@@ -108,12 +109,12 @@ def append_paged_kv_cache(
         op = "append_paged_kv_cache"
         k_cache, v_cache = split_cache(op, paged_kv_cache, kv_layout)
         check_scales(op, k_scale, v_scale, append_key, k_cache)
-        _op.require(
+        checks.require(
             append_key.dim() == 3,
             op,
             f"append_key has shape {list(append_key.shape)}; expected [nnz, num_kv_heads, head_dim]",
         )
-        _op.require(
+        checks.require(
             append_value.dim() == 3,
             op,
             f"append_value has shape {list(append_value.shape)}; expected [nnz, num_kv_heads, head_dim]",
@@ -131,8 +132,8 @@ def append_paged_kv_cache(
         value_ptr,
         key_cache_ptr,
         value_cache_ptr,
-        *_scale.values(k_scale),
-        *_scale.values(v_scale),
+        *quant_scale.values(k_scale),
+        *quant_scale.values(v_scale),
         batch_indices.data_ptr(),
         positions.data_ptr(),
         kv_indices.data_ptr(),
@@ -168,14 +169,14 @@ def append_paged_mla_kv_cache(
         return
     key = (
         "mla",
-        _op.signature(append_ckv),
-        _op.signature(append_kpe),
-        _op.signature(batch_indices),
-        _op.signature(positions),
-        None if ckv_cache is None else _op.signature(ckv_cache),
-        None if kpe_cache is None else _op.signature(kpe_cache),
-        _op.signature(kv_indices),
-        _op.signature(kv_indptr),
+        memo.signature(append_ckv),
+        memo.signature(append_kpe),
+        memo.signature(batch_indices),
+        memo.signature(positions),
+        None if ckv_cache is None else memo.signature(ckv_cache),
+        None if kpe_cache is None else memo.signature(kpe_cache),
+        memo.signature(kv_indices),
+        memo.signature(kv_indptr),
     )
     ckv_ptr, kpe_ptr = append_ckv.data_ptr(), append_kpe.data_ptr()
     ckv_cache_ptr = 0 if ckv_cache is None else ckv_cache.data_ptr()
@@ -185,13 +186,15 @@ def append_paged_mla_kv_cache(
     if launch is None:
         op = "append_paged_mla_kv_cache"
         for name, rows, cache in (("ckv", append_ckv, ckv_cache), ("kpe", append_kpe, kpe_cache)):
-            _op.require(rows.dim() == 2, op, f"append_{name} has shape {list(rows.shape)}; expected [nnz, {name}_dim]")
-            _op.require(
+            checks.require(
+                rows.dim() == 2, op, f"append_{name} has shape {list(rows.shape)}; expected [nnz, {name}_dim]"
+            )
+            checks.require(
                 cache is None or cache.dim() == 3,
                 op,
                 f"{name}_cache does not have three dimensions; expected [num_pages, page_size, {name}_dim]",
             )
-        _op.require(
+        checks.require(
             ckv_cache is not None or kpe_cache is not None,
             op,
             "ckv_cache and kpe_cache are both None; pass at least one",
@@ -212,8 +215,8 @@ def append_paged_mla_kv_cache(
         kpe_ptr,
         ckv_cache_ptr,
         kpe_cache_ptr,
-        *_scale.NO_VALUES,
-        *_scale.NO_VALUES,
+        *quant_scale.NO_VALUES,
+        *quant_scale.NO_VALUES,
         batch_indices.data_ptr(),
         positions.data_ptr(),
         kv_indices.data_ptr(),
@@ -263,10 +266,10 @@ def _run_positions(
     op = "get_batch_indices_positions"
     key = (
         op,
-        _op.signature(append_indptr),
-        _op.signature(seq_lens),
-        _op.signature(batch_indices),
-        _op.signature(positions),
+        memo.signature(append_indptr),
+        memo.signature(seq_lens),
+        memo.signature(batch_indices),
+        memo.signature(positions),
         nnz,
     )
     launch = _memo.get(key)
@@ -276,10 +279,10 @@ def _run_positions(
         check_index(op, "seq_lens", seq_lens, batch_size)
         for name, tensor in (("batch_indices", batch_indices), ("positions", positions)):
             check_index(op, name, tensor, nnz)
-            _op.require(tensor.dtype == torch.int32, op, f"{name} is {tensor.dtype}; expected torch.int32")
-            _op.require_device(op, name, tensor, append_indptr, "append_indptr")
-        _op.require_device(op, "seq_lens", seq_lens, append_indptr, "append_indptr")
-        launch = _memo.remember(key, _prepare_index(kernels.TOKEN_POSITIONS, append_indptr, nnz, (nnz, batch_size)))
+            checks.require(tensor.dtype == torch.int32, op, f"{name} is {tensor.dtype}; expected torch.int32")
+            checks.require_device(op, name, tensor, append_indptr, "append_indptr")
+        checks.require_device(op, "seq_lens", seq_lens, append_indptr, "append_indptr")
+        launch = _memo.remember(key, _prepare_index(families.TOKEN_POSITIONS, append_indptr, nnz, (nnz, batch_size)))
     launch(append_indptr.data_ptr(), seq_lens.data_ptr(), batch_indices.data_ptr(), positions.data_ptr())
 
 
@@ -311,14 +314,14 @@ def _run_seq_lens(
     kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int, seq_lens: torch.Tensor
 ) -> None:
     op = "get_seq_lens"
-    key = (op, _op.signature(kv_indptr), _op.signature(kv_last_page_len), page_size)
+    key = (op, memo.signature(kv_indptr), memo.signature(kv_last_page_len), page_size)
     launch = _memo.get(key)
     if launch is None:
         batch_size = kv_last_page_len.shape[0]
         check_index(op, "kv_indptr", kv_indptr, batch_size + 1)
         check_index(op, "kv_last_page_len", kv_last_page_len, batch_size)
-        _op.require_device(op, "kv_last_page_len", kv_last_page_len, kv_indptr, "kv_indptr")
-        launch = _memo.remember(key, _prepare_index(kernels.SEQ_LENS, kv_indptr, batch_size, (batch_size, page_size)))
+        checks.require_device(op, "kv_last_page_len", kv_last_page_len, kv_indptr, "kv_indptr")
+        launch = _memo.remember(key, _prepare_index(families.SEQ_LENS, kv_indptr, batch_size, (batch_size, page_size)))
     launch(kv_indptr.data_ptr(), kv_last_page_len.data_ptr(), seq_lens.data_ptr())
 
 
@@ -337,37 +340,37 @@ def _run_compiled_append(*arguments: Any) -> None:
         kv_indptr,
         None,
         kv_layout,
-        k_scale=_scale.join(*arguments[9:11]),
-        v_scale=_scale.join(*arguments[11:13]),
+        k_scale=quant_scale.join(*arguments[9:11]),
+        v_scale=quant_scale.join(*arguments[11:13]),
         enable_pdl=arguments[13],
     )
 
 
 _SLOTS = "Tensor batch_indices, Tensor positions, Tensor kv_indices, Tensor kv_indptr"
-_compiled_append = _op.compiled_op(
+_compiled_append = traced.compiled_op(
     f"append_paged_kv(Tensor key, Tensor value, {_SLOTS}, Tensor(a!) k_cache, Tensor(b!)? v_cache, str kv_layout, "
-    f"{_scale.SCHEMA.format('k_scale')}, {_scale.SCHEMA.format('v_scale')}, bool? pdl) -> ()",
+    f"{quant_scale.SCHEMA.format('k_scale')}, {quant_scale.SCHEMA.format('v_scale')}, bool? pdl) -> ()",
     _run_compiled_append,
 )
-_compiled_append_mla = _op.compiled_op(
+_compiled_append_mla = traced.compiled_op(
     f"append_paged_mla_kv(Tensor ckv, Tensor kpe, {_SLOTS}, Tensor(a!)? ckv_cache, Tensor(b!)? kpe_cache) -> ()",
     lambda ckv, kpe, batch_indices, positions, kv_indices, kv_indptr, ckv_cache, kpe_cache: append_paged_mla_kv_cache(
         ckv, kpe, batch_indices, positions, ckv_cache, kpe_cache, kv_indices, kv_indptr, None
     ),
 )
-_compiled_positions = _op.compiled_op(
+_compiled_positions = traced.compiled_op(
     "batch_indices_positions(Tensor append_indptr, Tensor seq_lens, int nnz, Tensor(a!) batch_indices, "
     "Tensor(b!) positions) -> ()",
     _run_positions,
 )
-_compiled_seq_lens = _op.compiled_op(
+_compiled_seq_lens = traced.compiled_op(
     "seq_lens(Tensor kv_indptr, Tensor kv_last_page_len, int page_size, Tensor(a!) seq_lens) -> ()", _run_seq_lens
 )
 
 
 # ---------------------------------------------------------------------------------------------------- prepared launches
 
-_memo: _op.Memo[PreparedLaunch] = _op.Memo()
+_memo: memo.Memo[PreparedLaunch] = memo.Memo()
 
 
 def _prepare_append(
@@ -382,8 +385,8 @@ def _prepare_append(
     slots: batch_indices, positions, kv_indices, kv_indptr.
     """
     (key, value), (key_cache, value_cache) = rows, both_caches
-    _op.require_dtype_device(op, "the values", value, key, "the keys")
-    _op.require(
+    checks.require_dtype_device(op, "the values", value, key, "the keys")
+    checks.require(
         value.shape[:2] == key.shape[:2],
         op,
         f"keys and values have shapes {list(key.shape)} and {list(value.shape)}; expected the same rows and heads",
@@ -391,7 +394,7 @@ def _prepare_append(
     slot_axes = check_slots(op, key, *slots)
     caches = [cache for cache in (key_cache, value_cache) if cache is not None]
     for name, tensor, cache in (("key", key, key_cache), ("value", value, value_cache)):
-        _op.require_unit_stride(op, f"the {name} rows", tensor)
+        checks.require_unit_stride(op, f"the {name} rows", tensor)
         if cache is not None:
             check_cache(op, name, tensor, cache, caches[0])
     num_tokens, num_heads = key.shape[:2]
@@ -406,16 +409,16 @@ def _prepare_append(
     # A vector is read in one type and written in another: each side must be aligned for its own.
     lengths = (key_dim, value_dim)
     vec = min(
-        kernels.vec_size(dtype, lengths, alignment_of(key, value)),
-        kernels.vec_size(cache_dtype, lengths, alignment_of(*caches)),
+        families.vec_size(dtype, lengths, alignment_of(key, value)),
+        families.vec_size(cache_dtype, lengths, alignment_of(*caches)),
     )
     if device_index >= 0 and (key_dim + value_dim) // vec > 1024:
         raise UnsupportedConfig(
             f"{op}: {key_dim} + {value_dim} elements in vectors of {vec} need more than 1024 threads; align the rows"
         )
-    heads_per_thread = kernels.heads_per_thread(num_heads)
-    kernel = resolver().load(
-        kernels.APPEND_PAGED_KV.spec(
+    heads_per_thread = families.heads_per_thread(num_heads)
+    kernel = default_resolver().load(
+        families.APPEND_PAGED_KV.spec(
             target.of_device(key.device),
             dtype=dtype,
             cache_dtype=cache_dtype,
@@ -450,7 +453,7 @@ def _prepare_index(family: Any, reference: torch.Tensor, num_threads: int, count
         return lambda *_: None
     device_index = reference.get_device()
     spec = family.spec(target.of_device(reference.device), index=str(reference.dtype)[6:])
-    launcher = resolver().load(spec).on(device_index)
+    launcher = default_resolver().load(spec).on(device_index)
     grid = (-(-num_threads // launcher.config.launch.num_threads), 1, 1)
     num_addresses = len(family.params._fields_) - len(counts)
     return launcher.prepare(grid, *[0] * num_addresses, *counts, varying=num_addresses)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from flashinfer.attention.paged_prefill import BatchPrefillWithPagedKVCacheWrapper
-from flashinfer.attention.ragged_prefill import BatchPrefillWithRaggedKVCacheWrapper
-from flashinfer.attention.single_prefill import single_prefill_with_kv_cache, single_prefill_with_kv_cache_return_lse
+from flashinfer.attention.prefill.paged import BatchPrefillWithPagedKVCacheWrapper
+from flashinfer.attention.prefill.ragged import BatchPrefillWithRaggedKVCacheWrapper
+from flashinfer.attention.prefill.single import single_prefill_with_kv_cache, single_prefill_with_kv_cache_return_lse
 
 __all__ = [
     "BatchPrefillWithPagedKVCacheWrapper",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from flashinfer import _op, target
-from flashinfer._kv import check_index
-from flashinfer.jit import resolver
+from flashinfer import target
+from flashinfer.families import quantization as families
+from flashinfer.host import checks, memo, traced
+from flashinfer.host.checks import check_index
+from flashinfer.jit import default_resolver
 from flashinfer.jit.loader import PreparedLaunch
-from flashinfer.kernels import quantization as kernels
 
 __all__ = ["packbits", "segment_packbits", "segment_packbits_padded"]
 
@@ -46,7 +47,7 @@ def _run_packbits(x: torch.Tensor, packed: torch.Tensor, bitorder: str) -> None:
     launch(address, packed.data_ptr())
 
 
-_compiled_packbits = _op.compiled_op("packbits(Tensor x, Tensor(a!) packed, str bitorder) -> ()", _run_packbits)
+_compiled_packbits = traced.compiled_op("packbits(Tensor x, Tensor(a!) packed, str bitorder) -> ()", _run_packbits)
 
 
 def segment_packbits(x: torch.Tensor, indptr: torch.Tensor, bitorder: str = "big") -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,20 +96,20 @@ def _run_segments(
 ) -> None:
     op = "segment_packbits"
     address = x.data_ptr()
-    key = (op, bitorder, address & 15, x.shape[0], *_op.signature(indptr), x.get_device())
+    key = (op, bitorder, address & 15, x.shape[0], *memo.signature(indptr), x.get_device())
     launch = _memo.get(key)
     if launch is None:
         launch = _memo.remember(key, _prepare_segments(op, x, indptr, packed.shape[0], bitorder))
     launch(address, indptr.data_ptr(), packed.data_ptr(), packed_indptr.data_ptr())
 
 
-_compiled_segments = _op.compiled_op(
+_compiled_segments = traced.compiled_op(
     "segment_packbits(Tensor x, Tensor indptr, Tensor(a!) packed, Tensor(b!) packed_indptr, str bitorder) -> ()",
     _run_segments,
 )
 
 
-_memo: _op.Memo[PreparedLaunch] = _op.Memo()
+_memo: memo.Memo[PreparedLaunch] = memo.Memo()
 
 
 def _check(op: str, x: torch.Tensor, bitorder: str) -> torch.Tensor:
@@ -124,10 +125,10 @@ def _check(op: str, x: torch.Tensor, bitorder: str) -> torch.Tensor:
 
 def _prepare_packbits(x: torch.Tensor, bitorder: str) -> PreparedLaunch:
     num_elements, device_index = x.shape[0], x.get_device()
-    spec = kernels.PACKBITS.spec(
+    spec = families.PACKBITS.spec(
         target.of_device(x.device), big_endian=bitorder == "big", aligned=device_index < 0 or x.data_ptr() % 16 == 0
     )
-    launcher = resolver().load(spec).on(device_index)
+    launcher = default_resolver().load(spec).on(device_index)
     config = launcher.config
     elements_per_block = config.launch.num_threads * int(config.constants["kVectorsPerThread"]) * 16
     grid = (-(-num_elements // elements_per_block), 1, 1)
@@ -136,14 +137,14 @@ def _prepare_packbits(x: torch.Tensor, bitorder: str) -> PreparedLaunch:
 
 def _prepare_segments(op: str, x: torch.Tensor, indptr: torch.Tensor, num_bytes: int, bitorder: str) -> PreparedLaunch:
     check_index(op, "indptr", indptr)
-    _op.require_device(op, "indptr", indptr, x, "x")
-    _op.require(indptr.shape[0] >= 1, op, "indptr is empty; expected [num_segments + 1]")
+    checks.require_device(op, "indptr", indptr, x, "x")
+    checks.require(indptr.shape[0] >= 1, op, "indptr is empty; expected [num_segments + 1]")
     num_elements, num_segments, device_index = x.shape[0], indptr.shape[0] - 1, x.get_device()
     index, of = str(indptr.dtype)[6:], target.of_device(x.device)
     aligned = device_index < 0 or x.data_ptr() % 16 == 0
-    scan_launcher = resolver().load(kernels.PACKED_INDPTR.spec(of, index=index)).on(device_index)
-    pack_spec = kernels.SEGMENT_PACKBITS.spec(of, index=index, big_endian=bitorder == "big", aligned=aligned)
-    pack_launcher = resolver().load(pack_spec).on(device_index)
+    scan_launcher = default_resolver().load(families.PACKED_INDPTR.spec(of, index=index)).on(device_index)
+    pack_spec = families.SEGMENT_PACKBITS.spec(of, index=index, big_endian=bitorder == "big", aligned=aligned)
+    pack_launcher = default_resolver().load(pack_spec).on(device_index)
     config = pack_launcher.config
     bytes_per_block = config.launch.num_threads * int(config.constants["kBytesPerThread"])
     grid = (max(1, -(-num_bytes // bytes_per_block)), 1, 1)

@@ -3,7 +3,6 @@ file systems that are full or read-only."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -18,16 +17,14 @@ import pytest
 import torch
 
 from flashinfer import target
+from flashinfer.families.norm import RMSNORM
 from flashinfer.jit import KernelSpec
 from flashinfer.jit.loader import Kernel
 from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.source import Source
 from flashinfer.jit.stores import AotStore
 from flashinfer.jit.toolchain import Compiled, HostCxx
-from flashinfer.kernels.norm import RMSNORM
 
-# `flashinfer.jit.resolver` is the function of that name, not the module.
-RESOLVER_MODULE = importlib.import_module("flashinfer.jit.resolver")
 ROOT = Path(__file__).parent.parent
 
 

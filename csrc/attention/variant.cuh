@@ -9,8 +9,8 @@
 // Positions: key j is at j, query i of a request is at kv_len - qo_len + i.
 //
 // To add an option: what it does to a score here, in Variant (kIsPlain, scale_log2, transform) or as a new condition of
-// visibility; its value in AttentionParams; its constant among the axes and in _config of flashinfer/kernels/prefill.py
-// and attention.py (decode); its argument in flashinfer/attention/variant.py. Kernels know nothing else of it.
+// visibility; its value in AttentionParams; its constant among the axes and in _config of prefill.py and decode.py in
+// flashinfer/families/attention/; its argument in flashinfer/attention/variant.py. Kernels know nothing else of it.
 #pragma once
 
 #include "attention/params.h"

@@ -1,8 +1,8 @@
 // Programmatic dependent launch (sm_90 and later), the default. Both calls are free when the launch did not ask for it.
 //
 // Every block of every kernel waits, and does so before it allows the next kernel or returns. So when a kernel starts,
-// all but the one right before it have finished (decode.cuh reads its plan on the strength of that), and when a wait is
-// over, all have.
+// all but the one right before it have finished (decode/kernel.cuh reads its plan on the strength of that), and when a
+// wait is over, all have.
 #pragma once
 
 namespace flashinfer {

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
 
-from flashinfer import kernels, log
+from flashinfer import families, log
 from flashinfer import target as targets
 from flashinfer.aot.models import Model, expand
 from flashinfer.errors import FlashInferError, UnsupportedConfig
@@ -84,7 +84,7 @@ def read_specs(
     """
     for target in target_names:
         targets.kind(target)
-    kernels.register_all()
+    families.register_all()
     found: dict[KernelSpec, None] = {}
     for config in configs:
         for row in read_config(find_config(config)):

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashinfer import target as targets
+from flashinfer.families import activation, norm, page, rope, sampling
+from flashinfer.families.attention import decode, merge, prefill
 from flashinfer.jit.spec import ArgValue, KernelSpec
-from flashinfer.kernels import activation, attention, cascade, norm, page, prefill, rope, sampling
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _attention(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
         common: dict[str, Any] = {"q_dtype": dtype, "kv_dtype": kv_dtype, "head_dim": model.head_dim}
         for group_size in model.group_sizes:
             for kv_storage in ("paged", "single"):
-                yield attention.decode(target, **common, group_size=group_size, kv_storage=kv_storage)
+                yield decode.decode(target, **common, group_size=group_size, kv_storage=kv_storage)
         for short_queries in (False, True) if targets.kind(target) == "cuda" else (False,):
             for mask in ("causal", "none"):  # none: the shared prefix of a cascade
                 yield prefill.prefill(target, **common, kv_storage="paged", mask=mask, short_queries=short_queries)
@@ -109,9 +110,9 @@ def _attention(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
         own: dict[str, Any] = {"q_dtype": dtype, "kv_dtype": dtype, "head_dim": model.head_dim}
         yield prefill.prefill(target, **own, kv_storage=kv_storage, mask="causal")
     for pair in (False, True):
-        yield cascade.MERGE_STATES.spec(target, dtype=dtype, head_dim=model.head_dim, pair=pair)
+        yield merge.MERGE_STATES.spec(target, dtype=dtype, head_dim=model.head_dim, pair=pair)
     if targets.kind(target) == "cuda":
-        yield attention.DECODE_PLAN.spec(target)
+        yield decode.DECODE_PLAN.spec(target)
         for kv_storage in ("paged", "ragged", "single"):
             yield prefill.PREFILL_PLAN.spec(target, kv_storage=kv_storage)
 

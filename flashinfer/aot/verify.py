@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashinfer import kernels
+from flashinfer import families
 from flashinfer import target as targets
 from flashinfer.aot import elf
 from flashinfer.errors import UnsupportedConfig
@@ -29,7 +29,7 @@ class Problem:
 
 def verify(registry: Registry) -> list[Problem]:
     """All that is wrong with a set; an empty list when it is sound and every kernel of it can be used."""
-    kernels.register_all()
+    families.register_all()
     problems = []
     for entry in registry.entries:
         problems += [Problem(entry.file, why) for why in _damage(registry.root, entry)]

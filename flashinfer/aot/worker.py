@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, Optional
 
-from flashinfer import kernels
+from flashinfer import families
 from flashinfer.errors import FlashInferError
 from flashinfer.jit.source import render
 from flashinfer.jit.spec import KernelSpec
@@ -28,7 +28,7 @@ RESULTS = "build.jsonl"  # beside the registry: a line per kernel built or faile
 
 def main(plan: Path, index: int) -> int:
     """Compile a batch; returns 1 when a kernel of it failed."""
-    kernels.register_all()
+    families.register_all()
     batch = json.loads(plan.read_text())
     out = Path(batch["out"])
     failed = False

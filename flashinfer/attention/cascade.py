@@ -10,12 +10,12 @@ from typing import Any, Optional, Union
 
 import torch
 
-from flashinfer import _op
-from flashinfer.attention.decode import BatchDecodeWithPagedKVCacheWrapper
-from flashinfer.attention.kv_cache import PagedCache
+from flashinfer.attention.decode.paged import BatchDecodeWithPagedKVCacheWrapper
 from flashinfer.attention.merge import merge_state_in_place
-from flashinfer.attention.paged_prefill import BatchPrefillWithPagedKVCacheWrapper
-from flashinfer.attention.single_prefill import single_prefill_with_kv_cache_return_lse
+from flashinfer.attention.prefill.paged import BatchPrefillWithPagedKVCacheWrapper
+from flashinfer.attention.prefill.single import single_prefill_with_kv_cache_return_lse
+from flashinfer.host import checks
+from flashinfer.host.paged_cache import PagedCache
 
 DataType = Union[str, torch.dtype]
 
@@ -46,7 +46,7 @@ class MultiLevelCascadeAttentionWrapper:
         paged_kv_last_page_len_buf_arr: Optional[list[torch.Tensor]] = None,
     ) -> None:
         op = "multi_level_cascade"
-        _op.require(num_levels >= 1, op, f"num_levels is {num_levels}; expected at least 1")
+        checks.require(num_levels >= 1, op, f"num_levels is {num_levels}; expected at least 1")
         buffers = (
             qo_indptr_buf_arr, paged_kv_indptr_buf_arr, paged_kv_indices_buf_arr, paged_kv_last_page_len_buf_arr
         )  # fmt: skip

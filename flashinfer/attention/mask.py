@@ -6,7 +6,8 @@ from typing import Optional
 
 import torch
 
-from flashinfer import _op, quantization
+from flashinfer import quantization
+from flashinfer.host import checks
 
 
 def take_mask(
@@ -21,7 +22,7 @@ def take_mask(
     """The packed bits and int32 `[batch_size + 1]` byte offsets. Lengths stay on the device."""
     num_bits = (qo_indptr[1:] - qo_indptr[:-1]).long() * kv_lens.long()
     if packed_custom_mask is not None:
-        _op.require(
+        checks.require(
             packed_custom_mask.dtype == torch.uint8 and packed_custom_mask.dim() == 1,
             op,
             f"packed_custom_mask is {packed_custom_mask.dtype} {list(packed_custom_mask.shape)}; "
@@ -44,7 +45,7 @@ def take_mask(
     given = packed_custom_mask if packed_custom_mask is not None else custom_mask
     assert given is not None
     num_bytes = given.numel() if packed_custom_mask is not None else -(-given.numel() // 8)
-    _op.require(
+    checks.require(
         num_bytes <= mask_buf.numel(),
         op,
         f"custom_mask_buf holds {mask_buf.numel()} bytes, the mask takes {num_bytes} or more",

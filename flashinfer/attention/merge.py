@@ -11,11 +11,12 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from flashinfer import _op, dtypes, target
+from flashinfer import dtypes, target
 from flashinfer.errors import UnsupportedConfig
-from flashinfer.jit import resolver
+from flashinfer.families.attention import merge as families
+from flashinfer.host import checks, memo, traced
+from flashinfer.jit import default_resolver
 from flashinfer.jit.loader import PreparedLaunch
-from flashinfer.kernels import cascade as families
 
 
 def merge_state(
@@ -131,12 +132,12 @@ def _new_state(shape: Sequence[int], v: torch.Tensor) -> _State:
 
 class _Merge(NamedTuple):
     launch: PreparedLaunch
-    new_v: _op.Allocate
-    new_s: _op.Allocate
+    new_v: memo.Allocate
+    new_s: memo.Allocate
 
 
-_pairs: _op.Memo[_Merge] = _op.Memo()
-_lists: _op.Memo[_Merge] = _op.Memo()
+_pairs: memo.Memo[_Merge] = memo.Memo()
+_lists: memo.Memo[_Merge] = memo.Memo()
 
 
 def _merge_pair(
@@ -158,8 +159,8 @@ def _merge_pair(
     if merge is None:
         if out is not None:
             _require_writable(op, *out)
-        _op.require(v.dim() == 3, op, f"v has shape {list(v.shape)}; expected [seq_len, num_heads, head_dim]")
-        _op.require_like(op, "the other v", v_other, v, "v")
+        checks.require(v.dim() == 3, op, f"v has shape {list(v.shape)}; expected [seq_len, num_heads, head_dim]")
+        checks.require_like(op, "the other v", v_other, v, "v")
         _require_states(op, v, s, "s")
         _require_states(op, v, s_other, "the other s")
         given = (v, s, v_other, s_other)
@@ -182,12 +183,12 @@ def _merge_list(
     v_ptr = v.data_ptr()
     key = (
         v.dtype, v.shape, v.stride(), v.get_device(), s.dtype, s.shape, s.stride(), s.get_device(),
-        None if indptr is None else _op.signature(indptr), v_ptr & 15,
+        None if indptr is None else memo.signature(indptr), v_ptr & 15,
     )  # fmt: skip
     merge = _lists.get(key)
     if merge is None:
         order = "[seq_len, num_states, num_heads, head_dim]" if indptr is None else "[num_states, num_heads, head_dim]"
-        _op.require(v.dim() == (4 if indptr is None else 3), op, f"v has shape {list(v.shape)}; expected {order}")
+        checks.require(v.dim() == (4 if indptr is None else 3), op, f"v has shape {list(v.shape)}; expected {order}")
         _require_states(op, v, s, "s")
         readable = (_aligned(v), _fp32(s), None if indptr is None else _offsets(op, v, indptr))
         if any(new is not old for new, old in zip(readable, (v, s, indptr))):
@@ -210,13 +211,13 @@ def _prepare(op: str, v: torch.Tensor, num_rows: int, num_states: int = 0, pair:
     launch: PreparedLaunch = _no_launch
     if num_rows * num_heads * head_dim > 0:
         spec = families.MERGE_STATES.spec(target.of_device(v.device), dtype=dtype, head_dim=head_dim, pair=pair)
-        launcher = resolver().load(spec).on(v.get_device())
+        launcher = default_resolver().load(spec).on(v.get_device())
         num_blocks = -(-num_rows * num_heads // families.rows_per_block(launcher.config)) if v.is_cuda else 1
         launch = launcher.prepare((num_blocks, 1, 1), *(0,) * 8, num_rows, num_heads, num_states, varying=8)
     return _Merge(
         launch,
-        _op.allocator((num_rows, num_heads, head_dim), v.dtype, v.device),
-        _op.allocator((num_rows, num_heads), torch.float32, v.device),
+        memo.allocator((num_rows, num_heads, head_dim), v.dtype, v.device),
+        memo.allocator((num_rows, num_heads), torch.float32, v.device),
     )
 
 
@@ -233,9 +234,11 @@ def _require_states(op: str, v: torch.Tensor, s: torch.Tensor, name: str) -> Non
 
 def _require_writable(op: str, v: torch.Tensor, s: torch.Tensor) -> None:
     for name, tensor in (("v", v), ("s", s)):
-        _op.require(tensor.is_contiguous(), op, f"{name} is not contiguous; call .contiguous()")
-    _op.require(s.dtype == torch.float32, op, f"s is {s.dtype}; expected float32")
-    _op.require(v.data_ptr() % 16 == 0, op, f"v starts {v.data_ptr() % 16} bytes after a multiple of 16; call .clone()")
+        checks.require(tensor.is_contiguous(), op, f"{name} is not contiguous; call .contiguous()")
+    checks.require(s.dtype == torch.float32, op, f"s is {s.dtype}; expected float32")
+    checks.require(
+        v.data_ptr() % 16 == 0, op, f"v starts {v.data_ptr() % 16} bytes after a multiple of 16; call .clone()"
+    )
 
 
 def _aligned(v: torch.Tensor) -> torch.Tensor:
@@ -249,22 +252,22 @@ def _fp32(s: torch.Tensor) -> torch.Tensor:
 
 
 def _offsets(op: str, v: torch.Tensor, indptr: torch.Tensor) -> torch.Tensor:
-    _op.require(
+    checks.require(
         indptr.dim() == 1 and indptr.numel() >= 1 and indptr.device == v.device, op,
         f"indptr is {list(indptr.shape)} on {indptr.device}; expected [seq_len + 1] on {v.device}",
     )  # fmt: skip
     return indptr.int().contiguous()
 
 
-_compiled_pair = _op.compiled_op(
+_compiled_pair = traced.compiled_op(
     "merge_state(str op, Tensor v, Tensor s, Tensor v_other, Tensor s_other, Tensor(a!) v_out, Tensor(b!) s_out) -> ()",
     lambda op, v, s, v_other, s_other, *out: _merge_pair(op, v, s, v_other, s_other, None, out),
 )
-_compiled_in_place = _op.compiled_op(
+_compiled_in_place = traced.compiled_op(
     "merge_state_in_place(Tensor(a!) v, Tensor(b!) s, Tensor v_other, Tensor s_other, Tensor? mask) -> ()",
     _merge_in_place,
 )
-_compiled_list = _op.compiled_op(
+_compiled_list = traced.compiled_op(
     "merge_states(str op, Tensor v, Tensor s, Tensor? indptr, Tensor(a!) v_out, Tensor(b!) s_out) -> ()",
     lambda op, v, s, indptr, *out: _merge_list(op, v, s, indptr, out),
 )

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flashinfer import env, kernels
+from flashinfer import env, families
 from flashinfer import target as targets
 from flashinfer.cli._text import count, size, table
 from flashinfer.errors import FlashInferError, ToolchainMissing, UnsupportedConfig
@@ -116,7 +116,7 @@ def _settings() -> Iterator[Finding]:
 
 def _versions() -> Iterator[Finding]:
     yield Finding("Python", OK, f"{platform.python_version()} ({sys.executable})")
-    yield Finding("flashinfer", OK, f"{__version__} ({Path(kernels.__file__).parent.parent})")
+    yield Finding("flashinfer", OK, f"{__version__} ({Path(families.__file__).parent.parent})")
     try:
         import torch
     except ImportError as error:
@@ -153,7 +153,7 @@ def _precompiled_kernels() -> Iterator[Finding]:
     if not store.roots():
         text = "flashinfer_aot is not installed; every kernel is compiled on first use"
         yield Finding("precompiled kernels", NOTE, text, f"pip install 'flashinfer[aot]=={__version__}'")
-    kernels.register_all()
+    families.register_all()
     for root in store.roots():
         yield _registry(root)
 
@@ -337,7 +337,7 @@ def _compile_and_run(device: Any, target: str) -> str:
     and nothing is written or recorded."""
     import torch
 
-    from flashinfer.kernels.norm import RMSNORM
+    from flashinfer.families.norm import RMSNORM
 
     num_rows, hidden_size, eps = 8, 1024, 1e-6
     spec = RMSNORM.spec(target, dtype="fp32", hidden_size=hidden_size, vec_size=4, add_residual=False, gemma=False)

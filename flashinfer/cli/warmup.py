@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
-from flashinfer import env, kernels, log
+from flashinfer import env, families, log
 from flashinfer.cli import UsageError, _requests
 from flashinfer.cli._text import count
 from flashinfer.errors import FlashInferError
@@ -100,7 +100,7 @@ def _compile_all(specs: Sequence[KernelSpec], jobs: int) -> list[tuple[KernelSpe
 def _begin(quiet: bool) -> None:
     """What each compile process does first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends the pool
-    kernels.register_all()
+    families.register_all()
     if quiet:
         log.logger().setLevel(logging.WARNING)
 

@@ -8,7 +8,7 @@ driver.py     the CUDA driver calls we make    loader.py     machine code -> som
 
 from __future__ import annotations
 
-from flashinfer.jit.resolver import resolver
+from flashinfer.jit.resolver import default_resolver
 from flashinfer.jit.spec import ArgValue, Config, CxxType, Family, KernelSpec, Launch, register
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "KernelSpec",
     "Launch",
     "register",
-    "resolver",
+    "default_resolver",
     "has_prebuilt_ops",
 ]
 
@@ -27,5 +27,5 @@ __all__ = [
 def __getattr__(name: str) -> bool:
     # Upstream's flag, read by serving engines: true when precompiled kernels are installed.
     if name == "has_prebuilt_ops":
-        return bool(resolver().aot.registries)
+        return bool(default_resolver().aot.registries)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

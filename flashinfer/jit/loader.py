@@ -1,6 +1,6 @@
 """Machine code -> something to launch.
 
-    kernel   = resolver().load(spec)            # CudaKernel or CpuKernel, one per spec and process
+    kernel   = default_resolver().load(spec)            # CudaKernel or CpuKernel, one per spec and process
     launcher = kernel.on(device_index)          # one per kernel and device; loads the cubin there
     launcher(grid, stream, *values)             # values in the order of the parameter struct's fields
     launch   = launcher.prepare(grid, *values, varying=3)

@@ -305,7 +305,7 @@ _resolver: Resolver | None = None
 _resolver_lock = threading.Lock()
 
 
-def resolver() -> Resolver:
+def default_resolver() -> Resolver:
     """The process's resolver, made on first use from the environment."""
     global _resolver
     if _resolver is None:

@@ -127,7 +127,7 @@ _families: dict[str, Family] = {}
 
 
 def register(*families: Family) -> None:
-    """Make families known by name. Called by the modules of `flashinfer.kernels` when they are imported."""
+    """Make families known by name. Called by the modules of `flashinfer.families` when they are imported."""
     for entry in families:
         _families[entry.name] = entry
 

@@ -1,4 +1,4 @@
-// Decode attention on the CPU; what it computes stands in attention/decode.cuh.
+// Decode attention on the CPU; what it computes stands in attention/decode/kernel.cuh.
 //
 // Work is cut into items (request, KV head, range of keys) that threads take one by one, so that one long request keeps
 // them all busy. An item walks its keys in blocks that stay in the first-level cache: scores of all query heads of the

@@ -1,4 +1,4 @@
-// Prefill attention on the CPU; what it computes stands in attention/prefill.cuh.
+// Prefill attention on the CPU; what it computes stands in attention/prefill/kernel.cuh.
 //
 // A work unit is a tile of query rows of one KV head, a row being (token, head in group) with the head innermost. It
 // walks the keys in blocks: the block is converted to float once, keys transposed, so that S = Q Kᵀ and O += P V are
@@ -6,7 +6,7 @@
 // one, the later tiles of a request first, which under a causal mask are the longer ones.
 #pragma once
 
-#include "attention/prefill_params.h"
+#include "attention/prefill/schedule.h"
 #include "cpu/attention/decode.h"
 
 namespace flashinfer::cpu {

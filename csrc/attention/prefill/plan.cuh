@@ -1,0 +1,274 @@
+// The planner of prefill: one block that reads the lengths on the device and writes the list of work items.
+//
+// An item's cost is its number of KV tiles. Costs are kept in bins (exact up to 32, then 16 to an octave), and the bins
+// are all that the decisions look at, so that they cost the same for ten query tiles and for a hundred thousand:
+//   1. count the query tiles of every request; sum them up
+//   2. histogram of the costs of the query tiles
+//   3. choose the longest run of KV tiles one item may have: every thread estimates the time of one choice
+//   4. write the items, sorted by cost with the longest first, split where longer than the choice allows
+#pragma once
+
+#include "attention/kv_view.cuh"
+#include "attention/prefill/schedule.h"
+#include "device/pdl.cuh"
+#include "device/reduce.cuh"
+#include "device/search.cuh"
+
+namespace flashinfer {
+
+struct CostBins {
+  static constexpr int kNumExact = 32, kNumPerOctave = 16, kNum = kNumExact + (31 - 5) * kNumPerOctave;
+
+  __device__ __forceinline__ static int of(int32_t cost) {
+    if (cost < kNumExact) return cost;
+    const int octave = 31 - __clz(cost);
+    return kNumExact + (octave - 5) * kNumPerOctave + ((cost >> (octave - 4)) & (kNumPerOctave - 1));
+  }
+  // The largest cost in a bin.
+  __device__ __forceinline__ static int32_t bound(int bin) {
+    if (bin < kNumExact) return bin;
+    const int octave = (bin - kNumExact) / kNumPerOctave + 5, step = (bin - kNumExact) % kNumPerOctave;
+    return ((kNumPerOctave + step + 1) << (octave - 4)) - 1;
+  }
+};
+
+// Costs beyond the KV tiles themselves, in tiles of time: the start of an item, and writing and merging of partial
+// results. A chunk shorter than kMinChunk is not worth its overhead.
+constexpr float kItemOverhead = 1.5f, kPartialOverhead = 3.f;
+constexpr int32_t kMinChunk = 2;
+
+struct PrefillPlanSmem {
+  int32_t num_tiles_of_cost[CostBins::kNum];
+  int32_t occupied_bins[CostBins::kNum];  // those with a tile in them, in no order
+  int32_t num_occupied;
+  int32_t num_items_of_cost[CostBins::kNum];  // after splitting
+  int32_t first_item_of_cost[CostBins::kNum];
+  int32_t scan[kWarpSize];
+  int32_t carry;
+  int32_t max_cost, max_rows;      // of any query tile
+  unsigned long long best_choice;  // estimated time and number of chunks, to be minimized
+  int32_t num_partial_rows, num_counters;
+};
+
+// Number of chunks of an item of this cost when no run may be longer than `limit`, and the longest of them.
+__device__ __forceinline__ int32_t num_chunks_of(int32_t cost, int32_t limit) {
+  return cost > limit ? ceil_div(cost, limit) : 1;
+}
+
+// Config: kKvStorage, kNumThreads.
+template <class Config>
+struct PrefillPlanner {
+  static constexpr int kNumThreads = Config::kNumThreads;
+  const PrefillPlanParams& params;
+  PrefillPlanSmem& smem;
+
+  __device__ __forceinline__ int32_t qo_begin(int32_t request_idx) const {
+    return params.qo_indptr != nullptr ? params.qo_indptr[request_idx] : 0;
+  }
+  __device__ __forceinline__ int32_t qo_len(int32_t request_idx) const {
+    return params.qo_indptr != nullptr ? params.qo_indptr[request_idx + 1] - params.qo_indptr[request_idx]
+                                       : params.qo_len;
+  }
+
+  // Sum of `value` over the threads up to and including this one.
+  __device__ __forceinline__ int32_t inclusive_scan(int32_t value) const {
+    const int warp_idx = threadIdx.x / kWarpSize, lane_idx = threadIdx.x % kWarpSize;
+    for (int offset = 1; offset < kWarpSize; offset *= 2) {
+      const int32_t before = __shfl_up_sync(0xffffffffu, value, offset);
+      if (lane_idx >= offset) value += before;
+    }
+    if (lane_idx == kWarpSize - 1) smem.scan[warp_idx] = value;
+    __syncthreads();
+    for (int w = 0; w < warp_idx; ++w) value += smem.scan[w];
+    __syncthreads();
+    return value;
+  }
+
+  // The cost that decisions attribute to a bin: no tile in it costs more.
+  __device__ __forceinline__ int32_t bin_cost(int bin) const { return min(CostBins::bound(bin), smem.max_cost); }
+
+  // tile_indptr[i] = query tiles of requests before i.
+  __device__ __forceinline__ void count_tiles() const {
+    if (threadIdx.x == 0) params.tile_indptr[0] = 0;
+    int32_t num_before = 0;
+    for (int32_t first = 0; first < params.batch_size; first += kNumThreads) {
+      const int32_t request_idx = first + threadIdx.x;
+      const int64_t num_rows = request_idx < params.batch_size ? int64_t(qo_len(request_idx)) * params.group_size : 0;
+      const int32_t num_tiles = num_rows > 0 ? int32_t((num_rows + params.block_m - 1) / params.block_m) : 0;
+      const int32_t sum = num_before + inclusive_scan(num_tiles);
+      if (request_idx < params.batch_size) params.tile_indptr[request_idx + 1] = sum;
+      if (threadIdx.x == kNumThreads - 1) smem.carry = sum;
+      __syncthreads();
+      num_before = smem.carry;
+    }
+    __syncthreads();
+  }
+
+  // visit(item, cost) for every query tile, `item` not yet split.
+  template <class Visit>
+  __device__ __forceinline__ void for_each_tile(const Visit& visit) const {
+    const int32_t num_tiles = params.tile_indptr[params.batch_size];
+    for (int32_t i = threadIdx.x; i < num_tiles; i += kNumThreads) {
+      const int32_t request_idx = find_segment(params.tile_indptr, params.batch_size, i);
+      const auto view = KvView<Config::kKvStorage>::of_request(params.kv, request_idx);
+      PrefillItem item = {};
+      item.request_idx = request_idx;
+      item.q_tile = i - params.tile_indptr[request_idx];
+      item.q_begin = qo_begin(request_idx);
+      item.qo_len = qo_len(request_idx);
+      item.kv_begin = view.begin;
+      item.kv_len = view.len > 0 ? view.len : 0;
+      const TileRange tiles = TileRange::of(item.q_tile, params.group_size, item.qo_len, item.kv_len, params.block_m,
+                                            params.block_n, params.is_causal, params.window_left);
+      item.tile_begin = tiles.begin;
+      item.tile_end = tiles.end;
+      visit(item, tiles.end - tiles.begin);
+    }
+  }
+
+  __device__ __forceinline__ int32_t num_rows_of(const PrefillItem& item) const {
+    return min(item.qo_len * params.group_size - item.q_tile * params.block_m, params.block_m);
+  }
+
+  __device__ __forceinline__ void count_costs() const {
+    for_each_tile([&](const PrefillItem& item, int32_t cost) {
+      atomicAdd(&smem.num_tiles_of_cost[CostBins::of(cost)], 1);
+      atomicMax(&smem.max_cost, cost);
+      atomicMax(&smem.max_rows, num_rows_of(item));
+    });
+    __syncthreads();
+    for (int bin = threadIdx.x; bin < CostBins::kNum; bin += kNumThreads) {
+      if (smem.num_tiles_of_cost[bin] > 0) smem.occupied_bins[atomicAdd(&smem.num_occupied, 1)] = bin;
+    }
+    __syncthreads();
+  }
+
+  // In KV tiles of time.
+  struct Estimate {
+    float load;     // of a CTA on average
+    float longest;  // item
+    float time;     // infinite where the workspace is too small
+  };
+
+  // `time` is an upper bound when CTAs take items as they come, the longest first: the average load plus one longest
+  // item, or as many rounds of the longest as there are.
+  __device__ __forceinline__ Estimate estimate(int32_t limit) const {
+    float num_units = 0.f, load = 0.f, longest = 0.f, num_counters = 0.f, num_slots = 0.f;
+    for (int i = 0; i < smem.num_occupied; ++i) {
+      const int bin = smem.occupied_bins[i];
+      const int32_t cost = bin_cost(bin), num_chunks = num_chunks_of(cost, limit);
+      const float count = float(smem.num_tiles_of_cost[bin]) * float(params.num_kv_heads);
+      const float chunk_cost =
+          float(ceil_div(cost, num_chunks)) + kItemOverhead + (num_chunks > 1 ? kPartialOverhead : 0.f);
+      num_units += count * float(num_chunks);
+      load += count * float(num_chunks) * chunk_cost;
+      longest = fmaxf(longest, chunk_cost);
+      if (num_chunks > 1) {
+        const MergeTree tree = MergeTree::of(num_chunks);
+        num_counters += float(smem.num_tiles_of_cost[bin]) * float(tree.num_counters());
+        num_slots += float(smem.num_tiles_of_cost[bin]) * float(tree.num_slots());
+      }
+    }
+    const bool fits = num_slots * float(smem.max_rows) <= float(params.max_partial_rows) &&
+                      num_counters <= float(params.max_counters) &&
+                      num_units <= float(params.max_items) * float(params.num_kv_heads);
+    const float num_ctas = float(params.num_ctas);
+    load /= num_ctas;
+    const float time = fminf(load + longest, ceilf(num_units / num_ctas) * longest);
+    return {load, longest, fits || num_slots == 0.f ? time : __builtin_bit_cast(float, 0x7f800000)};
+  }
+
+  // KV heads whose items are taken in turn before those of the next heads: with many heads few, so that CTAs at work at
+  // the same time find the KV that others have read in the L2 cache. Not so few that the last heads' longest item keeps
+  // others waiting for more than kMaxIdle of the time.
+  __device__ __forceinline__ int32_t num_heads_abreast(const Estimate& chosen) const {
+    constexpr int32_t kEnoughReaders = 8;  // at work on one request and KV head
+    constexpr float kMaxIdle = 1.f / 64.f;
+    const bool has_enough_readers =
+        params.num_ctas >= int64_t(kEnoughReaders) * params.num_kv_heads * params.batch_size;
+    const bool has_one_reader = params.tile_indptr[params.batch_size] < 2 * params.batch_size;  // appends, of all heads
+    if (has_enough_readers || has_one_reader) return params.num_kv_heads;
+    const float num_heads = (chosen.longest - kMaxIdle * chosen.load) / chosen.load * float(params.num_kv_heads);
+    return min(max(int32_t(ceilf(num_heads)), 1), params.num_kv_heads);
+  }
+
+  // The choices: cut the longest item into 1, 2, ..., kNumThreads chunks, and the others into chunks no longer.
+  __device__ __forceinline__ int32_t choose_limit() const {
+    const int32_t num_chunks = threadIdx.x + 1, limit = max(ceil_div(smem.max_cost, num_chunks), kMinChunk);
+    Estimate estimate = {};
+    if (threadIdx.x == 0 || ceil_div(smem.max_cost, limit) == num_chunks) {
+      estimate = this->estimate(limit);
+      const float time = estimate.time * (threadIdx.x == 0 ? 0.97f : 1.f);  // a draw goes to not splitting
+      atomicMin(&smem.best_choice, (static_cast<unsigned long long>(__float_as_uint(time)) << 32) | num_chunks);
+    }
+    __syncthreads();
+    const int32_t best = int32_t(smem.best_choice & 0xffffffffu);
+    if (num_chunks == best) params.schedule->num_heads_abreast = num_heads_abreast(estimate);
+    return max(ceil_div(max(smem.max_cost, 1), best), kMinChunk);
+  }
+
+  // Where the items of each cost start in the list, the longest first.
+  __device__ __forceinline__ void place_costs(int32_t limit) const {
+    for (int i = threadIdx.x; i < smem.num_occupied; i += kNumThreads) {
+      const int bin = smem.occupied_bins[i];
+      const int32_t num_chunks = num_chunks_of(bin_cost(bin), limit);
+      atomicAdd(&smem.num_items_of_cost[chunk_bin(bin, limit)], smem.num_tiles_of_cost[bin] * num_chunks);
+    }
+    __syncthreads();
+    static_assert(CostBins::kNum <= kNumThreads);
+    const int bin = CostBins::kNum - 1 - threadIdx.x;
+    const int32_t num_items = bin >= 0 ? smem.num_items_of_cost[bin] : 0;
+    const int32_t end = inclusive_scan(num_items);
+    if (bin >= 0) smem.first_item_of_cost[bin] = end - num_items;
+    if (bin == 0) params.schedule->num_items = end;
+    __syncthreads();
+  }
+  __device__ __forceinline__ int chunk_bin(int bin, int32_t limit) const {
+    const int32_t cost = bin_cost(bin);
+    return CostBins::of(ceil_div(cost, num_chunks_of(cost, limit)));
+  }
+
+  __device__ __forceinline__ void write_items(int32_t limit) const {
+    for_each_tile([&](PrefillItem item, int32_t cost) {
+      const int bin = CostBins::of(cost);
+      // Fixed by the bin, as counted. A chunk may be left empty where the cost is below the bin's bound.
+      const int32_t num_chunks = num_chunks_of(bin_cost(bin), limit);
+      const int32_t chunk_len = ceil_div(cost, num_chunks), first_tile = item.tile_begin, end_tile = item.tile_end;
+      int32_t place = atomicAdd(&smem.first_item_of_cost[chunk_bin(bin, limit)], num_chunks);
+      item.num_chunks = num_chunks;
+      if (num_chunks > 1) {
+        const MergeTree tree = MergeTree::of(num_chunks);
+        item.partial_row = atomicAdd(&smem.num_partial_rows, num_rows_of(item) * tree.num_slots());
+        item.counter = atomicAdd(&smem.num_counters, tree.num_counters());
+      }
+      for (int32_t chunk = 0; chunk < num_chunks; ++chunk, ++place) {
+        item.chunk_idx = chunk;
+        item.tile_begin = min(first_tile + chunk * chunk_len, end_tile);
+        item.tile_end = min(item.tile_begin + chunk_len, end_tile);
+        if (place < params.max_items) params.items[place] = item;
+      }
+    });
+    __syncthreads();
+    for (int i = threadIdx.x; i < smem.num_counters * params.num_kv_heads; i += kNumThreads) params.counters[i] = 0;
+    if (threadIdx.x == 0) params.schedule->next_unit = params.schedule->num_done = 0;
+  }
+};
+
+template <class Config>
+__device__ void prefill_plan(const PrefillPlanParams& params) {
+  __shared__ PrefillPlanSmem smem;
+  for (int i = threadIdx.x; i < int(sizeof(smem) / 4); i += Config::kNumThreads)
+    reinterpret_cast<int32_t*>(&smem)[i] = 0;
+  __syncthreads();
+  if (threadIdx.x == 0) smem.best_choice = ~0ull;
+  wait_for_previous_kernel();
+
+  const PrefillPlanner<Config> planner{params, smem};
+  planner.count_tiles();
+  planner.count_costs();
+  const int32_t limit = planner.choose_limit();
+  planner.place_costs(limit);
+  planner.write_items(limit);
+}
+
+}  // namespace flashinfer

@@ -1,0 +1,161 @@
+// The softmax of prefill: what happens to a tile of scores between S = Q Kᵀ and O += P V. A new kind of mask or of
+// logits belongs into variant.cuh; this file asks it what to do with a score.
+//
+// The running maximum that scales the probabilities may lag behind the true one by kMaxLag powers of two, so that most
+// tiles need not rescale the output: probabilities then reach 2^kMaxLag, which 16 bits and the fp32 sums hold as well
+// as 1.
+#pragma once
+
+#include "attention/prefill/tile.cuh"
+
+namespace flashinfer {
+
+constexpr float kMaxLag = 8.f;
+
+template <class Config>
+struct SoftmaxState {
+  using Shape = PrefillShape<Config>;
+  float max[Shape::kFragsM][2];  // of the transformed, unscaled scores; lags behind
+  float sum[Shape::kFragsM][2];  // this lane's share until the end
+
+  __device__ __forceinline__ void reset() {
+#pragma unroll
+    for (int m = 0; m < Shape::kFragsM; ++m) {
+      max[m][0] = max[m][1] = kMinusInfinity;
+      sum[m][0] = sum[m][1] = 0.f;
+    }
+  }
+
+  // Raise the maximum to cover `scores`, rescaling the sums and the output where it moved by more than the lag allowed.
+  __device__ __forceinline__ void raise_max(const float (&scores)[Shape::kFragsM][Shape::kFragsN][4],
+                                            float (&out)[Shape::kFragsM][Shape::kFragsD][4], float scale_log2) {
+    float tile_max[Shape::kFragsM][2];
+    bool lags = false;
+#pragma unroll
+    for (int m = 0; m < Shape::kFragsM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float x = fmaxf(scores[m][0][2 * half], scores[m][0][2 * half + 1]);
+#pragma unroll
+        for (int n = 1; n < Shape::kFragsN; ++n) {
+          x = fmaxf(x, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
+        }
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+        tile_max[m][half] = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+        lags = lags || (tile_max[m][half] - max[m][half]) * scale_log2 > kMaxLag;
+      }
+    }
+    if (!__any_sync(0xffffffffu, lags)) return;
+#pragma unroll
+    for (int m = 0; m < Shape::kFragsM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float new_max = fmaxf(max[m][half], tile_max[m][half]);
+        const float rescale = new_max == kMinusInfinity ? 1.f : fast_exp2((max[m][half] - new_max) * scale_log2);
+        max[m][half] = new_max;
+        sum[m][half] *= rescale;
+#pragma unroll
+        for (int d = 0; d < Shape::kFragsD; ++d) {
+          out[m][d][2 * half] *= rescale;
+          out[m][d][2 * half + 1] *= rescale;
+        }
+      }
+    }
+  }
+};
+
+// 32 bits of a custom mask from bit first_bit on; bytes from num_bits / 8 on are not read.
+__device__ __forceinline__ uint32_t load_mask_bits(const uint8_t* mask_gmem, int64_t first_bit, int64_t num_bits) {
+  const int64_t first_byte = first_bit >> 3, end_byte = (num_bits + 7) >> 3;
+  uint64_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < 5; ++i) {
+    if (first_byte + i < end_byte) bits |= uint64_t(mask_gmem[first_byte + i]) << (8 * i);
+  }
+  return uint32_t(bits >> (first_bit & 7));
+}
+
+// Soft cap and ALiBi on every score; then -inf where a query does not see a key.
+template <class Config, class Shape = PrefillShape<Config>>
+__device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kFragsM][Shape::kFragsN][4],
+                                                   const AttentionParams& params, const PrefillWork& work, int warp_row,
+                                                   int tile, bool needs_mask) {
+  const int lane_idx = int(fresh_thread_idx() % 32);
+  const int first_kv = tile * Shape::kBlockN + lane_idx % 4 * 2;  // of this lane; fragment n, element e adds 8n + e
+#pragma unroll
+  for (int m = 0; m < Shape::kFragsM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const QueryRow query = QueryRow::of<Shape>(work, warp_row + m * 16 + half * 8 + lane_idx / 4);
+      const int32_t position = work.item.kv_len - work.item.qo_len + query.token_idx;
+      if constexpr (!Variant<Config>::kIsPlain) {
+        const float slope = Variant<Config>::alibi_slope(params, query.qo_head_idx);
+#pragma unroll
+        for (int i = 0; i < 2 * Shape::kFragsN; ++i) {
+          float& score = scores[m][i / 2][2 * half + i % 2];
+          score = Variant<Config>::transform(params, score, slope, first_kv + i / 2 * 8 + i % 2 - position);
+        }
+      }
+      if (!needs_mask) continue;
+      int32_t kv_begin = 0, kv_end = work.item.kv_len;
+      if constexpr (Config::kMask == kMaskCausal) kv_end = min(kv_end, position + 1);
+      if constexpr (Config::kHasWindow) kv_begin = max(position - params.window_left, 0);
+      const bool row_exists = query.token_idx < work.item.qo_len;
+#pragma unroll
+      for (int word = 0; word < Shape::kBlockN / 32; ++word) {
+        uint32_t bits = 0xffffffffu;
+        if constexpr (Config::kMask == kMaskCustom) {
+          const uint8_t* mask_gmem = Variant<Config>::mask_of(params, work.item.request_idx);
+          const int64_t first_bit = int64_t(query.token_idx) * work.item.kv_len + tile * Shape::kBlockN + word * 32;
+          bits = row_exists ? load_mask_bits(mask_gmem, first_bit, int64_t(work.item.qo_len) * work.item.kv_len) : 0u;
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {  // 4 fragments of 8 keys to a word of 32
+          const int offset = i / 2 * 8 + i % 2, kv_idx = first_kv + word * 32 + offset;
+          bool visible = kv_idx < kv_end;
+          if constexpr (Config::kHasWindow) visible = visible && kv_idx >= kv_begin;
+          if constexpr (Config::kMask == kMaskCustom) visible = visible && (bits >> (offset + lane_idx % 4 * 2)) & 1;
+          float& score = scores[m][word * 4 + i / 2][2 * half + i % 2];
+          score = visible ? score : kMinusInfinity;
+        }
+      }
+    }
+  }
+}
+
+// P = exp2(scores - max), 16 keys at a time so that the exponentials of one step overlap with the products of the last.
+template <class Config, class Shape = PrefillShape<Config>>
+__device__ __forceinline__ void softmax_times_v(const float (&scores)[Shape::kFragsM][Shape::kFragsN][4],
+                                                SoftmaxState<Config>& state,
+                                                float (&out)[Shape::kFragsM][Shape::kFragsD][4], uint32_t v_smem,
+                                                float scale_log2) {
+  using VRows = typename Shape::VRows;
+  const int lane_idx = int(fresh_thread_idx() % 32);
+  const uint32_t v_lane_smem = v_smem + VRows::offset(lane_idx % 16, lane_idx / 16);
+  float scaled_max[Shape::kFragsM][2];
+#pragma unroll
+  for (int m = 0; m < Shape::kFragsM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {  // a row that has seen no key yet: exp2(-inf - 0) is zero, not NaN
+      scaled_max[m][half] = state.max[m][half] == kMinusInfinity ? 0.f : state.max[m][half] * scale_log2;
+    }
+  }
+#pragma unroll
+  for (int step = 0; step < Shape::kBlockN / 16; ++step) {
+    uint32_t p[Shape::kFragsM][4];
+#pragma unroll
+    for (int m = 0; m < Shape::kFragsM; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // register i of the A fragment: fragment i / 2 of the step, rows of half i % 2
+        const float* pair = &scores[m][2 * step + i / 2][2 * (i % 2)];
+        const float x = fast_exp2(fmaf(pair[0], scale_log2, -scaled_max[m][i % 2]));
+        const float y = fast_exp2(fmaf(pair[1], scale_log2, -scaled_max[m][i % 2]));
+        state.sum[m][i % 2] += x + y;
+        p[m][i] = pack_16bit<typename Config::Q>(x, y);
+      }
+    }
+    accumulate_output<Config>(out, p, v_lane_smem + step * 16 * VRows::kNumBytes);
+  }
+}
+
+}  // namespace flashinfer

@@ -1,0 +1,334 @@
+// A tile of prefill: its geometry, the shared memory of a CTA, and the products that one warp takes part in.
+//
+// Geometry. A CTA owns kBlockM query rows of one KV head; a row is (token, head in group), the head innermost, so that
+// the rows of a group share every KV tile whatever the query length. Warp w owns rows [w * kRowsPerWarp, +kRowsPerWarp)
+// as kFragsM fragments of 16. A KV tile is kBlockN rows. Scores, probabilities and output stay in registers in the mma
+// layout (device/mma.cuh): lane l holds rows l / 4 and l / 4 + 8 of a fragment.
+#pragma once
+
+#include "attention/kv_view.cuh"
+#include "attention/merge_states.cuh"
+#include "attention/prefill/schedule.h"
+#include "attention/variant.cuh"
+#include "device/cp_async.cuh"
+#include "device/fp8.cuh"
+#include "device/ldmatrix.cuh"
+#include "device/mma.cuh"
+#include "device/swizzle.cuh"
+
+namespace flashinfer {
+
+// threadIdx.x as the compiler has not seen it before: addresses made from it are computed where they are used. Made
+// from threadIdx.x itself they would be hoisted out of the loop over tiles, a dozen registers that the loop does not
+// have.
+__device__ __forceinline__ uint32_t fresh_thread_idx() {
+  uint32_t thread_idx;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread_idx));
+  return thread_idx;
+}
+
+// The same for the end of a unit. ptxas knows two reads of %tid.x for one and would keep, or spill, what the loop over
+// tiles made of it; the result of a shuffle is news to it. By all lanes of a warp.
+__device__ __forceinline__ uint32_t thread_idx_after_loop() {
+  const uint32_t thread_idx = fresh_thread_idx();
+  return __shfl_sync(0xffffffffu, thread_idx, thread_idx);
+}
+
+template <class Config>
+struct PrefillShape {
+  using T = typename Config::Q;
+  using Kv = typename Config::Kv;
+  static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
+  static constexpr int kNumThreads = Config::kNumThreads, kNumWarps = kNumThreads / 32;
+  static constexpr int kHeadDimQk = Config::kHeadDimQk, kHeadDimVo = Config::kHeadDimVo;
+  static constexpr bool kHasRope = Variant<Config>::kHasRope;
+  static constexpr bool kIsFp8V = sizeof(Kv) == 1;
+  static constexpr bool kIsFp8K = kIsFp8V && !kHasRope;  // rotated keys are kept in T
+
+  // With a single stage, keys and values take turns: a tile's values come in during its Q Kᵀ, the keys of the next one
+  // during P V. Otherwise whole tiles come in while others are worked on.
+  static constexpr bool kTakesTurns = Config::kNumStages == 1;
+  static constexpr int kNumAhead = kTakesTurns ? 1 : Config::kNumStages - 1;  // tiles in flight, or their keys
+
+  static constexpr int kRowsPerWarp = kBlockM / kNumWarps;
+  static constexpr int kFragsM = kRowsPerWarp / 16;
+  static constexpr int kFragsN = kBlockN / 8;
+  static constexpr int kFragsD = kHeadDimVo / 8;
+  static_assert(kRowsPerWarp % 16 == 0 && kBlockN % 32 == 0 && kHeadDimQk % 32 == 0 && kHeadDimVo % 32 == 0);
+  static_assert(kHeadDimVo <= kHeadDimQk, "the output is staged where the queries were");
+
+  using QRows = SwizzledRows<kHeadDimQk * 2>;
+  using OutRows = SwizzledRows<kHeadDimVo * 2>;
+  using KRows = SwizzledRows<kHeadDimQk* int(sizeof(Kv))>;
+  using KMmaRows = SwizzledRows<kHeadDimQk*(kIsFp8K ? 1 : 2)>;  // as the tensor cores' loads find them
+  using VRows = SwizzledRows<kHeadDimVo* int(sizeof(Kv))>;
+};
+
+// One unit of work: an item for one KV head. It stays in shared memory, where it costs no registers.
+struct alignas(16) PrefillWork {
+  PrefillItem item;
+  const void* k_gmem;  // the KV head's part of row 0
+  const void* v_gmem;
+  int32_t kv_head_idx;
+  FastDivisor group_size;  // the same in every unit
+
+  // Rows of the query tile that exist.
+  __device__ __forceinline__ int32_t num_rows(int32_t block_m) const {
+    const int32_t num_left = item.qo_len * int32_t(group_size.divisor) - item.q_tile * block_m;
+    return num_left < block_m ? num_left : block_m;
+  }
+  // First row of a slot of partial results. Slots follow each other, within one the KV heads, within those the rows.
+  __device__ __forceinline__ int64_t partial_row(int32_t slot_idx, int32_t block_m, int32_t num_kv_heads) const {
+    const int64_t num_rows = this->num_rows(block_m);
+    return (item.partial_row + slot_idx * num_rows) * num_kv_heads + kv_head_idx * num_rows;
+  }
+};
+
+// Where a KV tile stays in shared memory.
+template <class Config>
+__device__ __forceinline__ uint32_t stage_of(int tile) {
+  return uint32_t(tile) % Config::kNumStages;
+}
+
+// Where a row of the tile is among the request's tokens and the query heads.
+struct QueryRow {
+  int32_t token_idx;  // within the request
+  int32_t qo_head_idx;
+
+  template <class Shape>
+  __device__ __forceinline__ static QueryRow of(const PrefillWork& work, int row) {
+    const int32_t packed = work.item.q_tile * Shape::kBlockM + row, group_size = work.group_size.divisor;
+    const int32_t token_idx = work.group_size.divide(packed);
+    return {token_idx, work.kv_head_idx * group_size + packed - token_idx * group_size};
+  }
+};
+
+// The KV tiles that one warp's rows see at all, [seen_begin, seen_end), and those they see whole, [whole_begin,
+// whole_end): the others among the seen need masking.
+template <class Config>
+struct WarpTiles {
+  using Shape = PrefillShape<Config>;
+  int32_t seen_begin, seen_end, whole_begin, whole_end;
+
+  __device__ __forceinline__ static WarpTiles of(const AttentionParams& params, const PrefillWork& work,
+                                                 int first_row) {
+    const int32_t last_row = min(first_row + Shape::kRowsPerWarp, work.num_rows(Shape::kBlockM)) - 1;
+    if (last_row < first_row) return {0, 0, 0, 0};
+    const int32_t kv_len = work.item.kv_len, offset = kv_len - work.item.qo_len;
+    const int32_t first_position = offset + QueryRow::of<Shape>(work, first_row).token_idx;
+    const int32_t last_position = offset + QueryRow::of<Shape>(work, last_row).token_idx;
+    WarpTiles tiles = {0, ceil_div(kv_len, Shape::kBlockN), 0, kv_len / Shape::kBlockN};
+    if constexpr (Config::kMask == kMaskCausal) {
+      tiles.seen_end = min(tiles.seen_end, ceil_div(max(last_position + 1, 0), Shape::kBlockN));
+      tiles.whole_end = min(tiles.whole_end, max(first_position + 1, 0) / Shape::kBlockN);
+    }
+    if constexpr (Config::kMask == kMaskCustom) tiles.whole_end = 0;
+    if constexpr (Config::kHasWindow) {
+      tiles.seen_begin = max(first_position - params.window_left, 0) / Shape::kBlockN;
+      tiles.whole_begin = ceil_div(max(last_position - params.window_left, 0), Shape::kBlockN);
+    }
+    return tiles;
+  }
+  __device__ __forceinline__ bool sees(int tile) const {
+    return tile < seen_end && (!Config::kHasWindow || tile >= seen_begin);
+  }
+  __device__ __forceinline__ bool sees_whole(int tile) const {
+    return tile < whole_end && (!Config::kHasWindow || tile >= whole_begin);
+  }
+};
+
+template <class Config>
+struct PrefillSmem {
+  using Shape = PrefillShape<Config>;
+  static constexpr bool kIsPaged = Config::kKvStorage == kKvPaged;
+
+  alignas(128) uint8_t q[Shape::kBlockM * Shape::kHeadDimQk * 2];  // later the warp's output rows
+  alignas(128) uint8_t k[Config::kNumStages][Shape::kBlockN * Shape::kHeadDimQk * sizeof(typename Config::Kv)];
+  alignas(128) uint8_t v[Config::kNumStages][Shape::kBlockN * Shape::kHeadDimVo * sizeof(typename Config::Kv)];
+  alignas(128) uint8_t k_rotated[Shape::kHasRope ? Shape::kBlockN * Shape::kHeadDimQk * 2 : 16];
+  alignas(16) const void* rows[2][2][kIsPaged ? Shape::kBlockN : 1];  // of tiles even and odd; of K and V
+  PrefillWork work, next_work;
+  UnitOrder order;
+  WarpTiles<Config> warp_tiles[Shape::kNumWarps];
+  float lse[Shape::kBlockM];
+  uint32_t unit, next_unit, num_units;
+  uint32_t is_last;
+};
+
+// Rotates rows [0, num_rows) of a tile for positions first_position + position_of(row), from storage type Src to T. A
+// worker takes one chunk of 8 elements of the first half of the row and its partners in the second.
+template <class Config, class Src, class SrcRows, class PositionOf>
+__device__ __forceinline__ void rotate_rows(const AttentionParams& params, const uint8_t* src_smem, uint8_t* dst_smem,
+                                            int num_rows, int worker, int num_workers, const PositionOf& position_of) {
+  using Shape = PrefillShape<Config>;
+  using T = typename Config::Q;
+  constexpr int kHalf = Shape::kHeadDimQk / 2, kNumPieces = kHalf / 8;
+  const int piece = worker % kNumPieces;
+  if (worker >= num_workers / kNumPieces * kNumPieces) return;
+  float turns[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) turns[i] = rope_turns<Shape::kHeadDimQk>(params, piece * 8 + i);
+#pragma unroll 1
+  for (int row = worker / kNumPieces; row < num_rows; row += num_workers / kNumPieces) {
+    const int32_t position = position_of(row);
+    float x[8], y[8];
+    const auto read = [&](int column, float (&out)[8]) {
+      const int byte = column * int(sizeof(Src));
+      to_floats(Vec<Src, 8>::load(reinterpret_cast<const Src*>(src_smem + SrcRows::offset(row, byte / 16) + byte % 16)),
+                out);
+    };
+    read(piece * 8, x);
+    read(piece * 8 + kHalf, y);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float cos, sin;
+      rope_cos_sin(turns[i], position, cos, sin);
+      const float rotated = x[i] * cos - y[i] * sin;
+      y[i] = y[i] * cos + x[i] * sin;
+      x[i] = rotated;
+    }
+    cast_vec<T>(x).store(reinterpret_cast<T*>(dst_smem + Shape::QRows::offset(row, piece)));
+    cast_vec<T>(y).store(reinterpret_cast<T*>(dst_smem + Shape::QRows::offset(row, piece + kNumPieces)));
+  }
+}
+
+// Rotates the warp's query rows, and, for keys left in fp8, reorders each 16 columns as even ones, then odd ones: the
+// order in which unpack_fp8 hands out a key's elements (a dot product does not mind).
+template <class Config>
+__device__ __forceinline__ void prepare_q(const AttentionParams& params, const PrefillWork& work, uint8_t* q_smem,
+                                          int first_row) {
+  using Shape = PrefillShape<Config>;
+  const int lane_idx = int(fresh_thread_idx() % 32);
+  if constexpr (Shape::kHasRope) {
+    uint8_t* rows_smem = q_smem + first_row * Shape::kHeadDimQk * 2;  // 16-row aligned: the swizzle does not change
+    rotate_rows<Config, typename Config::Q, typename Shape::QRows>(
+        params, rows_smem, rows_smem, Shape::kRowsPerWarp, lane_idx, 32, [&](int row) {
+          return work.item.kv_len - work.item.qo_len + QueryRow::of<Shape>(work, first_row + row).token_idx;
+        });
+    __syncwarp();
+  }
+  if constexpr (Shape::kIsFp8K) {
+    constexpr int kGroupsPerRow = Shape::kHeadDimQk / 16;
+#pragma unroll 1
+    for (int i = lane_idx; i < Shape::kRowsPerWarp * kGroupsPerRow; i += 32) {
+      const int row = first_row + i / kGroupsPerRow, group = i % kGroupsPerRow;
+      uint4* low = reinterpret_cast<uint4*>(q_smem + Shape::QRows::offset(row, 2 * group));
+      uint4* high = reinterpret_cast<uint4*>(q_smem + Shape::QRows::offset(row, 2 * group + 1));
+      const uint4 a = *low, b = *high;
+      const auto even = [](uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x5410); };
+      const auto odd = [](uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x7632); };
+      *low = uint4{even(a.x, a.y), even(a.z, a.w), even(b.x, b.y), even(b.z, b.w)};
+      *high = uint4{odd(a.x, a.y), odd(a.z, a.w), odd(b.x, b.y), odd(b.z, b.w)};
+    }
+    __syncwarp();
+  }
+}
+
+// The keys of a tile as the tensor cores are to find them: rotated first, by all threads, if there is RoPE.
+template <class Config>
+__device__ __forceinline__ const uint8_t* prepare_k(const AttentionParams& params, PrefillSmem<Config>& smem,
+                                                    int tile) {
+  using Shape = PrefillShape<Config>;
+  const uint8_t* k_smem = smem.k[stage_of<Config>(tile)];
+  if constexpr (!Shape::kHasRope) return k_smem;
+  const int first_kv = tile * Shape::kBlockN;
+  rotate_rows<Config, typename Config::Kv, typename Shape::KRows>(params, k_smem, smem.k_rotated, Shape::kBlockN,
+                                                                  fresh_thread_idx(), Shape::kNumThreads,
+                                                                  [&](int row) { return first_kv + row; });
+  __syncthreads();
+  return smem.k_rotated;
+}
+
+// scores = Q Kᵀ of the warp's rows against one tile.
+template <class Config, class Shape = PrefillShape<Config>>
+__device__ __forceinline__ void compute_scores(float (&scores)[Shape::kFragsM][Shape::kFragsN][4], uint32_t q_smem,
+                                               uint32_t k_smem) {
+  using T = typename Config::Q;
+  const int lane_idx = int(fresh_thread_idx() % 32);
+#pragma unroll
+  for (int m = 0; m < Shape::kFragsM; ++m) {
+#pragma unroll
+    for (int n = 0; n < Shape::kFragsN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[m][n][i] = 0.f;
+    }
+  }
+  // Where this lane loads its part of fragments: of step 0; 16 rows further down the permutation is the same.
+  using QRows = typename Shape::QRows;
+  using KRows = typename Shape::KMmaRows;
+  const uint32_t q_lane_smem = q_smem + QRows::offset(lane_idx % 16, lane_idx / 16);
+  const uint32_t k_lane_smem =
+      k_smem +
+      (Shape::kIsFp8K ? KRows::offset(lane_idx, 0) : KRows::offset(lane_idx % 8 + lane_idx / 16 * 8, lane_idx / 8 % 2));
+#pragma unroll
+  for (int step = 0; step < Shape::kHeadDimQk / 16; ++step) {
+    uint32_t q[Shape::kFragsM][4];
+#pragma unroll
+    for (int m = 0; m < Shape::kFragsM; ++m) {
+      ldmatrix_x4(q[m], QRows::advance(q_lane_smem, step * 2) + m * 16 * QRows::kNumBytes);
+    }
+    if constexpr (Shape::kIsFp8K) {
+#pragma unroll
+      for (int n = 0; n < Shape::kFragsN; n += 4) {
+        uint32_t k[4];
+        ldmatrix_x4(k, KRows::advance(k_lane_smem, step) + n * 8 * KRows::kNumBytes);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const Pair16<T> pair = unpack_fp8<T, typename Config::Kv>(k[i]);
+#pragma unroll
+          for (int m = 0; m < Shape::kFragsM; ++m) mma_m16n8k16<T>(scores[m][n + i], q[m], pair.even, pair.odd);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < Shape::kFragsN; n += 2) {
+        uint32_t k[4];
+        ldmatrix_x4(k, KRows::advance(k_lane_smem, step * 2) + n * 8 * KRows::kNumBytes);
+#pragma unroll
+        for (int m = 0; m < Shape::kFragsM; ++m) {
+          mma_m16n8k16<T>(scores[m][n], q[m], k[0], k[1]);
+          mma_m16n8k16<T>(scores[m][n + 1], q[m], k[2], k[3]);
+        }
+      }
+    }
+  }
+}
+
+// out += P V, P packed from the probabilities of 16 keys, whose rows of V start at v_smem.
+template <class Config, class Shape = PrefillShape<Config>>
+__device__ __forceinline__ void accumulate_output(float (&out)[Shape::kFragsM][Shape::kFragsD][4],
+                                                  const uint32_t (&p)[Shape::kFragsM][4], uint32_t v_lane_smem) {
+  using T = typename Config::Q;
+  using VRows = typename Shape::VRows;
+  if constexpr (Shape::kIsFp8V) {
+    // Transposed 16-bit units hold two neighbouring columns of V, so that an mma's 8 columns are every other one of 16.
+#pragma unroll
+    for (int d = 0; d < Shape::kFragsD; d += 4) {
+      uint32_t v[4];
+      ldmatrix_x4_trans(v, VRows::advance(v_lane_smem, d / 2));
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const Pair16<T> low = unpack_fp8<T, typename Config::Kv>(v[i]);
+        const Pair16<T> high = unpack_fp8<T, typename Config::Kv>(v[i + 1]);
+#pragma unroll
+        for (int m = 0; m < Shape::kFragsM; ++m) {
+          mma_m16n8k16<T>(out[m][d + i], p[m], low.even, high.even);
+          mma_m16n8k16<T>(out[m][d + i + 1], p[m], low.odd, high.odd);
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int d = 0; d < Shape::kFragsD; d += 2) {
+      uint32_t v[4];
+      ldmatrix_x4_trans(v, VRows::advance(v_lane_smem, d));
+#pragma unroll
+      for (int m = 0; m < Shape::kFragsM; ++m) {
+        mma_m16n8k16<T>(out[m][d], p[m], v[0], v[1]);
+        mma_m16n8k16<T>(out[m][d + 1], p[m], v[2], v[3]);
+      }
+    }
+  }
+}
+
+}  // namespace flashinfer

@@ -1,0 +1,1 @@
+"""One query token a request."""

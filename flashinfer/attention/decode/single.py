@@ -1,0 +1,213 @@
+"""Decode over one sequence, without a plan: the schedule follows from the length."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Optional, Union
+
+import torch
+
+from flashinfer.attention.decode import launch as launching
+from flashinfer.attention.variant import Variant, alibi_slopes_ptr
+from flashinfer.families.attention.params import fast_divisor
+from flashinfer.host import checks, memo, paged_cache, traced
+from flashinfer.host.rows import require_rows
+from flashinfer.jit.loader import PreparedLaunch
+
+_ONE_ROW_PAGES = fast_divisor(1)
+
+
+def single_decode_with_kv_cache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_layout: str = "NHD",
+    pos_encoding_mode: str = "NONE",
+    use_tensor_cores: bool = False,
+    q_scale: Optional[float] = None,
+    k_scale: Optional[float] = None,
+    v_scale: Optional[float] = None,
+    window_left: int = -1,
+    logits_soft_cap: Optional[float] = None,
+    sm_scale: Optional[float] = None,
+    rope_scale: Optional[float] = None,
+    rope_theta: Optional[float] = None,
+    return_lse: bool = False,
+) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Attention of one query token over one sequence (split along the KV as in Flash-Decoding, Dao et al. 2023).
+
+    Args:
+        q: `[num_qo_heads, head_dim]`, fp16 or bf16 (fp32 on the CPU).
+        k, v: `[kv_len, num_kv_heads, head_dim]` (NHD) or `[num_kv_heads, kv_len, head_dim]` (HND); the dtype of q, or
+            fp8 e4m3 or e5m2. The head dimension of v may differ. kv_len may be 0.
+        pos_encoding_mode: "NONE", "ROPE_LLAMA" (q and k are rotated on the fly, q at position kv_len - 1) or "ALIBI".
+        use_tensor_cores: accepted for compatibility; one kernel serves every group size.
+        q_scale, k_scale, v_scale: factors of quantized q, k and v.
+        window_left: keys seen before the query's own position; -1 for all.
+        logits_soft_cap: logits become `cap * tanh(logits / cap)`; None or 0 for none.
+        sm_scale: factor of q·k; default `1 / sqrt(head_dim)`.
+        rope_scale, rope_theta: of ROPE_LLAMA; default 1 and 1e4.
+
+    Returns:
+        `[num_qo_heads, head_dim]`, dtype of q; with return_lse also the base-2 logarithm of the sum of exponentials,
+        fp32 `[num_qo_heads]`. Without keys: zeros and -inf.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride does not fit.
+        UnsupportedConfig: no kernel for this dtype or head_dim.
+    """
+    if q.dim() != 2 or k.dim() != 3 or v.dim() != 3:
+        raise ValueError(
+            f"single_decode: q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions; expected 2, 3 and 3"
+        )
+    options = (
+        kv_layout, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, q_scale, k_scale,
+        v_scale,
+    )  # fmt: skip
+    if torch.compiler.is_dynamo_compiling():
+        out = torch.empty((q.shape[0], v.shape[2]), dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:1], dtype=torch.float32, device=q.device) if return_lse else None
+        _compiled(q, k, v, out, lse, *options)
+        return out if lse is None else (out, lse)
+    return _run(q, k, v, None, None, return_lse, options)
+
+
+# kv_layout; arguments of Variant.of after head_dim; q_scale, k_scale and v_scale.
+_Options = tuple[Any, ...]
+
+
+def _run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: Optional[torch.Tensor],
+    lse: Optional[torch.Tensor],
+    return_lse: bool,
+    options: _Options,
+) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    rows, heads = (0, 1) if options[0] == "NHD" else (1, 0)
+    q_ptr, k_ptr, v_ptr, k_shape, v_shape = q.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape, v.shape
+    kv_len = k_shape[rows]  # no part of the key: it grows from call to call
+    key = (
+        q.dtype, q.shape, q.stride(), q.get_device(), k.dtype, k_shape[heads], k_shape[2], k.stride(), k.get_device(),
+        v.dtype, v_shape[heads], v_shape[2], v.stride(), v.get_device(), options, (q_ptr | k_ptr | v_ptr) & 15,
+    )  # fmt: skip
+    single = _singles.get(key)
+    if single is None or v_shape[rows] != kv_len:
+        single = _singles.remember(key, _Single(q, k, v, options))
+    if out is None:
+        out = single.new_out()
+    if return_lse and lse is None:
+        lse = single.new_lse()
+    single.launch(q_ptr, out.data_ptr(), 0 if lse is None else lse.data_ptr(), k_ptr, v_ptr, kv_len)
+    return out if lse is None else (out, lse)
+
+
+_compiled = traced.compiled_op(
+    "single_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, str kv_layout, "
+    "str pos_encoding_mode, int window_left, float? logits_soft_cap, float? sm_scale, float? rope_scale, "
+    "float? rope_theta, float? q_scale, float? k_scale, float? v_scale) -> ()",
+    lambda q, k, v, out, lse, *options: _run(q, k, v, out, lse, False, options),
+)
+
+
+class _Single:
+    """single_decode_with_kv_cache for one signature; the length may differ from call to call."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: _Options) -> None:
+        op, (kv_layout, *variant_options), scales = "single_decode", options[:-3], options[-3:]
+        paged_cache.require_layout(op, kv_layout)
+        rows, heads = (0, 1) if kv_layout == "NHD" else (1, 0)
+        num_qo_heads, num_kv_heads = q.shape[0], k.shape[heads]
+        checks.require(
+            k.shape[-1] == q.shape[-1],
+            op,
+            f"k dim 2 (head_dim) is {k.shape[-1]}, q has {q.shape[-1]}; they must be equal",
+        )
+        checks.require(
+            k.shape[:2] == v.shape[:2],
+            op,
+            f"k has shape {list(k.shape)}, v {list(v.shape)}; lengths and heads must agree",
+        )
+        checks.require(k.dtype == v.dtype, op, f"k is {k.dtype}, v {v.dtype}; expected one dtype")
+        paged_cache.require_heads(op, num_qo_heads, num_kv_heads)
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            checks.require_device(op, name, tensor, q, "q")
+            require_rows(op, name, tensor)
+        device = q.device
+        variant = Variant.of(op, q.shape[1], *variant_options)
+        self.kernel = launching.load_kernel(
+            device, q.dtype, k.dtype, q.dtype, q.shape[1], v.shape[2], num_qo_heads, num_kv_heads, "single",
+            tuple(variant.spec_args.items()), launching.launches_dependent(device),
+        )  # fmt: skip
+        self.new_out = memo.allocator((num_qo_heads, v.shape[2]), q.dtype, device)
+        self.new_lse = memo.allocator((num_qo_heads,), torch.float32, device)
+        self.device, self.num_qo_heads, self.head_dim_vo = device, num_qo_heads, v.shape[2]
+        self.window_left = variant.window_left
+        kv_strides = (k.stride(rows), 0, k.stride(heads), v.stride(rows), 0, v.stride(heads))
+        self.kv_values = (0, 0, 0, *kv_strides, *_ONE_ROW_PAGES)
+        self.pointers = (0, 0, 0, alibi_slopes_ptr(variant, num_qo_heads, device), 0, 0, 0)
+        strides = (0, q.stride(0), 0, v.shape[2])
+        self.strides_and_counts = (*strides, 1, num_qo_heads, num_kv_heads, 1)
+        factors = launching.qk_and_v_scale(op, *scales)
+        self.scalars = (variant.window_left, *variant.scalars(*factors, plan_is_settled=True))
+        self.launch_whole = self.prepare(1)
+        self.launches: dict[tuple[int, int], PreparedLaunch] = {}  # (stream, number of chunks)
+
+    def launch(self, q: int, out: int, lse: int, k: int, v: int, kv_len: int) -> None:
+        """On the current stream; every tensor by its address."""
+        visible = kv_len if self.window_left < 0 else min(kv_len, self.window_left + 1)
+        num_chunks = min(self.kernel.num_chunks, -(-visible // self.kernel.tile_len))
+        if num_chunks <= 1:
+            launch = self.launch_whole
+        elif torch.cuda.is_current_stream_capturing():
+            # A graph has scratch of its own, zeroed by the graph, so that a replay disturbs no other launch.
+            scratch = self.make_scratch(num_chunks)
+            launch = self.prepare(num_chunks, scratch)
+        else:
+            stream = memo.current_stream(self.device.index)
+            launch = self.launches.get((stream, num_chunks)) or self.prepare_on(stream, num_chunks)
+        launch(q, out, lse, k, v, *self.kv_values, kv_len)
+
+    def prepare(self, num_chunks: int, scratch: Optional[_Scratch] = None) -> PreparedLaunch:
+        """A launch that takes what AttentionParams holds up to kv.len. It does not keep the scratch alive."""
+        first_values = (0, 0, 0, 0, 0, *self.kv_values, 0)
+        scratch_values = (0, 0, 0) if scratch is None else scratch.addresses(self.partial_bytes(num_chunks)[0])
+        return self.kernel.launcher.prepare(
+            (self.kernel.num_head_blocks, num_chunks, 1), *first_values, *self.pointers, *scratch_values,
+            *self.strides_and_counts, num_chunks, *self.scalars, varying=len(first_values),
+        )  # fmt: skip
+
+    def prepare_on(self, stream: int, num_chunks: int) -> PreparedLaunch:
+        out_bytes, lse_bytes = self.partial_bytes(num_chunks)
+        size_class = (out_bytes + lse_bytes).bit_length()
+        key = (self.device.index, stream, self.kernel.num_chunks, self.kernel.num_head_blocks, size_class)
+        scratch = _scratches.get(key) or _scratches.setdefault(key, self.make_scratch(num_chunks, 1 << size_class))
+        launch = self.launches[stream, num_chunks] = self.prepare(num_chunks, scratch)
+        return launch
+
+    def partial_bytes(self, num_chunks: int) -> tuple[int, int]:
+        return launching.decode_partial_bytes(num_chunks, self.num_qo_heads, self.head_dim_vo)
+
+    def make_scratch(self, num_chunks: int, num_bytes: int = 0) -> _Scratch:
+        num_counters = launching.decode_num_counters(1, self.kernel.num_chunks, self.kernel.num_head_blocks)
+        counters = torch.zeros(num_counters, dtype=torch.int32, device=self.device)
+        num_bytes = max(num_bytes, sum(self.partial_bytes(num_chunks)))
+        return _Scratch(counters, torch.empty(num_bytes, dtype=torch.uint8, device=self.device))
+
+
+class _Scratch(NamedTuple):
+    """Of unplanned decodes on one stream."""
+
+    counters: torch.Tensor  # zero between launches
+    partials: torch.Tensor  # outputs, then their LSE
+
+    def addresses(self, out_bytes: int) -> tuple[int, int, int]:
+        """Of counters, partial_out and partial_lse."""
+        partials = self.partials.data_ptr()
+        return self.counters.data_ptr(), partials, partials + out_bytes
+
+
+# (device, stream, chunks, head blocks, log2 of bytes) -> scratch. Never freed, so that addresses stay valid; sizes are
+# powers of two.
+_scratches: dict[tuple[int, int, int, int, int], _Scratch] = {}
+_singles: memo.Memo[_Single] = memo.Memo()

@@ -1,0 +1,1 @@
+"""Many query tokens a request."""

@@ -1,0 +1,237 @@
+"""Prefill, chunked prefill and append over a paged KV cache."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+
+from flashinfer.attention.compat import check_later_arguments
+from flashinfer.attention.prefill.batch import BatchPrefill, DataType, Result
+from flashinfer.attention.prefill.plan import Problem, forward_overrides, num_tokens_of
+from flashinfer.host.paged_cache import KvStrides, PagedCache, PagedKv
+
+
+class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
+    """Prefill, chunked prefill or append of a batch over a paged KV cache (FlashAttention-2, Dao 2023,
+    arXiv:2307.08691).
+
+    The new tokens' keys and values are in the cache already; query i of a request stands at position
+    `kv_len - qo_len + i`.
+
+    With use_cuda_graph plan and run may both be captured, and a captured run may be replayed after planning other
+    lengths
+    for the same batch size: give padding requests no tokens and no pages.
+
+    Args:
+        float_workspace_buffer: scratch memory on the device to run on, for partial results of long KV under few
+            queries; 128 MB suffice for every common shape. May be shared by wrappers that run on one stream. A CPU
+            tensor of any size makes this a wrapper for the CPU.
+        kv_layout: "NHD" (pages of `[page_size, num_kv_heads, head_dim]`) or "HND" (`[num_kv_heads, page_size,
+            head_dim]`).
+        use_cuda_graph: keep index tensors in the buffers below, whose addresses a graph may hold.
+        qo_indptr_buf, paged_kv_indptr_buf: int32 `[batch_size + 1]`. They fix the batch size.
+        paged_kv_indices_buf: int32, as long as the longest list of pages.
+        paged_kv_last_page_len_buf: int32 `[batch_size]`.
+        custom_mask_buf, mask_indptr_buf: uint8, as long as the longest packed mask, and int32 `[batch_size + 1]`;
+            needed only by plans with a custom mask.
+        backend, jit_kwargs: accepted for compatibility.
+        jit_args: None; upstream's C++ of an attention variant does not compile against these kernels.
+    """
+
+    _op_name = "batch_prefill_paged"
+    _kv_storage = "paged"
+    _index_names = ("qo_indptr", "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
+
+    def __init__(
+        self,
+        float_workspace_buffer: torch.Tensor,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        qo_indptr_buf: Optional[torch.Tensor] = None,
+        paged_kv_indptr_buf: Optional[torch.Tensor] = None,
+        paged_kv_indices_buf: Optional[torch.Tensor] = None,
+        paged_kv_last_page_len_buf: Optional[torch.Tensor] = None,
+        custom_mask_buf: Optional[torch.Tensor] = None,
+        mask_indptr_buf: Optional[torch.Tensor] = None,
+        backend: str = "auto",
+        jit_args: Optional[list[Any]] = None,
+        jit_kwargs: Optional[dict[str, Any]] = None,
+    ) -> None:
+        index_buffers = (qo_indptr_buf, paged_kv_indptr_buf, paged_kv_indices_buf, paged_kv_last_page_len_buf)
+        mask_buffers = (custom_mask_buf, mask_indptr_buf)
+        super().__init__(
+            float_workspace_buffer, kv_layout, use_cuda_graph, index_buffers, mask_buffers, backend, jit_args
+        )
+
+    def plan(
+        self,
+        qo_indptr: torch.Tensor,
+        paged_kv_indptr: torch.Tensor,
+        paged_kv_indices: torch.Tensor,
+        paged_kv_last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        page_size: int,
+        head_dim_vo: Optional[int] = None,
+        custom_mask: Optional[torch.Tensor] = None,
+        packed_custom_mask: Optional[torch.Tensor] = None,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        sm_scale: Optional[float] = None,
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+        q_data_type: DataType = "float16",
+        kv_data_type: Optional[DataType] = None,
+        non_blocking: bool = True,
+        *,
+        o_data_type: Optional[DataType] = None,
+        disable_split_kv: bool = False,
+        **later: Any,
+    ) -> None:
+        """Describe the batch that the following runs work on. Neither copies from the device nor waits for it.
+
+        Args:
+            qo_indptr: int32 `[batch_size + 1]`; request i owns tokens `[qo_indptr[i], qo_indptr[i + 1])` of q. On the
+                device (used in place) or the CPU (uploaded asynchronously), as the three below.
+            paged_kv_indptr: int32 `[batch_size + 1]`; request i owns `paged_kv_indices[indptr[i]:indptr[i + 1]]`.
+            paged_kv_indices: int32 page numbers; may be longer than needed.
+            paged_kv_last_page_len: int32 `[batch_size]`, entries in use of each request's last page, 1 to page_size.
+            num_qo_heads, num_kv_heads, head_dim_qk, page_size, head_dim_vo: shapes; any page size, any multiple of
+                num_kv_heads; head_dim_vo defaults to head_dim_qk.
+            custom_mask: bool, the requests' `[qo_len, kv_len]` masks flattened and concatenated; True = visible. Takes
+                the place of causal.
+            packed_custom_mask: the same, packed eight to a byte (little-endian, every request from a byte of its own).
+            causal: query i sees keys up to its own position.
+            pos_encoding_mode: "NONE", "ROPE_LLAMA" (q and k are rotated on the fly) or "ALIBI".
+            sm_scale: factor of q·k; default `1 / sqrt(head_dim_qk)`.
+            window_left: keys seen before the query's own position; -1 for all.
+            logits_soft_cap: logits become `cap * tanh(logits / cap)`; None or 0 for none.
+            rope_scale, rope_theta: of ROPE_LLAMA; default 1 and 1e4.
+            q_data_type, kv_data_type: dtypes of q and of the cache (default that of q). What run() is given decides;
+                naming them here loads the right kernel ahead of a capture.
+            o_data_type: None, or that of q.
+            disable_split_kv: let one CTA walk all KV of its queries.
+            use_fp16_qk_reduction, non_blocking: accepted for compatibility.
+            later: what later releases added, as far as it asks for nothing that is not here (engine_names.py).
+
+        Raises:
+            ValueError: a shape, dtype or device does not fit, or a workspace is too small.
+            UnsupportedConfig: no kernel for these arguments.
+        """
+        op, batch_size = self._op_name, qo_indptr.shape[0] - 1
+        check_later_arguments(op, later)
+        if paged_kv_indptr.shape != (batch_size + 1,) or paged_kv_last_page_len.shape != (batch_size,):
+            raise ValueError(
+                f"{op}: qo_indptr is for {batch_size} requests, paged_kv_indptr has shape "
+                f"{list(paged_kv_indptr.shape)} and paged_kv_last_page_len {list(paged_kv_last_page_len.shape)}; "
+                f"expected [{batch_size + 1}] and [{batch_size}]"
+            )
+        qo, indptr, _, last_page_len = self._take(qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
+
+        def kv_lens() -> torch.Tensor:
+            num_pages = indptr[1:] - indptr[:-1]
+            return torch.where(num_pages > 0, (num_pages - 1) * page_size + last_page_len, 0)
+
+        is_custom = self._take_mask(custom_mask, packed_custom_mask, qo, kv_lens)
+        mask = "custom" if is_custom else "causal" if causal else "none"
+        arguments = (
+            batch_size, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, mask, q_data_type,
+            kv_data_type, o_data_type, disable_split_kv, pos_encoding_mode, window_left, logits_soft_cap, sm_scale,
+            rope_scale, rope_theta,
+        )  # fmt: skip
+        self._plan(arguments, num_tokens_of(qo_indptr, later))
+
+    begin_forward = plan
+
+    def _strides(self, problem: Problem, kv: PagedCache) -> KvStrides:
+        dtype = kv.dtype if isinstance(kv, torch.Tensor) else kv[0].dtype
+        layout = PagedKv(
+            self._kv_layout, problem.page_size, problem.num_kv_heads, problem.head_dim_qk, problem.head_dim_vo, dtype
+        )
+        return layout.strides_of(self._op_name, kv, self.device)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: PagedCache,
+        *args: Any,
+        q_scale: Optional[float] = None,
+        k_scale: Optional[float] = None,
+        v_scale: Optional[float] = None,
+        out: Optional[torch.Tensor] = None,
+        lse: Optional[torch.Tensor] = None,
+        return_lse: bool = False,
+        enable_pdl: Optional[bool] = None,
+        window_left: Optional[int] = None,
+        **later: Any,
+    ) -> Result:
+        """Attention of one layer, as planned.
+
+        Args:
+            q: `[num_tokens, num_qo_heads, head_dim_qk]`, unit stride in the last axis.
+            paged_kv_cache: one tensor `[pages, 2, page_size, num_kv_heads, head_dim]` (NHD; HND swaps the axes of
+                page_size and heads) or a tuple (k, v) of such tensors without the axis of 2; dtype of q, or fp8 e4m3 or
+                e5m2. What lies in entries no request uses is never read into a result, NaN included.
+            q_scale, k_scale, v_scale: factors of quantized q, k and v.
+            out: `[num_tokens, num_qo_heads, head_dim_vo]`, dtype of q; allocated when None.
+            lse: fp32 `[num_tokens, num_qo_heads]`; allocated when None and return_lse.
+            return_lse: also return the base-2 logarithm of the sum of exponentials.
+            enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
+            window_left: overrides the planned one.
+            later: as in `plan`.
+
+        Returns:
+            out, or (out, lse). A query that sees no key gives zeros and -inf.
+
+        Raises:
+            ValueError: nothing is planned, or a shape, dtype, device or stride does not fit.
+        """
+        if args:
+            raise TypeError(f"{self._op_name}: run() takes q and paged_kv_cache; give the rest by keyword")
+        if later:
+            check_later_arguments(self._op_name, later)
+        overrides = None if window_left is None else (None, None, window_left, None, None, None, None)
+        scales = (q_scale, k_scale, v_scale)
+        return self._run(q, paged_kv_cache, out, lse, return_lse, scales, enable_pdl, overrides)
+
+    def run_return_lse(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """`run(..., return_lse=True)`."""
+        result = self.run(*args, return_lse=True, **kwargs)
+        assert isinstance(result, tuple)
+        return result
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: PagedCache,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        k_scale: Optional[float] = None,
+        v_scale: Optional[float] = None,
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        sm_scale: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+        *,
+        return_lse: bool = False,
+    ) -> Result:
+        """The older spelling of `run`, which takes every option from its own arguments: a default here overrides what
+        was planned, but for a custom mask, which takes the place of causal.
+        """
+        overrides = forward_overrides(
+            q, causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta
+        )
+        return self._run(q, paged_kv_cache, None, None, return_lse, (None, k_scale, v_scale), None, overrides)
+
+    def forward_return_lse(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward(..., return_lse=True)`."""
+        result = self.forward(*args, return_lse=True, **kwargs)
+        assert isinstance(result, tuple)
+        return result

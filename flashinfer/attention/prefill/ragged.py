@@ -1,0 +1,180 @@
+"""Prefill over ragged keys and values: the requests' rows end to end, without a cache."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+
+from flashinfer.attention.compat import check_later_arguments
+from flashinfer.attention.prefill import launch as launches
+from flashinfer.attention.prefill.batch import BatchPrefill, DataType, Result
+from flashinfer.attention.prefill.plan import Problem, forward_overrides, num_tokens_of
+from flashinfer.host import checks
+from flashinfer.host.paged_cache import KvStrides, PagedCache
+
+
+class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
+    """Prefill of a batch over keys and values that lie one request after the other, as they leave the projections.
+
+    Args: as `BatchPrefillWithPagedKVCacheWrapper`, with kv_indptr_buf, int32 `[batch_size + 1]`, in place of the three
+        buffers of pages. kv_layout "NHD": `[num_kv_tokens, num_kv_heads, head_dim]`; "HND": the first axes swapped.
+    """
+
+    _op_name = "batch_prefill_ragged"
+    _kv_storage = "ragged"
+    _index_names = ("qo_indptr", "kv_indptr")
+
+    def __init__(
+        self,
+        float_workspace_buffer: torch.Tensor,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        qo_indptr_buf: Optional[torch.Tensor] = None,
+        kv_indptr_buf: Optional[torch.Tensor] = None,
+        custom_mask_buf: Optional[torch.Tensor] = None,
+        mask_indptr_buf: Optional[torch.Tensor] = None,
+        backend: str = "auto",
+        jit_args: Optional[list[Any]] = None,
+        jit_kwargs: Optional[dict[str, Any]] = None,
+    ) -> None:
+        mask_buffers = (custom_mask_buf, mask_indptr_buf)
+        super().__init__(
+            float_workspace_buffer, kv_layout, use_cuda_graph, (qo_indptr_buf, kv_indptr_buf), mask_buffers, backend,
+            jit_args,
+        )  # fmt: skip
+
+    def plan(
+        self,
+        qo_indptr: torch.Tensor,
+        kv_indptr: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        head_dim_vo: Optional[int] = None,
+        custom_mask: Optional[torch.Tensor] = None,
+        packed_custom_mask: Optional[torch.Tensor] = None,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        sm_scale: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+        q_data_type: DataType = "float16",
+        kv_data_type: Optional[DataType] = None,
+        *,
+        o_data_type: Optional[DataType] = None,
+        disable_split_kv: bool = False,
+        **later: Any,
+    ) -> None:
+        """Describe the batch that the following runs work on. Neither copies from the device nor waits for it.
+
+        Args:
+            qo_indptr, kv_indptr: int32 `[batch_size + 1]`: where each request's rows start in q, and in k and v.
+            The others: as in `BatchPrefillWithPagedKVCacheWrapper.plan`.
+
+        Raises: as there.
+        """
+        op, batch_size = self._op_name, qo_indptr.shape[0] - 1
+        check_later_arguments(op, later)
+        checks.require(
+            kv_indptr.shape == (batch_size + 1,), op,
+            f"qo_indptr is for {batch_size} requests, kv_indptr has shape {list(kv_indptr.shape)}; "
+            f"expected [{batch_size + 1}]",
+        )  # fmt: skip
+        qo, indptr = self._take(qo_indptr, kv_indptr)
+        is_custom = self._take_mask(custom_mask, packed_custom_mask, qo, lambda: indptr[1:] - indptr[:-1])
+        mask = "custom" if is_custom else "causal" if causal else "none"
+        arguments = (
+            batch_size, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, 1, mask, q_data_type, kv_data_type,
+            o_data_type, disable_split_kv, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale,
+            rope_theta,
+        )  # fmt: skip
+        self._plan(arguments, num_tokens_of(qo_indptr, later))
+
+    begin_forward = plan
+
+    def _strides(self, problem: Problem, kv: PagedCache) -> KvStrides:
+        k, v = kv[0], kv[1]
+        strides = launches.row_strides(self._op_name, k, v, self._kv_layout)
+        heads = k.shape[1] if self._kv_layout == "NHD" else k.shape[0]
+        dims = (k.shape[2], v.shape[2])
+        if heads != problem.num_kv_heads or dims != (problem.head_dim_qk, problem.head_dim_vo):
+            raise ValueError(
+                f"{self._op_name}: k and v have {heads} heads of {dims[0]} and {dims[1]} elements; planned for "
+                f"{problem.num_kv_heads} of {problem.head_dim_qk} and {problem.head_dim_vo}"
+            )
+        checks.require(k.device == self.device, self._op_name, f"k is on {k.device}, q on {self.device}")
+        return strides
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *args: Any,
+        q_scale: Optional[float] = None,
+        k_scale: Optional[float] = None,
+        v_scale: Optional[float] = None,
+        o_scale: Optional[float] = None,
+        out: Optional[torch.Tensor] = None,
+        lse: Optional[torch.Tensor] = None,
+        return_lse: bool = False,
+        enable_pdl: Optional[bool] = None,
+        **later: Any,
+    ) -> Result:
+        """Attention of one layer, as planned.
+
+        Args:
+            q: `[num_tokens, num_qo_heads, head_dim_qk]`, unit stride in the last axis.
+            k, v: `[num_kv_tokens, num_kv_heads, head_dim_qk]` and `[.., head_dim_vo]` (NHD); dtype of q, or fp8.
+            q_scale, k_scale, v_scale: factors of quantized q, k and v. o_scale: the output is divided by it.
+            out, lse, return_lse, enable_pdl: as in `BatchPrefillWithPagedKVCacheWrapper.run`.
+
+        Returns and raises: as there.
+        """
+        if args:
+            raise TypeError(f"{self._op_name}: run() takes q, k and v; give the rest by keyword")
+        if later:
+            check_later_arguments(self._op_name, later)
+        if o_scale is not None:
+            v_scale = (1.0 if v_scale is None else v_scale) / o_scale
+        return self._run(q, (k, v), out, lse, return_lse, (q_scale, k_scale, v_scale), enable_pdl, None)
+
+    def run_return_lse(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """`run(..., return_lse=True)`."""
+        result = self.run(*args, return_lse=True, **kwargs)
+        assert isinstance(result, tuple)
+        return result
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        window_left: int = -1,
+        logits_soft_cap: Optional[float] = None,
+        sm_scale: Optional[float] = None,
+        rope_scale: Optional[float] = None,
+        rope_theta: Optional[float] = None,
+        *,
+        return_lse: bool = False,
+    ) -> Result:
+        """The older spelling of `run`, which takes every option from its own arguments: a default here overrides what
+        was planned, but for a custom mask, which takes the place of causal.
+        """
+        overrides = forward_overrides(
+            q, causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta
+        )
+        return self._run(q, (k, v), None, None, return_lse, (None, None, None), None, overrides)
+
+    def forward_return_lse(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward(..., return_lse=True)`."""
+        result = self.forward(*args, return_lse=True, **kwargs)
+        assert isinstance(result, tuple)
+        return result

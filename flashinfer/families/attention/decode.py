@@ -1,0 +1,173 @@
+"""Decode attention and its planner: legal axes, tile table."""
+
+from __future__ import annotations
+
+import ctypes
+
+from flashinfer import target as targets
+from flashinfer.dtypes import ITEMSIZE
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.families.arch import smem_limits
+from flashinfer.families.attention.params import (
+    HEAD_DIMS,
+    KV_DTYPES,
+    KV_STORAGE,
+    MASKS,
+    POS_ENCODINGS,
+    Q_DTYPES,
+    AttentionParams,
+)
+from flashinfer.families.layout import I32, P
+from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
+
+
+class DecodePlanParams(ctypes.Structure):
+    """Mirror of csrc/attention/params.h."""
+
+    _fields_ = [
+        *[(name, P) for name in ("kv_indptr", "last_page_len")],
+        *[(name, P) for name in ("chunks", "requests", "empty", "tile_indptr", "counters")],
+        *[(name, I32) for name in ("batch_size", "num_chunks", "num_head_blocks", "page_size")],
+        *[(name, I32) for name in ("tile_len", "window_left")],
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------------- decode
+
+
+def _decode_smem_bytes(
+    num_warps: int, warp_rows: int, num_stages: int, group_tile: int, dim_qk: int, dim_vo: int, kv: int, q: int
+) -> int:
+    """DecodeSmem in csrc/attention/decode/kernel.cuh."""
+    stage = warp_rows * (dim_qk + dim_vo) * kv + group_tile * dim_qk * q
+    merge = num_warps * 8 * (dim_vo + 4) * 4 + 2 * num_warps * group_tile * 4 + 8
+    return -(-(num_warps * num_stages * stage + merge) // 128) * 128
+
+
+def _decode_tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:
+    """The first row of the table that fits. Each warp keeps two stages of 4 to 16 KB: 32 to 128 KB in flight per SM.
+
+    H200, bf16, head_dim 128, 64 requests of 4096 tokens, page size 16 / 1, and 1 of 8192: 8 warps, 1 block, 2 stages
+    246 / 251 / 14.6 us; 4, 2, 2: 247 / 253 / 16.2; 4, 1, 3: 249 / 283 / 15.2; 2, 4, 2: 252 / 256 / 21.7; 1, 4, 4:
+    264 / 276 / 37.5. More warps beat more stages: rows that are read together then lie closer together in memory. H100:
+    8, 1, 2: 358 / 358 / 14.9 us; 4, 2, 2: 355 / 361 / 17.6.
+    """
+    dim_qk, dim_vo, group_tile = spec.arg("head_dim_qk"), spec.arg("head_dim_vo"), spec.arg("group_tile")
+    kv, q = ITEMSIZE[spec.arg("kv_dtype")], ITEMSIZE[spec.arg("q_dtype")]
+    warp_rows = 32 if max(dim_qk, dim_vo) * kv <= 128 else 16
+    per_sm, per_block = smem_limits(spec.target)
+    # warps, blocks an SM, stages
+    for num_warps, blocks_per_sm, num_stages in ((8, 2, 2), (8, 1, 2), (4, 1, 3), (4, 1, 2), (2, 1, 2)):
+        smem = _decode_smem_bytes(num_warps, warp_rows, num_stages, group_tile, dim_qk, dim_vo, kv, q)
+        if smem <= per_block and (smem + 1024) * blocks_per_sm <= per_sm:
+            break
+    else:
+        raise UnsupportedConfig(
+            f"decode: head_dim {dim_qk}/{dim_vo} needs {smem} bytes of shared memory on {spec.target}"
+        )
+    return {"kWarpRows": warp_rows, "kNumStages": num_stages}, Launch(32 * num_warps, blocks_per_sm, smem)
+
+
+def _decode_config(spec: KernelSpec) -> Config:
+    is_cuda = targets.kind(spec.target) == "cuda"
+    q_dtype, kv_dtype = spec.arg("q_dtype"), spec.arg("kv_dtype")
+    if is_cuda and "fp32" in (q_dtype, kv_dtype, spec.arg("o_dtype")):
+        raise UnsupportedConfig("decode: fp32 is supported on the CPU alone; use float16 or bfloat16 on CUDA")
+    if not is_cuda and (q_dtype == "fp32") != (kv_dtype == "fp32"):
+        raise UnsupportedConfig(f"decode: q is {q_dtype} and the KV cache {kv_dtype}; use fp32 for both or neither")
+    constants: dict[str, CxxType | int | bool | float] = {
+        "Q": CxxType(q_dtype),
+        "Kv": CxxType(kv_dtype),
+        "O": CxxType(spec.arg("o_dtype")),
+        "kHeadDimQk": spec.arg("head_dim_qk"),
+        "kHeadDimVo": spec.arg("head_dim_vo"),
+        "kKvStorage": KV_STORAGE[spec.arg("kv_storage")],
+        "kMask": MASKS["none"],
+        "kPosEncoding": POS_ENCODINGS[spec.arg("pos_encoding")],
+        "kHasWindow": spec.arg("has_window"),
+        "kHasSoftCap": spec.arg("has_soft_cap"),
+        "kGroupTile": spec.arg("group_tile"),
+    }
+    if not is_cuda:
+        return Config(constants)
+    tile, launch = _decode_tile(spec)
+    return Config({**constants, **tile}, launch)
+
+
+DECODE = Family(
+    name="decode",
+    params=AttentionParams,
+    headers={"cuda": "attention/decode/kernel.cuh", "cpu": "cpu/attention/decode.h"},
+    axes={
+        "q_dtype": Q_DTYPES,
+        "kv_dtype": KV_DTYPES,
+        "o_dtype": Q_DTYPES,
+        "head_dim_qk": HEAD_DIMS,
+        "head_dim_vo": HEAD_DIMS,
+        "kv_storage": ("single", "paged"),
+        "pos_encoding": tuple(POS_ENCODINGS),
+        "has_window": (False, True),
+        "has_soft_cap": (False, True),
+        "group_tile": (8, 16),  # query heads that share one pass over the KV
+    },
+    config=_decode_config,
+)
+
+
+def group_tile(target: str, group_size: int, head_dim: int) -> int:
+    """The query heads of one KV head that one block takes. Sixteen do not fit the registers at large head_dim."""
+    return 16 if group_size > 8 and head_dim <= 128 and targets.kind(target) == "cuda" else 8
+
+
+def decode(
+    target: str,
+    *,
+    q_dtype: str,
+    kv_dtype: str,
+    head_dim: int,
+    group_size: int,
+    kv_storage: str = "paged",
+    o_dtype: str = "",
+    head_dim_vo: int = 0,
+    pos_encoding: str = "none",
+    has_window: bool = False,
+    has_soft_cap: bool = False,
+) -> KernelSpec:
+    """One query token per request over its KV. `group_size` is query heads per KV head."""
+    return DECODE.spec(
+        target,
+        q_dtype=q_dtype,
+        kv_dtype=kv_dtype,
+        o_dtype=o_dtype or q_dtype,
+        head_dim_qk=head_dim,
+        head_dim_vo=head_dim_vo or head_dim,
+        kv_storage=kv_storage,
+        pos_encoding=pos_encoding,
+        has_window=has_window,
+        has_soft_cap=has_soft_cap,
+        group_tile=group_tile(target, group_size, head_dim),
+    )
+
+
+def decode_tile_len(config: Config) -> int:
+    """KV rows of one tile, the unit in which a decode is planned."""
+    return int(config.constants["kWarpRows"]) * (config.launch.num_threads // 32)
+
+
+def decode_num_chunks(resident_blocks: int, num_head_blocks: int) -> int:
+    """Chunks that fill the device once with every head block; where that would leave a fifth of it idle, enough
+    for several rounds."""
+    whole = resident_blocks // num_head_blocks
+    if whole * num_head_blocks * 5 >= resident_blocks * 4:
+        return whole
+    return -(-4 * resident_blocks // num_head_blocks)
+
+
+DECODE_PLAN = Family(
+    name="decode_plan",
+    params=DecodePlanParams,
+    headers={"cuda": "attention/decode/plan.cuh"},
+    axes={},
+    config=lambda spec: Config({}, Launch(num_threads=512)),
+)
+register(DECODE, DECODE_PLAN)

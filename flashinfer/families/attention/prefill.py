@@ -1,0 +1,207 @@
+"""Prefill attention and its planner: legal axes, tile table."""
+
+from __future__ import annotations
+
+import ctypes
+
+from flashinfer import target as targets
+from flashinfer.dtypes import ITEMSIZE
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.families.arch import smem_limits
+from flashinfer.families.attention.params import (
+    HEAD_DIMS,
+    KV_DTYPES,
+    KV_STORAGE,
+    MASKS,
+    POS_ENCODINGS,
+    Q_DTYPES,
+    AttentionParams,
+)
+from flashinfer.families.layout import I32, I64, U32, P
+from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
+
+# sizeof of the structs in csrc/attention/prefill/schedule.h.
+ITEM_BYTES = 48
+SCHEDULE_BYTES = 256
+
+
+# Query rows of a request, tokens times query heads per KV head, up to which the tile for short queries is the faster
+# one.
+SHORT_ROWS = 64
+
+
+class PrefillPlanParams(ctypes.Structure):
+    """Mirror of csrc/attention/prefill/schedule.h, its nested struct laid out flat."""
+
+    _fields_ = [
+        ("qo_indptr", P),
+        *[(f"kv.{name}", P) for name in ("k", "v", "indptr", "indices", "last_page_len")],
+        *[(f"kv.{half}_{axis}_stride", I64) for half in "kv" for axis in ("page", "entry", "head")],
+        *[(f"kv.page_size.{name}", U32) for name in ("divisor", "magic", "shift")],
+        ("kv.len", I32),
+        *[(name, P) for name in ("schedule", "items", "tile_indptr", "counters")],
+        *[(name, I32) for name in ("batch_size", "qo_len", "num_kv_heads", "group_size", "num_ctas")],
+        *[(name, I32) for name in ("max_items", "max_counters", "max_partial_rows", "block_m", "block_n")],
+        *[(name, I32) for name in ("is_causal", "window_left")],
+    ]
+
+
+# A tile: query rows, KV rows, threads, stages of KV, blocks an SM is meant to hold. By head_dim, the first that fits.
+# Four warps of 32 rows each reuse every K and V fragment twice; eight warps of 16 rows need half the registers. With
+# one stage, keys and values take turns (prefill_tile.cuh), which leaves room for twice the KV rows of two stages.
+Tile = tuple[int, int, int, int, int]
+_TILES: dict[str, tuple[Tile, ...]] = {
+    "small": ((128, 64, 128, 2, 2), (128, 32, 128, 2, 2), (128, 32, 128, 2, 1)),  # head_dim up to 64
+    # head_dim 64, H100, 4 x 4096 causal, 32/8, in one run: 338 TFLOP/s, two stages 332. In another, two stages: 337, KV
+    # tiles of 64 rows 307. Of 128 rows they fill the registers: masks and position encodings spill, and head_dim 32
+    # loses 13% on sequences of 128.
+    "small, plain": ((128, 128, 128, 1, 2), (128, 64, 128, 1, 2), (128, 32, 128, 2, 1)),
+    # 96 and 128. The same case, in one run: 386, two stages 382; paged 365 and 360. In earlier ones, of two stages: KV
+    # tiles of 32 rows 318, 256 query rows in one block 349, eight warps 260, where this tile made 357.
+    "medium": ((128, 64, 128, 1, 2),),
+    # Less shared memory an SM than sm_90 has. That of sm_80 would do for the tile above, which spills there.
+    "medium, less memory": ((128, 32, 128, 2, 2), (128, 64, 256, 2, 1), (128, 32, 256, 2, 1)),
+    # 192 with values of 128. 4 x 4096 causal, 128/128, in one run: 349; KV tiles of 32 rows in two stages 307. In
+    # another: the same in one stage 283, 64 query rows 179, where this tile made 332.
+    "wide keys": ((128, 64, 128, 1, 2), (128, 32, 128, 1, 2), (128, 64, 128, 1, 1), (64, 32, 128, 2, 1)),
+    # 192, 256. 4 x 4096 causal, 16/4, 256, in one run: 326; eight warps in one block, two stages 309.
+    "large": ((64, 64, 128, 1, 2), (128, 64, 256, 2, 1), (128, 32, 256, 2, 1), (64, 32, 128, 2, 1), (32, 32, 64, 2, 1)),
+    # At most 64 rows a request: appends and speculative verification, which read KV at the speed of memory. One
+    # fragment of rows a warp leaves registers, so that two blocks an SM keep more loads in flight.
+    "short": ((64, 64, 128, 2, 2), (64, 32, 128, 2, 2), (64, 64, 128, 2, 1), (64, 32, 128, 2, 1), (32, 32, 64, 2, 1)),
+    # fp8 KV: unpacking takes the registers that the second fragment of rows would need.
+    "fp8": ((128, 64, 256, 3, 1), (128, 64, 256, 2, 1), (128, 32, 256, 2, 1), (64, 32, 128, 2, 1), (32, 32, 64, 2, 1)),
+}
+
+
+def _smem_bytes(spec: KernelSpec, tile: Tile) -> int:
+    """PrefillSmem in csrc/attention/prefill/tile.cuh."""
+    block_m, block_n, num_threads, num_stages, _ = tile
+    dim_qk, dim_vo, kv = spec.arg("head_dim_qk"), spec.arg("head_dim_vo"), ITEMSIZE[spec.arg("kv_dtype")]
+    size = block_m * dim_qk * 2 + num_stages * block_n * (dim_qk + dim_vo) * kv
+    size += block_n * dim_qk * 2 if spec.arg("pos_encoding") == "rope" else 128
+    size += block_n * 32 if spec.arg("kv_storage") == "paged" else 32
+    size += 192 + num_threads // 32 * 16 + block_m * 4
+    return int(-(-size // 128) * 128)
+
+
+def _is_plain(spec: KernelSpec) -> bool:
+    """Whether nothing happens to a score beyond a causal mask or a window: all registers are left to the tile."""
+    return spec.arg("mask") != "custom" and spec.arg("pos_encoding") == "none" and not spec.arg("has_soft_cap")
+
+
+def _tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:
+    dim_qk, dim_vo = spec.arg("head_dim_qk"), spec.arg("head_dim_vo")
+    kind = "small" if dim_qk <= 64 else "medium" if dim_qk <= 128 else "wide keys" if dim_vo <= 128 else "large"
+    if dim_qk == 64 and _is_plain(spec):
+        kind = "small, plain"
+    if ITEMSIZE[spec.arg("kv_dtype")] == 1:
+        kind = "fp8"
+    if spec.arg("short_queries"):
+        kind = "short"
+    per_sm, per_block = smem_limits(spec.target)
+    if kind == "medium" and per_sm < 200 << 10:
+        kind = "medium, less memory"
+    for tile in _TILES[kind]:
+        smem, blocks_per_sm = _smem_bytes(spec, tile), tile[4]
+        if smem <= per_block and (smem + 1024) * blocks_per_sm <= per_sm:
+            break
+    else:
+        raise UnsupportedConfig(
+            f"prefill: head_dim {dim_qk}/{dim_vo} needs {smem} bytes of shared memory on {spec.target}"
+        )
+    block_m, block_n, num_threads, num_stages, _ = tile
+    constants = {"kBlockM": block_m, "kBlockN": block_n, "kNumStages": num_stages}
+    return constants, Launch(num_threads, blocks_per_sm, smem)
+
+
+def _config(spec: KernelSpec) -> Config:
+    is_cuda = targets.kind(spec.target) == "cuda"
+    q_dtype, kv_dtype = spec.arg("q_dtype"), spec.arg("kv_dtype")
+    dims = spec.arg("head_dim_qk"), spec.arg("head_dim_vo")
+    if dims[0] != dims[1] and dims != (192, 128):
+        raise UnsupportedConfig(
+            f"prefill: head_dim_qk {dims[0]} with head_dim_vo {dims[1]}; they are equal or 192 and 128"
+        )
+    if is_cuda and "fp32" in (q_dtype, kv_dtype):
+        raise UnsupportedConfig("prefill: fp32 is supported on the CPU alone; use float16 or bfloat16 on CUDA")
+    if q_dtype != kv_dtype and not kv_dtype.startswith("fp8"):
+        raise UnsupportedConfig(f"prefill: q is {q_dtype} and KV {kv_dtype}; expected the same dtype, or fp8 KV")
+    constants: dict[str, CxxType | int | bool | float] = {
+        "Q": CxxType(q_dtype),
+        "Kv": CxxType(kv_dtype),
+        "kHeadDimQk": dims[0],
+        "kHeadDimVo": dims[1],
+        "kKvStorage": KV_STORAGE[spec.arg("kv_storage")],
+        "kMask": MASKS[spec.arg("mask")],
+        "kPosEncoding": POS_ENCODINGS[spec.arg("pos_encoding")],
+        "kHasWindow": spec.arg("has_window"),
+        "kHasSoftCap": spec.arg("has_soft_cap"),
+    }
+    if not is_cuda:
+        return Config(constants)
+    tile, launch = _tile(spec)
+    return Config({**constants, **tile}, launch)
+
+
+PREFILL = Family(
+    name="prefill",
+    params=AttentionParams,
+    headers={"cuda": "attention/prefill/kernel.cuh", "cpu": "cpu/attention/prefill.h"},
+    axes={
+        "q_dtype": Q_DTYPES,
+        "kv_dtype": KV_DTYPES,
+        "head_dim_qk": HEAD_DIMS,
+        "head_dim_vo": HEAD_DIMS,
+        "kv_storage": tuple(KV_STORAGE),
+        "short_queries": (False, True),
+        "mask": tuple(MASKS),
+        "pos_encoding": tuple(POS_ENCODINGS),
+        "has_window": (False, True),
+        "has_soft_cap": (False, True),
+    },
+    config=_config,
+)
+
+
+def prefill(
+    target: str,
+    *,
+    q_dtype: str,
+    kv_dtype: str,
+    head_dim: int,
+    head_dim_vo: int = 0,
+    kv_storage: str = "paged",
+    short_queries: bool = False,
+    mask: str = "causal",
+    pos_encoding: str = "none",
+    has_window: bool = False,
+    has_soft_cap: bool = False,
+) -> KernelSpec:
+    """Many query rows per request over its KV. `head_dim_vo` 0: the same as head_dim.
+
+    `short_queries` picks the tile for requests of at most SHORT_ROWS query rows on average; the results are the same.
+    """
+    return PREFILL.spec(
+        target,
+        q_dtype=q_dtype,
+        kv_dtype=kv_dtype,
+        head_dim_qk=head_dim,
+        head_dim_vo=head_dim_vo or head_dim,
+        kv_storage=kv_storage,
+        short_queries=short_queries and targets.kind(target) == "cuda",
+        mask=mask,
+        pos_encoding=pos_encoding,
+        has_window=has_window,
+        has_soft_cap=has_soft_cap,
+    )
+
+
+PREFILL_PLAN = Family(
+    name="prefill_plan",
+    params=PrefillPlanParams,
+    headers={"cuda": "attention/prefill/plan.cuh"},
+    axes={"kv_storage": tuple(KV_STORAGE)},
+    config=lambda spec: Config({"kKvStorage": KV_STORAGE[spec.arg("kv_storage")]}, Launch(num_threads=1024)),
+)
+register(PREFILL, PREFILL_PLAN)

@@ -1,0 +1,1 @@
+"""What every operator needs on the host. Knows torch and the loader, no operator."""

@@ -1,0 +1,72 @@
+"""What makes the second call cheap: memos of prepared launches, the current stream, allocation.
+
+An operator checks its arguments once per signature (dtypes, shapes, strides, devices, alignment) and keeps the prepared
+launch in a memo. The hot path is: build the key, find the launch, pack the pointers, launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Optional, TypeVar
+
+import torch
+
+from flashinfer.jit.loader import stream_getter
+
+T = TypeVar("T")
+
+_MEMO_LIMIT = 4096
+
+
+class Memo(dict[Any, T], Generic[T]):
+    """signature -> prepared launch. Emptied when it has grown past any sane number of live signatures."""
+
+    def remember(self, key: Any, value: T) -> T:
+        if len(self) >= _MEMO_LIMIT:
+            self.clear()
+        self[key] = value
+        return value
+
+
+def signature(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What a prepared launch depends on, but for the address."""
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device()
+
+
+_raw_stream = stream_getter()
+
+
+def current_stream(device_index: int) -> int:
+    """The handle of torch's current CUDA stream on a device; 0 for the CPU (index −1)."""
+    return _raw_stream(device_index) if device_index >= 0 else 0
+
+
+Allocate = Callable[[], torch.Tensor]
+
+
+def allocator(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Allocate:
+    """A function that returns a new, uninitialized, contiguous tensor, of one kind.
+
+    On CUDA it goes around the dispatcher, as the code that torch.compile generates does: 1.1 µs on an H100 machine
+    instead of the 2.8 to 3.5 of torch.empty.
+    """
+    shape = tuple(shape)
+    fast: Optional[Callable[..., torch.Tensor]] = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+    if device.type != "cuda" or fast is None:
+        return functools.partial(torch.empty, shape, dtype=dtype, device=device)
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    index, current_device = device.index, torch._C._cuda_getDevice
+
+    def allocate() -> torch.Tensor:
+        if current_device() != index:  # it would be there
+            return torch.empty(shape, dtype=dtype, device=device)
+        return fast(shape, strides, dtype)
+
+    return allocate
+
+
+@functools.cache
+def num_sms(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count

@@ -1,0 +1,350 @@
+"""The two distributions as users get them: wheels, sdists, editable installs and a package index, without a network.
+
+The installs run in an environment of their own, from an index that also holds empty stand-ins for torch and the other
+dependencies; what is run there finds the real ones behind it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from email.message import Message
+from email.parser import BytesHeaderParser
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from flashinfer.version import __version__
+from tests.aot.kit import HOST, artifacts, build_set, copy_set, has_nvrtc, registry_of, rmsnorm_rows, write_config
+from tests.kit import ROOT
+
+pytest.importorskip("hatchling", reason="building wheels offline needs hatchling (extra test)")
+PURE, MACHINE = "py3-none-any", f"py3-none-linux_{os.uname().machine}"
+
+
+def pip(*args: str | Path, environment: dict[str, str] | None = None) -> str:
+    """Run pip as if no configuration file and no variable of it existed."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "FLASHINFER_"))}
+    clean.update(PIP_CONFIG_FILE=os.devnull, PIP_DISABLE_PIP_VERSION_CHECK="1", **(environment or {}))
+    command = [sys.executable, "-m", "pip", *map(str, args)]
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def wheel_of(project: Path, folder: Path, **variables: str | Path) -> Path:
+    """The wheel pip makes of a project folder or sdist."""
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {name: str(value) for name, value in variables.items()}
+    pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, project, environment=environment)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def sdist_of(project: Path, folder: Path, **variables: str | Path) -> Path:
+    return built_by_hook("build_sdist", project, folder, **variables)
+
+
+def built_by_hook(hook: str, project: Path, folder: Path, **variables: str | Path) -> Path:
+    """What the build backend's hook makes of a project: build_sdist, build_editable."""
+    code = f"import sys; from hatchling.build import {hook}; {hook}(sys.argv[1])"
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=project, env=environment, check=True, timeout=60)
+    (made,) = folder.iterdir()
+    return made
+
+
+def names_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as file:
+        return set(file.namelist())
+
+
+def metadata_of(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as file:
+        name = next(name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
+        return BytesHeaderParser().parsebytes(file.read(name))
+
+
+@pytest.fixture(scope="module")
+def front_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wheel_of(ROOT, tmp_path_factory.mktemp("front"))
+
+
+@pytest.fixture(scope="module")
+def host_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One kernel for this machine's CPU."""
+    folder = tmp_path_factory.mktemp("host_set")
+    build_set(write_config(folder, rmsnorm_rows(64)), folder / "set")
+    return folder / "set"
+
+
+@pytest.fixture(scope="module")
+def cuda_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One kernel for two GPUs."""
+    if not has_nvrtc():
+        pytest.skip("needs NVRTC")
+    folder = tmp_path_factory.mktemp("cuda_set")
+    build_set(write_config(folder, rmsnorm_rows(64)), folder / "set", "sm_80", "sm_90a")
+    return folder / "set"
+
+
+@pytest.fixture(scope="module")
+def host_wheel(host_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wheel_of(ROOT / "flashinfer_aot", tmp_path_factory.mktemp("host_wheel"), FLASHINFER_AOT_SET=host_set)
+
+
+@pytest.fixture(scope="module")
+def cuda_wheel(cuda_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    variables = {"FLASHINFER_AOT_SET": cuda_set, "FLASHINFER_AOT_LOCAL_VERSION": "auto"}
+    return wheel_of(ROOT / "flashinfer_aot", tmp_path_factory.mktemp("cuda_wheel"), **variables)
+
+
+# --------------------------------------------------------------------------------------------------------- flashinfer
+
+
+def test_front_wheel_is_pure_and_whole(front_wheel: Path) -> None:
+    assert front_wheel.name == f"flashinfer-{__version__}-{PURE}.whl"
+    held = names_in(front_wheel)
+    headers = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cuh")}
+    assert {f"flashinfer/{name}" for name in headers} <= held
+    assert {"flashinfer/aot_configs/core.toml", "flashinfer/aot_configs/smoke.toml"} <= held
+    assert not [name for name in held if not name.startswith(("flashinfer/", f"flashinfer-{__version__}.dist-info/"))]
+
+
+def test_front_metadata(front_wheel: Path) -> None:
+    metadata = metadata_of(front_wheel)
+    assert metadata["Version"] == __version__
+    required = metadata.get_all("Requires-Dist", [])
+    assert "torch" in required, "no pin"
+    assert f"flashinfer-aot=={__version__}; extra == 'aot'" in required
+    assert set(metadata.get_all("Provides-Extra", [])) == {"aot", "build", "cu12", "cu13", "examples", "test"}
+
+
+def test_front_wheel_of_the_sdist_is_the_same(front_wheel: Path, tmp_path: Path) -> None:
+    sdist = sdist_of(ROOT, tmp_path / "sdist")
+    assert names_in(wheel_of(sdist, tmp_path / "wheel")) == names_in(front_wheel)
+    with tarfile.open(sdist) as file:
+        held = {name.partition("/")[2] for name in file.getnames()}
+    assert {"scripts/build_aot.py", "flashinfer_aot/pyproject.toml", "flashinfer_aot/hatch_build.py"} <= held
+    assert not [name for name in held if name.endswith((".cubin", ".so", ".pyc", "registry.json"))]
+
+
+# ------------------------------------------------------------------------------------------------------ flashinfer-aot
+
+
+def test_cubins_alone_make_a_pure_wheel(cuda_wheel: Path, cuda_set: Path) -> None:
+    cuda = registry_of(cuda_set)["kernels"][0]["cuda"].replace(".", "")
+    assert cuda_wheel.name == f"flashinfer_aot-{__version__}+cu{cuda}-{PURE}.whl"
+    packed = {f"flashinfer_aot/{path.relative_to(cuda_set).as_posix()}" for path in artifacts(cuda_set)}
+    held = {name for name in names_in(cuda_wheel) if ".dist-info/" not in name}
+    assert held == {"flashinfer_aot/__init__.py", "flashinfer_aot/registry.json", *packed}
+
+
+def test_cpu_libraries_bring_their_platform(host_wheel: Path) -> None:
+    assert host_wheel.name == f"flashinfer_aot-{__version__}-{MACHINE}.whl"
+
+
+def test_companion_wheel_of_its_sdist_is_the_same(cuda_set: Path, cuda_wheel: Path, tmp_path: Path) -> None:
+    """The sdist brings set and version along: nothing of the checkout, no variable."""
+    variables = {"FLASHINFER_AOT_SET": cuda_set, "FLASHINFER_AOT_LOCAL_VERSION": "auto"}
+    again = wheel_of(sdist_of(ROOT / "flashinfer_aot", tmp_path / "sdist", **variables), tmp_path / "wheel")
+    assert again.name == cuda_wheel.name
+    assert names_in(again) == names_in(cuda_wheel)
+
+
+def hooks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("companion_hooks", ROOT / "flashinfer_aot" / "hatch_build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_packing_refuses_what_the_registry_does_not_describe(
+    host_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = copy_set(host_set, tmp_path / "set")
+    monkeypatch.setenv("FLASHINFER_AOT_SET", str(root))
+    (entry,) = registry_of(root)["kernels"]
+    with pytest.raises(ValueError, match="outside its folder"):
+        hooks()._checked({**entry, "file": "../x"})
+    artifacts(root)[0].write_bytes(b"")
+    with pytest.raises(ValueError, match="sha256 differs"):
+        hooks()._checked(entry)
+
+
+def test_packing_refuses_a_set_of_another_version(
+    host_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = copy_set(host_set, tmp_path / "set")
+    text = (root / "registry.json").read_text()
+    (root / "registry.json").write_text(text.replace(f'"version": "{__version__}"', '"version": "0.0.1"'))
+    monkeypatch.setenv("FLASHINFER_AOT_SET", str(root))
+    with pytest.raises(ValueError, match=rf"built from version 0\.0\.1, this checkout is {re.escape(__version__)}"):
+        hooks().version()
+
+
+def test_tags_and_local_versions() -> None:
+    def tag(*names: str) -> str:
+        text: str = hooks()._tag({"kernels": [{"target": name} for name in names]})
+        return text
+
+    assert tag("sm_80", "sm_100a") == PURE
+    assert tag("sm_80", "x86-64-v3", "x86-64") == "py3-none-linux_x86_64"
+    assert tag("armv8.2-a") == "py3-none-linux_aarch64"
+    with pytest.raises(ValueError, match="build one set for each"):
+        tag("x86-64", "armv8-a")
+    with pytest.raises(ValueError, match=r"CUDA 12\.9 and 13\.0; build one set per version"):
+        hooks()._cuda_version({"kernels": [{"cuda": "13.0"}, {"cuda": "12.9"}, {"cuda": None}]})
+
+
+# -------------------------------------------------------------------------------------------------------------- index
+
+
+def stand_in(project: str, folder: Path) -> Path:
+    """A wheel of that name with nothing inside."""
+    info = f"{project.replace('-', '_')}-99.0.dist-info"
+    path = folder / f"{project.replace('-', '_')}-99.0-{PURE}.whl"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {project}\nVersion: 99.0\n")
+        file.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: {PURE}\n")
+        file.writestr(f"{info}/RECORD", "")
+    return path
+
+
+@pytest.fixture(scope="module")
+def index(front_wheel: Path, host_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of both distributions and of stand-ins for everything they need."""
+    folder = tmp_path_factory.mktemp("index")
+    names = [re.match(r"[\w-]+", text) for text in metadata_of(front_wheel).get_all("Requires-Dist", [])]
+    others = {match[0] for match in names if match} - {"flashinfer-aot"}
+    wheels = [front_wheel, host_wheel, *(stand_in(name, folder) for name in sorted(others))]
+    build_index(*wheels, out=folder / "out")
+    return folder / "out"
+
+
+def build_index(*files: Path, out: Path) -> str:
+    command = [sys.executable, ROOT / "scripts" / "build_index.py", *files, "--out", out]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+class Environment:
+    """A virtual environment without pip."""
+
+    def __init__(self, folder: Path) -> None:
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=60)
+        self.python = folder / "bin" / "python"
+        self.site = next((folder / "lib").glob("python*/site-packages"))
+        # What the outer environment has, torch above all, but nothing of ours that may be installed there.
+        self.borrowed = folder / "borrowed"
+        self.borrowed.mkdir()
+        for entry in Path(sysconfig.get_path("purelib")).iterdir():
+            if "flashinfer" not in entry.name:
+                (self.borrowed / entry.name).symlink_to(entry)
+
+    def install(self, *args: str | Path) -> None:
+        pip("--python", self.python, "install", "--quiet", *args)
+
+    def run(self, *args: str | Path, cwd: Path, **variables: str) -> str:
+        """Run with the torch of the environment these tests run in, found after everything installed here."""
+        search_path = os.pathsep.join([str(self.site), str(self.borrowed)])
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("FLASHINFER_")}
+        done = subprocess.run(
+            [str(self.python), *map(str, args)],
+            env={**clean, "PYTHONPATH": search_path, **variables},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Iterator[Environment]:
+    yield Environment(tmp_path / "venv")
+
+
+USE = """
+import sys, torch, flashinfer, flashinfer_aot
+assert flashinfer.__file__.startswith(sys.prefix) == INSTALLED, flashinfer.__file__
+x, weight = torch.randn(2, 64), torch.randn(64)
+expected = x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * weight
+torch.testing.assert_close(flashinfer.rmsnorm(x, weight), expected)
+assert flashinfer_aot.registry()["version"] == flashinfer.__version__
+print(flashinfer_aot.root())
+"""
+
+
+def test_install_from_the_index(index: Path, environment: Environment, tmp_path: Path) -> None:
+    """`pip install "flashinfer[aot]"` brings the companion; a kernel then comes from it, where nothing may compile."""
+    environment.install("flashinfer[aot]", "--index-url", (index / "simple").as_uri())
+    root = environment.run("-c", USE.replace("INSTALLED", "True"), cwd=tmp_path, FLASHINFER_DISABLE_JIT="1").strip()
+    assert Path(root).is_relative_to(environment.site)
+    assert "all sound" in environment.run("-m", "flashinfer", "aot", "verify", cwd=tmp_path)
+    script = environment.python.with_name("flashinfer")
+    assert HOST in environment.run(script, "aot", "list", cwd=tmp_path)
+
+
+def test_installed_package_compiles_and_builds(index: Path, environment: Environment, tmp_path: Path) -> None:
+    """Sources and configs are inside the wheel: it compiles without the checkout, and builds a set."""
+    environment.install("flashinfer", "--index-url", (index / "simple").as_uri())
+    config = write_config(tmp_path, rmsnorm_rows(64))
+    options = ["--config", config, "--target", HOST, "--out", tmp_path / "set"]
+    assert "1 compiled" in environment.run("-m", "flashinfer", "aot", "build", *options, cwd=tmp_path)
+    dry = ["--config", "core", "--target", "sm_90a", "--out", tmp_path / "core", "--dry-run"]
+    assert "decode" in environment.run("-m", "flashinfer", "aot", "build", *dry, cwd=tmp_path)
+
+
+def test_editable_installs(environment: Environment, tmp_path: Path) -> None:
+    """Everything is used where it lies. The companion needs no set yet: it is found once it is built."""
+    pytest.importorskip("editables", reason="building editable wheels offline needs editables (extra test)")
+    for project in (ROOT, ROOT / "flashinfer_aot"):
+        environment.install("--no-deps", built_by_hook("build_editable", project, tmp_path / project.name))
+    assert not (environment.site / "flashinfer").exists()
+    code = """
+import flashinfer, flashinfer_aot
+from flashinfer.jit.source import include_root
+print(flashinfer.__file__, flashinfer_aot.root(), include_root(), sep="\\n")
+"""
+    where = (ROOT / "flashinfer" / "__init__.py", ROOT / "flashinfer_aot" / "flashinfer_aot", ROOT / "csrc")
+    assert environment.run("-c", code, cwd=tmp_path).split() == [str(path) for path in where]
+
+
+def test_index_has_a_folder_per_cuda_version(index: Path, cuda_wheel: Path, tmp_path: Path) -> None:
+    out = tmp_path / "index"
+    files = sorted((index / "files").glob("flashinfer*.whl"))
+    build_index(*files, out=out)
+    build_index(cuda_wheel, out=out)  # adding to an index
+    local = cuda_wheel.name.split("+")[1].split("-")[0]
+    pages = {name: (out / name / "flashinfer-aot" / "index.html").read_text() for name in ("simple", local)}
+    assert "%2Bcu" not in pages["simple"] and "%2Bcu" in pages[local]
+    digest = hashlib.sha256(cuda_wheel.read_bytes()).hexdigest()
+    assert f"{cuda_wheel.name.replace('+', '%2B')}#sha256={digest}" in pages[local]
+    assert (out / local / "flashinfer" / "index.html").exists()
+    report = pip(
+        "install", "--dry-run", "--no-deps", "--ignore-installed", "--index-url", (out / local).as_uri(),
+        f"flashinfer-aot=={__version__}",
+    )  # fmt: skip
+    assert f"Would install flashinfer-aot-{__version__}+{local}" in report, (
+        "what the extra asks for takes the CUDA build"
+    )
+
+
+def test_index_refuses_other_files(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        build_index(tmp_path / "notes.txt", out=tmp_path / "index")
+    assert "is neither a wheel (.whl) nor an sdist (.tar.gz)" in caught.value.stderr

