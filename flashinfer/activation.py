@@ -9,13 +9,13 @@ import torch
 from flashinfer import dtypes, target
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.activation import ACT_AND_MUL, ACT_AND_MUL_QUANT
-from flashinfer.families.layout import FP8_DTYPES
+from flashinfer.families.layout import FP8_DTYPES, inside
 from flashinfer.families.norm import vec_size
 from flashinfer.host import checks, memo, quant_scale, traced
 from flashinfer.host.quant_scale import Scale
 from flashinfer.host.rows import even_rows
 from flashinfer.jit import ArgValue, default_resolver
-from flashinfer.jit.loader import PreparedLaunch
+from flashinfer.jit.loader import PreparedLaunch, Value
 
 __all__ = ["silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul_quant"]
 
@@ -167,6 +167,11 @@ def _prepare(op: str, gate: str, input: torch.Tensor, out: torch.Tensor, pdl: Op
     num_rows = out.numel() // hidden_size
     columns_per_block = launcher.config.launch.num_threads * int(launcher.config.constants["kVecsPerThread"]) * width
     grid = (num_rows, -(-hidden_size // columns_per_block), 1)
-    leading = [*quant_scale.NO_VALUES, 0, 0] if is_quant else [0, 0]
-    strides = (input_stride, output_stride)
-    return launcher.prepare(grid, *leading, *strides, num_rows, hidden_size, varying=len(leading))
+    values: dict[str, Value] = {
+        "input_stride": input_stride, "output_stride": output_stride, "num_rows": num_rows, "hidden_size": hidden_size,
+    }  # fmt: skip
+    addresses: tuple[str, ...] = ("input", "output")
+    if is_quant:
+        values = inside("act_and_mul", values)
+        addresses = (*quant_scale.names("output_scale"), *(f"act_and_mul.{name}" for name in addresses))
+    return launcher.prepare(grid, values, varying=addresses)

@@ -8,13 +8,13 @@ import torch
 
 from flashinfer import dtypes, target
 from flashinfer.errors import UnsupportedConfig
-from flashinfer.families.layout import FP8_DTYPES
+from flashinfer.families.layout import FP8_DTYPES, inside
 from flashinfer.families.norm import LAYERNORM, RMSNORM, RMSNORM_QUANT, vec_size
 from flashinfer.host import checks, memo, quant_scale, traced
 from flashinfer.host.quant_scale import Scale
 from flashinfer.host.rows import even_rows, grouped_rows
 from flashinfer.jit import ArgValue, Family, KernelSpec, default_resolver
-from flashinfer.jit.loader import PreparedLaunch
+from flashinfer.jit.loader import PreparedLaunch, Value
 
 __all__ = [
     "rmsnorm",
@@ -298,9 +298,21 @@ def _prepare(op: str, inputs: _Inputs, output: Optional[torch.Tensor], eps: floa
     if device_index >= 0:
         rows_per_block = launcher.config.launch.num_threads // int(launcher.config.constants["kThreadsPerRow"])
         grid = (-(-num_rows // rows_per_block), 1, 1)
-    strides = (input_row, input_group, residual_row, output_row, output_group)
-    leading = [*quant_scale.NO_VALUES, *[0] * 5] if op.endswith("_quant") else [0] * 5
-    launch = launcher.prepare(grid, *leading, *strides, num_rows, rows_per_group, eps, varying=len(leading))
+    values: dict[str, Value] = {
+        "input_row_stride": input_row,
+        "input_group_stride": input_group,
+        "residual_row_stride": residual_row,
+        "output_row_stride": output_row,
+        "output_group_stride": output_group,
+        "num_rows": num_rows,
+        "rows_per_group": rows_per_group,
+        "eps": eps,
+    }
+    addresses: tuple[str, ...] = ("input", "residual", "weight", "bias", "output")
+    if op.endswith("_quant"):
+        values = inside("norm", values)
+        addresses = (*quant_scale.names("output_scale"), *(f"norm.{name}" for name in addresses))
+    launch = launcher.prepare(grid, values, varying=addresses)
     return _Prepared(launch, new_output)
 
 

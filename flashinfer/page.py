@@ -282,7 +282,8 @@ def _run_positions(
             checks.require(tensor.dtype == torch.int32, op, f"{name} is {tensor.dtype}; expected torch.int32")
             checks.require_device(op, name, tensor, append_indptr, "append_indptr")
         checks.require_device(op, "seq_lens", seq_lens, append_indptr, "append_indptr")
-        launch = _memo.remember(key, _prepare_index(families.TOKEN_POSITIONS, append_indptr, nnz, (nnz, batch_size)))
+        counts = {"num_tokens": nnz, "batch_size": batch_size}
+        launch = _memo.remember(key, _prepare_index(families.TOKEN_POSITIONS, append_indptr, nnz, counts))
     launch(append_indptr.data_ptr(), seq_lens.data_ptr(), batch_indices.data_ptr(), positions.data_ptr())
 
 
@@ -321,7 +322,8 @@ def _run_seq_lens(
         check_index(op, "kv_indptr", kv_indptr, batch_size + 1)
         check_index(op, "kv_last_page_len", kv_last_page_len, batch_size)
         checks.require_device(op, "kv_last_page_len", kv_last_page_len, kv_indptr, "kv_indptr")
-        launch = _memo.remember(key, _prepare_index(families.SEQ_LENS, kv_indptr, batch_size, (batch_size, page_size)))
+        counts = {"batch_size": batch_size, "page_size": page_size}
+        launch = _memo.remember(key, _prepare_index(families.SEQ_LENS, kv_indptr, batch_size, counts))
     launch(kv_indptr.data_ptr(), kv_last_page_len.data_ptr(), seq_lens.data_ptr())
 
 
@@ -434,20 +436,26 @@ def _prepare_append(
     num_groups = num_tokens * -(-num_heads // heads_per_thread)
     return launcher.prepare(
         (-(-num_groups // groups_per_block), 1, 1),
-        *[0] * 14,
-        batch_size,
-        page_size,
-        *head_strides(key),
-        *head_strides(value),
-        *cache_strides(key_cache),
-        *cache_strides(value_cache),
-        num_tokens,
-        num_heads,
-        varying=14,
+        {
+            "slots.batch_size": batch_size,
+            "slots.page_size": page_size,
+            **head_strides("key_strides", key),
+            **head_strides("value_strides", value),
+            **cache_strides("key_cache_strides", key_cache),
+            **cache_strides("value_cache_strides", value_cache),
+            "num_tokens": num_tokens,
+            "num_heads": num_heads,
+        },
+        varying=(
+            *("key", "value", "key_cache", "value_cache"),
+            *quant_scale.names("key_scale"),
+            *quant_scale.names("value_scale"),
+            *families.SLOT_ADDRESSES,
+        ),
     )
 
 
-def _prepare_index(family: Any, reference: torch.Tensor, num_threads: int, counts: tuple[int, int]) -> PreparedLaunch:
+def _prepare_index(family: Any, reference: torch.Tensor, num_threads: int, counts: dict[str, int]) -> PreparedLaunch:
     """A launch of one thread per entry, whose parameters are addresses and then `counts`."""
     if num_threads == 0:
         return lambda *_: None
@@ -455,5 +463,5 @@ def _prepare_index(family: Any, reference: torch.Tensor, num_threads: int, count
     spec = family.spec(target.of_device(reference.device), index=str(reference.dtype)[6:])
     launcher = default_resolver().load(spec).on(device_index)
     grid = (-(-num_threads // launcher.config.launch.num_threads), 1, 1)
-    num_addresses = len(family.params._fields_) - len(counts)
-    return launcher.prepare(grid, *[0] * num_addresses, *counts, varying=num_addresses)
+    addresses = [field[0] for field in launcher.params._fields_ if field[0] not in counts]
+    return launcher.prepare(grid, counts, varying=addresses)

@@ -132,7 +132,7 @@ def _prepare_packbits(x: torch.Tensor, bitorder: str) -> PreparedLaunch:
     config = launcher.config
     elements_per_block = config.launch.num_threads * int(config.constants["kVectorsPerThread"]) * 16
     grid = (-(-num_elements // elements_per_block), 1, 1)
-    return launcher.prepare(grid, 0, 0, num_elements, varying=2)
+    return launcher.prepare(grid, {"num_elements": num_elements}, varying=("input", "output"))
 
 
 def _prepare_segments(op: str, x: torch.Tensor, indptr: torch.Tensor, num_bytes: int, bitorder: str) -> PreparedLaunch:
@@ -148,8 +148,9 @@ def _prepare_segments(op: str, x: torch.Tensor, indptr: torch.Tensor, num_bytes:
     config = pack_launcher.config
     bytes_per_block = config.launch.num_threads * int(config.constants["kBytesPerThread"])
     grid = (max(1, -(-num_bytes // bytes_per_block)), 1, 1)
-    scan = scan_launcher.prepare((1, 1, 1), 0, 0, num_segments, varying=2)
-    pack = pack_launcher.prepare(grid, *[0] * 4, num_elements, num_bytes, num_segments, varying=4)
+    scan = scan_launcher.prepare((1, 1, 1), {"num_segments": num_segments}, varying=("indptr", "packed_indptr"))
+    counts = {"num_elements": num_elements, "num_bytes": num_bytes, "num_segments": num_segments}
+    pack = pack_launcher.prepare(grid, counts, varying=("input", "output", "indptr", "packed_indptr"))
 
     def launch(x_ptr: int, indptr_ptr: int, packed_ptr: int, packed_indptr_ptr: int) -> None:
         scan(indptr_ptr, packed_indptr_ptr)

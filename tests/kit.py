@@ -34,12 +34,22 @@ def rmsnorm_spec(hidden_size: int = 64, on: str | None = None) -> KernelSpec:
     return RMSNORM.spec(on, dtype="fp32", hidden_size=hidden_size, vec_size=4, add_residual=False, gemma=False)
 
 
+def rmsnorm_values(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> dict[str, int | float | bytes]:
+    """What a kernel of `rmsnorm_spec` is launched with, for contiguous rows."""
+    num_rows, hidden_size = x.shape
+    return {
+        **{"input": x.data_ptr(), "residual": 0, "weight": weight.data_ptr(), "bias": 0, "output": out.data_ptr()},
+        **dict.fromkeys(("input_row_stride", "residual_row_stride", "output_row_stride"), hidden_size),
+        **dict.fromkeys(("input_group_stride", "output_group_stride"), hidden_size),
+        **{"num_rows": num_rows, "rows_per_group": 1, "eps": 1e-6},
+    }
+
+
 def run_rmsnorm(kernel: Kernel, hidden_size: int = 64) -> None:
     """Launch a CPU kernel of `rmsnorm_spec` and compare with the definition."""
     x, weight = torch.randn(2, hidden_size), torch.randn(hidden_size)
     out = torch.full_like(x, torch.nan)
-    strides = (hidden_size,) * 5
-    kernel.on(None)((1, 1, 1), 0, x.data_ptr(), 0, weight.data_ptr(), 0, out.data_ptr(), *strides, 2, 1, 1e-6)
+    kernel.on(None)((1, 1, 1), 0, rmsnorm_values(x, weight, out))
     expected = x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * weight
     torch.testing.assert_close(out, expected)
 

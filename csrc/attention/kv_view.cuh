@@ -18,23 +18,23 @@ struct KvRow {
 
 template <int kStorage>
 struct KvView {
-  const KvParams& kv;
+  const KvIndex& index;
   int32_t begin;  // first entry of indices (paged), first row (ragged), 0 (single)
   int32_t len;    // rows of this request
 
   // Dependent loads: one or two. A planned kernel has begin and len at hand and builds the view from them.
-  FLASHINFER_FN static KvView of_request(const KvParams& kv, int32_t request_idx) {
-    if constexpr (kStorage == kKvSingle) return {kv, 0, kv.len};
-    const int32_t begin = kv.indptr[request_idx], end = kv.indptr[request_idx + 1];
-    if constexpr (kStorage == kKvRagged) return {kv, begin, end - begin};
-    if (end <= begin) return {kv, begin, 0};
-    return {kv, begin, (end - begin - 1) * int32_t(kv.page_size.divisor) + kv.last_page_len[request_idx]};
+  FLASHINFER_FN static KvView of_request(const KvIndex& index, int32_t request_idx) {
+    if constexpr (kStorage == kKvSingle) return {index, 0, index.len};
+    const int32_t begin = index.indptr[request_idx], end = index.indptr[request_idx + 1];
+    if constexpr (kStorage == kKvRagged) return {index, begin, end - begin};
+    if (end <= begin) return {index, begin, 0};
+    return {index, begin, (end - begin - 1) * int32_t(index.page_size.divisor) + index.last_page_len[request_idx]};
   }
 
   FLASHINFER_FN KvRow locate(int32_t kv_idx) const {
     if constexpr (kStorage != kKvPaged) return {begin + kv_idx, 0};
-    const int32_t page = int32_t(kv.page_size.divide(uint32_t(kv_idx)));
-    return {kv.indices[begin + page], kv_idx - page * int32_t(kv.page_size.divisor)};
+    const int32_t page = int32_t(index.page_size.divide(uint32_t(kv_idx)));
+    return {index.indices[begin + page], kv_idx - page * int32_t(index.page_size.divisor)};
   }
 
   FLASHINFER_FN static int64_t k_offset(const KvParams& kv, KvRow row, int32_t kv_head_idx) {

@@ -67,7 +67,8 @@ struct Variant {
   }
 
   // Start of a request's bits in the custom mask; query i, key j is bit i * kv_len + j.
-  FLASHINFER_FN static const uint8_t* mask_of(const AttentionParams& params, int32_t request_idx) {
+  template <class Params>
+  FLASHINFER_FN static const uint8_t* mask_of(const Params& params, int32_t request_idx) {
     if constexpr (Config::kMask != kMaskCustom) return nullptr;
     return params.mask_indptr == nullptr ? params.mask : params.mask + params.mask_indptr[request_idx];
   }

@@ -54,7 +54,7 @@ class KernelRow:
     def specs(self, target: str) -> Iterator[KernelSpec]:
         kind = targets.kind(target)
         family = specs.family(self.family)
-        if kind in self.kinds and kind in family.headers:
+        if kind in self.kinds and family.runs_on(target):
             yield family.spec(target, **self.args)
 
 

@@ -213,7 +213,8 @@ def _prepare(op: str, v: torch.Tensor, num_rows: int, num_states: int = 0, pair:
         spec = families.MERGE_STATES.spec(target.of_device(v.device), dtype=dtype, head_dim=head_dim, pair=pair)
         launcher = default_resolver().load(spec).on(v.get_device())
         num_blocks = -(-num_rows * num_heads // families.rows_per_block(launcher.config)) if v.is_cuda else 1
-        launch = launcher.prepare((num_blocks, 1, 1), *(0,) * 8, num_rows, num_heads, num_states, varying=8)
+        counts = {"num_rows": num_rows, "num_heads": num_heads, "num_states": num_states}
+        launch = launcher.prepare((num_blocks, 1, 1), counts, varying=families.ADDRESSES)
     return _Merge(
         launch,
         memo.allocator((num_rows, num_heads, head_dim), v.dtype, v.device),

@@ -104,23 +104,20 @@ class Variant:
             "has_soft_cap": self.logits_soft_cap > 0,
         }
 
-    def scalars(self, qk_scale: float = 1.0, v_scale: float = 1.0, plan_is_settled: bool = False) -> tuple[float, ...]:
-        """The last fields of AttentionParams, from sm_scale on."""
-        return (
-            self.sm_scale * qk_scale,
-            v_scale,
-            self.logits_soft_cap,
-            1.0 / self.rope_scale,
-            math.log2(self.rope_theta),
-            int(plan_is_settled),
-        )
+    def values(self, num_qo_heads: int, device: torch.device, qk_scale: float, v_scale: float) -> dict[str, float]:
+        """The fields of AttentionParams that hold options."""
+        return {
+            "alibi_slopes": alibi_slopes(num_qo_heads, device).data_ptr() if self.pos_encoding == "alibi" else 0,
+            "window_left": self.window_left,
+            "sm_scale": self.sm_scale * qk_scale,
+            "v_scale": v_scale,
+            "logits_soft_cap": self.logits_soft_cap,
+            "rope_rcp_scale": 1.0 / self.rope_scale,
+            "rope_log2_theta": math.log2(self.rope_theta),
+        }
 
 
 @functools.cache
 def alibi_slopes(num_heads: int, device: torch.device) -> torch.Tensor:
+    """Kept alive for the process, as launches hold their address."""
     return get_alibi_slopes(num_heads, device)
-
-
-def alibi_slopes_ptr(variant: Variant, num_heads: int, device: torch.device) -> int:
-    """Address of the slopes, kept alive for the process; 0 for a variant without ALiBi."""
-    return alibi_slopes(num_heads, device).data_ptr() if variant.pos_encoding == "alibi" else 0

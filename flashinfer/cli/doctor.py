@@ -351,12 +351,20 @@ def _compile_and_run(device: Any, target: str) -> str:
     ours, on_device, scale = (tensor.to(device) for tensor in (torch.full_like(x, torch.nan), x, weight))
     launcher = loader.load(source, compiled.machine_code, None, _refused).on(device.index)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    addresses = (on_device.data_ptr(), 0, scale.data_ptr(), 0, ours.data_ptr())
-    strides = (hidden_size, hidden_size, hidden_size, hidden_size, hidden_size)
+    values = {
+        "input": on_device.data_ptr(),
+        "weight": scale.data_ptr(),
+        "output": ours.data_ptr(),
+        **dict.fromkeys(("residual", "bias", "input_row_stride", "residual_row_stride", "output_row_stride"), 0),
+        **dict.fromkeys(("input_group_stride", "output_group_stride"), hidden_size),
+        "num_rows": num_rows,
+        "rows_per_group": 1,
+        "eps": eps,
+    }
     run_seconds = []
     for _ in range(20):
         started = time.perf_counter()
-        launcher((num_rows, 1, 1), stream, *addresses, *strides, num_rows, 1, eps)
+        launcher((num_rows, 1, 1), stream, values)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         run_seconds.append(time.perf_counter() - started)

@@ -10,6 +10,7 @@ from typing import Any
 from flashinfer.cli import _requests
 from flashinfer.cli._text import count, table
 from flashinfer.jit.resolver import make_resolver
+from flashinfer.jit.source import render
 from flashinfer.jit.stores import Answer, Hit
 
 _COMPILE = "compile"
@@ -38,16 +39,29 @@ def run(args: argparse.Namespace) -> int:
     resolver = make_resolver()
     rows = []
     for spec in _requests.requested(args):
-        store, reasons = _summary(resolver.explain(spec))
-        rows.append({"kernel": spec.name, **spec.to_dict(), "answer": store, "reasons": reasons})
+        hit, reasons = _summary(resolver.explain(spec))
+        store, source = (hit.store, hit.source) if hit is not None else (_COMPILE, render(spec))
+        implementation = source.implementation.header
+        rows.append(
+            {
+                "kernel": spec.name,
+                **spec.to_dict(),
+                "answer": store,
+                "implementation": implementation,
+                "reasons": reasons,
+            }
+        )
     answers = Counter(row["answer"] for row in rows)
     if args.json:
         print(json.dumps({"kernels": rows, "answers": answers}, indent=1))
     else:
         shown = [row for row in rows if row["answer"] != "aot"] if args.problems else rows
         if shown:
-            cells = [[row["answer"], row["target"], "; ".join(row["reasons"]), row["kernel"]] for row in shown]
-            print(table(["answer", "target", "why not before", "kernel"], cells) + "\n")
+            cells = [
+                [row["answer"], row["target"], row["implementation"], "; ".join(row["reasons"]), row["kernel"]]
+                for row in shown
+            ]
+            print(table(["answer", "target", "implementation", "why not before", "kernel"], cells) + "\n")
         summary = [f"{answers[store]} {words}" for store, words in _WORDS.items() if answers[store]]
         print(f"{count(len(rows), 'kernel')}: {', '.join(summary)}")
     answered = answers["aot"] + (answers["jit-cache"] if args.require == "any" else 0)
@@ -57,11 +71,11 @@ def run(args: argparse.Namespace) -> int:
 _WORDS = {"aot": "precompiled", "jit-cache": "in the JIT cache", _COMPILE: "to be compiled"}
 
 
-def _summary(answers: list[tuple[str, Answer]]) -> tuple[str, list[str]]:
-    """The store that answers first, and the reasons of those before it."""
+def _summary(answers: list[tuple[str, Answer]]) -> tuple[Hit | None, list[str]]:
+    """What the first store that has it answers, and the reasons of those before it."""
     reasons: list[str] = []
     for store, answer in answers:
         if isinstance(answer, Hit):
-            return store, reasons
+            return answer, reasons
         reasons.append(f"{store}: {answer.reason}")
-    return _COMPILE, reasons
+    return None, reasons

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 from flashinfer.families.layout import DTYPES, FP8_DTYPES, QUANT_SCALE, nested
-from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
+from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register, twins
 
 GATES = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # enum Gate in csrc/activation/gate.h
 VECS_PER_THREAD = 2
@@ -43,16 +43,16 @@ def _config(spec: KernelSpec) -> Config:
 
 ACT_AND_MUL = Family(
     name="act_and_mul",
-    params=ActAndMulParams,
-    headers={"cuda": "activation/act_and_mul.cuh", "cpu": "cpu/activation/act_and_mul.h"},
     axes={"dtype": DTYPES, "gate": tuple(GATES), "vec_size": (1, 2, 4, 8)},
-    config=_config,
+    implementations=twins(
+        ActAndMulParams, _config, cuda="activation/act_and_mul.cuh", cpu="cpu/activation/act_and_mul.h"
+    ),
 )
 ACT_AND_MUL_QUANT = Family(
     name="act_and_mul_quant",
-    params=ActAndMulQuantParams,
-    headers={"cuda": "activation/act_and_mul_quant.cuh", "cpu": "cpu/activation/act_and_mul_quant.h"},
     axes={"dtype": DTYPES, "out_dtype": FP8_DTYPES, "gate": tuple(GATES), "vec_size": (1, 2, 4, 8)},
-    config=_config,
+    implementations=twins(
+        ActAndMulQuantParams, _config, cuda="activation/act_and_mul_quant.cuh", cpu="cpu/activation/act_and_mul_quant.h"
+    ),
 )
 register(ACT_AND_MUL, ACT_AND_MUL_QUANT)

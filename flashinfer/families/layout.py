@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 P, I64, I32, U32, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_uint32, ctypes.c_float
@@ -17,3 +17,8 @@ QUANT_SCALE: Fields = [("device_value", P), ("host_value", F32), ("reserved", I3
 def nested(name: str, fields: Sequence[Any]) -> Fields:
     """The fields of a struct inside a struct, under their C++ names (`slots.page_size`): a launch packs flat values."""
     return [(f"{name}.{field[0]}", field[1]) for field in fields]
+
+
+def inside(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a struct's fields, as those of that struct inside another."""
+    return {f"{name}.{field}": value for field, value in values.items()}

@@ -6,7 +6,7 @@ import ctypes
 
 from flashinfer.dtypes import ITEMSIZE
 from flashinfer.families.layout import DTYPES, FP8_DTYPES, QUANT_SCALE, nested
-from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
+from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register, twins
 
 VEC_SIZES = (1, 2, 4, 8)
 # A row lives in registers: 1024 threads × 32 elements.
@@ -85,8 +85,6 @@ def _layernorm_config(spec: KernelSpec) -> Config:
 
 RMSNORM = Family(
     name="rmsnorm",
-    params=NormParams,
-    headers={"cuda": "norm/rmsnorm.cuh", "cpu": "cpu/norm/rmsnorm.h"},
     axes={
         "dtype": DTYPES,
         "hidden_size": HIDDEN_SIZES,
@@ -94,12 +92,10 @@ RMSNORM = Family(
         "add_residual": (False, True),
         "gemma": (False, True),
     },
-    config=_rmsnorm_config,
+    implementations=twins(NormParams, _rmsnorm_config, cuda="norm/rmsnorm.cuh", cpu="cpu/norm/rmsnorm.h"),
 )
 RMSNORM_QUANT = Family(
     name="rmsnorm_quant",
-    params=NormQuantParams,
-    headers={"cuda": "norm/rmsnorm_quant.cuh", "cpu": "cpu/norm/rmsnorm_quant.h"},
     axes={
         "dtype": DTYPES,
         "out_dtype": FP8_DTYPES,
@@ -107,13 +103,13 @@ RMSNORM_QUANT = Family(
         "vec_size": VEC_SIZES,
         "add_residual": (False, True),
     },
-    config=_rmsnorm_config,
+    implementations=twins(
+        NormQuantParams, _rmsnorm_config, cuda="norm/rmsnorm_quant.cuh", cpu="cpu/norm/rmsnorm_quant.h"
+    ),
 )
 LAYERNORM = Family(
     name="layernorm",
-    params=NormParams,
-    headers={"cuda": "norm/layernorm.cuh", "cpu": "cpu/norm/layernorm.h"},
     axes={"dtype": DTYPES, "weight_dtype": DTYPES, "hidden_size": HIDDEN_SIZES, "vec_size": VEC_SIZES},
-    config=_layernorm_config,
+    implementations=twins(NormParams, _layernorm_config, cuda="norm/layernorm.cuh", cpu="cpu/norm/layernorm.h"),
 )
 register(RMSNORM, RMSNORM_QUANT, LAYERNORM)

@@ -6,7 +6,7 @@ import ctypes
 
 from flashinfer.dtypes import ITEMSIZE
 from flashinfer.families.layout import DTYPES, FP8_DTYPES, I32, I64, QUANT_SCALE, Fields, P, nested
-from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
+from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register, twins
 
 INDEX_TYPES = ("int32", "int64")
 VEC_SIZES = (1, 2, 4, 8, 16)
@@ -20,6 +20,7 @@ TOKEN_SLOTS: Fields = [
     ("batch_size", I32),
     ("page_size", I32),
 ]
+SLOT_ADDRESSES = tuple(f"slots.{field[0]}" for field in TOKEN_SLOTS[:4])
 
 
 class AppendParams(ctypes.Structure):
@@ -109,8 +110,6 @@ def _index_config(spec: KernelSpec) -> Config:
 
 APPEND_PAGED_KV = Family(
     name="append_paged_kv",
-    params=AppendParams,
-    headers={"cuda": "page/append.cuh", "cpu": "cpu/page/append.h"},
     axes={
         "dtype": (*DTYPES, *FP8_DTYPES),
         "cache_dtype": (*DTYPES, *FP8_DTYPES),
@@ -121,20 +120,18 @@ APPEND_PAGED_KV = Family(
         "vec_size": VEC_SIZES,
         "heads_per_thread": (1, 2, 4),
     },
-    config=_append_config,
+    implementations=twins(AppendParams, _append_config, cuda="page/append.cuh", cpu="cpu/page/append.h"),
 )
 TOKEN_POSITIONS = Family(
     name="token_positions",
-    params=TokenPositionsParams,
-    headers={"cuda": "page/token_positions.cuh", "cpu": "cpu/page/token_positions.h"},
     axes={"index": INDEX_TYPES},
-    config=_index_config,
+    implementations=twins(
+        TokenPositionsParams, _index_config, cuda="page/token_positions.cuh", cpu="cpu/page/token_positions.h"
+    ),
 )
 SEQ_LENS = Family(
     name="seq_lens",
-    params=SeqLensParams,
-    headers={"cuda": "page/seq_lens.cuh", "cpu": "cpu/page/seq_lens.h"},
     axes={"index": INDEX_TYPES},
-    config=_index_config,
+    implementations=twins(SeqLensParams, _index_config, cuda="page/seq_lens.cuh", cpu="cpu/page/seq_lens.h"),
 )
 register(APPEND_PAGED_KV, TOKEN_POSITIONS, SEQ_LENS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
+from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register, twins
 
 INDEX_TYPES = ("int32", "int64")
 
@@ -64,23 +64,29 @@ def _segment_packbits_config(spec: KernelSpec) -> Config:
 
 PACKBITS = Family(
     name="packbits",
-    params=PackbitsParams,
-    headers={"cuda": "quantization/packbits.cuh", "cpu": "cpu/quantization/packbits.h"},
     axes={"big_endian": (False, True), "aligned": (False, True)},  # aligned: the input starts on 16 bytes
-    config=_packbits_config,
+    implementations=twins(
+        PackbitsParams, _packbits_config, cuda="quantization/packbits.cuh", cpu="cpu/quantization/packbits.h"
+    ),
 )
 PACKED_INDPTR = Family(
     name="packed_indptr",
-    params=PackedIndptrParams,
-    headers={"cuda": "quantization/packed_indptr.cuh", "cpu": "cpu/quantization/packed_indptr.h"},
     axes={"index": INDEX_TYPES},
-    config=_packed_indptr_config,
+    implementations=twins(
+        PackedIndptrParams,
+        _packed_indptr_config,
+        cuda="quantization/packed_indptr.cuh",
+        cpu="cpu/quantization/packed_indptr.h",
+    ),
 )
 SEGMENT_PACKBITS = Family(
     name="segment_packbits",
-    params=SegmentPackbitsParams,
-    headers={"cuda": "quantization/segment_packbits.cuh", "cpu": "cpu/quantization/segment_packbits.h"},
     axes={"index": INDEX_TYPES, "big_endian": (False, True), "aligned": (False, True)},
-    config=_segment_packbits_config,
+    implementations=twins(
+        SegmentPackbitsParams,
+        _segment_packbits_config,
+        cuda="quantization/segment_packbits.cuh",
+        cpu="cpu/quantization/segment_packbits.h",
+    ),
 )
 register(PACKBITS, PACKED_INDPTR, SEGMENT_PACKBITS)

@@ -8,7 +8,7 @@ import math
 
 from flashinfer.families.layout import DTYPES, F32, FP8_DTYPES, I32, I64, QUANT_SCALE, Fields, P, nested
 from flashinfer.families.page import CACHE_STRIDES, HEAD_STRIDES, INDEX_TYPES, TOKEN_SLOTS, VEC_SIZES
-from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
+from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register, twins
 
 MAX_ROTARY_DIM = 256
 ROTARY: Fields = [
@@ -193,28 +193,26 @@ _ROTARY_AXES = {
 }
 ROPE = Family(
     name="rope",
-    params=RopeParams,
-    headers={"cuda": "rope/rope.cuh", "cpu": "cpu/rope/rope.h"},
     axes={**_ROTARY_AXES, "ragged": (False, True), "rotary_part_only": (False, True)},
-    config=_rope_config,
+    implementations=twins(RopeParams, _rope_config, cuda="rope/rope.cuh", cpu="cpu/rope/rope.h"),
 )
 ROPE_APPEND = Family(
     name="rope_append",
-    params=RopeAppendParams,
-    headers={"cuda": "rope/rope_append.cuh", "cpu": "cpu/rope/rope_append.h"},
     axes={
         **_ROTARY_AXES,
         "cache_dtype": (*DTYPES, *FP8_DTYPES),
         "token_index": INDEX_TYPES,
         "page_index": INDEX_TYPES,
     },
-    config=_rope_append_config,
+    implementations=twins(
+        RopeAppendParams, _rope_append_config, cuda="rope/rope_append.cuh", cpu="cpu/rope/rope_append.h"
+    ),
 )
 QK_NORM_ROPE = Family(
     name="qk_norm_rope",
-    params=QkNormRopeParams,
-    headers={"cuda": "rope/qk_norm_rope.cuh", "cpu": "cpu/rope/qk_norm_rope.h"},
     axes=_ROTARY_AXES,
-    config=_qk_norm_rope_config,
+    implementations=twins(
+        QkNormRopeParams, _qk_norm_rope_config, cuda="rope/qk_norm_rope.cuh", cpu="cpu/rope/qk_norm_rope.h"
+    ),
 )
 register(ROPE, ROPE_APPEND, QK_NORM_ROPE)

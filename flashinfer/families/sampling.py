@@ -6,7 +6,7 @@ import ctypes
 
 from flashinfer import target as targets
 from flashinfer.dtypes import ITEMSIZE
-from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
+from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register, twins
 
 DTYPES = ("fp32", "fp16", "bf16")
 CLUSTER_SIZES = (1, 2, 4, 8)
@@ -185,8 +185,6 @@ def _speculative_config(spec: KernelSpec) -> Config:
 
 SAMPLE_ROW = Family(
     name="sample_row",
-    params=SamplingParams,
-    headers={"cuda": "sampling/sample_row.cuh", "cpu": "cpu/sampling/sample_row.h"},
     axes={
         "dtype": DTYPES,
         "input": ("logits", "probs"),
@@ -194,20 +192,25 @@ SAMPLE_ROW = Family(
         "cluster_size": CLUSTER_SIZES,
         "row_kib": ROW_KIB,
     },
-    config=_sample_config,
+    implementations=twins(
+        SamplingParams, _sample_config, cuda="sampling/sample_row.cuh", cpu="cpu/sampling/sample_row.h"
+    ),
 )
 NORMALIZE_ROW = Family(
     name="normalize_row",
-    params=SamplingParams,
-    headers={"cuda": "sampling/normalize_row.cuh", "cpu": "cpu/sampling/normalize_row.h"},
     axes={"dtype": DTYPES, "op": NORMALIZE_OPS, "cluster_size": CLUSTER_SIZES, "row_kib": ROW_KIB},
-    config=_normalize_config,
+    implementations=twins(
+        SamplingParams, _normalize_config, cuda="sampling/normalize_row.cuh", cpu="cpu/sampling/normalize_row.h"
+    ),
 )
 CHAIN_SPECULATIVE = Family(
     name="chain_speculative",
-    params=SpeculativeParams,
-    headers={"cuda": "sampling/chain_speculative.cuh", "cpu": "cpu/sampling/chain_speculative.h"},
     axes={"dtype": DTYPES, "cluster_size": CLUSTER_SIZES},
-    config=_speculative_config,
+    implementations=twins(
+        SpeculativeParams,
+        _speculative_config,
+        cuda="sampling/chain_speculative.cuh",
+        cpu="cpu/sampling/chain_speculative.h",
+    ),
 )
 register(SAMPLE_ROW, NORMALIZE_ROW, CHAIN_SPECULATIVE)

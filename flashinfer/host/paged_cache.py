@@ -90,14 +90,15 @@ def check_slots(
     return {"token_index": str(batch_indices.dtype)[6:], "page_index": str(kv_indices.dtype)[6:]}
 
 
-def cache_strides(cache: Optional[torch.Tensor]) -> tuple[int, int, int]:
-    """Strides of pages, slots and heads of a `[num_pages, page_size, num_heads, head_dim]` view."""
-    return (0, 0, 0) if cache is None else (cache.stride(0), cache.stride(1), cache.stride(2))
+def cache_strides(field: str, cache: Optional[torch.Tensor]) -> dict[str, int]:
+    """A field of CacheStrides (csrc/page/params.h): of a `[num_pages, page_size, num_heads, head_dim]` view."""
+    page, slot, head = (0, 0, 0) if cache is None else cache.stride()[:3]
+    return {f"{field}.page": page, f"{field}.slot": slot, f"{field}.head": head}
 
 
-def head_strides(rows: torch.Tensor) -> tuple[int, int]:
-    """Strides of tokens and heads of a `[num_tokens, num_heads, head_dim]` view."""
-    return rows.stride(0), rows.stride(1)
+def head_strides(field: str, rows: torch.Tensor) -> dict[str, int]:
+    """A field of HeadStrides (csrc/page/params.h): of a `[num_tokens, num_heads, head_dim]` view."""
+    return {f"{field}.token": rows.stride(0), f"{field}.head": rows.stride(1)}
 
 
 def check_cache(op: str, name: str, rows: torch.Tensor, cache: torch.Tensor, first: torch.Tensor) -> None:
@@ -123,7 +124,7 @@ def check_conversion(op: str, dtype: str, cache_dtype: str) -> None:
 
 @dataclass(frozen=True)
 class KvStrides:
-    """Elements between pages, entries of a page, and heads, in K and in V: the stride fields of AttentionParams."""
+    """Elements between pages, entries of a page, and heads, in K and in V."""
 
     k_page: int
     k_entry: int
@@ -133,8 +134,9 @@ class KvStrides:
     v_head: int
 
     @property
-    def values(self) -> tuple[int, ...]:
-        return (self.k_page, self.k_entry, self.k_head, self.v_page, self.v_entry, self.v_head)
+    def values(self) -> dict[str, int]:
+        """The fields of AttentionParams."""
+        return {f"kv.{name}_stride": stride for name, stride in vars(self).items()}
 
 
 @dataclass(frozen=True)

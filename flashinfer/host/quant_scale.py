@@ -25,6 +25,12 @@ def values(scale: Scale) -> tuple[int, float, int]:
 
 NO_VALUES = values(None)
 
+
+def names(field: str) -> tuple[str, ...]:
+    """Of those values, in a field of that name."""
+    return tuple(f"{field}.{name}" for name in ("device_value", "host_value", "reserved"))
+
+
 # A scale in the schema of an operator for torch.compile, and back.
 SCHEMA = "Tensor? {0}, float? {0}_value"
 

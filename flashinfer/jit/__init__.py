@@ -9,17 +9,19 @@ driver.py     the CUDA driver calls we make    loader.py     machine code -> som
 from __future__ import annotations
 
 from flashinfer.jit.resolver import default_resolver
-from flashinfer.jit.spec import ArgValue, Config, CxxType, Family, KernelSpec, Launch, register
+from flashinfer.jit.spec import ArgValue, Config, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
 
 __all__ = [
     "ArgValue",
     "Config",
     "CxxType",
     "Family",
+    "Implementation",
     "KernelSpec",
     "Launch",
     "register",
     "default_resolver",
+    "twins",
     "has_prebuilt_ops",
 ]
 

@@ -2,13 +2,13 @@
 
     kernel   = default_resolver().load(spec)            # CudaKernel or CpuKernel, one per spec and process
     launcher = kernel.on(device_index)          # one per kernel and device; loads the cubin there
-    launcher(grid, stream, *values)             # values in the order of the parameter struct's fields
-    launch   = launcher.prepare(grid, *values, varying=3)
-    launch(*first_three_values)                 # the rest stays as prepared; on torch's current stream
+    launcher(grid, stream, values)              # by the names of the parameter struct's fields
+    launch   = launcher.prepare(grid, values, varying=("input", "output"))
+    launch(input_address, output_address)       # the rest stays as prepared; on torch's current stream
 
 A device, or the dynamic loader, may refuse machine code that is whole by its checksum: built for another architecture
 or system, or damaged before the checksum was taken. The kernel then asks `instead` for the one from the next source. So
-only a launcher knows its Config.
+only a launcher knows its Config and its parameter struct.
 
 A launch packs the values into a preallocated block and makes one driver call. What is prepared costs least to repeat.
 """
@@ -21,19 +21,19 @@ import functools
 import struct
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Union
 
 from flashinfer import target as targets
 from flashinfer.errors import DriverError, FlashInferError
 from flashinfer.jit import driver
-from flashinfer.jit import spec as specs
 from flashinfer.jit.source import Source
-from flashinfer.jit.spec import Config, KernelSpec
+from flashinfer.jit.spec import Config
 
 Grid = tuple[int, int, int]
 Value = Union[int, float, bytes]
+Values = Mapping[str, Value]  # by field of the parameter struct, those of nested structs as in "kv.k"
 PreparedLaunch = Callable[..., None]
 Instead = Callable[[str], "Kernel"]  # why machine code does not load -> the kernel from the next source; may raise
 
@@ -56,14 +56,19 @@ def stream_getter() -> Callable[[int], int]:
 
 class Launcher(Protocol):
     config: Config
+    params: type[ctypes.Structure]  # mirror of the struct that the launched kernel takes
 
     def max_blocks_per_sm(self) -> int:
         """Blocks of this kernel that one SM holds at a time; persistent grids are a multiple of it."""
 
-    def __call__(self, grid: Grid, stream: int, *values: Value) -> None: ...
+    def __call__(self, grid: Grid, stream: int, values: Values) -> None: ...
 
-    def prepare(self, grid: Grid, *values: Value, varying: int) -> PreparedLaunch:
-        """A launch on torch's current stream of which only the first `varying` values change from call to call."""
+    def prepare(self, grid: Grid, values: Values, *, varying: Sequence[str]) -> PreparedLaunch:
+        """A launch on torch's current stream, called with the fields named in `varying`, in that order.
+
+        They lead the parameter struct, so that a call packs them alone. Every other field is in `values`. Raises
+        ValueError naming the fields that are unknown, missing or given twice.
+        """
 
 
 class Kernel(Protocol):
@@ -99,12 +104,30 @@ def _packer(params: type[ctypes.Structure], num_fields: int | None = None) -> st
     return struct.Struct(text)
 
 
+def _in_order(params: type[ctypes.Structure], values: Values, varying: Sequence[str] = ()) -> list[Value]:
+    """The value of every field in the struct's order; 0 for those that vary."""
+    names = [field[0] for field in params._fields_]
+    given = values.keys()
+    faults = {
+        "unknown": [name for name in (*given, *varying) if name not in names],
+        "missing": [name for name in names if name not in given and name not in varying],
+        "given twice": [name for name in varying if name in given or varying.count(name) > 1],
+        "varying, but not the first fields in order": [
+            name for name, leading in zip(varying, names) if name in names and name != leading
+        ],
+    }
+    wrong = "; ".join(f"{', '.join(found)}: {what}" for what, found in faults.items() if found)
+    if wrong:
+        raise ValueError(f"values of {params.__name__}: {wrong}")
+    return [values.get(name, 0) for name in names]
+
+
 # ----------------------------------------------------------------------------------------------------------------- CUDA
 
 
 class CudaKernel:
     def __init__(self, source: Source, machine_code: bytes, instead: Instead) -> None:
-        self._spec, self._config = source.spec, source.config
+        self._spec, self._config, self._params = source.spec, source.config, source.implementation.params
         self._machine_code = machine_code
         self._instead = instead
         self._successor: Kernel | None = None  # once a device has refused this one
@@ -133,7 +156,7 @@ class CudaKernel:
                         ) from error
                     self._successor = self._instead(f"cuda:{device_index}: {error}")
                 else:
-                    launcher = CudaLauncher(self._spec, self._config, function, device_index, pdl)
+                    launcher = CudaLauncher(self._spec.name, self._config, self._params, function, device_index, pdl)
                     self._launchers[device_index, pdl] = launcher
         if launcher is not None:
             return launcher
@@ -152,14 +175,19 @@ class CudaLauncher:
     """Launches one kernel on one device. Safe to call from several threads."""
 
     def __init__(
-        self, spec: KernelSpec, config: Config, function: ctypes.c_void_p, device_index: int, pdl: bool
+        self,
+        name: str,
+        config: Config,
+        params: type[ctypes.Structure],
+        function: ctypes.c_void_p,
+        device_index: int,
+        pdl: bool,
     ) -> None:
-        self.function, self.config = function, config
+        self.function, self.config, self.params = function, config, params
         self._device_index = device_index
-        self._name = spec.name
+        self._name = name
         self._launch = config.launch
-        self._params = specs.family(spec.family).params
-        self._pack_params = _packer(self._params).pack_into
+        self._pack_params = _packer(params).pack_into
         attributes = []
         if config.launch.cluster_size > 1:
             size = (ctypes.c_uint * 16)(config.launch.cluster_size, 1, 1)
@@ -175,21 +203,23 @@ class CudaLauncher:
         self._slots: list[LaunchSlot] = []
         self._launch_kernel: Callable[..., int] = driver.library().cuLaunchKernelEx
 
-    def __call__(self, grid: Grid, stream: int, *values: Value) -> None:
+    def __call__(self, grid: Grid, stream: int, values: Values) -> None:
+        ordered = _in_order(self.params, values)
         try:
             slot = self._slots.pop()
         except IndexError:
             slot = self._new_slot()
         config, params, args, _ = slot
         _pack_launch(config, 0, *grid, *self._block, stream)
-        self._pack_params(params, 0, *values)
+        self._pack_params(params, 0, *ordered)
         code = self._launch_kernel(*args)
         if code != 0:
             self._retry_or_raise(code, args)
         self._slots.append(slot)
 
-    def prepare(self, grid: Grid, *values: Value, varying: int) -> PreparedLaunch:
-        pack_varying = _packer(self._params, varying).pack_into
+    def prepare(self, grid: Grid, values: Values, *, varying: Sequence[str]) -> PreparedLaunch:
+        ordered = _in_order(self.params, values, varying)
+        pack_varying = _packer(self.params, len(varying)).pack_into
         launch_kernel, device_index, current_stream = self._launch_kernel, self._device_index, stream_getter()
         slots: list[LaunchSlot] = []
 
@@ -199,7 +229,7 @@ class CudaLauncher:
             except IndexError:
                 slot = self._new_slot()
                 _pack_launch(slot[0], 0, *grid, *self._block, 0)
-                self._pack_params(slot[1], 0, *values)
+                self._pack_params(slot[1], 0, *ordered)
             config, params, args, _ = slot
             config.stream = current_stream(device_index)
             pack_varying(params, 0, *first_values)
@@ -215,7 +245,7 @@ class CudaLauncher:
             return driver.max_blocks_per_sm(self.function, self._launch.num_threads, self._launch.smem_bytes)
 
     def _new_slot(self) -> LaunchSlot:
-        config, params = driver.LaunchConfig(), self._params()
+        config, params = driver.LaunchConfig(), self.params()
         config.num_attributes = len(self._attributes)
         if len(self._attributes):
             config.attributes = ctypes.addressof(self._attributes)
@@ -250,9 +280,7 @@ class CpuKernel:
         function = getattr(ctypes.CDLL(str(library_path)), source.entry)
         function.argtypes = [ctypes.c_char_p]
         function.restype = None
-        pack = _packer(specs.family(source.spec.family).params).pack
-
-        self._launcher = CpuLauncher(source.config, function, pack)
+        self._launcher = CpuLauncher(source.config, source.implementation.params, function)
 
     def on(self, device_index: int | None, *, pdl: bool | None = None) -> CpuLauncher:
         return self._launcher
@@ -261,15 +289,16 @@ class CpuKernel:
 class CpuLauncher:
     """Calls one CPU kernel. There is no grid and no stream: the kernel spreads its work over OpenMP threads itself."""
 
-    def __init__(self, config: Config, function: Callable[[bytes], None], pack: Callable[..., bytes]) -> None:
-        self.config = config
-        self._function, self._pack = function, pack
+    def __init__(self, config: Config, params: type[ctypes.Structure], function: Callable[[bytes], None]) -> None:
+        self.config, self.params = config, params
+        self._function, self._pack = function, _packer(params).pack
 
-    def __call__(self, grid: Grid, stream: int, *values: Value) -> None:
-        self._function(self._pack(*values))
+    def __call__(self, grid: Grid, stream: int, values: Values) -> None:
+        self._function(self._pack(*_in_order(self.params, values)))
 
-    def prepare(self, grid: Grid, *values: Value, varying: int) -> PreparedLaunch:
-        function, pack, fixed_values = self._function, self._pack, values[varying:]
+    def prepare(self, grid: Grid, values: Values, *, varying: Sequence[str]) -> PreparedLaunch:
+        function, pack = self._function, self._pack
+        fixed_values = _in_order(self.params, values, varying)[len(varying) :]
 
         def launch(*first_values: Value) -> None:
             function(pack(*first_values, *fixed_values))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from flashinfer import target as targets
 from flashinfer.jit import spec as specs
-from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec
+from flashinfer.jit.spec import Config, CxxType, Implementation, KernelSpec
 
 # Flags that change what the code means, in the spelling all compilers of a kind share.
 FLAGS = {
@@ -37,6 +37,7 @@ class Source:
     """One translation unit, ready to compile."""
 
     spec: KernelSpec
+    implementation: Implementation
     config: Config
     text: str
     flags: tuple[str, ...]
@@ -62,15 +63,15 @@ def include_root() -> Path:
 def render(spec: KernelSpec) -> Source:
     """The translation unit of a spec. Raises UnsupportedConfig when the family is unknown."""
     family = specs.family(spec.family)
-    config = family.config(spec)
-    kind = targets.kind(spec.target)
-    header = family.headers[kind]
+    implementation = family.implementation(spec)
+    config = implementation.config(spec)
+    kind, header, params = targets.kind(spec.target), implementation.header, implementation.params
     lines = [f"// {spec.name}", f'#include "{header}"', "", "struct Config {", *_constants(config), "};", ""]
-    lines += _layout_asserts(family)
-    lines += ["", *(_cuda_entry(family) if kind == "cuda" else _cpu_entry(family)), ""]
+    lines += _layout_asserts(params)
+    lines += ["", *(_cuda_entry if kind == "cuda" else _cpu_entry)(family.name, f"flashinfer::{params.__name__}"), ""]
     text = "\n".join(lines)
     flags = FLAGS[kind]
-    return Source(spec, config, text, flags, _digest(text, header, flags, spec.target))
+    return Source(spec, implementation, config, text, flags, _digest(text, header, flags, spec.target))
 
 
 def _constants(config: Config) -> list[str]:
@@ -93,30 +94,29 @@ def _constant(name: str, value: CxxType | int | bool | float) -> str:
     return f"static constexpr float {name} = {value!r}f;"
 
 
-def _layout_asserts(family: Family) -> list[str]:
-    struct = f"flashinfer::{family.params.__name__}"
+def _layout_asserts(params: type[ctypes.Structure]) -> list[str]:
+    struct = f"flashinfer::{params.__name__}"
     hint = "the Python mirror differs from the C++ struct"
-    asserts = [f'static_assert(sizeof({struct}) == {ctypes.sizeof(family.params)}, "{hint}");']
-    for field in family.params._fields_:
-        offset = getattr(family.params, field[0]).offset
+    asserts = [f'static_assert(sizeof({struct}) == {ctypes.sizeof(params)}, "{hint}");']
+    for field in params._fields_:
+        offset = getattr(params, field[0]).offset
         asserts.append(f'static_assert(FLASHINFER_OFFSETOF({struct}, {field[0]}) == {offset}, "{hint}");')
     return asserts
 
 
-def _cuda_entry(family: Family) -> list[str]:
+def _cuda_entry(name: str, params: str) -> list[str]:
     return [
         'extern "C" __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocksPerSm)',
-        f"{family.name}(const __grid_constant__ flashinfer::{family.params.__name__} params) {{",
-        f"  flashinfer::{family.name}<Config>(params);",
+        f"{name}(const __grid_constant__ {params} params) {{",
+        f"  flashinfer::{name}<Config>(params);",
         "}",
     ]
 
 
-def _cpu_entry(family: Family) -> list[str]:
-    params = f"flashinfer::{family.params.__name__}"
+def _cpu_entry(name: str, params: str) -> list[str]:
     return [
-        f'extern "C" __attribute__((visibility("default"))) void {family.name}(const {params}* params) {{',
-        f"  flashinfer::cpu::{family.name}<Config>(*params);",
+        f'extern "C" __attribute__((visibility("default"))) void {name}(const {params}* params) {{',
+        f"  flashinfer::cpu::{name}<Config>(*params);",
         "}",
     ]
 

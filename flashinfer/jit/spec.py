@@ -73,31 +73,58 @@ class Config:
     launch: Launch = Launch()
 
 
+def _serves_all(spec: KernelSpec) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute a family, on one kind of target or from one architecture on.
+
+    on      "cuda" or "cpu": every target of that kind; or a target, such as "sm_90a": those that run its machine code
+    header  defines the entry point, `template <class Config> void FAMILY(const PARAMS&)` in namespace flashinfer
+            (flashinfer::cpu); relative to csrc/
+    params  ctypes mirror of the parameter struct; its class name is the C++ name
+    config  spec -> Config: the tile table lives behind this function
+    serves  whether it can compute a spec, whose target it runs on; those it cannot go to the next implementation
+    """
+
+    on: str
+    header: str
+    params: type[ctypes.Structure]
+    config: Callable[[KernelSpec], Config]
+    serves: Callable[[KernelSpec], bool] = _serves_all
+
+    def runs_on(self, target: str) -> bool:
+        return self.on == targets.kind(target) or self.on in targets.candidates(target)
+
+
+def twins(
+    params: type[ctypes.Structure], config: Callable[[KernelSpec], Config], *, cuda: str, cpu: str
+) -> tuple[Implementation, ...]:
+    """A header for every GPU and one for the CPU, over the same parameters and the same constants."""
+    return Implementation("cuda", cuda, params, config), Implementation("cpu", cpu, params, config)
+
+
 @dataclass(frozen=True)
 class Family:
     """A kernel and the set of specs it can be asked for.
 
-    name     the entry point: `template <class Config> void NAME(const PARAMS&)` in namespace flashinfer
-    (flashinfer::cpu)
-    params   ctypes mirror of the parameter struct; its class name is the C++ name
-    headers  "cuda" and/or "cpu" -> header that defines the entry point, relative to csrc/
-    axes     argument -> legal values, in canonical order
-    config   spec -> Config: the tile table lives behind this function
+    name             the entry point
+    axes             argument -> legal values, in canonical order
+    implementations  most specific first; the first that runs on the target and serves the spec computes it
     """
 
     name: str
-    params: type[ctypes.Structure]
-    headers: Mapping[str, str]
     axes: Mapping[str, Container[Any]]
-    config: Callable[[KernelSpec], Config]
+    implementations: tuple[Implementation, ...]
 
     def spec(self, target: str, **args: ArgValue) -> KernelSpec:
         """Check the arguments and build the request. Raises UnsupportedConfig naming the argument and what is
         allowed."""
-        if targets.kind(target) not in self.headers:
-            raise UnsupportedConfig(
-                f"{self.name}: no kernel for target {target}; this family has {', '.join(self.headers)}"
-            )
+        if not self.runs_on(target):
+            known = ", ".join(implementation.on for implementation in self.implementations)
+            raise UnsupportedConfig(f"{self.name}: no kernel for target {target}; this family has {known}")
         if args.keys() != self.axes.keys():
             raise UnsupportedConfig(f"{self.name}: expected arguments {', '.join(self.axes)}; got {', '.join(args)}")
         for axis, legal in self.axes.items():
@@ -107,6 +134,20 @@ class Family:
                 )
         values = tuple((axis, _canonical(args[axis], legal)) for axis, legal in self.axes.items())
         return KernelSpec(self.name, values, target)
+
+    def runs_on(self, target: str) -> bool:
+        return any(implementation.runs_on(target) for implementation in self.implementations)
+
+    def implementation(self, spec: KernelSpec) -> Implementation:
+        """The one that computes a spec. Raises UnsupportedConfig where none does."""
+        for implementation in self.implementations:
+            if implementation.runs_on(spec.target) and implementation.serves(spec):
+                return implementation
+        raise UnsupportedConfig(f"{self.name}: no implementation for {spec.name} on {spec.target}")
+
+    def config(self, spec: KernelSpec) -> Config:
+        """What the compiler is told of a spec. Raises UnsupportedConfig, without compiling, where no kernel fits."""
+        return self.implementation(spec).config(spec)
 
 
 def _canonical(value: ArgValue, legal: Container[Any]) -> Any:

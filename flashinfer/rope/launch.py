@@ -9,7 +9,7 @@ import torch
 from flashinfer import dtypes, target
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families import rope as families
-from flashinfer.families.page import vec_size
+from flashinfer.families.page import SLOT_ADDRESSES, vec_size
 from flashinfer.host import checks, memo, quant_scale, traced
 from flashinfer.host.paged_cache import (
     PagedCache,
@@ -242,18 +242,18 @@ def _prepare_rope(
     return _prepare(
         spec,
         [num_qo_heads, num_kv_heads],
-        num_tokens,
-        *[0] * (4 + rotary.NUM_ADDRESSES),
-        *geometry.constants,
-        *head_strides(q),
-        *head_strides(k),
-        *head_strides(q_out),
-        *head_strides(k_out),
-        num_tokens,
-        num_qo_heads,
-        num_kv_heads,
+        {
+            **geometry.constants,
+            **head_strides("q_strides", q),
+            **head_strides("k_strides", k),
+            **head_strides("q_out_strides", q_out),
+            **head_strides("k_out_strides", k_out),
+            "num_tokens": num_tokens,
+            "num_qo_heads": num_qo_heads,
+            "num_kv_heads": num_kv_heads,
+        },
+        varying=("q", "k", "q_out", "k_out", *rotary.ADDRESSES),
         device_index=q.get_device(),
-        varying=4 + rotary.NUM_ADDRESSES,
     )
 
 
@@ -293,21 +293,29 @@ def _prepare_append(
     return _prepare(
         spec,
         [num_qo_heads, num_kv_heads, num_kv_heads],
-        num_tokens,
-        *[0] * (16 + 2 + rotary.NUM_ADDRESSES),
-        *geometry.constants,
-        *head_strides(q),
-        *head_strides(k),
-        *head_strides(v),
-        *head_strides(q_out),
-        *cache_strides(k_cache),
-        *cache_strides(v_cache),
-        num_tokens,
-        num_qo_heads,
-        num_kv_heads,
+        {
+            **geometry.constants,
+            **head_strides("q_strides", q),
+            **head_strides("k_strides", k),
+            **head_strides("v_strides", v),
+            **head_strides("q_out_strides", q_out),
+            **cache_strides("key_cache_strides", k_cache),
+            **cache_strides("value_cache_strides", v_cache),
+            "num_tokens": num_tokens,
+            "num_qo_heads": num_qo_heads,
+            "num_kv_heads": num_kv_heads,
+        },
+        varying=(
+            *("q", "k", "v", "q_out", "key_cache", "value_cache"),
+            *quant_scale.names("key_scale"),
+            *quant_scale.names("value_scale"),
+            *SLOT_ADDRESSES,
+            "slots.batch_size",
+            "slots.page_size",
+            *rotary.ADDRESSES,
+        ),
         device_index=q.get_device(),
         pdl=pdl,
-        varying=16 + 2 + rotary.NUM_ADDRESSES,
     )
 
 
@@ -349,31 +357,31 @@ def _prepare_qk_norm(
     return _prepare(
         spec,
         [num_qo_heads, num_kv_heads],
-        num_tokens,
-        *[0] * (4 + rotary.NUM_ADDRESSES),
-        *geometry.constants,
-        *head_strides(heads),
-        eps,
-        weight_bias,
-        num_tokens,
-        num_qo_heads,
-        num_kv_heads,
+        {
+            **geometry.constants,
+            **head_strides("strides", heads),
+            "eps": eps,
+            "weight_bias": weight_bias,
+            "num_tokens": num_tokens,
+            "num_qo_heads": num_qo_heads,
+            "num_kv_heads": num_kv_heads,
+        },
+        varying=("q", "k", "q_weight", "k_weight", *rotary.ADDRESSES),
         device_index=qkv.get_device(),
         pdl=pdl,
-        varying=4 + rotary.NUM_ADDRESSES,
     )
 
 
 def _prepare(
     spec: KernelSpec,
     num_heads: list[int],
-    num_tokens: int,
-    *values: Value,
+    values: dict[str, Value],
+    *,
+    varying: tuple[str, ...],
     device_index: int,
-    varying: int,
     pdl: Optional[bool] = None,
 ) -> PreparedLaunch:
     """num_heads: of each kind of head (queries, keys, values) that the kernel visits."""
     launcher = default_resolver().load(spec).on(device_index, pdl=pdl)
-    grid = rotary.grid(spec, launcher.config, num_tokens, num_heads)
-    return launcher.prepare(grid, *values, varying=varying)
+    grid = rotary.grid(spec, launcher.config, int(values["num_tokens"]), num_heads)
+    return launcher.prepare(grid, values, varying=varying)

@@ -14,6 +14,7 @@ from flashinfer.families.page import vec_size
 from flashinfer.host import checks, memo
 from flashinfer.host.checks import check_index
 from flashinfer.host.rows import alignment_of
+from flashinfer.jit.loader import Value
 from flashinfer.jit.spec import Config, KernelSpec
 
 
@@ -72,7 +73,7 @@ class Rotation(NamedTuple):
         return 0, indptr.data_ptr(), offsets.data_ptr(), 0
 
 
-NUM_ADDRESSES = 4
+ADDRESSES = ("rotary.positions", "rotary.indptr", "rotary.offsets", "rotary.cos_sin_cache")
 # A rotation in the schema of an operator for torch.compile: its fields, in order.
 SCHEMA = (
     "int? rotary_dim, bool interleave, Tensor? rope_positions, Tensor? indptr, Tensor? offsets, Tensor? cos_sin_cache, "
@@ -84,7 +85,7 @@ class Geometry(NamedTuple):
     """What a prepared launch keeps of a rotation: spec axes, and the rest of `Rotary`, after its pointers."""
 
     axes: dict[str, str | int | bool]
-    constants: tuple[int, int, int, bytes]
+    constants: dict[str, Value]
 
 
 def check_rotation(
@@ -139,8 +140,13 @@ def check_rotation(
         "position_index": index,
         "vec_size": vec,
     }
-    frequencies = families.frequency_table(rotary_dim, *rotation[-5:])
-    return Geometry(axes, (cos_sin_stride, batch_size, 0, frequencies))
+    constants: dict[str, Value] = {
+        "rotary.cos_sin_stride": cos_sin_stride,
+        "rotary.batch_size": batch_size,
+        "rotary.reserved": 0,
+        "rotary.frequencies": families.frequency_table(rotary_dim, *rotation[-5:]),
+    }
+    return Geometry(axes, constants)
 
 
 def _check_positions(op: str, rotation: Rotation, q: torch.Tensor, num_tokens: int) -> tuple[str, int]:

@@ -34,7 +34,15 @@ _SAMPLERS = {
     "top_k_top_p_sampling_from_logits": ("logits", "top_k_top_p"),
     "top_k_top_p_sampling_from_probs": ("probs", "top_k_top_p"),
 }
-_NUM_VARYING = 16  # fields of SamplingParams that change from call to call
+# Fields of SamplingParams that change from call to call.
+_VARYING = (
+    *("input", "output", "token_ids", "valid", "row_indices", "top_k", "top_p", "min_p", "temperature", "random_state"),
+    *("seed", "offset", "top_k_value", "top_p_value", "min_p_value", "temperature_value"),
+)
+_SPECULATIVE_VARYING = (
+    *("draft_probs", "target_probs", "draft_ids", "output_ids", "num_accepted", "num_emitted"),
+    *("random_state", "seed", "offset"),
+)
 _WORDS_PER_SAMPLE = 8  # Philox words a row consumes
 
 
@@ -224,15 +232,16 @@ def _prepare(
     top_k, top_k_first = order
     return launcher.prepare(
         (num_rows * place["cluster_size"], 1, 1),
-        *[0] * _NUM_VARYING,
-        input.stride(0),
-        vocab_size,  # the output is contiguous
-        num_rows,
-        vocab_size,
-        indices is not None and indices.dtype is torch.int64,
-        isinstance(top_k, torch.Tensor) and top_k.dtype is torch.int64,
-        top_k_first,
-        varying=_NUM_VARYING,
+        {
+            "input_stride": input.stride(0),
+            "output_stride": vocab_size,  # the output is contiguous
+            "num_rows": num_rows,
+            "vocab_size": vocab_size,
+            "row_indices_are_int64": indices is not None and indices.dtype is torch.int64,
+            "top_k_is_int64": isinstance(top_k, torch.Tensor) and top_k.dtype is torch.int64,
+            "top_k_first": top_k_first,
+        },
+        varying=_VARYING,
     )
 
 
@@ -378,14 +387,18 @@ def _prepare_speculative(
             .on(device_index)
             .prepare(
                 (num_rows * place["cluster_size"], 1, 1),
-                *[0] * 9,
-                *draft_probs.stride()[:2],
-                *target_probs.stride()[:2],
-                num_rows,
-                num_steps - 1,
-                vocab_size,
-                *[count is not None for count in counts],
-                varying=9,
+                {
+                    "draft_row_stride": draft_probs.stride(0),
+                    "draft_step_stride": draft_probs.stride(1),
+                    "target_row_stride": target_probs.stride(0),
+                    "target_step_stride": target_probs.stride(1),
+                    "num_rows": num_rows,
+                    "num_draft": num_steps - 1,
+                    "vocab_size": vocab_size,
+                    "adds_accepted": counts[0] is not None,
+                    "adds_emitted": counts[1] is not None,
+                },
+                varying=_SPECULATIVE_VARYING,
             )
         )
     return _Speculator(

@@ -7,7 +7,7 @@ they launch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,7 +16,7 @@ from flashinfer import prefill, rope
 from flashinfer.aot.config import find_config, read_config
 from flashinfer.aot.models import Model
 from flashinfer.jit import spec as specs
-from flashinfer.jit.loader import Grid
+from flashinfer.jit.loader import Grid, Values
 from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.spec import KernelSpec
 
@@ -27,7 +27,8 @@ class Idle:
     """A kernel that does nothing, and its launcher."""
 
     def __init__(self, spec: KernelSpec) -> None:
-        self.spec, self.config = spec, specs.family(spec.family).config(spec)
+        implementation = specs.family(spec.family).implementation(spec)
+        self.spec, self.config, self.params = spec, implementation.config(spec), implementation.params
 
     def on(self, device_index: int | None, *, pdl: bool = False) -> Idle:
         return self
@@ -35,9 +36,9 @@ class Idle:
     def max_blocks_per_sm(self) -> int:
         return 1
 
-    def __call__(self, grid: Grid, stream: int, *values: object) -> None: ...
+    def __call__(self, grid: Grid, stream: int, values: Values) -> None: ...
 
-    def prepare(self, grid: Grid, *values: object, varying: int) -> Callable[..., None]:
+    def prepare(self, grid: Grid, values: Values, *, varying: Sequence[str]) -> Callable[..., None]:
         return lambda *first_values: None
 
 

@@ -481,9 +481,19 @@ def test_placements_agree() -> None:
             )
             out = torch.full_like(probs, math.nan)
             grid = (len(probs) * cluster_size, 1, 1)
-            values = [probs.data_ptr(), out.data_ptr(), *[0] * 10, 0, 0.9, 0.0, 1.0]
-            fixed = (32000, 32000, len(probs), 32000, 0, 0, 0)
-            default_resolver().load(spec).on(0)(grid, flashinfer.host.checks.current_stream(0), *values, *fixed)
+            launcher = default_resolver().load(spec).on(0)
+            values = {
+                **dict.fromkeys((field[0] for field in launcher.params._fields_), 0),
+                "input": probs.data_ptr(),
+                "output": out.data_ptr(),
+                "top_p_value": 0.9,
+                "temperature_value": 1.0,
+                "input_stride": 32000,
+                "output_stride": 32000,
+                "num_rows": len(probs),
+                "vocab_size": 32000,
+            }
+            launcher(grid, torch.cuda.current_stream().cuda_stream, values)
             differing = ((out > 0) != expected).sum(-1)
             assert not out.isnan().any() and (differing <= 2).all(), (cluster_size, row_kib, differing.tolist())
 

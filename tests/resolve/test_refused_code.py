@@ -21,6 +21,7 @@ from tests.kit import (
     cpu_resolver,
     only_artifact,
     rmsnorm_spec,
+    rmsnorm_values,
     run_rmsnorm,
     set_field,
 )
@@ -93,9 +94,8 @@ def _rmsnorm_cubin(on: str) -> bytes:
 def _run_on_gpu(kernel: loader.Kernel) -> None:
     x, weight = torch.randn(2, 64, device="cuda"), torch.randn(64, device="cuda")
     out = torch.full_like(x, torch.nan)
-    addresses = (x.data_ptr(), 0, weight.data_ptr(), 0, out.data_ptr())
     launcher = kernel.on(0)
-    launcher((2, 1, 1), torch.cuda.current_stream().cuda_stream, *addresses, *(64,) * 5, 2, 1, 1e-6)
+    launcher((2, 1, 1), torch.cuda.current_stream().cuda_stream, rmsnorm_values(x, weight, out))
     torch.testing.assert_close(out, x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * weight)
 
 

@@ -248,7 +248,8 @@ def test_drift_of_the_parameter_struct_is_a_compile_error(on: str, monkeypatch: 
     longer = [*fields, ("extra", ctypes.c_int64)]
     for drifted in (swapped, longer):
         mirror = type("NormParams", (ctypes.Structure,), {"_fields_": drifted})
-        monkeypatch.setitem(specs._families, "rmsnorm", dataclasses.replace(RMSNORM, params=mirror))
+        drifting = tuple(dataclasses.replace(twin, params=mirror) for twin in RMSNORM.implementations)
+        monkeypatch.setitem(specs._families, "rmsnorm", dataclasses.replace(RMSNORM, implementations=drifting))
         rendered = render(rmsnorm_spec(on=target.host() if on == "cpu" else on))
         compiler = HostCxx() if on == "cpu" else Nvrtc()
         with pytest.raises(CompileError, match="extra" if drifted is longer else "the Python mirror differs"):

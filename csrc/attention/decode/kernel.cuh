@@ -25,7 +25,7 @@ namespace flashinfer {
 template <class Config>
 struct ResultWriter {
   using O = typename Config::O;
-  const AttentionParams& params;
+  const DecodeParams& params;
 
   template <int N>
   __device__ __forceinline__ void write_result(int32_t token_idx, int32_t head, int32_t element, const float (&x)[N],
@@ -69,7 +69,7 @@ struct RowPiece {
 
 // Join the warps' results of one request through shared memory, 8 heads at a time, and write them out.
 template <class Config>
-__device__ __forceinline__ void store_request(const AttentionParams& params, const HeadBlock& heads,
+__device__ __forceinline__ void store_request(const DecodeParams& params, const HeadBlock& heads,
                                               const WarpState<Config>& state, DecodeSmem<Config>& smem,
                                               const DecodeRequest& request, int32_t slot) {
   using Tile = DecodeTile<Config>;
@@ -147,7 +147,7 @@ struct PartialRun {
 // Merge partial results and call store(head, element, out, lse) for every few elements of a row. A lane holds the LSE
 // of one of them, so that each weight is computed once.
 template <class Config, class Store>
-__device__ __forceinline__ void merge_run(const AttentionParams& params, const HeadBlock& heads, const PartialRun& run,
+__device__ __forceinline__ void merge_run(const DecodeParams& params, const HeadBlock& heads, const PartialRun& run,
                                           const Store& store) {
   constexpr bool kFewRegisters = Config::kMinBlocksPerSm > 1;
   using Piece = RowPiece<Config, kFewRegisters ? 1 : 4>;
@@ -205,7 +205,7 @@ __device__ __forceinline__ void merge_run(const AttentionParams& params, const H
 // Merge the partial results of a request as far as this block is the one to do it: the last to finish. Many are merged
 // in groups first, so that several blocks share the work. A group's result and counter are named after its first chunk.
 template <class Config>
-__device__ __forceinline__ void merge_request(const AttentionParams& params, const HeadBlock& heads,
+__device__ __forceinline__ void merge_request(const DecodeParams& params, const HeadBlock& heads,
                                               DecodeSmem<Config>& smem, const DecodeRequest& request) {
   const ResultWriter<Config> writer{params};
   const int32_t num_chunks = gridDim.y;
@@ -234,7 +234,7 @@ __device__ __forceinline__ void merge_request(const AttentionParams& params, con
 
 // A request without KV attends to nothing: zeros, LSE -inf.
 template <class Config>
-__device__ __forceinline__ void store_empty_requests(const AttentionParams& params, const HeadBlock& heads,
+__device__ __forceinline__ void store_empty_requests(const DecodeParams& params, const HeadBlock& heads,
                                                      int32_t num_empty) {
   constexpr int kVecsPerHead = Config::kHeadDimVo / 4;
   const ResultWriter<Config> writer{params};
@@ -250,12 +250,12 @@ __device__ __forceinline__ void store_empty_requests(const AttentionParams& para
 // ------------------------------------------------------------------------------------------------------------- kernel
 
 template <class Config>
-__device__ __forceinline__ DecodeChunk load_chunk(const AttentionParams& params) {
+__device__ __forceinline__ DecodeChunk load_chunk(const DecodeParams& params) {
   if constexpr (Config::kKvStorage == kKvSingle) {
-    const int32_t hidden = Config::kHasWindow ? params.kv.len - 1 - params.window_left : 0;
-    return single_chunk(params.kv.len, max(hidden, 0), DecodeTile<Config>::kTileRows, gridDim.y, blockIdx.y);
+    const int32_t hidden = Config::kHasWindow ? params.kv.index.len - 1 - params.window_left : 0;
+    return single_chunk(params.kv.index.len, max(hidden, 0), DecodeTile<Config>::kTileRows, gridDim.y, blockIdx.y);
   } else {
-    return static_cast<const DecodeChunk*>(params.chunks)[blockIdx.y];
+    return params.chunks[blockIdx.y];
   }
 }
 
@@ -265,7 +265,7 @@ constexpr int kShortChunk = 16;
 
 // Grid: (blocks of query heads, chunks). Blocks that read the same pages are neighbours and run side by side.
 template <class Config>
-__device__ void decode(const AttentionParams& params) {
+__device__ void decode(const DecodeParams& params) {
   using Tile = DecodeTile<Config>;
   using Smem = DecodeSmem<Config>;
   static_assert(sizeof(Smem) <= Config::kSmemBytes);
@@ -287,7 +287,7 @@ __device__ void decode(const AttentionParams& params) {
     allow_next_kernel();  // after the wait: early reads count on every kernel before the previous being done
   if (chunk.num_tiles > 0) {
     WarpState<Config> state(params, heads);
-    TileWalk walk = TileWalk::start(chunk, static_cast<const DecodeRequest*>(params.requests));
+    TileWalk walk = TileWalk::start(chunk, params.requests);
     for (int stage = 0; stage < Config::kNumStages - 1; ++stage) loader.issue(smem.stages[warp_idx][stage]);
 
     int stage = 0, free_stage = Config::kNumStages - 1;

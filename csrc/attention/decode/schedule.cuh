@@ -1,6 +1,7 @@
 // How a decode launch is cut into chunks, and the walk of one chunk over its tiles.
 #pragma once
 
+#include "attention/decode/params.h"
 #include "attention/kv_view.cuh"
 
 namespace flashinfer {

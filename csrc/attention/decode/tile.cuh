@@ -59,7 +59,7 @@ struct HeadBlock {
   int32_t kv_head, first_head, num_heads;
 
   template <int kGroupTile>
-  __device__ static HeadBlock make(const AttentionParams& params, int32_t block_idx) {
+  __device__ static HeadBlock make(const DecodeParams& params, int32_t block_idx) {
     const int32_t group = params.num_qo_heads / params.num_kv_heads, num_blocks = ceil_div(group, kGroupTile);
     const int32_t kv_head = block_idx / num_blocks, first = block_idx % num_blocks * kGroupTile;
     return {kv_head, kv_head * group + first, min(group - first, kGroupTile)};
@@ -80,7 +80,7 @@ struct TileLoader {
   using Kv = typename Tile::Kv;
   using View = KvView<Config::kKvStorage>;
 
-  const AttentionParams& params;
+  const DecodeParams& params;
   const HeadBlock& heads;
   TileWalk walk;
   KvRow row;          // of the upcoming tile, one row a lane
@@ -89,8 +89,8 @@ struct TileLoader {
   const uint64_t l2_policy = evict_first_policy();
   const int warp_idx = threadIdx.x / kWarpSize, lane_idx = threadIdx.x % kWarpSize;
 
-  __device__ __forceinline__ TileLoader(const AttentionParams& params, const HeadBlock& heads, const DecodeChunk& chunk)
-      : params(params), heads(heads), walk(TileWalk::start(chunk, static_cast<const DecodeRequest*>(params.requests))) {
+  __device__ __forceinline__ TileLoader(const DecodeParams& params, const HeadBlock& heads, const DecodeChunk& chunk)
+      : params(params), heads(heads), walk(TileWalk::start(chunk, params.requests)) {
     look_up(/*first_of_request=*/true);
   }
 
@@ -101,7 +101,7 @@ struct TileLoader {
     if (walk.done()) return;
     const int32_t kv_idx = walk.first_row(Tile::kTileRows) + warp_idx * Tile::kWarpRows + lane_idx % Tile::kWarpRows;
     row_valid = kv_idx < walk.request.kv_len;
-    if (row_valid) row = View{params.kv, walk.request.page_begin, walk.request.kv_len}.locate(kv_idx);
+    if (row_valid) row = View{params.kv.index, walk.request.page_begin, walk.request.kv_len}.locate(kv_idx);
     if (first_of_request) query_idx = walk.request.request_idx;
   }
 
@@ -141,7 +141,7 @@ struct TileLoader {
       const int32_t kv_idx = ahead.first_row(Tile::kTileRows) + warp_idx * Tile::kWarpRows + lane_idx % Tile::kWarpRows;
       const bool valid = kv_idx < ahead.request.kv_len;
       KvRow found{0, 0};
-      if (valid) found = View{params.kv, ahead.request.page_begin, ahead.request.kv_len}.locate(kv_idx);
+      if (valid) found = View{params.kv.index, ahead.request.page_begin, ahead.request.kv_len}.locate(kv_idx);
       const int64_t k_offset = View::k_offset(params.kv, found, heads.kv_head);
       const int64_t v_offset = View::v_offset(params.kv, found, heads.kv_head);
       if (i > 0 && !may_go_on()) return;
@@ -211,7 +211,7 @@ struct WarpState {
   using V = Variant<Config>;
   static constexpr int kRopePairs = V::kHasRope ? Tile::kQkSteps / 2 : 1;
 
-  const AttentionParams& params;
+  const DecodeParams& params;
   const HeadBlock& heads;
   const float scale = V::scale_log2(params);
   const int lane_idx = threadIdx.x % kWarpSize, group = lane_idx / 4, column = lane_idx % 4;
@@ -221,7 +221,7 @@ struct WarpState {
   float slope_rmem[Tile::kHeadTiles][2];
   float rope_turns_rmem[kRopePairs][2][2];
 
-  __device__ __forceinline__ WarpState(const AttentionParams& params, const HeadBlock& heads)
+  __device__ __forceinline__ WarpState(const DecodeParams& params, const HeadBlock& heads)
       : params(params), heads(heads) {
 #pragma unroll
     for (int t = 0; t < Tile::kHeadTiles; ++t) {

@@ -26,7 +26,7 @@ namespace flashinfer {
 
 // Sends for the query rows and the last KV tiles of the unit.
 template <class Config>
-__device__ __forceinline__ void load_first_tiles_async(const AttentionParams& params, PrefillSmem<Config>& smem) {
+__device__ __forceinline__ void load_first_tiles_async(const PrefillParams& params, PrefillSmem<Config>& smem) {
   using Shape = PrefillShape<Config>;
   constexpr int kNumAhead = Shape::kNumAhead;
   const PrefillWork& work = smem.work;
@@ -57,7 +57,7 @@ __device__ __forceinline__ void load_first_tiles_async(const AttentionParams& pa
 // normalized. A warp without rows only helps to bring in the tiles: from a loop of its own, which meets the others at
 // the same barriers, since these count warps wherever they come from.
 template <class Config, bool kHasRows, class Shape = PrefillShape<Config>>
-__device__ __forceinline__ void attend(const AttentionParams& params, PrefillSmem<Config>& smem,
+__device__ __forceinline__ void attend(const PrefillParams& params, PrefillSmem<Config>& smem,
                                        float (&out)[Shape::kFragsM][Shape::kFragsD][4], SoftmaxState<Config>& state) {
   const PrefillWork& work = smem.work;
   constexpr int kNumAhead = Shape::kNumAhead;
@@ -116,7 +116,7 @@ __device__ __forceinline__ void attend(const AttentionParams& params, PrefillSme
 // the tile: kBlockM, kBlockN, kNumStages, kNumThreads, kSmemBytes. Grid: as many CTAs as the planner was told; without
 // a plan, one per (query tile, KV head).
 template <class Config>
-__device__ void prefill(const AttentionParams& params) {
+__device__ void prefill(const PrefillParams& params) {
   extern __shared__ __align__(128) uint8_t smem_bytes[];
   static_assert(sizeof(PrefillSmem<Config>) <= Config::kSmemBytes);
   PrefillSmem<Config>& smem = *reinterpret_cast<PrefillSmem<Config>*>(smem_bytes);

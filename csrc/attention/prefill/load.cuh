@@ -63,7 +63,7 @@ struct WarpRows {
 
 // Each warp copies its own query rows.
 template <class Config>
-__device__ __forceinline__ void load_q_async(const AttentionParams& params, const PrefillWork& work,
+__device__ __forceinline__ void load_q_async(const PrefillParams& params, const PrefillWork& work,
                                              PrefillSmem<Config>& smem) {
   using Shape = PrefillShape<Config>;
   using Copy = RowCopy<typename Shape::QRows, Shape::kRowsPerWarp, 32>;
@@ -87,7 +87,7 @@ struct KvTileLoader {
   using CopyV = RowCopy<typename Shape::VRows, Shape::kBlockN, Shape::kNumThreads>;
   static constexpr bool kIsPaged = Config::kKvStorage == kKvPaged;
 
-  const AttentionParams& params;
+  const PrefillParams& params;
   const PrefillWork& work;
   PrefillSmem<Config>& smem;
 
@@ -101,7 +101,7 @@ struct KvTileLoader {
     if constexpr (!kIsPaged) return 0;
     const int kv_idx = tile * Shape::kBlockN + int(threadIdx.x % Shape::kBlockN);
     if (tile < work.item.tile_begin || kv_idx >= work.item.kv_len) return 0;
-    return View{params.kv, work.item.kv_begin, work.item.kv_len}.locate(kv_idx).page_idx;
+    return View{params.kv.index, work.item.kv_begin, work.item.kv_len}.locate(kv_idx).page_idx;
   }
 
   // Leaves the address where one thread finds all the rows it copies side by side. Rows that do not exist get one as
@@ -110,7 +110,7 @@ struct KvTileLoader {
     if constexpr (kIsPaged) {
       const uint32_t thread_idx = fresh_thread_idx();
       const int row = int(thread_idx % Shape::kBlockN), kv_idx = max(tile * Shape::kBlockN + row, 0);
-      const FastDivisor& page_size = params.kv.page_size;
+      const FastDivisor& page_size = params.kv.index.page_size;
       const KvRow location = {page_idx, kv_idx - int32_t(page_size.divide(kv_idx) * page_size.divisor)};
       if (!kHasThreadsForEach || thread_idx / Shape::kBlockN == 0) {
         smem.rows[tile & 1][0][place_of<CopyK>(row)] =

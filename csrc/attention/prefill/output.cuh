@@ -68,7 +68,7 @@ __device__ __forceinline__ void for_each_output_pair(const float (&out)[Shape::k
 // Write the warp's rows where they belong: out and lse, by way of shared memory, or this chunk's partial results.
 template <class Config, class Shape = PrefillShape<Config>>
 __device__ __forceinline__ void store_output(const float (&out)[Shape::kFragsM][Shape::kFragsD][4],
-                                             const SoftmaxState<Config>& state, const AttentionParams& params,
+                                             const SoftmaxState<Config>& state, const PrefillParams& params,
                                              const PrefillWork& work, PrefillSmem<Config>& smem) {
   using T = typename Config::Q;
   using OutRows = typename Shape::OutRows;
@@ -149,7 +149,7 @@ __device__ __forceinline__ bool is_last_of(int32_t count, uint32_t* counter, Pre
 // Merges slots [first_slot, first_slot + num_slots) of the query tile, in this order whoever does it, and calls
 // store(row, column, state) for every four columns of a row.
 template <class Config, class Store>
-__device__ __forceinline__ void merge_slots(const AttentionParams& params, const PrefillWork& work, int32_t first_slot,
+__device__ __forceinline__ void merge_slots(const PrefillParams& params, const PrefillWork& work, int32_t first_slot,
                                             int32_t num_slots, const Store& store) {
   using Shape = PrefillShape<Config>;
   constexpr int kVecsPerRow = Shape::kHeadDimVo / 4;
@@ -196,7 +196,7 @@ __device__ __forceinline__ void merge_slots(const AttentionParams& params, const
 
 // Merges the chunks of the query tile as far as this CTA is the one to do it (MergeTree).
 template <class Config>
-__device__ __forceinline__ void merge_chunks(const AttentionParams& params, const PrefillWork& work,
+__device__ __forceinline__ void merge_chunks(const PrefillParams& params, const PrefillWork& work,
                                              PrefillSmem<Config>& smem) {
   using Shape = PrefillShape<Config>;
   using T = typename Config::Q;

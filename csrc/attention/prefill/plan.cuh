@@ -9,7 +9,7 @@
 #pragma once
 
 #include "attention/kv_view.cuh"
-#include "attention/prefill/schedule.h"
+#include "attention/prefill/params.h"
 #include "device/pdl.cuh"
 #include "device/reduce.cuh"
 #include "device/search.cuh"

@@ -11,15 +11,15 @@ namespace flashinfer {
 template <class Config>
 struct WorkQueue {
   using Shape = PrefillShape<Config>;
-  const AttentionParams& params;
+  const PrefillParams& params;
   PrefillSmem<Config>& smem;
 
   __device__ __forceinline__ PrefillSchedule& schedule() const {
     PrefillSchedule* schedule_gmem;  // found where it is used, like fresh_thread_idx()
-    asm volatile("mov.u64 %0, %1;" : "=l"(schedule_gmem) : "l"(params.requests));
+    asm volatile("mov.u64 %0, %1;" : "=l"(schedule_gmem) : "l"(params.schedule));
     return *schedule_gmem;
   }
-  __device__ __forceinline__ bool is_planned() const { return params.chunks != nullptr; }
+  __device__ __forceinline__ bool is_planned() const { return params.items != nullptr; }
 
   __device__ __forceinline__ void open() const {
     const int32_t num_items = is_planned() ? schedule().num_items : gridDim.x / params.num_kv_heads;
@@ -47,7 +47,7 @@ struct WorkQueue {
       smem.next_work.item = item_of_single(item_idx);
       return;
     }
-    const PrefillItem* item_gmem = static_cast<const PrefillItem*>(params.chunks) + item_idx;
+    const PrefillItem* item_gmem = params.items + item_idx;
     static_assert(sizeof(PrefillItem) % 16 == 0);
 #pragma unroll
     for (int i = 0; i < int(sizeof(PrefillItem)) / 16; ++i) {
@@ -66,13 +66,13 @@ struct WorkQueue {
   // The query tiles of a single sequence: the last, under a causal mask the longest, first.
   __device__ __forceinline__ PrefillItem item_of_single(int32_t item_idx) const {
     const int32_t q_tile = gridDim.x / params.num_kv_heads - 1 - item_idx;
-    const TileRange tiles =
-        TileRange::of(q_tile, params.num_qo_heads / params.num_kv_heads, params.qo_len, params.kv.len, Shape::kBlockM,
-                      Shape::kBlockN, Config::kMask == kMaskCausal, Config::kHasWindow ? params.window_left : -1);
+    const TileRange tiles = TileRange::of(q_tile, params.num_qo_heads / params.num_kv_heads, params.qo_len,
+                                          params.kv.index.len, Shape::kBlockM, Shape::kBlockN,
+                                          Config::kMask == kMaskCausal, Config::kHasWindow ? params.window_left : -1);
     PrefillItem item = {};
     item.q_tile = q_tile;
     item.qo_len = params.qo_len;
-    item.kv_len = params.kv.len;
+    item.kv_len = params.kv.index.len;
     item.tile_begin = tiles.begin;
     item.tile_end = tiles.end;
     item.num_chunks = 1;

@@ -78,7 +78,7 @@ __device__ __forceinline__ uint32_t load_mask_bits(const uint8_t* mask_gmem, int
 // Soft cap and ALiBi on every score; then -inf where a query does not see a key.
 template <class Config, class Shape = PrefillShape<Config>>
 __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kFragsM][Shape::kFragsN][4],
-                                                   const AttentionParams& params, const PrefillWork& work, int warp_row,
+                                                   const PrefillParams& params, const PrefillWork& work, int warp_row,
                                                    int tile, bool needs_mask) {
   const int lane_idx = int(fresh_thread_idx() % 32);
   const int first_kv = tile * Shape::kBlockN + lane_idx % 4 * 2;  // of this lane; fragment n, element e adds 8n + e

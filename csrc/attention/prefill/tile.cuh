@@ -8,7 +8,7 @@
 
 #include "attention/kv_view.cuh"
 #include "attention/merge_states.cuh"
-#include "attention/prefill/schedule.h"
+#include "attention/prefill/params.h"
 #include "attention/variant.cuh"
 #include "device/cp_async.cuh"
 #include "device/fp8.cuh"
@@ -110,8 +110,7 @@ struct WarpTiles {
   using Shape = PrefillShape<Config>;
   int32_t seen_begin, seen_end, whole_begin, whole_end;
 
-  __device__ __forceinline__ static WarpTiles of(const AttentionParams& params, const PrefillWork& work,
-                                                 int first_row) {
+  __device__ __forceinline__ static WarpTiles of(const PrefillParams& params, const PrefillWork& work, int first_row) {
     const int32_t last_row = min(first_row + Shape::kRowsPerWarp, work.num_rows(Shape::kBlockM)) - 1;
     if (last_row < first_row) return {0, 0, 0, 0};
     const int32_t kv_len = work.item.kv_len, offset = kv_len - work.item.qo_len;
@@ -158,7 +157,7 @@ struct PrefillSmem {
 // Rotates rows [0, num_rows) of a tile for positions first_position + position_of(row), from storage type Src to T. A
 // worker takes one chunk of 8 elements of the first half of the row and its partners in the second.
 template <class Config, class Src, class SrcRows, class PositionOf>
-__device__ __forceinline__ void rotate_rows(const AttentionParams& params, const uint8_t* src_smem, uint8_t* dst_smem,
+__device__ __forceinline__ void rotate_rows(const PrefillParams& params, const uint8_t* src_smem, uint8_t* dst_smem,
                                             int num_rows, int worker, int num_workers, const PositionOf& position_of) {
   using Shape = PrefillShape<Config>;
   using T = typename Config::Q;
@@ -195,7 +194,7 @@ __device__ __forceinline__ void rotate_rows(const AttentionParams& params, const
 // Rotates the warp's query rows, and, for keys left in fp8, reorders each 16 columns as even ones, then odd ones: the
 // order in which unpack_fp8 hands out a key's elements (a dot product does not mind).
 template <class Config>
-__device__ __forceinline__ void prepare_q(const AttentionParams& params, const PrefillWork& work, uint8_t* q_smem,
+__device__ __forceinline__ void prepare_q(const PrefillParams& params, const PrefillWork& work, uint8_t* q_smem,
                                           int first_row) {
   using Shape = PrefillShape<Config>;
   const int lane_idx = int(fresh_thread_idx() % 32);
@@ -226,8 +225,7 @@ __device__ __forceinline__ void prepare_q(const AttentionParams& params, const P
 
 // The keys of a tile as the tensor cores are to find them: rotated first, by all threads, if there is RoPE.
 template <class Config>
-__device__ __forceinline__ const uint8_t* prepare_k(const AttentionParams& params, PrefillSmem<Config>& smem,
-                                                    int tile) {
+__device__ __forceinline__ const uint8_t* prepare_k(const PrefillParams& params, PrefillSmem<Config>& smem, int tile) {
   using Shape = PrefillShape<Config>;
   const uint8_t* k_smem = smem.k[stage_of<Config>(tile)];
   if constexpr (!Shape::kHasRope) return k_smem;

@@ -9,6 +9,7 @@
 
 #include <cstdlib>
 
+#include "attention/decode/params.h"
 #include "attention/kv_view.cuh"
 #include "attention/variant.cuh"
 #include "cpu/math.h"
@@ -244,14 +245,14 @@ struct DecodeItems {
   void cut(const AttentionParams& params, int num_threads) {
     int64_t num_keys = 0;
     for (int32_t r = 0; r < params.batch_size; ++r) {
-      const int32_t kv_len = View::of_request(params.kv, r).len;
+      const int32_t kv_len = View::of_request(params.kv.index, r).len;
       num_keys += kv_len - first_key(params, kv_len);
     }
     const int64_t even = num_keys * num_head_blocks / (int64_t(num_threads) * kItemsPerThread) + 1;
     range_len = int32_t(even < kMinRange ? kMinRange : ceil_div(even, kDecodeBlock) * kDecodeBlock);
     range_indptr[0] = 0;
     for (int32_t r = 0; r < params.batch_size; ++r) {
-      const int32_t kv_len = View::of_request(params.kv, r).len;
+      const int32_t kv_len = View::of_request(params.kv.index, r).len;
       const int32_t num_ranges = ceil_div(kv_len - first_key(params, kv_len), range_len);
       range_indptr[r + 1] = range_indptr[r] + (num_ranges > 1 ? num_ranges : 1);
     }
@@ -268,7 +269,7 @@ struct DecodeItems {
 };
 
 template <class Config>
-void decode(const AttentionParams& params) {
+void decode(const DecodeParams& params) {
   using View = KvView<Config::kKvStorage>;
   using Partial = DecodePartial<Config>;
   if (params.batch_size == 0) return;
@@ -298,7 +299,7 @@ void decode(const AttentionParams& params) {
   for (int64_t item = 0; item < num_items; ++item) {
     const int32_t range = int32_t(item / items.num_head_blocks), block = int32_t(item % items.num_head_blocks);
     const int32_t request_idx = items.request_of(range, params.batch_size);
-    const View view = View::of_request(params.kv, request_idx);
+    const View view = View::of_request(params.kv.index, request_idx);
     int32_t first_head;
     int num_heads;
     head_block(block, first_head, num_heads);

@@ -6,7 +6,7 @@
 // one, the later tiles of a request first, which under a causal mask are the longer ones.
 #pragma once
 
-#include "attention/prefill/schedule.h"
+#include "attention/prefill/params.h"
 #include "cpu/attention/decode.h"
 
 namespace flashinfer::cpu {
@@ -72,10 +72,10 @@ struct PrefillState {
   int32_t qo_head[kM];
   int num_rows;
 
-  void attend(const AttentionParams& params, int32_t request_idx, int32_t q_tile, int32_t kv_head) {
+  void attend(const PrefillParams& params, int32_t request_idx, int32_t q_tile, int32_t kv_head) {
     const int32_t q_begin = params.qo_indptr != nullptr ? params.qo_indptr[request_idx] : 0;
     const int32_t qo_len = params.qo_indptr != nullptr ? params.qo_indptr[request_idx + 1] - q_begin : params.qo_len;
-    const View view = View::of_request(params.kv, request_idx);
+    const View view = View::of_request(params.kv.index, request_idx);
     const int32_t group_size = params.num_qo_heads / params.num_kv_heads;
     load_q(params, q_begin, qo_len, view.len, q_tile, kv_head, group_size);
 
@@ -96,7 +96,7 @@ struct PrefillState {
   }
 
  private:
-  void load_q(const AttentionParams& params, int32_t q_begin, int32_t qo_len, int32_t kv_len, int32_t q_tile,
+  void load_q(const PrefillParams& params, int32_t q_begin, int32_t qo_len, int32_t kv_len, int32_t q_tile,
               int32_t kv_head, int32_t group_size) {
     const int32_t first_row = q_tile * kM, num_left = qo_len * group_size - first_row;
     num_rows = num_left < kM ? num_left : kM;
@@ -120,7 +120,7 @@ struct PrefillState {
     }
   }
 
-  void load_kv(const AttentionParams& params, const View& view, int32_t kv_head, int32_t first_key, int num_keys) {
+  void load_kv(const PrefillParams& params, const View& view, int32_t kv_head, int32_t first_key, int num_keys) {
     alignas(64) float row[kDimQk];
     for (int j = 0; j < num_keys; ++j) {
       const KvRow at = view.locate(first_key + j);
@@ -137,8 +137,8 @@ struct PrefillState {
     }
   }
 
-  void mask(const AttentionParams& params, int row, int32_t request_idx, int32_t first_key, int num_keys,
-            int32_t qo_len, int32_t kv_len) {
+  void mask(const PrefillParams& params, int row, int32_t request_idx, int32_t first_key, int num_keys, int32_t qo_len,
+            int32_t kv_len) {
     float* row_scores = scores[row];
     const int32_t position = kv_len - qo_len + token[row];
     if constexpr (!V::kIsPlain) {
@@ -187,7 +187,7 @@ struct PrefillState {
     sum[row] += block_sum;
   }
 
-  void store(const AttentionParams& params, int32_t q_begin, float scale) const {
+  void store(const PrefillParams& params, int32_t q_begin, float scale) const {
     for (int row = 0; row < num_rows; ++row) {
       const int64_t token_idx = q_begin + token[row];
       const float factor = sum[row] > 0.f ? params.v_scale / sum[row] : 0.f;
@@ -203,7 +203,7 @@ struct PrefillState {
 };
 
 template <class Config>
-void prefill(const AttentionParams& params) {
+void prefill(const PrefillParams& params) {
   using State = PrefillState<Config>;
   const int32_t group_size = params.num_qo_heads / params.num_kv_heads;
   int64_t* tile_indptr = static_cast<int64_t*>(std::malloc((params.batch_size + 1) * sizeof(int64_t)));

@@ -101,7 +101,7 @@ def require_output(
 
 @dataclass(frozen=True)
 class DecodeSchedule:
-    """Addresses of a decode's schedule and scratch, in the order of AttentionParams; all 0 on the CPU."""
+    """Addresses of a decode's schedule and scratch; all 0 on the CPU."""
 
     chunks: int = 0
     requests: int = 0
@@ -112,8 +112,9 @@ class DecodeSchedule:
     tile_indptr: int = 0
 
     @property
-    def values(self) -> tuple[int, ...]:
-        return (self.chunks, self.requests, self.empty, self.counters, self.partial_out, self.partial_lse)
+    def values(self) -> dict[str, int]:
+        """The fields of DecodeParams."""
+        return {name: address for name, address in vars(self).items() if name != "tile_indptr"}
 
 
 # Sizes of the structs in csrc/attention/params.h, which asserts them.

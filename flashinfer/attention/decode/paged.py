@@ -97,7 +97,7 @@ class BatchDecodeWithPagedKVCacheWrapper(EngineNames):
         _wrappers[self._handle] = self
         self._plans: memo.Memo[DecodePlan] = memo.Memo()
         self._plan: Optional[DecodePlan] = None
-        self._index_addresses = (0, 0, 0)
+        self._index_addresses = (0, 0, 0)  # in the order of KvIndex
         self._planned_window: Optional[int] = None
         self._is_settled = False  # a kernel was launched since the planner
 
@@ -223,7 +223,7 @@ class BatchDecodeWithPagedKVCacheWrapper(EngineNames):
                 workspace.upload(op, "last_page_len", last_page_len, self.device),
             )
             self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = held
-        self._index_addresses = (held[0].data_ptr(), held[1].data_ptr(), held[2].data_ptr())
+        self._index_addresses = (held[0].data_ptr(), held[2].data_ptr(), held[1].data_ptr())
 
     def _planned_shape(self) -> Optional[Planned]:
         plan = self._plan
@@ -239,7 +239,7 @@ class BatchDecodeWithPagedKVCacheWrapper(EngineNames):
     def _plan_from_buffers(self) -> None:
         buffers = (self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf)
         indptr, indices, last_page_len = (buffer.data_ptr() for buffer in buffers if buffer is not None)
-        self._index_addresses = (indptr, indices, last_page_len)
+        self._index_addresses = (indptr, last_page_len, indices)
         assert self._plan is not None
         self._plan_lengths(self._plan)
 

@@ -7,9 +7,9 @@ from typing import Optional
 import torch
 
 from flashinfer.attention.decode import launch as launching
-from flashinfer.attention.variant import Variant, alibi_slopes_ptr
+from flashinfer.attention.variant import Variant
 from flashinfer.errors import UnsupportedConfig
-from flashinfer.families.attention.params import fast_divisor
+from flashinfer.families.attention.params import ADDRESSES, fast_divisor
 from flashinfer.host import checks, memo, paged_cache
 from flashinfer.host.paged_cache import PagedCache, PagedKv
 from flashinfer.host.rows import require_rows
@@ -60,10 +60,18 @@ class DecodePlan:
                 kv.head_dim_vo,
             )  # fmt: skip
             schedule = self.schedule
-            self._planner_values = (
-                0, 0, schedule.chunks, schedule.requests, schedule.empty, schedule.tile_indptr, schedule.counters,
-                batch_size, kernel.num_chunks, kernel.num_head_blocks, kv.page_size, kernel.tile_len,
-            )  # fmt: skip
+            self._planner_values = {
+                "chunks": schedule.chunks,
+                "requests": schedule.requests,
+                "empty": schedule.empty,
+                "tile_indptr": schedule.tile_indptr,
+                "counters": schedule.counters,
+                "batch_size": batch_size,
+                "num_chunks": kernel.num_chunks,
+                "num_head_blocks": kernel.num_head_blocks,
+                "page_size": kv.page_size,
+                "tile_len": kernel.tile_len,
+            }
 
     def kernel(self, variant: Variant, pdl: bool) -> launching.DecodeKernel:
         kv = self.kv
@@ -78,10 +86,12 @@ class DecodePlan:
         launch = self._planners.get(window_left)
         if launch is None:
             launch = launching.load_planner(self.device).prepare(
-                (1, 1, 1), *self._planner_values, window_left, varying=2
+                (1, 1, 1),
+                {**self._planner_values, "window_left": window_left},
+                varying=("kv_indptr", "last_page_len"),
             )
             self._planners[window_left] = launch
-        launch(index_addresses[0], index_addresses[2])
+        launch(index_addresses[0], index_addresses[1])
 
 
 class BoundDecode:
@@ -124,17 +134,24 @@ class BoundDecode:
             raise UnsupportedConfig(
                 f"{op}: this variant needs another schedule than the planned one; pass it to plan()"
             )
-        tail = (
-            *strides.values, *fast_divisor(kv.page_size), 0,
-            0, 0, 0, alibi_slopes_ptr(variant, shape.num_qo_heads, device), *shape.schedule.values,
-            q.stride(0), q.stride(1), out.stride(0), out.stride(1),
-            shape.batch_size, shape.num_qo_heads, kv.num_kv_heads, 1, shape.num_chunks, variant.window_left,
-            *variant.scalars(*launching.qk_and_v_scale(op, *scales), plan_is_settled=plan_is_settled),
-        )  # fmt: skip
-        # Addresses of q, out, lse, k, v, indptr, indices and last_page_len vary from call to call.
+        values = {
+            "kv.index.len": 0,
+            **fast_divisor("kv.index.page_size", kv.page_size),
+            **strides.values,
+            "q_token_stride": q.stride(0),
+            "q_head_stride": q.stride(1),
+            "out_token_stride": out.stride(0),
+            "out_head_stride": out.stride(1),
+            "batch_size": shape.batch_size,
+            "num_qo_heads": shape.num_qo_heads,
+            "num_kv_heads": kv.num_kv_heads,
+            **variant.values(shape.num_qo_heads, device, *launching.qk_and_v_scale(op, *scales)),
+            **shape.schedule.values,
+            "plan_is_settled": plan_is_settled,
+        }
         grid = (kernel.num_head_blocks, shape.num_chunks, 1)
         idle = shape.batch_size == 0
-        self.launch = _no_launch if idle else kernel.launcher.prepare(grid, *(0,) * 8, *tail, varying=8)
+        self.launch = _no_launch if idle else kernel.launcher.prepare(grid, values, varying=ADDRESSES)
 
 
 def _no_launch(*addresses: int) -> None:

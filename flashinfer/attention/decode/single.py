@@ -7,13 +7,12 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 
 from flashinfer.attention.decode import launch as launching
-from flashinfer.attention.variant import Variant, alibi_slopes_ptr
-from flashinfer.families.attention.params import fast_divisor
+from flashinfer.attention.variant import Variant
+from flashinfer.families.attention.params import ADDRESSES, fast_divisor
 from flashinfer.host import checks, memo, paged_cache, traced
+from flashinfer.host.paged_cache import KvStrides
 from flashinfer.host.rows import require_rows
 from flashinfer.jit.loader import PreparedLaunch
-
-_ONE_ROW_PAGES = fast_divisor(1)
 
 
 def single_decode_with_kv_cache(
@@ -143,13 +142,20 @@ class _Single:
         self.new_lse = memo.allocator((num_qo_heads,), torch.float32, device)
         self.device, self.num_qo_heads, self.head_dim_vo = device, num_qo_heads, v.shape[2]
         self.window_left = variant.window_left
-        kv_strides = (k.stride(rows), 0, k.stride(heads), v.stride(rows), 0, v.stride(heads))
-        self.kv_values = (0, 0, 0, *kv_strides, *_ONE_ROW_PAGES)
-        self.pointers = (0, 0, 0, alibi_slopes_ptr(variant, num_qo_heads, device), 0, 0, 0)
-        strides = (0, q.stride(0), 0, v.shape[2])
-        self.strides_and_counts = (*strides, 1, num_qo_heads, num_kv_heads, 1)
-        factors = launching.qk_and_v_scale(op, *scales)
-        self.scalars = (variant.window_left, *variant.scalars(*factors, plan_is_settled=True))
+        strides = KvStrides(k.stride(rows), 0, k.stride(heads), v.stride(rows), 0, v.stride(heads))
+        self.values = {
+            **fast_divisor("kv.index.page_size", 1),
+            **strides.values,
+            "q_token_stride": 0,
+            "q_head_stride": q.stride(0),
+            "out_token_stride": 0,
+            "out_head_stride": v.shape[2],
+            "batch_size": 1,
+            "num_qo_heads": num_qo_heads,
+            "num_kv_heads": num_kv_heads,
+            **variant.values(num_qo_heads, device, *launching.qk_and_v_scale(op, *scales)),
+            "plan_is_settled": True,
+        }
         self.launch_whole = self.prepare(1)
         self.launches: dict[tuple[int, int], PreparedLaunch] = {}  # (stream, number of chunks)
 
@@ -166,16 +172,17 @@ class _Single:
         else:
             stream = memo.current_stream(self.device.index)
             launch = self.launches.get((stream, num_chunks)) or self.prepare_on(stream, num_chunks)
-        launch(q, out, lse, k, v, *self.kv_values, kv_len)
+        launch(q, out, lse, k, v, 0, 0, 0, kv_len)
 
     def prepare(self, num_chunks: int, scratch: Optional[_Scratch] = None) -> PreparedLaunch:
-        """A launch that takes what AttentionParams holds up to kv.len. It does not keep the scratch alive."""
-        first_values = (0, 0, 0, 0, 0, *self.kv_values, 0)
-        scratch_values = (0, 0, 0) if scratch is None else scratch.addresses(self.partial_bytes(num_chunks)[0])
+        """A launch that takes addresses and the length. It does not keep the scratch alive."""
+        schedule = launching.DecodeSchedule()
+        if scratch is not None:
+            schedule = scratch.as_schedule(self.partial_bytes(num_chunks)[0])
+        grid = (self.kernel.num_head_blocks, num_chunks, 1)
         return self.kernel.launcher.prepare(
-            (self.kernel.num_head_blocks, num_chunks, 1), *first_values, *self.pointers, *scratch_values,
-            *self.strides_and_counts, num_chunks, *self.scalars, varying=len(first_values),
-        )  # fmt: skip
+            grid, {**self.values, **schedule.values}, varying=(*ADDRESSES, "kv.index.len")
+        )
 
     def prepare_on(self, stream: int, num_chunks: int) -> PreparedLaunch:
         out_bytes, lse_bytes = self.partial_bytes(num_chunks)
@@ -201,10 +208,11 @@ class _Scratch(NamedTuple):
     counters: torch.Tensor  # zero between launches
     partials: torch.Tensor  # outputs, then their LSE
 
-    def addresses(self, out_bytes: int) -> tuple[int, int, int]:
-        """Of counters, partial_out and partial_lse."""
+    def as_schedule(self, out_bytes: int) -> launching.DecodeSchedule:
         partials = self.partials.data_ptr()
-        return self.counters.data_ptr(), partials, partials + out_bytes
+        return launching.DecodeSchedule(
+            counters=self.counters.data_ptr(), partial_out=partials, partial_lse=partials + out_bytes
+        )
 
 
 # (device, stream, chunks, head blocks, log2 of bytes) -> scratch. Never freed, so that addresses stay valid; sizes are

@@ -21,7 +21,6 @@ from flashinfer.attention.prefill.launch import Extent, Schedule
 from flashinfer.attention.prefill.plan import Problem, Run, extent_of
 from flashinfer.attention.variant import Variant
 from flashinfer.errors import UnsupportedConfig
-from flashinfer.families.attention.params import fast_divisor
 from flashinfer.host import checks, memo, paged_cache, traced
 from flashinfer.host.paged_cache import KvStrides, PagedCache
 from flashinfer.host.rows import require_rows
@@ -70,8 +69,8 @@ class BatchPrefill(EngineNames):
         self._custom_mask_buf, self._mask_indptr_buf = mask_buffers if use_cuda_graph else (None, None)
         self._problems: memo.Memo[Problem] = memo.Memo()
         self._problem: Optional[Problem] = None
-        self._kv_index = (0, 0, 0)
-        self._qo_index = (0, 0, 0)
+        self._kv_index = (0, 0, 0)  # addresses, in the order of KvIndex
+        self._qo_index = (0, 0, 0)  # in the order of PrefillRows
         self._planned = Extent(False, -1, 0, 0, 0)
         self._seen: Optional[Extent] = None  # under use_cuda_graph: what the runs so far needed
         self._short_queries = False
@@ -218,7 +217,7 @@ class BatchPrefill(EngineNames):
     def _launch_planner(self, problem: Problem, extent: Extent) -> None:
         assert problem.planner is not None
         self._planned = extent
-        problem.planner(extent, self._qo_index[0], self._kv_index[0], self._kv_index[2])
+        problem.planner(extent, self._qo_index[0], self._kv_index[0], self._kv_index[1])
 
     def _take(self, *given: torch.Tensor) -> list[torch.Tensor]:
         """The index tensors on the device: the given ones, or in a CUDA-graph wrapper its buffers filled from them."""
@@ -261,7 +260,7 @@ class BatchPrefill(EngineNames):
 
     def _read_addresses(self, is_custom: bool) -> None:
         qo_indptr, *kv = [getattr(self, name).data_ptr() for name in self._buffer_names]
-        self._kv_index = (kv[0], kv[1], kv[2]) if len(kv) == 3 else (kv[0], 0, 0)
+        self._kv_index = (kv[0], kv[2], kv[1]) if len(kv) == 3 else (kv[0], 0, 0)
         self._qo_index = (qo_indptr, 0, 0)
         if is_custom:
             assert self._custom_mask_buf is not None and self._mask_indptr_buf is not None
@@ -321,7 +320,7 @@ class BatchPrefill(EngineNames):
             if self._use_cuda_graph and (seen is None or not seen.covers(run.extent)):
                 self._seen = seen.joined(run.extent) if seen and seen[2:] == run.extent[2:] else run.extent
             lse_ptr = 0 if lse is None else lse.data_ptr()
-            run.launch(q_ptr, out.data_ptr(), lse_ptr, k_ptr, v_ptr + run.v_offset, self._kv_index, self._qo_index)
+            run.launch(*self._qo_index, q_ptr, out.data_ptr(), lse_ptr, k_ptr, v_ptr + run.v_offset, *self._kv_index)
         return (out, lse) if return_lse and lse is not None else out
 
     def _run_traced(
@@ -389,7 +388,7 @@ class BatchPrefill(EngineNames):
         q_scale, k_scale, v_scale = scales
         launch = launches.bind_launch(
             kernel, self.device, kernel.num_ctas or 1, (*q.stride()[:2], *out.stride()[:2]), strides,
-            fast_divisor(problem.page_size), problem.schedule.values if problem.schedule else launches.NO_SCHEDULE,
+            problem.page_size, problem.schedule.values if problem.schedule else launches.NO_SCHEDULE,
             problem.batch_size, (problem.num_qo_heads, problem.num_kv_heads), (0, 0), variant,
             ((1.0 if q_scale is None else q_scale) * (1.0 if k_scale is None else k_scale),
              1.0 if v_scale is None else float(v_scale)),

@@ -11,17 +11,15 @@ import torch
 
 from flashinfer import dtypes, target
 from flashinfer.attention import workspace
-from flashinfer.attention.variant import Variant, alibi_slopes_ptr, require_positive
+from flashinfer.attention.variant import Variant, require_positive
 from flashinfer.families.attention import prefill as families
-from flashinfer.families.attention.params import fast_divisor
+from flashinfer.families.attention.params import ADDRESSES, fast_divisor
 from flashinfer.host import checks, memo
 from flashinfer.host.paged_cache import KvStrides
 from flashinfer.host.rows import require_rows
 from flashinfer.jit import default_resolver
 from flashinfer.jit.loader import Launcher, PreparedLaunch
 from flashinfer.jit.spec import KernelSpec
-
-ONE_ROW_PAGES = fast_divisor(1)
 
 
 @dataclass(frozen=True)
@@ -216,33 +214,50 @@ class Schedule:
         sequence.
         """
         launcher = load_planner(device, kv_storage)
-        kv_tail = (0, 0, 0, 0, 0, 0, *fast_divisor(page_size), lengths[1])
-        outputs = (self.header, self.items, self.tile_indptr, self.counters)
-        counts = (batch_size, lengths[0], num_kv_heads, group_size)
-        limits = (self.max_items, self.max_counters, self.max_partial_rows)
+        values = {
+            "kv.indices": 0,
+            "kv.len": lengths[1],
+            **fast_divisor("kv.page_size", page_size),
+            "schedule": self.header,
+            "items": self.items,
+            "tile_indptr": self.tile_indptr,
+            "counters": self.counters,
+            "batch_size": batch_size,
+            "qo_len": lengths[0],
+            "num_kv_heads": num_kv_heads,
+            "group_size": group_size,
+            "max_items": self.max_items,
+            "max_counters": self.max_counters,
+            "max_partial_rows": self.max_partial_rows,
+        }
 
         @functools.cache
         def prepared(extent: Extent) -> PreparedLaunch:
-            is_causal, window_left, block_m, block_n, num_ctas = extent
             return launcher.prepare(
-                (1, 1, 1), *(0,) * 6, *kv_tail, *outputs, *counts, num_ctas, *limits, block_m, block_n, is_causal,
-                window_left, varying=6,
-            )  # fmt: skip
+                (1, 1, 1), {**values, **extent._asdict()}, varying=("qo_indptr", "kv.indptr", "kv.last_page_len")
+            )
 
         def launch(extent: Extent, qo_indptr: int, kv_indptr: int, last_page_len: int) -> None:
-            prepared(extent)(qo_indptr, 0, 0, kv_indptr, 0, last_page_len)
+            prepared(extent)(qo_indptr, kv_indptr, last_page_len)
 
         return launch
 
     @property
-    def values(self) -> tuple[int, ...]:
-        """chunks, requests, empty, counters, partial_out, partial_lse of AttentionParams."""
-        return (self.items, self.header, 0, self.counters, self.partial_out, self.partial_lse)
+    def values(self) -> dict[str, int]:
+        """The fields of PrefillParams."""
+        return {
+            "items": self.items,
+            "schedule": self.header,
+            "counters": self.counters,
+            "partial_out": self.partial_out,
+            "partial_lse": self.partial_lse,
+        }
 
 
-NO_SCHEDULE = (0, 0, 0, 0, 0, 0)
-# q, out, lse, k, v; addresses of (KV indptr, indices, last_page_len); of (qo_indptr, mask, mask_indptr)
-Launch = Callable[[int, int, int, int, int, tuple[int, int, int], tuple[int, int, int]], None]
+NO_SCHEDULE = dict.fromkeys(("items", "schedule", "counters", "partial_out", "partial_lse"), 0)
+# Called with the addresses of qo_indptr, mask and mask_indptr; of q, out, lse, k and v; of KV indptr, last_page_len and
+# indices.
+Launch = Callable[..., None]
 
 
 def bind_launch(
@@ -251,8 +266,8 @@ def bind_launch(
     grid_size: int,
     row_strides: tuple[int, ...],
     kv_strides: KvStrides,
-    page_size: tuple[int, int, int],
-    schedule: tuple[int, ...],
+    page_size: int,
+    schedule: dict[str, int],
     batch_size: int,
     num_heads: tuple[int, int],
     lengths: tuple[int, int],
@@ -265,20 +280,23 @@ def bind_launch(
     kv_len of a single sequence.
     """
     require_positive("prefill", "q_scale * k_scale", scales[0])
-    kv_tail = (*kv_strides.values, *page_size, lengths[1])
-    tail = (
-        alibi_slopes_ptr(variant, num_heads[0], device), *schedule, *row_strides, batch_size, *num_heads, lengths[0],
-        grid_size, variant.window_left, *variant.scalars(*scales),
-    )  # fmt: skip
-    first_values = (*(0,) * 8, *kv_tail, 0, 0, 0)  # of AttentionParams, up to mask_indptr
-    launch_prepared = kernel.launcher.prepare((grid_size, 1, 1), *first_values, *tail, varying=len(first_values))
-
-    def launch(
-        q: int, out: int, lse: int, k: int, v: int, kv_index: tuple[int, int, int], qo_index: tuple[int, int, int]
-    ) -> None:
-        launch_prepared(q, out, lse, k, v, *kv_index, *kv_tail, *qo_index)
-
-    return launch
+    q_token, q_head, out_token, out_head = row_strides
+    values = {
+        "kv.index.len": lengths[1],
+        **fast_divisor("kv.index.page_size", page_size),
+        **kv_strides.values,
+        "q_token_stride": q_token,
+        "q_head_stride": q_head,
+        "out_token_stride": out_token,
+        "out_head_stride": out_head,
+        "batch_size": batch_size,
+        "num_qo_heads": num_heads[0],
+        "num_kv_heads": num_heads[1],
+        **variant.values(num_heads[0], device, *scales),
+        **schedule,
+        "qo_len": lengths[0],
+    }
+    return kernel.launcher.prepare((grid_size, 1, 1), values, varying=(*families.ROWS, *ADDRESSES))
 
 
 def no_launch(*addresses: Any) -> None:

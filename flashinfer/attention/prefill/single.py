@@ -191,9 +191,9 @@ class _Single:
         row_strides = (q.stride(0), q.stride(1), num_qo_heads * head_dim_vo, head_dim_vo)
         lengths, group_size = (qo_len, kv_len), num_qo_heads // num_kv_heads
 
-        def bind(grid_size: int, schedule: tuple[int, ...]) -> Launch:
+        def bind(grid_size: int, schedule: dict[str, int]) -> Launch:
             return launches.bind_launch(
-                kernel, device, grid_size, row_strides, kv_strides, launches.ONE_ROW_PAGES, schedule, 1,
+                kernel, device, grid_size, row_strides, kv_strides, 1, schedule, 1,
                 (num_qo_heads, num_kv_heads), lengths, variant, scales,
             )  # fmt: skip
 
@@ -230,7 +230,7 @@ class _Single:
         else:
             stream = memo.current_stream(self.device.index)
             launch = self.planned.get(stream) or self.bind_on(stream)
-        launch(q, out, lse, k, v, (0, 0, 0), (0, mask_bits, 0))
+        launch(0, mask_bits, 0, q, out, lse, k, v, 0, 0, 0)
 
     def bind_on(self, stream: int) -> Launch:
         kernel = self.kernel

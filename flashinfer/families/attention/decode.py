@@ -9,20 +9,30 @@ from flashinfer.dtypes import ITEMSIZE
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.arch import smem_limits
 from flashinfer.families.attention.params import (
+    ATTENTION,
     HEAD_DIMS,
     KV_DTYPES,
     KV_STORAGE,
     MASKS,
     POS_ENCODINGS,
     Q_DTYPES,
-    AttentionParams,
 )
 from flashinfer.families.layout import I32, P
-from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
+from flashinfer.jit.spec import Config, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
+
+
+class DecodeParams(ctypes.Structure):
+    """Mirror of csrc/attention/decode/params.h."""
+
+    _fields_ = [
+        *ATTENTION,
+        *[(name, P) for name in ("chunks", "requests", "empty", "counters", "partial_out", "partial_lse")],
+        ("plan_is_settled", I32),
+    ]
 
 
 class DecodePlanParams(ctypes.Structure):
-    """Mirror of csrc/attention/params.h."""
+    """Mirror of csrc/attention/decode/params.h."""
 
     _fields_ = [
         *[(name, P) for name in ("kv_indptr", "last_page_len")],
@@ -96,8 +106,6 @@ def _decode_config(spec: KernelSpec) -> Config:
 
 DECODE = Family(
     name="decode",
-    params=AttentionParams,
-    headers={"cuda": "attention/decode/kernel.cuh", "cpu": "cpu/attention/decode.h"},
     axes={
         "q_dtype": Q_DTYPES,
         "kv_dtype": KV_DTYPES,
@@ -110,7 +118,9 @@ DECODE = Family(
         "has_soft_cap": (False, True),
         "group_tile": (8, 16),  # query heads that share one pass over the KV
     },
-    config=_decode_config,
+    implementations=twins(
+        DecodeParams, _decode_config, cuda="attention/decode/kernel.cuh", cpu="cpu/attention/decode.h"
+    ),
 )
 
 
@@ -165,9 +175,11 @@ def decode_num_chunks(resident_blocks: int, num_head_blocks: int) -> int:
 
 DECODE_PLAN = Family(
     name="decode_plan",
-    params=DecodePlanParams,
-    headers={"cuda": "attention/decode/plan.cuh"},
     axes={},
-    config=lambda spec: Config({}, Launch(num_threads=512)),
+    implementations=(
+        Implementation(
+            "cuda", "attention/decode/plan.cuh", DecodePlanParams, lambda spec: Config({}, Launch(num_threads=512))
+        ),
+    ),
 )
 register(DECODE, DECODE_PLAN)

@@ -7,17 +7,20 @@ import ctypes
 from flashinfer import target as targets
 from flashinfer.dtypes import ITEMSIZE
 from flashinfer.errors import UnsupportedConfig
-from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
+from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register, twins
 
 DTYPES = ("fp16", "bf16", "fp32")
 HEAD_DIMS = range(8, 1025, 8)
+
+
+ADDRESSES = ("v", "s", "v_other", "s_other", "mask", "indptr", "v_out", "s_out")  # change from call to call
 
 
 class MergeParams(ctypes.Structure):
     """Mirror of csrc/attention/merge_params.h."""
 
     _fields_ = [
-        *[(name, ctypes.c_void_p) for name in ("v", "s", "v_other", "s_other", "mask", "indptr", "v_out", "s_out")],
+        *[(name, ctypes.c_void_p) for name in ADDRESSES],
         ("num_rows", ctypes.c_int64),
         ("num_heads", ctypes.c_int32),
         ("num_states", ctypes.c_int32),
@@ -50,9 +53,7 @@ def rows_per_block(config: Config) -> int:
 
 MERGE_STATES = Family(
     name="merge_states",
-    params=MergeParams,
-    headers={"cuda": "attention/merge_states.cuh", "cpu": "cpu/attention/merge_states.h"},
     axes={"dtype": DTYPES, "head_dim": HEAD_DIMS, "pair": (False, True)},
-    config=_config,
+    implementations=twins(MergeParams, _config, cuda="attention/merge_states.cuh", cpu="cpu/attention/merge_states.h"),
 )
 register(MERGE_STATES)

@@ -1,10 +1,8 @@
-"""What the attention kernels have in common: the parameter struct, legal dtypes, head dimensions and options."""
+"""What the attention kernels have in common: parameters, legal dtypes, head dimensions and options."""
 
 from __future__ import annotations
 
-import ctypes
-
-from flashinfer.families.layout import F32, I32, I64, U32, P
+from flashinfer.families.layout import F32, I32, I64, U32, Fields, P, nested
 
 Q_DTYPES = ("fp16", "bf16", "fp32")
 KV_DTYPES = ("fp16", "bf16", "fp32", "fp8_e4m3", "fp8_e5m2")
@@ -15,28 +13,34 @@ MASKS = {"none": 0, "causal": 1, "custom": 2}
 POS_ENCODINGS = {"none": 0, "rope": 1, "alibi": 2}
 
 
-class AttentionParams(ctypes.Structure):
-    """Mirror of csrc/attention/params.h, nested structs laid out flat. What changes from call to call comes first."""
+# Mirrors of the structs in csrc/attention/params.h, nested ones laid out flat.
+KV_INDEX: Fields = [
+    *[(name, P) for name in ("indptr", "last_page_len", "indices")],
+    ("len", I32),
+    *[(f"page_size.{name}", U32) for name in ("divisor", "magic", "shift")],
+]
+KV: Fields = [
+    *[(name, P) for name in ("k", "v")],
+    *nested("index", KV_INDEX),
+    *[(f"{half}_{axis}_stride", I64) for half in "kv" for axis in ("page", "entry", "head")],
+]
+ATTENTION: Fields = [
+    *[(name, P) for name in ("q", "out", "lse")],
+    *nested("kv", KV),
+    ("alibi_slopes", P),
+    *[(f"{name}_stride", I64) for name in ("q_token", "q_head", "out_token", "out_head")],
+    *[(name, I32) for name in ("batch_size", "num_qo_heads", "num_kv_heads", "window_left")],
+    *[(name, F32) for name in ("sm_scale", "v_scale", "logits_soft_cap", "rope_rcp_scale", "rope_log2_theta")],
+]
+# What changes from call to call.
+ADDRESSES = (
+    *("q", "out", "lse", "kv.k", "kv.v"),
+    *(f"kv.index.{name}" for name in ("indptr", "last_page_len", "indices")),
+)
 
-    _fields_ = [
-        *[(name, P) for name in ("q", "out", "lse", "kv.k", "kv.v")],
-        *[(name, P) for name in ("kv.indptr", "kv.indices", "kv.last_page_len")],
-        *[(f"kv.{half}_{axis}_stride", I64) for half in "kv" for axis in ("page", "entry", "head")],
-        *[(f"kv.page_size.{name}", U32) for name in ("divisor", "magic", "shift")],
-        ("kv.len", I32),
-        *[(name, P) for name in ("qo_indptr", "mask", "mask_indptr", "alibi_slopes")],
-        *[(name, P) for name in ("chunks", "requests", "empty", "counters", "partial_out", "partial_lse")],
-        *[(f"{name}_stride", I64) for name in ("q_token", "q_head", "out_token", "out_head")],
-        *[
-            (name, I32)
-            for name in ("batch_size", "num_qo_heads", "num_kv_heads", "qo_len", "num_chunks", "window_left")
-        ],
-        *[(name, F32) for name in ("sm_scale", "v_scale", "logits_soft_cap", "rope_rcp_scale", "rope_log2_theta")],
-        ("plan_is_settled", I32),
-    ]
 
-
-def fast_divisor(divisor: int) -> tuple[int, int, int]:
-    """(divisor, magic, shift) of FastDivisor in csrc/attention/params.h."""
+def fast_divisor(field: str, divisor: int) -> dict[str, int]:
+    """The values of a FastDivisor (csrc/attention/params.h) in a field of that name."""
     shift = (divisor - 1).bit_length()
-    return divisor, ((1 << 32) * ((1 << shift) - divisor)) // divisor + 1, shift
+    magic = ((1 << 32) * ((1 << shift) - divisor)) // divisor + 1
+    return {f"{field}.divisor": divisor, f"{field}.magic": magic, f"{field}.shift": shift}

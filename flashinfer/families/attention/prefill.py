@@ -9,18 +9,19 @@ from flashinfer.dtypes import ITEMSIZE
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.arch import smem_limits
 from flashinfer.families.attention.params import (
+    ATTENTION,
     HEAD_DIMS,
     KV_DTYPES,
+    KV_INDEX,
     KV_STORAGE,
     MASKS,
     POS_ENCODINGS,
     Q_DTYPES,
-    AttentionParams,
 )
-from flashinfer.families.layout import I32, I64, U32, P
-from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register
+from flashinfer.families.layout import I32, P, nested
+from flashinfer.jit.spec import Config, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
 
-# sizeof of the structs in csrc/attention/prefill/schedule.h.
+# sizeof of the structs in csrc/attention/prefill/params.h.
 ITEM_BYTES = 48
 SCHEDULE_BYTES = 256
 
@@ -28,17 +29,27 @@ SCHEDULE_BYTES = 256
 # Query rows of a request, tokens times query heads per KV head, up to which the tile for short queries is the faster
 # one.
 SHORT_ROWS = 64
+# What a launch is given besides ADDRESSES, and before them.
+ROWS = ("qo_indptr", "mask", "mask_indptr")
+
+
+class PrefillParams(ctypes.Structure):
+    """Mirror of csrc/attention/prefill/params.h."""
+
+    _fields_ = [
+        *[(name, P) for name in ROWS],
+        *ATTENTION,
+        *[(name, P) for name in ("items", "schedule", "counters", "partial_out", "partial_lse")],
+        ("qo_len", I32),
+    ]
 
 
 class PrefillPlanParams(ctypes.Structure):
-    """Mirror of csrc/attention/prefill/schedule.h, its nested struct laid out flat."""
+    """Mirror of csrc/attention/prefill/params.h, its nested struct laid out flat."""
 
     _fields_ = [
         ("qo_indptr", P),
-        *[(f"kv.{name}", P) for name in ("k", "v", "indptr", "indices", "last_page_len")],
-        *[(f"kv.{half}_{axis}_stride", I64) for half in "kv" for axis in ("page", "entry", "head")],
-        *[(f"kv.page_size.{name}", U32) for name in ("divisor", "magic", "shift")],
-        ("kv.len", I32),
+        *nested("kv", KV_INDEX),
         *[(name, P) for name in ("schedule", "items", "tile_indptr", "counters")],
         *[(name, I32) for name in ("batch_size", "qo_len", "num_kv_heads", "group_size", "num_ctas")],
         *[(name, I32) for name in ("max_items", "max_counters", "max_partial_rows", "block_m", "block_n")],
@@ -146,8 +157,6 @@ def _config(spec: KernelSpec) -> Config:
 
 PREFILL = Family(
     name="prefill",
-    params=AttentionParams,
-    headers={"cuda": "attention/prefill/kernel.cuh", "cpu": "cpu/attention/prefill.h"},
     axes={
         "q_dtype": Q_DTYPES,
         "kv_dtype": KV_DTYPES,
@@ -160,7 +169,7 @@ PREFILL = Family(
         "has_window": (False, True),
         "has_soft_cap": (False, True),
     },
-    config=_config,
+    implementations=twins(PrefillParams, _config, cuda="attention/prefill/kernel.cuh", cpu="cpu/attention/prefill.h"),
 )
 
 
@@ -199,9 +208,14 @@ def prefill(
 
 PREFILL_PLAN = Family(
     name="prefill_plan",
-    params=PrefillPlanParams,
-    headers={"cuda": "attention/prefill/plan.cuh"},
     axes={"kv_storage": tuple(KV_STORAGE)},
-    config=lambda spec: Config({"kKvStorage": KV_STORAGE[spec.arg("kv_storage")]}, Launch(num_threads=1024)),
+    implementations=(
+        Implementation(
+            "cuda",
+            "attention/prefill/plan.cuh",
+            PrefillPlanParams,
+            lambda spec: Config({"kKvStorage": KV_STORAGE[spec.arg("kv_storage")]}, Launch(num_threads=1024)),
+        ),
+    ),
 )
 register(PREFILL, PREFILL_PLAN)

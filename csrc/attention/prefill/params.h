@@ -1,4 +1,5 @@
-// What the planner of prefill writes and the kernel reads: a list of work items, the longest first.
+// What the planner of prefill writes and the kernel reads, a list of work items, the longest first; the parameters of
+// both.
 #pragma once
 
 #include "attention/params.h"
@@ -86,9 +87,26 @@ struct TileRange {
   }
 };
 
+// Of each launch: where the queries of a request are, and its custom mask.
+struct PrefillRows {
+  const int32_t* qo_indptr;    // [batch_size + 1] into tokens; null if single
+  const uint8_t* mask;         // one bit per (query, key), little-endian, true = visible; null unless custom
+  const int32_t* mask_indptr;  // [batch_size + 1] bytes: where each request's bits start; null if single
+};
+
+struct PrefillParams : PrefillRows, AttentionParams {
+  // The planner's schedule and scratch memory. Null in a launch without a plan, whose blocks are one query tile each.
+  const PrefillItem* items;
+  PrefillSchedule* schedule;
+  uint32_t* counters;  // of CTAs that have left partial results; zero before and after every launch
+  float* partial_out;  // unmerged outputs: see MergeTree
+  float* partial_lse;  // their LSE
+  int32_t qo_len;      // queries of a single sequence; otherwise unused
+};
+
 struct PrefillPlanParams {
   const int32_t* qo_indptr;  // [batch_size + 1]; null if single
-  KvParams kv;               // only what KvView::of_request reads
+  KvIndex kv;                // but for the page numbers
   PrefillSchedule* schedule;
   PrefillItem* items;    // [max_items]
   int32_t* tile_indptr;  // [batch_size + 1] scratch: where each request's query tiles start
