@@ -70,7 +70,7 @@ def silu_and_mul_quant(
     Raises: as `silu_and_mul`.
     """
     if torch.compiler.is_dynamo_compiling():
-        _compiled_quant(out, input, *quant_scale.split(scale), enable_pdl)
+        _quant_door(out, input, scale, enable_pdl)
     else:
         _run_quant(out, input, scale, enable_pdl)
     return out
@@ -95,9 +95,8 @@ def _run_quant(out: torch.Tensor, input: torch.Tensor, scale: Scale, enable_pdl:
     launch(*quant_scale.values(scale), input_ptr, output_ptr)
 
 
-_compiled_quant = traced.compiled_op(
-    f"silu_and_mul_quant(Tensor(a!) out, Tensor input, {quant_scale.SCHEMA.format('scale')}, bool? pdl) -> ()",
-    lambda out, input, scale, scale_value, pdl: _run_quant(out, input, quant_scale.join(scale, scale_value), pdl),
+_quant_door = traced.door(
+    "silu_and_mul_quant", _run_quant, {"out": "Tensor(!)", "input": "Tensor", "scale": traced.REAL, "pdl": "bool?"}
 )
 
 
@@ -111,7 +110,7 @@ def _act_and_mul(
     if out is None:
         out = input.new_empty(*input.shape[:-1], input.shape[-1] // 2)
     if torch.compiler.is_dynamo_compiling():
-        _compiled(op, gate, input, out, pdl)
+        _door(op, gate, input, out, pdl)
     else:
         _run(op, gate, input, out, pdl)
     return out
@@ -126,7 +125,9 @@ def _run(op: str, gate: str, input: torch.Tensor, out: torch.Tensor, pdl: Option
     launch(input_ptr, output_ptr)
 
 
-_compiled = traced.compiled_op("act_and_mul(str op, str gate, Tensor input, Tensor(a!) out, bool? pdl) -> ()", _run)
+_door = traced.door(
+    "act_and_mul", _run, {"op": "str", "gate": "str", "input": "Tensor", "out": "Tensor(!)", "pdl": "bool?"}
+)
 
 
 def _prepare(op: str, gate: str, input: torch.Tensor, out: torch.Tensor, pdl: Optional[bool]) -> PreparedLaunch:

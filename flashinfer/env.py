@@ -82,6 +82,12 @@ RECORD_MISSES = Setting(
 LOG_LEVEL = Setting(
     "FLASHINFER_LOG_LEVEL", _choice("debug", "info", "warning", "error"), "info", "Level of the `flashinfer` logger."
 )
+CHECK_INDICES = Setting(
+    "FLASHINFER_CHECK_INDICES",
+    _boolean,
+    False,
+    "Check the values of index tensors on a GPU too, which waits for the device: a wrong index becomes an error.",
+)
 CUDA_TOOLCHAIN = Setting(
     "FLASHINFER_CUDA_TOOLCHAIN",
     _choice("nvrtc", "nvcc"),

@@ -40,7 +40,7 @@ def packbits(x: torch.Tensor, bitorder: str = "big") -> torch.Tensor:
 
 def _run_packbits(x: torch.Tensor, packed: torch.Tensor, bitorder: str) -> None:
     address = x.data_ptr()
-    key = ("packbits", bitorder, address & 15, x.shape[0], x.get_device())
+    key = ("packbits", bitorder, address & 15, x.shape[0], x.device)
     launch = _memo.get(key)
     if launch is None:
         launch = _memo.remember(key, _prepare_packbits(x, bitorder))
@@ -96,7 +96,7 @@ def _run_segments(
 ) -> None:
     op = "segment_packbits"
     address = x.data_ptr()
-    key = (op, bitorder, address & 15, x.shape[0], *memo.signature(indptr), x.get_device())
+    key = (op, bitorder, address & 15, x.shape[0], *memo.signature(indptr), x.device)
     launch = _memo.get(key)
     if launch is None:
         launch = _memo.remember(key, _prepare_segments(op, x, indptr, packed.shape[0], bitorder))

@@ -151,9 +151,9 @@ def _merge_pair(
 ) -> _State:
     v_ptr, other_ptr = v.data_ptr(), v_other.data_ptr()
     key = (
-        v.dtype, v.shape, v.stride(), v.get_device(), v_other.dtype, v_other.shape, v_other.stride(),
-        v_other.get_device(), s.dtype, s.shape, s.stride(), s.get_device(), s_other.dtype, s_other.shape,
-        s_other.stride(), s_other.get_device(), (v_ptr | other_ptr) & 15,
+        v.dtype, v.shape, v.stride(), v.device, v_other.dtype, v_other.shape, v_other.stride(),
+        v_other.device, s.dtype, s.shape, s.stride(), s.device, s_other.dtype, s_other.shape,
+        s_other.stride(), s_other.device, (v_ptr | other_ptr) & 15,
     )  # fmt: skip
     merge = _pairs.get(key)
     if merge is None:
@@ -182,7 +182,7 @@ def _merge_list(
     """indptr None: every row of v has its states on dim 1; else they lie side by side on dim 0."""
     v_ptr = v.data_ptr()
     key = (
-        v.dtype, v.shape, v.stride(), v.get_device(), s.dtype, s.shape, s.stride(), s.get_device(),
+        v.dtype, v.shape, v.stride(), v.device, s.dtype, s.shape, s.stride(), s.device,
         None if indptr is None else memo.signature(indptr), v_ptr & 15,
     )  # fmt: skip
     merge = _lists.get(key)

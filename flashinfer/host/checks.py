@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from typing import Optional
 
 import torch
@@ -11,6 +13,37 @@ def require(condition: bool, op: str, message: str) -> None:
     """Raise ValueError(`op: message`) unless the condition holds."""
     if not condition:
         raise ValueError(f"{op}: {message}")
+
+
+def integer(op: str, name: str, value: object, low: int = -(1 << 31), high: int = (1 << 31) - 1) -> int:
+    """The value as an int from low to high, both included. Raises TypeError or ValueError."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{op}: {name} is {value!r:.60}; expected an integer") from None
+    require(low <= number <= high, op, f"{name} is {number}; expected {_range(low, high)}")
+    return number
+
+
+def _range(low: int, high: int) -> str:
+    limits = {-(1 << 31): "", (1 << 31) - 1: ""}
+    parts = [text for text in (limits.get(low, f"at least {low}"), limits.get(high, f"at most {high}")) if text]
+    return " and ".join(parts) or "an integer of 32 bits"
+
+
+def real(op: str, name: str, value: object, *, above: float = -math.inf, at_least: float = -math.inf) -> float:
+    """The value as a finite float that is greater than `above` and not less than `at_least`. Raises TypeError or
+    ValueError."""
+    try:
+        if isinstance(value, str):  # float("1.5") would do
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{op}: {name} is {value!r:.60}; expected a number") from None
+    expected = f", above {above:g}" if above > -math.inf else f", at least {at_least:g}" if at_least > -math.inf else ""
+    fits = math.isfinite(number) and number > above and number >= at_least
+    require(fits, op, f"{name} is {number}; expected a finite number{expected}")
+    return number
 
 
 def require_like(

@@ -32,7 +32,7 @@ class Memo(dict[Any, T], Generic[T]):
 
 def signature(tensor: torch.Tensor) -> tuple[object, ...]:
     """What a prepared launch depends on, but for the address."""
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device()
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.device
 
 
 _raw_stream = stream_getter()

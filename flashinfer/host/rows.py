@@ -64,3 +64,16 @@ def alignment_of(*tensors: torch.Tensor) -> int:
         for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1]):
             alignment |= stride * tensor.element_size() if size > 1 else 0
     return alignment & 15
+
+
+def require_distinct(op: str, name: str, tensor: torch.Tensor) -> None:
+    """No two elements of a tensor that is written to share memory, as in an expanded one."""
+    reach = 0  # of all axes of smaller stride
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size > 1):
+        require(
+            stride > reach or tensor.numel() == 0,
+            op,
+            f"elements of {name} overlap in memory (shape {list(tensor.shape)}, strides {list(tensor.stride())}); "
+            "expected one place for each, call .clone()",
+        )
+        reach += (size - 1) * stride

@@ -74,7 +74,7 @@ def normalize(
     p_value, p_ptr, p_like = arguments.ONE if top_p is None else arguments.fraction(top_p)
     t_value, t_ptr, t_like = arguments.ONE if temperature is None else arguments.fraction(temperature)
     key = (
-        op, enable_pdl, input.dtype, input.shape, input.stride(), input.get_device(), k_like, p_like, t_like,
+        op, enable_pdl, input.dtype, input.shape, input.stride(), input.device, k_like, p_like, t_like,
     )  # fmt: skip
     prepared = _normalizers.get(key)
     if prepared is None:
@@ -134,9 +134,8 @@ def sample(
     k_value, k_ptr, k_like = arguments.NO_TOP_K if top_k is None else arguments.count(top_k)
     p_value, p_ptr, p_like = arguments.ONE if top_p is None else arguments.fraction(top_p)
     m_value, m_ptr, m_like = arguments.ZERO if min_p is None else arguments.fraction(min_p)
-    device_index = input.get_device()
     key = (
-        op, top_k_first, input.dtype, input.shape, input.stride(), device_index, k_like, p_like, m_like,
+        op, top_k_first, input.dtype, input.shape, input.stride(), input.device, k_like, p_like, m_like,
         None if indices is None else memo.signature(indices),
     )  # fmt: skip
     prepared = _samplers.get(key)

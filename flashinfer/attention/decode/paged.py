@@ -367,19 +367,19 @@ class BatchDecodeWithPagedKVCacheWrapper(EngineNames):
             return self._run_traced(plan, q, cache, out, lse, return_lse, scales, pdl, options)
         q_ptr, out_ptr, out_key, lse_key = q.data_ptr(), 0, None, None
         if out is not None:
-            out_ptr, out_key = out.data_ptr(), (out.dtype, out.shape, out.stride(), out.get_device())
+            out_ptr, out_key = out.data_ptr(), (out.dtype, out.shape, out.stride(), out.device)
         if lse is not None:
-            lse_key = (lse.dtype, lse.shape, lse.stride(), lse.get_device())
+            lse_key = (lse.dtype, lse.shape, lse.stride(), lse.device)
         if isinstance(cache, torch.Tensor):
             k, v_key = cache, None
             k_ptr = v_ptr = cache.data_ptr()
         else:
             k, v = cache
             k_ptr, v_ptr = k.data_ptr(), v.data_ptr()
-            v_key = (v.dtype, v.shape, v.stride(), v.get_device())
+            v_key = (v.dtype, v.shape, v.stride(), v.device)
         settled = self._is_settled
         key = (
-            q.dtype, q.shape, q.stride(), q.get_device(), k.dtype, k.shape, k.stride(), k.get_device(), v_key, out_key,
+            q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.device, v_key, out_key,
             lse_key, scales, pdl, options, settled, (q_ptr | out_ptr | k_ptr | v_ptr) & 15,
         )  # fmt: skip
         bound = plan.bound.get(key)

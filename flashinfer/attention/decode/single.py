@@ -87,8 +87,8 @@ def _run(
     q_ptr, k_ptr, v_ptr, k_shape, v_shape = q.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape, v.shape
     kv_len = k_shape[rows]  # no part of the key: it grows from call to call
     key = (
-        q.dtype, q.shape, q.stride(), q.get_device(), k.dtype, k_shape[heads], k_shape[2], k.stride(), k.get_device(),
-        v.dtype, v_shape[heads], v_shape[2], v.stride(), v.get_device(), options, (q_ptr | k_ptr | v_ptr) & 15,
+        q.dtype, q.shape, q.stride(), q.device, k.dtype, k_shape[heads], k_shape[2], k.stride(), k.device,
+        v.dtype, v_shape[heads], v_shape[2], v.stride(), v.device, options, (q_ptr | k_ptr | v_ptr) & 15,
     )  # fmt: skip
     single = _singles.get(key)
     if single is None or v_shape[rows] != kv_len:

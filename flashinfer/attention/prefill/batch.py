@@ -286,18 +286,18 @@ class BatchPrefill(EngineNames):
             raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's lengths first")
         q_ptr, out_ptr, out_key, lse_key = q.data_ptr(), 0, None, None
         if out is not None:
-            out_ptr, out_key = out.data_ptr(), (out.dtype, out.shape, out.stride(), out.get_device())
+            out_ptr, out_key = out.data_ptr(), (out.dtype, out.shape, out.stride(), out.device)
         if lse is not None:
-            lse_key = (lse.dtype, lse.shape, lse.stride(), lse.get_device())
+            lse_key = (lse.dtype, lse.shape, lse.stride(), lse.device)
         if isinstance(kv, torch.Tensor):
             k, v_key = kv, None
             k_ptr = v_ptr = kv.data_ptr()
         else:
             k, v = kv
             k_ptr, v_ptr = k.data_ptr(), v.data_ptr()
-            v_key = (v.dtype, v.shape, v.stride(), v.get_device())
+            v_key = (v.dtype, v.shape, v.stride(), v.device)
         key = (
-            q.dtype, q.shape, q.stride(), q.get_device(), k.dtype, k.shape, k.stride(), k.get_device(), v_key, out_key,
+            q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.device, v_key, out_key,
             lse_key, scales, pdl, overrides, (q_ptr | out_ptr | k_ptr | v_ptr) & 15,
         )  # fmt: skip
         run = problem.runs.get(key)

@@ -101,8 +101,8 @@ def _run(
         mask, mask_bits = "custom", _mask_bits(q, k, custom_mask, packed_custom_mask, kv_layout)
     q_ptr, k_ptr, v_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr()
     key = (
-        q.dtype, q.shape, q.stride(), q.get_device(), k.dtype, k.shape, k.stride(), k.get_device(),
-        v.dtype, v.shape, v.stride(), v.get_device(), kv_layout, mask, options, (q_ptr | k_ptr | v_ptr) & 15,
+        q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.device,
+        v.dtype, v.shape, v.stride(), v.device, kv_layout, mask, options, (q_ptr | k_ptr | v_ptr) & 15,
     )  # fmt: skip
     single = _singles.get(key)
     if single is None:
