@@ -4,13 +4,18 @@ upstream's wrappers. docs/architecture.md ("What engines reach for") says which 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
 from flashinfer.attention.variant import Variant
 from flashinfer.errors import UnsupportedConfig
+
+if TYPE_CHECKING:
+    from flashinfer.attention.lengths import Lengths
+    from flashinfer.attention.planned import Plan
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 
@@ -81,26 +86,7 @@ def require_no_jit_args(op: str, jit_args: object) -> None:
         )
 
 
-def require_number_scales(op: str, *scales: object) -> None:
-    """A launch keeps its scales: those in tensors, which may change, would be read once."""
-    for scale in scales:
-        if isinstance(scale, torch.Tensor):
-            raise UnsupportedConfig(
-                f"{op}: a scale is a tensor; expected a number, which a launch keeps without asking the device. Next "
-                "step: pass scale.item() once, ahead of a capture"
-            )
-
-
 # ---------------------------------------------------------------------------------------------------------------- names
-
-
-class Planned(NamedTuple):
-    """What a plan settled, as far as engines ask for it."""
-
-    variant: Variant
-    head_dim: int
-    # batch_size, num_qo_heads, num_kv_heads, page_size, is_cuda_graph_enabled, head_dim_qk, head_dim_vo
-    shape: tuple[int, ...]
 
 
 class _PlannedOption:
@@ -113,54 +99,71 @@ class _PlannedOption:
     def __get__(self, wrapper: Optional[EngineNames], owner: type) -> Any:
         if wrapper is None:
             return self
-        return getattr(self._planned(wrapper).variant, self._option)
+        return getattr(self._plan(wrapper).variant, self._option)
 
     def __set__(self, wrapper: EngineNames, value: Any) -> None:
-        planned = self._planned(wrapper)
-        old = getattr(planned.variant, self._option)
+        plan = self._plan(wrapper)
+        old = getattr(plan.variant, self._option)
         if value == old:
             return
-        given = Variant.of(wrapper._op_name, planned.head_dim, **{self._option: value})
+        given = Variant.of(wrapper._op_name, plan.shape.head_dim_qk, **{self._option: value})
         if getattr(given, self._option) != old:
             raise UnsupportedConfig(
                 f"{wrapper._op_name}: _{self._option} was planned as {old!r} and cannot be assigned; got {value!r}. "
                 "Next step: call plan() with it"
             )
 
-    def _planned(self, wrapper: EngineNames) -> Planned:
-        planned = wrapper._planned_shape()
-        if planned is None:
+    def _plan(self, wrapper: EngineNames) -> Plan:
+        if wrapper._plan is None:
             raise AttributeError(f"{wrapper._op_name}: _{self._option} is known after plan()")
-        return planned
+        return wrapper._plan
+
+
+class IndexBuffer:
+    """An index tensor under upstream's private name: what the kernels read, the caller's own under use_cuda_graph.
+    Engines fill or replace it, and then plan through `_cached_module`."""
+
+    def __init__(self, role: str) -> None:
+        self._role = role
+
+    def __get__(self, wrapper: Optional[EngineNames], owner: type) -> Any:
+        return self if wrapper is None else wrapper._buffer(self._role)
+
+    def __set__(self, wrapper: EngineNames, value: Optional[torch.Tensor]) -> None:
+        wrapper._buffers[self._role] = value
 
 
 class _CachedModule:
     """Stands for upstream's loaded planner, which engines call with host copies of index tensors after they have filled
     the wrapper's index buffers themselves."""
 
-    def __init__(self, wrapper: EngineNames, planned: Planned) -> None:
-        self._wrapper, self._planned = wrapper, planned
+    def __init__(self, wrapper: EngineNames, plan: Plan) -> None:
+        self._wrapper, self._plan = wrapper, plan
 
     def plan(self, *arguments: Any) -> None:
         """Launch the planner on the wrapper's index buffers, in stream order behind whatever fills them. Of the
         arguments, which are those of upstream's fa2 planner, shapes are compared with those of the plan; the others
         repeat what is in the buffers or concern upstream's schedule."""
-        shape = self._planned.shape
-        if arguments[7 : 7 + len(shape)] != shape:
+        op, shape = self._wrapper._op_name, self._plan.shape
+        expected = (*shape[:4], self._wrapper._use_cuda_graph, *shape[4:])
+        given = arguments[7 : 7 + len(expected)]
+        if given != expected:
             raise UnsupportedConfig(
-                f"{self._wrapper._op_name}: _cached_module.plan() plans anew what plan() described; expected batch "
-                "size, query heads, KV heads, page size, use_cuda_graph and head dimensions as arguments 7 to 13 to be "
-                f"{list(shape)}, got {list(arguments[7 : 7 + len(shape)])}. Next step: call plan()"
+                f"{op}: _cached_module.plan() plans anew what plan() described; expected batch size, query heads, KV "
+                f"heads, page size, use_cuda_graph and head dimensions as arguments 7 to 13 to be {list(expected)}, "
+                f"got {list(given)}. Next step: call plan()"
             )
-        options = dict(zip(("fixed_split_size", "disable_split_kv"), arguments[16:18]))
-        check_later_arguments(self._wrapper._op_name, options)
+        check_later_arguments(op, dict(zip(("fixed_split_size", "disable_split_kv"), arguments[16:18])))
         self._wrapper._plan_from_buffers()
 
 
-class EngineNames:
+class EngineNames(ABC):
     """Private names of upstream's wrappers that serving engines read, assign or pass back."""
 
     _op_name: str
+    _use_cuda_graph: bool
+    _plan: Optional[Plan]
+    _lengths: Optional[Lengths]
     _pin_memory_int_workspace_buffer: Optional[torch.Tensor] = None  # schedules are made on the device
     _max_total_num_rows: Optional[int] = None
     _pos_encoding_mode = _PlannedOption("pos_encoding_mode")
@@ -172,16 +175,22 @@ class EngineNames:
 
     def __init__(self, backend: str) -> None:
         self._backend = "fa2" if backend == "auto" else backend  # whose planner's arguments _cached_module takes
+        # Index tensors by role, where they are not those of the last plan: the caller's buffers under use_cuda_graph,
+        # and what an engine assigned.
+        self._buffers: dict[str, Any] = {}
+
+    def _buffer(self, role: str) -> Any:
+        return self._buffers[role] if role in self._buffers else getattr(self._lengths, role, None)
+
+    @property
+    def _fixed_batch_size(self) -> int:
+        """Under use_cuda_graph; 0 otherwise."""
+        return self._buffers["kv_indptr"].numel() - 1 if self._use_cuda_graph else 0
 
     @property
     def _cached_module(self) -> Optional[_CachedModule]:
-        planned = self._planned_shape()
-        return None if planned is None else _CachedModule(self, planned)
+        return None if self._plan is None else _CachedModule(self, self._plan)
 
-    def _planned_shape(self) -> Optional[Planned]:
-        """None before the first plan."""
-        raise NotImplementedError
-
+    @abstractmethod
     def _plan_from_buffers(self) -> None:
         """Plan again what was planned last, for whatever the index buffers hold now."""
-        raise NotImplementedError

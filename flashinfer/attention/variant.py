@@ -4,27 +4,75 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
-from typing import Optional
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Optional
 
 import torch
 
 from flashinfer.errors import UnsupportedConfig
+from flashinfer.host import checks, traced
 from flashinfer.utils import get_alibi_slopes
 
 # upstream's names -> the names of the kernels' axis
 POS_ENCODING_MODES = {"NONE": "none", "ROPE_LLAMA": "rope", "ALIBI": "alibi"}
+_LONGEST = (1 << 31) - 1  # of a KV: a window that long hides nothing
 
 
-def require_positive(op: str, name: str, scale: float) -> float:
+def require_positive(op: str, name: str, scale: object) -> float:
     """The online softmax keeps the largest product q·k of a row, which is the largest logit under a positive scale
     alone.
     """
-    if not 0.0 < scale < math.inf:
+    number = _number(op, name, scale)
+    if not 0.0 < number < math.inf:
         raise ValueError(
-            f"{op}: {name} is {scale}; expected a positive number (for a negative one, negate q and the scale)"
+            f"{op}: {name} is {number}; expected a positive number (for a negative one, negate q and the scale)"
         )
-    return scale
+    return number
+
+
+class Overrides(NamedTuple):
+    """What a call of run() or forward() gave besides the plan; None keeps what was planned."""
+
+    causal: Optional[bool] = None
+    pos_encoding_mode: Optional[str] = None
+    window_left: Optional[int] = None
+    logits_soft_cap: Optional[float] = None
+    sm_scale: Optional[float] = None
+    rope_scale: Optional[float] = None
+    rope_theta: Optional[float] = None
+
+    @staticmethod
+    def of_forward(
+        causal: Optional[bool],
+        pos_encoding_mode: str,
+        window_left: int,
+        logits_soft_cap: Optional[float],
+        sm_scale: Optional[float],
+        rope_scale: Optional[float],
+        rope_theta: Optional[float],
+        head_dim: int,
+    ) -> Overrides:
+        """forward() takes every option from its own arguments, defaults included, whatever was planned."""
+        return Overrides(
+            causal,
+            pos_encoding_mode,
+            window_left,
+            0.0 if logits_soft_cap is None else logits_soft_cap,
+            1.0 / math.sqrt(max(head_dim, 1)) if sm_scale is None else sm_scale,
+            1.0 if rope_scale is None else rope_scale,
+            1e4 if rope_theta is None else rope_theta,
+        )
+
+
+_NONE = Overrides()
+TRACED_OVERRIDES = traced.Bundle(  # None, or an Overrides
+    (
+        *("bool? causal", "str? pos_encoding_mode", "int? window_left", "float? logits_soft_cap"),
+        *("float? sm_scale", "float? rope_scale", "float? rope_theta"),
+    ),
+    lambda overrides: overrides or _NONE,
+    lambda *values: None if values == _NONE else Overrides(*values),
+)
 
 
 @dataclass(frozen=True)
@@ -49,46 +97,28 @@ class Variant:
         rope_scale: Optional[float] = None,
         rope_theta: Optional[float] = None,
     ) -> Variant:
-        """From the public arguments; None takes the default. Raises UnsupportedConfig or ValueError."""
-        if pos_encoding_mode not in POS_ENCODING_MODES:
+        """From the public arguments; None takes the default. Raises UnsupportedConfig, ValueError or TypeError."""
+        if not isinstance(pos_encoding_mode, str) or pos_encoding_mode not in POS_ENCODING_MODES:
             known = ", ".join(POS_ENCODING_MODES)
             raise UnsupportedConfig(f"{op}: pos_encoding_mode={pos_encoding_mode!r} is unknown; allowed: {known}")
-        soft_cap = logits_soft_cap or 0.0
-        if soft_cap < 0:
-            raise ValueError(
-                f"{op}: logits_soft_cap is {soft_cap}; expected a positive number, or 0 or None for no cap"
-            )
+        checks.integer(op, "head_dim", head_dim, 1)
+        window = checks.integer(op, "window_left", window_left, -(1 << 63), (1 << 63) - 1)
+        soft_cap = 0.0 if logits_soft_cap is None else checks.real(op, "logits_soft_cap", logits_soft_cap, at_least=0.0)
         return Variant(
             POS_ENCODING_MODES[pos_encoding_mode],
-            max(window_left, -1),
+            -1 if window < 0 or window >= _LONGEST else window,
             soft_cap,
-            1.0 / math.sqrt(head_dim) if sm_scale is None else require_positive(op, "sm_scale", float(sm_scale)),
-            1.0 if rope_scale is None else float(rope_scale),
-            1e4 if rope_theta is None else float(rope_theta),
+            1.0 / math.sqrt(head_dim) if sm_scale is None else require_positive(op, "sm_scale", sm_scale),
+            1.0 if rope_scale is None else checks.real(op, "rope_scale", rope_scale, above=0.0),
+            1e4 if rope_theta is None else checks.real(op, "rope_theta", rope_theta, above=0.0),
         )
 
-    def updated(
-        self,
-        op: str,
-        head_dim: int,
-        pos_encoding_mode: Optional[str] = None,
-        window_left: Optional[int] = None,
-        logits_soft_cap: Optional[float] = None,
-        sm_scale: Optional[float] = None,
-        rope_scale: Optional[float] = None,
-        rope_theta: Optional[float] = None,
-    ) -> Variant:
-        """This variant with the arguments that a call gave besides the plan; None keeps what was planned."""
-        given = Variant.of(op, head_dim, pos_encoding_mode or "NONE", -1 if window_left is None else window_left)
-        return replace(
-            self,
-            pos_encoding=self.pos_encoding if pos_encoding_mode is None else given.pos_encoding,
-            window_left=self.window_left if window_left is None else given.window_left,
-            logits_soft_cap=self.logits_soft_cap if logits_soft_cap is None else float(logits_soft_cap),
-            sm_scale=self.sm_scale if sm_scale is None else require_positive(op, "sm_scale", float(sm_scale)),
-            rope_scale=self.rope_scale if rope_scale is None else float(rope_scale),
-            rope_theta=self.rope_theta if rope_theta is None else float(rope_theta),
-        )
+    def updated(self, op: str, head_dim: int, overrides: Overrides) -> Variant:
+        """This variant with what a call gave besides the plan."""
+        arguments: dict[str, Any] = {**vars(self), "pos_encoding_mode": self.pos_encoding_mode}
+        del arguments["pos_encoding"]
+        given = {name: value for name, value in overrides._asdict().items() if value is not None and name != "causal"}
+        return Variant.of(op, head_dim, **{**arguments, **given})
 
     @property
     def pos_encoding_mode(self) -> str:
@@ -96,7 +126,7 @@ class Variant:
         return next(mode for mode, kind in POS_ENCODING_MODES.items() if kind == self.pos_encoding)
 
     @property
-    def spec_args(self) -> dict[str, str | bool]:
+    def spec_args(self) -> dict[str, Any]:
         """The part of the variant that selects a kernel."""
         return {
             "pos_encoding": self.pos_encoding,
@@ -121,3 +151,21 @@ class Variant:
 def alibi_slopes(num_heads: int, device: torch.device) -> torch.Tensor:
     """Kept alive for the process, as launches hold their address."""
     return get_alibi_slopes(num_heads, device)
+
+
+def factors(op: str, qk_scales: tuple[object, ...], v_scales: tuple[object, ...]) -> tuple[float, float]:
+    """The products of the scales of quantized q and k, and of v; None is 1. Raises where one is a tensor, whose value a
+    launch would read once, or where the first is not positive."""
+    for scale in (*qk_scales, *v_scales):
+        if isinstance(scale, torch.Tensor):
+            raise UnsupportedConfig(
+                f"{op}: a scale is a tensor; expected a number, which a launch keeps without asking the device. Next "
+                "step: pass scale.item() once, ahead of a capture"
+            )
+    qk = math.prod(1.0 if scale is None else _number(op, "q_scale * k_scale", scale) for scale in qk_scales)
+    v = math.prod(1.0 if scale is None else checks.real(op, "v_scale", scale) for scale in v_scales)
+    return require_positive(op, "q_scale * k_scale", qk), v
+
+
+def _number(op: str, name: str, value: object) -> float:
+    return value if isinstance(value, float) else checks.real(op, name, value)

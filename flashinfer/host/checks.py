@@ -46,6 +46,22 @@ def real(op: str, name: str, value: object, *, above: float = -math.inf, at_leas
     return number
 
 
+def not_tensors(op: str, **given: object) -> TypeError:
+    """The error of a call with something else than tensors. Whoever made it found out by what a tensor has."""
+    for name, value in given.items():
+        if not isinstance(value, torch.Tensor):
+            return TypeError(f"{op}: {name} is {type(value).__name__}; expected a tensor")
+    return TypeError(f"{op}: {', '.join(given)}: expected tensors")
+
+
+def require_storage(op: str, **tensors: torch.Tensor) -> None:
+    """Not a fake tensor, which has the signature of a real one and the address 0. Asked where an address is 0, which
+    those of empty tensors are as well."""
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() == 0 and tensor.numel() > 0:
+            raise ValueError(f"{op}: {name} is a {type(tensor).__name__} on {tensor.device} without memory of its own")
+
+
 def require_like(
     op: str, name: str, tensor: torch.Tensor, reference: torch.Tensor, reference_name: str = "input"
 ) -> None:

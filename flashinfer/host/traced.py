@@ -51,8 +51,8 @@ TENSORS = Bundle(  # one tensor or a pair, such as a paged cache
 )
 
 
-def fields(of: type[Any], *parts: str) -> Bundle:
-    """A NamedTuple, by the schema of each of its fields."""
+def fields(of: Callable[..., Any], *parts: str) -> Bundle:
+    """A tuple, made by `of`, by the schema of each of its fields."""
     return Bundle(parts, lambda value: value, of)
 
 

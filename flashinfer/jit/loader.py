@@ -57,6 +57,7 @@ def stream_getter() -> Callable[[int], int]:
 class Launcher(Protocol):
     config: Config
     params: type[ctypes.Structure]  # mirror of the struct that the launched kernel takes
+    is_dependent: bool  # whether a launch may overlap the kernel before it
 
     def max_blocks_per_sm(self) -> int:
         """Blocks of this kernel that one SM holds at a time; persistent grids are a multiple of it."""
@@ -183,7 +184,7 @@ class CudaLauncher:
         device_index: int,
         pdl: bool,
     ) -> None:
-        self.function, self.config, self.params = function, config, params
+        self.function, self.config, self.params, self.is_dependent = function, config, params, pdl
         self._device_index = device_index
         self._name = name
         self._launch = config.launch
@@ -288,6 +289,8 @@ class CpuKernel:
 
 class CpuLauncher:
     """Calls one CPU kernel. There is no grid and no stream: the kernel spreads its work over OpenMP threads itself."""
+
+    is_dependent = False
 
     def __init__(self, config: Config, params: type[ctypes.Structure], function: Callable[[bytes], None]) -> None:
         self.config, self.params = config, params

@@ -1,32 +1,23 @@
-"""Decode over a paged cache: attention of one new token per request.
-
-A wrapper is planned once per step, on the device, and run once per layer. What a run needs besides its addresses is
-worked out once per plan shape and kept: the hot path is one dictionary lookup, one packed struct and one launch.
-"""
+"""Decode over a paged cache: attention of one new token per request."""
 
 from __future__ import annotations
 
-import functools
-import itertools
-import weakref
 from typing import Any, Optional, Union
 
 import torch
 
 from flashinfer import dtypes
-from flashinfer.attention import workspace
-from flashinfer.attention.compat import EngineNames, Planned, check_later_arguments, require_no_jit_args
-from flashinfer.attention.decode import launch as launching
-from flashinfer.attention.decode.plan import BoundDecode, DecodePlan, Options, Scales
-from flashinfer.attention.variant import Variant
-from flashinfer.host import memo, paged_cache, traced
-from flashinfer.host.paged_cache import PagedCache, PagedKv
+from flashinfer.attention.compat import IndexBuffer, check_later_arguments
+from flashinfer.attention.decode.plan import DecodePlan
+from flashinfer.attention.planned import DataType, PlannedAttention, Result, Scales, Shape
+from flashinfer.attention.variant import Overrides, Variant
+from flashinfer.host.paged_cache import PagedCache
 
-DataType = Union[str, torch.dtype]
-_handles = itertools.count()
+# Arguments of Variant.of after head_dim.
+_Options = tuple[str, int, Optional[float], Optional[float], Optional[float], Optional[float]]
 
 
-class BatchDecodeWithPagedKVCacheWrapper(EngineNames):
+class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
     """Decode attention of a batch over a paged KV cache (vLLM's PagedAttention, Kwon et al. 2023, arXiv:2309.06180).
 
     `plan` cuts the KV of the batch into equal shares for the device, by one small kernel and without waiting for the
@@ -47,6 +38,11 @@ class BatchDecodeWithPagedKVCacheWrapper(EngineNames):
     """
 
     _op_name = "batch_decode"
+    _index_names = ("indptr", "indices", "last_page_len")
+    _roles = ("kv_indptr", "kv_indices", "last_page_len")
+    _paged_kv_indptr_buf = IndexBuffer("kv_indptr")
+    _paged_kv_indices_buf = IndexBuffer("kv_indices")
+    _paged_kv_last_page_len_buf = IndexBuffer("last_page_len")
 
     def __init__(
         self,
@@ -62,60 +58,17 @@ class BatchDecodeWithPagedKVCacheWrapper(EngineNames):
     ) -> None:
         if isinstance(jit_args, str):
             backend, jit_args = jit_args, None  # where later releases have it
-        super().__init__(backend)
-        paged_cache.require_layout(self._op_name, kv_layout)
-        require_no_jit_args(self._op_name, jit_args)
-        workspace.require_workspace(self._op_name, float_workspace_buffer)
-        self._kv_layout = kv_layout
-        self._float_workspace_buffer = float_workspace_buffer
-        self.device = float_workspace_buffer.device
-        int_bytes = workspace.INT_WORKSPACE_BYTES if self.device.type == "cuda" else 0
-        self._int_workspace_buffer = torch.empty(int_bytes, dtype=torch.uint8, device=self.device)
+        buffers = {
+            "paged_kv_indptr_buffer": paged_kv_indptr_buffer,
+            "paged_kv_indices_buffer": paged_kv_indices_buffer,
+            "paged_kv_last_page_len_buffer": paged_kv_last_page_len_buffer,
+        }
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, buffers, (None, None), backend, jit_args)
         self._use_tensor_cores = use_tensor_cores
-        self._use_cuda_graph = use_cuda_graph
-        self._paged_kv_indptr_buf = paged_kv_indptr_buffer
-        self._paged_kv_indices_buf = paged_kv_indices_buffer
-        self._paged_kv_last_page_len_buf = paged_kv_last_page_len_buffer
-        self._fixed_batch_size = 0
-        if use_cuda_graph:
-            self._fixed = workspace.FixedBuffers(
-                self._op_name,
-                self.device,
-                paged_kv_indptr_buffer=paged_kv_indptr_buffer,
-                paged_kv_indices_buffer=paged_kv_indices_buffer,
-                paged_kv_last_page_len_buffer=paged_kv_last_page_len_buffer,
-            )
-            assert paged_kv_last_page_len_buffer is not None and paged_kv_indptr_buffer is not None
-            self._fixed_batch_size = paged_kv_last_page_len_buffer.numel()
-            if paged_kv_indptr_buffer.numel() != self._fixed_batch_size + 1:
-                raise ValueError(
-                    f"{self._op_name}: paged_kv_indptr_buffer holds {paged_kv_indptr_buffer.numel()} entries; expected "
-                    f"{self._fixed_batch_size + 1}, one more than paged_kv_last_page_len_buffer"
-                )
-        # A traced call names its wrapper by number: a custom operator takes tensors and scalars only.
-        self._handle = next(_handles)
-        _wrappers[self._handle] = self
-        self._plans: memo.Memo[DecodePlan] = memo.Memo()
-        self._plan: Optional[DecodePlan] = None
-        self._index_addresses = (0, 0, 0)  # in the order of KvIndex
-        self._planned_window: Optional[int] = None
-        self._is_settled = False  # a kernel was launched since the planner
 
     @property
     def use_tensor_cores(self) -> bool:
         return self._use_tensor_cores
-
-    @property
-    def is_cuda_graph_enabled(self) -> bool:
-        return self._use_cuda_graph
-
-    def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor) -> None:
-        """Use other workspaces from the next plan on."""
-        workspace.require_workspace(self._op_name, float_workspace_buffer)
-        workspace.require_workspace(self._op_name, int_workspace_buffer)
-        self._float_workspace_buffer = float_workspace_buffer
-        self._int_workspace_buffer = int_workspace_buffer
-        self._plans.clear()
 
     def plan(
         self,
@@ -155,7 +108,7 @@ class BatchDecodeWithPagedKVCacheWrapper(EngineNames):
             pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta: as in
                 `single_decode_with_kv_cache`.
             non_blocking: accepted for compatibility.
-            later: what later releases added, as far as it asks for nothing that is not here (engine_names.py).
+            later: what later releases added, as far as it asks for nothing that is not here (compat.py).
 
         Raises:
             ValueError: a shape, dtype or device does not fit, or a workspace is too small.
@@ -163,99 +116,30 @@ class BatchDecodeWithPagedKVCacheWrapper(EngineNames):
         """
         if later:
             check_later_arguments(self._op_name, later)
-        batch_size = last_page_len.shape[0]
+        batch_size = self._batch_size(indptr, indices, last_page_len)
+        workspaces = (self._int_workspace_buffer, self._float_workspace_buffer)
         key = (
             batch_size, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode, window_left,
             logits_soft_cap, q_data_type, kv_data_type, data_type, o_data_type, sm_scale, rope_scale, rope_theta,
-            self._int_workspace_buffer.data_ptr(),  # clients replace it
+            workspaces[0].data_ptr(),  # clients replace it
         )  # fmt: skip
         plan = self._plans.get(key)
         if plan is None:
             q_dtype = dtypes.torch_dtype(q_data_type or data_type or "float16")
             kv_dtype = dtypes.torch_dtype(kv_data_type or data_type or q_dtype)
-            plan = self._plans.remember(
-                key,
-                DecodePlan(
-                    self._op_name,
-                    self.device,
-                    batch_size,
-                    num_qo_heads,
-                    PagedKv(self._kv_layout, page_size, num_kv_heads, head_dim, head_dim, kv_dtype),
-                    q_dtype,
-                    q_dtype if o_data_type is None else dtypes.torch_dtype(o_data_type),
-                    (pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta),
-                    self._int_workspace_buffer,
-                    self._float_workspace_buffer,
-                ),
+            o_dtype = q_dtype if o_data_type is None else dtypes.torch_dtype(o_data_type)
+            shape = Shape(batch_size, num_qo_heads, num_kv_heads, page_size, head_dim, head_dim)
+            variant = Variant.of(
+                self._op_name, head_dim, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale,
+                rope_theta,
+            )  # fmt: skip
+            plan = DecodePlan(
+                self._op_name, self.device, shape, (q_dtype, kv_dtype, o_dtype), variant, self._kv_layout, workspaces
             )
-        self._take_indices(indptr, indices, last_page_len, batch_size)
-        self._plan = plan
-        self._plan_lengths(plan)
+            self._plans.remember(key, plan)
+        self._settle(plan, (indptr, indices, last_page_len))
 
     begin_forward = plan
-
-    def _take_indices(
-        self, indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor, batch_size: int
-    ) -> None:
-        op = self._op_name
-        if indptr.shape != (batch_size + 1,):
-            raise ValueError(
-                f"{op}: indptr has shape {list(indptr.shape)}; expected [{batch_size + 1}], one more than last_page_len"
-            )
-        if self._use_cuda_graph:
-            workspace.require_ascending(op, "indptr", indptr)
-            if batch_size != self._fixed_batch_size:
-                raise ValueError(
-                    f"{op}: this wrapper was made for CUDA graphs of batch size {self._fixed_batch_size}, the plan has "
-                    f"{batch_size}; pad with requests that have no pages"
-                )
-            assert self._paged_kv_indptr_buf is not None and self._paged_kv_indices_buf is not None
-            assert self._paged_kv_last_page_len_buf is not None
-            fill = self._fixed.fill
-            fill("paged_kv_indptr_buffer", self._paged_kv_indptr_buf, indptr)
-            fill("paged_kv_indices_buffer", self._paged_kv_indices_buf, indices)
-            fill("paged_kv_last_page_len_buffer", self._paged_kv_last_page_len_buf, last_page_len)
-            held = (self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf)
-        else:
-            held = (
-                workspace.upload(op, "indptr", indptr, self.device),
-                workspace.upload(op, "indices", indices, self.device),
-                workspace.upload(op, "last_page_len", last_page_len, self.device),
-            )
-            self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = held
-        self._index_addresses = (held[0].data_ptr(), held[2].data_ptr(), held[1].data_ptr())
-
-    def _planned_shape(self) -> Optional[Planned]:
-        plan = self._plan
-        if plan is None:
-            return None
-        kv = plan.kv
-        shape = (
-            plan.batch_size, plan.num_qo_heads, kv.num_kv_heads, kv.page_size, self._use_cuda_graph, kv.head_dim_qk,
-            kv.head_dim_vo,
-        )  # fmt: skip
-        return Planned(plan.variant, kv.head_dim_qk, shape)
-
-    def _plan_from_buffers(self) -> None:
-        buffers = (self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf)
-        indptr, indices, last_page_len = (buffer.data_ptr() for buffer in buffers if buffer is not None)
-        self._index_addresses = (indptr, last_page_len, indices)
-        assert self._plan is not None
-        self._plan_lengths(self._plan)
-
-    def _plan_lengths(self, plan: DecodePlan) -> None:
-        """Plan for the lengths in the index tensors: in a CUDA-graph wrapper for the widest window that was planned, as
-        a captured run may be replayed on this schedule."""
-        window, widest = plan.variant.window_left, self._planned_window
-        if self._use_cuda_graph and widest is not None:
-            window = -1 if min(window, widest) < 0 else max(window, widest)
-        self._plan_window(window)
-
-    def _plan_window(self, window_left: int) -> None:
-        assert self._plan is not None
-        self._planned_window = window_left
-        self._is_settled = False
-        self._plan.launch_planner(self._index_addresses, window_left)
 
     def run(
         self,
@@ -271,7 +155,7 @@ class BatchDecodeWithPagedKVCacheWrapper(EngineNames):
         enable_pdl: Optional[bool] = None,
         window_left: Optional[int] = None,
         **later: Any,
-    ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    ) -> Result:
         """Attention of one layer, as planned.
 
         Args:
@@ -297,12 +181,9 @@ class BatchDecodeWithPagedKVCacheWrapper(EngineNames):
             raise TypeError(f"{self._op_name}: run() takes q and paged_kv_cache; give the rest by keyword")
         if later:
             check_later_arguments(self._op_name, later)
-        options = None
-        if window_left is not None and self._plan is not None:
-            options = (self._plan.options[0], window_left, *self._plan.options[2:])
-        return self._run(q, paged_kv_cache, out, lse, return_lse, (q_scale, k_scale, v_scale), enable_pdl, options)
-
-    run_return_lse = functools.partialmethod(run, return_lse=True)
+        overrides = None if window_left is None else Overrides(window_left=window_left)
+        scales = (q_scale, k_scale, v_scale)
+        return self._run(q, paged_kv_cache, out, lse, return_lse, scales, enable_pdl, overrides)
 
     def forward(
         self,
@@ -317,14 +198,12 @@ class BatchDecodeWithPagedKVCacheWrapper(EngineNames):
         sm_scale: Optional[float] = None,
         rope_scale: Optional[float] = None,
         rope_theta: Optional[float] = None,
-    ) -> torch.Tensor:
+    ) -> Result:
         """The older spelling of `run`, which takes every option from its own arguments: a default here overrides what
         was planned.
         """
         options = (pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
-        result = self._run(q, paged_kv_cache, None, None, False, (q_scale, k_scale, v_scale), None, options)
-        assert isinstance(result, torch.Tensor)
-        return result
+        return self._forward(q, paged_kv_cache, (q_scale, k_scale, v_scale), options, return_lse=False)
 
     def forward_return_lse(
         self,
@@ -339,119 +218,16 @@ class BatchDecodeWithPagedKVCacheWrapper(EngineNames):
         sm_scale: Optional[float] = None,
         rope_scale: Optional[float] = None,
         rope_theta: Optional[float] = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Result:
         """`forward` that also returns the LSE."""
         options = (pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
-        result = self._run(q, paged_kv_cache, None, None, True, (q_scale, k_scale, v_scale), None, options)
-        assert isinstance(result, tuple)
-        return result
+        return self._forward(q, paged_kv_cache, (q_scale, k_scale, v_scale), options, return_lse=True)
 
-    def end_forward(self) -> None:
-        """Kept for compatibility; there is nothing to release."""
-
-    def _run(
-        self,
-        q: torch.Tensor,
-        cache: PagedCache,
-        out: Optional[torch.Tensor],
-        lse: Optional[torch.Tensor],
-        return_lse: bool,
-        scales: Scales,
-        pdl: Optional[bool],
-        options: Optional[Options],
-    ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        plan = self._plan
-        if plan is None:
-            raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's page table first")
-        if torch.compiler.is_dynamo_compiling():
-            return self._run_traced(plan, q, cache, out, lse, return_lse, scales, pdl, options)
-        q_ptr, out_ptr, out_key, lse_key = q.data_ptr(), 0, None, None
-        if out is not None:
-            out_ptr, out_key = out.data_ptr(), (out.dtype, out.shape, out.stride(), out.device)
-        if lse is not None:
-            lse_key = (lse.dtype, lse.shape, lse.stride(), lse.device)
-        if isinstance(cache, torch.Tensor):
-            k, v_key = cache, None
-            k_ptr = v_ptr = cache.data_ptr()
-        else:
-            k, v = cache
-            k_ptr, v_ptr = k.data_ptr(), v.data_ptr()
-            v_key = (v.dtype, v.shape, v.stride(), v.device)
-        settled = self._is_settled
-        key = (
-            q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.device, v_key, out_key,
-            lse_key, scales, pdl, options, settled, (q_ptr | out_ptr | k_ptr | v_ptr) & 15,
-        )  # fmt: skip
-        bound = plan.bound.get(key)
-        if bound is None:
-            variant = plan.variant if options is None else Variant.of(self._op_name, plan.kv.head_dim_qk, *options)
-            dependent = launching.launches_dependent(self.device) if pdl is None else pdl
-            bound = plan.bound.remember(
-                key, BoundDecode(plan, q, cache, out, lse, variant, scales, dependent, settled and dependent)
-            )
-        # A schedule serves every window that is no wider than its own.
-        planned = self._planned_window
-        assert planned is not None
-        if planned >= 0 and not 0 <= bound.window_left <= planned:
-            self._plan_window(bound.window_left)
-            return self._run(q, cache, out, lse, return_lse, scales, pdl, options)
-        if out is None:
-            out = plan.new_out()
-        if return_lse and lse is None:
-            lse = plan.new_lse()
-        lse_ptr = 0 if lse is None else lse.data_ptr()
-        bound.launch(q_ptr, out.data_ptr(), lse_ptr, k_ptr, v_ptr + bound.v_offset, *self._index_addresses)
-        self._is_settled = True
-        return (out, lse) if return_lse and lse is not None else out
-
-    def _run_traced(
-        self,
-        plan: DecodePlan,
-        q: torch.Tensor,
-        cache: PagedCache,
-        out: Optional[torch.Tensor],
-        lse: Optional[torch.Tensor],
-        return_lse: bool,
-        scales: Scales,
-        pdl: Optional[bool],
-        options: Optional[Options],
-    ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        if out is None:
-            out = torch.empty(plan.out_shape, dtype=plan.o_dtype, device=self.device)
-        if return_lse and lse is None:
-            lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=self.device)
-        k, v = (cache, None) if isinstance(cache, torch.Tensor) else cache
-        _compiled_run(self._handle, q, k, v, out, lse, *scales, pdl, *((None,) * 6 if options is None else options))
-        return (out, lse) if return_lse and lse is not None else out
-
-
-_wrappers: weakref.WeakValueDictionary[int, BatchDecodeWithPagedKVCacheWrapper] = weakref.WeakValueDictionary()
-
-
-def _run_by_handle(
-    handle: int,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: Optional[torch.Tensor],
-    out: torch.Tensor,
-    lse: Optional[torch.Tensor],
-    q_scale: Optional[float],
-    k_scale: Optional[float],
-    v_scale: Optional[float],
-    pdl: Optional[bool],
-    *given: Any,
-) -> None:
-    options = None if given == (None,) * 6 else given
-    cache = k if v is None else (k, v)
-    _wrappers[handle]._run(q, cache, out, lse, False, (q_scale, k_scale, v_scale), pdl, options)
-
-
-_compiled_run = traced.compiled_op(
-    "batch_decode(int handle, Tensor q, Tensor k, Tensor? v, Tensor(a!) out, Tensor(b!)? lse, float? q_scale, "
-    "float? k_scale, float? v_scale, bool? pdl, str? pos_encoding_mode, int? window_left, float? logits_soft_cap, "
-    "float? sm_scale, float? rope_scale, float? rope_theta) -> ()",
-    _run_by_handle,
-)
+    def _forward(
+        self, q: torch.Tensor, paged_kv_cache: PagedCache, scales: Scales, options: _Options, return_lse: bool
+    ) -> Result:
+        overrides = Overrides.of_forward(None, *options, q.shape[-1])
+        return self._run(q, paged_kv_cache, None, None, return_lse, scales, None, overrides)
 
 
 class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):

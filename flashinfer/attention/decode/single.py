@@ -6,8 +6,9 @@ from typing import Any, NamedTuple, Optional, Union
 
 import torch
 
-from flashinfer.attention.decode import launch as launching
-from flashinfer.attention.variant import Variant
+from flashinfer.attention.decode import launch as launches
+from flashinfer.attention.decode.launch import Schedule
+from flashinfer.attention.variant import Variant, factors
 from flashinfer.families.attention.params import ADDRESSES, fast_divisor
 from flashinfer.host import checks, memo, paged_cache, traced
 from flashinfer.host.paged_cache import KvStrides
@@ -54,10 +55,13 @@ def single_decode_with_kv_cache(
         ValueError: a shape, dtype, device or stride does not fit.
         UnsupportedConfig: no kernel for this dtype or head_dim.
     """
-    if q.dim() != 2 or k.dim() != 3 or v.dim() != 3:
-        raise ValueError(
-            f"single_decode: q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions; expected 2, 3 and 3"
-        )
+    try:
+        if q.dim() != 2 or k.dim() != 3 or v.dim() != 3:
+            raise ValueError(
+                f"single_decode: q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions; expected 2, 3 and 3"
+            )
+    except AttributeError:
+        raise checks.not_tensors("single_decode", q=q, k=k, v=v) from None
     options = (
         kv_layout, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, q_scale, k_scale,
         v_scale,
@@ -65,7 +69,7 @@ def single_decode_with_kv_cache(
     if torch.compiler.is_dynamo_compiling():
         out = torch.empty((q.shape[0], v.shape[2]), dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:1], dtype=torch.float32, device=q.device) if return_lse else None
-        _compiled(q, k, v, out, lse, *options)
+        _door(q, k, v, out, lse, options)
         return out if lse is None else (out, lse)
     return _run(q, k, v, None, None, return_lse, options)
 
@@ -92,7 +96,7 @@ def _run(
     )  # fmt: skip
     single = _singles.get(key)
     if single is None or v_shape[rows] != kv_len:
-        single = _singles.remember(key, _Single(q, k, v, options))
+        single = _singles.remember(key, _BoundSingle(q, k, v, options))
     if out is None:
         out = single.new_out()
     if return_lse and lse is None:
@@ -101,15 +105,27 @@ def _run(
     return out if lse is None else (out, lse)
 
 
-_compiled = traced.compiled_op(
-    "single_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, str kv_layout, "
-    "str pos_encoding_mode, int window_left, float? logits_soft_cap, float? sm_scale, float? rope_scale, "
-    "float? rope_theta, float? q_scale, float? k_scale, float? v_scale) -> ()",
-    lambda q, k, v, out, lse, *options: _run(q, k, v, out, lse, False, options),
+_OPTIONS = {
+    "kv_layout": "str",
+    "pos_encoding_mode": "str",
+    "window_left": "int",
+    **dict.fromkeys(
+        ("logits_soft_cap", "sm_scale", "rope_scale", "rope_theta", "q_scale", "k_scale", "v_scale"), "float?"
+    ),
+}
+_door = traced.door(
+    "single_decode",
+    lambda q, k, v, out, lse, options: _run(q, k, v, out, lse, False, options),
+    {
+        **dict.fromkeys("qkv", "Tensor"),
+        "out": "Tensor(!)",
+        "lse": "Tensor(!)?",
+        "options": traced.fields(lambda *options: options, *(f"{kind} {name}" for name, kind in _OPTIONS.items())),
+    },
 )
 
 
-class _Single:
+class _BoundSingle:
     """single_decode_with_kv_cache for one signature; the length may differ from call to call."""
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: _Options) -> None:
@@ -134,10 +150,11 @@ class _Single:
             require_rows(op, name, tensor)
         device = q.device
         variant = Variant.of(op, q.shape[1], *variant_options)
-        self.kernel = launching.load_kernel(
-            device, q.dtype, k.dtype, q.dtype, q.shape[1], v.shape[2], num_qo_heads, num_kv_heads, "single",
-            tuple(variant.spec_args.items()), launching.launches_dependent(device),
+        spec = launches.spec(
+            device, (q.dtype, k.dtype, q.dtype), (q.shape[1], v.shape[2]), num_qo_heads // num_kv_heads, "single",
+            variant,
         )  # fmt: skip
+        self.kernel = launches.load_kernel(device, spec, num_qo_heads, num_kv_heads)
         self.new_out = memo.allocator((num_qo_heads, v.shape[2]), q.dtype, device)
         self.new_lse = memo.allocator((num_qo_heads,), torch.float32, device)
         self.device, self.num_qo_heads, self.head_dim_vo = device, num_qo_heads, v.shape[2]
@@ -153,7 +170,7 @@ class _Single:
             "batch_size": 1,
             "num_qo_heads": num_qo_heads,
             "num_kv_heads": num_kv_heads,
-            **variant.values(num_qo_heads, device, *launching.qk_and_v_scale(op, *scales)),
+            **variant.values(num_qo_heads, device, *factors(op, scales[:2], scales[2:])),
             "plan_is_settled": True,
         }
         self.launch_whole = self.prepare(1)
@@ -176,7 +193,7 @@ class _Single:
 
     def prepare(self, num_chunks: int, scratch: Optional[_Scratch] = None) -> PreparedLaunch:
         """A launch that takes addresses and the length. It does not keep the scratch alive."""
-        schedule = launching.DecodeSchedule()
+        schedule = Schedule()
         if scratch is not None:
             schedule = scratch.as_schedule(self.partial_bytes(num_chunks)[0])
         grid = (self.kernel.num_head_blocks, num_chunks, 1)
@@ -193,10 +210,10 @@ class _Single:
         return launch
 
     def partial_bytes(self, num_chunks: int) -> tuple[int, int]:
-        return launching.decode_partial_bytes(num_chunks, self.num_qo_heads, self.head_dim_vo)
+        return launches.partial_bytes(num_chunks, self.num_qo_heads, self.head_dim_vo)
 
     def make_scratch(self, num_chunks: int, num_bytes: int = 0) -> _Scratch:
-        num_counters = launching.decode_num_counters(1, self.kernel.num_chunks, self.kernel.num_head_blocks)
+        num_counters = launches.num_counters(1, self.kernel.num_chunks, self.kernel.num_head_blocks)
         counters = torch.zeros(num_counters, dtype=torch.int32, device=self.device)
         num_bytes = max(num_bytes, sum(self.partial_bytes(num_chunks)))
         return _Scratch(counters, torch.empty(num_bytes, dtype=torch.uint8, device=self.device))
@@ -208,14 +225,12 @@ class _Scratch(NamedTuple):
     counters: torch.Tensor  # zero between launches
     partials: torch.Tensor  # outputs, then their LSE
 
-    def as_schedule(self, out_bytes: int) -> launching.DecodeSchedule:
+    def as_schedule(self, out_bytes: int) -> Schedule:
         partials = self.partials.data_ptr()
-        return launching.DecodeSchedule(
-            counters=self.counters.data_ptr(), partial_out=partials, partial_lse=partials + out_bytes
-        )
+        return Schedule(counters=self.counters.data_ptr(), partial_out=partials, partial_lse=partials + out_bytes)
 
 
 # (device, stream, chunks, head blocks, log2 of bytes) -> scratch. Never freed, so that addresses stay valid; sizes are
 # powers of two.
 _scratches: dict[tuple[int, int, int, int, int], _Scratch] = {}
-_singles: memo.Memo[_Single] = memo.Memo()
+_singles: memo.Memo[_BoundSingle] = memo.Memo()

@@ -1,25 +1,24 @@
-"""What the prefill operators share: loaded kernels, the schedule a plan leaves on the device, one checked launch."""
+"""What single and planned prefill share: the kernel for a device, the schedule a plan leaves there, a bound launch."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import torch
 
 from flashinfer import dtypes, target
 from flashinfer.attention import workspace
-from flashinfer.attention.variant import Variant, require_positive
+from flashinfer.attention.planned import Launch
+from flashinfer.attention.variant import Variant
 from flashinfer.families.attention import prefill as families
 from flashinfer.families.attention.params import ADDRESSES, fast_divisor
-from flashinfer.host import checks, memo
+from flashinfer.host import memo
 from flashinfer.host.paged_cache import KvStrides
-from flashinfer.host.rows import require_rows
-from flashinfer.jit import default_resolver
+from flashinfer.jit import KernelSpec, default_resolver
 from flashinfer.jit.loader import Launcher, PreparedLaunch
-from flashinfer.jit.spec import KernelSpec
 
 
 @dataclass(frozen=True)
@@ -32,49 +31,33 @@ class PrefillKernel:
     num_ctas: int  # that the device holds at a time: the grid of a planned launch
 
 
-def kernel_spec(
+def spec(
     device: torch.device,
-    q_dtype: torch.dtype,
-    kv_dtype: torch.dtype,
-    head_dim_qk: int,
-    head_dim_vo: int,
+    types: tuple[torch.dtype, torch.dtype],
+    head_dims: tuple[int, int],
     kv_storage: str,
     mask: str,
-    variant_args: tuple[tuple[str, str | bool], ...],
-    short_queries: bool = False,
+    variant: Variant,
+    short_queries: bool,
 ) -> KernelSpec:
-    """The kernel for these arguments. Raises UnsupportedConfig, without compiling, where there is none."""
-    spec = families.prefill(
+    """types: of q and KV; head_dims: of queries and keys, and of values. Raises UnsupportedConfig."""
+    q_dtype, kv_dtype = map(dtypes.short_name, types)
+    return families.prefill(
         target.of_device(device),
-        q_dtype=dtypes.short_name(q_dtype),
-        kv_dtype=dtypes.short_name(kv_dtype),
-        head_dim=head_dim_qk,
-        head_dim_vo=head_dim_vo,
+        q_dtype=q_dtype,
+        kv_dtype=kv_dtype,
+        head_dim=head_dims[0],
+        head_dim_vo=head_dims[1],
         kv_storage=kv_storage,
         short_queries=short_queries,
         mask=mask,
-        **dict(variant_args),  # type: ignore[arg-type]
+        **variant.spec_args,
     )
-    families.PREFILL.config(spec)
-    return spec
 
 
 @functools.cache
-def load_kernel(
-    device: torch.device,
-    q_dtype: torch.dtype,
-    kv_dtype: torch.dtype,
-    head_dim_qk: int,
-    head_dim_vo: int,
-    kv_storage: str,
-    mask: str,
-    variant_args: tuple[tuple[str, str | bool], ...],
-    short_queries: bool = False,
-    pdl: Optional[bool] = None,
-) -> PrefillKernel:
-    kernel = default_resolver().load(
-        kernel_spec(device, q_dtype, kv_dtype, head_dim_qk, head_dim_vo, kv_storage, mask, variant_args, short_queries)
-    )
+def load_kernel(device: torch.device, spec: KernelSpec, pdl: Optional[bool] = None) -> PrefillKernel:
+    kernel = default_resolver().load(spec)
     if device.type == "cpu":
         return PrefillKernel(kernel.on(-1), 0, 0, 0)
     launcher = kernel.on(device.index, pdl=pdl)
@@ -92,47 +75,11 @@ def load_planner(device: torch.device, kv_storage: str) -> Launcher:
     )
 
 
-def row_strides(op: str, k: torch.Tensor, v: torch.Tensor, layout: str) -> KvStrides:
-    """Strides of K and V given as rows: `[kv_len, num_kv_heads, head_dim]` (NHD) or with the first axes swapped
-    (HND).
-    """
-    for name, tensor in (("k", k), ("v", v)):
-        checks.require(
-            tensor.dim() == 3, op, f"{name} has shape {list(tensor.shape)}; expected three dimensions ({layout})"
-        )
-        require_rows(op, name, tensor)
-    checks.require(
-        k.shape[:2] == v.shape[:2], op, f"k has shape {list(k.shape)}, v {list(v.shape)}; lengths and heads must agree"
-    )
-    checks.require(k.dtype == v.dtype, op, f"k is {k.dtype}, v {v.dtype}; expected one dtype")
-    checks.require_device(op, "v", v, k, "k")
-    row, head = (0, 1) if layout == "NHD" else (1, 0)
-    return KvStrides(k.stride(row), 0, k.stride(head), v.stride(row), 0, v.stride(head))
-
-
-def require_output(op: str, q: torch.Tensor, out: torch.Tensor, lse: Optional[torch.Tensor], head_dim_vo: int) -> None:
-    shape = (*q.shape[:2], head_dim_vo)
-    if out.shape != shape or out.dtype != q.dtype or out.device != q.device:
-        raise ValueError(
-            f"{op}: out is {out.dtype} {list(out.shape)} on {out.device}; "
-            f"expected {q.dtype} {list(shape)} on {q.device}"
-        )
-    require_rows(op, "out", out)
-    if lse is None:
-        return
-    fits = lse.shape == q.shape[:2] and lse.dtype == torch.float32 and lse.device == q.device
-    if not fits or not lse.is_contiguous():
-        raise ValueError(
-            f"{op}: lse is {lse.dtype} {list(lse.shape)}, strides {list(lse.stride())}, on {lse.device}; "
-            f"expected contiguous float32 {list(q.shape[:2])} on {q.device}"
-        )
-
-
 # ------------------------------------------------------------------------------------------------------------- schedule
 
 
 class Extent(NamedTuple):
-    """Which KV tiles a schedule brings to a query tile, and in what sizes: what a plan and a run must agree on."""
+    """The KV tiles that a schedule brings to a query tile, and their sizes."""
 
     is_causal: bool
     window_left: int
@@ -140,14 +87,20 @@ class Extent(NamedTuple):
     block_n: int
     num_ctas: int
 
+    @staticmethod
+    def of(kernel: PrefillKernel, mask: str, variant: Variant) -> Extent:
+        return Extent(mask == "causal", variant.window_left, kernel.block_m, kernel.block_n, kernel.num_ctas)
+
     def covers(self, other: Extent) -> bool:
-        """Whether a schedule of this extent gives right results for the other (if perhaps with needless tiles)."""
         causal = other.is_causal or not self.is_causal
         window = self.window_left < 0 or 0 <= other.window_left <= self.window_left
         return causal and window and self[2:] == other[2:]
 
+    def suits(self, other: Extent, is_captured: bool) -> bool:
+        """Needless tiles cost more than planning again, but for a capture, which keeps its schedule."""
+        return self == other or (is_captured and self.covers(other))
+
     def joined(self, other: Extent) -> Extent:
-        """The smallest extent that covers both."""
         window = -1 if min(self.window_left, other.window_left) < 0 else max(self.window_left, other.window_left)
         return other._replace(is_causal=self.is_causal and other.is_causal, window_left=window)
 
@@ -255,49 +208,37 @@ class Schedule:
 
 
 NO_SCHEDULE = dict.fromkeys(("items", "schedule", "counters", "partial_out", "partial_lse"), 0)
-# Called with the addresses of qo_indptr, mask and mask_indptr; of q, out, lse, k and v; of KV indptr, last_page_len and
-# indices.
-Launch = Callable[..., None]
 
 
 def bind_launch(
     kernel: PrefillKernel,
-    device: torch.device,
     grid_size: int,
-    row_strides: tuple[int, ...],
+    row_strides: tuple[int, int, int, int],
     kv_strides: KvStrides,
-    page_size: int,
     schedule: dict[str, int],
+    options: dict[str, float],
+    *,
     batch_size: int,
     num_heads: tuple[int, int],
-    lengths: tuple[int, int],
-    variant: Variant,
-    scales: tuple[float, float],
+    page_size: int = 1,
+    lengths: tuple[int, int] = (0, 0),
 ) -> Launch:
     """A launch with everything but the addresses laid out.
 
-    row_strides: of q's tokens and heads, of those of the output; num_heads: of queries and KV; lengths: qo_len and
-    kv_len of a single sequence.
+    row_strides: of q's tokens and heads, of those of the output; num_heads: of queries and KV; options:
+    `Variant.values`; lengths: qo_len and kv_len of a single sequence.
     """
-    require_positive("prefill", "q_scale * k_scale", scales[0])
-    q_token, q_head, out_token, out_head = row_strides
+    names = ("q_token_stride", "q_head_stride", "out_token_stride", "out_head_stride")
     values = {
         "kv.index.len": lengths[1],
         **fast_divisor("kv.index.page_size", page_size),
         **kv_strides.values,
-        "q_token_stride": q_token,
-        "q_head_stride": q_head,
-        "out_token_stride": out_token,
-        "out_head_stride": out_head,
+        **dict(zip(names, row_strides)),
         "batch_size": batch_size,
         "num_qo_heads": num_heads[0],
         "num_kv_heads": num_heads[1],
-        **variant.values(num_heads[0], device, *scales),
+        **options,
         **schedule,
         "qo_len": lengths[0],
     }
     return kernel.launcher.prepare((grid_size, 1, 1), values, varying=(*families.ROWS, *ADDRESSES))
-
-
-def no_launch(*addresses: Any) -> None:
-    """Of no query."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 
-from flashinfer.attention.compat import check_later_arguments
-from flashinfer.attention.prefill.batch import BatchPrefill, DataType, Result
-from flashinfer.attention.prefill.plan import Problem, forward_overrides, num_tokens_of
-from flashinfer.host.paged_cache import KvStrides, PagedCache, PagedKv
+from flashinfer.attention.compat import IndexBuffer, check_later_arguments
+from flashinfer.attention.planned import DataType, Result, Shape
+from flashinfer.attention.prefill.plan import RaggedKv
+from flashinfer.attention.prefill.wrapper import PrefillWrapper
+from flashinfer.attention.variant import Overrides
+from flashinfer.host.paged_cache import PagedCache, PagedKv
 
 
-class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
+class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
     """Prefill, chunked prefill or append of a batch over a paged KV cache (FlashAttention-2, Dao 2023,
     arXiv:2307.08691).
 
@@ -40,8 +42,11 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
     """
 
     _op_name = "batch_prefill_paged"
-    _kv_storage = "paged"
     _index_names = ("qo_indptr", "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
+    _roles = ("qo_indptr", "kv_indptr", "kv_indices", "last_page_len")
+    _paged_kv_indptr_buf = IndexBuffer("kv_indptr")
+    _paged_kv_indices_buf = IndexBuffer("kv_indices")
+    _paged_kv_last_page_len_buf = IndexBuffer("last_page_len")
 
     def __init__(
         self,
@@ -58,11 +63,14 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         jit_args: Optional[list[Any]] = None,
         jit_kwargs: Optional[dict[str, Any]] = None,
     ) -> None:
-        index_buffers = (qo_indptr_buf, paged_kv_indptr_buf, paged_kv_indices_buf, paged_kv_last_page_len_buf)
+        buffers = {
+            "qo_indptr_buf": qo_indptr_buf,
+            "paged_kv_indptr_buf": paged_kv_indptr_buf,
+            "paged_kv_indices_buf": paged_kv_indices_buf,
+            "paged_kv_last_page_len_buf": paged_kv_last_page_len_buf,
+        }
         mask_buffers = (custom_mask_buf, mask_indptr_buf)
-        super().__init__(
-            float_workspace_buffer, kv_layout, use_cuda_graph, index_buffers, mask_buffers, backend, jit_args
-        )
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, buffers, mask_buffers, backend, jit_args)
 
     def plan(
         self,
@@ -117,43 +125,31 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             o_data_type: None, or that of q.
             disable_split_kv: let one CTA walk all KV of its queries.
             use_fp16_qk_reduction, non_blocking: accepted for compatibility.
-            later: what later releases added, as far as it asks for nothing that is not here (engine_names.py).
+            later: what later releases added, as far as it asks for nothing that is not here (compat.py).
 
         Raises:
             ValueError: a shape, dtype or device does not fit, or a workspace is too small.
             UnsupportedConfig: no kernel for these arguments.
         """
-        op, batch_size = self._op_name, qo_indptr.shape[0] - 1
-        check_later_arguments(op, later)
-        if paged_kv_indptr.shape != (batch_size + 1,) or paged_kv_last_page_len.shape != (batch_size,):
-            raise ValueError(
-                f"{op}: qo_indptr is for {batch_size} requests, paged_kv_indptr has shape "
-                f"{list(paged_kv_indptr.shape)} and paged_kv_last_page_len {list(paged_kv_last_page_len.shape)}; "
-                f"expected [{batch_size + 1}] and [{batch_size}]"
-            )
-        qo, indptr, _, last_page_len = self._take(qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
-
-        def kv_lens() -> torch.Tensor:
-            num_pages = indptr[1:] - indptr[:-1]
-            return torch.where(num_pages > 0, (num_pages - 1) * page_size + last_page_len, 0)
-
-        is_custom = self._take_mask(custom_mask, packed_custom_mask, qo, kv_lens)
-        mask = "custom" if is_custom else "causal" if causal else "none"
-        arguments = (
-            batch_size, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size, mask, q_data_type,
-            kv_data_type, o_data_type, disable_split_kv, pos_encoding_mode, window_left, logits_soft_cap, sm_scale,
-            rope_scale, rope_theta,
-        )  # fmt: skip
-        self._plan(arguments, num_tokens_of(qo_indptr, later))
+        if later:
+            check_later_arguments(self._op_name, later)
+        self._plan_prefill(
+            (qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len),
+            (custom_mask, packed_custom_mask),
+            causal,
+            (num_qo_heads, num_kv_heads, page_size, head_dim_qk, head_dim_vo),
+            (q_data_type, kv_data_type, o_data_type),
+            (pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta),
+            disable_split_kv,
+            later,
+        )
 
     begin_forward = plan
 
-    def _strides(self, problem: Problem, kv: PagedCache) -> KvStrides:
-        dtype = kv.dtype if isinstance(kv, torch.Tensor) else kv[0].dtype
-        layout = PagedKv(
-            self._kv_layout, problem.page_size, problem.num_kv_heads, problem.head_dim_qk, problem.head_dim_vo, dtype
+    def _kv(self, shape: Shape, kv_dtype: torch.dtype) -> Union[PagedKv, RaggedKv]:
+        return PagedKv(
+            self._kv_layout, shape.page_size, shape.num_kv_heads, shape.head_dim_qk, shape.head_dim_vo, kv_dtype
         )
-        return layout.strides_of(self._op_name, kv, self.device)
 
     def run(
         self,
@@ -195,15 +191,9 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
             raise TypeError(f"{self._op_name}: run() takes q and paged_kv_cache; give the rest by keyword")
         if later:
             check_later_arguments(self._op_name, later)
-        overrides = None if window_left is None else (None, None, window_left, None, None, None, None)
+        overrides = None if window_left is None else Overrides(window_left=window_left)
         scales = (q_scale, k_scale, v_scale)
         return self._run(q, paged_kv_cache, out, lse, return_lse, scales, enable_pdl, overrides)
-
-    def run_return_lse(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """`run(..., return_lse=True)`."""
-        result = self.run(*args, return_lse=True, **kwargs)
-        assert isinstance(result, tuple)
-        return result
 
     def forward(
         self,
@@ -225,13 +215,7 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         """The older spelling of `run`, which takes every option from its own arguments: a default here overrides what
         was planned, but for a custom mask, which takes the place of causal.
         """
-        overrides = forward_overrides(
-            q, causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta
+        overrides = Overrides.of_forward(
+            causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, q.shape[-1]
         )
         return self._run(q, paged_kv_cache, None, None, return_lse, (None, k_scale, v_scale), None, overrides)
-
-    def forward_return_lse(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward(..., return_lse=True)`."""
-        result = self.forward(*args, return_lse=True, **kwargs)
-        assert isinstance(result, tuple)
-        return result

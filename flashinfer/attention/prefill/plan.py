@@ -1,88 +1,165 @@
-"""What a plan of prefill settles, and what is read from the arguments of plan() and forward()."""
+"""What a plan of prefill settles: kernels, where the schedule lies, and each signature of run() laid out."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import Any, Optional
+from dataclasses import dataclass, replace
+from typing import Optional, Union
 
 import torch
 
+from flashinfer.attention.lengths import Lengths
+from flashinfer.attention.planned import BoundRun, Call, Plan, Shape, no_launch
 from flashinfer.attention.prefill import launch as launches
-from flashinfer.attention.prefill.launch import Extent, Launch, PlannerLaunch, Schedule
-from flashinfer.attention.variant import Variant
+from flashinfer.attention.prefill.launch import Extent, PlannerLaunch, PrefillKernel, Schedule
+from flashinfer.attention.variant import Variant, factors
 from flashinfer.families.attention.prefill import SHORT_ROWS
-from flashinfer.host import memo
+from flashinfer.host import checks
+from flashinfer.host.paged_cache import KvStrides, PagedCache, PagedKv
+from flashinfer.host.rows import require_rows
 
 
 @dataclass(frozen=True)
-class Run:
-    """One signature of run() under one problem: checked, laid out but for the addresses."""
+class RaggedKv:
+    """Keys and values as rows: `[num_rows, num_kv_heads, head_dim]` (NHD), or with the first axes swapped (HND)."""
 
-    launch: Launch
-    new_out: memo.Allocate
-    new_lse: memo.Allocate
-    extent: Extent
-    short_queries: bool
-    v_offset: int  # of V after K in a cache of one tensor
-    is_empty: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """What a plan fixed, but for where the index tensors are, and the runs seen under it."""
-
-    batch_size: int
-    num_qo_heads: int
+    layout: str
     num_kv_heads: int
     head_dim_qk: int
     head_dim_vo: int
-    page_size: int
-    q_dtype: torch.dtype
-    kv_dtype: torch.dtype
-    mask: str
-    variant: Variant
-    schedule: Optional[Schedule]
-    planner: Optional[PlannerLaunch]
-    runs: memo.Memo[Run] = field(default_factory=memo.Memo)
-    extents: dict[bool, Extent] = field(default_factory=dict)  # of the planned options, for long and short queries
+
+    def strides_of(self, op: str, kv: PagedCache, device: torch.device) -> KvStrides:
+        k, v = kv[0], kv[1]
+        strides = row_strides(op, k, v, self.layout)
+        heads, dims = k.shape[1 if self.layout == "NHD" else 0], (k.shape[2], v.shape[2])
+        if heads != self.num_kv_heads or dims != (self.head_dim_qk, self.head_dim_vo):
+            raise ValueError(
+                f"{op}: k and v have {heads} heads of {dims[0]} and {dims[1]} elements; planned for "
+                f"{self.num_kv_heads} of {self.head_dim_qk} and {self.head_dim_vo}"
+            )
+        checks.require(k.device == device, op, f"k is on {k.device}, q on {device}")
+        return strides
+
+    def num_rows(self, k: torch.Tensor) -> int:
+        return k.shape[0 if self.layout == "NHD" else 1]
+
+
+def row_strides(op: str, k: torch.Tensor, v: torch.Tensor, layout: str) -> KvStrides:
+    """Strides of K and V given as rows: `[kv_len, num_kv_heads, head_dim]` (NHD) or with the first axes swapped
+    (HND).
+    """
+    for name, tensor in (("k", k), ("v", v)):
+        checks.require(
+            tensor.dim() == 3, op, f"{name} has shape {list(tensor.shape)}; expected three dimensions ({layout})"
+        )
+        require_rows(op, name, tensor)
+    checks.require(
+        k.shape[:2] == v.shape[:2], op, f"k has shape {list(k.shape)}, v {list(v.shape)}; lengths and heads must agree"
+    )
+    checks.require(k.dtype == v.dtype, op, f"k is {k.dtype}, v {v.dtype}; expected one dtype")
+    checks.require_device(op, "v", v, k, "k")
+    row, head = (0, 1) if layout == "NHD" else (1, 0)
+    return KvStrides(k.stride(row), 0, k.stride(head), v.stride(row), 0, v.stride(head))
+
+
+class PrefillPlan(Plan):
+    def __init__(
+        self,
+        op: str,
+        device: torch.device,
+        shape: Shape,
+        dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+        mask: str,
+        variant: Variant,
+        kv: Union[PagedKv, RaggedKv],
+        workspaces: tuple[torch.Tensor, torch.Tensor],
+        split_kv: bool,
+    ) -> None:
+        """workspaces: of integers and of floats."""
+        super().__init__(op, device, shape, dtypes, mask, variant)
+        self._kv, self._storage = kv, "ragged" if isinstance(kv, RaggedKv) else "paged"
+        self._group_size = shape.num_qo_heads // shape.num_kv_heads
+        self._extents: dict[bool, Extent] = {}
+        self._schedule: Optional[Schedule] = None
+        self._planner: Optional[PlannerLaunch] = None
+        if device.type == "cuda" and shape.batch_size > 0:
+            self._schedule = Schedule.of(
+                op, *workspaces, shape.batch_size, shape.num_kv_heads, shape.head_dim_vo, split=split_kv
+            )
+            self._planner = self._schedule.bind_planner(
+                device, self._storage, shape.page_size, shape.batch_size, shape.num_kv_heads, self._group_size
+            )
+
+    def _load(
+        self, types: tuple[torch.dtype, torch.dtype], mask: str, variant: Variant, short: bool, pdl: Optional[bool]
+    ) -> PrefillKernel:
+        dims = (self.shape.head_dim_qk, self.shape.head_dim_vo)
+        spec = launches.spec(self.device, types, dims, self._storage, mask, variant, short)
+        return launches.load_kernel(self.device, spec, pdl)
 
     def is_short(self, num_tokens: int, otherwise: bool = False) -> bool:
         """Whether the tile for short queries serves this many tokens best; `otherwise` where the number is negative."""
-        if num_tokens < 0:
-            return otherwise
-        return num_tokens * (self.num_qo_heads // self.num_kv_heads) <= SHORT_ROWS * self.batch_size
+        return otherwise if num_tokens < 0 else num_tokens * self._group_size <= SHORT_ROWS * self.shape.batch_size
 
+    def extent(self, short_queries: bool) -> Extent:
+        extent = self._extents.get(short_queries)
+        if extent is None:
+            kernel = self._load((self.q_dtype, self.kv_dtype), self.mask, self.variant, short_queries, None)
+            extent = self._extents[short_queries] = Extent.of(kernel, self.mask, self.variant)
+        return extent
 
-def num_tokens_of(qo_indptr: torch.Tensor, later: dict[str, Any]) -> int:
-    """As far as the host knows without asking the device; -1 if not at all."""
-    if qo_indptr.device.type == "cpu":
-        return int(qo_indptr[-1])
-    longest = later.get("max_token_per_sequence")
-    return int(longest) * (qo_indptr.shape[0] - 1) if longest is not None else -1
+    def launch_planner(self, extent: Extent, found: Lengths) -> None:
+        if self._planner is not None:
+            self._planner(extent, found.row_addresses[0], found.kv_addresses[0], found.kv_addresses[1])
 
+    def bind(self, call: Call, short_queries: bool) -> BoundRun:
+        op, q, shape, kv = self.op, call.q, self.shape, self._kv
+        if q.dim() != 3 or q.shape[1:] != (shape.num_qo_heads, shape.head_dim_qk):
+            raise ValueError(
+                f"{op}: q has shape {list(q.shape)}; planned for [num_tokens, {shape.num_qo_heads}, "
+                f"{shape.head_dim_qk}] ([num_tokens, num_qo_heads, head_dim])"
+            )
+        self.require_tensors(call)
+        out, new_out, new_lse = self.outputs(call)
+        if isinstance(kv, PagedKv):  # what run() is given decides
+            kv = replace(kv, dtype=call.kv_dtype)
+        strides = kv.strides_of(op, call.kv, self.device)
+        mask, variant = self.mask, self.variant
+        if call.overrides is not None:
+            if call.overrides.causal is not None and mask != "custom":
+                mask = "causal" if call.overrides.causal else "none"
+            variant = variant.updated(op, shape.head_dim_qk, call.overrides)
+        q_scale, k_scale, v_scale = call.scales
+        options = variant.values(shape.num_qo_heads, self.device, *factors(op, (q_scale, k_scale), (v_scale,)))
+        kernel = self._load((q.dtype, call.kv_dtype), mask, variant, short_queries, call.pdl)
+        if self._schedule is not None:
+            self._require_items(q.shape[0], kernel.block_m, self._schedule)
+        is_empty = q.shape[0] == 0 or shape.batch_size == 0
+        launch = no_launch
+        if not is_empty:
+            launch = launches.bind_launch(
+                kernel, kernel.num_ctas or 1, (q.stride(0), q.stride(1), out.stride(0), out.stride(1)), strides,
+                launches.NO_SCHEDULE if self._schedule is None else self._schedule.values, options,
+                batch_size=shape.batch_size, num_heads=(shape.num_qo_heads, shape.num_kv_heads),
+                page_size=shape.page_size,
+            )  # fmt: skip
+        return BoundRun(
+            launch,
+            launch,
+            new_out,
+            new_lse,
+            Extent.of(kernel, mask, variant),
+            call.v_offset,
+            q.shape[0],
+            call.num_pages if isinstance(kv, PagedKv) else kv.num_rows(call.kv[0]),
+            is_empty,
+            short_queries,
+        )
 
-def extent_of(kernel: launches.PrefillKernel, mask: str, variant: Variant) -> Extent:
-    return Extent(mask == "causal", variant.window_left, kernel.block_m, kernel.block_n, kernel.num_ctas)
-
-
-def forward_overrides(
-    q: torch.Tensor,
-    causal: bool,
-    pos_encoding_mode: str,
-    window_left: int,
-    logits_soft_cap: Optional[float],
-    sm_scale: Optional[float],
-    rope_scale: Optional[float],
-    rope_theta: Optional[float],
-) -> tuple[Any, ...]:
-    """forward() takes every option from its own arguments, defaults included, whatever was planned."""
-    return (
-        causal,
-        pos_encoding_mode,
-        window_left,
-        0.0 if logits_soft_cap is None else logits_soft_cap,
-        1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else sm_scale,
-        1.0 if rope_scale is None else rope_scale,
-        1e4 if rope_theta is None else rope_theta,
-    )
+    def _require_items(self, num_tokens: int, block_m: int, schedule: Schedule) -> None:
+        needed = -(-num_tokens * self._group_size // block_m) + self.shape.batch_size
+        checks.require(
+            needed <= schedule.max_items,
+            self.op,
+            f"the int workspace holds {schedule.max_items} work items, {num_tokens} tokens may need {needed}; pass a "
+            "larger one to reset_workspace_buffer()",
+        )

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 
-from flashinfer.attention.compat import check_later_arguments
-from flashinfer.attention.prefill import launch as launches
-from flashinfer.attention.prefill.batch import BatchPrefill, DataType, Result
-from flashinfer.attention.prefill.plan import Problem, forward_overrides, num_tokens_of
-from flashinfer.host import checks
-from flashinfer.host.paged_cache import KvStrides, PagedCache
+from flashinfer.attention.compat import IndexBuffer, check_later_arguments
+from flashinfer.attention.planned import DataType, Result, Shape
+from flashinfer.attention.prefill.plan import RaggedKv
+from flashinfer.attention.prefill.wrapper import PrefillWrapper
+from flashinfer.attention.variant import Overrides
+from flashinfer.host.paged_cache import PagedKv
 
 
-class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
+class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
     """Prefill of a batch over keys and values that lie one request after the other, as they leave the projections.
 
     Args: as `BatchPrefillWithPagedKVCacheWrapper`, with kv_indptr_buf, int32 `[batch_size + 1]`, in place of the three
@@ -22,8 +22,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
     """
 
     _op_name = "batch_prefill_ragged"
-    _kv_storage = "ragged"
     _index_names = ("qo_indptr", "kv_indptr")
+    _roles = ("qo_indptr", "kv_indptr")
+    _kv_indptr_buf = IndexBuffer("kv_indptr")
 
     def __init__(
         self,
@@ -39,10 +40,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         jit_kwargs: Optional[dict[str, Any]] = None,
     ) -> None:
         mask_buffers = (custom_mask_buf, mask_indptr_buf)
-        super().__init__(
-            float_workspace_buffer, kv_layout, use_cuda_graph, (qo_indptr_buf, kv_indptr_buf), mask_buffers, backend,
-            jit_args,
-        )  # fmt: skip
+        buffers = {"qo_indptr_buf": qo_indptr_buf, "kv_indptr_buf": kv_indptr_buf}
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, buffers, mask_buffers, backend, jit_args)
 
     def plan(
         self,
@@ -77,37 +76,23 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
 
         Raises: as there.
         """
-        op, batch_size = self._op_name, qo_indptr.shape[0] - 1
-        check_later_arguments(op, later)
-        checks.require(
-            kv_indptr.shape == (batch_size + 1,), op,
-            f"qo_indptr is for {batch_size} requests, kv_indptr has shape {list(kv_indptr.shape)}; "
-            f"expected [{batch_size + 1}]",
-        )  # fmt: skip
-        qo, indptr = self._take(qo_indptr, kv_indptr)
-        is_custom = self._take_mask(custom_mask, packed_custom_mask, qo, lambda: indptr[1:] - indptr[:-1])
-        mask = "custom" if is_custom else "causal" if causal else "none"
-        arguments = (
-            batch_size, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, 1, mask, q_data_type, kv_data_type,
-            o_data_type, disable_split_kv, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale,
-            rope_theta,
-        )  # fmt: skip
-        self._plan(arguments, num_tokens_of(qo_indptr, later))
+        if later:
+            check_later_arguments(self._op_name, later)
+        self._plan_prefill(
+            (qo_indptr, kv_indptr),
+            (custom_mask, packed_custom_mask),
+            causal,
+            (num_qo_heads, num_kv_heads, 1, head_dim_qk, head_dim_vo),
+            (q_data_type, kv_data_type, o_data_type),
+            (pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta),
+            disable_split_kv,
+            later,
+        )
 
     begin_forward = plan
 
-    def _strides(self, problem: Problem, kv: PagedCache) -> KvStrides:
-        k, v = kv[0], kv[1]
-        strides = launches.row_strides(self._op_name, k, v, self._kv_layout)
-        heads = k.shape[1] if self._kv_layout == "NHD" else k.shape[0]
-        dims = (k.shape[2], v.shape[2])
-        if heads != problem.num_kv_heads or dims != (problem.head_dim_qk, problem.head_dim_vo):
-            raise ValueError(
-                f"{self._op_name}: k and v have {heads} heads of {dims[0]} and {dims[1]} elements; planned for "
-                f"{problem.num_kv_heads} of {problem.head_dim_qk} and {problem.head_dim_vo}"
-            )
-        checks.require(k.device == self.device, self._op_name, f"k is on {k.device}, q on {self.device}")
-        return strides
+    def _kv(self, shape: Shape, kv_dtype: torch.dtype) -> Union[PagedKv, RaggedKv]:
+        return RaggedKv(self._kv_layout, shape.num_kv_heads, shape.head_dim_qk, shape.head_dim_vo)
 
     def run(
         self,
@@ -143,12 +128,6 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
             v_scale = (1.0 if v_scale is None else v_scale) / o_scale
         return self._run(q, (k, v), out, lse, return_lse, (q_scale, k_scale, v_scale), enable_pdl, None)
 
-    def run_return_lse(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """`run(..., return_lse=True)`."""
-        result = self.run(*args, return_lse=True, **kwargs)
-        assert isinstance(result, tuple)
-        return result
-
     def forward(
         self,
         q: torch.Tensor,
@@ -168,13 +147,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         """The older spelling of `run`, which takes every option from its own arguments: a default here overrides what
         was planned, but for a custom mask, which takes the place of causal.
         """
-        overrides = forward_overrides(
-            q, causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta
+        overrides = Overrides.of_forward(
+            causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, q.shape[-1]
         )
         return self._run(q, (k, v), None, None, return_lse, (None, None, None), None, overrides)
-
-    def forward_return_lse(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward(..., return_lse=True)`."""
-        result = self.forward(*args, return_lse=True, **kwargs)
-        assert isinstance(result, tuple)
-        return result

@@ -8,9 +8,11 @@ from typing import Any, Optional, Union
 
 import torch
 
+from flashinfer.attention.planned import Launch, no_launch
 from flashinfer.attention.prefill import launch as launches
-from flashinfer.attention.prefill.launch import Extent, Launch, Schedule
-from flashinfer.attention.variant import Variant
+from flashinfer.attention.prefill.launch import Extent, Schedule
+from flashinfer.attention.prefill.plan import row_strides
+from flashinfer.attention.variant import Variant, factors
 from flashinfer.families.attention import prefill as families
 from flashinfer.host import checks, memo, paged_cache, traced
 from flashinfer.host.rows import require_rows
@@ -78,7 +80,7 @@ def single_prefill_with_kv_cache(
     if torch.compiler.is_dynamo_compiling():
         out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
-        _compiled(q, k, v, out, lse, *given)
+        _door(q, k, v, out, lse, *given)
         return out if lse is None else (out, lse)
     return _run(q, k, v, None, None, return_lse, *given)
 
@@ -106,7 +108,7 @@ def _run(
     )  # fmt: skip
     single = _singles.get(key)
     if single is None:
-        single = _singles.remember(key, _Single(q, k, v, kv_layout, mask, options))
+        single = _singles.remember(key, _BoundSingle(q, k, v, kv_layout, mask, options))
     if out is None:
         out = single.new_out()
     if return_lse and lse is None:
@@ -118,23 +120,26 @@ def _run(
     return out if lse is None else (out, lse)
 
 
-_compiled = traced.compiled_op(
-    "single_prefill(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, Tensor? custom_mask, "
-    "Tensor? packed_custom_mask, bool causal, str kv_layout, str pos_encoding_mode, int window_left, "
-    "float? logits_soft_cap, float? sm_scale, float? rope_scale, float? rope_theta, float? scale_q, float? scale_k, "
-    "float? scale_v, float? k_scale, float? v_scale) -> ()",
+_SCALES = ("scale_q", "scale_k", "scale_v", "k_scale", "v_scale")
+_door = traced.door(
+    "single_prefill",
     lambda q, k, v, out, lse, *given: _run(q, k, v, out, lse, False, *given),
+    {
+        **dict.fromkeys("qkv", "Tensor"),
+        "out": "Tensor(!)",
+        "lse": "Tensor(!)?",
+        "custom_mask": "Tensor?",
+        "packed_custom_mask": "Tensor?",
+        "causal": "bool",
+        "kv_layout": "str",
+        "pos_encoding_mode": "str",
+        "window_left": "int",
+        **dict.fromkeys(("logits_soft_cap", "sm_scale", "rope_scale", "rope_theta", *_SCALES), "float?"),
+    },
 )
 
 
 single_prefill_with_kv_cache_return_lse = functools.partial(single_prefill_with_kv_cache, return_lse=True)
-
-
-def _product(*factors: Optional[float]) -> float:
-    product = 1.0
-    for factor in factors:
-        product *= 1.0 if factor is None else float(factor)
-    return product
 
 
 def _mask_bits(
@@ -159,15 +164,16 @@ def _mask_bits(
     return packed.to(q.device, non_blocking=True).contiguous()
 
 
-class _Single:
+class _BoundSingle:
     """single_prefill_with_kv_cache for one signature: checked, laid out but for the addresses."""
 
     def __init__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_layout: str, mask: str, options: tuple[Any, ...]
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_layout: str, mask: str, given: tuple[Any, ...]
     ) -> None:
+        """given: arguments of `Variant.of` after head_dim, and the scales."""
         paged_cache.require_layout(_OP, kv_layout)
         checks.require(q.dim() == 3, _OP, f"q has shape {list(q.shape)}; expected [qo_len, num_qo_heads, head_dim]")
-        kv_strides = launches.row_strides(_OP, k, v, kv_layout)
+        kv_strides = row_strides(_OP, k, v, kv_layout)
         require_rows(_OP, "q", q)
         checks.require_device(_OP, "k", k, q, "q")
         checks.require(
@@ -178,29 +184,29 @@ class _Single:
         kv_len, num_kv_heads, head_dim_vo = v.shape[rows], v.shape[heads], v.shape[2]
         paged_cache.require_heads(_OP, num_qo_heads, num_kv_heads)
         device = q.device
-        variant = Variant.of(_OP, head_dim_qk, *options[:6])
-        scale_q, scale_k, scale_v, k_scale, v_scale = options[6:]
-        scales = (_product(scale_q, scale_k, k_scale), _product(scale_v, v_scale))
-        kernel = launches.load_kernel(
-            device, q.dtype, k.dtype, head_dim_qk, head_dim_vo, "single", mask, tuple(variant.spec_args.items()),
-            qo_len * num_qo_heads <= families.SHORT_ROWS * num_kv_heads,
-        )  # fmt: skip
+        variant = Variant.of(_OP, head_dim_qk, *given[:6])
+        scale_q, scale_k, scale_v, k_scale, v_scale = given[6:]
+        scales = factors(_OP, (scale_q, scale_k, k_scale), (scale_v, v_scale))
+        is_short = qo_len * num_qo_heads <= families.SHORT_ROWS * num_kv_heads
+        spec = launches.spec(device, (q.dtype, k.dtype), (head_dim_qk, head_dim_vo), "single", mask, variant, is_short)
+        kernel = launches.load_kernel(device, spec)
         self.new_out = memo.allocator((qo_len, num_qo_heads, head_dim_vo), q.dtype, device)
         self.new_lse = memo.allocator((qo_len, num_qo_heads), torch.float32, device)
         self.device, self.kernel, self.num_kv_heads, self.head_dim_vo = device, kernel, num_kv_heads, head_dim_vo
-        row_strides = (q.stride(0), q.stride(1), num_qo_heads * head_dim_vo, head_dim_vo)
+        strides = (q.stride(0), q.stride(1), num_qo_heads * head_dim_vo, head_dim_vo)
+        options = variant.values(num_qo_heads, device, *scales)
         lengths, group_size = (qo_len, kv_len), num_qo_heads // num_kv_heads
 
         def bind(grid_size: int, schedule: dict[str, int]) -> Launch:
             return launches.bind_launch(
-                kernel, device, grid_size, row_strides, kv_strides, 1, schedule, 1,
-                (num_qo_heads, num_kv_heads), lengths, variant, scales,
+                kernel, grid_size, strides, kv_strides, schedule, options,
+                batch_size=1, num_heads=(num_qo_heads, num_kv_heads), lengths=lengths,
             )  # fmt: skip
 
         def bind_planned(schedule: Schedule) -> Launch:
             plan = schedule.bind_planner(device, "single", 1, 1, num_kv_heads, group_size, lengths)
             launch = bind(kernel.num_ctas, schedule.values)
-            extent = Extent(mask == "causal", variant.window_left, kernel.block_m, kernel.block_n, kernel.num_ctas)
+            extent = Extent.of(kernel, mask, variant)
 
             def plan_and_launch(*addresses: Any) -> None:
                 with _planning:
@@ -217,7 +223,7 @@ class _Single:
             num_tiles = -(-qo_len * group_size // kernel.block_m) * num_kv_heads
             # Too few query tiles to fill the device, and KV long enough that splitting it pays for the planner.
             self.is_planned = num_tiles < kernel.num_ctas and kv_len >= 16 * kernel.block_n
-        self.direct = bind(num_tiles, launches.NO_SCHEDULE) if qo_len > 0 else launches.no_launch
+        self.direct = bind(num_tiles, launches.NO_SCHEDULE) if qo_len > 0 else no_launch
 
     def launch(self, q: int, out: int, lse: int, k: int, v: int, mask_bits: int) -> None:
         """On the current stream; every tensor by its address."""
@@ -249,7 +255,7 @@ class _Single:
         return Schedule.of(_OP, int_workspace, float_workspace, 1, self.num_kv_heads, self.head_dim_vo)
 
 
-_singles: memo.Memo[_Single] = memo.Memo()
+_singles: memo.Memo[_BoundSingle] = memo.Memo()
 # A kernel follows its planner at once: on a stream that threads share, another plan would come between.
 _planning = threading.Lock()
 # (device, stream, KV heads, head_dim, tile) -> the schedule of unplanned calls there, and its scratch.

@@ -1,0 +1,265 @@
+"""The index tensors of a planned batch: where each request's queries, keys and values are.
+
+A plan owns what it was given once it returned, but for index tensors that lie on the device already: those are used in
+place. Nothing here waits for the device, unless FLASHINFER_CHECK_INDICES asks for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Optional
+
+import torch
+
+from flashinfer.host import indices
+from flashinfer.host.checks import require
+
+_STAGED_ALIGNMENT = 4  # int32 entries: every staged tensor starts at a multiple of 16 bytes
+
+
+class Lengths:
+    """The index tensors that kernels read, and what the host knows of their values.
+
+    A tensor that the storage or the operator does not have is None.
+    """
+
+    __slots__ = (
+        "kv_addresses",
+        "kv_indices",
+        "kv_indptr",
+        "last_page_len",
+        "mask",
+        "mask_indptr",
+        "num_kv_rows",
+        "num_tokens",
+        "qo_indptr",
+        "row_addresses",
+    )  # fmt: skip
+
+    def __init__(self, held: Mapping[str, torch.Tensor], known: tuple[int, int]) -> None:
+        """held: the tensors by name; known: as `check` returns it."""
+        self.qo_indptr, self.kv_indptr = held.get("qo_indptr"), held["kv_indptr"]
+        self.kv_indices, self.last_page_len = held.get("kv_indices"), held.get("last_page_len")
+        self.mask: Optional[torch.Tensor] = None
+        self.mask_indptr: Optional[torch.Tensor] = None
+        self.num_tokens, self.num_kv_rows = known  # that q, and the KV in rows or pages, must have; -1 where unknown
+        # In the order of KvIndex and of PrefillRows; the latter is empty for decode, whose request i is token i.
+        self.kv_addresses = (
+            self.kv_indptr.data_ptr(),
+            0 if self.last_page_len is None else self.last_page_len.data_ptr(),
+            0 if self.kv_indices is None else self.kv_indices.data_ptr(),
+        )
+        self.row_addresses: tuple[int, ...] = () if self.qo_indptr is None else (self.qo_indptr.data_ptr(), 0, 0)
+
+    def kv_lens(self, page_size: int) -> torch.Tensor:
+        """int32 `[batch_size]`, where the index tensors are."""
+        num_rows = self.kv_indptr[1:] - self.kv_indptr[:-1]
+        if self.last_page_len is None:
+            return num_rows
+        return torch.where(num_rows > 0, (num_rows - 1) * page_size + self.last_page_len, 0)
+
+    def take_mask(self, op: str, mask: torch.Tensor, mask_indptr: torch.Tensor, page_size: int) -> None:
+        """Take note of a custom mask: packed bits, and int32 `[batch_size + 1]` bytes where each request's start."""
+        assert self.qo_indptr is not None
+        if indices.are_visible(mask, mask_indptr, self.qo_indptr, self.kv_indptr, self.last_page_len):
+            num_bits = (self.qo_indptr[1:] - self.qo_indptr[:-1]).long() * self.kv_lens(page_size).long()
+            ends = mask_indptr[: len(num_bits)] + (num_bits + 7) // 8
+            needed = int(ends.max()) if len(ends) else 0
+            if needed > mask.numel():
+                raise ValueError(
+                    f"{op}: the custom mask ends after {mask.numel()} bytes; the lengths of the plan take {needed}"
+                )
+            if mask.is_cpu:
+                mask, mask_indptr = mask.clone(), mask_indptr.clone()  # the caller may go on to change them
+        self._note_mask(mask, mask_indptr)
+
+    def like(self, other: Lengths) -> Lengths:
+        """These index tensors with the mask of others."""
+        if other.mask is not None and other.mask_indptr is not None:
+            self._note_mask(other.mask, other.mask_indptr)
+        return self
+
+    def _note_mask(self, mask: torch.Tensor, mask_indptr: torch.Tensor) -> None:
+        self.mask, self.mask_indptr = mask, mask_indptr
+        self.row_addresses = (self.row_addresses[0], mask.data_ptr(), mask_indptr.data_ptr())
+
+    def out_of_reach(self, op: str, num_tokens: int, num_kv_rows: int) -> IndexError:
+        """The error of a run whose tensors end before the planned index tensors do."""
+        if self.num_tokens > num_tokens:
+            return IndexError(f"{op}: q has {num_tokens} tokens; the planned qo_indptr ends at {self.num_tokens}")
+        if self.kv_indices is None:
+            return IndexError(f"{op}: k has {num_kv_rows} rows; the planned kv_indptr ends at {self.num_kv_rows}")
+        return IndexError(
+            f"{op}: the cache has {num_kv_rows} pages; the planned page numbers go up to {self.num_kv_rows - 1}"
+        )
+
+
+def check(op: str, names: Sequence[str], given: Sequence[torch.Tensor], page_size: int) -> tuple[int, int]:
+    """Check index tensors as far as the host can look at them.
+
+    given, names: [qo_indptr,] kv_indptr [, kv_indices, last_page_len].
+
+    Returns:
+        How many tokens and how many KV rows (ragged) or pages (paged) they reach; -1 where the host does not know.
+
+    Raises:
+        TypeError, ValueError, IndexError: saying which entry is off.
+    """
+    offsets: list[Optional[list[int]]] = []
+    for name, tensor in zip(names, given):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{op}: {name} is {type(tensor).__name__}; expected an int32 tensor")
+        if tensor.dim() != 1:
+            raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}; expected one dimension")
+        if tensor.dtype is not torch.int32 and tensor.dtype is not torch.int64:
+            raise ValueError(f"{op}: {name} is {tensor.dtype}; expected int32")
+        if name.endswith("indptr"):
+            offsets.append(_offsets(op, name, tensor))
+    is_paged = len(given) > len(offsets)
+    kv_offsets = offsets[-1]
+    num_tokens = offsets[0][-1] if len(offsets) == 2 and offsets[0] else -1
+    if kv_offsets is None:
+        return num_tokens, -1
+    return num_tokens, _check_pages(op, names[-3:], given[-2:], kv_offsets, page_size) if is_paged else kv_offsets[-1]
+
+
+def _offsets(op: str, name: str, indptr: torch.Tensor) -> Optional[list[int]]:
+    """Its values, if the host can look at them; they start at 0 or above and never descend."""
+    if not indices.are_visible(indptr) or indptr.numel() == 0:
+        return None
+    offsets: list[int] = indptr.tolist()
+    if offsets[0] < 0 or sorted(offsets) != offsets:
+        raise ValueError(f"{op}: {name} must start at 0 or above and never descend; got {offsets[:8]}…")
+    if offsets[-1] >= 1 << 31:
+        raise ValueError(f"{op}: {name} ends at {offsets[-1]}; expected below 2^31")
+    return offsets
+
+
+def _check_pages(
+    op: str, names: Sequence[str], given: Sequence[torch.Tensor], offsets: list[int], page_size: int
+) -> int:
+    """The pages that a cache must have; -1 where unknown."""
+    pages, last_page_len = given
+    begin, end = offsets[0], offsets[-1]
+    if end > pages.shape[0]:
+        raise IndexError(
+            f"{op}: {names[0]} ends at {end}; expected at most {pages.shape[0]}, the number of entries of {names[1]}"
+        )
+    if (end - begin) * page_size >= 1 << 31:
+        longest = max(after - before for before, after in itertools.pairwise(offsets))
+        require(
+            longest * page_size < 1 << 31, op, f"a request has {longest} pages of {page_size}; expected below 2^31 rows"
+        )
+    if indices.are_visible(last_page_len) and last_page_len.shape[0] == len(offsets) - 1:
+        lengths: list[int] = last_page_len.tolist()
+        if lengths and not (min(lengths) >= 1 and max(lengths) <= page_size):
+            for i, (length, before, after) in enumerate(zip(lengths, offsets, offsets[1:])):
+                if after > before and not 1 <= length <= page_size:
+                    raise ValueError(f"{op}: {names[2]}[{i}] is {length}; expected 1 to {page_size}, the page size")
+    if end == begin:
+        return 0
+    if not indices.are_visible(pages):
+        return -1
+    named = pages[begin:end]
+    indices.require_within(op, names[1], named, 0, 1 << 31, "a page number")
+    return int(named.max()) + 1
+
+
+def take(
+    op: str, names: Sequence[str], given: Sequence[torch.Tensor], device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """The index tensors as contiguous int32 on the device: themselves where they are that, else copies of our own."""
+    if device.type == "cpu":
+        for name, tensor in zip(names, given):
+            _require_readable(op, name, tensor, device)
+        return tuple(tensor.to(torch.int32, copy=True).contiguous() for tensor in given)
+    taken = list(given)
+    staged = []
+    for i, tensor in enumerate(given):
+        if tensor.device == device:
+            taken[i] = tensor.to(torch.int32).contiguous()
+        else:
+            _require_readable(op, names[i], tensor, device)
+            staged.append(i)
+    if staged:
+        for i, copy in zip(staged, _upload([given[i] for i in staged], device)):
+            taken[i] = copy
+    return tuple(taken)
+
+
+def are_in_place(given: Sequence[object], device: torch.device) -> bool:
+    """Whether all of them can be read where they are: the common case on a GPU, told apart in a microsecond."""
+    for tensor in given:
+        if not (
+            isinstance(tensor, torch.Tensor)
+            and tensor.dtype is torch.int32
+            and tensor.device == device
+            and tensor.dim() == 1
+            and tensor.is_contiguous()
+        ):
+            return False
+    return True
+
+
+def _require_readable(op: str, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device != device and tensor.device.type != "cpu":
+        raise ValueError(f"{op}: {name} is on {tensor.device}; expected {device} or the CPU")
+
+
+def _upload(given: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Host tensors, on their way to the device in one asynchronous copy. The caller's may be overwritten at once: what
+    is copied from is pinned memory of our own, which the allocator keeps until the copy is done."""
+    places, end = [], 0
+    for tensor in given:
+        places.append((end, end + tensor.numel()))
+        end += -(-tensor.numel() // _STAGED_ALIGNMENT) * _STAGED_ALIGNMENT
+    staging = torch.empty(end, dtype=torch.int32, device="cpu", pin_memory=True)
+    for tensor, (begin, stop) in zip(given, places):
+        staging[begin:stop].copy_(tensor)
+    arrived = staging.to(device, non_blocking=True)
+    return [arrived[begin:stop] for begin, stop in places]
+
+
+class FixedBuffers:
+    """The caller's index buffers of a wrapper for CUDA graphs: a plan copies into them, a replay reads them."""
+
+    def __init__(self, op: str, device: torch.device, buffers: Mapping[str, Optional[torch.Tensor]]) -> None:
+        self._op, self._device = op, device
+        self._buffers: dict[str, torch.Tensor] = {}
+        for name, buffer in buffers.items():
+            if buffer is None:
+                raise ValueError(f"{op}: use_cuda_graph=True needs {name}; the graph reads it at every replay")
+            if not isinstance(buffer, torch.Tensor):
+                raise TypeError(f"{op}: {name} is {type(buffer).__name__}; expected a tensor")
+            fits = buffer.dtype == torch.int32 and buffer.device == device
+            if not fits or buffer.dim() != 1 or not buffer.is_contiguous():
+                raise ValueError(
+                    f"{op}: {name} is {buffer.dtype} {list(buffer.shape)} on {buffer.device}; expected contiguous "
+                    f"int32 of one dimension on {device}"
+                )
+            self._buffers[name] = buffer
+
+    def require_room(self, names: Sequence[str], given: Sequence[torch.Tensor]) -> None:
+        """Offsets and lengths fix the batch size, page numbers may be fewer than the buffer holds."""
+        for name, tensor, (buffer_name, buffer) in zip(names, given, self._buffers.items()):
+            if "indices" in name:
+                if tensor.numel() > buffer.numel():
+                    raise ValueError(
+                        f"{self._op}: {buffer_name} holds {buffer.numel()} entries, the plan brings {tensor.numel()}; "
+                        "make the buffer as large as the largest plan"
+                    )
+            elif tensor.numel() != buffer.numel():
+                extra = 1 if name.endswith("indptr") else 0
+                raise ValueError(
+                    f"{self._op}: this wrapper was made for CUDA graphs of batch size {buffer.numel() - extra}, "
+                    f"{name} is for {tensor.numel() - extra}; pad with requests that have no tokens and no pages"
+                )
+
+    def fill(self, given: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Copy into the front of the buffers, in stream order, but for values that are the buffer already. Returns what
+        kernels read: the buffers, or on the CPU, which has no graphs, the copies, which nobody changes."""
+        for buffer, values in zip(self._buffers.values(), given):
+            if values.data_ptr() != buffer.data_ptr():
+                buffer[: values.numel()].copy_(values, non_blocking=True)
+        return tuple(given if self._device.type == "cpu" else self._buffers.values())

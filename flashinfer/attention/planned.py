@@ -1,0 +1,477 @@
+"""One planned wrapper: what decode and prefill have in common, whatever holds the KV.
+
+`plan` settles what the following runs share and launches a planner on the device, without waiting for it. A run finds
+the launch that was bound for its signature, and packs addresses. What fails changes nothing: a plan is checked, copied
+and launched before the wrapper takes note of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Optional, Protocol, Union
+
+import torch
+
+from flashinfer.attention import lengths, workspace
+from flashinfer.attention.compat import EngineNames, require_no_jit_args
+from flashinfer.attention.lengths import FixedBuffers, Lengths
+from flashinfer.attention.mask import take_mask
+from flashinfer.attention.variant import TRACED_OVERRIDES, Overrides, Variant
+from flashinfer.host import checks, indices, memo, paged_cache, traced
+from flashinfer.host.paged_cache import PagedCache
+from flashinfer.host.rows import require_distinct, require_rows
+
+DataType = Union[str, torch.dtype]
+Result = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
+Scales = tuple[Optional[float], Optional[float], Optional[float]]  # of q, k and v
+Masks = tuple[Optional[torch.Tensor], Optional[torch.Tensor]]  # custom_mask, packed_custom_mask
+
+
+# ----------------------------------------------------------------------------------------------------------------- plan
+
+
+class Extent(Protocol):
+    """Which KV a schedule brings to a block, and in what sizes: what a plan and a run must agree on."""
+
+    def covers(self, other: Any) -> bool:
+        """Whether a schedule of this extent gives right results for the other, if perhaps with needless tiles."""
+
+    def suits(self, other: Any, is_captured: bool) -> bool:
+        """Whether a run of the other extent keeps to this schedule, rather than plan again."""
+
+    def joined(self, other: Any) -> Extent:
+        """The smallest extent that covers both."""
+
+
+class Shape(NamedTuple):
+    """Of a planned batch."""
+
+    batch_size: int
+    num_qo_heads: int
+    num_kv_heads: int
+    page_size: int  # 1 without pages
+    head_dim_qk: int
+    head_dim_vo: int
+
+
+class Call(NamedTuple):
+    """What run() was given."""
+
+    q: torch.Tensor
+    kv: PagedCache
+    out: Optional[torch.Tensor]
+    lse: Optional[torch.Tensor]
+    scales: Scales
+    pdl: Optional[bool]
+    overrides: Optional[Overrides]
+
+    @property
+    def _k(self) -> torch.Tensor:
+        return self.kv if isinstance(self.kv, torch.Tensor) else self.kv[0]
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        return self._k.dtype
+
+    @property
+    def num_pages(self) -> int:
+        return self._k.shape[0]
+
+    @property
+    def v_offset(self) -> int:
+        """Bytes of V after K in a cache of one tensor."""
+        return self.kv.stride(1) * self.kv.element_size() if isinstance(self.kv, torch.Tensor) else 0
+
+
+Launch = Callable[..., None]  # takes the addresses of Lengths.row_addresses, q, out, lse, k, v, Lengths.kv_addresses
+
+
+@dataclass(frozen=True)
+class BoundRun:
+    """One signature of run() under one plan: checked, laid out but for the addresses."""
+
+    launch: Launch
+    settled_launch: Launch  # once a kernel was launched since the planner
+    new_out: memo.Allocate
+    new_lse: memo.Allocate
+    extent: Extent
+    v_offset: int  # bytes of V after K in a cache of one tensor
+    num_tokens: int
+    num_kv_rows: int  # or pages
+    is_empty: bool
+    short_queries: bool = False
+
+
+class Plan(ABC):
+    """What a plan settled, but for where the index tensors are, and the runs seen under it."""
+
+    def __init__(
+        self,
+        op: str,
+        device: torch.device,
+        shape: Shape,
+        dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+        mask: str,
+        variant: Variant,
+    ) -> None:
+        self.op, self.device, self.shape, self.mask, self.variant = op, device, shape, mask, variant
+        self.q_dtype, self.kv_dtype, self.o_dtype = dtypes
+        self.runs: memo.Memo[BoundRun] = memo.Memo()
+        for name, value in shape._asdict().items():
+            checks.integer(op, name, value, 0 if name == "batch_size" else 1)
+        paged_cache.require_heads(op, shape.num_qo_heads, shape.num_kv_heads)
+
+    @abstractmethod
+    def extent(self, short_queries: bool) -> Extent:
+        """Of the planned options. Loads their kernel; raises where there is none."""
+
+    @abstractmethod
+    def launch_planner(self, extent: Any, found: Lengths) -> None:
+        """Have the schedule of that extent written on the device; nothing on the CPU."""
+
+    @abstractmethod
+    def bind(self, call: Call, short_queries: bool) -> BoundRun:
+        """Check a call against the plan, and lay its launch out. Raises ValueError, TypeError or UnsupportedConfig."""
+
+    def require_tensors(self, call: Call) -> None:
+        """What every call must bring: tensors of dense rows on the wrapper's device."""
+        given = {"q": call.q, "out": call.out, "lse": call.lse}
+        for name, tensor in given.items():
+            if tensor is not None and tensor.device != self.device:
+                raise ValueError(
+                    f"{self.op}: {name} is on {tensor.device}, the workspace on {self.device}; move them to one device"
+                )
+        require_rows(self.op, "q", call.q)
+
+    def out_dtype(self, q_dtype: torch.dtype) -> torch.dtype:
+        return self.o_dtype if self.o_dtype != self.q_dtype else q_dtype
+
+    def outputs(self, call: Call) -> tuple[torch.Tensor, memo.Allocate, memo.Allocate]:
+        """The output, or one like it, and what makes outputs and LSE for a call that brings none."""
+        op, (num_tokens, num_heads) = self.op, call.q.shape[:2]
+        o_dtype = self.out_dtype(call.q.dtype)
+        out_shape = (num_tokens, num_heads, self.shape.head_dim_vo)
+        new_out = memo.allocator(out_shape, o_dtype, self.device)
+        new_lse = memo.allocator((num_tokens, num_heads), torch.float32, self.device)
+        out = new_out() if call.out is None else call.out
+        require_output(op, "out", out, out_shape, o_dtype)
+        require_rows(op, "out", out)
+        if call.lse is not None:
+            require_output(op, "lse", call.lse, out_shape[:2], torch.float32)
+            checks.require(call.lse.is_contiguous(), op, "lse is not contiguous; call .contiguous()")
+        return out, new_out, new_lse
+
+
+def require_output(op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise ValueError(f"{op}: {name} is {tensor.dtype} {list(tensor.shape)}; expected {dtype} {list(shape)}")
+    require_distinct(op, name, tensor)
+
+
+def no_launch(*addresses: Any) -> None:
+    """The launch of an empty batch."""
+
+
+# -------------------------------------------------------------------------------------------------------------- wrapper
+
+_MASK_ROLES = ("mask", "mask_indptr")
+_UNKNOWN = (-1, -1)
+
+
+class PlannedAttention(EngineNames):
+    """The wrapper but for its arguments.
+
+    Index tensors come in one order: qo_indptr where a request has several queries, then those of the KV. Under
+    use_cuda_graph they are kept in the caller's buffers.
+    """
+
+    _op_name: str
+    _index_names: tuple[str, ...]  # as plan() calls them
+    _roles: tuple[str, ...]  # what they are: attributes of Lengths
+
+    def __init__(
+        self,
+        float_workspace_buffer: torch.Tensor,
+        kv_layout: str,
+        use_cuda_graph: bool,
+        buffers: Mapping[str, Optional[torch.Tensor]],
+        mask_buffers: Masks,
+        backend: str,
+        jit_args: object,
+    ) -> None:
+        op = self._op_name
+        require_no_jit_args(op, jit_args)
+        paged_cache.require_layout(op, kv_layout)
+        workspace.require_workspace(op, float_workspace_buffer)
+        super().__init__(backend)
+        self.device = float_workspace_buffer.device
+        self._kv_layout = kv_layout
+        self._use_cuda_graph = use_cuda_graph
+        self._fixed: Optional[FixedBuffers] = None
+        if use_cuda_graph:
+            self._fixed = FixedBuffers(op, self.device, buffers)
+            self._buffers = {**dict(zip(self._roles, buffers.values())), **dict(zip(_MASK_ROLES, mask_buffers))}
+        self._float_workspace_buffer = float_workspace_buffer
+        int_bytes = workspace.INT_WORKSPACE_BYTES if self.device.type == "cuda" else 0
+        self._int_workspace_buffer = torch.empty(int_bytes, dtype=torch.uint8, device=self.device)
+        self._plans: memo.Memo[Plan] = memo.Memo()
+        self._plan: Optional[Plan] = None
+        self._lengths: Optional[Lengths] = None
+        self._extent: Optional[Extent] = None  # of the schedule on the device
+        self._is_settled = False  # a kernel was launched since the planner
+        self._last_run: Optional[BoundRun] = None
+        self._seen: Optional[Extent] = None  # under use_cuda_graph: what the runs so far needed
+        self._handle = next(_handles)  # names the wrapper in a compiled graph
+        _wrappers[self._handle] = self
+
+    @property
+    def is_cuda_graph_enabled(self) -> bool:
+        return self._use_cuda_graph
+
+    def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor) -> None:
+        """Use other workspaces from the next plan on."""
+        for buffer in (float_workspace_buffer, int_workspace_buffer):
+            workspace.require_workspace(self._op_name, buffer)
+            checks.require(
+                buffer.device == self.device,
+                self._op_name,
+                f"a workspace is on {buffer.device}; expected {self.device}, the device of the wrapper",
+            )
+        self._float_workspace_buffer = float_workspace_buffer
+        self._int_workspace_buffer = int_workspace_buffer
+        self._plans.clear()
+
+    def end_forward(self) -> None:
+        """Kept for compatibility; there is nothing to release."""
+
+    # ------------------------------------------------------------------------------------------------------------- plan
+
+    def _batch_size(self, *given: torch.Tensor) -> int:
+        """Of index tensors whose shapes agree."""
+        op, names = self._op_name, self._index_names
+        try:
+            sizes = [tensor.shape[0] for tensor in given]
+        except (AttributeError, IndexError):
+            lengths.check(op, names, given, 1)  # says which
+            raise
+        batch_size = sizes[-1] if self._roles[-1] == "last_page_len" else sizes[0] - 1
+        for name, role, size in zip(names, self._roles, sizes):
+            if role != "kv_indices" and size != batch_size + (role != "last_page_len"):
+                raise ValueError(
+                    f"{op}: {name} has shape [{size}], "
+                    + (
+                        f"{names[-1]} is for {batch_size} requests; expected [{batch_size + 1}]"
+                        if self._roles[-1] == "last_page_len"
+                        else f"{names[0]} is for {batch_size} requests; expected [{batch_size + 1}]"
+                    )
+                )
+        checks.require(batch_size >= 0, op, f"{names[0]} is empty; expected [batch_size + 1] offsets")
+        return batch_size
+
+    def _settle(
+        self, plan: Plan, given: tuple[torch.Tensor, ...], num_tokens: int = -1, masks: Optional[Masks] = None
+    ) -> None:
+        """Plan for the lengths in the index tensors, and only then take note of it.
+
+        num_tokens: of all requests, -1 where the host does not know. masks: of a plan with a custom mask.
+        """
+        op, names, device, page_size = self._op_name, self._index_names, self.device, plan.shape.page_size
+        if lengths.are_in_place(given, device) and not indices.are_visible(given[0]):
+            known, held = _UNKNOWN, given
+        else:
+            known = lengths.check(op, names, given, page_size)
+            held = lengths.take(op, names, given, device)
+        extent = self._choose(plan, known[0] if num_tokens < 0 else num_tokens)
+        if self._fixed is not None:
+            self._fixed.require_room(names, held)
+        found = Lengths(dict(zip(self._roles, held)), known)
+        if masks is not None:
+            buffers = (self._buffers["mask"], self._buffers["mask_indptr"]) if self._use_cuda_graph else None
+            found.take_mask(op, *take_mask(op, device, *masks, held[0], found.kv_lens(page_size), buffers), page_size)
+        if self._fixed is not None:
+            found = Lengths(dict(zip(self._roles, self._fixed.fill(held))), known).like(found)
+        elif self._buffers:
+            self._buffers.clear()  # what an engine assigned since the last plan
+        plan.launch_planner(extent, found)
+        self._plan, self._lengths, self._extent, self._is_settled = plan, found, extent, False
+
+    def _plan_from_buffers(self) -> None:
+        """Plan again what was planned last, for whatever the index buffers hold now."""
+        plan, op, names = self._plan, self._op_name, self._index_names
+        assert plan is not None
+        held, known = tuple(self._buffer(role) for role in self._roles), _UNKNOWN
+        if not lengths.are_in_place(held, self.device) or indices.are_visible(held[0]):
+            known = lengths.check(op, names, held, plan.shape.page_size)
+            held = lengths.take(op, names, held, self.device)
+        extent = self._choose(plan, known[0])
+        found = Lengths(dict(zip(self._roles, held)), known)
+        if plan.mask == "custom":
+            found.take_mask(op, self._buffer("mask"), self._buffer("mask_indptr"), plan.shape.page_size)
+        plan.launch_planner(extent, found)
+        self._lengths, self._extent, self._is_settled = found, extent, False
+
+    def _choose(self, plan: Plan, num_tokens: int) -> Extent:
+        """What to plan for: what the options ask for, and under use_cuda_graph what any run so far did, as a captured
+        one may be replayed on this schedule."""
+        extent = plan.extent(self._expect_short_queries(plan, num_tokens))
+        return extent if self._seen is None else extent.joined(self._seen)
+
+    def _expect_short_queries(self, plan: Plan, num_tokens: int) -> bool:
+        return False
+
+    # -------------------------------------------------------------------------------------------------------------- run
+
+    run: Callable[..., Result]
+
+    def run_return_lse(self, *args: Any, **kwargs: Any) -> Result:
+        """`run(..., return_lse=True)`."""
+        return self.run(*args, return_lse=True, **kwargs)
+
+    def _run(
+        self,
+        q: torch.Tensor,
+        kv: PagedCache,
+        out: Optional[torch.Tensor],
+        lse: Optional[torch.Tensor],
+        return_lse: bool,
+        scales: Scales,
+        pdl: Optional[bool],
+        overrides: Optional[Overrides],
+    ) -> Result:
+        if torch.compiler.is_dynamo_compiling():
+            return self._run_traced(q, kv, out, lse, return_lse, scales, pdl, overrides)
+        plan, found = self._plan, self._lengths
+        if plan is None or found is None:
+            raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's lengths first")
+        try:
+            q_ptr, out_ptr, out_key, lse_key = q.data_ptr(), 0, None, None
+            if out is not None:
+                out_ptr, out_key = out.data_ptr(), (out.dtype, out.shape, out.stride(), out.device)
+            if lse is not None:
+                lse_key = (lse.dtype, lse.shape, lse.stride(), lse.device)
+            if isinstance(kv, torch.Tensor):
+                k, v_key = kv, None
+                k_ptr = v_ptr = kv.data_ptr()
+            else:
+                k, v = kv
+                k_ptr, v_ptr = k.data_ptr(), v.data_ptr()
+                v_key = (v.dtype, v.shape, v.stride(), v.device)
+            key = (
+                q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.device, v_key, out_key, lse_key,
+                scales, pdl, overrides, (q_ptr | out_ptr | k_ptr | v_ptr) & 15,
+            )  # fmt: skip
+            run = plan.runs.get(key)
+        except (AttributeError, TypeError, ValueError):
+            raise self._not_tensors(q, kv, out, lse, scales, overrides) from None
+        if not (q_ptr and k_ptr and v_ptr):
+            checks.require_storage(self._op_name, q=q, k=k, v=k if v_key is None else v)
+        if run is None:
+            run = plan.runs.remember(key, self._bind(plan, Call(q, kv, out, lse, scales, pdl, overrides)))
+        if found.num_tokens > run.num_tokens or found.num_kv_rows > run.num_kv_rows:
+            raise found.out_of_reach(self._op_name, run.num_tokens, run.num_kv_rows)
+        if out is None:
+            out = run.new_out()
+        if return_lse and lse is None:
+            lse = run.new_lse()
+        if not run.is_empty:
+            if run.extent is not self._extent or run is not self._last_run:
+                self._follow(plan, found, run)
+            launch = run.settled_launch if self._is_settled else run.launch
+            launch(
+                *found.row_addresses, q_ptr, out.data_ptr(), 0 if lse is None else lse.data_ptr(), k_ptr,
+                v_ptr + run.v_offset, *found.kv_addresses,
+            )  # fmt: skip
+            self._is_settled = True
+        return (out, lse) if return_lse and lse is not None else out
+
+    def _follow(self, plan: Plan, found: Lengths, run: BoundRun) -> None:
+        """The first run since the planner, or another than the last: options given at run time may see other keys than
+        planned. Then plan again, also without waiting."""
+        extent, seen = self._extent, self._seen
+        assert extent is not None
+        if run.extent == extent:
+            self._extent = run.extent
+        elif not extent.suits(run.extent, self._use_cuda_graph):
+            plan.launch_planner(run.extent, found)
+            self._extent, self._is_settled = run.extent, False
+        if self._use_cuda_graph and (seen is None or not seen.covers(run.extent)):
+            self._seen = run.extent if seen is None else seen.joined(run.extent)
+        self._last_run = run
+
+    def _bind(self, plan: Plan, call: Call) -> BoundRun:
+        return plan.bind(call, short_queries=False)
+
+    def _run_traced(
+        self,
+        q: torch.Tensor,
+        kv: PagedCache,
+        out: Optional[torch.Tensor],
+        lse: Optional[torch.Tensor],
+        return_lse: bool,
+        scales: Scales,
+        pdl: Optional[bool],
+        overrides: Optional[Overrides],
+    ) -> Result:
+        plan = self._plan
+        if out is None:  # without a plan of any shape: the operator raises what an eager call does
+            out = (
+                torch.empty_like(q)
+                if plan is None
+                else q.new_empty((*q.shape[:-1], plan.shape.head_dim_vo), dtype=plan.out_dtype(q.dtype))
+            )
+        if return_lse and lse is None:
+            lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        _run_door(self._handle, q, kv, out, lse, *scales, pdl, overrides)
+        return (out, lse) if return_lse and lse is not None else out
+
+    def _not_tensors(self, q: Any, kv: Any, out: Any, lse: Any, scales: Scales, overrides: Any) -> Exception:
+        """What is wrong with arguments whose signature could not be taken."""
+        op, pair = self._op_name, kv if isinstance(kv, (tuple, list)) else (kv,)
+        if len(pair) > 2 or not pair or (len(pair) == 1 and pair is kv):
+            return ValueError(f"{op}: the KV is a {type(kv).__name__} of {len(pair)}; expected a tensor or (k, v)")
+        names = ("k", "v") if len(pair) == 2 else ("the KV cache",)
+        for name, value in {"q": q, **dict(zip(names, pair)), "out": out, "lse": lse}.items():
+            if not isinstance(value, torch.Tensor) and not (value is None and name in ("out", "lse")):
+                return TypeError(f"{op}: {name} is {type(value).__name__}; expected a tensor")
+        return TypeError(f"{op}: scales {scales!r:.60} or options {overrides!r:.100} are not numbers")
+
+
+_handles = itertools.count()
+_wrappers: weakref.WeakValueDictionary[int, PlannedAttention] = weakref.WeakValueDictionary()
+
+
+def _run_by_handle(
+    handle: int,
+    q: torch.Tensor,
+    kv: PagedCache,
+    out: torch.Tensor,
+    lse: Optional[torch.Tensor],
+    q_scale: Optional[float],
+    k_scale: Optional[float],
+    v_scale: Optional[float],
+    pdl: Optional[bool],
+    overrides: Optional[Overrides],
+) -> None:
+    _wrappers[handle]._run(q, kv, out, lse, False, (q_scale, k_scale, v_scale), pdl, overrides)
+
+
+_run_door = traced.door(
+    "run_planned_attention",
+    _run_by_handle,
+    {
+        "handle": "int",
+        "q": "Tensor",
+        "kv": traced.TENSORS,
+        "out": "Tensor(!)",
+        "lse": "Tensor(!)?",
+        "q_scale": "float?",
+        "k_scale": "float?",
+        "v_scale": "float?",
+        "pdl": "bool?",
+        "overrides": TRACED_OVERRIDES,
+    },
+)
