@@ -15,7 +15,7 @@ from flashinfer.errors import UnsupportedConfig
 
 if TYPE_CHECKING:
     from flashinfer.attention.lengths import Lengths
-    from flashinfer.attention.planned import Plan
+    from flashinfer.attention.plan import Plan
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 

@@ -7,6 +7,9 @@ import operator
 from typing import Optional
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from flashinfer.errors import UnsupportedConfig
 
 
 def require(condition: bool, op: str, message: str) -> None:
@@ -54,12 +57,14 @@ def not_tensors(op: str, **given: object) -> TypeError:
     return TypeError(f"{op}: {', '.join(given)}: expected tensors")
 
 
-def require_storage(op: str, **tensors: torch.Tensor) -> None:
-    """Not a fake tensor, which has the signature of a real one and the address 0. Asked where an address is 0, which
-    those of empty tensors are as well."""
+def require_memory(op: str, **tensors: torch.Tensor) -> None:
+    """Tensors in the memory of the CPU or of a CUDA device: not on meta nor fake, which have a shape alone."""
     for name, tensor in tensors.items():
-        if tensor.data_ptr() == 0 and tensor.numel() > 0:
-            raise ValueError(f"{op}: {name} is a {type(tensor).__name__} on {tensor.device} without memory of its own")
+        if tensor.device.type not in ("cpu", "cuda") or isinstance(tensor, FakeTensor):
+            raise UnsupportedConfig(
+                f"{op}: {name} is a {type(tensor).__name__} on {tensor.device}, which has no memory here; expected a "
+                "tensor on the CPU or on a CUDA device"
+            )
 
 
 def require_like(

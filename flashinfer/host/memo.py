@@ -31,8 +31,8 @@ class Memo(dict[Any, T], Generic[T]):
 
 
 def signature(tensor: torch.Tensor) -> tuple[object, ...]:
-    """What a prepared launch depends on, but for the address."""
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+    """What a prepared launch depends on, but for the address. The class is for fake tensors, alike in all else."""
+    return tensor.__class__, tensor.dtype, tensor.shape, tensor.stride(), tensor.device
 
 
 _raw_stream = stream_getter()

@@ -9,7 +9,8 @@ import torch
 from flashinfer import dtypes
 from flashinfer.attention.compat import IndexBuffer, check_later_arguments
 from flashinfer.attention.decode.plan import DecodePlan
-from flashinfer.attention.planned import DataType, PlannedAttention, Result, Scales, Shape
+from flashinfer.attention.plan import Scales, Shape
+from flashinfer.attention.planned import DataType, PlannedAttention, Result
 from flashinfer.attention.variant import Overrides, Variant
 from flashinfer.host.paged_cache import PagedCache
 

@@ -9,7 +9,7 @@ import torch
 from flashinfer.attention.decode import launch as launches
 from flashinfer.attention.decode.launch import DecodeKernel, Schedule
 from flashinfer.attention.lengths import Lengths
-from flashinfer.attention.planned import BoundRun, Call, Plan, Shape, no_launch
+from flashinfer.attention.plan import BoundRun, Call, Plan, Shape, no_launch
 from flashinfer.attention.variant import Variant, factors
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.attention.params import ADDRESSES, fast_divisor

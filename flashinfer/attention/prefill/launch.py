@@ -11,7 +11,7 @@ import torch
 
 from flashinfer import dtypes, target
 from flashinfer.attention import workspace
-from flashinfer.attention.planned import Launch
+from flashinfer.attention.plan import Launch
 from flashinfer.attention.variant import Variant
 from flashinfer.families.attention import prefill as families
 from flashinfer.families.attention.params import ADDRESSES, fast_divisor

@@ -7,7 +7,8 @@ from typing import Any, Optional, Union
 import torch
 
 from flashinfer.attention.compat import IndexBuffer, check_later_arguments
-from flashinfer.attention.planned import DataType, Result, Shape
+from flashinfer.attention.plan import Shape
+from flashinfer.attention.planned import DataType, Result
 from flashinfer.attention.prefill.plan import RaggedKv
 from flashinfer.attention.prefill.wrapper import PrefillWrapper
 from flashinfer.attention.variant import Overrides

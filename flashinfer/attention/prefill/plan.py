@@ -8,7 +8,7 @@ from typing import Optional, Union
 import torch
 
 from flashinfer.attention.lengths import Lengths
-from flashinfer.attention.planned import BoundRun, Call, Plan, Shape, no_launch
+from flashinfer.attention.plan import BoundRun, Call, Plan, Shape, no_launch
 from flashinfer.attention.prefill import launch as launches
 from flashinfer.attention.prefill.launch import Extent, PlannerLaunch, PrefillKernel, Schedule
 from flashinfer.attention.variant import Variant, factors

@@ -8,7 +8,7 @@ from typing import Any, Optional, Union
 
 import torch
 
-from flashinfer.attention.planned import Launch, no_launch
+from flashinfer.attention.plan import Launch, no_launch
 from flashinfer.attention.prefill import launch as launches
 from flashinfer.attention.prefill.launch import Extent, Schedule
 from flashinfer.attention.prefill.plan import row_strides

@@ -9,7 +9,8 @@ import torch
 
 from flashinfer import dtypes
 from flashinfer.attention.compat import IndexBuffer
-from flashinfer.attention.planned import BoundRun, Call, DataType, Masks, Plan, PlannedAttention, Result, Shape
+from flashinfer.attention.plan import BoundRun, Call, Plan, Shape
+from flashinfer.attention.planned import DataType, Masks, PlannedAttention, Result
 from flashinfer.attention.prefill.plan import PrefillPlan, RaggedKv
 from flashinfer.attention.variant import Variant
 from flashinfer.errors import UnsupportedConfig

@@ -1,0 +1,164 @@
+"""What planned attention settles ahead of its runs, decode and prefill alike: shapes, kernels, the schedule, and each
+signature of run() bound to a launch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Optional, Protocol
+
+import torch
+
+from flashinfer.attention.lengths import Lengths
+from flashinfer.attention.variant import Overrides, Variant
+from flashinfer.host import checks, memo, paged_cache
+from flashinfer.host.paged_cache import PagedCache
+from flashinfer.host.rows import require_distinct, require_rows
+
+Scales = tuple[Optional[float], Optional[float], Optional[float]]  # of q, k and v
+
+
+class Extent(Protocol):
+    """Which KV a schedule brings to a block, and in what sizes: what a plan and a run must agree on."""
+
+    def covers(self, other: Any) -> bool:
+        """Whether a schedule of this extent gives right results for the other, if perhaps with needless tiles."""
+
+    def suits(self, other: Any, is_captured: bool) -> bool:
+        """Whether a run of the other extent keeps to this schedule, rather than plan again."""
+
+    def joined(self, other: Any) -> Extent:
+        """The smallest extent that covers both."""
+
+
+class Shape(NamedTuple):
+    """Of a planned batch."""
+
+    batch_size: int
+    num_qo_heads: int
+    num_kv_heads: int
+    page_size: int  # 1 without pages
+    head_dim_qk: int
+    head_dim_vo: int
+
+
+class Call(NamedTuple):
+    """What run() was given."""
+
+    q: torch.Tensor
+    kv: PagedCache
+    out: Optional[torch.Tensor]
+    lse: Optional[torch.Tensor]
+    scales: Scales
+    pdl: Optional[bool]
+    overrides: Optional[Overrides]
+
+    @property
+    def _k(self) -> torch.Tensor:
+        return self.kv if isinstance(self.kv, torch.Tensor) else self.kv[0]
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        return self._k.dtype
+
+    @property
+    def num_pages(self) -> int:
+        return self._k.shape[0]
+
+    @property
+    def v_offset(self) -> int:
+        """Bytes of V after K in a cache of one tensor."""
+        return self.kv.stride(1) * self.kv.element_size() if isinstance(self.kv, torch.Tensor) else 0
+
+
+Launch = Callable[..., None]  # takes the addresses of Lengths.row_addresses, q, out, lse, k, v, Lengths.kv_addresses
+
+
+@dataclass(frozen=True)
+class BoundRun:
+    """One signature of run() under one plan: checked, laid out but for the addresses."""
+
+    launch: Launch
+    settled_launch: Launch  # once a kernel was launched since the planner
+    new_out: memo.Allocate
+    new_lse: memo.Allocate
+    extent: Extent
+    v_offset: int  # bytes of V after K in a cache of one tensor
+    num_tokens: int
+    num_kv_rows: int  # or pages
+    is_empty: bool
+    short_queries: bool = False
+
+
+class Plan(ABC):
+    """What a plan settled, but for where the index tensors are, and the runs seen under it."""
+
+    def __init__(
+        self,
+        op: str,
+        device: torch.device,
+        shape: Shape,
+        dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+        mask: str,
+        variant: Variant,
+    ) -> None:
+        self.op, self.device, self.shape, self.mask, self.variant = op, device, shape, mask, variant
+        self.q_dtype, self.kv_dtype, self.o_dtype = dtypes
+        self.runs: memo.Memo[BoundRun] = memo.Memo()
+        for name, value in shape._asdict().items():
+            checks.integer(op, name, value, 0 if name == "batch_size" else 1)
+        paged_cache.require_heads(op, shape.num_qo_heads, shape.num_kv_heads)
+
+    @abstractmethod
+    def extent(self, short_queries: bool) -> Extent:
+        """Of the planned options. Loads their kernel; raises where there is none."""
+
+    @abstractmethod
+    def launch_planner(self, extent: Any, found: Lengths) -> None:
+        """Have the schedule of that extent written on the device; nothing on the CPU."""
+
+    @abstractmethod
+    def bind(self, call: Call, short_queries: bool) -> BoundRun:
+        """Check a call against the plan, and lay its launch out. Raises ValueError, TypeError or UnsupportedConfig."""
+
+    def require_tensors(self, call: Call) -> None:
+        """What every call must bring: tensors of dense rows on the wrapper's device."""
+        pair = (call.kv,) if isinstance(call.kv, torch.Tensor) else call.kv
+        given = {"q": call.q, "out": call.out, "lse": call.lse, **dict(zip(("the K cache", "the V cache"), pair))}
+        for name, tensor in given.items():
+            if tensor is not None:
+                checks.require_memory(self.op, **{name: tensor})
+            if tensor is not None and tensor.device != self.device:
+                raise ValueError(
+                    f"{self.op}: {name} is on {tensor.device}, the workspace on {self.device}; move them to one device"
+                )
+        require_rows(self.op, "q", call.q)
+
+    def out_dtype(self, q_dtype: torch.dtype) -> torch.dtype:
+        return self.o_dtype if self.o_dtype != self.q_dtype else q_dtype
+
+    def outputs(self, call: Call) -> tuple[torch.Tensor, memo.Allocate, memo.Allocate]:
+        """The output, or one like it, and what makes outputs and LSE for a call that brings none."""
+        op, (num_tokens, num_heads) = self.op, call.q.shape[:2]
+        o_dtype = self.out_dtype(call.q.dtype)
+        out_shape = (num_tokens, num_heads, self.shape.head_dim_vo)
+        new_out = memo.allocator(out_shape, o_dtype, self.device)
+        new_lse = memo.allocator((num_tokens, num_heads), torch.float32, self.device)
+        out = new_out() if call.out is None else call.out
+        require_output(op, "out", out, out_shape, o_dtype)
+        require_rows(op, "out", out)
+        if call.lse is not None:
+            require_output(op, "lse", call.lse, out_shape[:2], torch.float32)
+            checks.require(call.lse.is_contiguous(), op, "lse is not contiguous; call .contiguous()")
+        return out, new_out, new_lse
+
+
+def require_output(op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise ValueError(f"{op}: {name} is {tensor.dtype} {list(tensor.shape)}; expected {dtype} {list(shape)}")
+    require_distinct(op, name, tensor)
+
+
+def no_launch(*addresses: Any) -> None:
+    """The launch of an empty batch."""
