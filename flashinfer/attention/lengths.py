@@ -208,13 +208,12 @@ def _require_readable(op: str, name: str, tensor: torch.Tensor, device: torch.de
 
 
 def _upload(given: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """Host tensors, on their way to the device in one asynchronous copy. The caller's may be overwritten at once: what
-    is copied from is pinned memory of our own, which the allocator keeps until the copy is done."""
+    """Host tensors, on their way to the device in one copy."""
     places, end = [], 0
     for tensor in given:
         places.append((end, end + tensor.numel()))
         end += -(-tensor.numel() // _STAGED_ALIGNMENT) * _STAGED_ALIGNMENT
-    staging = torch.empty(end, dtype=torch.int32, device="cpu", pin_memory=True)
+    staging = torch.empty(end, dtype=torch.int32, device="cpu", pin_memory=True)  # ours: see host/uploads.py
     for tensor, (begin, stop) in zip(given, places):
         staging[begin:stop].copy_(tensor)
     arrived = staging.to(device, non_blocking=True)

@@ -441,3 +441,58 @@ def test_indices_on_a_gpu_are_checked_on_request(kind: str, monkeypatch: pytest.
     finally:
         monkeypatch.undo()
         indices._checks_devices.cache_clear()
+
+
+# ------------------------------------------------------------------------------------------------------- without a plan
+
+
+def _single(name: str, device: torch.device) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    k = torch.randn(9, KV_HEADS, HEAD_DIM).to(device, dtype)
+    q = torch.randn(*((HEADS, HEAD_DIM) if name == "decode" else (3, HEADS, HEAD_DIM))).to(device, dtype)
+    return getattr(flashinfer, f"single_{name}_with_kv_cache"), {"q": q, "k": k, "v": k.flip(0)}
+
+
+@pytest.mark.parametrize("which", "qkv")
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_single_refuses_what_is_no_tensor_in_memory(name: str, which: str, device: torch.device) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    function, given = _single(name, device)
+    expected = function(**given)
+    fake = FakeTensorMode(allow_non_fake_inputs=True).from_tensor
+    for value in (None, 3, "q", [1.0]):
+        with pytest.raises(TypeError, match=f"{which} is {type(value).__name__}; expected a tensor"):
+            function(**{**given, which: value})
+    for pretended in (given[which].to("meta"), fake(given[which])):
+        with pytest.raises((ValueError, RuntimeError)):
+            function(**{**given, which: pretended})
+    for shape in ((), (3,), (2, 2, 2, 2)):
+        with pytest.raises(ValueError):
+            function(**{**given, which: torch.zeros(shape, device=device, dtype=given["q"].dtype)})
+    assert torch.equal(function(**given), expected)
+
+
+@pytest.mark.parametrize("name, value", CASES, ids=[f"{name}={value!r}" for name, value in CASES])
+@pytest.mark.parametrize("operator", ["decode", "prefill"])
+def test_single_options_out_of_range(operator: str, name: str, value: Any) -> None:
+    function, given = _single(operator, torch.device("cpu"))
+    with pytest.raises((ValueError, TypeError), match=rf"^\w+: {name}"):
+        function(**given, **{name: value})
+
+
+def test_single_masks_that_do_not_fit(device: torch.device) -> None:
+    function, given = _single("prefill", device)
+    expected = function(**given, causal=True)
+    mask = torch.ones(3, 9, device=device).tril(6).bool()
+    for bad in (mask[:2], mask[:, :8], mask[None, :, :, None][..., :0], mask.flatten()[:-1]):
+        with pytest.raises(ValueError, match="custom_mask"):
+            function(**given, custom_mask=bad)
+    packed = flashinfer.packbits(mask.flatten(), bitorder="little")
+    for bad in (packed[:-1], packed.int(), packed[:0]):
+        with pytest.raises(ValueError, match="packed_custom_mask"):
+            function(**given, packed_custom_mask=bad)
+    with pytest.raises(TypeError, match="custom_mask is list; expected a tensor"):
+        function(**given, custom_mask=[True])
+    for options in ({"custom_mask": mask}, {"custom_mask": mask.cpu()}, {"packed_custom_mask": packed.cpu()}):
+        assert torch.equal(function(**given, **options), expected)

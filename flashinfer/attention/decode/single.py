@@ -91,8 +91,9 @@ def _run(
     q_ptr, k_ptr, v_ptr, k_shape, v_shape = q.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape, v.shape
     kv_len = k_shape[rows]  # no part of the key: it grows from call to call
     key = (
-        q.dtype, q.shape, q.stride(), q.device, k.dtype, k_shape[heads], k_shape[2], k.stride(), k.device,
-        v.dtype, v_shape[heads], v_shape[2], v.stride(), v.device, options, (q_ptr | k_ptr | v_ptr) & 15,
+        q.__class__, q.dtype, q.shape, q.stride(), q.device, k.__class__, k.dtype, k_shape[heads], k_shape[2],
+        k.stride(), k.device, v.__class__, v.dtype, v_shape[heads], v_shape[2], v.stride(), v.device, options,
+        (q_ptr | k_ptr | v_ptr) & 15,
     )  # fmt: skip
     single = _singles.get(key)
     if single is None or v_shape[rows] != kv_len:
@@ -130,6 +131,7 @@ class _BoundSingle:
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: _Options) -> None:
         op, (kv_layout, *variant_options), scales = "single_decode", options[:-3], options[-3:]
+        checks.require_memory(op, q=q, k=k, v=v)
         paged_cache.require_layout(op, kv_layout)
         rows, heads = (0, 1) if kv_layout == "NHD" else (1, 0)
         num_qo_heads, num_kv_heads = q.shape[0], k.shape[heads]

@@ -16,6 +16,7 @@ from flashinfer.attention.variant import Variant, factors
 from flashinfer.families.attention import prefill as families
 from flashinfer.host import checks, memo, paged_cache, traced
 from flashinfer.host.rows import require_rows
+from flashinfer.host.uploads import upload
 from flashinfer.quantization import packbits
 
 _OP = "single_prefill"
@@ -98,17 +99,20 @@ def _run(
     kv_layout: str,
     *options: Any,
 ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    mask, mask_bits = "causal" if causal else "none", None
-    if custom_mask is not None or packed_custom_mask is not None:
-        mask, mask_bits = "custom", _mask_bits(q, k, custom_mask, packed_custom_mask, kv_layout)
-    q_ptr, k_ptr, v_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    is_custom = custom_mask is not None or packed_custom_mask is not None
+    mask = "custom" if is_custom else "causal" if causal else "none"
+    try:
+        q_ptr, k_ptr, v_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    except AttributeError:
+        raise checks.not_tensors(_OP, q=q, k=k, v=v) from None
     key = (
-        q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.device,
-        v.dtype, v.shape, v.stride(), v.device, kv_layout, mask, options, (q_ptr | k_ptr | v_ptr) & 15,
+        q.__class__, q.dtype, q.shape, q.stride(), q.device, k.__class__, k.dtype, k.shape, k.stride(), k.device,
+        v.__class__, v.dtype, v.shape, v.stride(), v.device, kv_layout, mask, options, (q_ptr | k_ptr | v_ptr) & 15,
     )  # fmt: skip
     single = _singles.get(key)
     if single is None:
         single = _singles.remember(key, _BoundSingle(q, k, v, kv_layout, mask, options))
+    mask_bits = _mask_bits(q, k, custom_mask, packed_custom_mask, kv_layout) if is_custom else None
     if out is None:
         out = single.new_out()
     if return_lse and lse is None:
@@ -150,18 +154,21 @@ def _mask_bits(
     kv_layout: str,
 ) -> torch.Tensor:
     num_bits = q.shape[0] * k.shape[0 if kv_layout == "NHD" else 1]
+    given = custom_mask if packed is None else packed
+    if not isinstance(given, torch.Tensor):
+        raise checks.not_tensors(_OP, custom_mask=given)
+    checks.require_memory(_OP, custom_mask=given)
     if packed is None:
-        assert custom_mask is not None
         checks.require(
-            custom_mask.numel() == num_bits, _OP,
-            f"custom_mask has shape {list(custom_mask.shape)}; expected [qo_len, kv_len] of {num_bits} elements",
+            given.numel() == num_bits, _OP,
+            f"custom_mask has shape {list(given.shape)}; expected [qo_len, kv_len] of {num_bits} elements",
         )  # fmt: skip
-        return packbits(custom_mask.to(q.device, non_blocking=True).contiguous().view(-1), bitorder="little")
+        return packbits(upload(given, q.device).contiguous().view(-1), bitorder="little")
     checks.require(
-        packed.dtype == torch.uint8 and packed.numel() * 8 >= num_bits, _OP,
-        f"packed_custom_mask is {packed.dtype} of {packed.numel()} elements; expected uint8, {-(-num_bits // 8)} bytes",
+        given.dtype == torch.uint8 and given.numel() * 8 >= num_bits, _OP,
+        f"packed_custom_mask is {given.dtype} of {given.numel()} elements; expected uint8, {-(-num_bits // 8)} bytes",
     )  # fmt: skip
-    return packed.to(q.device, non_blocking=True).contiguous()
+    return upload(given, q.device).contiguous()
 
 
 class _BoundSingle:
@@ -171,6 +178,7 @@ class _BoundSingle:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_layout: str, mask: str, given: tuple[Any, ...]
     ) -> None:
         """given: arguments of `Variant.of` after head_dim, and the scales."""
+        checks.require_memory(_OP, q=q, k=k, v=v)
         paged_cache.require_layout(_OP, kv_layout)
         checks.require(q.dim() == 3, _OP, f"q has shape {list(q.shape)}; expected [qo_len, num_qo_heads, head_dim]")
         kv_strides = row_strides(_OP, k, v, kv_layout)
