@@ -27,32 +27,35 @@ class DecodeKernel:
     num_chunks: int  # that fill the device once; none on the CPU
 
 
-def spec(
+def load_kernel(
     device: torch.device,
     types: tuple[torch.dtype, torch.dtype, torch.dtype],
     head_dims: tuple[int, int],
-    group_size: int,
+    num_heads: tuple[int, int],
     kv_storage: str,
     variant: Variant,
-) -> KernelSpec:
-    """types: of q, KV and output; head_dims: of queries and keys, and of values. Raises UnsupportedConfig."""
+    pdl: Optional[bool] = None,
+) -> DecodeKernel:
+    """types: of q, KV and output; head_dims: of queries and keys, and of values; num_heads: of queries and KV. Raises
+    UnsupportedConfig where there is no kernel, or what `Resolver.load` does."""
     q_dtype, kv_dtype, o_dtype = map(dtypes.short_name, types)
-    return families.decode(
+    spec = families.decode(
         target.of_device(device),
         q_dtype=q_dtype,
         kv_dtype=kv_dtype,
         o_dtype=o_dtype,
         head_dim=head_dims[0],
         head_dim_vo=head_dims[1],
-        group_size=group_size,
+        group_size=num_heads[0] // num_heads[1],
         kv_storage=kv_storage,
         **variant.spec_args,
     )
+    return _load(device, spec, *num_heads, pdl)
 
 
 @functools.cache
-def load_kernel(
-    device: torch.device, spec: KernelSpec, num_qo_heads: int, num_kv_heads: int, pdl: Optional[bool] = None
+def _load(
+    device: torch.device, spec: KernelSpec, num_qo_heads: int, num_kv_heads: int, pdl: Optional[bool]
 ) -> DecodeKernel:
     kernel = default_resolver().load(spec)
     if device.type == "cpu":

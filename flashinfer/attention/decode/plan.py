@@ -60,11 +60,10 @@ class DecodePlan(Plan):
 
     def _load(self, variant: Variant, pdl: Optional[bool]) -> DecodeKernel:
         shape = self.shape
-        spec = launches.spec(
+        return launches.load_kernel(
             self.device, (self.q_dtype, self.kv_dtype, self.o_dtype), (shape.head_dim_qk, shape.head_dim_vo),
-            shape.num_qo_heads // shape.num_kv_heads, "paged", variant,
+            (shape.num_qo_heads, shape.num_kv_heads), "paged", variant, pdl,
         )  # fmt: skip
-        return launches.load_kernel(self.device, spec, shape.num_qo_heads, shape.num_kv_heads, pdl)
 
     def extent(self, short_queries: bool) -> Extent:
         return Extent(self.variant.window_left)

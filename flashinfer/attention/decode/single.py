@@ -8,11 +8,10 @@ import torch
 
 from flashinfer.attention.decode import launch as launches
 from flashinfer.attention.decode.launch import Schedule
+from flashinfer.attention.sequence import check_sequence
 from flashinfer.attention.variant import Variant, factors
 from flashinfer.families.attention.params import ADDRESSES, fast_divisor
-from flashinfer.host import checks, memo, paged_cache, traced
-from flashinfer.host.paged_cache import KvStrides
-from flashinfer.host.rows import require_rows
+from flashinfer.host import checks, memo, traced
 from flashinfer.jit.loader import PreparedLaunch
 
 
@@ -131,44 +130,24 @@ class _BoundSingle:
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: _Options) -> None:
         op, (kv_layout, *variant_options), scales = "single_decode", options[:-3], options[-3:]
-        checks.require_memory(op, q=q, k=k, v=v)
-        paged_cache.require_layout(op, kv_layout)
-        rows, heads = (0, 1) if kv_layout == "NHD" else (1, 0)
-        num_qo_heads, num_kv_heads = q.shape[0], k.shape[heads]
-        checks.require(
-            k.shape[-1] == q.shape[-1],
-            op,
-            f"k dim 2 (head_dim) is {k.shape[-1]}, q has {q.shape[-1]}; they must be equal",
-        )
-        checks.require(
-            k.shape[:2] == v.shape[:2],
-            op,
-            f"k has shape {list(k.shape)}, v {list(v.shape)}; lengths and heads must agree",
-        )
-        checks.require(k.dtype == v.dtype, op, f"k is {k.dtype}, v {v.dtype}; expected one dtype")
-        paged_cache.require_heads(op, num_qo_heads, num_kv_heads)
-        for name, tensor in (("q", q), ("k", k), ("v", v)):
-            checks.require_device(op, name, tensor, q, "q")
-            require_rows(op, name, tensor)
-        device = q.device
-        variant = Variant.of(op, q.shape[1], *variant_options)
-        spec = launches.spec(
-            device, (q.dtype, k.dtype, q.dtype), (q.shape[1], v.shape[2]), num_qo_heads // num_kv_heads, "single",
+        sequence, device = check_sequence(op, q, k, v, kv_layout), q.device
+        num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, _, kv_strides = sequence
+        variant = Variant.of(op, head_dim_qk, *variant_options)
+        self.kernel = launches.load_kernel(
+            device, (q.dtype, k.dtype, q.dtype), (head_dim_qk, head_dim_vo), (num_qo_heads, num_kv_heads), "single",
             variant,
         )  # fmt: skip
-        self.kernel = launches.load_kernel(device, spec, num_qo_heads, num_kv_heads)
-        self.new_out = memo.allocator((num_qo_heads, v.shape[2]), q.dtype, device)
+        self.new_out = memo.allocator((num_qo_heads, head_dim_vo), q.dtype, device)
         self.new_lse = memo.allocator((num_qo_heads,), torch.float32, device)
-        self.device, self.num_qo_heads, self.head_dim_vo = device, num_qo_heads, v.shape[2]
+        self.device, self.num_qo_heads, self.head_dim_vo = device, num_qo_heads, head_dim_vo
         self.window_left = variant.window_left
-        strides = KvStrides(k.stride(rows), 0, k.stride(heads), v.stride(rows), 0, v.stride(heads))
         self.values = {
             **fast_divisor("kv.index.page_size", 1),
-            **strides.values,
+            **kv_strides.values,
             "q_token_stride": 0,
             "q_head_stride": q.stride(0),
             "out_token_stride": 0,
-            "out_head_stride": v.shape[2],
+            "out_head_stride": head_dim_vo,
             "batch_size": 1,
             "num_qo_heads": num_qo_heads,
             "num_kv_heads": num_kv_heads,

@@ -31,7 +31,7 @@ class PrefillKernel:
     num_ctas: int  # that the device holds at a time: the grid of a planned launch
 
 
-def spec(
+def load_kernel(
     device: torch.device,
     types: tuple[torch.dtype, torch.dtype],
     head_dims: tuple[int, int],
@@ -39,10 +39,12 @@ def spec(
     mask: str,
     variant: Variant,
     short_queries: bool,
-) -> KernelSpec:
-    """types: of q and KV; head_dims: of queries and keys, and of values. Raises UnsupportedConfig."""
+    pdl: Optional[bool] = None,
+) -> PrefillKernel:
+    """types: of q and KV; head_dims: of queries and keys, and of values. Raises UnsupportedConfig where there is no
+    kernel, or what `Resolver.load` does."""
     q_dtype, kv_dtype = map(dtypes.short_name, types)
-    return families.prefill(
+    spec = families.prefill(
         target.of_device(device),
         q_dtype=q_dtype,
         kv_dtype=kv_dtype,
@@ -53,10 +55,11 @@ def spec(
         mask=mask,
         **variant.spec_args,
     )
+    return _load(device, spec, pdl)
 
 
 @functools.cache
-def load_kernel(device: torch.device, spec: KernelSpec, pdl: Optional[bool] = None) -> PrefillKernel:
+def _load(device: torch.device, spec: KernelSpec, pdl: Optional[bool]) -> PrefillKernel:
     kernel = default_resolver().load(spec)
     if device.type == "cpu":
         return PrefillKernel(kernel.on(-1), 0, 0, 0)

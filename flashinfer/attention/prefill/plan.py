@@ -11,11 +11,11 @@ from flashinfer.attention.lengths import Lengths
 from flashinfer.attention.plan import BoundRun, Call, Plan, Shape, no_launch
 from flashinfer.attention.prefill import launch as launches
 from flashinfer.attention.prefill.launch import Extent, PlannerLaunch, PrefillKernel, Schedule
+from flashinfer.attention.sequence import row_strides
 from flashinfer.attention.variant import Variant, factors
 from flashinfer.families.attention.prefill import SHORT_ROWS
 from flashinfer.host import checks
 from flashinfer.host.paged_cache import KvStrides, PagedCache, PagedKv
-from flashinfer.host.rows import require_rows
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,6 @@ class RaggedKv:
 
     def num_rows(self, k: torch.Tensor) -> int:
         return k.shape[0 if self.layout == "NHD" else 1]
-
-
-def row_strides(op: str, k: torch.Tensor, v: torch.Tensor, layout: str) -> KvStrides:
-    """Strides of K and V given as rows: `[kv_len, num_kv_heads, head_dim]` (NHD) or with the first axes swapped
-    (HND).
-    """
-    for name, tensor in (("k", k), ("v", v)):
-        checks.require(
-            tensor.dim() == 3, op, f"{name} has shape {list(tensor.shape)}; expected three dimensions ({layout})"
-        )
-        require_rows(op, name, tensor)
-    checks.require(
-        k.shape[:2] == v.shape[:2], op, f"k has shape {list(k.shape)}, v {list(v.shape)}; lengths and heads must agree"
-    )
-    checks.require(k.dtype == v.dtype, op, f"k is {k.dtype}, v {v.dtype}; expected one dtype")
-    checks.require_device(op, "v", v, k, "k")
-    row, head = (0, 1) if layout == "NHD" else (1, 0)
-    return KvStrides(k.stride(row), 0, k.stride(head), v.stride(row), 0, v.stride(head))
 
 
 class PrefillPlan(Plan):
@@ -93,8 +75,7 @@ class PrefillPlan(Plan):
         self, types: tuple[torch.dtype, torch.dtype], mask: str, variant: Variant, short: bool, pdl: Optional[bool]
     ) -> PrefillKernel:
         dims = (self.shape.head_dim_qk, self.shape.head_dim_vo)
-        spec = launches.spec(self.device, types, dims, self._storage, mask, variant, short)
-        return launches.load_kernel(self.device, spec, pdl)
+        return launches.load_kernel(self.device, types, dims, self._storage, mask, variant, short, pdl)
 
     def is_short(self, num_tokens: int, otherwise: bool = False) -> bool:
         """Whether the tile for short queries serves this many tokens best; `otherwise` where the number is negative."""

@@ -11,11 +11,10 @@ import torch
 from flashinfer.attention.plan import Launch, no_launch
 from flashinfer.attention.prefill import launch as launches
 from flashinfer.attention.prefill.launch import Extent, Schedule
-from flashinfer.attention.prefill.plan import row_strides
+from flashinfer.attention.sequence import check_sequence
 from flashinfer.attention.variant import Variant, factors
 from flashinfer.families.attention import prefill as families
-from flashinfer.host import checks, memo, paged_cache, traced
-from flashinfer.host.rows import require_rows
+from flashinfer.host import checks, memo, traced
 from flashinfer.host.uploads import upload
 from flashinfer.quantization import packbits
 
@@ -178,32 +177,22 @@ class _BoundSingle:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_layout: str, mask: str, given: tuple[Any, ...]
     ) -> None:
         """given: arguments of `Variant.of` after head_dim, and the scales."""
-        checks.require_memory(_OP, q=q, k=k, v=v)
-        paged_cache.require_layout(_OP, kv_layout)
         checks.require(q.dim() == 3, _OP, f"q has shape {list(q.shape)}; expected [qo_len, num_qo_heads, head_dim]")
-        kv_strides = row_strides(_OP, k, v, kv_layout)
-        require_rows(_OP, "q", q)
-        checks.require_device(_OP, "k", k, q, "q")
-        checks.require(
-            k.shape[2] == q.shape[2], _OP, f"k dim 2 (head_dim) is {k.shape[2]}, q has {q.shape[2]}; they must be equal"
-        )
-        rows, heads = (0, 1) if kv_layout == "NHD" else (1, 0)
-        qo_len, num_qo_heads, head_dim_qk = q.shape
-        kv_len, num_kv_heads, head_dim_vo = v.shape[rows], v.shape[heads], v.shape[2]
-        paged_cache.require_heads(_OP, num_qo_heads, num_kv_heads)
-        device = q.device
+        sequence, qo_len, device = check_sequence(_OP, q, k, v, kv_layout), q.shape[0], q.device
+        num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, kv_len, kv_strides = sequence
         variant = Variant.of(_OP, head_dim_qk, *given[:6])
         scale_q, scale_k, scale_v, k_scale, v_scale = given[6:]
         scales = factors(_OP, (scale_q, scale_k, k_scale), (scale_v, v_scale))
         is_short = qo_len * num_qo_heads <= families.SHORT_ROWS * num_kv_heads
-        spec = launches.spec(device, (q.dtype, k.dtype), (head_dim_qk, head_dim_vo), "single", mask, variant, is_short)
-        kernel = launches.load_kernel(device, spec)
+        kernel = launches.load_kernel(
+            device, (q.dtype, k.dtype), (head_dim_qk, head_dim_vo), "single", mask, variant, is_short
+        )
         self.new_out = memo.allocator((qo_len, num_qo_heads, head_dim_vo), q.dtype, device)
         self.new_lse = memo.allocator((qo_len, num_qo_heads), torch.float32, device)
         self.device, self.kernel, self.num_kv_heads, self.head_dim_vo = device, kernel, num_kv_heads, head_dim_vo
         strides = (q.stride(0), q.stride(1), num_qo_heads * head_dim_vo, head_dim_vo)
         options = variant.values(num_qo_heads, device, *scales)
-        lengths, group_size = (qo_len, kv_len), num_qo_heads // num_kv_heads
+        lengths, group_size = (qo_len, kv_len), sequence.group_size
 
         def bind(grid_size: int, schedule: dict[str, int]) -> Launch:
             return launches.bind_launch(
