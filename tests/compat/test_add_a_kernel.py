@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-from flashinfer.jit.source import include_root
+from tests.compat import pages
 
-ROOT = Path(__file__).resolve().parents[2]
 # What an edit of the source tree would do, for a tree beside it: the added files are found after the package's own.
 FOLLOW = """
 import sys
@@ -39,26 +35,19 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", str(added / "tests" / "tes
 
 
 def test_the_page_works(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "add_a_kernel.md").read_text()
-    blocks = dict(re.findall(r"^## \d\. [^\n]*`([^\s`]+)`\n.*?^```\w+\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
-    assert list(blocks) == [
+    added = pages.files("add_a_kernel.md")
+    assert list(added) == [
         "csrc/toy/params.h",
         "csrc/toy/scale.cuh",
         "csrc/cpu/toy/scale.h",
         "flashinfer/families/toy.py",
         "flashinfer/toy.py",
     ]
-    shutil.copytree(include_root(), tmp_path / "csrc")
-    (tests_block,) = re.findall(r"^## 6.*?^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    (toml_block,) = re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    files = {**blocks, "tests/test_toy.py": tests_block, "mine.toml": toml_block}
-    files["tests/conftest.py"] = "from tests.conftest import *  # noqa: F403\n"
-    for name, text in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    done = subprocess.run(
-        [sys.executable, "-c", FOLLOW, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    sections = pages.sections("add_a_kernel.md")
+    added["tests/test_toy.py"], added["mine.toml"] = (
+        sections["6. Test it against an oracle"][0],
+        sections["7. Precompile it"][0],
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\b[24] passed", done.stdout), done.stdout  # the cuda half skips without a GPU
+    added["tests/conftest.py"] = "from tests.conftest import *  # noqa: F403\n"
+    printed = pages.follow(tmp_path, added, FOLLOW)
+    assert re.search(r"\b[24] passed", printed), printed  # the cuda half skips without a GPU
