@@ -173,7 +173,7 @@ def main() -> None:
     tables = {"host": table("us", [(name, us, {}, {}) for name, us in times.items()], partial=args.only)}
     if not args.no_start:
         starts = {
-            "import flashinfer, after torch": in_process(IMPORT),
+            "import flashinfer after torch": in_process(IMPORT),
             "first rmsnorm": in_process(FIRST_CALL.format(device=device)),
         }
         print_table("In a fresh process, ms", ["what", "ms"], [[what, ms] for what, ms in starts.items()])

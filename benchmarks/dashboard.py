@@ -52,11 +52,11 @@ case. What was tried on the way stands in [notes](notes/README.md).
 """
 IMAGES = "![Times as fast, each case](speedup.png) ![Bandwidth of decode](decode.png) ![Rate of prefill](prefill.png)"
 METHOD = """
-Device times are medians of CUDA graph replays over buffers that do not fit the L2 cache, host times the best of many
-rounds of 200 calls. A peer is timed in a process of its own, in the same run, over the same cases and random inputs. Of
-upstream's two decode kernels the faster one counts; SDPA and cuDNN have their KV contiguous; of sampling the slowest of
-four distributions is shown; in italics stands what is beside PyTorch or our own separate operators. FLOPs of a causal
-mask count as half, bytes are those that must move once.
+bf16 unless a case says otherwise. Device times are medians of CUDA graph replays over buffers that do not fit the L2
+cache, host times the best of many rounds of 200 calls. A peer is timed in a process of its own, in the same run, over
+the same cases and random inputs. Of upstream's two decode kernels the faster one counts; SDPA and cuDNN have their KV
+contiguous; of sampling the slowest of four distributions is shown; in italics stands what is beside PyTorch or our own
+separate operators. FLOPs of a causal mask count as half, bytes are those that must move once.
 """
 
 
@@ -68,7 +68,7 @@ def times(value: float) -> str:
 
 
 def pretty(name: str) -> str:
-    return re.sub(r"(?<=[\d)]) x (?=[\d(])", " × ", name)
+    return re.sub(r"(?<=[\d)]) x (?=[\d(])", " × ", re.sub(r"\b1 rows", "1 row", name))
 
 
 def short(device: str) -> str:
@@ -99,9 +99,9 @@ def slower(compared: Sequence[Comparison]) -> list[str]:
             names = sorted(one.slower, key=lambda case: one.slower[case])
             cases = [f"{times(one.slower[case])} at `{pretty(case)}` ({one.words[case]})" for case in names[:NUM_NAMED]]
             more = [f"{len(names) - NUM_NAMED} more"] if len(names) > NUM_NAMED else []
-            told = f"on {short(one.device)} in {len(names)} of {len(one.ratios)}: {'; '.join([*cases, *more])}"
+            told = f"{short(one.device)} in {len(names)} of {len(one.ratios)}: {'; '.join([*cases, *more])}"
             lines.setdefault(f"- **{one.area}** beside {one.peer}", []).append(told)
-    return [f"{start} {'. '.join(told)}." for start, told in lines.items()] or ["Nowhere by more than 1%."]
+    return [f"{start}: {'. '.join(told)}." for start, told in lines.items()] or ["Nowhere by more than 1%."]
 
 
 def case_rows(tables: dict[str, Measured]) -> list[str]:
@@ -142,7 +142,7 @@ def by_shape(tables: dict[str, Measured], header: str) -> list[str]:
     columns, rows = [header], {}
     for device, one in tables.items():
         shapes = list(dict.fromkeys(case.partition(": ")[2] for case in one.table.cases))
-        columns += [f"{short(device)}, {shapes[0]}", *shapes[1:]]
+        columns += [f"{short(device)}, {pretty(shapes[0])}", *shapes[1:]]
         ops = dict.fromkeys(case.partition(": ")[0] for case in one.table.cases)
         for op in (op for op in ops if not op.startswith("torch.")):  # for the reader of the files, to tell noise
             cases = [one.case(f"{op}: {shape}") for shape in shapes]
@@ -200,11 +200,15 @@ def host(found: Newest) -> list[str]:
             held = beside[device].table.cases if device in beside else {}
             beside[device] = Measured(device, one.commit, one.run, Table(one.table.unit, {**held, **cases}))
     lines = side_by_side(per_case(beside, "call"), 2) if beside else []
-    told = [*map(calls, found.get("host", {}).values()), *map(start, found.get("start", {}).values())]
+    told: dict[str, list[str]] = {}
     for name, held in found.items():
-        if compiled := re.fullmatch("compile (.+), slowest", name):
-            told += [compiling(compiled[1], one) for one in held.values()]
-    return [*lines, *([""] if lines and told else []), *told]
+        for device, one in held.items():
+            if name in ("host", "start"):
+                told.setdefault(device, []).append(calls(one) if name == "host" else start(one))
+            elif compiled := re.fullmatch("compile (.+), slowest", name):
+                told.setdefault(device, []).append(compiling(compiled[1], one))
+    bullets = [f"- {short(device)}: {'; '.join(parts)}." for device, parts in told.items()]
+    return [*lines, *([""] if lines and bullets else []), *bullets]
 
 
 def calls(one: Measured) -> str:
@@ -214,21 +218,20 @@ def calls(one: Measured) -> str:
     ends = [f"{number(own[name])} (`{name}`)" for name in (pick(own, key=lambda x: own[x]) for pick in (min, max))]
     middle = number(statistics.median(own.values()))
     return (
-        f"- {short(one.device)} at {one.commit}: {len(own)} public calls take {' to '.join(ends)} µs, half of them at "
-        f"most {middle}; `torch.add(out=)` {number(base)}."
+        f"{len(own)} public calls take {' to '.join(ends)} µs, half of them at most {middle}, `torch.add(out=)` "
+        f"{number(base)} ({one.commit})"
     )
 
 
 def start(one: Measured) -> str:
     cases = ", ".join(f"{name} {number(case.figure)} {unit(one.table)}" for name, case in one.table.cases.items())
-    return f"- {short(one.device)} at {one.commit}, in a new process: {cases}."
+    return f"in a new process, {cases} ({one.commit})"
 
 
 def compiling(target: str, one: Measured) -> str:
     cases = ", ".join(f"{family} {number(case.figure)}" for family, case in one.table.cases.items())
     compiler = one.run.versions.get("compiler", "its compiler")
-    where = f"{one.device} at {one.commit}"
-    return f"- {where}: {compiler} compiles the slowest kernels for {target} in {cases} {one.table.unit}."
+    return f"{compiler} compiles the slowest kernels for {target} in {cases} {one.table.unit} ({one.commit})"
 
 
 def provenance(found: Newest) -> list[str]:

@@ -198,7 +198,7 @@ def test_ratios_and_where_it_is_slower(tmp_path: Path) -> None:
     assert "| Decode | upstream | **2.00×** (2.00× to 2.00×), slower in 0 of 1 |" in text
     assert "| Prefill and append | upstream | **0.50×** (0.50× to 0.50×), slower in 1 of 1 |" in text
     assert (
-        "- **Prefill and append** beside upstream on H100 in 1 of 1: 0.50× at `1 × 8` (5.00 against 10.0 TFLOP/s)."
+        "- **Prefill and append** beside upstream: H100 in 1 of 1: 0.50× at `1 × 8` (5.00 against 10.0 TFLOP/s)."
         in text
     )
     assert "| 1 × 8 | 5.00 | 0.00 | 2.00× | – |" in text
