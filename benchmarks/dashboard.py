@@ -243,7 +243,8 @@ def provenance(found: Newest) -> list[str]:
             if one.run not in of_commit:
                 of_commit.append(one.run)
     rows = []
-    for (date, device, commit), of_commit in sorted(runs.items(), reverse=True):
+    latest_first = sorted(runs.items(), key=lambda entry: max(run.date for run in entry[1]), reverse=True)
+    for (date, device, commit), of_commit in latest_first:
         versions = [f"{what} {version}" for run in of_commit for what, version in run.versions.items()]
         versions += [f"driver {run.driver}" for run in of_commit if run.driver]
         versions += [
