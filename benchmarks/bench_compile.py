@@ -1,6 +1,6 @@
 """Cold compile time of every kernel family, one by one, as a first request at run time meets it.
 
-python benchmarks/bench_compile.py [--target sm_90a] [--config aot_configs/smoke.toml] [--all]
+python benchmarks/bench_compile.py [--target sm_90a] [--config aot_configs/smoke.toml] [--limit 8] [--json]
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 import time
 from collections import defaultdict
 
-from common import environment, print_table
+from common import environment, parse, print_table, table, write_results
 
 from flashinfer import target as targets
 from flashinfer.aot.config import read_specs
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--target", default="sm_90a")
     parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--limit", type=int, default=8, help="kernels per family (default 8)")
-    args = parser.parse_args()
+    args = parse(parser)
     compiler = toolchain(targets.kind(args.target))
     print("compiler:", compiler.identity)
     by_family: dict[str, list[tuple[float, int, str]]] = defaultdict(list)
@@ -41,6 +41,14 @@ def main() -> None:
         ["family", "kernels", "fastest s", "slowest s", "most bytes", "slowest kernel"],
         rows,
     )
+    families = sorted(by_family.items())
+    tables = {
+        f"compile {args.target}, {word}": table(
+            "s", [(f, pick(e[0] for e in entries), {}, {}) for f, entries in families]
+        )
+        for word, pick in (("fastest", min), ("slowest", max))
+    }
+    write_results(args, tables, device="cpu", compiler=compiler.identity)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Decode attention: microseconds and bandwidth beside PyTorch's SDPA and another installation of flashinfer.
 
-python benchmarks/bench_decode.py [--only "64 x 4096"] [--peer FOLDER] [--plot decode.png]
+python benchmarks/bench_decode.py [--only "64 x 4096"] [--peer FOLDER] [--plot decode.png] [--json]
 
 Bytes are K and V once, q and the output. Lengths are equal unless a case says otherwise. Buffers are rotated so that
 nothing is found in the L2 cache; calls are timed inside a CUDA graph. SDPA gets its KV gathered and contiguous. Of the
@@ -22,12 +22,15 @@ from common import (
     copies_for,
     device_us,
     environment,
+    host_table,
     measure_host,
     print_failures,
     print_host,
     print_table,
     run,
     save_plot,
+    table,
+    write_results,
 )
 
 import flashinfer
@@ -187,10 +190,13 @@ def main() -> None:
     print(environment())
     cases = [case for case in CASES if args.only in case.name]
     rows: list[list[object]] = []
+    timed = []
     bandwidths: dict[str, list[float]] = {}
     for case in cases:
         us = [ours.us(case.name), *(peer.best_us(case.name) for peer in peers), ours.us(case.name, "SDPA")]
         rows.append([case.name, us[0], case.num_bytes / us[0] / 1e6, *us[1:], case.goal])
+        others = dict(zip([*(peer.library for peer in peers), "SDPA"], us[1:]))
+        timed.append((case.name, us[0], others, {"bytes": case.num_bytes}))
         for label, time in zip(["flashinfer", *(peer.library for peer in peers), "SDPA, gathered KV"], us):
             bandwidths.setdefault(label, []).append(case.num_bytes / time / 1e6)
     columns = ["us", "TB/s", *(f"{peer.library} us" for peer in peers), "SDPA us", "goal"]
@@ -198,6 +204,8 @@ def main() -> None:
     if not args.no_host:
         print_host(ours, peers)
     print_failures(peers)
+    tables = {"decode": table("us", timed, partial=args.only)}
+    write_results(args, tables if args.no_host else {**tables, "decode host": host_table(ours, peers)})
     if args.plot:
         save_plot(args.plot, "Batch decode, bf16", "TB/s", [case.name for case in cases], bandwidths)
 

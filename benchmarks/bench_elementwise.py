@@ -1,7 +1,7 @@
 """Norms, activations, RoPE, paged append, fp8 outputs, packing, merging and the fused operators, beside what they
 replace.
 
-python benchmarks/bench_elementwise.py [--only norm,rope] [--peer FOLDER]
+python benchmarks/bench_elementwise.py [--only norm,rope] [--peer FOLDER] [--json]
 
 Bytes are those that must move once; "replaces" is the time of the separate operators a fused one stands for, or of
 torch's own. Buffers rotate, so that nothing is found in the L2 cache but at the smallest sizes.
@@ -15,7 +15,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import DEVICE, Times, copies_for, device_us, environment, print_failures, print_table, run
+from common import (
+    DEVICE,
+    Times,
+    copies_for,
+    device_us,
+    environment,
+    print_failures,
+    print_table,
+    run,
+    table,
+    write_results,
+)
+from results import Table
 
 import flashinfer
 from flashinfer import quantization
@@ -307,6 +319,7 @@ def measure(args: argparse.Namespace, times: Times) -> None:
                 for name, shape, num_bytes, calls, replaced in ROWS[group](size):
                     case = f"{name}: {shape}"
                     times.columns.setdefault("bytes", {})[case] = num_bytes
+                    times.columns.setdefault(group, {})[case] = num_bytes
                     times.measure(case, "us", time_of, calls)
                     if replaced and not times.is_peer:
                         times.measure(case, "replaced", time_of, replaced)
@@ -319,7 +332,7 @@ def measure(args: argparse.Namespace, times: Times) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(CASES), help="comma-separated groups (default: all)")
-    _, ours, peers = run(parser, measure)
+    args, ours, peers = run(parser, measure)
     rows: list[list[object]] = []
     for case, us in ours.columns["us"].items():
         bandwidth = ours.columns["bytes"][case] / us * 1e-6
@@ -327,6 +340,16 @@ def main() -> None:
     header = ["operator", "shape", "us", "TB/s", "replaces us", *(f"{peer.library} us" for peer in peers)]
     print_table(environment(), header, rows)
     print_failures(peers)
+    write_results(args, {group: group_table(group, ours, peers) for group in args.only.split(",")})
+
+
+def group_table(group: str, ours: Times, peers: list[Times]) -> Table:
+    def others(case: str) -> dict[str, float]:
+        replaced = {"replaced": ours.us(case, "replaced")} if case in ours.columns.get("replaced", {}) else {}
+        return {**{peer.library: peer.us(case, "us") for peer in peers}, **replaced}
+
+    cases = ours.columns[group].items()
+    return table("us", [(case, ours.us(case, "us"), others(case), {"bytes": size}) for case, size in cases])
 
 
 if __name__ == "__main__":

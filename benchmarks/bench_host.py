@@ -1,6 +1,6 @@
 """Host costs: importing, the first call, a warm load, and one call of an operator beside torch.add(out=).
 
-python benchmarks/bench_host.py [--device cuda|cpu] [--no-start]
+python benchmarks/bench_host.py [--device cuda|cpu] [--only prefill] [--no-start] [--json]
 
 Calls are timed 200 at a time into an empty queue of the GPU, which holds more: however long a kernel runs, no call
 waits for it. What a call returns is allocated in it unless it says out=.
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import environment, host_us, print_table
+from common import environment, host_us, parse, print_table, table, write_results
 
 import flashinfer
 from flashinfer import sampling, target
@@ -142,11 +142,13 @@ def attention(device: torch.device) -> dict[str, Callable[[], object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="", help="calls whose name contains this text")
     parser.add_argument("--no-start", action="store_true", help="leave out what takes processes of its own")
-    args = parser.parse_args()
+    args = parse(parser)
     device = torch.device(args.device)
 
     calls = operators(device) | attention(device)
+    calls = {name: call for name, call in calls.items() if args.only in name or name == "torch.add(out=)"}
     for call in calls.values():
         call()
     times = {name: host_us(call) for name, call in calls.items()}
@@ -165,18 +167,18 @@ def main() -> None:
     start = time.perf_counter()
     for _ in range(100_000):
         load(spec)
-    rows.append(["resolver.load, warm", (time.perf_counter() - start) * 10, ""])
+    times["resolver.load, warm"] = (time.perf_counter() - start) * 10
+    rows.append(["resolver.load, warm", times["resolver.load, warm"], ""])
     print_table(environment(), ["call", "host µs", "of torch.add"], rows)
-    if args.no_start:
-        return
-    print_table(
-        "In a fresh process, ms",
-        ["what", "ms"],
-        [
-            ["import flashinfer, after torch", in_process(IMPORT)],
-            ["first rmsnorm", in_process(FIRST_CALL.format(device=device))],
-        ],
-    )
+    tables = {"host": table("us", [(name, us, {}, {}) for name, us in times.items()], partial=args.only)}
+    if not args.no_start:
+        starts = {
+            "import flashinfer after torch": in_process(IMPORT),
+            "first rmsnorm": in_process(FIRST_CALL.format(device=device)),
+        }
+        print_table("In a fresh process, ms", ["what", "ms"], [[what, ms] for what, ms in starts.items()])
+        tables["start"] = table("ms", [(what, ms, {}, {}) for what, ms in starts.items()])
+    write_results(args, tables, device=device.type)
 
 
 if __name__ == "__main__":

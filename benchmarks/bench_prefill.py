@@ -1,6 +1,6 @@
 """Prefill and append attention: TFLOP/s, or bandwidth where the KV dominates, beside SDPA and another flashinfer.
 
-python benchmarks/bench_prefill.py [--only ragged] [--peer FOLDER] [--plot prefill.png]
+python benchmarks/bench_prefill.py [--only ragged] [--peer FOLDER] [--plot prefill.png] [--json]
 
 FLOPs are 2 (head_dim_qk + head_dim_vo) per visible (query, key, head); bytes are K and V once, q and the output. Calls
 are timed inside a CUDA graph. SDPA is PyTorch's, through cuDNN on a GPU. The peer is timed with each of its backends,
@@ -23,12 +23,15 @@ from common import (
     copies_for,
     device_us,
     environment,
+    host_table,
     measure_host,
     print_failures,
     print_host,
     print_table,
     run,
     save_plot,
+    table,
+    write_results,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -219,11 +222,14 @@ def main() -> None:
     columns.append(("cuDNN" if DEVICE == "cuda" else "SDPA", ours, "SDPA"))
     cases = [case for case in CASES if args.only in case.name]
     rows: list[list[object]] = []
+    timed = []
     rates: dict[str, list[float]] = {}
     for case in cases:
         us = ours.us(case.name)
         others = [case.flops / times.us(case.name, column) / 1e6 for _, times, column in columns]
         rows.append([case.name, us, case.flops / us / 1e6, case.num_bytes / us / 1e6, *others, case.goal])
+        amounts = {"flops": case.flops, "bytes": case.num_bytes}
+        timed.append((case.name, case.flops / us / 1e6, dict(zip((label for label, *_ in columns), others)), amounts))
         for label, rate in zip(["flashinfer", *(column[0] for column in columns)], [case.flops / us / 1e6, *others]):
             rates.setdefault(label, []).append(rate)
     header = ["us", "TFLOP/s", "TB/s", *(f"{label} TFLOP/s" for label, _, _ in columns), "goal"]
@@ -231,6 +237,8 @@ def main() -> None:
     if not args.no_host:
         print_host(ours, peers)
     print_failures(peers)
+    tables = {"prefill": table("TFLOP/s", timed, partial=args.only)}
+    write_results(args, tables if args.no_host else {**tables, "prefill host": host_table(ours, peers)})
     if args.plot:  # of prefills: an append is bound by its KV
         prefills = [index for index, case in enumerate(cases) if case.qo_len == case.kv_len]
         rates = {label: [values[index] for index in prefills] for label, values in rates.items()}

@@ -1,26 +1,33 @@
-"""What the benchmarks share: timing, tables, plots, and another installation of flashinfer to compare with."""
+"""What the benchmarks share: timing, tables, plots, files of results, and another installation of flashinfer to compare
+with."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import importlib.util
 import itertools
 import json
 import math
 import os
+import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
+from plot import Panel, save_bars
 
 if importlib.util.find_spec("flashinfer") is None:  # straight from a source tree
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,6 +35,8 @@ if importlib.util.find_spec("flashinfer") is None:  # straight from a source tre
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 L2_BYTES = 128 << 20  # more than the L2 cache of any GPU we know
 Calls = Sequence[Callable[[], Any]]
+# Of a file of results: case, figure, figures of peers, `bytes` and `flops`.
+Row = tuple[str, float, dict[str, float], dict[str, float]]
 
 # ------------------------------------------------------------------------------------------------------------- timing
 
@@ -68,8 +77,10 @@ def copies_for(num_bytes: int) -> int:
 def host_us(call: Callable[[], Any], *, rounds: int = 30, calls: int = 200) -> float:
     """Microseconds of host time per call: the best of many short rounds, the GPU's queue emptied between them. The
     queue holds more than a round, so that no call waits for a kernel to end."""
-    best = math.inf
+    best, end = math.inf, time.perf_counter() + 1.0  # enough rounds of what computes on the host, on a CPU
     for _ in range(rounds):
+        if best < math.inf and time.perf_counter() > end:
+            break
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         best = min(best, _seconds(itertools.repeat(call, calls)))
@@ -134,7 +145,7 @@ def run(
         "FOLDER flashinfer-python) or an earlier one of ours; what it cannot run is a dash, with the reason below",
     )
     parser.add_argument("--times-to", metavar="FILE", help=argparse.SUPPRESS)  # in the peer's process
-    args = parser.parse_args()
+    args = parse(parser)
     import flashinfer
 
     folder = str(Path(flashinfer.__file__).parent.parent)
@@ -201,39 +212,144 @@ def _text(cell: object) -> str:
 
 def save_plot(path: str, title: str, unit: str, cases: Sequence[str], series: dict[str, Sequence[float]]) -> None:
     """Bars of every series, a group for each case, as an image. Needs matplotlib."""
-    import matplotlib
+    save_bars(Path(path), title, unit, cases, [Panel(environment(), series)], {})
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    series = {label: values for label, values in series.items() if not all(map(math.isnan, values))}
-    colors = ["#1a6faf", "#e8963e", "#c8553d", "#9aa0a6"]
-    height = 0.84 / len(series)
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.12 * len(cases) * (len(series) + 1)), layout="constrained")
-    for number, (label, values) in enumerate(series.items()):
-        places = [case + (number + 0.5) * height - 0.42 for case in range(len(cases))]
-        drawn = [0.0 if math.isnan(value) else value for value in values]
-        axes.barh(places, drawn, 0.92 * height, label=label, color=colors[number % len(colors)])
-        for place, value in zip(places, values):
-            if not math.isnan(value):
-                axes.text(value, place, f" {value:.3g}", va="center", fontsize=6)
-    axes.set_yticks(range(len(cases)), cases, fontsize=7)
-    axes.set_ylim(len(cases) - 0.5, -0.5)
-    axes.tick_params(axis="x", labelsize=7)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(unit, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{title}: {environment()}", fontsize=8)
-    figure.legend(loc="outside lower center", ncols=len(series), fontsize=7, frameon=False)
-    figure.savefig(path, dpi=100)
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, with those of files of results; whether one can be written is known before anything is timed."""
+    parser.add_argument(
+        "--json",
+        metavar="FOLDER",
+        nargs="?",
+        const=str(results.FOLDER),
+        help="also write what was timed to FOLDER/<device>-<commit>.json (benchmarks/results unless it is named), "
+        "beside the tables of other benchmarks on this device and commit",
+    )
+    parser.add_argument("--commit", help="of this tree, unless git tells; for --json")
+    args = parser.parse_args()
+    if args.json is not None:
+        args.commit = args.commit or git_commit()
+        if not args.commit:
+            parser.error("--json: git does not tell the commit of this tree; name it with --commit")
+        with _naming_json():
+            results.check(Path(args.json), device_name(), args.commit)
+    return args
+
+
+@contextmanager
+def _naming_json() -> Iterator[None]:
+    try:
+        yield
+    except (results.ResultsError, OSError) as error:
+        raise SystemExit(f"--json: {error}") from None
+
+
+def write_results(
+    args: argparse.Namespace, tables: dict[str, results.Table], *, device: str = DEVICE, compiler: str = ""
+) -> None:
+    """Where --json asks for it. `device` is the kind that was timed; `compiler` too, where that was one."""
+    if args.json is None:
+        return
+    run = results.Run(
+        benchmark=Path(sys.argv[0]).stem.removeprefix("bench_"),
+        date=datetime.now(timezone.utc).strftime(results.DATE),
+        command=_command(),
+        driver=_driver() if device == "cuda" else None,
+        versions=_versions(compiler or _compiler(device)),
+        tables=tables,
+    )
+    with _naming_json():
+        path = results.write(Path(args.json), device_name(device), args.commit, run)
+    print(f"\nwritten: {path}")
+
+
+def table(
+    unit: str,
+    rows: Iterable[Row],
+    partial: str = "",
+) -> results.Table:
+    cases = {name: results.case(figure, peers, **amounts) for name, figure, peers, amounts in rows}
+    return results.Table(unit, cases, partial)
+
+
+def host_table(ours: Times, peers: Sequence[Times]) -> results.Table:
+    """What `print_host` prints."""
+    host = ours.columns["host"]
+    return table("us", ((n, us, {peer.library: peer.us(n, "host") for peer in peers}, {}) for n, us in host.items()))
+
+
+def _command() -> str:
+    """The command line without what says where to: the peer by the name of its folder alone."""
+    words, arguments = [f"{Path(__file__).parent.name}/{Path(sys.argv[0]).name}"], sys.argv[1:]
+    while arguments:
+        word, _, value = arguments.pop(0).partition("=")
+        if not value and word in ("--json", "--commit", "--plot", "--peer") and arguments and arguments[0][:1] != "-":
+            value = arguments.pop(0)
+        if word == "--peer":
+            words += [word, Path(value).name]
+        elif word not in ("--json", "--commit", "--plot"):
+            words.append(f"{word}={value}" if value else word)
+    return shlex.join(words)
+
+
+def _versions(compiler: str) -> dict[str, str]:
+    import flashinfer
+
+    versions = {"flashinfer": flashinfer.__version__, "python": sys.version.split()[0], "torch": torch.__version__}
+    return {**versions, **({"compiler": compiler} if compiler else {})}
+
+
+def _compiler(device: str) -> str:
+    """Empty where there is none, and every kernel was precompiled."""
+    try:
+        from flashinfer.errors import ToolchainMissing
+        from flashinfer.jit.toolchain import toolchain
+    except ImportError:  # another flashinfer is timed
+        return ""
+    try:
+        return toolchain(device).identity
+    except ToolchainMissing:
+        return ""
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def device_name(device: str = DEVICE) -> str:
+    """A CPU by its model and the cores that this process may use."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = platform.machine()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def git_commit() -> str:
+    """Of this tree, `-dirty` where what is timed differs from it; empty where git cannot tell."""
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    timed = ["flashinfer", "csrc", "benchmarks", ":!benchmarks/results"]
+    try:
+        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+        commit = run([*git, "rev-parse", "--short", "HEAD"]).stdout.strip()
+        return commit + ("-dirty" if run([*git, "status", "--porcelain", "-uno", "--", *timed]).stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def environment() -> str:
     """One line that says what was measured: device, software, commit."""
+    commit = git_commit() or "unknown commit"
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
-    try:
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown commit"
     return f"{device}, torch {torch.__version__}, Python {sys.version.split()[0]}, {commit}"

@@ -1,10 +1,9 @@
 """Continuous batching in miniature: every model of the core set, at full width, with random weights.
 
 Requests of different lengths arrive, are prefilled into a paged KV cache, decode together, and leave. Two layers of
-each
-model run through flashinfer's normalization, rotary embedding, paged cache, attention and gated activation; the
+each model run through flashinfer's normalization, rotary embedding, paged cache, attention and gated activation; the
 projections are torch's. Where a precompiled set is installed, no kernel is compiled. At the end one model outside the
-core set shows what a miss looks like.
+core set shows what a miss looks like. Runs on a GPU where there is one, and on any CPU.
 
     python examples/serve_shapes.py [--device cpu|cuda] [--config core] [--model NAME …]
 """

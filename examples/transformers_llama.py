@@ -34,8 +34,7 @@ def flashinfer_attention(
     """Causal attention of one batch without padding.
 
     Transformers passes `[batch, heads, length, head_dim]` and wants `[batch, length, heads, head_dim]` back. Keys may
-    be
-    longer than queries (a cache holds the past); causal is aligned to their end, as both libraries define it.
+    be longer than queries (a cache holds the past); causal is aligned to their end, as both libraries define it.
     """
     if attention_mask is not None:
         raise NotImplementedError("padding masks are not part of this example; batch sequences of equal length")

@@ -72,7 +72,8 @@ def is_fa3_backend_supported(
     dtype_q: torch.dtype,
     dtype_kv: torch.dtype,
 ) -> bool:
-    """Whether a Hopper kernel covers these options. Position encodings, custom masks and fp8 go to the sm_80 kernel."""
+    """Whether upstream's Hopper kernels cover these options: no position encoding, custom mask or fp8. Here the kernels
+    for sm_80 and up take all of them, on Hopper too."""
     plain = not use_custom_mask and not use_fp16_qk_reductions and pos_encoding_mode == PosEncodingMode.NONE.value
     return plain and dtype_q == dtype_kv and dtype_q in (torch.float16, torch.bfloat16)
 
@@ -88,9 +89,8 @@ def determine_attention_backend(
     head_dim_qk: Optional[int] = None,
     head_dim_vo: Optional[int] = None,
 ) -> str:
-    """`"fa3"` where a Hopper kernel covers the options on this device, else `"fa2"`."""
-    covered = is_fa3_backend_supported(pos_encoding_mode, use_fp16_qk_reductions, use_custom_mask, dtype_q, dtype_kv)
-    return "fa3" if covered and is_sm90a_supported(device) else "fa2"
+    """`"fa2"` on every device, which wrappers of backend "auto" call themselves too: there is no Hopper kernel."""
+    return "fa2"
 
 
 def determine_gemm_backend(device: torch.device) -> str:
@@ -98,4 +98,5 @@ def determine_gemm_backend(device: torch.device) -> str:
 
 
 def determine_mla_backend(device: torch.device) -> str:
-    return "fa3" if is_sm90a_supported(device) else "fa2"
+    """As `determine_attention_backend`."""
+    return "fa2"

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: sys.argv) and return its exit code."""
     try:
         args = _parser().parse_args(argv)
-        code: int = args.run(args)
+        code: int = args.run(args) or 0
         sys.stdout.flush()
         return code
     except (UsageError, UnsupportedConfig, ConfigError, InvalidSetting) as error:
@@ -55,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit code: 0 yes or done, 1 no or failed, 2 bad usage. Settings: docs/operations.md.",
     )
     parser.add_argument("--version", action="version", version=f"flashinfer {__version__}")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser.set_defaults(run=lambda args: parser.print_help())  # of no command
+    subparsers = parser.add_subparsers(metavar="COMMAND")
     for name in _COMMANDS:
         importlib.import_module(f"flashinfer.cli.{name}").add_parser(subparsers)
     return parser

@@ -140,21 +140,8 @@ def lanes_per_head(spec: KernelSpec) -> int:
     return 1 << (num_used - 1).bit_length()
 
 
-# H100, bf16, 32+8 heads of 128: µs of rope / rope + append / qk norm + rope at 8192 tokens, and of rope at 128 tokens.
-# torch.neg_ over the same bytes takes 58.4.
-#   2 heads a thread, 128 threads, 6 blocks  60.0 / 72.8 / 61.6   3.1   <- no spills; what is in flight fills the memory
-#   4 heads, 128 threads, no bound           60.6 / 72.7 / 61.6   3.3
-#   4 heads, 128 threads, 6 blocks           60.7 / 90.5 / 171    3.5   <- spills
-#   2 heads, 64 threads, no bound            60.6 / 73.1 / 62.2   3.2
-#   1 head, 128 threads                      70.1 / 86.2 / 76.2         <- angles and indices are computed too often
-# rope alone, later: from frequencies / from a table
-#   2 heads, 128 threads, 6 blocks           59.4-59.9 / 60.5-61.1
-#   the same, stores past L1                 59.2-59.5 / 60.1-60.2  <-
-#   the same, loads past L1                  60.3-60.6 / 61.6-61.7
-#   256 threads, 3 blocks; 128 threads, 8    59.5-59.9 / 61.0-61.2
-#   4 heads, 4 blocks                        60.2-60.3 / 61.0-62.1
-#   as many blocks as fit, in a loop         63.7-63.9 / 62.7; with the next heads loaded ahead 62.0-63.1 / 62.5-62.9
-# rope + append is slower with stores past L1 (74.1, not 72.6): keys and values lie in pages.
+# With 128 threads and 6 blocks an SM: rope of 8192 tokens within 2% of torch.neg_ over the same bytes, no spills. One
+# head a thread is 17% slower, four spill within that bound. docs/notes/2026-11-rope-tiles.md
 HEADS_PER_THREAD = 2
 
 

@@ -20,9 +20,7 @@ _NUM_THREADS = 256
 # Shared memory besides the row. With a search, three blocks with 64 KiB of row just fit an SM of Hopper.
 _SEARCH_BYTES, _NUCLEUS_BYTES, _PLAIN_BYTES = 11264, 3328, 1152
 # Of top-p, checked in one look at the row. At top_p 0.9 two fail one time in a hundred, and each costs a comparison and
-# an addition an element. Measured on an H100 with barriers of the cluster where mailboxes are now, fp32, vocabulary
-# 128256, µs for 1 / 16 / 128 / 512 normal rows, by number of candidates: 2: 7.3 / 10.2 / 41 / 133;
-# 3: 7.5 / 10.7 / 42 / 138; 4: 7.9 / 11.3 / 45 / 145; 8: 9.8 / 14.7 / 59 / 200.
+# an addition an element: three are 2 to 5% slower. docs/notes/2026-11-sampling-placement.md
 _NUM_CANDIDATES = 2
 
 
@@ -87,9 +85,8 @@ def placement(dtype: str, vocab_size: int, num_rows: int, num_sms: int, target: 
     Enough blocks to fill the machine while rows are few; for a row that stays in shared memory, also blocks small
     enough that three fit an SM, so that one loads while others search.
 
-    Measured on an H100, fp32, vocabulary 128256, µs, unfiltered from logits, by cluster size 1 / 2 / 4 / 8:
-    1 row 16.2 / 11.0 / 7.5 / 6.0, 16 rows 19.1 / 13.0 / 9.3 / 8.4, 128 rows 30.8 / 28.8 / 28.9 / 30.6, 512 rows all
-    within 3 % of 96. Eight granules in flight a thread beat four by up to 20 % where blocks are few.
+    On an H100 one row of 128256 takes 6.0 µs by eight blocks and 16.2 by one; 512 rows do not care. Eight granules in
+    flight a thread beat four by up to 20% where blocks are few. docs/notes/2026-11-sampling-placement.md
     """
     has_clusters = targets.kind(target) == "cuda" and targets.capability(target)[0] in (9, 10)
     if targets.kind(target) == "cpu":
@@ -120,10 +117,9 @@ def _block_kib(row_bytes: int, cluster_size: int) -> int:
 
 
 def _launch(spec: KernelSpec, shared: int, streams: bool) -> tuple[dict[str, int], Launch]:
-    # 256 threads: with 512, two blocks an SM and 64 registers, streaming 512 rows of logits took 120 µs instead of 96.
-    # Resident rows come by plain loads. By bulk copies, min-p of 512 rows took 120 µs instead of 126, but few rows
-    # 0.4 µs more. With a later row prefetched into L2 while a block computes, top-p took 132 µs instead of 135, softmax
-    # 250 instead of 193.
+    # 256 threads: 512 take 25% longer to stream 512 rows of logits. Resident rows come by plain loads: bulk copies win
+    # 5% at many rows and lose 0.4 µs at few; a later row prefetched into L2 costs softmax 30%.
+    # docs/notes/2026-11-sampling-placement.md
     row_kib = spec.arg("row_kib")
     num_threads = _NUM_THREADS
     # Granules of 16-bit elements hold twice as many: half as many in flight, or their floats spill.

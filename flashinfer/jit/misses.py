@@ -1,8 +1,8 @@
 """What the AOT registries could not answer: recorded once per process and spec, and summed up over a fleet.
 
 A record is one JSON line in `<cache>/misses/<host>-<pid>-<start>.jsonl`. Files of many machines merge by
-concatenation. A warm JIT
-cache does not hide a hole in the core set: `resolved_by` tells which of the two a process had.
+concatenation. A warm JIT cache does not hide a hole in the core set: `resolved_by` tells which of the two a process
+had.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
 """From a spec to source text, and from source text to a digest.
 
 The rendered translation unit names one header, the constants of this kernel, and the entry point. It also asserts the
-size and
-every field offset of the parameter struct against the Python mirror, so that the two cannot drift apart.
+size and every field offset of the parameter struct against the Python mirror, so that the two cannot drift apart.
 
 The digest covers everything that decides the machine code except the compiler: the rendered text, every header it
-includes
-(transitively, from csrc/), the flags with a meaning, and the target. It holds no path, time or version number.
+includes (transitively, from csrc/), the flags with a meaning, and the target. It holds no path, time or version number.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Hit:
     source: Source  # of the machine code: its target may be older than the requested one
     machine_code: bytes
     path: Path | None
-    store: str  # "aot" or "jit-cache"
+    store: str  # "aot", "jit-cache" or "jit-compile"
 
 
 @dataclass(frozen=True)
@@ -221,8 +221,7 @@ class JitCache:
     """`<root>/<digest prefix>-<compiler>/{kernel.cubin|kernel.so, spec.json, source.cu|source.cpp, log.txt}`.
 
     A folder is complete or absent: it is filled under a private name and published by one rename. spec.json holds the
-    sha256 of
-    the machine code, so that damage is found before it is loaded.
+    sha256 of the machine code, so that damage is found before it is loaded.
     """
 
     def __init__(self, root: Path) -> None:

@@ -1,10 +1,8 @@
 """Compilers, behind one interface: a Source goes in, machine code and the compiler's log come out.
 
 `Nvrtc` is the default for CUDA: a shared library that every CUDA build of torch brings, so no toolkit, nvcc, ninja or
-g++ is
-needed to compile a kernel at run time. `Nvcc` produces the same cubins and serves debugging and comparison. `HostCxx`
-is
-g++ or clang++ for the CPU target.
+g++ is needed to compile a kernel at run time. `Nvcc` produces the same cubins and serves debugging and comparison.
+`HostCxx` is g++ or clang++ for the CPU target.
 
 NVRTC, its headers and nvcc are located by NVIDIA's cuda-pathfinder: pip's packages first, then conda, then a toolkit.
 NVRTC's C interface is called through ctypes because it is nine functions that have been stable since CUDA 11, and the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import results  # noqa: E402
 
 # A benchmark of two cases, on flashinfer packages that say themselves how long they take.
 BENCHMARK = """
 import argparse
-from common import print_failures, print_table, run
+from common import print_failures, print_table, run, table, write_results
 import flashinfer
 
 def measure(args, times):
@@ -27,6 +31,9 @@ args, ours, peers = run(parser, measure)
 rows = [[case, ours.us(case), *(peer.us(case) for peer in peers)] for case in ("small", "large")]
 print_table("Times", ["case", "us", *(peer.library for peer in peers)], rows)
 print_failures(peers)
+others = lambda case: {peer.library: peer.us(case) for peer in peers}
+timed = [(case, ours.us(case), others(case), {"bytes": 64}) for case in ("small", "large")]
+write_results(args, {"stub": table("us", timed)})
 """
 OURS = """
 __version__ = "1.0"
@@ -81,6 +88,37 @@ def test_peer_columns(stub: tuple[str, str], tmp_path: Path, distribution: str, 
     assert f"- {label}, large: ValueError: no kernel for large\n" in done.stdout
 
 
+def test_results_as_a_file(stub: tuple[str, str], tmp_path: Path) -> None:
+    """The same figures as the table, what could not be timed as null, and of the peer's folder its name alone."""
+    script, path = stub
+    peer = install(tmp_path / "theirs", PEER, "flashinfer_python")
+    done = run(script, "--peer", str(peer), "--json", str(tmp_path / "json"), "--commit", "0123abc", path=path)
+    assert done.returncode == 0, done.stderr
+    (written,) = (tmp_path / "json").iterdir()
+    assert f"written: {written}" in done.stdout
+    (one,) = results.read(written).runs
+    assert one.benchmark == "stub" and one.command == "benchmarks/bench_stub.py --peer theirs"
+    assert one.versions["flashinfer"] == "1.0" and one.versions["torch"]
+    assert str(tmp_path) not in written.read_text()
+    assert one.tables["stub"].cases == {
+        "small": results.Case(1.5, {"upstream 0.7": 10.0}, bytes=64),
+        "large": results.Case(2.5, {"upstream 0.7": None}, bytes=64),
+    }
+
+
+def test_results_of_an_unknown_commit(stub: tuple[str, str], tmp_path: Path) -> None:
+    """An exported tree, which git knows nothing of: no file without the commit."""
+    script, path = stub
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "exported" / "benchmarks")
+    path = path.replace(str(ROOT / "benchmarks"), str(tmp_path / "exported" / "benchmarks"))
+    done = run(script, "--json", str(tmp_path / "json"), path=path)
+    assert done.returncode != 0 and "name it with --commit" in done.stderr
+    done = run(script, "--json", str(tmp_path / "json"), "--commit", "main", path=path)
+    assert done.returncode != 0 and "commit is 'main'; expected" in done.stderr and "small" not in done.stdout
+    assert run(script, "--json", str(tmp_path / "json"), "--commit", "0123abc", path=path).returncode == 0
+    assert next((tmp_path / "json").iterdir()).stem.endswith("-0123abc")
+
+
 def test_without_a_peer(stub: tuple[str, str]) -> None:
     done = run(stub[0], path=stub[1])
     assert table(done.stdout) == [["case", "us"], ["small", "1.50"], ["large", "2.50"]]
@@ -114,12 +152,39 @@ def test_our_own_failures_are_errors(stub: tuple[str, str], tmp_path: Path) -> N
     ],
     ids=lambda command: command[0],
 )
-def test_benchmarks_run_beside_themselves(command: list[str]) -> None:
-    """Every benchmark on the CPU target, with this very tree as its own peer: no cell is empty, nothing fails."""
+def test_benchmarks_run_beside_themselves(command: list[str], tmp_path: Path) -> None:
+    """Those with peers on the CPU target, this very tree being its own peer: no cell is empty, nothing fails, and the
+    file holds what was printed."""
     script, *arguments = command
-    done = run(str(ROOT / "benchmarks" / script), *arguments, "--peer", str(ROOT), path="")
+    wanted = ["--peer", str(ROOT), "--json", str(tmp_path), "--commit", "0123abc"]
+    done = run(str(ROOT / "benchmarks" / script), *arguments, *wanted, path=str(ROOT))
     assert done.returncode == 0, done.stderr
     header, *rows = table(done.stdout)
     column = next(index for index, name in enumerate(header) if "peer" in name)
     assert rows and all(float(row[column]) > 0 for row in rows), done.stdout
     assert "Error" not in done.stdout
+    (one,) = results.read(next(tmp_path.iterdir())).runs
+    cases = [case for measured in one.tables.values() for case in measured.cases.values()]
+    assert cases and all(case.figure and any(name.startswith("peer") for name in case.peers) for case in cases)
+    is_part = script != "bench_elementwise.py"  # whose groups are tables of their own
+    assert all(bool(measured.partial) == is_part for measured in one.tables.values())
+
+
+@pytest.mark.parametrize(
+    ("command", "tables"),
+    [
+        (["bench_host.py", "--device", "cpu", "--only", "rmsnorm(out=)", "--no-start"], {"host"}),
+        (
+            ["bench_compile.py", "--config", "aot_configs/smoke.toml", "--limit", "1"],
+            {"compile sm_90a, fastest", "compile sm_90a, slowest"},
+        ),
+    ],
+    ids=["bench_host.py", "bench_compile.py"],
+)
+def test_benchmarks_without_peers(command: list[str], tables: set[str], tmp_path: Path) -> None:
+    script, *arguments = command
+    wanted = ["--json", str(tmp_path), "--commit", "0123abc"]
+    done = run(str(ROOT / "benchmarks" / script), *arguments, *wanted, path=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    (one,) = results.read(next(tmp_path.iterdir())).runs
+    assert one.tables.keys() == tables and one.driver is None

@@ -409,3 +409,14 @@ def test_backend_where_later_releases_have_it() -> None:
         torch.empty(0), "NHD", False, True, None, None, None, "fa3"
     )  # fmt: skip
     assert wrapper._backend == "fa3"
+
+
+@pytest.mark.parametrize("dtype_kv", [torch.bfloat16, torch.float8_e4m3fn])
+def test_the_backend_asked_for_is_that_of_the_wrappers(
+    dtype_kv: torch.dtype, wrappers: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Hopper too: engines take the order of `_cached_module.plan`'s arguments from either."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    device = torch.device("cuda")
+    asked = flashinfer.utils.determine_attention_backend(device, 0, False, False, torch.bfloat16, dtype_kv)
+    assert {asked} == {wrapper._backend for wrapper in wrappers}

@@ -82,13 +82,18 @@ def call(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 Call = Callable[..., tuple[int, str, str]]
 
 
+def test_without_a_command_it_tells_which_there_are(call: Call) -> None:
+    assert call() == call("--help")
+    code, out, err = call()
+    assert code == 0 and err == "" and all(command in out for command in ("doctor", "resolve", "warmup", "misses"))
+
+
 # ------------------------------------------------------------------------------------------------------------ bad usage
 
 
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ([], "required: COMMAND"),
         (["fly"], "invalid choice: 'fly'"),
         (["cache"], "required: COMMAND"),
         (["cache", "gc"], "required: --max-size"),

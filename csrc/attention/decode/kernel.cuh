@@ -1,7 +1,7 @@
 // Attention of one query token per request over its KV: single sequence or paged cache.
 //
 // The launch is a fixed grid (query head blocks, chunks); a chunk is an equal share of all KV tiles
-// (decode_schedule.cuh), so every block streams the same number of bytes whatever the lengths are.
+// (decode/schedule.cuh), so every block streams the same number of bytes whatever the lengths are.
 //
 // Each warp is a pipeline of its own: it copies its rows of a tile (cp.async, kNumStages deep, running on into the next
 // request of the chunk), multiplies and accumulates them, and meets the other warps only at the end of a request. The

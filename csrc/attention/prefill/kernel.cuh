@@ -6,11 +6,11 @@
 // online softmax, O += P V, all in registers. Items that the planner split along the KV leave their normalized output
 // and LSE in the workspace, and the CTAs that finish last merge them.
 //
-//   prefill_queue.cuh    which unit of work a CTA does next
-//   prefill_tile.cuh     geometry, shared memory, Q Kᵀ and P V
-//   prefill_load.cuh     how rows come in
-//   prefill_softmax.cuh  what happens to the scores in between
-//   prefill_output.cuh   the end of a unit: normalize, store, merge
+//   prefill/queue.cuh    which unit of work a CTA does next
+//   prefill/tile.cuh     geometry, shared memory, Q Kᵀ and P V
+//   prefill/load.cuh     how rows come in
+//   prefill/softmax.cuh  what happens to the scores in between
+//   prefill/output.cuh   the end of a unit: normalize, store, merge
 //
 // Registers decide. The loop over tiles uses all 255 that a thread can have, and what it holds beyond scores and output
 // costs loads in flight. Hence the units of work in shared memory, and addresses that start from fresh_thread_idx().

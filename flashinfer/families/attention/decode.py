@@ -57,10 +57,8 @@ def _decode_smem_bytes(
 def _decode_tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:
     """The first row of the table that fits. Each warp keeps two stages of 4 to 16 KB: 32 to 128 KB in flight per SM.
 
-    H200, bf16, head_dim 128, 64 requests of 4096 tokens, page size 16 / 1, and 1 of 8192: 8 warps, 1 block, 2 stages
-    246 / 251 / 14.6 us; 4, 2, 2: 247 / 253 / 16.2; 4, 1, 3: 249 / 283 / 15.2; 2, 4, 2: 252 / 256 / 21.7; 1, 4, 4:
-    264 / 276 / 37.5. More warps beat more stages: rows that are read together then lie closer together in memory. H100:
-    8, 1, 2: 358 / 358 / 14.9 us; 4, 2, 2: 355 / 361 / 17.6.
+    More warps beat more stages: rows that are read together then lie closer together in memory. Eight warps are within
+    1% of two blocks of four at many long requests, and 11 to 18% ahead at one. docs/notes/2026-11-decode-tiles.md
     """
     dim_qk, dim_vo, group_tile = spec.arg("head_dim_qk"), spec.arg("head_dim_vo"), spec.arg("group_tile")
     kv, q = ITEMSIZE[spec.arg("kv_dtype")], ITEMSIZE[spec.arg("q_dtype")]

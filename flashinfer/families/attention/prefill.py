@@ -25,9 +25,7 @@ from flashinfer.jit.spec import Config, CxxType, Family, Implementation, KernelS
 ITEM_BYTES = 48
 SCHEDULE_BYTES = 256
 
-
-# Query rows of a request, tokens times query heads per KV head, up to which the tile for short queries is the faster
-# one.
+# Query rows of a request (tokens times query heads per KV head) up to which the tile for short queries is faster.
 SHORT_ROWS = 64
 # What a launch is given besides ADDRESSES, and before them.
 ROWS = ("qo_indptr", "mask", "mask_indptr")
@@ -59,23 +57,21 @@ class PrefillPlanParams(ctypes.Structure):
 
 # A tile: query rows, KV rows, threads, stages of KV, blocks an SM is meant to hold. By head_dim, the first that fits.
 # Four warps of 32 rows each reuse every K and V fragment twice; eight warps of 16 rows need half the registers. With
-# one stage, keys and values take turns (prefill_tile.cuh), which leaves room for twice the KV rows of two stages.
+# one stage, keys and values take turns (prefill/tile.cuh), which leaves room for twice the KV rows of two stages. How
+# much slower the alternatives are, on an H100 at 4 x 4096 causal, and all figures: docs/notes/2026-11-prefill-tiles.md
 Tile = tuple[int, int, int, int, int]
 _TILES: dict[str, tuple[Tile, ...]] = {
     "small": ((128, 64, 128, 2, 2), (128, 32, 128, 2, 2), (128, 32, 128, 2, 1)),  # head_dim up to 64
-    # head_dim 64, H100, 4 x 4096 causal, 32/8, in one run: 338 TFLOP/s, two stages 332. In another, two stages: 337, KV
-    # tiles of 64 rows 307. Of 128 rows they fill the registers: masks and position encodings spill, and head_dim 32
-    # loses 13% on sequences of 128.
+    # head_dim 64: two stages 2%, KV tiles of 64 rows 9%. KV tiles of 128 rows fill the registers: masks and position
+    # encodings spill, and head_dim 32 loses 13% on sequences of 128.
     "small, plain": ((128, 128, 128, 1, 2), (128, 64, 128, 1, 2), (128, 32, 128, 2, 1)),
-    # 96 and 128. The same case, in one run: 386, two stages 382; paged 365 and 360. In earlier ones, of two stages: KV
-    # tiles of 32 rows 318, 256 query rows in one block 349, eight warps 260, where this tile made 357.
+    # 96 and 128: two stages 1%, KV tiles of 32 rows 11%, 256 query rows in one block 2%, eight warps 27%.
     "medium": ((128, 64, 128, 1, 2),),
     # Less shared memory an SM than sm_90 has. That of sm_80 would do for the tile above, which spills there.
     "medium, less memory": ((128, 32, 128, 2, 2), (128, 64, 256, 2, 1), (128, 32, 256, 2, 1)),
-    # 192 with values of 128. 4 x 4096 causal, 128/128, in one run: 349; KV tiles of 32 rows in two stages 307. In
-    # another: the same in one stage 283, 64 query rows 179, where this tile made 332.
+    # 192 with values of 128: KV tiles of 32 rows 12% in two stages and 15% in one, 64 query rows 46%.
     "wide keys": ((128, 64, 128, 1, 2), (128, 32, 128, 1, 2), (128, 64, 128, 1, 1), (64, 32, 128, 2, 1)),
-    # 192, 256. 4 x 4096 causal, 16/4, 256, in one run: 326; eight warps in one block, two stages 309.
+    # 192, 256: eight warps in one block, two stages 5%.
     "large": ((64, 64, 128, 1, 2), (128, 64, 256, 2, 1), (128, 32, 256, 2, 1), (64, 32, 128, 2, 1), (32, 32, 64, 2, 1)),
     # At most 64 rows a request: appends and speculative verification, which read KV at the speed of memory. One
     # fragment of rows a warp leaves registers, so that two blocks an SM keep more loads in flight.

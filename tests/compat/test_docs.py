@@ -1,0 +1,115 @@
+"""What the pages say exists: links, anchors, paths of files; the first example of README.md runs as it is printed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("aot_configs", "benchmarks", "csrc", "docs", "examples", "flashinfer", "flashinfer_aot", "scripts", "tests")
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "flashinfer_aot").glob("*.md")])
+# A path from the root of the repository, as pages and comments write it. What holds a placeholder or a glob is not one.
+PATH = re.compile(rf"(?<![\w/.$-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w(?![\w$<*{{…-])")
+# A header by its path from csrc/, or by the end of it.
+HEADER = re.compile(r"(?<![\w/.-])(?:\w+/)*\w+\.cuh\b")
+# Made by a build, or by whoever follows docs/add_a_kernel.md.
+MADE = re.compile(r"flashinfer_aot/flashinfer_aot/(registry|kernels)|(csrc(/cpu)?|flashinfer(/families)?|^)/?toy\b")
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text_of(page), flags=re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(page: Path) -> Iterator[str]:
+    """To files of the repository, without code, where brackets mean something else."""
+    text = re.sub(r"```.*?```|`[^`]*`", "", text_of(page), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:", target):
+            yield target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in links(page):
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), f"{target}: there is no such file"
+        assert not anchor or anchor in anchors(file), f"{target}: expected one of {sorted(anchors(file))}"
+
+
+def stale_paths(text: str) -> list[str]:
+    paths = {path for path in PATH.findall(text) if not (ROOT / path).exists()}
+    headers = {name for name in HEADER.findall(text) if not any((ROOT / "csrc").rglob(name)) and name not in paths}
+    return sorted(path for path in paths | headers if not MADE.search(path) and not (ROOT / path).exists())
+
+
+def sources() -> Iterator[Path]:
+    for folder in ("benchmarks", "csrc", "examples", "flashinfer", "scripts"):  # tests write of packages' insides
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".cuh", ".h", ".sh"}:
+                yield path
+
+
+def test_paths_in_pages_exist() -> None:
+    stale = {str(page.relative_to(ROOT)): stale_paths(text_of(page)) for page in PAGES}
+    assert {page: paths for page, paths in stale.items() if paths} == {}
+
+
+def test_paths_in_comments_exist() -> None:
+    """Also in strings: messages name files too."""
+    stale = {str(path.relative_to(ROOT)): stale_paths(text_of(path)) for path in sources()}
+    assert {path: paths for path, paths in stale.items() if paths} == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "stale"),
+    [
+        ("see `csrc/no/such.cuh`.", ["csrc/no/such.cuh"]),
+        ("flashinfer/kernels/norm.py and flashinfer/norm.py", ["flashinfer/kernels/norm.py"]),
+        ("attention/merge_states.cuh, prefill/tile.cuh, tile.cuh, prefill_tile.cuh", ["prefill_tile.cuh"]),
+        ("docs/<page>.md, benchmarks/results/*.json, csrc/toy/params.h, the tests/", []),
+    ],
+)
+def test_stale_paths_are_found(text: str, stale: list[str]) -> None:
+    assert stale_paths(text) == stale
+
+
+def test_every_note_is_in_the_index_and_says_what_notes_say() -> None:
+    notes = ROOT / "docs" / "notes"
+    index = text_of(notes / "README.md")
+    for page in sorted(notes.glob("*.md")):
+        if page.name == "README.md":
+            continue
+        assert re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])-[a-z0-9-]+\.md", page.name), page.name
+        assert f"]({page.name})" in index, f"{page.name} has no line in docs/notes/README.md"
+        headings = re.findall(r"^## (.+)$", text_of(page), flags=re.M)
+        assert headings == ["Question", "Setup", "Result", "Conclusion"], page.name
+
+
+def test_the_first_example_runs_as_printed(tmp_path: Path) -> None:
+    """On the CPU; scripts/try_readme.sh runs it in an environment that the README's own commands made."""
+    example = re.search(r"^```python\n(.*?)^```", text_of(ROOT / "README.md"), flags=re.S | re.M)
+    assert example is not None
+    check = "\nassert y.shape == x.shape and out.shape == q.shape and out.isfinite().all() and y.isfinite().all()\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", example[1] + check],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
