@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flashinfer import log
-from flashinfer.jit import resolver as resolver_module
+from flashinfer.jit import cache_dir
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -41,9 +41,9 @@ def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def _forget_warnings() -> Iterator[None]:
     """Each test sees the warnings that a process sees once."""
     log.warn_once.cache_clear()
-    resolver_module._temporary_cache_dir.cache_clear()
+    cache_dir._temporary.cache_clear()
     yield
-    resolver_module._temporary_cache_dir.cache_clear()
+    cache_dir._temporary.cache_clear()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 
 from flashinfer.cli import UsageError
 from flashinfer.cli._text import ago, count, parse_size, size, table
-from flashinfer.jit.resolver import preferred_cache_dir
+from flashinfer.jit import cache_dir
 from flashinfer.jit.spec import KernelSpec
 from flashinfer.jit.stores import JitCache
 
@@ -112,7 +112,7 @@ def _clear(args: argparse.Namespace) -> int:
 
 
 def _cache() -> JitCache:
-    folder = preferred_cache_dir()
+    folder = cache_dir.preferred()
     if folder is None:
         raise UsageError("there is no home directory with a cache; name one in FLASHINFER_CACHE_DIR")
     return JitCache(folder / "jit")

@@ -23,8 +23,7 @@ from flashinfer import env, families
 from flashinfer import target as targets
 from flashinfer.cli._text import count, size, table
 from flashinfer.errors import FlashInferError, ToolchainMissing, UnsupportedConfig
-from flashinfer.jit import driver, loader, toolchain
-from flashinfer.jit.resolver import preferred_cache_dir
+from flashinfer.jit import cache_dir, driver, loader, toolchain
 from flashinfer.jit.source import render
 from flashinfer.jit.spec import KernelSpec
 from flashinfer.jit.stores import AotStore, Entry, JitCache, Registry
@@ -281,7 +280,7 @@ def _host_compiler() -> Iterator[Finding]:
 
 
 def _cache() -> Iterator[Finding]:
-    folder = preferred_cache_dir()
+    folder = cache_dir.preferred()
     if folder is None:
         yield Finding("cache", WARNING, "no home directory", f"set {env.CACHE_DIR.name} to a writable folder")
         return

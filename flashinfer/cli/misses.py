@@ -12,9 +12,8 @@ from typing import Any
 
 from flashinfer.cli import UsageError
 from flashinfer.cli._text import count, size, table
-from flashinfer.jit import misses
+from flashinfer.jit import cache_dir, misses
 from flashinfer.jit.misses import Hole
-from flashinfer.jit.resolver import preferred_cache_dir
 
 
 def add_parser(subparsers: Any) -> None:
@@ -124,7 +123,7 @@ def _clear(args: argparse.Namespace) -> int:
 
 
 def _default_paths() -> list[Path]:
-    folder = preferred_cache_dir()
+    folder = cache_dir.preferred()
     if folder is None:
         raise UsageError("there is no home directory to look for records in; name files or folders of records")
     return [folder / "misses"]

@@ -18,7 +18,8 @@ from flashinfer import env, families, log
 from flashinfer.cli import UsageError, _requests
 from flashinfer.cli._text import count
 from flashinfer.errors import FlashInferError
-from flashinfer.jit.resolver import Resolver, make_resolver, preferred_cache_dir
+from flashinfer.jit import cache_dir
+from flashinfer.jit.resolver import Resolver, make_resolver
 from flashinfer.jit.spec import KernelSpec
 from flashinfer.jit.stores import Hit
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--jobs is {args.jobs}; expected a positive number")
     specs = _requests.requested(args)
     resolver = make_resolver()
-    if resolver.cache_dir != preferred_cache_dir():  # the warning of the temporary directory has said why
+    if resolver.cache_dir != cache_dir.preferred():  # the warning of the temporary directory has said why
         raise FlashInferError(f"nothing would be kept; set {env.CACHE_DIR.name} to a writable folder")
     missing = [spec for spec in specs if not _answered(resolver, spec)]
     print(f"{count(len(specs), 'kernel')}: {len(specs) - len(missing)} ready, {len(missing)} to compile")

@@ -7,13 +7,10 @@ Whatever AOT did not answer is logged and recorded (misses.py).
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import os
-import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +19,7 @@ from pathlib import Path
 from flashinfer import env, log
 from flashinfer import target as targets
 from flashinfer.errors import CompileError, FlashInferError, KernelMissing, ToolchainMissing
-from flashinfer.jit import loader, misses
+from flashinfer.jit import cache_dir, loader, misses
 from flashinfer.jit.loader import Kernel
 from flashinfer.jit.source import Source, render
 from flashinfer.jit.spec import KernelSpec
@@ -249,58 +246,6 @@ def _heartbeat(name: str, started: float) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------- the process's own
 
 
-def preferred_cache_dir() -> Path | None:
-    """FLASHINFER_CACHE_DIR, else the user's cache directory; None when the user has no home. Touches nothing."""
-    chosen = env.CACHE_DIR.get()
-    if chosen is None:
-        try:
-            import platformdirs
-
-            chosen = Path(platformdirs.user_cache_dir("flashinfer", appauthor=False))
-        except (ImportError, RuntimeError, KeyError):  # a bare source tree; no home directory
-            return None
-    return chosen if chosen.is_absolute() else None  # "~/.cache" stays as it is for a user unknown to the system
-
-
-def cache_dir() -> Path:
-    """The preferred cache directory, created; a private temporary one when it cannot be written. Never fails: where
-    nothing at all can be written, kernels that need no compiling must still load."""
-    chosen = preferred_cache_dir()
-    if chosen is None:
-        return _temporary_cache_dir("the user's cache directory is unknown (no home directory, or no platformdirs)")
-    try:
-        chosen.mkdir(parents=True, exist_ok=True)
-        if not os.access(chosen, os.W_OK | os.X_OK):
-            return _temporary_cache_dir(f"the cache directory {chosen} is not writable")
-    except OSError as error:
-        return _temporary_cache_dir(f"the cache directory {chosen} cannot be made: {error.strerror}")
-    return chosen
-
-
-@functools.cache
-def _temporary_cache_dir(why: str) -> Path:
-    try:
-        folder = Path(tempfile.mkdtemp(prefix="flashinfer-cache-"))
-    except OSError:
-        return Path(os.devnull, "flashinfer-cache")  # every write below a file fails, with a warning of its own
-    atexit.register(_discard, folder, os.getpid())
-    log.logger().warning(
-        "%s; kernels compiled now are kept in %s for this process only. Next step: set %s to a writable folder",
-        why,
-        folder,
-        env.CACHE_DIR.name,
-    )
-    return folder
-
-
-def _discard(folder: Path, owner: int) -> None:
-    """Remove a temporary cache, all but its miss records, when its process ends."""
-    if os.getpid() == owner:
-        shutil.rmtree(folder / "jit", ignore_errors=True)
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-
-
 _resolver: Resolver | None = None
 _resolver_lock = threading.Lock()
 
@@ -317,7 +262,7 @@ def default_resolver() -> Resolver:
 
 def make_resolver() -> Resolver:
     """A resolver from the environment."""
-    usable, preferred = cache_dir(), preferred_cache_dir()
+    usable, preferred = cache_dir.usable(), cache_dir.preferred()
     made = Resolver(AotStore(), usable)
     if preferred is not None and preferred != usable:
         made.jit.also_read = (preferred / "jit",)

@@ -19,7 +19,9 @@ PATH = re.compile(rf"(?<![\w/.$-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w(?![\w$<*{{â
 # A header by its path from csrc/, or by the end of it.
 HEADER = re.compile(r"(?<![\w/.-])(?:\w+/)*\w+\.cuh\b")
 # Made by a build, or by whoever follows docs/add_a_kernel.md.
-MADE = re.compile(r"flashinfer_aot/flashinfer_aot/(registry|kernels)|(csrc(/cpu)?|flashinfer(/families)?|^)/?toy\b")
+MADE = re.compile(
+    r"flashinfer_aot/flashinfer_aot/(registry|kernels)|(csrc(/cpu)?|flashinfer(/families)?|^)/?toy(_sm90)?\b"
+)
 
 
 def text_of(path: Path) -> str:

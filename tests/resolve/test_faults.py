@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from flashinfer.errors import ToolchainMissing
-from flashinfer.jit import loader, misses, stores, toolchain
+from flashinfer.jit import cache_dir, loader, misses, stores, toolchain
 from flashinfer.jit import resolver as resolver_module
 from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.source import render
@@ -92,7 +92,7 @@ def test_cache_directory_of_another_user(
 ) -> None:
     monkeypatch.setenv("FLASHINFER_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # what the system says of it to anyone but root
-    assert resolver_module.cache_dir() != tmp_path
+    assert cache_dir.usable() != tmp_path
     assert f"the cache directory {tmp_path} is not writable" in warnings()[0]
 
 
@@ -135,7 +135,7 @@ def test_nothing_at_all_can_be_written(tmp_path: Path, monkeypatch: pytest.Monke
     warm = cpu_resolver(tmp_path / "warm")
     warm.load(rmsnorm_spec())
     monkeypatch.setenv("FLASHINFER_CACHE_DIR", "/proc/flashinfer")
-    monkeypatch.setattr(resolver_module.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(cache_dir.tempfile, "mkdtemp", refuse)
     resolver = resolver_module.make_resolver()
     resolver.jit.also_read = (warm.jit.root,)
     run_rmsnorm(resolver.load(rmsnorm_spec()))
