@@ -71,7 +71,7 @@ class BatchPrefill(EngineNames):
         self._problem: Optional[Problem] = None
         self._kv_index = (0, 0, 0)  # addresses, in the order of KvIndex
         self._qo_index = (0, 0, 0)  # in the order of PrefillRows
-        self._planned = Extent(False, -1, 0, 0, 0)
+        self._planned = Extent(0, -1, 0, 0, 0)
         self._seen: Optional[Extent] = None  # under use_cuda_graph: what the runs so far needed
         self._short_queries = False
         self._handle = next(_handles)  # names the wrapper in a compiled graph

@@ -13,7 +13,7 @@ from flashinfer import dtypes, target
 from flashinfer.attention import workspace
 from flashinfer.attention.variant import Variant, require_positive
 from flashinfer.families.attention import prefill as families
-from flashinfer.families.attention.params import ADDRESSES, fast_divisor
+from flashinfer.families.attention.params import ADDRESSES, MASKS, fast_divisor
 from flashinfer.host import checks, memo
 from flashinfer.host.paged_cache import KvStrides
 from flashinfer.host.rows import require_rows
@@ -134,7 +134,7 @@ def require_output(op: str, q: torch.Tensor, out: torch.Tensor, lse: Optional[to
 class Extent(NamedTuple):
     """Which KV tiles a schedule brings to a query tile, and in what sizes: what a plan and a run must agree on."""
 
-    is_causal: bool
+    mask: int  # MaskKind, of families.attention.params.MASKS
     window_left: int
     block_m: int
     block_n: int
@@ -142,14 +142,15 @@ class Extent(NamedTuple):
 
     def covers(self, other: Extent) -> bool:
         """Whether a schedule of this extent gives right results for the other (if perhaps with needless tiles)."""
-        causal = other.is_causal or not self.is_causal
+        mask = self.mask in (MASKS["none"], other.mask)
         window = self.window_left < 0 or 0 <= other.window_left <= self.window_left
-        return causal and window and self[2:] == other[2:]
+        return mask and window and self[2:] == other[2:]
 
     def joined(self, other: Extent) -> Extent:
         """The smallest extent that covers both."""
         window = -1 if min(self.window_left, other.window_left) < 0 else max(self.window_left, other.window_left)
-        return other._replace(is_causal=self.is_causal and other.is_causal, window_left=window)
+        mask = self.mask if self.mask == other.mask else MASKS["none"]
+        return other._replace(mask=mask, window_left=window)
 
 
 PlannerLaunch = Callable[[Extent, int, int, int], None]  # addresses of qo_indptr, kv_indptr, last_page_len

@@ -11,6 +11,7 @@ import torch
 from flashinfer.attention.prefill import launch as launches
 from flashinfer.attention.prefill.launch import Extent, Launch, PlannerLaunch, Schedule
 from flashinfer.attention.variant import Variant
+from flashinfer.families.attention.params import MASKS
 from flashinfer.families.attention.prefill import SHORT_ROWS
 from flashinfer.host import memo
 
@@ -63,7 +64,7 @@ def num_tokens_of(qo_indptr: torch.Tensor, later: dict[str, Any]) -> int:
 
 
 def extent_of(kernel: launches.PrefillKernel, mask: str, variant: Variant) -> Extent:
-    return Extent(mask == "causal", variant.window_left, kernel.block_m, kernel.block_n, kernel.num_ctas)
+    return Extent(MASKS[mask], variant.window_left, kernel.block_m, kernel.block_n, kernel.num_ctas)
 
 
 def forward_overrides(

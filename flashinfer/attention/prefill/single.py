@@ -9,7 +9,8 @@ from typing import Any, Optional, Union
 import torch
 
 from flashinfer.attention.prefill import launch as launches
-from flashinfer.attention.prefill.launch import Extent, Launch, Schedule
+from flashinfer.attention.prefill.launch import Launch, Schedule
+from flashinfer.attention.prefill.plan import extent_of
 from flashinfer.attention.variant import Variant
 from flashinfer.families.attention import prefill as families
 from flashinfer.host import checks, memo, paged_cache, traced
@@ -200,7 +201,7 @@ class _Single:
         def bind_planned(schedule: Schedule) -> Launch:
             plan = schedule.bind_planner(device, "single", 1, 1, num_kv_heads, group_size, lengths)
             launch = bind(kernel.num_ctas, schedule.values)
-            extent = Extent(mask == "causal", variant.window_left, kernel.block_m, kernel.block_n, kernel.num_ctas)
+            extent = extent_of(kernel, mask, variant)
 
             def plan_and_launch(*addresses: Any) -> None:
                 with _planning:
