@@ -4,7 +4,7 @@
 #pragma once
 
 #include "attention/merge_params.h"
-#include "attention/variant.cuh"
+#include "attention/score.cuh"
 #include "device/cast.cuh"
 #include "device/pdl.cuh"
 

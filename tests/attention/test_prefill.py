@@ -230,6 +230,17 @@ def test_single(device: torch.device, name: str, lengths: tuple[int, int]) -> No
     assert_close(out, expected[0])
 
 
+@pytest.mark.parametrize("lengths", [(50, 20), (20, 50)], ids=str)
+def test_window_wider_than_any_sequence(device: torch.device, lengths: tuple[int, int]) -> None:
+    """Hides nothing, also from queries before the first key, whose position is negative."""
+    generator = torch.Generator().manual_seed(2)
+    (qo_len, kv_len), dim = lengths, 64
+    q = torch.randn(qo_len, 2, dim, generator=generator).to(device, FP16)
+    k, v = (torch.randn(kv_len, 2, dim, generator=generator).to(device, FP16) for _ in range(2))
+    out = flashinfer.single_prefill_with_kv_cache_return_lse(q, k, v, window_left=2**31 - 2)
+    check(out, attention(q, k, v))
+
+
 # --------------------------------------------------------------------------------------------------------------- graphs
 
 

@@ -252,8 +252,9 @@ __device__ __forceinline__ void store_empty_requests(const DecodeParams& params,
 template <class Config>
 __device__ __forceinline__ DecodeChunk load_chunk(const DecodeParams& params) {
   if constexpr (Config::kKvStorage == kKvSingle) {
-    const int32_t hidden = Config::kHasWindow ? params.kv.index.len - 1 - params.window_left : 0;
-    return single_chunk(params.kv.index.len, max(hidden, 0), DecodeTile<Config>::kTileRows, gridDim.y, blockIdx.y);
+    const int32_t kv_len = params.kv.index.len,
+                  kv_begin = Visibility::of<Config>(params).keys_of(kv_len - 1, kv_len).begin;
+    return single_chunk(kv_len, kv_begin, DecodeTile<Config>::kTileRows, gridDim.y, blockIdx.y);
   } else {
     return params.chunks[blockIdx.y];
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/decode/schedule.cuh"
+#include "attention/visibility.cuh"
 #include "device/pdl.cuh"
 #include "device/reduce.cuh"
 
@@ -49,7 +50,8 @@ __device__ __forceinline__ DecodeRequest read_request(const DecodePlanParams& pa
   if (request_idx >= params.batch_size) return {request_idx, 0, 0, 0, 0, 0, 0, 0};
   const int32_t begin = params.kv_indptr[request_idx], num_pages = params.kv_indptr[request_idx + 1] - begin;
   const int32_t kv_len = num_pages > 0 ? (num_pages - 1) * params.page_size + params.last_page_len[request_idx] : 0;
-  const int32_t kv_begin = params.window_left >= 0 ? max(kv_len - 1 - params.window_left, 0) : 0;
+  const Visibility visibility{kMaskNone, params.window_left >= 0, params.window_left};
+  const int32_t kv_begin = visibility.keys_of(kv_len - 1, kv_len).begin;
   return {request_idx, kv_len, kv_begin, begin, 0, 0, ceil_div(kv_len - kv_begin, params.tile_len), 0};
 }
 

@@ -3,7 +3,8 @@
 #pragma once
 
 #include "attention/decode/schedule.cuh"
-#include "attention/variant.cuh"
+#include "attention/score.cuh"
+#include "attention/visibility.cuh"
 #include "device/cp_async.cuh"
 #include "device/kv_cast.cuh"
 #include "device/ldmatrix.cuh"
@@ -208,12 +209,12 @@ struct WarpState {
   using Q = typename Tile::Q;
   using Kv = typename Tile::Kv;
   using Mma = typename Tile::Mma;
-  using V = Variant<Config>;
-  static constexpr int kRopePairs = V::kHasRope ? Tile::kQkSteps / 2 : 1;
+  using S = Score<Config>;
+  static constexpr int kRopePairs = S::kHasRope ? Tile::kQkSteps / 2 : 1;
 
   const DecodeParams& params;
   const HeadBlock& heads;
-  const float scale = V::scale_log2(params);
+  const float scale = S::scale_log2(params);
   const int lane_idx = threadIdx.x % kWarpSize, group = lane_idx / 4, column = lane_idx % 4;
   uint32_t q_rmem[Tile::kHeadTiles][Tile::kQkSteps][2];
   float out_rmem[Tile::kHeadTiles][Tile::kVoTiles][4];
@@ -228,10 +229,10 @@ struct WarpState {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int head = min(t * kMmaHeads + 2 * column + j, heads.num_heads - 1);
-        slope_rmem[t][j] = V::alibi_slope(params, heads.first_head + head);
+        slope_rmem[t][j] = S::alibi_slope(params, heads.first_head + head);
       }
     }
-    if constexpr (V::kHasRope) {
+    if constexpr (S::kHasRope) {
 #pragma unroll
       for (int step = 0; step < kRopePairs; ++step) {
 #pragma unroll
@@ -278,7 +279,7 @@ struct WarpState {
         const int offset = Rows::offset(t * kMmaHeads + group, element / 8) + element % 8 * int(sizeof(Q));
         q_rmem[t][i / 2][i % 2] = cast_16bit<Mma, Q>(*reinterpret_cast<const uint32_t*>(q_smem + offset));
       }
-      if constexpr (V::kHasRope) rotate_query(q_rmem[t], kv_len - 1);
+      if constexpr (S::kHasRope) rotate_query(q_rmem[t], kv_len - 1);
     }
   }
 
@@ -320,7 +321,7 @@ struct WarpState {
     for (int r = 0; r < Tile::kRowTiles; ++r) {
       uint32_t k_rmem[Tile::kQkSteps][4];
       load_keys(k_smem, r, k_rmem);
-      if constexpr (V::kHasRope) {
+      if constexpr (S::kHasRope) {
         const int32_t position = first_row + r * kMmaRows + group;
         rotate_keys(k_rmem, position);
       }
@@ -362,17 +363,17 @@ struct WarpState {
 
   __device__ __forceinline__ void mask(float (&scores)[Tile::kRowTiles][Tile::kHeadTiles][4], int32_t first_row,
                                        int32_t kv_len) const {
-    if constexpr (V::kIsPlain && !V::kHasMask) {
-      if (first_row + Tile::kWarpRows <= kv_len) return;
-    }
+    const Visibility visibility = Visibility::of<Config>(params);
+    const Range keys = visibility.keys_of(kv_len - 1, kv_len);
+    if (S::kIsPlain && visibility.contains_all(keys, first_row, Tile::kWarpRows)) return;
 #pragma unroll
     for (int i = 0; i < 2 * Tile::kRowTiles; ++i) {
       const int32_t kv_idx = first_row + i / 2 * kMmaRows + i % 2 * 8 + group;
-      const bool visible = kv_idx < kv_len && V::is_visible(params, nullptr, 0, kv_idx, 1, kv_len);
+      const bool visible = visibility.contains(keys, kv_idx);
 #pragma unroll
       for (int j = 0; j < 2 * Tile::kHeadTiles; ++j) {
         float& score = scores[i / 2][j / 2][i % 2 * 2 + j % 2];
-        score = visible ? V::transform(params, score, slope_rmem[j / 2][j % 2], kv_idx - (kv_len - 1)) : kMinusInfinity;
+        score = visible ? S::transform(params, score, slope_rmem[j / 2][j % 2], kv_idx - (kv_len - 1)) : kMinusInfinity;
       }
     }
   }

@@ -64,7 +64,8 @@ __device__ __forceinline__ void attend(const PrefillParams& params, PrefillSmem<
   const int warp_idx = threadIdx.x / 32, warp_row = warp_idx * Shape::kRowsPerWarp;
   uint8_t* warp_rows_smem = smem.q + warp_row * Shape::kHeadDimQk * 2;
   const WarpTiles<Config>& tiles = smem.warp_tiles[warp_idx];
-  const float scale_log2 = Variant<Config>::scale_log2(params);
+  const Visibility visibility = Visibility::of<Config>(params);
+  const float scale_log2 = Score<Config>::scale_log2(params);
   const KvTileLoader<Config> loader{params, work, smem};
 
   const auto turn_to_values = [&](int tile) {
@@ -93,13 +94,13 @@ __device__ __forceinline__ void attend(const PrefillParams& params, PrefillSmem<
     const uint8_t* k_smem = prepare_k<Config>(params, smem, tile);
     int32_t next_page;
     // Where they take turns, a tile that the warp does not see is masked: a way around it costs all tiles more.
-    if (kHasRows && (Shape::kTakesTurns || tiles.sees(tile))) {
+    if (kHasRows && (Shape::kTakesTurns || visibility.contains(tiles.seen, tile))) {
       float scores[Shape::kFragsM][Shape::kFragsN][4];
       compute_scores<Config>(scores, smem_address(warp_rows_smem), smem_address(k_smem));
       turn_to_values(tile);
       next_page = loader.look_up(tile - kNumAhead - 1);  // not sooner: the products above need every register
-      const bool needs_mask = !tiles.sees_whole(tile);
-      if (needs_mask || !Variant<Config>::kIsPlain) {
+      const bool needs_mask = !visibility.contains(tiles.whole, tile);
+      if (needs_mask || !Score<Config>::kIsPlain) {
         transform_and_mask<Config>(scores, params, work, warp_row, tile, needs_mask);
       }
       state.raise_max(scores, out, scale_log2);
@@ -136,7 +137,7 @@ __device__ void prefill(const PrefillParams& params) {
     float out[Shape::kFragsM][Shape::kFragsD][4] = {};
     SoftmaxState<Config> state;
     state.reset();
-    if (!Shape::kTakesTurns || smem.warp_tiles[fresh_thread_idx() / 32].seen_end > 0) {
+    if (!Shape::kTakesTurns || smem.warp_tiles[fresh_thread_idx() / 32].seen.end > 0) {
       attend<Config, true>(params, smem, out, state);
     } else {
       attend<Config, false>(params, smem, out, state);
@@ -145,7 +146,7 @@ __device__ void prefill(const PrefillParams& params) {
       cp_async_wait<0>();
       __syncthreads();
     }
-    finish_softmax<Config>(state, smem, params.v_scale, Variant<Config>::scale_log2(params));
+    finish_softmax<Config>(state, smem, params.v_scale, Score<Config>::scale_log2(params));
     store_output<Config>(out, state, params, smem.work, smem);
     merge_chunks<Config>(params, smem.work, smem);
     __syncthreads();  // all have left the work and the shared memory of this unit

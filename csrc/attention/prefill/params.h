@@ -69,24 +69,6 @@ struct UnitOrder {
   }
 };
 
-// The KV tiles [begin, end) that some row of a query tile sees; empty if there is none.
-struct TileRange {
-  int32_t begin, end;
-
-  FLASHINFER_FN static TileRange of(int32_t q_tile, int32_t group_size, int32_t qo_len, int32_t kv_len, int32_t block_m,
-                                    int32_t block_n, bool is_causal, int32_t window_left) {
-    const int32_t first_token = q_tile * block_m / group_size;
-    int32_t last_token = (q_tile * block_m + block_m - 1) / group_size;
-    if (last_token >= qo_len) last_token = qo_len - 1;
-    const int32_t offset = kv_len - qo_len;  // position of a token - its index
-    int32_t begin = 0, end = kv_len;
-    if (is_causal && offset + last_token + 1 < end) end = offset + last_token + 1;
-    if (window_left >= 0 && offset + first_token - window_left > 0) begin = offset + first_token - window_left;
-    if (end <= begin) return {0, 0};
-    return {begin / block_n, ceil_div(end, block_n)};
-  }
-};
-
 // Of each launch: where the queries of a request are, and its custom mask.
 struct PrefillRows {
   const int32_t* qo_indptr;    // [batch_size + 1] into tokens; null if single
@@ -118,8 +100,8 @@ struct PrefillPlanParams {
   int32_t max_items, max_counters;
   int32_t max_partial_rows;  // rows of partial results the workspace holds for every KV head
   int32_t block_m, block_n;  // rows of a query tile and of a KV tile
-  int32_t is_causal;
-  int32_t window_left;  // -1: no window
+  int32_t mask;              // MaskKind
+  int32_t window_left;       // -1: no window
 };
 
 }  // namespace flashinfer

@@ -10,6 +10,7 @@
 
 #include "attention/kv_view.cuh"
 #include "attention/prefill/params.h"
+#include "attention/visibility.cuh"
 #include "device/pdl.cuh"
 #include "device/reduce.cuh"
 #include "device/search.cuh"
@@ -108,6 +109,7 @@ struct PrefillPlanner {
   template <class Visit>
   __device__ __forceinline__ void for_each_tile(const Visit& visit) const {
     const int32_t num_tiles = params.tile_indptr[params.batch_size];
+    const Visibility visibility{params.mask, params.window_left >= 0, params.window_left};
     for (int32_t i = threadIdx.x; i < num_tiles; i += kNumThreads) {
       const int32_t request_idx = find_segment(params.tile_indptr, params.batch_size, i);
       const auto view = KvView<Config::kKvStorage>::of_request(params.kv, request_idx);
@@ -118,8 +120,8 @@ struct PrefillPlanner {
       item.qo_len = qo_len(request_idx);
       item.kv_begin = view.begin;
       item.kv_len = view.len > 0 ? view.len : 0;
-      const TileRange tiles = TileRange::of(item.q_tile, params.group_size, item.qo_len, item.kv_len, params.block_m,
-                                            params.block_n, params.is_causal, params.window_left);
+      const Range tiles =
+          visibility.tiles_of(item.q_tile, params.block_m, params.group_size, item.qo_len, item.kv_len, params.block_n);
       item.tile_begin = tiles.begin;
       item.tile_end = tiles.end;
       visit(item, tiles.end - tiles.begin);

@@ -66,9 +66,9 @@ struct WorkQueue {
   // The query tiles of a single sequence: the last, under a causal mask the longest, first.
   __device__ __forceinline__ PrefillItem item_of_single(int32_t item_idx) const {
     const int32_t q_tile = gridDim.x / params.num_kv_heads - 1 - item_idx;
-    const TileRange tiles = TileRange::of(q_tile, params.num_qo_heads / params.num_kv_heads, params.qo_len,
-                                          params.kv.index.len, Shape::kBlockM, Shape::kBlockN,
-                                          Config::kMask == kMaskCausal, Config::kHasWindow ? params.window_left : -1);
+    const Range tiles =
+        Visibility::of<Config>(params).tiles_of(q_tile, Shape::kBlockM, params.num_qo_heads / params.num_kv_heads,
+                                                params.qo_len, params.kv.index.len, Shape::kBlockN);
     PrefillItem item = {};
     item.q_tile = q_tile;
     item.qo_len = params.qo_len;

@@ -1,5 +1,5 @@
-// The softmax of prefill: what happens to a tile of scores between S = Q Kᵀ and O += P V. A new kind of mask or of
-// logits belongs into variant.cuh; this file asks it what to do with a score.
+// The softmax of prefill: what happens to a tile of scores between S = Q Kᵀ and O += P V. A new kind of logit belongs
+// into score.cuh, a new mask into visibility.cuh; this file asks them what to do with a score.
 //
 // The running maximum that scales the probabilities may lag behind the true one by kMaxLag powers of two, so that most
 // tiles need not rescale the output: probabilities then reach 2^kMaxLag, which 16 bits and the fp32 sums hold as well
@@ -64,22 +64,12 @@ struct SoftmaxState {
   }
 };
 
-// 32 bits of a custom mask from bit first_bit on; bytes from num_bits / 8 on are not read.
-__device__ __forceinline__ uint32_t load_mask_bits(const uint8_t* mask_gmem, int64_t first_bit, int64_t num_bits) {
-  const int64_t first_byte = first_bit >> 3, end_byte = (num_bits + 7) >> 3;
-  uint64_t bits = 0;
-#pragma unroll
-  for (int i = 0; i < 5; ++i) {
-    if (first_byte + i < end_byte) bits |= uint64_t(mask_gmem[first_byte + i]) << (8 * i);
-  }
-  return uint32_t(bits >> (first_bit & 7));
-}
-
 // Soft cap and ALiBi on every score; then -inf where a query does not see a key.
 template <class Config, class Shape = PrefillShape<Config>>
 __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kFragsM][Shape::kFragsN][4],
                                                    const PrefillParams& params, const PrefillWork& work, int warp_row,
                                                    int tile, bool needs_mask) {
+  const Visibility visibility = Visibility::of<Config>(params);
   const int lane_idx = int(fresh_thread_idx() % 32);
   const int first_kv = tile * Shape::kBlockN + lane_idx % 4 * 2;  // of this lane; fragment n, element e adds 8n + e
 #pragma unroll
@@ -87,34 +77,29 @@ __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kFrags
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const QueryRow query = QueryRow::of<Shape>(work, warp_row + m * 16 + half * 8 + lane_idx / 4);
-      const int32_t position = work.item.kv_len - work.item.qo_len + query.token_idx;
-      if constexpr (!Variant<Config>::kIsPlain) {
-        const float slope = Variant<Config>::alibi_slope(params, query.qo_head_idx);
+      const int32_t position = query.position(work);
+      if constexpr (!Score<Config>::kIsPlain) {
+        const float slope = Score<Config>::alibi_slope(params, query.qo_head_idx);
 #pragma unroll
         for (int i = 0; i < 2 * Shape::kFragsN; ++i) {
           float& score = scores[m][i / 2][2 * half + i % 2];
-          score = Variant<Config>::transform(params, score, slope, first_kv + i / 2 * 8 + i % 2 - position);
+          score = Score<Config>::transform(params, score, slope, first_kv + i / 2 * 8 + i % 2 - position);
         }
       }
       if (!needs_mask) continue;
-      int32_t kv_begin = 0, kv_end = work.item.kv_len;
-      if constexpr (Config::kMask == kMaskCausal) kv_end = min(kv_end, position + 1);
-      if constexpr (Config::kHasWindow) kv_begin = max(position - params.window_left, 0);
-      const bool row_exists = query.token_idx < work.item.qo_len;
+      const Range keys = visibility.keys_of(position, work.item.kv_len);
 #pragma unroll
       for (int word = 0; word < Shape::kBlockN / 32; ++word) {
         uint32_t bits = 0xffffffffu;
-        if constexpr (Config::kMask == kMaskCustom) {
-          const uint8_t* mask_gmem = Variant<Config>::mask_of(params, work.item.request_idx);
-          const int64_t first_bit = int64_t(query.token_idx) * work.item.kv_len + tile * Shape::kBlockN + word * 32;
-          bits = row_exists ? load_mask_bits(mask_gmem, first_bit, int64_t(work.item.qo_len) * work.item.kv_len) : 0u;
+        if (visibility.has_holes()) {
+          bits = visibility.bits_of(params, work.item.request_idx, query.token_idx, tile * Shape::kBlockN + word * 32,
+                                    work.item.qo_len, work.item.kv_len);
         }
 #pragma unroll
         for (int i = 0; i < 8; ++i) {  // 4 fragments of 8 keys to a word of 32
           const int offset = i / 2 * 8 + i % 2, kv_idx = first_kv + word * 32 + offset;
-          bool visible = kv_idx < kv_end;
-          if constexpr (Config::kHasWindow) visible = visible && kv_idx >= kv_begin;
-          if constexpr (Config::kMask == kMaskCustom) visible = visible && (bits >> (offset + lane_idx % 4 * 2)) & 1;
+          bool visible = visibility.contains(keys, kv_idx);
+          if (visibility.has_holes()) visible = visible && (bits >> (offset + lane_idx % 4 * 2)) & 1;
           float& score = scores[m][word * 4 + i / 2][2 * half + i % 2];
           score = visible ? score : kMinusInfinity;
         }

@@ -9,7 +9,8 @@
 #include "attention/kv_view.cuh"
 #include "attention/merge_states.cuh"
 #include "attention/prefill/params.h"
-#include "attention/variant.cuh"
+#include "attention/score.cuh"
+#include "attention/visibility.cuh"
 #include "device/cp_async.cuh"
 #include "device/fp8.cuh"
 #include "device/ldmatrix.cuh"
@@ -41,7 +42,7 @@ struct PrefillShape {
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
   static constexpr int kNumThreads = Config::kNumThreads, kNumWarps = kNumThreads / 32;
   static constexpr int kHeadDimQk = Config::kHeadDimQk, kHeadDimVo = Config::kHeadDimVo;
-  static constexpr bool kHasRope = Variant<Config>::kHasRope;
+  static constexpr bool kHasRope = Score<Config>::kHasRope;
   static constexpr bool kIsFp8V = sizeof(Kv) == 1;
   static constexpr bool kIsFp8K = kIsFp8V && !kHasRope;  // rotated keys are kept in T
 
@@ -95,6 +96,9 @@ struct QueryRow {
   int32_t token_idx;  // within the request
   int32_t qo_head_idx;
 
+  __device__ __forceinline__ int32_t position(const PrefillWork& work) const {
+    return position_of(token_idx, work.item.qo_len, work.item.kv_len);
+  }
   template <class Shape>
   __device__ __forceinline__ static QueryRow of(const PrefillWork& work, int row) {
     const int32_t packed = work.item.q_tile * Shape::kBlockM + row, group_size = work.group_size.divisor;
@@ -103,36 +107,21 @@ struct QueryRow {
   }
 };
 
-// The KV tiles that one warp's rows see at all, [seen_begin, seen_end), and those they see whole, [whole_begin,
-// whole_end): the others among the seen need masking.
+// The KV tiles that one warp's rows see at all, and those they see whole: the others among the seen need masking.
 template <class Config>
 struct WarpTiles {
   using Shape = PrefillShape<Config>;
-  int32_t seen_begin, seen_end, whole_begin, whole_end;
+  Range seen, whole;
 
   __device__ __forceinline__ static WarpTiles of(const PrefillParams& params, const PrefillWork& work, int first_row) {
     const int32_t last_row = min(first_row + Shape::kRowsPerWarp, work.num_rows(Shape::kBlockM)) - 1;
-    if (last_row < first_row) return {0, 0, 0, 0};
-    const int32_t kv_len = work.item.kv_len, offset = kv_len - work.item.qo_len;
-    const int32_t first_position = offset + QueryRow::of<Shape>(work, first_row).token_idx;
-    const int32_t last_position = offset + QueryRow::of<Shape>(work, last_row).token_idx;
-    WarpTiles tiles = {0, ceil_div(kv_len, Shape::kBlockN), 0, kv_len / Shape::kBlockN};
-    if constexpr (Config::kMask == kMaskCausal) {
-      tiles.seen_end = min(tiles.seen_end, ceil_div(max(last_position + 1, 0), Shape::kBlockN));
-      tiles.whole_end = min(tiles.whole_end, max(first_position + 1, 0) / Shape::kBlockN);
-    }
-    if constexpr (Config::kMask == kMaskCustom) tiles.whole_end = 0;
-    if constexpr (Config::kHasWindow) {
-      tiles.seen_begin = max(first_position - params.window_left, 0) / Shape::kBlockN;
-      tiles.whole_begin = ceil_div(max(last_position - params.window_left, 0), Shape::kBlockN);
-    }
-    return tiles;
-  }
-  __device__ __forceinline__ bool sees(int tile) const {
-    return tile < seen_end && (!Config::kHasWindow || tile >= seen_begin);
-  }
-  __device__ __forceinline__ bool sees_whole(int tile) const {
-    return tile < whole_end && (!Config::kHasWindow || tile >= whole_begin);
+    if (last_row < first_row) return {{0, 0}, {0, 0}};
+    const Visibility visibility = Visibility::of<Config>(params);
+    const int32_t kv_len = work.item.kv_len;
+    const int32_t first = QueryRow::of<Shape>(work, first_row).position(work);
+    const int32_t last = QueryRow::of<Shape>(work, last_row).position(work);
+    return {visibility.tiles_seen(first, last, kv_len, Shape::kBlockN),
+            visibility.tiles_seen_whole(first, last, kv_len, Shape::kBlockN)};
   }
 };
 
@@ -201,9 +190,8 @@ __device__ __forceinline__ void prepare_q(const PrefillParams& params, const Pre
   if constexpr (Shape::kHasRope) {
     uint8_t* rows_smem = q_smem + first_row * Shape::kHeadDimQk * 2;  // 16-row aligned: the swizzle does not change
     rotate_rows<Config, typename Config::Q, typename Shape::QRows>(
-        params, rows_smem, rows_smem, Shape::kRowsPerWarp, lane_idx, 32, [&](int row) {
-          return work.item.kv_len - work.item.qo_len + QueryRow::of<Shape>(work, first_row + row).token_idx;
-        });
+        params, rows_smem, rows_smem, Shape::kRowsPerWarp, lane_idx, 32,
+        [&](int row) { return QueryRow::of<Shape>(work, first_row + row).position(work); });
     __syncwarp();
   }
   if constexpr (Shape::kIsFp8K) {

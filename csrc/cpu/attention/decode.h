@@ -11,7 +11,8 @@
 
 #include "attention/decode/params.h"
 #include "attention/kv_view.cuh"
-#include "attention/variant.cuh"
+#include "attention/score.cuh"
+#include "attention/visibility.cuh"
 #include "cpu/math.h"
 #include "cpu/types.h"
 
@@ -69,7 +70,7 @@ struct DecodeState {
   static constexpr int kDimQk = Config::kHeadDimQk, kDimVo = Config::kHeadDimVo;
   using Q = typename Config::Q;
   using Kv = typename Config::Kv;
-  using V = Variant<Config>;
+  using S = Score<Config>;
   static_assert(kDimQk % kLanes == 0 && kDimVo % kLanes == 0);
 
   float q[kDecodeGroup][kDimQk];
@@ -82,8 +83,8 @@ struct DecodeState {
       const Q* src = static_cast<const Q*>(params.q) + request_idx * params.q_token_stride +
                      (first_head + h) * params.q_head_stride;
       for (int d = 0; d < kDimQk; ++d) q[h][d] = to_float(src[d]);
-      if constexpr (V::kHasRope) rotate_row<kDimQk>(params, q[h], kv_len - 1);
-      slope[h] = V::alibi_slope(params, first_head + h);
+      if constexpr (S::kHasRope) rotate_row<kDimQk>(params, q[h], kv_len - 1);
+      slope[h] = S::alibi_slope(params, first_head + h);
     }
     for (int h = 0; h < kDecodeGroup; ++h) max[h] = -INFINITY;
   }
@@ -92,7 +93,7 @@ struct DecodeState {
   template <class View>
   void attend(const AttentionParams& params, const View& view, int32_t kv_head, int num_heads, int32_t begin,
               int32_t end) {
-    const float scale = V::scale_log2(params);
+    const float scale = S::scale_log2(params);
     alignas(64) float buffer[kDecodeBlock][kDimQk > kDimVo ? kDimQk : kDimVo];
     alignas(64) float scores[kDecodeGroup][kDecodeBlock];
     const float* rows[kDecodeBlock];
@@ -106,12 +107,12 @@ struct DecodeState {
         const KvRow ahead = first + kDecodeBlock + j < end ? view.locate(first + kDecodeBlock + j) : located[j];
         prefetch<kDimQk>(static_cast<const Kv*>(params.kv.k) + View::k_offset(params.kv, ahead, kv_head));
         const Kv* k = static_cast<const Kv*>(params.kv.k) + View::k_offset(params.kv, located[j], kv_head);
-        rows[j] = as_floats<kDimQk, V::kHasRope>(k, buffer[j]);
-        if constexpr (V::kHasRope) rotate_row<kDimQk>(params, buffer[j], first + j);
+        rows[j] = as_floats<kDimQk, S::kHasRope>(k, buffer[j]);
+        if constexpr (S::kHasRope) rotate_row<kDimQk>(params, buffer[j], first + j);
       }
       for (int h = 0; h < num_heads; ++h) {
         multiply_qk(rows, num_rows, h, scores[h]);
-        mask(params, scores[h], h, first, num_rows, view.len);
+        transform(params, scores[h], h, first, num_rows, view.len);
         softmax(scores[h], h, scale);
       }
       for (int j = 0; j < num_rows; ++j) {
@@ -140,7 +141,7 @@ struct DecodeState {
   }
 
   void multiply_qk(const float* const (&rows)[kDecodeBlock], int num_rows, int h, float* scores) const {
-    for (int j = 0; j < num_rows; j += 4) {  // rows past num_rows repeat the first: mask overwrites their scores
+    for (int j = 0; j < num_rows; j += 4) {  // rows past num_rows repeat the first: transform overwrites their scores
       FloatLanes acc[4] = {};
       for (int d = 0; d < kDimQk; d += kLanes) {
         const FloatLanes x = load_lanes(&q[h][d]);
@@ -150,13 +151,13 @@ struct DecodeState {
     }
   }
 
-  void mask(const AttentionParams& params, float* scores, int h, int32_t first, int num_rows, int32_t kv_len) const {
+  // Keys that the query does not see are none of an item's (DecodeItems).
+  void transform(const AttentionParams& params, float* scores, int h, int32_t first, int num_rows,
+                 int32_t kv_len) const {
     for (int j = num_rows; j < kDecodeBlock; ++j) scores[j] = -INFINITY;
-    if constexpr (!V::kIsPlain || V::kHasMask) {
+    if constexpr (!S::kIsPlain) {
       for (int j = 0; j < num_rows; ++j) {
-        const int32_t kv_idx = first + j;
-        const bool visible = V::is_visible(params, nullptr, 0, kv_idx, 1, kv_len);
-        scores[j] = visible ? V::transform(params, scores[j], slope[h], kv_idx - (kv_len - 1)) : -INFINITY;
+        scores[j] = S::transform(params, scores[j], slope[h], first + j - (kv_len - 1));
       }
     }
   }
@@ -238,8 +239,7 @@ struct DecodeItems {
   int32_t* range_indptr;  // [batch_size + 1]
 
   static int32_t first_key(const AttentionParams& params, int32_t kv_len) {
-    if constexpr (!Config::kHasWindow) return 0;
-    return kv_len - 1 > params.window_left ? kv_len - 1 - params.window_left : 0;
+    return Visibility::of<Config>(params).keys_of(kv_len - 1, kv_len).begin;
   }
 
   void cut(const AttentionParams& params, int num_threads) {
@@ -316,7 +316,7 @@ void decode(const DecodeParams& params) {
     for (int h = 0; h < num_heads; ++h) {
       const float sum = state.sum[h], rcp_sum = sum > 0.f ? 1.f / sum : 0.f;
       for (int d = 0; d < Config::kHeadDimVo; ++d) result.out[h][d] = state.out[h][d] * rcp_sum;
-      const float scale = Variant<Config>::scale_log2(params);
+      const float scale = Score<Config>::scale_log2(params);
       result.lse[h] = sum > 0.f ? state.max[h] * scale + std::log2(sum) : -INFINITY;
     }
     if (whole) store_decode<Config>(params, result, request_idx, first_head, num_heads);

@@ -59,7 +59,7 @@ struct PrefillState {
   static constexpr int kM = kPrefillBlockM, kN = kPrefillBlockN;
   using Q = typename Config::Q;
   using Kv = typename Config::Kv;
-  using V = Variant<Config>;
+  using S = Score<Config>;
   using View = KvView<Config::kKvStorage>;
 
   alignas(64) float q[kM][kDimQk];
@@ -79,9 +79,8 @@ struct PrefillState {
     const int32_t group_size = params.num_qo_heads / params.num_kv_heads;
     load_q(params, q_begin, qo_len, view.len, q_tile, kv_head, group_size);
 
-    const TileRange blocks = TileRange::of(q_tile, group_size, qo_len, view.len, kM, kN, Config::kMask == kMaskCausal,
-                                           Config::kHasWindow ? params.window_left : -1);
-    const float scale = V::scale_log2(params);
+    const Range blocks = Visibility::of<Config>(params).tiles_of(q_tile, kM, group_size, qo_len, view.len, kN);
+    const float scale = S::scale_log2(params);
     for (int32_t block = blocks.begin; block < blocks.end; ++block) {
       const int32_t first_key = block * kN, num_keys = view.len - first_key < kN ? view.len - first_key : kN;
       load_kv(params, view, kv_head, first_key, num_keys);
@@ -103,11 +102,11 @@ struct PrefillState {
     for (int row = 0; row < num_rows; ++row) {
       token[row] = (first_row + row) / group_size;
       qo_head[row] = kv_head * group_size + (first_row + row) % group_size;
-      slope[row] = V::alibi_slope(params, qo_head[row]);
+      slope[row] = S::alibi_slope(params, qo_head[row]);
       const Q* src = static_cast<const Q*>(params.q) + int64_t(q_begin + token[row]) * params.q_token_stride +
                      qo_head[row] * params.q_head_stride;
       for (int d = 0; d < kDimQk; ++d) q[row][d] = to_float(src[d]);
-      if constexpr (V::kHasRope) rotate_row<kDimQk>(params, q[row], kv_len - qo_len + token[row]);
+      if constexpr (S::kHasRope) rotate_row<kDimQk>(params, q[row], position_of(token[row], qo_len, kv_len));
       max[row] = -INFINITY;
       sum[row] = 0.f;
       std::memset(out[row], 0, sizeof(out[row]));
@@ -127,7 +126,7 @@ struct PrefillState {
       const Kv* k_src = static_cast<const Kv*>(params.kv.k) + View::k_offset(params.kv, at, kv_head);
       const Kv* v_src = static_cast<const Kv*>(params.kv.v) + View::v_offset(params.kv, at, kv_head);
       for (int d = 0; d < kDimQk; ++d) row[d] = to_float(k_src[d]);
-      if constexpr (V::kHasRope) rotate_row<kDimQk>(params, row, first_key + j);
+      if constexpr (S::kHasRope) rotate_row<kDimQk>(params, row, first_key + j);
       for (int d = 0; d < kDimQk; ++d) k_transposed[d][j] = row[d];
       for (int d = 0; d < kDimVo; ++d) v[j][d] = to_float(v_src[d]);
     }
@@ -140,27 +139,23 @@ struct PrefillState {
   void mask(const PrefillParams& params, int row, int32_t request_idx, int32_t first_key, int num_keys, int32_t qo_len,
             int32_t kv_len) {
     float* row_scores = scores[row];
-    const int32_t position = kv_len - qo_len + token[row];
-    if constexpr (!V::kIsPlain) {
+    const int32_t position = position_of(token[row], qo_len, kv_len);
+    if constexpr (!S::kIsPlain) {
       for (int j = 0; j < num_keys; ++j) {
-        row_scores[j] = V::transform(params, row_scores[j], slope[row], first_key + j - position);
+        row_scores[j] = S::transform(params, row_scores[j], slope[row], first_key + j - position);
       }
     }
-    int end = num_keys, begin = 0;
-    if constexpr (Config::kMask == kMaskCausal) {
-      if (position - first_key + 1 < end) end = position - first_key + 1;
-    }
-    if constexpr (Config::kHasWindow) {
-      const int64_t first_seen = int64_t(position) - params.window_left - first_key;
-      if (first_seen > 0) begin = first_seen < kN ? int(first_seen) : kN;
-    }
-    for (int j = 0; j < begin; ++j) row_scores[j] = -INFINITY;
-    for (int j = end > 0 ? end : 0; j < kN; ++j) row_scores[j] = -INFINITY;
-    if constexpr (Config::kMask == kMaskCustom) {
-      const uint8_t* bits = V::mask_of(params, request_idx);
-      for (int j = 0; j < num_keys; ++j) {
-        const int64_t bit = int64_t(token[row]) * kv_len + first_key + j;
-        if (!((bits[bit >> 3] >> (bit & 7)) & 1)) row_scores[j] = -INFINITY;
+    const Visibility visibility = Visibility::of<Config>(params);
+    const Range keys = visibility.keys_of(position, kv_len);
+    if (!visibility.has_holes() && visibility.contains_all(keys, first_key, kN)) return;
+    for (int word = 0; word < kN; word += 32) {
+      uint32_t bits = 0xffffffffu;
+      if (visibility.has_holes()) {
+        bits = visibility.bits_of(params, request_idx, token[row], first_key + word, qo_len, kv_len);
+      }
+      for (int j = 0; j < 32; ++j) {
+        const bool visible = visibility.contains(keys, first_key + word + j) && (bits >> j) & 1;
+        row_scores[word + j] = visible ? row_scores[word + j] : -INFINITY;
       }
     }
   }

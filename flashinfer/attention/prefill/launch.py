@@ -14,7 +14,7 @@ from flashinfer.attention import workspace
 from flashinfer.attention.plan import Launch
 from flashinfer.attention.variant import Variant
 from flashinfer.families.attention import prefill as families
-from flashinfer.families.attention.params import ADDRESSES, fast_divisor
+from flashinfer.families.attention.params import ADDRESSES, MASKS, fast_divisor
 from flashinfer.host import memo
 from flashinfer.host.paged_cache import KvStrides
 from flashinfer.jit import KernelSpec, default_resolver
@@ -84,7 +84,7 @@ def load_planner(device: torch.device, kv_storage: str) -> Launcher:
 class Extent(NamedTuple):
     """The KV tiles that a schedule brings to a query tile, and their sizes."""
 
-    is_causal: bool
+    mask: int  # MaskKind, of families.attention.params.MASKS
     window_left: int
     block_m: int
     block_n: int
@@ -92,12 +92,12 @@ class Extent(NamedTuple):
 
     @staticmethod
     def of(kernel: PrefillKernel, mask: str, variant: Variant) -> Extent:
-        return Extent(mask == "causal", variant.window_left, kernel.block_m, kernel.block_n, kernel.num_ctas)
+        return Extent(MASKS[mask], variant.window_left, kernel.block_m, kernel.block_n, kernel.num_ctas)
 
     def covers(self, other: Extent) -> bool:
-        causal = other.is_causal or not self.is_causal
+        mask = self.mask in (MASKS["none"], other.mask)
         window = self.window_left < 0 or 0 <= other.window_left <= self.window_left
-        return causal and window and self[2:] == other[2:]
+        return mask and window and self[2:] == other[2:]
 
     def suits(self, other: Extent, is_captured: bool) -> bool:
         """Needless tiles cost more than planning again, but for a capture, which keeps its schedule."""
@@ -105,7 +105,8 @@ class Extent(NamedTuple):
 
     def joined(self, other: Extent) -> Extent:
         window = -1 if min(self.window_left, other.window_left) < 0 else max(self.window_left, other.window_left)
-        return other._replace(is_causal=self.is_causal and other.is_causal, window_left=window)
+        mask = self.mask if self.mask == other.mask else MASKS["none"]
+        return other._replace(mask=mask, window_left=window)
 
 
 PlannerLaunch = Callable[[Extent, int, int, int], None]  # addresses of qo_indptr, kv_indptr, last_page_len

@@ -7,7 +7,7 @@ from flashinfer.families.layout import F32, I32, I64, U32, Fields, P, nested
 Q_DTYPES = ("fp16", "bf16", "fp32")
 KV_DTYPES = ("fp16", "bf16", "fp32", "fp8_e4m3", "fp8_e5m2")
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
-# The enumerations of attention/variant.cuh and attention/kv_view.cuh.
+# The enumerations of attention/kv_view.cuh, visibility.cuh and score.cuh.
 KV_STORAGE = {"single": 0, "ragged": 1, "paged": 2}
 MASKS = {"none": 0, "causal": 1, "custom": 2}
 POS_ENCODINGS = {"none": 0, "rope": 1, "alibi": 2}

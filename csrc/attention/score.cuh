@@ -1,16 +1,15 @@
-// What a kernel does to a score besides scaling it, and which keys a query sees. All of it is fixed at compile time by
-// the constants of Config, so an unused option costs nothing.
+// From a product of query and key to a logit:
 //
-//   kMask         MaskKind: none, causal (aligned to the end of the KV), or a custom bit mask
-//   kHasWindow    sees only keys at most window_left before the query's position
-//   kHasSoftCap   logits = cap * tanh(logits / cap)
-//   kPosEncoding  PosEncoding: none, ALiBi bias, or rotation of q and k on the fly
+//   logit = sm_scale * (q · k)
+//   logit = logit + slope of the head * (position of k - position of q)   kPosEncoding: ALiBi
+//   logit = cap * tanh(logit / cap)                                       kHasSoftCap
 //
-// Positions: key j is at j, query i of a request is at kv_len - qo_len + i.
+// Which of these happen is fixed at compile time by the constants of Config, so an unused one costs nothing. Which keys
+// a query sees at all is visibility.cuh's.
 //
-// To add an option: what it does to a score here, in Variant (kIsPlain, scale_log2, transform) or as a new condition of
-// visibility; its value in AttentionParams; its constant among the axes and in _config of prefill.py and decode.py in
-// flashinfer/families/attention/; its argument in flashinfer/attention/variant.py. Kernels know nothing else of it.
+// To add an option: what it does to a score here (kIsPlain, scale_log2, transform); its value in AttentionParams; its
+// constant among the axes and in _config of prefill.py and decode.py in flashinfer/families/attention/; its argument in
+// flashinfer/attention/variant.py. Kernels know nothing else of it.
 #pragma once
 
 #include "attention/params.h"
@@ -20,7 +19,6 @@
 
 namespace flashinfer {
 
-enum MaskKind : int { kMaskNone = 0, kMaskCausal = 1, kMaskCustom = 2 };
 enum PosEncoding : int { kPosNone = 0, kPosRope = 1, kPosAlibi = 2 };
 
 constexpr float kLog2E = 1.4426950408889634f;
@@ -38,12 +36,11 @@ FLASHINFER_FN float soft_tanh(float x) {
 #endif
 
 template <class Config>
-struct Variant {
+struct Score {
   static constexpr bool kHasAlibi = Config::kPosEncoding == kPosAlibi;
   static constexpr bool kHasRope = Config::kPosEncoding == kPosRope;
-  // A plain variant leaves the raw q·k untouched, so that scaling folds into the exponent's multiply-add.
+  // A plain score leaves the raw q·k untouched, so that scaling folds into the exponent's multiply-add.
   static constexpr bool kIsPlain = !Config::kHasSoftCap && !kHasAlibi;
-  static constexpr bool kHasMask = Config::kMask != kMaskNone || Config::kHasWindow;
 
   // softmax weight = exp2(transform(q·k) * scale - max * scale)
   FLASHINFER_FN static float scale_log2(const AttentionParams& params) {
@@ -64,27 +61,6 @@ struct Variant {
   FLASHINFER_FN static float alibi_slope(const AttentionParams& params, int32_t qo_head_idx) {
     if constexpr (kHasAlibi) return params.alibi_slopes[qo_head_idx];
     return 0.f;
-  }
-
-  // Start of a request's bits in the custom mask; query i, key j is bit i * kv_len + j.
-  template <class Params>
-  FLASHINFER_FN static const uint8_t* mask_of(const Params& params, int32_t request_idx) {
-    if constexpr (Config::kMask != kMaskCustom) return nullptr;
-    return params.mask_indptr == nullptr ? params.mask : params.mask + params.mask_indptr[request_idx];
-  }
-
-  // kv_idx < kv_len is the caller's business. The window counts back from the query's position.
-  FLASHINFER_FN static bool is_visible(const AttentionParams& params, const uint8_t* mask, int32_t qo_idx,
-                                       int32_t kv_idx, int32_t qo_len, int32_t kv_len) {
-    const int32_t position = kv_len - qo_len + qo_idx;
-    bool visible = true;
-    if constexpr (Config::kMask == kMaskCausal) visible = kv_idx <= position;
-    if constexpr (Config::kMask == kMaskCustom) {
-      const int64_t bit = int64_t(qo_idx) * kv_len + kv_idx;
-      visible = (mask[bit >> 3] >> (bit & 7)) & 1;
-    }
-    if constexpr (Config::kHasWindow) visible = visible && kv_idx + int64_t(params.window_left) >= position;
-    return visible;
   }
 };
 

@@ -1,0 +1,109 @@
+// Which keys a query sees: asked by the kernels, their planners and their twins on the CPU.
+//
+//   position of query i = kv_len - qo_len + i, of key j = j       the queries are the last tokens of their request
+//   query i sees key j if  j < kv_len
+//                     and  j <= position                          under a causal mask
+//                     and  bit i * kv_len + j of the mask is set  under a custom one
+//                     and  j >= position - window_left            in a window
+//
+// keys_of() is the range outside of which a query sees nothing, whatever the kind of mask. Neither of its ends falls
+// from one query to the next; so what a run of queries sees follows from its first and its last. A mask that hides
+// keys inside that range too says so in has_holes(), and which in bits_of().
+//
+// A new kind of mask is an enumerator and a line in these three. docs/add_a_mask.md adds one.
+#pragma once
+
+#include "attention/params.h"
+
+namespace flashinfer {
+
+enum MaskKind : int { kMaskNone = 0, kMaskCausal = 1, kMaskCustom = 2 };
+
+// Indices [begin, end), of keys or of tiles of keys. Empty unless begin < end.
+struct Range {
+  int32_t begin, end;
+};
+
+FLASHINFER_FN int32_t position_of(int32_t qo_idx, int32_t qo_len, int32_t kv_len) {
+  return kv_len - qo_len + qo_idx;
+}
+
+// 32 bits from first_bit on; bytes from num_bits / 8 on are not read.
+FLASHINFER_FN uint32_t load_bits(const uint8_t* bytes, int64_t first_bit, int64_t num_bits) {
+  const int64_t first_byte = first_bit >> 3, end_byte = (num_bits + 7) >> 3;
+  uint64_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < 5; ++i) {
+    if (first_byte + i < end_byte) bits |= uint64_t(bytes[first_byte + i]) << (8 * i);
+  }
+  return uint32_t(bits >> (first_bit & 7));
+}
+
+// What hides keys. In a kernel the compiler knows all of it but window_left, and drops what is not there; a planner is
+// told at run time.
+struct Visibility {
+  int32_t mask;  // MaskKind
+  bool has_window;
+  int32_t window_left;
+
+  template <class Config>
+  FLASHINFER_FN static Visibility of(const AttentionParams& params) {
+    return {Config::kMask, Config::kHasWindow, params.window_left};
+  }
+
+  // The keys that a query may see.
+  FLASHINFER_FN Range keys_of(int32_t position, int32_t kv_len) const {
+    Range keys{0, kv_len};
+    if (mask == kMaskCausal) keys.end = position + 1 < kv_len ? position + 1 : kv_len;
+    if (has_window) keys.begin = position > window_left ? position - window_left : 0;
+    return keys;
+  }
+  // Whether ranges of keys begin past zero.
+  FLASHINFER_FN bool has_begin() const { return has_window; }
+  // Whether keys are hidden inside the range.
+  FLASHINFER_FN bool has_holes() const { return mask == kMaskCustom; }
+
+  // Where there are holes: which of 32 keys query qo_idx sees, bit k for key first_key + k. first_key is a multiple of
+  // 32. Bits of keys outside of the range mean nothing.
+  template <class Params>
+  FLASHINFER_FN uint32_t bits_of(const Params& params, int32_t request_idx, int32_t qo_idx, int32_t first_key,
+                                 int32_t qo_len, int32_t kv_len) const {
+    const uint8_t* bytes = params.mask_indptr == nullptr ? params.mask : params.mask + params.mask_indptr[request_idx];
+    return load_bits(bytes, int64_t(qo_idx) * kv_len + first_key, int64_t(qo_len) * kv_len);
+  }
+
+  // Whether an index is within a range of ours, of keys or of tiles.
+  FLASHINFER_FN bool contains(const Range& range, int32_t idx) const {
+    return idx < range.end && (!has_begin() || idx >= range.begin);
+  }
+  // Whether all of the keys [first, first + count) are.
+  FLASHINFER_FN bool contains_all(const Range& keys, int32_t first, int32_t count) const {
+    return keys.end - first >= count && (!has_begin() || first >= keys.begin);
+  }
+
+  // Tiles of keys that a run of queries sees anything of. The others are left out.
+  FLASHINFER_FN Range tiles_seen(int32_t first_position, int32_t last_position, int32_t kv_len,
+                                 int32_t tile_len) const {
+    const int32_t begin = keys_of(first_position, kv_len).begin, end = keys_of(last_position, kv_len).end;
+    if (end <= begin) return {0, 0};
+    return {begin / tile_len, ceil_div(end, tile_len)};
+  }
+  // Tiles that every query of the run sees whole. The others are masked key by key.
+  FLASHINFER_FN Range tiles_seen_whole(int32_t first_position, int32_t last_position, int32_t kv_len,
+                                       int32_t tile_len) const {
+    if (has_holes()) return {0, 0};
+    return {ceil_div(keys_of(last_position, kv_len).begin, tile_len), keys_of(first_position, kv_len).end / tile_len};
+  }
+
+  // tiles_seen of a tile of block_m query rows, where row r of a request is token r / group_size.
+  FLASHINFER_FN Range tiles_of(int32_t q_tile, int32_t block_m, int32_t group_size, int32_t qo_len, int32_t kv_len,
+                               int32_t block_n) const {
+    const int32_t first_token = q_tile * block_m / group_size;
+    int32_t last_token = (q_tile * block_m + block_m - 1) / group_size;
+    if (last_token >= qo_len) last_token = qo_len - 1;
+    return tiles_seen(position_of(first_token, qo_len, kv_len), position_of(last_token, qo_len, kv_len), kv_len,
+                      block_n);
+  }
+};
+
+}  // namespace flashinfer
