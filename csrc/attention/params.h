@@ -54,8 +54,9 @@ struct AttentionParams {
   void* out;      // [num_tokens, num_qo_heads, head_dim_vo]
   float* lse;     // [num_tokens, num_qo_heads], log2 of the sum of exponentials, or null
   KvParams kv;
-  const float* alibi_slopes;                  // [num_qo_heads]; null unless ALiBi
-  int64_t q_token_stride, q_head_stride;      // elements; the last axis is contiguous
+  const float* alibi_slopes;              // [num_qo_heads]; null unless ALiBi
+  const uint64_t* rope_frequencies;       // [head_dim_qk / 2] turns per position: device/rotary.cuh; null unless RoPE
+  int64_t q_token_stride, q_head_stride;  // elements; the last axis is contiguous
   int64_t out_token_stride, out_head_stride;  // elements; the last axis is contiguous
   int32_t batch_size;
   int32_t num_qo_heads, num_kv_heads;
@@ -63,8 +64,6 @@ struct AttentionParams {
   float sm_scale;         // factor of q·k; the scales of quantized q and k are folded in
   float v_scale;          // factor of the output
   float logits_soft_cap;  // if the variant has one
-  float rope_rcp_scale;   // 1 / rope_scale
-  float rope_log2_theta;  // log2(rope_theta)
 };
 
 }  // namespace flashinfer

@@ -19,6 +19,8 @@
 
 namespace flashinfer {
 
+// RoPE, in the style of Llama, turns queries and keys before their product: element i < head_dim / 2 with element
+// i + head_dim / 2 by position * theta^(-2i / head_dim) / rope_scale. See device/rotary.cuh for the angle.
 enum PosEncoding : int { kPosNone = 0, kPosRope = 1, kPosAlibi = 2 };
 
 constexpr float kLog2E = 1.4426950408889634f;
@@ -63,25 +65,5 @@ struct Score {
     return 0.f;
   }
 };
-
-// Rotary embedding in the Llama style: element i < head_dim / 2 is rotated with element i + head_dim / 2 by the angle
-// position * theta^(-2i / head_dim) / rope_scale. Frequencies are kept in turns per position: reducing the angle is
-// then one rounding, and what the fp32 product loses at long contexts is added back before it.
-#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
-template <int kHeadDim>
-FLASHINFER_FN float rope_turns(const AttentionParams& params, int32_t pair_idx) {
-  constexpr float kRcpTwoPi = 0.15915494309189535f;
-  return exp2f(float(pair_idx) * (-2.f / kHeadDim) * params.rope_log2_theta) * params.rope_rcp_scale * kRcpTwoPi;
-}
-
-FLASHINFER_FN void rope_cos_sin(float turns, int32_t position, float& cos, float& sin) {
-  constexpr float kTwoPi = 6.283185307179586f;
-  const float product = turns * float(position);
-  const float lost = fmaf(turns, float(position), -product);
-  const float angle = ((product - rintf(product)) + lost) * kTwoPi;  // in [-pi, pi], where the fast functions are exact
-  cos = __cosf(angle);
-  sin = __sinf(angle);
-}
-#endif
 
 }  // namespace flashinfer

@@ -23,4 +23,15 @@ __device__ __forceinline__ CosSin rotary_cos_sin(int64_t position, uint64_t freq
   return {__cosf(angle), __sinf(angle)};
 }
 
+// The frequencies of two neighbouring pairs, from the L1 cache each time: a kernel short of registers has the compiler
+// keep none of them.
+struct FrequencyPair {
+  uint64_t first, second;
+};
+__device__ __forceinline__ FrequencyPair load_frequencies(const uint64_t* frequencies_gmem) {
+  FrequencyPair pair;
+  asm volatile("ld.global.nc.v2.u64 {%0, %1}, [%2];" : "=l"(pair.first), "=l"(pair.second) : "l"(frequencies_gmem));
+  return pair;
+}
+
 }  // namespace flashinfer

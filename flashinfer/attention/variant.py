@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
+import struct
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional
 
 import torch
 
 from flashinfer.errors import UnsupportedConfig
-from flashinfer.host import checks, traced
+from flashinfer.families.rope import frequency_table
+from flashinfer.host import checks, constants, traced
 from flashinfer.utils import get_alibi_slopes
 
 # upstream's names -> the names of the kernels' axis
@@ -134,23 +135,24 @@ class Variant:
             "has_soft_cap": self.logits_soft_cap > 0,
         }
 
-    def values(self, num_qo_heads: int, device: torch.device, qk_scale: float, v_scale: float) -> dict[str, float]:
+    def values(
+        self, num_qo_heads: int, head_dim: int, device: torch.device, qk_scale: float, v_scale: float
+    ) -> dict[str, float]:
         """The fields of AttentionParams that hold options."""
+        slopes = frequencies = b""
+        if self.pos_encoding == "alibi":
+            values = get_alibi_slopes(num_qo_heads, torch.device("cpu")).tolist()
+            slopes = struct.pack(f"{num_qo_heads}f", *values)
+        if self.pos_encoding == "rope":
+            frequencies = frequency_table(head_dim, self.rope_scale, self.rope_theta)
         return {
-            "alibi_slopes": alibi_slopes(num_qo_heads, device).data_ptr() if self.pos_encoding == "alibi" else 0,
+            "alibi_slopes": constants.address_of(slopes, device) if slopes else 0,
+            "rope_frequencies": constants.address_of(frequencies, device) if frequencies else 0,
             "window_left": self.window_left,
             "sm_scale": self.sm_scale * qk_scale,
             "v_scale": v_scale,
             "logits_soft_cap": self.logits_soft_cap,
-            "rope_rcp_scale": 1.0 / self.rope_scale,
-            "rope_log2_theta": math.log2(self.rope_theta),
         }
-
-
-@functools.cache
-def alibi_slopes(num_heads: int, device: torch.device) -> torch.Tensor:
-    """Kept alive for the process, as launches hold their address."""
-    return get_alibi_slopes(num_heads, device)
 
 
 def factors(op: str, qk_scales: tuple[object, ...], v_scales: tuple[object, ...]) -> tuple[float, float]:

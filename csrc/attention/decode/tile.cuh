@@ -10,6 +10,7 @@
 #include "device/ldmatrix.cuh"
 #include "device/mma.cuh"
 #include "device/reduce.cuh"
+#include "device/rotary.cuh"
 #include "device/swizzle.cuh"
 
 namespace flashinfer {
@@ -220,7 +221,6 @@ struct WarpState {
   float out_rmem[Tile::kHeadTiles][Tile::kVoTiles][4];
   float max_rmem[Tile::kHeadTiles][2], sum_rmem[Tile::kHeadTiles][2];
   float slope_rmem[Tile::kHeadTiles][2];
-  float rope_turns_rmem[kRopePairs][2][2];
 
   __device__ __forceinline__ WarpState(const DecodeParams& params, const HeadBlock& heads)
       : params(params), heads(heads) {
@@ -230,16 +230,6 @@ struct WarpState {
       for (int j = 0; j < 2; ++j) {
         const int head = min(t * kMmaHeads + 2 * column + j, heads.num_heads - 1);
         slope_rmem[t][j] = S::alibi_slope(params, heads.first_head + head);
-      }
-    }
-    if constexpr (S::kHasRope) {
-#pragma unroll
-      for (int step = 0; step < kRopePairs; ++step) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int element = element_of(step, i / 2) + i % 2;
-          rope_turns_rmem[step][i / 2][i % 2] = rope_turns<Tile::kDimQk>(params, element);
-        }
       }
     }
   }
@@ -446,28 +436,37 @@ struct WarpState {
   }
 
   // Rotation pairs elements head_dim / 2 apart: the same register of steps kQkSteps / 2 apart.
-  __device__ __forceinline__ void rotate_pair(uint32_t& low, uint32_t& high, const float (&turns)[2],
-                                              int32_t position) {
-    float2 x = unpack_16bit<Mma>(low), y = unpack_16bit<Mma>(high);
-    float2 cos, sin;
-    rope_cos_sin(turns[0], position, cos.x, sin.x);
-    rope_cos_sin(turns[1], position, cos.y, sin.y);
-    low = pack_16bit<Mma>(x.x * cos.x - y.x * sin.x, x.y * cos.y - y.y * sin.y);
-    high = pack_16bit<Mma>(y.x * cos.x + x.x * sin.x, y.y * cos.y + x.y * sin.y);
+  __device__ __forceinline__ static void rotate_pair(uint32_t& low, uint32_t& high, const FrequencyPair& frequencies,
+                                                     int32_t position) {
+    const float2 x = unpack_16bit<Mma>(low), y = unpack_16bit<Mma>(high);
+    const CosSin a = rotary_cos_sin(position, frequencies.first), b = rotary_cos_sin(position, frequencies.second);
+    low = pack_16bit<Mma>(x.x * a.cos - y.x * a.sin, x.y * b.cos - y.y * b.sin);
+    high = pack_16bit<Mma>(y.x * a.cos + x.x * a.sin, y.y * b.cos + x.y * b.sin);
   }
 
   __device__ __forceinline__ void rotate_query(uint32_t (&q)[Tile::kQkSteps][2], int32_t position) {
 #pragma unroll
-    for (int i = 0; i < 2 * kRopePairs; ++i) {
-      rotate_pair(q[i / 2][i % 2], q[i / 2 + kRopePairs][i % 2], rope_turns_rmem[i / 2][i % 2], position);
+    for (int step = 0; step < kRopePairs; ++step) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const FrequencyPair frequencies = load_frequencies(params.rope_frequencies + element_of(step, half));
+        rotate_pair(q[step][half], q[step + kRopePairs][half], frequencies, position);
+      }
     }
   }
 
   __device__ __forceinline__ void rotate_keys(uint32_t (&k)[Tile::kQkSteps][4], int32_t position) {
 #pragma unroll
-    for (int i = 0; i < 4 * kRopePairs; ++i) {  // registers 1 and 3 hold the row 8 further, 2 and 3 the second half
-      rotate_pair(k[i / 4][i % 4], k[i / 4 + kRopePairs][i % 4], rope_turns_rmem[i / 4][i % 4 / 2],
-                  position + i % 2 * 8);
+    for (int step = 0; step < kRopePairs; ++step) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {  // registers 2 and 3
+        const FrequencyPair frequencies = load_frequencies(params.rope_frequencies + element_of(step, half));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {  // register 1, or 3, holds the row 8 further
+          const int word = 2 * half + i;
+          rotate_pair(k[step][word], k[step + kRopePairs][word], frequencies, position + i * 8);
+        }
+      }
     }
   }
 };

@@ -15,6 +15,7 @@
 #include "device/fp8.cuh"
 #include "device/ldmatrix.cuh"
 #include "device/mma.cuh"
+#include "device/rotary.cuh"
 #include "device/swizzle.cuh"
 
 namespace flashinfer {
@@ -153,9 +154,9 @@ __device__ __forceinline__ void rotate_rows(const PrefillParams& params, const u
   constexpr int kHalf = Shape::kHeadDimQk / 2, kNumPieces = kHalf / 8;
   const int piece = worker % kNumPieces;
   if (worker >= num_workers / kNumPieces * kNumPieces) return;
-  float turns[8];
+  uint64_t frequencies[8];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) turns[i] = rope_turns<Shape::kHeadDimQk>(params, piece * 8 + i);
+  for (int i = 0; i < 8; ++i) frequencies[i] = params.rope_frequencies[piece * 8 + i];
 #pragma unroll 1
   for (int row = worker / kNumPieces; row < num_rows; row += num_workers / kNumPieces) {
     const int32_t position = position_of(row);
@@ -169,10 +170,9 @@ __device__ __forceinline__ void rotate_rows(const PrefillParams& params, const u
     read(piece * 8 + kHalf, y);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      float cos, sin;
-      rope_cos_sin(turns[i], position, cos, sin);
-      const float rotated = x[i] * cos - y[i] * sin;
-      y[i] = y[i] * cos + x[i] * sin;
+      const CosSin angle = rotary_cos_sin(position, frequencies[i]);
+      const float rotated = x[i] * angle.cos - y[i] * angle.sin;
+      y[i] = y[i] * angle.cos + x[i] * angle.sin;
       x[i] = rotated;
     }
     cast_vec<T>(x).store(reinterpret_cast<T*>(dst_smem + Shape::QRows::offset(row, piece)));

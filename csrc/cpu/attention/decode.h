@@ -14,6 +14,7 @@
 #include "attention/score.cuh"
 #include "attention/visibility.cuh"
 #include "cpu/math.h"
+#include "cpu/rotary.h"
 #include "cpu/types.h"
 
 namespace flashinfer::cpu {
@@ -51,13 +52,12 @@ inline float sum_lanes(FloatLanes x) {
   return sum_lanes<kLanes>(reinterpret_cast<const float*>(&x));
 }
 
-// Rotate a row in place to its position; see attention/variant.cuh. Angles are reduced in double.
+// Rotate a row in place to its position; see attention/score.cuh.
 template <int kHeadDim>
 inline void rotate_row(const AttentionParams& params, float* row, int32_t position) {
   for (int i = 0; i < kHeadDim / 2; ++i) {
-    const double frequency = std::exp2(-2.0 * i / kHeadDim * params.rope_log2_theta) * params.rope_rcp_scale;
-    const double angle = std::fmod(frequency * position, 6.283185307179586);
-    const float cos = std::cos(float(angle)), sin = std::sin(float(angle));
+    float cos, sin;
+    rotary_cos_sin(position, params.rope_frequencies[i], cos, sin);
     const float low = row[i], high = row[i + kHeadDim / 2];
     row[i] = low * cos - high * sin;
     row[i + kHeadDim / 2] = high * cos + low * sin;

@@ -4,24 +4,11 @@
 #include <algorithm>
 
 #include "cpu/page/token_slots.h"
+#include "cpu/rotary.h"
 #include "cpu/types.h"
 #include "rope/params.h"
 
 namespace flashinfer::cpu {
-
-// cos and sin of a 32-bit fraction of a turn. The nearest quarter turn is taken off in integers, exactly; what is left
-// is within pi/4 of zero, where the Taylor polynomials below are good to 3e-8. Plain arithmetic, so that loops
-// vectorize.
-inline void cos_sin_of_turns(uint32_t turns, float& cos, float& sin) {
-  const uint32_t quarter = (turns + 0x20000000u) >> 30;
-  const float x = float(int32_t(turns - (quarter << 30))) * float(6.283185307179586 / 4294967296.);
-  const float z = x * x;
-  const float s = x + x * z * (-1.f / 6 + z * (1.f / 120 + z * (-1.f / 5040 + z * (1.f / 362880))));
-  const float c = 1.f + z * (-1.f / 2 + z * (1.f / 24 + z * (-1.f / 720 + z * (1.f / 40320))));
-  const bool swap = quarter & 1;
-  cos = (swap ? s : c) * ((quarter + 1) & 2 ? -1.f : 1.f);
-  sin = (swap ? c : s) * (quarter & 2 ? -1.f : 1.f);
-}
 
 template <class Config>
 int64_t rotary_position(const Rotary& rotary, int token_idx) {
@@ -52,7 +39,7 @@ struct TokenAngles {
       }
     } else {
       for (int i = 0; i < kNumAngles; ++i) {
-        cos_sin_of_turns(uint32_t((uint64_t(position) * rotary.frequencies[i]) >> 32), cos[i], sin[i]);
+        rotary_cos_sin(position, rotary.frequencies[i], cos[i], sin[i]);
       }
     }
   }

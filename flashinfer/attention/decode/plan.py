@@ -98,6 +98,7 @@ class DecodePlan(Plan):
                 f"{op}: this variant needs another schedule than the planned one; pass it to plan()"
             )
         q_scale, k_scale, v_scale = call.scales
+        scales = factors(op, (q_scale, k_scale), (v_scale,))
         values = {
             "kv.index.len": 0,
             **fast_divisor("kv.index.page_size", shape.page_size),
@@ -109,7 +110,7 @@ class DecodePlan(Plan):
             "batch_size": shape.batch_size,
             "num_qo_heads": shape.num_qo_heads,
             "num_kv_heads": shape.num_kv_heads,
-            **variant.values(shape.num_qo_heads, self.device, *factors(op, (q_scale, k_scale), (v_scale,))),
+            **variant.values(shape.num_qo_heads, shape.head_dim_qk, self.device, *scales),
             **schedule.values,
         }
         grid = (kernel.num_head_blocks, self._kernel.num_chunks, 1)

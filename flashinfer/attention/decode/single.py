@@ -151,7 +151,7 @@ class _BoundSingle:
             "batch_size": 1,
             "num_qo_heads": num_qo_heads,
             "num_kv_heads": num_kv_heads,
-            **variant.values(num_qo_heads, device, *factors(op, scales[:2], scales[2:])),
+            **variant.values(num_qo_heads, head_dim_qk, device, *factors(op, scales[:2], scales[2:])),
             "plan_is_settled": True,
         }
         self.launch_whole = self.prepare(1)

@@ -110,7 +110,9 @@ class PrefillPlan(Plan):
                 mask = "causal" if call.overrides.causal else "none"
             variant = variant.updated(op, shape.head_dim_qk, call.overrides)
         q_scale, k_scale, v_scale = call.scales
-        options = variant.values(shape.num_qo_heads, self.device, *factors(op, (q_scale, k_scale), (v_scale,)))
+        options = variant.values(
+            shape.num_qo_heads, shape.head_dim_qk, self.device, *factors(op, (q_scale, k_scale), (v_scale,))
+        )
         kernel = self._load((q.dtype, call.kv_dtype), mask, variant, short_queries, call.pdl)
         if self._schedule is not None:
             self._require_items(q.shape[0], kernel.block_m, self._schedule)

@@ -191,7 +191,7 @@ class _BoundSingle:
         self.new_lse = memo.allocator((qo_len, num_qo_heads), torch.float32, device)
         self.device, self.kernel, self.num_kv_heads, self.head_dim_vo = device, kernel, num_kv_heads, head_dim_vo
         strides = (q.stride(0), q.stride(1), num_qo_heads * head_dim_vo, head_dim_vo)
-        options = variant.values(num_qo_heads, device, *scales)
+        options = variant.values(num_qo_heads, head_dim_qk, device, *scales)
         lengths, group_size = (qo_len, kv_len), sequence.group_size
 
         def bind(grid_size: int, schedule: dict[str, int]) -> Launch:

@@ -27,10 +27,10 @@ KV: Fields = [
 ATTENTION: Fields = [
     *[(name, P) for name in ("q", "out", "lse")],
     *nested("kv", KV),
-    ("alibi_slopes", P),
+    *[(name, P) for name in ("alibi_slopes", "rope_frequencies")],
     *[(f"{name}_stride", I64) for name in ("q_token", "q_head", "out_token", "out_head")],
     *[(name, I32) for name in ("batch_size", "num_qo_heads", "num_kv_heads", "window_left")],
-    *[(name, F32) for name in ("sm_scale", "v_scale", "logits_soft_cap", "rope_rcp_scale", "rope_log2_theta")],
+    *[(name, F32) for name in ("sm_scale", "v_scale", "logits_soft_cap")],
 ]
 # What changes from call to call.
 ADDRESSES = (
