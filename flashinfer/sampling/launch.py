@@ -241,7 +241,7 @@ _sample_door = traced.door(
         **{"op": "str", "input": "Tensor"},
         # Draw
         **{"indices": "Tensor?", "generator": randomness.GENERATOR, "check_nan": "bool"},
-        **{"seed": traced.INTEGER, "offset": traced.INTEGER, "return_valid": "bool"},
+        **{"seed": randomness.SEED, "offset": traced.INTEGER, "return_valid": "bool"},
         **{"top_k": traced.INTEGER, "top_p": traced.REAL, "min_p": traced.REAL, "top_k_first": "bool"},
         **{"token_ids": "Tensor(!)", "valid": "Tensor(!)?"},
     },
@@ -253,7 +253,8 @@ def _readable_draw(op: str, draw: Draw, num_rows: int, input: torch.Tensor) -> D
     read: dict[str, Any] = {
         name: _readable(op, name, getattr(draw, name), num_rows, input) for name in ("top_k", "top_p", "min_p")
     }
-    read["seed"], read["offset"] = randomness.readable(op, draw.seed, draw.offset, num_rows, input)
+    if draw.seed is not None or draw.offset is not None:
+        read["seed"], read["offset"] = randomness.readable(op, draw.seed, draw.offset, num_rows, input)
     return draw if all(value is getattr(draw, name) for name, value in read.items()) else draw._replace(**read)
 
 
@@ -281,8 +282,7 @@ def _prepare_sampler(op: str, input: torch.Tensor, num_rows: int, draw: Draw) ->
                 "vocab_size": input.shape[1],
                 "top_k_is_int64": isinstance(top_k, torch.Tensor) and top_k.dtype is torch.int64,
                 "top_k_first": draw.top_k_first,
-                "seeds_per_row": randomness.is_per_row(draw.seed),
-                "offsets_per_row": randomness.is_per_row(draw.offset),
+                **randomness.per_row(draw.seed, draw.offset),
             },
             varying=_SAMPLE_VARYING,
         )

@@ -46,6 +46,16 @@ def _word(op: str, name: str, value: Seed, low: int) -> tuple[int, int, object]:
     return 0, checks.integer(op, name, value, low, _LARGEST) & _LARGEST, None
 
 
+def _split_seed(seed: Seed) -> tuple[Optional[torch.Tensor], Optional[int]]:
+    if isinstance(seed, torch.Tensor) or seed is None:
+        return seed, None
+    return None, seed - (1 << 64) if 1 << 63 <= seed <= _LARGEST else seed  # an operator's integers have a sign
+
+
+# A seed as arguments of an operator.
+SEED = traced.INTEGER._replace(split=_split_seed)
+
+
 def readable(op: str, seed: Seed, offset: Seed, num_rows: int, input: torch.Tensor) -> tuple[Seed, Seed]:
     """The two as a kernel can read them; the same objects if they are so already."""
     return _readable(op, "seed", seed, num_rows, input), _readable(op, "offset", offset, num_rows, input)
@@ -70,8 +80,10 @@ def _readable(op: str, name: str, value: Seed, num_rows: int, input: torch.Tenso
     return (value if value.dtype in _WORDS else value.to(torch.int64)).contiguous()
 
 
-def is_per_row(value: Seed) -> bool:
-    return isinstance(value, torch.Tensor) and value.numel() != 1
+def per_row(seed: Seed, offset: Seed) -> dict[str, bool]:
+    """Of what a launch takes: whether the tensors have an entry for each row."""
+    given = {"seeds_per_row": seed, "offsets_per_row": offset}
+    return {name: isinstance(value, torch.Tensor) and value.numel() != 1 for name, value in given.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- generators

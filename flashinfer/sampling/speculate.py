@@ -120,7 +120,7 @@ _door = traced.door(
         # Chain
         **{"draft_probs": "Tensor", "draft_token_ids": "Tensor", "target_probs": "Tensor"},
         **{"accepted": "Tensor(!)", "emitted": "Tensor(!)", "generator": randomness.GENERATOR},
-        **{"seed": traced.INTEGER, "offset": traced.INTEGER},
+        **{"seed": randomness.SEED, "offset": traced.INTEGER},
         "out": "Tensor(!)",
     },
 )
@@ -199,8 +199,7 @@ def _prepare(chain: Chain) -> _Speculator:
                 "draft_ids_are_int64": draft_token_ids.dtype is torch.int64,
                 "adds_accepted": chain.accepted is not None,
                 "adds_emitted": chain.emitted is not None,
-                "seeds_per_row": randomness.is_per_row(chain.seed),
-                "offsets_per_row": randomness.is_per_row(chain.offset),
+                **randomness.per_row(chain.seed, chain.offset),
             },
             varying=_VARYING,
         )

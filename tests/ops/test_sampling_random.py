@@ -292,7 +292,8 @@ def test_seeds_under_compile(device: torch.device, call: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda rows, **random: CALLS[call](rows, **random), fullgraph=True, backend="aot_eager")
     seeds = torch.arange(8, device=device)
-    for random in ({"seed": 7}, {"seed": 9}, {"seed": seeds}, {"seed": seeds[3], "offset": 16}, {"offset": seeds * 8}):
+    numbers = [{"seed": value} for value in (7, 9, -1, (1 << 64) - 1)]
+    for random in (*numbers, {"seed": seeds}, {"seed": seeds[3], "offset": 16}, {"offset": seeds * 8}):
         assert torch.equal(compiled(rows, **random), CALLS[call](rows, **random)), random
 
 
