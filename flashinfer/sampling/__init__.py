@@ -36,9 +36,9 @@ from typing import Optional, Union
 
 import torch
 
-from flashinfer.sampling.launch import Draw, Samples, normalize, sample
+from flashinfer.sampling.launch import Samples, normalize, sample
 from flashinfer.sampling.randomness import Seed
-from flashinfer.sampling.speculate import Chain, speculate
+from flashinfer.sampling.speculate import speculate
 
 __all__ = [
     "softmax",
@@ -157,8 +157,7 @@ def sampling_from_logits(
         IndexError: an index names no row (see the module).
         UnsupportedConfig: no kernel for this dtype or device.
     """
-    draw = Draw(indices, generator, check_nan, seed, offset, return_valid)
-    return sample("sampling_from_logits", logits, draw)
+    return sample("sampling_from_logits", logits, indices, generator, check_nan, seed, offset, return_valid)
 
 
 def sampling_from_probs(
@@ -175,8 +174,7 @@ def sampling_from_probs(
 
     Arguments, returns and errors otherwise as `sampling_from_logits`.
     """
-    draw = Draw(indices, generator, check_nan, seed, offset, return_valid)
-    return sample("sampling_from_probs", probs, draw)
+    return sample("sampling_from_probs", probs, indices, generator, check_nan, seed, offset, return_valid)
 
 
 def top_p_sampling_from_probs(
@@ -197,8 +195,9 @@ def top_p_sampling_from_probs(
 
     Otherwise as `sampling_from_probs`.
     """
-    draw = Draw(indices, generator, check_nan, seed, offset, return_valid, top_p=top_p)
-    return sample("top_p_sampling_from_probs", probs, draw)
+    return sample(
+        "top_p_sampling_from_probs", probs, indices, generator, check_nan, seed, offset, return_valid, top_p=top_p
+    )
 
 
 def top_k_sampling_from_probs(
@@ -219,8 +218,9 @@ def top_k_sampling_from_probs(
 
     Otherwise as `sampling_from_probs`.
     """
-    draw = Draw(indices, generator, check_nan, seed, offset, return_valid, top_k=top_k)
-    return sample("top_k_sampling_from_probs", probs, draw)
+    return sample(
+        "top_k_sampling_from_probs", probs, indices, generator, check_nan, seed, offset, return_valid, top_k=top_k
+    )
 
 
 def min_p_sampling_from_probs(
@@ -242,8 +242,9 @@ def min_p_sampling_from_probs(
 
     Otherwise as `sampling_from_probs`.
     """
-    draw = Draw(indices, generator, check_nan, seed, offset, return_valid, min_p=min_p)
-    return sample("min_p_sampling_from_probs", probs, draw)
+    return sample(
+        "min_p_sampling_from_probs", probs, indices, generator, check_nan, seed, offset, return_valid, min_p=min_p
+    )
 
 
 def top_k_top_p_sampling_from_logits(
@@ -269,8 +270,9 @@ def top_k_top_p_sampling_from_logits(
     """
     op = "top_k_top_p_sampling_from_logits"
     top_k_first = _is_top_k_first(op, filter_apply_order)
-    draw = Draw(indices, generator, check_nan, seed, offset, return_valid, top_k, top_p, None, top_k_first)
-    return sample(op, logits, draw)
+    return sample(
+        op, logits, indices, generator, check_nan, seed, offset, return_valid, top_k, top_p, top_k_first=top_k_first
+    )
 
 
 def top_k_top_p_sampling_from_probs(
@@ -289,8 +291,9 @@ def top_k_top_p_sampling_from_probs(
     """Draw one token per row of `probs` after top-k and top-p, in the order of `top_k_top_p_sampling_from_logits`."""
     op = "top_k_top_p_sampling_from_probs"
     top_k_first = _is_top_k_first(op, filter_apply_order)
-    draw = Draw(indices, generator, check_nan, seed, offset, return_valid, top_k, top_p, None, top_k_first)
-    return sample(op, probs, draw)
+    return sample(
+        op, probs, indices, generator, check_nan, seed, offset, return_valid, top_k, top_p, top_k_first=top_k_first
+    )
 
 
 def chain_speculative_sampling(
@@ -327,8 +330,8 @@ def chain_speculative_sampling(
     Raises: as `sampling_from_logits`.
     """
     counts = maybe_output_accepted_token_num, maybe_output_emitted_draft_token_num
-    chain = Chain(draft_probs, draft_token_ids, target_probs, *counts, generator, seed, offset)
-    return speculate("chain_speculative_sampling", chain)
+    op = "chain_speculative_sampling"
+    return speculate(op, draft_probs, draft_token_ids, target_probs, *counts, generator, seed, offset)
 
 
 def _is_top_k_first(op: str, order: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import torch
 
@@ -17,7 +17,8 @@ Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Chain(NamedTuple):
-    """What was drafted, what the target makes of it, where draft tokens are counted, and random numbers."""
+    """What `speculate` takes, in its order: what was drafted, what the target makes of it, where draft tokens are
+    counted, and random numbers."""
 
     draft_probs: torch.Tensor
     draft_token_ids: torch.Tensor
@@ -47,11 +48,22 @@ _VARYING = (
 )
 
 
-def speculate(op: str, chain: Chain, out: Optional[torch.Tensor] = None) -> Triple:
-    """Tokens go to `out` if given."""
+def speculate(
+    op: str,
+    draft_probs: torch.Tensor,
+    draft_token_ids: torch.Tensor,
+    target_probs: torch.Tensor,
+    accepted: Optional[torch.Tensor],
+    emitted: Optional[torch.Tensor],
+    generator: Optional[torch.Generator],
+    seed: Seed,
+    offset: Seed,
+    out: Optional[torch.Tensor] = None,
+) -> Triple:
+    """Tokens go to `out` if given. Arguments are passed on one by one, as by `sample`."""
     if is_dynamo_compiling():
+        chain = Chain(draft_probs, draft_token_ids, target_probs, accepted, emitted, generator, seed, offset)
         return _traced_speculate(op, chain)
-    draft_probs, draft_ids, target_probs, accepted, emitted, generator, seed, offset = chain
     state = words = words_like = None
     if seed is not None or offset is not None:
         state, words_like = randomness.given(op, seed, offset)
@@ -59,19 +71,22 @@ def speculate(op: str, chain: Chain, out: Optional[torch.Tensor] = None) -> Trip
         key = (
             *memo.signature(draft_probs),
             *memo.signature(target_probs),
-            *memo.signature(draft_ids),
+            *memo.signature(draft_token_ids),
             None if accepted is None else memo.signature(accepted),
             None if emitted is None else memo.signature(emitted),
             words_like,
         )
     except AttributeError:
-        raise _not_tensors(op, chain) from None
+        rows = {"draft_probs": draft_probs, "draft_token_ids": draft_token_ids, "target_probs": target_probs}
+        counts = zip(_PUBLIC_NAMES.values(), (accepted, emitted))
+        raise not_tensors(op, {**rows, **{name: count for name, count in counts if count is not None}}) from None
     prepared = _speculators.get(key)
     if prepared is None:
+        chain = Chain(draft_probs, draft_token_ids, target_probs, accepted, emitted, generator, seed, offset)
         _check(op, chain)
         readable = _readable(op, chain)
         if readable is not chain:
-            return speculate(op, readable, out)
+            return speculate(op, *readable, out)
         prepared = _speculators.remember(key, _prepare(chain))
     launch, new_token_ids, new_count, num_words = prepared
     token_ids = new_token_ids() if out is None else out
@@ -86,7 +101,7 @@ def speculate(op: str, chain: Chain, out: Optional[torch.Tensor] = None) -> Trip
     launch(
         draft_probs.data_ptr(),
         target_probs.data_ptr(),
-        draft_ids.data_ptr(),
+        draft_token_ids.data_ptr(),
         token_ids.data_ptr(),
         accepted.data_ptr(),
         emitted.data_ptr(),
@@ -107,29 +122,17 @@ def _traced_speculate(op: str, chain: Chain) -> Triple:
     return token_ids, accepted, emitted
 
 
-def _run_traced(op: str, *rest: Any) -> None:
-    *chain, out = rest
-    speculate(op, Chain(*chain), out)
-
-
 _door = traced.door(
     "speculate",
-    _run_traced,
+    speculate,
     {
         "op": "str",
-        # Chain
         **{"draft_probs": "Tensor", "draft_token_ids": "Tensor", "target_probs": "Tensor"},
         **{"accepted": "Tensor(!)", "emitted": "Tensor(!)", "generator": randomness.GENERATOR},
         **{"seed": randomness.SEED, "offset": traced.INTEGER},
         "out": "Tensor(!)",
     },
 )
-
-
-def _not_tensors(op: str, chain: Chain) -> TypeError:
-    counts = {_PUBLIC_NAMES[name]: getattr(chain, name) for name in _PUBLIC_NAMES}
-    given = {name: count for name, count in counts.items() if count is not None}
-    return not_tensors(op, {**dict(zip(Chain._fields[:3], chain)), **given})
 
 
 def _check(op: str, chain: Chain) -> None:
