@@ -83,7 +83,8 @@ __device__ __forceinline__ void draw_from_warp(const Slice& slice, const RandomW
   for (int slot = lane_idx; slot < slice.num_slots; slot += kWarpSize) {
     element_weights(slot, thread_idx, weights);
 #pragma unroll
-    for (int i = 0; i < Slice::kVecSize; ++i) slot_weight += fmaxf(weights[i], 0.f);
+    for (int i = 0; i < Slice::kVecSize; ++i)
+      slot_weight += Slice::kMayBeNegative ? fmaxf(weights[i], 0.f) : weights[i];
   }
   if (pick_lane(slot_weight, words.uniform(3)) != lane_idx) return;
 

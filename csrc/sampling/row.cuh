@@ -22,6 +22,7 @@ struct RowSlice {
   static constexpr int kVecSize = 16 / sizeof(T);
   static constexpr int kThreadsPerRow = Config::kNumThreads * Config::kClusterSize;
   static constexpr bool kResident = Config::kRowSlots > 0;
+  static constexpr bool kMayBeNegative = Config::kInput == kProbs;                // weights, where a caller errs
   static constexpr float kPadding = Config::kInput == kProbs ? 0.f : -kInfinity;  // weight 0, and drawn never
   static constexpr int kUnroll = Config::kUnroll;
   using Granule = Vec<T, kVecSize>;

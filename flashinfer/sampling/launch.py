@@ -247,7 +247,7 @@ def _traced_sample(op: str, input: torch.Tensor, draw: Draw) -> Samples:
 
 def _run_traced_sample(op: str, input: torch.Tensor, *rest: Any) -> None:
     *draw, token_ids, valid = rest
-    sample(op, input, *draw, out=(token_ids, valid))
+    sample(op, input, *Draw(*draw), out=(token_ids, valid))
 
 
 _sample_door = traced.door(
