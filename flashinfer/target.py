@@ -55,6 +55,11 @@ def capability(target: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def launches_dependent(target: str) -> bool:
+    """Whether a kernel can be started while the one before it still runs (programmatic dependent launch)."""
+    return kind(target) == "cuda" and capability(target) >= (9, 0)
+
+
 @functools.cache
 def candidates(target: str) -> tuple[str, ...]:
     """Targets whose machine code runs on `target`, best first."""

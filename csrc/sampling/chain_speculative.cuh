@@ -1,8 +1,12 @@
 // Chain speculative sampling (Leviathan, Kalman & Matias 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318).
 //
-// Draft token x at step i passes if u < target(x) / draft(x). The tokens before the first that fails are emitted, then
-// one more: from max(target - draft, 0), renormalized, at the step that failed, or from the target's last step if none
-// did. So every emitted token follows the target's distribution.
+// With the distributions p of the target and q of the draft at a step, and u uniform on [0, 1),
+//
+//   draft token x passes           if u * q(x) < p(x)
+//   the first that fails becomes   a draw in proportion to max(p - q, 0)
+//   if none fails, one more is     a draw in proportion to p of the last step
+//
+// The tokens before the first that fails are emitted, then the one drawn. So every emitted token follows p.
 #pragma once
 
 #include "device/pdl.cuh"
@@ -38,7 +42,8 @@ __device__ __forceinline__ AcceptedDraft accept_draft(const SpeculativeParams& p
     const int step = first + lane_idx;
     bool passes = false;
     if (step < params.num_draft) {
-      const int token_id = params.draft_ids[int64_t(row) * params.num_draft + step];
+      const int64_t token_id =
+          load_index(params.draft_ids, params.draft_ids_are_int64, int64_t(row) * params.num_draft + step);
       const T* draft =
           static_cast<const T*>(params.draft_probs) + row * params.draft_row_stride + step * params.draft_step_stride;
       const T* target = static_cast<const T*>(params.target_probs) + row * params.target_row_stride +
@@ -129,7 +134,9 @@ __device__ void chain_speculative(const SpeculativeParams& params) {
   const bool is_valid = weight > 0.f && weight < kInfinity;
   if (cluster_rank<kClusterSize>() == 0) {
     for (int i = threadIdx.x; i <= params.num_draft; i += Config::kNumThreads) {
-      if (i < step) output_ids[i] = params.draft_ids[int64_t(row) * params.num_draft + i];
+      if (i < step) {
+        output_ids[i] = load_index(params.draft_ids, params.draft_ids_are_int64, int64_t(row) * params.num_draft + i);
+      }
       if (i > step) output_ids[i] = -1;
       if (i == step && !is_valid) output_ids[i] = 0;
     }

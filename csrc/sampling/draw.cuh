@@ -3,7 +3,8 @@
 // alternatives, no prefix sum runs over the whole row, and one reading of the row is enough.
 //
 // A level may only choose what has weight. Rounding can put the target behind the last prefix; then the last
-// alternative with weight is taken.
+// alternative with weight is taken. Each level sums what the one above it summed, so that a row whose sum is positive
+// has a token with weight at the end of every path, negative probabilities among the others or not.
 #pragma once
 
 #include "device/philox.cuh"
@@ -52,8 +53,9 @@ struct RandomKey {
 
   template <class Params>
   __device__ __forceinline__ static RandomKey of(const Params& params, int row) {
-    if (params.random_state) return {params.random_state[0], params.random_state[1], uint64_t(row)};
-    return {params.seed, params.offset, uint64_t(row)};
+    const RandomState& state = params.random;
+    return {state.seeds ? state.seeds[params.seeds_per_row ? row : 0] : state.seed,
+            state.offsets ? state.offsets[params.offsets_per_row ? row : 0] : state.offset, uint64_t(row)};
   }
   // A stream of its own for each attempt at a row's token; the row itself is the first.
   __device__ __forceinline__ RandomKey attempt(int i) const {
@@ -81,7 +83,8 @@ __device__ __forceinline__ void draw_from_warp(const Slice& slice, const RandomW
   for (int slot = lane_idx; slot < slice.num_slots; slot += kWarpSize) {
     element_weights(slot, thread_idx, weights);
 #pragma unroll
-    for (int i = 0; i < Slice::kVecSize; ++i) slot_weight += weights[i];
+    for (int i = 0; i < Slice::kVecSize; ++i)
+      slot_weight += Slice::kMayBeNegative ? fmaxf(weights[i], 0.f) : weights[i];
   }
   if (pick_lane(slot_weight, words.uniform(3)) != lane_idx) return;
 

@@ -9,8 +9,8 @@ struct Filter {
   float top_k = kInfinity;  // a whole number below the vocabulary's size, or infinity: no limit
   float top_p = kInfinity;  // below 1, or infinity: no limit
 
-  template <class Config>
-  __device__ __forceinline__ static Filter load(const SamplingParams& params, int row) {
+  template <class Config, class Params>
+  __device__ __forceinline__ static Filter load(const Params& params, int row) {
     Filter filter;
     if constexpr (Config::kTopK) {
       const int64_t k = params.top_k ? load_index(params.top_k, params.top_k_is_int64, row) : params.top_k_value;

@@ -1,4 +1,9 @@
-// Writes a whole row: softmax of logits, renormalized top-k or top-p of probabilities, or logits masked to their top-k.
+// Writes a whole row. With x the row and T its temperature,
+//
+//   softmax        y(i) = exp((x(i) - max x) / T) / sum of the same over the row
+//   renormalize    y(i) = x(i) / sum of what is kept, where top-k or top-p (sample_row.cuh) keeps i; else 0
+//   mask           y(i) = x(i) where top-k keeps i; else -infinity
+//
 // One reading of the row, one writing.
 #pragma once
 
@@ -39,8 +44,15 @@ __device__ __forceinline__ void store_granule(const RowSlice<Config>& slice, int
   }
 }
 
+// log2(e) / temperature. What is not positive makes the row NaN; the smallest numbers leave the largest element alone.
+__device__ __forceinline__ float softmax_scale(const NormalizeParams& params, int row) {
+  constexpr float kSmallest = 0x1p-126f;
+  const float temperature = params.temperature ? params.temperature[row] : params.temperature_value;
+  return temperature > 0.f ? kLog2E / fmaxf(temperature, kSmallest) : kNaN;
+}
+
 template <class Config>
-__device__ void normalize_row(const SamplingParams& params) {
+__device__ void normalize_row(const NormalizeParams& params) {
   using Slice = RowSlice<Config>;
   using TOut = typename Config::TOut;
   constexpr int kClusterSize = Config::kClusterSize;
@@ -51,7 +63,8 @@ __device__ void normalize_row(const SamplingParams& params) {
   smem.mail.open();
   wait_for_previous_kernel();
   const int row = blockIdx.x / kClusterSize;
-  Slice slice(input_row<typename Config::T>(params, row), params.vocab_size, smem.slice);
+  using T = typename Config::T;
+  Slice slice(static_cast<const T*>(params.input) + row * params.input_stride, params.vocab_size, smem.slice);
   const Filter filter = Filter::load<Config>(params, row);
   const float scale = softmax_scale(params, row);
 
@@ -71,12 +84,10 @@ __device__ void normalize_row(const SamplingParams& params) {
     }
   }
 
-  // A row of probabilities without any weight stays zero; one with NaN becomes NaN, as does a row of logits without a
-  // largest.
-  float factor = 1.f / kept_sum;
-  if (Config::kInput == kProbs && totals.row.sum == 0.f) factor = 0.f;
-  if (Config::kInput == kProbs && totals.row.sum != totals.row.sum) factor = totals.row.sum;
-  TOut* output_base = static_cast<TOut*>(params.output) + row * params.output_stride - slice.head;
+  // A row of probabilities without any weight stays zero; one with NaN or infinity becomes NaN, as does a row of logits
+  // without a largest.
+  const float factor = totals.is_valid() ? 1.f / kept_sum : Config::kInput == kProbs && kept_sum == 0.f ? 0.f : kNaN;
+  TOut* output_base = static_cast<TOut*>(params.output) + int64_t(row) * params.vocab_size - slice.head;
   const bool is_aligned = (reinterpret_cast<uint64_t>(output_base) & 15) == 0;
 #pragma unroll 2
   for (int slot = 0; slot < slice.num_slots; ++slot) {

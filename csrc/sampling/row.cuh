@@ -14,6 +14,7 @@
 namespace flashinfer {
 
 constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
+constexpr float kNaN = __builtin_bit_cast(float, 0x7fffffff);
 
 template <class Config>
 struct RowSlice {
@@ -21,6 +22,7 @@ struct RowSlice {
   static constexpr int kVecSize = 16 / sizeof(T);
   static constexpr int kThreadsPerRow = Config::kNumThreads * Config::kClusterSize;
   static constexpr bool kResident = Config::kRowSlots > 0;
+  static constexpr bool kMayBeNegative = Config::kInput == kProbs;                // weights, where a caller errs
   static constexpr float kPadding = Config::kInput == kProbs ? 0.f : -kInfinity;  // weight 0, and drawn never
   static constexpr int kUnroll = Config::kUnroll;
   using Granule = Vec<T, kVecSize>;
@@ -146,16 +148,9 @@ struct RowSlice {
   }
 };
 
-// ids[row] of an array of either integer width.
-__device__ __forceinline__ int64_t load_index(const void* ids, int are_int64, int row) {
-  return are_int64 ? static_cast<const int64_t*>(ids)[row] : static_cast<const int32_t*>(ids)[row];
-}
-
-template <class T>
-__device__ __forceinline__ const T* input_row(const SamplingParams& params, int row) {
-  const int64_t input_row =
-      params.row_indices ? load_index(params.row_indices, params.row_indices_are_int64, row) : row;
-  return static_cast<const T*>(params.input) + input_row * params.input_stride;
+// ids[i] of an array of either integer width.
+__device__ __forceinline__ int64_t load_index(const void* ids, int are_int64, int64_t i) {
+  return are_int64 ? static_cast<const int64_t*>(ids)[i] : static_cast<const int32_t*>(ids)[i];
 }
 
 }  // namespace flashinfer

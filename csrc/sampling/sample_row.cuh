@@ -1,8 +1,30 @@
 // Draws one token from each row of logits or probabilities, after top-k, top-p or min-p.
 //
-// One cluster per row, one reading of the row. Without a filter the row streams through registers: each thread keeps
-// the weight of its part, and only the part that is drawn from is looked at again. With a filter the row stays in
-// shared memory (or, where it does not fit, is read again from the L2 cache).
+// Of a row x, a token i has the weight w(i) = exp(x(i)) where x are logits, x(i) where they are probabilities, and
+//
+//   larger(i) = { j : x(j) > x(i) }        rank(i) = |larger(i)|        above(i) = sum of w over larger(i)
+//
+//   top-k    keeps i if  rank(i) < k
+//   top-p    keeps i if  above(i) < p * W,  W the sum of w over the row, or over what top-k keeps if that comes first
+//   min-p    keeps i if  x(i) >= m * max x
+//
+// and a kept token is drawn with probability w(i) / sum of w over what is kept. Each filter is a floor: what lies above
+// it stays. So equal elements stay or go together, and the largest always stays.
+//
+// One cluster per row, one reading of device memory. Without a filter the row streams through registers. With one it
+// stays in shared memory or, where it does not fit, is read again from the L2 cache. What happens then:
+//
+//   filter         how a token is found                                                              where
+//   none           inverse CDF by levels: a warp of the cluster, a lane, a slot, an element           draw.cuh
+//   min-p          the floor follows from the maximum; sums above it; inverse CDF                     totals.cuh
+//   top-k          search: where is the k-th largest?                                                 threshold.cuh
+//                    if all that stays fits a list of 256: ranked in one block, drawn from there      ranked_list.cuh
+//                    else sums above the floor; inverse CDF                                           totals.cuh
+//   top-p          rejection: draw candidates, then one look at the row for what lies above them      nucleus.cuh
+//   top-k, top-p   top-k as above; from the list, prefix sums decide top-p as well; else rejection
+//                    among what lies above the floor
+//
+// A limit that cuts nothing, k >= vocab_size or p >= 1, is skipped: that row is drawn as if without it.
 #pragma once
 
 #include "device/pdl.cuh"
@@ -28,7 +50,7 @@ struct SampleSmem {
 template <class Config>
 struct RowDraw {
   static constexpr int kClusterSize = Config::kClusterSize;
-  const SamplingParams& params;
+  const SampleParams& params;
   const int row;
   RowSlice<Config>& slice;
   SampleSmem<Config>& smem;
@@ -79,7 +101,7 @@ struct RowDraw {
 };
 
 template <class Config>
-__device__ void sample_row(const SamplingParams& params) {
+__device__ void sample_row(const SampleParams& params) {
   constexpr int kClusterSize = Config::kClusterSize;
   extern __shared__ __align__(16) unsigned char smem_raw[];
   static_assert(sizeof(SampleSmem<Config>) <= Config::kSmemBytes);
@@ -88,14 +110,18 @@ __device__ void sample_row(const SamplingParams& params) {
   smem.mail.open();
   wait_for_previous_kernel();
   const int row = blockIdx.x / kClusterSize;
-  RowSlice<Config> slice(input_row<typename Config::T>(params, row), params.vocab_size, smem.slice);
+  int64_t input_row = params.row_indices ? load_index(params.row_indices, params.row_indices_are_int64, row) : row;
+  // An index that names no row reads nothing: there is nothing to draw.
+  const bool exists = uint64_t(input_row) < uint64_t(params.num_inputs);
+  if (!exists) input_row = 0;
+  RowSlice<Config> slice(static_cast<const typename Config::T*>(params.input) + input_row * params.input_stride,
+                         exists ? params.vocab_size : 0, smem.slice);
   const RowDraw<Config> draw{params, row, slice, smem};
   const Filter filter = Filter::load<Config>(params, row);
-  const float scale = softmax_scale(params, row);
 
-  const Stats mine = read_row(slice, scale);
+  const Stats mine = read_row(slice, kLog2E);
   allow_next_kernel();
-  const auto totals = RowTotals<Config>::share(mine, scale, smem.totals, smem.mail, search_maxima(smem.search));
+  const auto totals = RowTotals<Config>::share(mine, kLog2E, smem.totals, smem.mail, search_maxima(smem.search));
   if (!totals.is_valid()) return draw.emit_invalid();
 
   RowTotals<Config> part = totals;

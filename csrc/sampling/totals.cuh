@@ -185,9 +185,6 @@ struct RowTotals {
   }
 };
 
-__device__ __forceinline__ float softmax_scale(const SamplingParams& params, int row) {
-  constexpr float kLog2E = 1.44269504088896340736f;
-  return kLog2E / (params.temperature ? params.temperature[row] : params.temperature_value);
-}
+constexpr float kLog2E = 1.44269504088896340736f;
 
 }  // namespace flashinfer

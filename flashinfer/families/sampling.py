@@ -6,6 +6,8 @@ import ctypes
 
 from flashinfer import target as targets
 from flashinfer.dtypes import ITEMSIZE
+from flashinfer.families.arch import arch
+from flashinfer.families.layout import F32, I32, I64, P, nested
 from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register, twins
 
 DTYPES = ("fp32", "fp16", "bf16")
@@ -24,58 +26,52 @@ _SEARCH_BYTES, _NUCLEUS_BYTES, _PLAIN_BYTES = 11264, 3328, 1152
 _NUM_CANDIDATES = 2
 
 
-class SamplingParams(ctypes.Structure):
+U64 = ctypes.c_uint64
+RANDOM_STATE = nested("random", [("seeds", P), ("offsets", P), ("seed", U64), ("offset", U64)])
+
+
+class SampleParams(ctypes.Structure):
+    """Mirror of csrc/sampling/params.h, its nested struct laid out flat."""
+
+    _fields_ = [
+        *[(name, P) for name in ("input", "token_ids", "valid", "row_indices", "top_k", "top_p", "min_p")],
+        *RANDOM_STATE,
+        ("top_k_value", I32),
+        ("top_p_value", F32),
+        ("min_p_value", F32),
+        ("row_indices_are_int64", I32),
+        *[(name, I64) for name in ("num_inputs", "input_stride")],
+        *[(name, I32) for name in ("num_rows", "vocab_size", "top_k_is_int64", "top_k_first")],
+        *[(name, I32) for name in ("seeds_per_row", "offsets_per_row")],
+    ]
+
+
+class NormalizeParams(ctypes.Structure):
     """Mirror of csrc/sampling/params.h."""
 
     _fields_ = [
-        ("input", ctypes.c_void_p),
-        ("output", ctypes.c_void_p),
-        ("token_ids", ctypes.c_void_p),
-        ("valid", ctypes.c_void_p),
-        ("row_indices", ctypes.c_void_p),
-        ("top_k", ctypes.c_void_p),
-        ("top_p", ctypes.c_void_p),
-        ("min_p", ctypes.c_void_p),
-        ("temperature", ctypes.c_void_p),
-        ("random_state", ctypes.c_void_p),
-        ("seed", ctypes.c_uint64),
-        ("offset", ctypes.c_uint64),
-        ("top_k_value", ctypes.c_int32),
-        ("top_p_value", ctypes.c_float),
-        ("min_p_value", ctypes.c_float),
-        ("temperature_value", ctypes.c_float),
-        ("input_stride", ctypes.c_int64),
-        ("output_stride", ctypes.c_int64),
-        ("num_rows", ctypes.c_int32),
-        ("vocab_size", ctypes.c_int32),
-        ("row_indices_are_int64", ctypes.c_int32),
-        ("top_k_is_int64", ctypes.c_int32),
-        ("top_k_first", ctypes.c_int32),
+        *[(name, P) for name in ("input", "output", "top_k", "top_p", "temperature")],
+        ("top_k_value", I32),
+        ("top_p_value", F32),
+        ("temperature_value", F32),
+        ("top_k_is_int64", I32),
+        ("input_stride", I64),
+        ("num_rows", I32),
+        ("vocab_size", I32),
     ]
 
 
 class SpeculativeParams(ctypes.Structure):
-    """Mirror of csrc/sampling/params.h."""
+    """Mirror of csrc/sampling/params.h, its nested struct laid out flat."""
 
     _fields_ = [
-        ("draft_probs", ctypes.c_void_p),
-        ("target_probs", ctypes.c_void_p),
-        ("draft_ids", ctypes.c_void_p),
-        ("output_ids", ctypes.c_void_p),
-        ("num_accepted", ctypes.c_void_p),
-        ("num_emitted", ctypes.c_void_p),
-        ("random_state", ctypes.c_void_p),
-        ("seed", ctypes.c_uint64),
-        ("offset", ctypes.c_uint64),
-        ("draft_row_stride", ctypes.c_int64),
-        ("draft_step_stride", ctypes.c_int64),
-        ("target_row_stride", ctypes.c_int64),
-        ("target_step_stride", ctypes.c_int64),
-        ("num_rows", ctypes.c_int32),
-        ("num_draft", ctypes.c_int32),
-        ("vocab_size", ctypes.c_int32),
-        ("adds_accepted", ctypes.c_int32),
-        ("adds_emitted", ctypes.c_int32),
+        *[(name, P) for name in ("draft_probs", "target_probs", "draft_ids")],
+        *[(name, P) for name in ("output_ids", "num_accepted", "num_emitted")],
+        *RANDOM_STATE,
+        *[(name, I64) for name in ("draft_row_stride", "draft_step_stride")],
+        *[(name, I64) for name in ("target_row_stride", "target_step_stride")],
+        *[(name, I32) for name in ("num_rows", "num_draft", "vocab_size", "draft_ids_are_int64")],
+        *[(name, I32) for name in ("adds_accepted", "adds_emitted", "seeds_per_row", "offsets_per_row")],
     ]
 
 
@@ -88,18 +84,23 @@ def placement(dtype: str, vocab_size: int, num_rows: int, num_sms: int, target: 
     On an H100 one row of 128256 takes 6.0 µs by eight blocks and 16.2 by one; 512 rows do not care. Eight granules in
     flight a thread beat four by up to 20% where blocks are few. docs/notes/2026-11-sampling-placement.md
     """
-    has_clusters = targets.kind(target) == "cuda" and targets.capability(target)[0] in (9, 10)
     if targets.kind(target) == "cpu":
         return {"cluster_size": 1, "row_kib": 0}
+    machine = arch(target)
     row_bytes = vocab_size * ITEMSIZE[dtype] + 32
     useful = row_bytes / (_NUM_THREADS * 16)  # blocks beyond this would have nothing to read
     if not keeps_row:
         cluster_size = 1
-        while has_clusters and cluster_size < 8 and cluster_size * num_rows < 3 * num_sms and cluster_size < useful:
+        while (
+            machine.has_clusters
+            and cluster_size < 8
+            and cluster_size * num_rows < 3 * num_sms
+            and cluster_size < useful
+        ):
             cluster_size *= 2
         return {"cluster_size": cluster_size, "row_kib": 0}
-    cluster_size, largest = 1, 208 if has_clusters else 80
-    if has_clusters:
+    cluster_size = 1
+    if machine.has_clusters:
         while (
             cluster_size < 8
             and cluster_size < useful
@@ -107,7 +108,8 @@ def placement(dtype: str, vocab_size: int, num_rows: int, num_sms: int, target: 
         ):
             cluster_size *= 2
     needed = _block_kib(row_bytes, cluster_size)
-    return {"cluster_size": cluster_size, "row_kib": 0 if needed > largest else min(k for k in ROW_KIB if k >= needed)}
+    fitting = [k for k in ROW_KIB if k >= needed and (k << 10) + _SEARCH_BYTES <= machine.smem_per_block]
+    return {"cluster_size": cluster_size, "row_kib": min(fitting, default=0)}
 
 
 def _block_kib(row_bytes: int, cluster_size: int) -> int:
@@ -189,14 +191,14 @@ SAMPLE_ROW = Family(
         "row_kib": ROW_KIB,
     },
     implementations=twins(
-        SamplingParams, _sample_config, cuda="sampling/sample_row.cuh", cpu="cpu/sampling/sample_row.h"
+        SampleParams, _sample_config, cuda="sampling/sample_row.cuh", cpu="cpu/sampling/sample_row.h"
     ),
 )
 NORMALIZE_ROW = Family(
     name="normalize_row",
     axes={"dtype": DTYPES, "op": NORMALIZE_OPS, "cluster_size": CLUSTER_SIZES, "row_kib": ROW_KIB},
     implementations=twins(
-        SamplingParams, _normalize_config, cuda="sampling/normalize_row.cuh", cpu="cpu/sampling/normalize_row.h"
+        NormalizeParams, _normalize_config, cuda="sampling/normalize_row.cuh", cpu="cpu/sampling/normalize_row.h"
     ),
 )
 CHAIN_SPECULATIVE = Family(

@@ -133,7 +133,7 @@ class CudaKernel:
         self._instead = instead
         self._successor: Kernel | None = None  # once a device has refused this one
         self._launchers: dict[tuple[int, bool], CudaLauncher] = {}
-        self._may_depend = targets.capability(source.spec.target)[0] >= 9
+        self._may_depend = targets.launches_dependent(source.spec.target)
         self._lock = threading.Lock()
 
     def on(self, device_index: int | None, *, pdl: bool | None = None) -> Launcher:

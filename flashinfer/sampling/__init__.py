@@ -2,22 +2,30 @@
 
 Conventions of this module:
 
-- Rows are `[num_rows, vocab_size]` of fp32, fp16 or bf16, unit stride in the last axis, any stride between rows.
-  Arithmetic is fp32. Tokens come back as int32.
+- Rows are `[num_rows, vocab_size]` of fp32, fp16 or bf16, unit stride in the last axis, any stride between rows; at
+  most 2^24 tokens, 2^28 rows. Arithmetic is fp32. Tokens come back as int32.
 - **Filters cut by value.** Top-k keeps every token with fewer than k tokens strictly more probable; top-p keeps every
   token for which the strictly more probable ones weigh less than `top_p` of the whole; min-p keeps what reaches `min_p`
   times the largest. So tokens of equal probability stay or go together (top-k may keep more than k), the most probable
   one always stays, and a token outside the set is never drawn. `top_k >= vocab_size` and `top_p >= 1` keep all.
-- **Parameters** (`top_k`, `top_p`, `min_p`, `temperature`) are numbers, or tensors with one entry per output row.
-- **`indices`** `[num_rows]`, int32 or int64, names the input row of each output row; without it they correspond.
-- **Rows with nothing to draw** (all probabilities zero, all logits −inf, a NaN, a logit of +inf) give token 0, and
-  `valid` False with `return_valid=True`. `check_nan=True` raises ValueError for NaN instead, at the cost of a
-  synchronization.
+- **Parameters** (`top_k`, `top_p`, `min_p`, `temperature`) are finite numbers, or tensors with one entry per output row
+  (one element stands for all). Beyond the ends of its range a value means the end: `top_k < 1` is 1, `top_p < 0` is 0,
+  `min_p > 1` is 1. What stands in tensors is not looked at: there NaN is no limit to top-p, and min-p's strictest.
+- **`indices`** `[num_rows]`, int32 or int64, names the input row of each output row; without it they correspond. One
+  that names no row is an IndexError where the host looks (on the CPU; elsewhere with FLASHINFER_CHECK_INDICES=1).
+  Otherwise nothing is read for it, and there is nothing to draw.
+- **Rows with nothing to draw** (all probabilities zero, all logits −inf, a NaN, a probability or logit of +inf) give
+  token 0, and `valid` False with `return_valid=True`. `check_nan=True` raises ValueError for NaN instead, at the cost
+  of a synchronization, which a CUDA graph cannot hold. Negative probabilities are not looked for: some token is drawn.
 - **Random numbers** are Philox words of (seed, row, offset). On CUDA, seed and offset are the generator's, whose offset
   advances as PyTorch's own kernels advance it; in a CUDA graph they are drawn by a kernel of the graph, so that each
-  replay draws anew. `seed` and `offset` replace the generator. Equal states give equal tokens on equal devices; sums
-  have a fixed order, so `deterministic=False` is no faster and changes nothing. A row consumes 8 words of the offset:
-  top-p on CUDA, which may need several attempts at a token, takes them from subsequences `row + 2^32 * attempt`.
+  replay draws anew. Under torch.compile a generator moves on as in eager calls. Equal states give equal tokens on equal
+  devices; sums have a fixed order, so `deterministic=False` is no faster and changes nothing. A row consumes 8 words of
+  the offset: top-p on CUDA, which may need several attempts at a token, takes them from subsequences
+  `row + 2^32 * attempt`.
+- **`seed` and `offset`** replace the generator; one without the other takes that as 0. Each is a number of 64 bits (a
+  seed may be negative, an offset is a multiple of 4), or a tensor of an integer type on the device, of one element or
+  `[num_rows]`. Tensors are read when the kernel runs: a captured call draws anew once their values have changed.
 
 No function here synchronizes with the device unless `check_nan` asks for it.
 """
@@ -28,9 +36,9 @@ from typing import Optional, Union
 
 import torch
 
-from flashinfer.sampling import launch as launching
-from flashinfer.sampling.arguments import Seed, is_top_k_first
-from flashinfer.sampling.launch import Samples
+from flashinfer.sampling.launch import Samples, normalize, sample
+from flashinfer.sampling.randomness import Seed
+from flashinfer.sampling.speculate import speculate
 
 __all__ = [
     "softmax",
@@ -60,17 +68,19 @@ def softmax(
 
     Args:
         logits: `[num_rows, vocab_size]`.
-        temperature: positive number or `[num_rows]` tensor; 1 when None.
+        temperature: positive number or `[num_rows]` tensor; 1 when None. The smallest leave the largest logit alone.
         enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
 
     Returns:
-        Probabilities, `[num_rows, vocab_size]` fp32. A row of −inf, or with NaN or +inf, becomes NaN.
+        Probabilities, `[num_rows, vocab_size]` fp32. A row of −inf, or with NaN or +inf, becomes NaN, as does one whose
+        temperature in a tensor is not positive.
 
     Raises:
-        ValueError: a shape, dtype, device or stride does not fit.
-        UnsupportedConfig: no kernel for this dtype.
+        ValueError: a shape, dtype, device, stride or number does not fit.
+        TypeError: an argument is of another kind altogether.
+        UnsupportedConfig: no kernel for this dtype or device.
     """
-    return launching.normalize("softmax", logits, (None, None, temperature), enable_pdl)
+    return normalize("softmax", logits, temperature=temperature, pdl=enable_pdl)
 
 
 def top_p_renorm_probs(
@@ -84,11 +94,11 @@ def top_p_renorm_probs(
         is_deterministic: accepted for compatibility; the result is always deterministic.
 
     Returns:
-        Shape and dtype of probs. A row of zeros stays zero, a row with NaN becomes NaN.
+        Shape and dtype of probs. A row of zeros stays zero, a row with NaN or infinity becomes NaN.
 
     Raises: as `softmax`.
     """
-    return launching.normalize("top_p_renorm_probs", probs, (None, top_p, None))
+    return normalize("top_p_renorm_probs", probs, top_p=top_p)
 
 
 def top_k_renorm_probs(
@@ -98,7 +108,7 @@ def top_k_renorm_probs(
 
     The result is deterministic, whatever is_deterministic says.
     """
-    return launching.normalize("top_k_renorm_probs", probs, (top_k, None, None))
+    return normalize("top_k_renorm_probs", probs, top_k=top_k)
 
 
 def top_k_mask_logits(logits: torch.Tensor, top_k: Union[torch.Tensor, int]) -> torch.Tensor:
@@ -113,7 +123,7 @@ def top_k_mask_logits(logits: torch.Tensor, top_k: Union[torch.Tensor, int]) -> 
 
     Raises: as `softmax`.
     """
-    return launching.normalize("top_k_mask_logits", logits, (top_k, None, None))
+    return normalize("top_k_mask_logits", logits, top_k=top_k)
 
 
 top_p_renorm_prob = top_p_renorm_probs
@@ -142,11 +152,12 @@ def sampling_from_logits(
         Tokens `[num_rows]` int32; with `return_valid`, also `[num_rows]` bool.
 
     Raises:
-        ValueError: a shape, dtype, device or stride does not fit, or `check_nan` found NaN.
-        UnsupportedConfig: no kernel for this dtype.
+        ValueError: a shape, dtype, device, stride or number does not fit, or `check_nan` found NaN.
+        TypeError: an argument is of another kind altogether.
+        IndexError: an index names no row (see the module).
+        UnsupportedConfig: no kernel for this dtype or device.
     """
-    options = (indices, generator, check_nan, seed, offset, return_valid)
-    return launching.sample("sampling_from_logits", logits, (None, None, None), False, options)
+    return sample("sampling_from_logits", logits, indices, generator, check_nan, seed, offset, return_valid)
 
 
 def sampling_from_probs(
@@ -163,8 +174,7 @@ def sampling_from_probs(
 
     Arguments, returns and errors otherwise as `sampling_from_logits`.
     """
-    options = (indices, generator, check_nan, seed, offset, return_valid)
-    return launching.sample("sampling_from_probs", probs, (None, None, None), False, options)
+    return sample("sampling_from_probs", probs, indices, generator, check_nan, seed, offset, return_valid)
 
 
 def top_p_sampling_from_probs(
@@ -185,8 +195,9 @@ def top_p_sampling_from_probs(
 
     Otherwise as `sampling_from_probs`.
     """
-    options = (indices, generator, check_nan, seed, offset, return_valid)
-    return launching.sample("top_p_sampling_from_probs", probs, (None, top_p, None), False, options)
+    return sample(
+        "top_p_sampling_from_probs", probs, indices, generator, check_nan, seed, offset, return_valid, top_p=top_p
+    )
 
 
 def top_k_sampling_from_probs(
@@ -207,8 +218,9 @@ def top_k_sampling_from_probs(
 
     Otherwise as `sampling_from_probs`.
     """
-    options = (indices, generator, check_nan, seed, offset, return_valid)
-    return launching.sample("top_k_sampling_from_probs", probs, (top_k, None, None), False, options)
+    return sample(
+        "top_k_sampling_from_probs", probs, indices, generator, check_nan, seed, offset, return_valid, top_k=top_k
+    )
 
 
 def min_p_sampling_from_probs(
@@ -230,8 +242,9 @@ def min_p_sampling_from_probs(
 
     Otherwise as `sampling_from_probs`.
     """
-    options = (indices, generator, check_nan, seed, offset, return_valid)
-    return launching.sample("min_p_sampling_from_probs", probs, (None, None, min_p), False, options)
+    return sample(
+        "min_p_sampling_from_probs", probs, indices, generator, check_nan, seed, offset, return_valid, min_p=min_p
+    )
 
 
 def top_k_top_p_sampling_from_logits(
@@ -256,9 +269,10 @@ def top_k_top_p_sampling_from_logits(
     Otherwise as `sampling_from_logits`, `top_k_sampling_from_probs` and `top_p_sampling_from_probs`.
     """
     op = "top_k_top_p_sampling_from_logits"
-    top_k_first = is_top_k_first(op, filter_apply_order)
-    options = (indices, generator, check_nan, seed, offset, return_valid)
-    return launching.sample(op, logits, (top_k, top_p, None), top_k_first, options)
+    top_k_first = _is_top_k_first(op, filter_apply_order)
+    return sample(
+        op, logits, indices, generator, check_nan, seed, offset, return_valid, top_k, top_p, top_k_first=top_k_first
+    )
 
 
 def top_k_top_p_sampling_from_probs(
@@ -276,9 +290,10 @@ def top_k_top_p_sampling_from_probs(
 ) -> Samples:
     """Draw one token per row of `probs` after top-k and top-p, in the order of `top_k_top_p_sampling_from_logits`."""
     op = "top_k_top_p_sampling_from_probs"
-    top_k_first = is_top_k_first(op, filter_apply_order)
-    options = (indices, generator, check_nan, seed, offset, return_valid)
-    return launching.sample(op, probs, (top_k, top_p, None), top_k_first, options)
+    top_k_first = _is_top_k_first(op, filter_apply_order)
+    return sample(
+        op, probs, indices, generator, check_nan, seed, offset, return_valid, top_k, top_p, top_k_first=top_k_first
+    )
 
 
 def chain_speculative_sampling(
@@ -300,10 +315,11 @@ def chain_speculative_sampling(
 
     Args:
         draft_probs: `[num_rows, num_draft, vocab_size]`; rows sum to 1.
-        draft_token_ids: `[num_rows, num_draft]` int32 (others are converted); an id outside the vocabulary fails.
+        draft_token_ids: `[num_rows, num_draft]` int32 or int64 (other integers are converted); an id outside the
+            vocabulary fails.
         target_probs: `[num_rows, num_draft + 1, vocab_size]`, dtype of draft_probs.
         maybe_output_accepted_token_num: `[num_rows]` int32, added to in place; zeros when None.
-        maybe_output_emitted_draft_token_num: likewise.
+        maybe_output_emitted_draft_token_num: likewise, in memory of its own.
         deterministic, generator, seed, offset: see the module.
 
     Returns:
@@ -313,10 +329,14 @@ def chain_speculative_sampling(
 
     Raises: as `sampling_from_logits`.
     """
-    return launching.speculate(
-        "chain_speculative_sampling",
-        (draft_probs, draft_token_ids),
-        target_probs,
-        (maybe_output_accepted_token_num, maybe_output_emitted_draft_token_num),
-        (generator, seed, offset),
-    )
+    counts = maybe_output_accepted_token_num, maybe_output_emitted_draft_token_num
+    op = "chain_speculative_sampling"
+    return speculate(op, draft_probs, draft_token_ids, target_probs, *counts, generator, seed, offset)
+
+
+def _is_top_k_first(op: str, order: str) -> bool:
+    if order == "top_k_first":
+        return True
+    if order == "joint":
+        return False
+    raise ValueError(f'{op}: filter_apply_order is {order!r:.60}; expected "top_k_first" or "joint"')

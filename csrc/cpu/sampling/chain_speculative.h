@@ -11,7 +11,9 @@ void chain_speculative(const SpeculativeParams& params) {
   const int vocab_size = params.vocab_size, num_draft = params.num_draft;
 #pragma omp parallel for
   for (int row = 0; row < params.num_rows; ++row) {
-    const int32_t* draft_ids = params.draft_ids + int64_t(row) * num_draft;
+    const auto draft_id = [&](int step) {
+      return load_index(params.draft_ids, params.draft_ids_are_int64, int64_t(row) * num_draft + step);
+    };
     int32_t* output_ids = params.output_ids + int64_t(row) * (num_draft + 1);
     const auto draft_at = [&](int step) {
       return static_cast<const T*>(params.draft_probs) + row * params.draft_row_stride +
@@ -24,7 +26,7 @@ void chain_speculative(const SpeculativeParams& params) {
 
     int num_emitted = -1, num_accepted = 0;
     for (int step = 0; step < num_draft; ++step) {
-      const int token_id = draft_ids[step];
+      const int64_t token_id = draft_id(step);
       bool passes = false;
       if (token_id >= 0 && token_id < vocab_size) {
         const double uniform = random_words(params, row, 2 + step / 2).uniform(step % 2 * 2);
@@ -46,7 +48,7 @@ void chain_speculative(const SpeculativeParams& params) {
     if (token_id < 0) token_id = cpu::draw(vocab_size, uniform, [&](int i) { return to_float(target[i]); });
 
     for (int i = 0; i <= num_draft; ++i) {
-      output_ids[i] = i < num_emitted ? draft_ids[i] : i > num_emitted ? -1 : token_id < 0 ? 0 : token_id;
+      output_ids[i] = i < num_emitted ? int32_t(draft_id(i)) : i > num_emitted ? -1 : token_id < 0 ? 0 : token_id;
     }
     params.num_accepted[row] = (params.adds_accepted ? params.num_accepted[row] : 0) + num_accepted;
     params.num_emitted[row] = (params.adds_emitted ? params.num_emitted[row] : 0) + num_emitted;

@@ -6,7 +6,7 @@
 namespace flashinfer::cpu {
 
 template <class Config>
-void normalize_row(const SamplingParams& params) {
+void normalize_row(const NormalizeParams& params) {
   using T = typename Config::T;
   using TOut = typename Config::TOut;
   const int vocab_size = params.vocab_size;
@@ -15,12 +15,15 @@ void normalize_row(const SamplingParams& params) {
     RowBuffer row(vocab_size);
 #pragma omp for
     for (int row_idx = 0; row_idx < params.num_rows; ++row_idx) {
-      const float temperature = row_temperature(params, row_idx);
-      const RowTotals totals = load_row<Config::kInput>(input_row<T>(params, row_idx), vocab_size, temperature, row);
+      // What is not positive makes the row NaN; the smallest numbers leave the largest element alone.
+      float temperature = params.temperature ? params.temperature[row_idx] : params.temperature_value;
+      temperature = temperature > 0.f ? std::fmax(temperature, 0x1p-126f) : NAN;
+      const T* input = static_cast<const T*>(params.input) + row_idx * params.input_stride;
+      const RowTotals totals = load_row<Config::kInput>(input, vocab_size, temperature, row);
       const bool has_threshold = Config::kInput == kOrderOnly || totals.is_valid();
       const float threshold =
-          has_threshold ? filter_threshold<Config>(params, row_idx, totals, temperature, row) : -INFINITY;
-      TOut* output = static_cast<TOut*>(params.output) + row_idx * params.output_stride;
+          has_threshold ? filter_threshold<Config>(params, row_idx, false, totals, temperature, row) : -INFINITY;
+      TOut* output = static_cast<TOut*>(params.output) + int64_t(row_idx) * vocab_size;
       if constexpr (Config::kInput == kOrderOnly) {
         for (int i = 0; i < vocab_size; ++i) {
           output[i] = from_float<TOut>(row.scores[i] >= threshold ? row.scores[i] : -INFINITY);

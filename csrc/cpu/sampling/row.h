@@ -9,9 +9,10 @@
 
 namespace flashinfer::cpu {
 
-// e^x for x <= 0 (0 below -87), in plain arithmetic, so that a loop over it vectorizes. Relative error below 2e-7.
+// e^x for x <= 0 (0 below -87, NaN for NaN), in plain arithmetic, so that a loop over it vectorizes. Relative error
+// below 2e-7.
 inline float exp_nonpositive(float x) {
-  const float y = (x < -87.f ? -87.f : x) * 1.44269504088896340736f;
+  const float y = (x > -87.f ? x : -87.f) * 1.44269504088896340736f;
   const float whole = std::floor(y + 0.5f);
   // 2^(y - whole) by its Taylor polynomial on [-0.5, 0.5].
   const float z = (y - whole) * 0.69314718055994530942f;
@@ -21,8 +22,8 @@ inline float exp_nonpositive(float x) {
   return x < -87.f ? 0.f : x == x ? series * power : x;
 }
 
-inline int64_t load_index(const void* ids, int are_int64, int64_t row) {
-  return are_int64 ? static_cast<const int64_t*>(ids)[row] : static_cast<const int32_t*>(ids)[row];
+inline int64_t load_index(const void* ids, int are_int64, int64_t i) {
+  return are_int64 ? static_cast<const int64_t*>(ids)[i] : static_cast<const int32_t*>(ids)[i];
 }
 
 // Philox4x32-10; see device/philox.cuh.
@@ -49,8 +50,9 @@ inline RandomWords philox(uint64_t seed, uint64_t subsequence, uint64_t counter)
 
 template <class Params>
 inline RandomWords random_words(const Params& params, int64_t row, int i) {
-  const uint64_t seed = params.random_state ? params.random_state[0] : params.seed;
-  const uint64_t offset = params.random_state ? params.random_state[1] : params.offset;
+  const RandomState& state = params.random;
+  const uint64_t seed = state.seeds ? state.seeds[params.seeds_per_row ? row : 0] : state.seed;
+  const uint64_t offset = state.offsets ? state.offsets[params.offsets_per_row ? row : 0] : state.offset;
   return philox(seed, uint64_t(row), offset / 4 + i);
 }
 
@@ -154,10 +156,10 @@ inline float smallest_kept(float* scores, int64_t size, int64_t top_k, double ta
   return kept;
 }
 
-// The score from which on elements are kept.
-template <class Config>
-inline float filter_threshold(const SamplingParams& params, int64_t row_idx, const RowTotals& totals, float temperature,
-                              RowBuffer& row) {
+// The score from which on elements are kept. `params` are those of either operator.
+template <class Config, class Params>
+inline float filter_threshold(const Params& params, int64_t row_idx, bool top_k_first, const RowTotals& totals,
+                              float temperature, RowBuffer& row) {
   constexpr int kInput = Config::kInput;
   const int vocab_size = params.vocab_size;
   if constexpr (Config::kMinP) {
@@ -182,7 +184,7 @@ inline float filter_threshold(const SamplingParams& params, int64_t row_idx, con
   }
   const Weigh<kInput> weigh{totals.max, 1.f / temperature};
   const auto target = [&](double sum) { return cuts_weight ? std::fmax(top_p * sum, 1e-300) : INFINITY; };
-  if (!(params.top_k_first && cuts_count && cuts_weight)) {
+  if (!(top_k_first && cuts_count && cuts_weight)) {
     return smallest_kept(row.search, size, top_k, target(totals.sum), weigh);
   }
   const float k_threshold = smallest_kept(row.search, size, top_k, INFINITY, weigh);
@@ -208,17 +210,6 @@ inline int draw(int size, double uniform, Weight weight_of) {
     if (prefix > target) break;
   }
   return last;
-}
-
-template <class T>
-inline const T* input_row(const SamplingParams& params, int64_t row) {
-  const int64_t input_row =
-      params.row_indices ? load_index(params.row_indices, params.row_indices_are_int64, row) : row;
-  return static_cast<const T*>(params.input) + input_row * params.input_stride;
-}
-
-inline float row_temperature(const SamplingParams& params, int64_t row) {
-  return params.temperature ? params.temperature[row] : params.temperature_value;
 }
 
 }  // namespace flashinfer::cpu

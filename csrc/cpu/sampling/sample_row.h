@@ -6,7 +6,7 @@
 namespace flashinfer::cpu {
 
 template <class Config>
-void sample_row(const SamplingParams& params) {
+void sample_row(const SampleParams& params) {
   using T = typename Config::T;
   const int vocab_size = params.vocab_size;
 #pragma omp parallel
@@ -14,11 +14,13 @@ void sample_row(const SamplingParams& params) {
     RowBuffer row(vocab_size);
 #pragma omp for
     for (int row_idx = 0; row_idx < params.num_rows; ++row_idx) {
-      const float temperature = row_temperature(params, row_idx);
-      const RowTotals totals = load_row<Config::kInput>(input_row<T>(params, row_idx), vocab_size, temperature, row);
+      const int64_t input_row =
+          params.row_indices ? load_index(params.row_indices, params.row_indices_are_int64, row_idx) : row_idx;
+      const T* input = static_cast<const T*>(params.input) + input_row * params.input_stride;
+      const RowTotals totals = load_row<Config::kInput>(input, vocab_size, 1.f, row);
       int token_id = -1;
       if (totals.is_valid()) {
-        const float threshold = filter_threshold<Config>(params, row_idx, totals, temperature, row);
+        const float threshold = filter_threshold<Config>(params, row_idx, params.top_k_first, totals, 1.f, row);
         token_id = draw(vocab_size, random_words(params, row_idx, 0).uniform(0),
                         [&](int i) { return row.scores[i] >= threshold ? row.weights[i] : 0.f; });
       }

@@ -7,7 +7,7 @@ import ctypes
 from flashinfer import target as targets
 from flashinfer.dtypes import ITEMSIZE
 from flashinfer.errors import UnsupportedConfig
-from flashinfer.families.arch import smem_limits
+from flashinfer.families.arch import arch
 from flashinfer.families.attention.params import (
     ATTENTION,
     HEAD_DIMS,
@@ -63,7 +63,7 @@ def _decode_tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:
     dim_qk, dim_vo, group_tile = spec.arg("head_dim_qk"), spec.arg("head_dim_vo"), spec.arg("group_tile")
     kv, q = ITEMSIZE[spec.arg("kv_dtype")], ITEMSIZE[spec.arg("q_dtype")]
     warp_rows = 32 if max(dim_qk, dim_vo) * kv <= 128 else 16
-    per_sm, per_block = smem_limits(spec.target)
+    per_sm, per_block, _ = arch(spec.target)
     # warps, blocks an SM, stages
     for num_warps, blocks_per_sm, num_stages in ((8, 2, 2), (8, 1, 2), (4, 1, 3), (4, 1, 2), (2, 1, 2)):
         smem = _decode_smem_bytes(num_warps, warp_rows, num_stages, group_tile, dim_qk, dim_vo, kv, q)

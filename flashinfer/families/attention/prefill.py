@@ -7,7 +7,7 @@ import ctypes
 from flashinfer import target as targets
 from flashinfer.dtypes import ITEMSIZE
 from flashinfer.errors import UnsupportedConfig
-from flashinfer.families.arch import smem_limits
+from flashinfer.families.arch import arch
 from flashinfer.families.attention.params import (
     ATTENTION,
     HEAD_DIMS,
@@ -106,7 +106,7 @@ def _tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:
         kind = "fp8"
     if spec.arg("short_queries"):
         kind = "short"
-    per_sm, per_block = smem_limits(spec.target)
+    per_sm, per_block, _ = arch(spec.target)
     if kind == "medium" and per_sm < 200 << 10:
         kind = "medium, less memory"
     for tile in _TILES[kind]:
