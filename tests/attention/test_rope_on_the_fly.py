@@ -57,7 +57,7 @@ class FarKeys:
     def check(self, out: Tensor, lse: Tensor) -> None:
         expected, expected_lse = self.expected()
         assert expected.abs().max() > 0.1, "the far keys weigh nothing"
-        # Logits are as large as 60: fp32 rounds them to 8e-6, and a GPU rotated queries and keys to fp16, 2^-11 of that.
+        # Logits are as large as 60: fp32 rounds them to 8e-6, a GPU rotated queries and keys to fp16, 2^-11 of that.
         scale = 8.0 if self.dtype == torch.float32 else 32.0
         assert_close(out, expected, scale=scale)
         assert_close(lse, expected_lse, scale=10 * scale if self.device.type == "cuda" else 1.0)
