@@ -149,6 +149,51 @@ def test_merge_errors(device: torch.device) -> None:
         variable_length_merge_states(v, s, torch.tensor([0, 1], device=device))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("offsets", [[0, 1, 4], [0, 2, 1, 3], [-1, 3], [4, 4], [0, 1 << 40], [-(1 << 32), 3]], ids=str)
+def test_wrong_offsets_of_states(dtype: torch.dtype, offsets: list[int]) -> None:
+    """Each time, as offsets are no part of a signature; and before int32 makes a right number of a wrong one."""
+    if dtype == torch.int32 and max(map(abs, offsets)) >= 1 << 31:
+        return
+    v, s = states(torch.device("cpu"), torch.float32, 3, 2, 64)
+    variable_length_merge_states(v, s, torch.tensor([0, 1, 2, 3][: len(offsets)], dtype=dtype))
+    with pytest.raises(
+        (ValueError, IndexError), match=r"never descend|ends at .*; expected at most 3, the states in v"
+    ):
+        variable_length_merge_states(v, s, torch.tensor(offsets, dtype=dtype))
+
+
+def test_rows_to_merge(device: torch.device) -> None:
+    """The mask of merge_state_in_place: any dtype, strided, or an error that leaves v as it is."""
+    v, s = states(device, torch.float32, 2, 3, 2, 64)
+    merged_v, _ = merged(v, s)
+    for mask in (torch.tensor([0.0, 0.5, -1.0]), torch.tensor([0, 2, 255]).byte(), torch.tensor([0, 9, 1, 9, 1])[::2]):
+        out = v[0].clone()
+        flashinfer.merge_state_in_place(out, s[0].clone(), v[1], s[1], mask.to(device))
+        assert torch.equal(out[0], v[0, 0])
+        assert_close(out[1:], merged_v[1:])
+    for wrong in (
+        torch.ones(2).bool(),
+        torch.ones(()).bool(),
+        torch.ones(3, 1).bool(),
+        torch.ones(3).bool().to("meta"),
+    ):
+        wrong = wrong if wrong.is_meta else wrong.to(device)
+        with pytest.raises(ValueError, match=r"mask is .*; expected \[3\], the rows of v, on"):
+            flashinfer.merge_state_in_place(v[0], s[0], v[1], s[1], wrong)
+    with pytest.raises(TypeError, match=r"mask is \[True\]; expected a tensor"):
+        flashinfer.merge_state_in_place(v[0], s[0], v[1], s[1], [True])  # type: ignore[arg-type]
+
+
+def test_states_without_columns(device: torch.device) -> None:
+    """No kernel; not a success that leaves s unwritten."""
+    v, s = torch.empty(2, 3, 2, 0, device=device), torch.zeros(2, 3, 2, device=device)
+    with pytest.raises(UnsupportedConfig, match="head_dim=0 is not supported"):
+        flashinfer.merge_state(v[0], s[0], v[1], s[1])
+    with pytest.raises(UnsupportedConfig, match="head_dim=0 is not supported"):
+        flashinfer.merge_states(v.transpose(0, 1), s.transpose(0, 1))
+
+
 # ------------------------------------------------------------------------------------------------------ shared prefixes
 
 HEADS, KV_HEADS, DIM, PAGE = 8, 2, 128, 16
