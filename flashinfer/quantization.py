@@ -145,7 +145,7 @@ def most_bytes(num_booleans: int, num_segments: int) -> int:
 def _as_booleans(op: str, x: torch.Tensor, bitorder: str) -> torch.Tensor:
     """x as contiguous bytes of 0 or 1."""
     if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
-        checks.require_tensors(op, x=x)
+        checks.require_addresses(op, x=x)
     if bitorder not in ("big", "little"):
         raise ValueError(f"{op}: bitorder is {bitorder!r}; expected 'big' or 'little'")
     if x.dim() != 1:
@@ -157,7 +157,7 @@ def _as_booleans(op: str, x: torch.Tensor, bitorder: str) -> torch.Tensor:
 
 def _require_indptr(op: str, indptr: torch.Tensor) -> None:
     if not isinstance(indptr, torch.Tensor) or indptr.layout != torch.strided:
-        checks.require_tensors(op, indptr=indptr)
+        checks.require_addresses(op, indptr=indptr)
     checks.check_index(op, "indptr", indptr)
     checks.require(indptr.shape[0] >= 1, op, "indptr is empty; expected [num_segments + 1]")
 

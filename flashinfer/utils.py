@@ -30,7 +30,7 @@ class TensorLayout(Enum):
 
 def is_float8(x: torch.Tensor) -> bool:
     if not isinstance(x, torch.Tensor):
-        checks.require_tensors("is_float8", x=x)
+        checks.require_addresses("is_float8", x=x)
     return x.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -42,7 +42,7 @@ def get_indptr(x: torch.Tensor) -> torch.Tensor:
     """
     op = "get_indptr"
     if not isinstance(x, torch.Tensor):
-        checks.require_tensors(op, x=x)
+        checks.require_addresses(op, x=x)
     is_integral = not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
     checks.require(
         x.dim() == 1 and is_integral, op, f"x is {x.dtype} of shape {list(x.shape)}; expected lengths, integers [n]"

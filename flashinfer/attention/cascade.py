@@ -129,7 +129,7 @@ class MultiLevelCascadeAttentionWrapper(Uncopyable):
             self._op_name,
             f"the entries of qo_indptr_arr end at {num_tokens}; expected the same number of tokens in all levels",
         )
-        states = [vars(level).copy() for level in self._levels]
+        before = [level._settled() for level in self._levels]
         try:
             for level, *table in zip(self._levels, *tables.values()):
                 level.plan(
@@ -149,20 +149,13 @@ class MultiLevelCascadeAttentionWrapper(Uncopyable):
                     kv_data_type=kv_data_type,
                 )
         except BaseException:
-            self._restore(states)
+            if self._use_cuda_graph:
+                self._is_half_planned = True
+            else:
+                for level, settled in zip(self._levels, before):
+                    level._resettle(*settled)
             raise
         self._is_half_planned = False
-
-    def _restore(self, states: list[dict[str, Any]]) -> None:
-        """The levels as they were. Their schedules, which planners have overwritten, are made anew."""
-        if self._use_cuda_graph:
-            self._is_half_planned = True
-            return
-        for level, state in zip(self._levels, states):
-            vars(level).clear()
-            vars(level).update(state)
-            if level._planned_shape() is not None:
-                level._plan_from_buffers()
 
     begin_forward = plan
 

@@ -8,6 +8,7 @@ import torch
 
 from flashinfer import quantization
 from flashinfer.host import checks, indices
+from flashinfer.host.uploads import upload
 
 Lengths = tuple[torch.Tensor, torch.Tensor]  # qo_indptr [batch_size + 1], kv_lens [batch_size]
 
@@ -25,14 +26,14 @@ def take_mask(
     """The packed bits and int32 `[batch_size + 1]` byte offsets. Lengths stay on the device.
 
     A mask may be longer than needed. One that is too short is a ValueError where the lengths are known on the host;
-    where they are not, what is missing counts as invisible of a mask that is packed here. Of packed bits on a GPU the
-    tensor itself is kept; everything else is the plan's own. Raises before it writes to the buffers.
+    where they are not, what is missing counts as invisible of a mask that is packed here. Packed bits that are on the
+    device are returned as they are; everything else is the plan's own. Raises before it writes to the buffers.
     """
     given, name = (
         (custom_mask, "custom_mask") if packed_custom_mask is None else (packed_custom_mask, "packed_custom_mask")
     )
     if not isinstance(given, torch.Tensor):
-        checks.require_tensors(op, **{name: given})
+        checks.require_addresses(op, **{name: given})
     assert given is not None
     checks.require(
         given.device == device or given.is_cpu, op, f"{name} is on {given.device}; expected {device} or the CPU"
@@ -55,10 +56,9 @@ def take_mask(
         _require_buffers(op, device, *buffers, least_bytes, num_bits.numel() + 1)
 
     if is_packed:
-        packed, indptr = _upload(given, device).contiguous(), _offsets(_num_bytes(num_bits))
-        packed = packed.clone() if packed is given and given.is_cpu else packed
+        packed, indptr = upload(given, device).contiguous(), _offsets(_num_bytes(num_bits))
     else:
-        flat = _upload(given, device).reshape(-1)
+        flat = upload(given, device).reshape(-1)
         packed, indptr = _pack(op, flat if flat.dtype == torch.bool else flat != 0, _offsets(num_bits))
     indptr = indptr.int()
     if buffers is None:
@@ -117,14 +117,6 @@ def _require_buffers(
         op,
         f"mask_indptr_buf holds {indptr_buf.numel()} entries; expected at least {num_offsets}, batch_size + 1",
     )
-
-
-def _upload(mask: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device, without waiting for it. Pinned memory is copied first: its owner may write to it again before the
-    device has read it."""
-    if mask.device != device and mask.is_pinned():
-        mask = torch.empty_like(mask, pin_memory=True).copy_(mask)
-    return mask.to(device, non_blocking=True)
 
 
 def _pack(op: str, mask: torch.Tensor, bit_indptr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

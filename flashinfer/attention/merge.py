@@ -77,7 +77,7 @@ def _merge_in_place(
 
 def _row_mask(op: str, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     if not isinstance(mask, torch.Tensor) or not isinstance(v, torch.Tensor) or not mask.data_ptr():
-        checks.require_tensors(op, v=v, mask=mask)
+        checks.require_addresses(op, v=v, mask=mask)
     if mask.shape != v.shape[:1] or mask.device != v.device:
         raise ValueError(
             f"{op}: mask is {list(mask.shape)} on {mask.device}; expected {list(v.shape[:1])}, the rows of v, on "
@@ -128,7 +128,7 @@ def variable_length_merge_states(
         _list_door("variable_length_merge_states", v, s, indptr, out)
         return out
     if indptr is None:  # which merge_states goes by
-        checks.require_tensors("variable_length_merge_states", indptr=indptr)
+        checks.require_addresses("variable_length_merge_states", indptr=indptr)
     return _merge_list("variable_length_merge_states", v, s, indptr)
 
 
@@ -166,7 +166,7 @@ def _merge_pair(
         v_other_ptr = v_other.data_ptr() or checks.no_address(op, "the other v", v_other)
         s_other_ptr = s_other.data_ptr() or checks.no_address(op, "the other s", s_other)
     except (AttributeError, RuntimeError):
-        checks.require_tensors(op, v=v, s=s, **{"the other v": v_other, "the other s": s_other})
+        checks.require_addresses(op, v=v, s=s, **{"the other v": v_other, "the other s": s_other})
         raise
     key = (
         v.dtype, v.shape, v.stride(), v.device, v_other.dtype, v_other.shape, v_other.stride(),
@@ -203,7 +203,7 @@ def _merge_list(
         s_ptr = s.data_ptr() or checks.no_address(op, "s", s)
         indptr_ptr = 0 if indptr is None else indptr.data_ptr() or checks.no_address(op, "indptr", indptr)
     except (AttributeError, RuntimeError):
-        checks.require_tensors(op, v=v, s=s, **({} if op == "merge_states" else {"indptr": indptr}))
+        checks.require_addresses(op, v=v, s=s, **({} if op == "merge_states" else {"indptr": indptr}))
         raise
     key = (
         v.dtype, v.shape, v.stride(), v.device, s.dtype, s.shape, s.stride(), s.device,

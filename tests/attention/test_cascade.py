@@ -185,7 +185,7 @@ def test_rows_to_merge(device: torch.device) -> None:
         wrong = wrong if wrong.is_meta else wrong.to(device)
         with pytest.raises(ValueError, match=r"mask is .*; expected \[3\], the rows of v, on"):
             flashinfer.merge_state_in_place(v[0], s[0], v[1], s[1], wrong)
-    with pytest.raises(TypeError, match=r"mask is \[True\]; expected a tensor"):
+    with pytest.raises(TypeError, match=r"mask is list; expected a tensor"):
         flashinfer.merge_state_in_place(v[0], s[0], v[1], s[1], [True])  # type: ignore[arg-type]
 
 

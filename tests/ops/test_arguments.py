@@ -279,5 +279,5 @@ def test_names_of_dtypes_and_devices() -> None:
         function("cpu")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="device is cpu; expected a CUDA device"):
         utils.get_compute_capability("cpu")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="x is None; expected a tensor"):
+    with pytest.raises(TypeError, match="x is NoneType; expected a tensor"):
         utils.is_float8(None)  # type: ignore[arg-type]
