@@ -218,7 +218,9 @@ def _driver_version() -> tuple[int, int] | None:
 
 def _driver_release() -> str | None:
     try:
-        match = re.search(r"\s(\d{3}\.\d+(?:\.\d+)?)\s", Path("/proc/driver/nvidia/version").read_text())
+        match = re.search(
+            r"\s(\d{3}\.\d+(?:\.\d+)?)\s", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+        )
     except OSError:
         return None
     return match[1] if match else None

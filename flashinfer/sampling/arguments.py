@@ -117,7 +117,7 @@ def random_state(
     if not input.is_cuda:
         if generator is not None and generator.device.type != "cpu":
             raise _wrong_generator(op, generator, input)
-        return None, int(torch.empty((), dtype=torch.int64).random_(generator=generator).item()), 0
+        return None, int(torch.empty((), dtype=torch.int64, device="cpu").random_(generator=generator).item()), 0
     if generator is None:
         generator = torch.cuda.default_generators[input.get_device()]
     try:
