@@ -136,8 +136,14 @@ def _silu_and_mul_quant(i: Inputs) -> Any:
 # -------------------------------------------------------------------------------------------------------------- packing
 
 CALLS["packbits"] = lambda i: [flashinfer.packbits(i.bits), flashinfer.packbits(i.bits.int(), "little")]
-CALLS["segment_packbits"] = lambda i: flashinfer.segment_packbits(i.bits, i.segments)
 CALLS["quantization.segment_packbits_padded"] = lambda i: quantization.segment_packbits_padded(i.bits, i.segments)
+
+
+@call("segment_packbits")
+def _segment_packbits(i: Inputs) -> Any:
+    packed, packed_indptr = flashinfer.segment_packbits(i.bits, i.segments)
+    return packed[: int(packed_indptr[-1])], packed_indptr  # compiled, it is as long as it can get
+
 
 # -------------------------------------------------------------------------------------------------------------- merging
 
