@@ -31,9 +31,12 @@ def common_rows(op: str, tensors: Mapping[str, torch.Tensor]) -> Rows:
     for name, tensor in tensors.items():
         require(tensor.dim() >= 1, op, f"{name} has no dimensions; expected at least [hidden_size]")
         require_unit_stride(op, name, tensor)
-    leading = next(iter(tensors.values())).shape[:-1]
+    (name, first), *_ = tensors.items()
+    leading = first.shape[:-1]
     num_rows = leading.numel()
-    require(num_rows < 1 << 31, op, f"{next(iter(tensors))} has {num_rows} rows; expected at most {(1 << 31) - 1}")
+    require(num_rows < 1 << 31, op, f"{name} has {num_rows} rows; expected at most {(1 << 31) - 1}")
+    if first.numel() == 0:
+        return Rows(num_rows, 1, ((0, 0),) * len(tensors))
     axes: list[tuple[int, tuple[int, ...]]] = []  # size, stride in each tensor; outermost first
     for size, *strides in zip(leading, *(tensor.stride() for tensor in tensors.values())):
         if size == 1:

@@ -82,6 +82,7 @@ HOSTILE = {
     "begins below zero": [-1, 8, 40],
     "all below zero": [-40, -20, -1],
     "jumps": [0, 1 << 30, 0, 40],
+    "falls further than an int32 says": [0, 5, -(1 << 31)],
     "overflows": [0, (1 << 31) - 1, -(1 << 31), 40],
 }
 
