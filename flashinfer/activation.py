@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 
 from flashinfer import dtypes, target
-from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.activation import ACT_AND_MUL, ACT_AND_MUL_QUANT
-from flashinfer.families.layout import FP8_DTYPES, inside
+from flashinfer.families.layout import DTYPES, FP8_DTYPES, inside
 from flashinfer.families.norm import vec_size
 from flashinfer.host import checks, memo, quant_scale, traced
 from flashinfer.host.quant_scale import Scale
-from flashinfer.host.rows import even_rows
+from flashinfer.host.rows import common_rows, require_distinct
 from flashinfer.jit import ArgValue, default_resolver
 from flashinfer.jit.loader import PreparedLaunch, Value
 
@@ -26,16 +25,19 @@ def silu_and_mul(
     """SwiGLU's gating (Shazeer 2020, arXiv:2002.05202): `silu(input[..., :d]) * input[..., d:]`, computed in fp32.
 
     Args:
-        input: `[..., 2 * d]`, fp16, bf16 or fp32; unit stride in the last axis, rows evenly spaced.
-        out: `[..., d]`, dtype and device of input. Allocated when None.
+        input: `[..., 2 * d]`, fp16, bf16 or fp32; unit stride in the last axis. Rows lie evenly in memory, or in even
+            groups.
+        out: `[..., d]`, dtype and device of input; rows in the same groups or evenly. Shares no memory with input.
+            Allocated when None.
         enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: a shape, dtype, device or stride does not fit.
-        UnsupportedConfig: no kernel for this dtype.
+        ValueError: a shape, dtype, device, stride or number does not fit, or elements of out share memory.
+        TypeError: an argument is of another kind.
+        UnsupportedConfig: no kernel for this dtype or device.
     """
     return _act_and_mul("silu_and_mul", "silu", input, out, enable_pdl)
 
@@ -62,117 +64,156 @@ def silu_and_mul_quant(
     Args:
         out: `[..., d]`, float8_e4m3fn or float8_e5m2.
         input, enable_pdl: as in `silu_and_mul`.
-        scale: a number, or a float32 tensor of one element on the device of input.
+        scale: a positive number, or a float32 tensor of one element on the device of input.
 
     Returns:
         `out`.
 
     Raises: as `silu_and_mul`.
     """
-    if torch.compiler.is_dynamo_compiling():
-        _quant_door(out, input, scale, enable_pdl)
-    else:
-        _run_quant(out, input, scale, enable_pdl)
+    _act_and_mul_quant(out, input, scale, enable_pdl)
     return out
 
 
-def _run_quant(out: torch.Tensor, input: torch.Tensor, scale: Scale, enable_pdl: Optional[bool]) -> None:
-    op = "silu_and_mul_quant"
-    input_ptr, output_ptr = input.data_ptr(), out.data_ptr()
-    alignment = (input_ptr | output_ptr) & 15
-    key = (
-        op,
-        enable_pdl,
-        alignment,
-        memo.signature(input),
-        memo.signature(out),
-        quant_scale.signature(scale),
-    )
-    launch = _memo.get(key)
-    if launch is None:
-        quant_scale.check(op, "scale", scale, input)
-        launch = _memo.remember(key, _prepare(op, "silu", input, out, enable_pdl))
-    launch(*quant_scale.values(scale), input_ptr, output_ptr)
+# ----------------------------------------------------------------------------------------------------------- one launch
 
 
-_quant_door = traced.door(
-    "silu_and_mul_quant", _run_quant, {"out": "Tensor(!)", "input": "Tensor", "scale": traced.REAL, "pdl": "bool?"}
-)
+class _Prepared(NamedTuple):
+    launch: PreparedLaunch  # takes the addresses of input and output, after the scale of an fp8 output
+    new_output: memo.Allocate
 
 
-# Called with the addresses of input and output, after the scale of an fp8 output.
-_memo: memo.Memo[PreparedLaunch] = memo.Memo()
+_memo: memo.Memo[_Prepared] = memo.Memo()
 
 
 def _act_and_mul(
     op: str, gate: str, input: torch.Tensor, out: Optional[torch.Tensor], pdl: Optional[bool]
 ) -> torch.Tensor:
-    if out is None:
-        out = input.new_empty(*input.shape[:-1], input.shape[-1] // 2)
+    """Returns the output, allocated if it is None."""
     if torch.compiler.is_dynamo_compiling():
+        if out is None:
+            out = input.new_empty(_output_shape(op, input))
         _door(op, gate, input, out, pdl)
-    else:
-        _run(op, gate, input, out, pdl)
+        return out
+    try:
+        input_ptr = input.data_ptr() or checks.no_address(op, "input", input)
+        output_ptr = 0  # a new output is aligned
+        if out is not None:
+            output_ptr = out.data_ptr() or checks.no_address(op, "out", out)
+    except (AttributeError, RuntimeError):
+        checks.require_addresses(op, input=input, **({} if out is None else {"out": out}))
+        raise
+    key = (
+        op,
+        pdl,
+        (input_ptr | output_ptr) & 15,
+        *memo.signature(input),
+        None if out is None else memo.signature(out),
+    )
+    prepared = _memo.get(key)
+    if prepared is None:
+        prepared = _memo.remember(key, _prepare(op, gate, input, out, pdl))
+    if out is None:
+        out = prepared.new_output()
+        output_ptr = out.data_ptr()
+    prepared.launch(input_ptr, output_ptr)
     return out
 
 
-def _run(op: str, gate: str, input: torch.Tensor, out: torch.Tensor, pdl: Optional[bool]) -> None:
-    input_ptr, output_ptr = input.data_ptr(), out.data_ptr()
-    key = (op, pdl, (input_ptr | output_ptr) & 15, *memo.signature(input), *memo.signature(out))
-    launch = _memo.get(key)
-    if launch is None:
-        launch = _memo.remember(key, _prepare(op, gate, input, out, pdl))
-    launch(input_ptr, output_ptr)
+def _act_and_mul_quant(out: torch.Tensor, input: torch.Tensor, scale: Scale, pdl: Optional[bool]) -> None:
+    if torch.compiler.is_dynamo_compiling():
+        _door_quant(out, input, scale, pdl)
+        return
+    op = "silu_and_mul_quant"
+    try:
+        input_ptr = input.data_ptr() or checks.no_address(op, "input", input)
+        output_ptr = out.data_ptr() or checks.no_address(op, "out", out)
+    except (AttributeError, RuntimeError):
+        checks.require_addresses(op, input=input, out=out)
+        raise
+    key = (
+        op,
+        pdl,
+        (input_ptr | output_ptr) & 15,
+        memo.signature(input),
+        memo.signature(out),
+        quant_scale.signature(scale),
+    )
+    prepared = _memo.get(key)
+    if prepared is None:
+        quant_scale.check(op, "scale", scale, input)
+        prepared = _memo.remember(key, _prepare(op, "silu", input, out, pdl))
+    prepared.launch(*quant_scale.values(scale, op), input_ptr, output_ptr)
 
 
 _door = traced.door(
-    "act_and_mul", _run, {"op": "str", "gate": "str", "input": "Tensor", "out": "Tensor(!)", "pdl": "bool?"}
+    "act_and_mul", _act_and_mul, {"op": "str", "gate": "str", "input": "Tensor", "out": "Tensor(!)", "pdl": "bool?"}
+)
+_door_quant = traced.door(
+    "silu_and_mul_quant",
+    _act_and_mul_quant,
+    {"out": "Tensor(!)", "input": "Tensor", "scale": traced.REAL, "pdl": "bool?"},
 )
 
 
-def _prepare(op: str, gate: str, input: torch.Tensor, out: torch.Tensor, pdl: Optional[bool]) -> PreparedLaunch:
+def _output_shape(op: str, input: torch.Tensor) -> tuple[int, ...]:
     checks.require(
         input.dim() >= 1 and input.shape[-1] % 2 == 0,
         op,
         f"input has shape {list(input.shape)}; expected [..., 2 * hidden_size], an even last dimension",
     )
-    hidden_size = input.shape[-1] // 2
-    expected = [*input.shape[:-1], hidden_size]
-    checks.require(list(out.shape) == expected, op, f"out has shape {list(out.shape)}; expected {expected}")
-    is_quant = op.endswith("_quant")
+    return (*input.shape[:-1], input.shape[-1] // 2)
+
+
+def _prepare(op: str, gate: str, input: torch.Tensor, out: Optional[torch.Tensor], pdl: Optional[bool]) -> _Prepared:
+    checks.require_flag(op, "enable_pdl", pdl)
+    shape, is_quant = _output_shape(op, input), op.endswith("_quant")
+    new_output = memo.allocator(shape, input.dtype, input.device)
+    out = new_output() if out is None else out
+    checks.require_supported(op, "input", input, DTYPES)
+    checks.require(out.shape == shape, op, f"out has shape {list(out.shape)}; expected {list(shape)}")
+    checks.require_device(op, "out", out, input)
     if is_quant:
-        checks.require_device(op, "out", out, input)
-        if dtypes.short_name(out.dtype) not in FP8_DTYPES:
-            raise UnsupportedConfig(f"{op}: out is {out.dtype}; expected float8_e4m3fn or float8_e5m2")
+        checks.require_supported(op, "out", out, FP8_DTYPES)
     else:
         checks.require_dtype_device(op, "out", out, input)
-    dtype = dtypes.short_name(input.dtype)
-    if dtype not in ACT_AND_MUL.axes["dtype"]:
-        raise UnsupportedConfig(f"{op}: input is {input.dtype}; expected float16, bfloat16 or float32")
-    input_stride, output_stride = even_rows(op, "input", input), even_rows(op, "out", out)
-    if out.numel() == 0:
-        return lambda *_: None
+    require_distinct(op, "out", out)
+    num_rows, rows_per_group, (input_strides, output_strides) = common_rows(op, {"input": input, "out": out})
+    if out.numel() == 0 or input.is_meta:
+        return _Prepared(memo.no_launch, new_output)
 
+    num_groups, hidden_size = num_rows // rows_per_group, shape[-1]
+    checks.require(hidden_size < 1 << 31, op, f"hidden_size is {hidden_size}; expected at most {(1 << 31) - 1}")
+    if rows_per_group > 65535:  # more than the third axis of a grid holds; in which order rows are visited is all one
+        num_groups, rows_per_group = rows_per_group, num_groups
+        input_strides, output_strides = input_strides[::-1], output_strides[::-1]
     device_index = input.get_device()
     alignment = 0
     if device_index >= 0:  # vectors of the CPU kernels need no alignment
         # In bytes of input: an fp8 output is written in shorter vectors, as many elements as are read.
-        output_alignment = out.data_ptr() * input.element_size() // out.element_size()
-        alignment = (input.data_ptr() | output_alignment | (input_stride | output_stride) * input.element_size()) & 15
-    width = vec_size(dtype, hidden_size, alignment)
-    family = ACT_AND_MUL_QUANT if is_quant else ACT_AND_MUL
+        alignment = input.data_ptr() | out.data_ptr() * input.element_size() // out.element_size()
+        for stride in (*input_strides, *output_strides):
+            alignment |= stride * input.element_size()
+    dtype = dtypes.short_name(input.dtype)
+    width = vec_size(dtype, hidden_size, alignment & 15)
     axes: dict[str, ArgValue] = {"dtype": dtype, "gate": gate, "vec_size": width}
     if is_quant:
         axes["out_dtype"] = dtypes.short_name(out.dtype)
-    launcher = default_resolver().load(family.spec(target.of_device(input.device), **axes)).on(device_index, pdl=pdl)
-    num_rows = out.numel() // hidden_size
+    spec = (ACT_AND_MUL_QUANT if is_quant else ACT_AND_MUL).spec(target.of_device(input.device), **axes)
+    launcher = default_resolver().load(spec).on(device_index, pdl=pdl)
     columns_per_block = launcher.config.launch.num_threads * int(launcher.config.constants["kVecsPerThread"]) * width
-    grid = (num_rows, -(-hidden_size // columns_per_block), 1)
+    grid = (num_groups, -(-hidden_size // columns_per_block), rows_per_group)
     values: dict[str, Value] = {
-        "input_stride": input_stride, "output_stride": output_stride, "num_rows": num_rows, "hidden_size": hidden_size,
-    }  # fmt: skip
+        "input_row_stride": input_strides[0],
+        "input_group_stride": input_strides[1],
+        "output_row_stride": output_strides[0],
+        "output_group_stride": output_strides[1],
+        "num_groups": num_groups,
+        "rows_per_group": rows_per_group,
+        "hidden_size": hidden_size,
+    }
     addresses: tuple[str, ...] = ("input", "output")
     if is_quant:
         values = inside("act_and_mul", values)
         addresses = (*quant_scale.names("output_scale"), *(f"act_and_mul.{name}" for name in addresses))
-    return launcher.prepare(grid, values, varying=addresses)
+    return _Prepared(launcher.prepare(grid, values, varying=addresses), new_output)

@@ -37,6 +37,8 @@ def torch_dtype(name: str | torch.dtype) -> torch.dtype:
 
     if isinstance(name, torch.dtype):
         return name
+    if not isinstance(name, str):
+        raise TypeError(f"dtype is {name!r:.60}; expected a torch.dtype or its name")
     found = getattr(torch, _TORCH_NAMES.get(name, name.removeprefix("torch.")), None)
     if not isinstance(found, torch.dtype):
         raise ValueError(

@@ -7,12 +7,11 @@ from typing import NamedTuple, Optional
 import torch
 
 from flashinfer import dtypes, target
-from flashinfer.errors import UnsupportedConfig
-from flashinfer.families.layout import FP8_DTYPES, inside
+from flashinfer.families.layout import DTYPES, FP8_DTYPES, inside
 from flashinfer.families.norm import LAYERNORM, RMSNORM, RMSNORM_QUANT, vec_size
 from flashinfer.host import checks, memo, quant_scale, traced
 from flashinfer.host.quant_scale import Scale
-from flashinfer.host.rows import even_rows, grouped_rows
+from flashinfer.host.rows import common_rows, require_distinct
 from flashinfer.jit import ArgValue, Family, KernelSpec, default_resolver
 from flashinfer.jit.loader import PreparedLaunch, Value
 
@@ -39,10 +38,12 @@ def rmsnorm(
     `out[..., i] = input[..., i] / sqrt(mean(input²) + eps) * weight[i]`, computed in fp32.
 
     Args:
-        input: `[..., hidden_size]`, fp16, bf16 or fp32; unit stride in the last axis, at most two uneven leading axes.
+        input: `[..., hidden_size]`, fp16, bf16 or fp32; unit stride in the last axis. Rows lie evenly in memory, or in
+            even groups, as the heads of a packed projection do.
         weight: `[hidden_size]`, dtype and device of input.
-        eps: added to the mean of squares.
-        out: shape and dtype of input; may be input itself. Allocated when None.
+        eps: added to the mean of squares; not negative.
+        out: shape and dtype of input; rows as there, in the same groups or evenly. May be input itself, but not
+            overlap it otherwise. Allocated when None.
         enable_pdl: programmatic dependent launch: the start of this kernel overlaps the end of the one before it; None:
             where the hardware has it (sm_90 and later).
 
@@ -50,8 +51,9 @@ def rmsnorm(
         `out`.
 
     Raises:
-        ValueError: a shape, dtype, device or stride does not fit.
-        UnsupportedConfig: no kernel for this dtype or hidden_size (at most 32768).
+        ValueError: a shape, dtype, device, stride or number does not fit, or elements of what is written share memory.
+        TypeError: an argument is of another kind.
+        UnsupportedConfig: no kernel for this dtype, device or hidden_size (at most 32768).
     """
     return _normalize("rmsnorm", (input, None, weight, None), out, eps, enable_pdl)
 
@@ -77,12 +79,11 @@ def fused_add_rmsnorm(
     """Residual addition and RMSNorm in one pass, both in place.
 
     `residual += input`, then `input = rmsnorm(residual) * weight`. The norm is taken of the sum before it is rounded
-    to the
-    dtype of residual.
+    to the dtype of residual.
 
     Args:
-        input: `[num_tokens, hidden_size]`; overwritten with the normalized sum.
-        residual: shape, dtype and device of input; overwritten with the sum.
+        input: `[..., hidden_size]`, as in `rmsnorm`; overwritten with the normalized sum.
+        residual: shape, dtype and device of input, in other memory; overwritten with the sum.
         weight, eps, enable_pdl: as in `rmsnorm`.
 
     Raises: as `rmsnorm`.
@@ -114,7 +115,7 @@ def rmsnorm_quant(
     Args:
         out: shape of input, float8_e4m3fn or float8_e5m2.
         input, weight, eps, enable_pdl: as in `rmsnorm`.
-        scale: a number, or a float32 tensor of one element on the device of input.
+        scale: a positive number, or a float32 tensor of one element on the device of input.
 
     Returns:
         `out`.
@@ -151,7 +152,7 @@ def layernorm(input: torch.Tensor, gemma: torch.Tensor, beta: torch.Tensor, eps:
         input: `[..., hidden_size]`, fp16, bf16 or fp32.
         gemma: scale, `[hidden_size]`; fp32 or any supported dtype.
         beta: shift, `[hidden_size]`, dtype of gemma.
-        eps: added to the variance.
+        eps: added to the variance; not negative.
 
     Returns:
         A new tensor, shape and dtype of input.
@@ -163,12 +164,22 @@ def layernorm(input: torch.Tensor, gemma: torch.Tensor, beta: torch.Tensor, eps:
 
 # ----------------------------------------------------------------------------------------------------------- one launch
 
-_Inputs = tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, Optional[torch.Tensor]]
+_Operands = tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, Optional[torch.Tensor]]
 """input, residual, weight, bias: with the output, the first fields of NormParams"""
+
+_KERNELS: dict[str, tuple[Family, dict[str, ArgValue]]] = {
+    "rmsnorm": (RMSNORM, {"add_residual": False, "gemma": False}),
+    "gemma_rmsnorm": (RMSNORM, {"add_residual": False, "gemma": True}),
+    "fused_add_rmsnorm": (RMSNORM, {"add_residual": True, "gemma": False}),
+    "gemma_fused_add_rmsnorm": (RMSNORM, {"add_residual": True, "gemma": True}),
+    "rmsnorm_quant": (RMSNORM_QUANT, {"add_residual": False}),
+    "fused_add_rmsnorm_quant": (RMSNORM_QUANT, {"add_residual": True}),
+    "layernorm": (LAYERNORM, {}),
+}
 
 
 class _Prepared(NamedTuple):
-    launch: PreparedLaunch  # takes the addresses of inputs and output, after those of the scale if that is quantized
+    launch: PreparedLaunch  # takes the addresses of operands and output, after the scale of one that is quantized
     new_output: memo.Allocate
 
 
@@ -176,22 +187,26 @@ _memo: memo.Memo[_Prepared] = memo.Memo()
 
 
 def _normalize(
-    op: str, inputs: _Inputs, output: Optional[torch.Tensor], eps: float, pdl: Optional[bool]
+    op: str, operands: _Operands, output: Optional[torch.Tensor], eps: float, pdl: Optional[bool]
 ) -> torch.Tensor:
     """Returns the output, allocated if it is None."""
-    input, residual, weight, bias = inputs
     if torch.compiler.is_dynamo_compiling():
-        if output is None:
-            output = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-        if residual is None:
-            _compiled(op, input, weight, bias, output, eps, pdl)
-        else:
-            _compiled_add(op, input, residual, weight, eps, pdl)
-        return output
-    input_ptr, weight_ptr = input.data_ptr(), weight.data_ptr()
-    residual_ptr = 0 if residual is None else residual.data_ptr()
-    output_ptr = 0 if output is None else output.data_ptr()  # a new output is aligned
-    # Written out rather than through quant_scale.signature: three calls cost as much as the rest of this function.
+        return _trace(op, operands, output, eps, pdl)
+    input, residual, weight, bias = operands
+    try:
+        input_ptr = input.data_ptr() or checks.no_address(op, "input", input)
+        weight_ptr = weight.data_ptr() or checks.no_address(op, "weight", weight)
+        residual_ptr = bias_ptr = output_ptr = 0  # a new output is aligned
+        if residual is not None:
+            residual_ptr = residual.data_ptr() or checks.no_address(op, "residual", residual)
+        if bias is not None:
+            bias_ptr = bias.data_ptr() or checks.no_address(op, "beta", bias)
+        if output is not None:
+            output_ptr = output.data_ptr() or checks.no_address(op, "out", output)
+    except (AttributeError, RuntimeError):
+        _require_operands(op, operands, output)
+        raise
+    # Written out rather than through memo.signature: three calls of it cost as much as the rest of this function.
     key = (
         op,
         pdl,
@@ -206,29 +221,52 @@ def _normalize(
         weight.stride(),
         weight.device,
         output is input if output is input or output is None else memo.signature(output),
-        None if residual is None else memo.signature(residual),
+        None
+        if residual is None
+        else (residual_ptr == output_ptr, residual.dtype, residual.shape, residual.stride(), residual.device),
         None if bias is None else memo.signature(bias),
     )
     prepared = _memo.get(key)
     if prepared is None:
-        prepared = _memo.remember(key, _prepare(op, inputs, output, eps, pdl))
+        prepared = _memo.remember(key, _prepare(op, operands, output, eps, pdl))
     launch, new_output = prepared
     if output is None:
         output = new_output()
         output_ptr = output.data_ptr()
-    launch(input_ptr, residual_ptr, weight_ptr, 0 if bias is None else bias.data_ptr(), output_ptr)
+    launch(input_ptr, residual_ptr, weight_ptr, bias_ptr, output_ptr)
+    return output
+
+
+def _trace(
+    op: str, operands: _Operands, output: Optional[torch.Tensor], eps: float, pdl: Optional[bool]
+) -> torch.Tensor:
+    input = operands[0]
+    if output is input:
+        _door_in_place(op, operands, eps, pdl)
+        return input
+    if output is None:
+        output = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+    _door(op, operands, output, eps, pdl)
     return output
 
 
 def _normalize_quant(
-    op: str, inputs: _Inputs, output: torch.Tensor, scale: Scale, eps: float, pdl: Optional[bool]
+    op: str, operands: _Operands, output: torch.Tensor, scale: Scale, eps: float, pdl: Optional[bool]
 ) -> None:
-    input, residual, weight, _ = inputs
     if torch.compiler.is_dynamo_compiling():
-        _compiled_quant(op, output, input, residual, weight, *quant_scale.split(scale), eps, pdl)
+        _door_quant(op, operands, output, scale, eps, pdl)
         return
-    input_ptr, weight_ptr, output_ptr = input.data_ptr(), weight.data_ptr(), output.data_ptr()
-    residual_ptr = 0 if residual is None else residual.data_ptr()
+    input, residual, weight, _ = operands
+    try:
+        input_ptr = input.data_ptr() or checks.no_address(op, "input", input)
+        weight_ptr = weight.data_ptr() or checks.no_address(op, "weight", weight)
+        output_ptr = output.data_ptr() or checks.no_address(op, "out", output)
+        residual_ptr = 0
+        if residual is not None:
+            residual_ptr = residual.data_ptr() or checks.no_address(op, "residual", residual)
+    except (AttributeError, RuntimeError):
+        _require_operands(op, operands, output)
+        raise
     key = (
         op,
         pdl,
@@ -237,73 +275,79 @@ def _normalize_quant(
         memo.signature(input),
         memo.signature(weight),
         memo.signature(output),
-        None if residual is None else memo.signature(residual),
+        None
+        if residual is None
+        else (residual_ptr == output_ptr, residual.dtype, residual.shape, residual.stride(), residual.device),
         quant_scale.signature(scale),
     )
     prepared = _memo.get(key)
     if prepared is None:
         quant_scale.check(op, "scale", scale, input)
-        prepared = _memo.remember(key, _prepare(op, inputs, output, eps, pdl))
-    prepared.launch(*quant_scale.values(scale), input_ptr, residual_ptr, weight_ptr, 0, output_ptr)
+        prepared = _memo.remember(key, _prepare(op, operands, output, eps, pdl))
+    prepared.launch(*quant_scale.values(scale, op), input_ptr, residual_ptr, weight_ptr, 0, output_ptr)
 
 
-_compiled = traced.compiled_op(
-    "normalize(str op, Tensor input, Tensor weight, Tensor? bias, Tensor(a!) output, float eps, bool? pdl) -> ()",
-    lambda op, input, weight, bias, output, *rest: _normalize(op, (input, None, weight, bias), output, *rest),
+def _bundle(input: str) -> traced.Bundle:
+    """Operands, the input being a tensor or, with (!), one that is written."""
+    parts = (f"{input} input", "Tensor(!)? residual", "Tensor weight", "Tensor? bias")
+    return traced.Bundle(parts, lambda operands: operands, lambda *operands: operands)
+
+
+_SETTINGS = {"eps": "float", "pdl": "bool?"}
+_door = traced.door(
+    "normalize", _normalize, {"op": "str", "operands": _bundle("Tensor"), "output": "Tensor(!)", **_SETTINGS}
 )
-_compiled_add = traced.compiled_op(
-    "add_and_normalize(str op, Tensor(a!) input, Tensor(b!) residual, Tensor weight, float eps, bool? pdl) -> ()",
-    lambda op, input, residual, weight, *rest: _normalize(op, (input, residual, weight, None), input, *rest),
+_door_in_place = traced.door(
+    "normalize_in_place",
+    lambda op, operands, eps, pdl: _normalize(op, operands, operands[0], eps, pdl),
+    {"op": "str", "operands": _bundle("Tensor(!)"), **_SETTINGS},
 )
-_compiled_quant = traced.compiled_op(
-    "normalize_quant(str op, Tensor(a!) output, Tensor input, Tensor(b!)? residual, Tensor weight, "
-    f"{quant_scale.SCHEMA.format('scale')}, float eps, bool? pdl) -> ()",
-    lambda op, output, input, residual, weight, scale, scale_value, *rest: _normalize_quant(
-        op, (input, residual, weight, None), output, quant_scale.join(scale, scale_value), *rest
-    ),
+_door_quant = traced.door(
+    "normalize_quant",
+    _normalize_quant,
+    {"op": "str", "operands": _bundle("Tensor"), "output": "Tensor(!)", "scale": traced.REAL, **_SETTINGS},
 )
 
 
-def _prepare(op: str, inputs: _Inputs, output: Optional[torch.Tensor], eps: float, pdl: Optional[bool]) -> _Prepared:
-    input, residual, weight, _ = inputs
+def _prepare(
+    op: str, operands: _Operands, output: Optional[torch.Tensor], eps: float, pdl: Optional[bool]
+) -> _Prepared:
+    _require_operands(op, operands, output)
+    input, residual, weight, _ = operands
     new_output = memo.allocator(input.shape, input.dtype, input.device)
-    if output is None:
-        output = new_output()
-    _check(op, inputs, output)
-    num_rows = input.numel() // max(1, input.shape[-1])
-    if input.numel() == 0:
-        return _Prepared(lambda *_: None, new_output)
-    rows_per_group, input_row, input_group = grouped_rows(op, "input", input)
-    output_rows_per_group, output_row, output_group = grouped_rows(op, "out", output)
-    if rows_per_group == 1 and output_rows_per_group > 1:  # let both walk by the finer grouping
-        rows_per_group, input_row, input_group = output_rows_per_group, input_group, input_group * output_rows_per_group
-    elif output_rows_per_group == 1 and rows_per_group > 1:
-        output_row, output_group = output_group, output_group * rows_per_group
-    residual_row = 0
-    if residual is not None:
-        residual_row = even_rows(op, "residual", residual)
+    output = new_output() if output is None else output
+    _check(op, operands, output)
+    if isinstance(eps, torch.Tensor):  # which may change
+        raise TypeError(f"{op}: eps is a tensor; expected a number, which a launch keeps")
+    eps = checks.real(op, "eps", eps, at_least=0.0)
+    checks.require_flag(op, "enable_pdl", pdl)
+    strided = {"input": input, "out": output} | ({} if residual is None else {"residual": residual})
+    num_rows, rows_per_group, (input_strides, output_strides, *residual_strides) = common_rows(op, strided)
+    residual_row, residual_group = residual_strides[0] if residual_strides else (0, 0)
+    if input.numel() == 0 or input.is_meta:
+        return _Prepared(memo.no_launch, new_output)
 
-    tensors = [tensor for tensor in (input, residual, weight) if tensor is not None]
     device_index = input.get_device()
     alignment = 0
     if device_index >= 0:  # vectors of the CPU kernels need no alignment
-        for tensor in tensors:
+        for tensor in (input, weight, input if residual is None else residual):
             alignment |= tensor.data_ptr()
         # An fp8 output is written in shorter vectors: as many elements as are read.
         alignment |= output.data_ptr() * input.element_size() // output.element_size()
-        for stride in (input_row, input_group, output_row, output_group, residual_row):
+        for stride in (*input_strides, *output_strides, residual_row, residual_group):
             alignment |= stride * input.element_size()
-    launcher = default_resolver().load(_spec(op, inputs, output, alignment & 15)).on(device_index, pdl=pdl)
+    launcher = default_resolver().load(_spec(op, operands, output, alignment & 15)).on(device_index, pdl=pdl)
     grid = (1, 1, 1)
     if device_index >= 0:
         rows_per_block = launcher.config.launch.num_threads // int(launcher.config.constants["kThreadsPerRow"])
         grid = (-(-num_rows // rows_per_block), 1, 1)
     values: dict[str, Value] = {
-        "input_row_stride": input_row,
-        "input_group_stride": input_group,
+        "input_row_stride": input_strides[0],
+        "input_group_stride": input_strides[1],
         "residual_row_stride": residual_row,
-        "output_row_stride": output_row,
-        "output_group_stride": output_group,
+        "residual_group_stride": residual_group,
+        "output_row_stride": output_strides[0],
+        "output_group_stride": output_strides[1],
         "num_rows": num_rows,
         "rows_per_group": rows_per_group,
         "eps": eps,
@@ -312,54 +356,67 @@ def _prepare(op: str, inputs: _Inputs, output: Optional[torch.Tensor], eps: floa
     if op.endswith("_quant"):
         values = inside("norm", values)
         addresses = (*quant_scale.names("output_scale"), *(f"norm.{name}" for name in addresses))
-    launch = launcher.prepare(grid, values, varying=addresses)
-    return _Prepared(launch, new_output)
+    return _Prepared(launcher.prepare(grid, values, varying=addresses), new_output)
 
 
-def _spec(op: str, inputs: _Inputs, output: torch.Tensor, alignment: int) -> KernelSpec:
-    input, _, weight, _ = inputs
+def _spec(op: str, operands: _Operands, output: torch.Tensor, alignment: int) -> KernelSpec:
+    input, _, weight, _ = operands
+    family, axes = _KERNELS[op]
     dtype, hidden_size = dtypes.short_name(input.dtype), input.shape[-1]
-    family: Family = LAYERNORM if op == "layernorm" else RMSNORM_QUANT if op.endswith("_quant") else RMSNORM
-    if dtype not in family.axes["dtype"]:
-        raise UnsupportedConfig(f"{op}: input is {input.dtype}; expected float16, bfloat16 or float32")
-    args: dict[str, ArgValue] = {
-        "dtype": dtype,
-        "hidden_size": hidden_size,
-        "vec_size": vec_size(dtype, hidden_size, alignment),
-    }
     if family is LAYERNORM:
-        args["weight_dtype"] = dtypes.short_name(weight.dtype)
-    else:
-        args["add_residual"] = "fused_add" in op
-        if family is RMSNORM:
-            args["gemma"] = op.startswith("gemma")
-        else:
-            args["out_dtype"] = dtypes.short_name(output.dtype)
-            if args["out_dtype"] not in FP8_DTYPES:
-                raise UnsupportedConfig(f"{op}: out is {output.dtype}; expected float8_e4m3fn or float8_e5m2")
-    return family.spec(target.of_device(input.device), **args)
+        axes = {"weight_dtype": dtypes.short_name(weight.dtype)}
+    elif family is RMSNORM_QUANT:
+        axes = {**axes, "out_dtype": dtypes.short_name(output.dtype)}
+    width = vec_size(dtype, hidden_size, alignment)
+    return family.spec(target.of_device(input.device), dtype=dtype, hidden_size=hidden_size, vec_size=width, **axes)
 
 
-def _check(op: str, inputs: _Inputs, output: torch.Tensor) -> None:
-    input, residual, weight, bias = inputs
+def _require_operands(op: str, operands: _Operands, output: Optional[torch.Tensor]) -> None:
+    """All that the operator cannot do without, and what else is given."""
+    input, residual, weight, bias = operands
+    family, axes = _KERNELS[op]
+    named: dict[str, object] = {"input": input, "gemma" if family is LAYERNORM else "weight": weight}
+    if residual is not None or axes.get("add_residual"):
+        named["residual"] = residual
+    if family is LAYERNORM:
+        named["beta"] = bias
+    if output is not None or family is RMSNORM_QUANT:
+        named["out"] = output
+    checks.require_addresses(op, **named)
+
+
+def _check(op: str, operands: _Operands, output: torch.Tensor) -> None:
+    input, residual, weight, bias = operands
     checks.require(input.dim() >= 1, op, "input has no dimensions; expected [..., hidden_size]")
     hidden_size = input.shape[-1]
     if bias is None:
+        weight_name = "weight"
         checks.require_dtype_device(op, "weight", weight, input)
     else:
+        weight_name = "gemma"
         checks.require_device(op, "gemma", weight, input)
         checks.require_like(op, "beta", bias, weight, "gemma")
         checks.require(bias.is_contiguous(), op, "beta is not contiguous; call .contiguous()")
     checks.require(
         weight.shape == (hidden_size,) and weight.is_contiguous(),
         op,
-        f"weight has shape {list(weight.shape)}, strides {list(weight.stride())}; expected a contiguous "
+        f"{weight_name} has shape {list(weight.shape)}, strides {list(weight.stride())}; expected a contiguous "
         f"[{hidden_size}], the last dimension of input",
     )
+    checks.require_supported(op, "input", input, DTYPES)
+    checks.require_supported(op, weight_name, weight, DTYPES)
+    checks.require_shape(op, "out", output, input)
     if op.endswith("_quant"):
-        checks.require_shape(op, "out", output, input)
         checks.require_device(op, "out", output, input)
+        checks.require_supported(op, "out", output, FP8_DTYPES)
     else:
-        checks.require_like(op, "out", output, input)
+        checks.require_dtype_device(op, "out", output, input)
+    written = "input" if output is input else "out"
+    require_distinct(op, written, output)
     if residual is not None:
         checks.require_like(op, "residual", residual, input)
+        require_distinct(op, "residual", residual)
+        shared = residual.data_ptr() == output.data_ptr() and residual.numel() > 0 and not residual.is_meta
+        checks.require(
+            not shared, op, f"{written} and residual are one tensor; expected memory for each, call .clone()"
+        )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from flashinfer import target
+from flashinfer.errors import UnsupportedConfig
 from flashinfer.families import quantization as families
-from flashinfer.host import checks, memo, traced
-from flashinfer.host.checks import check_index
+from flashinfer.host import checks, indices, memo, traced
 from flashinfer.jit import default_resolver
 from flashinfer.jit.loader import PreparedLaunch
 
@@ -26,28 +26,16 @@ def packbits(x: torch.Tensor, bitorder: str = "big") -> torch.Tensor:
 
     Raises:
         ValueError: x is not a vector, or bitorder is unknown.
+        TypeError: x is no tensor.
+        UnsupportedConfig: no kernels for the device of x.
     """
-    x = _check("packbits", x, bitorder)
+    x = _as_booleans("packbits", x, bitorder)
     packed = torch.empty((x.shape[0] + 7) // 8, dtype=torch.uint8, device=x.device)
-    if x.shape[0] == 0:
-        return packed
     if torch.compiler.is_dynamo_compiling():
-        _compiled_packbits(x, packed, bitorder)
+        _door(x, packed, bitorder)
     else:
-        _run_packbits(x, packed, bitorder)
+        _pack(x, packed, bitorder)
     return packed
-
-
-def _run_packbits(x: torch.Tensor, packed: torch.Tensor, bitorder: str) -> None:
-    address = x.data_ptr()
-    key = ("packbits", bitorder, address & 15, x.shape[0], x.device)
-    launch = _memo.get(key)
-    if launch is None:
-        launch = _memo.remember(key, _prepare_packbits(x, bitorder))
-    launch(address, packed.data_ptr())
-
-
-_compiled_packbits = traced.compiled_op("packbits(Tensor x, Tensor(a!) packed, str bitorder) -> ()", _run_packbits)
 
 
 def segment_packbits(x: torch.Tensor, indptr: torch.Tensor, bitorder: str = "big") -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,19 +46,34 @@ def segment_packbits(x: torch.Tensor, indptr: torch.Tensor, bitorder: str = "big
 
     Args:
         x: `[n]`, bool; other dtypes are compared with 0 first.
-        indptr: `[num_segments + 1]`, int32 or int64; where each segment starts in x. `indptr[-1] <= n`.
+        indptr: `[num_segments + 1]`, int32 or int64; where each segment starts in x: from 0 or above, never falling,
+            `indptr[-1] <= n`.
         bitorder: as in `packbits`.
 
     Returns:
         `(packed, packed_indptr)`: uint8, and where each segment starts in it, dtype of indptr.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, or bitorder is unknown.
+        ValueError: a shape, dtype or device does not fit, bitorder is unknown, or indptr descends. The last, and the
+            following, on the CPU, and where FLASHINFER_CHECK_INDICES=1; otherwise booleans past the end of x count as
+            zero on a GPU, and a segment whose end lies before its begin as empty.
+        IndexError: indptr ends past x.
+        TypeError: x or indptr is no tensor.
+        UnsupportedConfig: no kernels for the device of x, or no values (meta), on which the size depends.
     """
+    op = "segment_packbits"
     packed, packed_indptr = segment_packbits_padded(x, indptr, bitorder)
     if torch.compiler.is_dynamo_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return packed, packed_indptr
-    return packed[: int(packed_indptr[-1])], packed_indptr
+    if x.is_meta:
+        raise UnsupportedConfig(
+            f"{op}: x is on meta, and the size of the result depends on the values of indptr; expected a cuda or cpu "
+            "device. segment_packbits_padded needs shapes alone"
+        )
+    num_bytes = int(packed_indptr[-1])
+    if not 0 <= num_bytes <= packed.shape[0]:
+        raise IndexError(f"{op}: indptr ends past x, which has {x.shape[0]} booleans, or descends")
+    return packed[:num_bytes], packed_indptr
 
 
 def segment_packbits_padded(
@@ -78,42 +81,71 @@ def segment_packbits_padded(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`segment_packbits` without waiting: packed has the largest size possible for its inputs, zeros at the end."""
     op = "segment_packbits"
-    x = _check(op, x, bitorder)
-    packed_indptr = torch.empty_like(indptr)
+    x = _as_booleans(op, x, bitorder)
+    _require_indptr(op, indptr)
     num_segments = indptr.shape[0] - 1
-    # Every segment adds at most seven bits of filling.
-    num_bytes = 0 if num_segments < 1 else (x.shape[0] + 7 * num_segments) // 8
-    packed = torch.empty(num_bytes, dtype=torch.uint8, device=x.device)
+    packed_indptr = torch.empty_like(indptr)
+    packed = torch.empty(most_bytes(x.shape[0], num_segments), dtype=torch.uint8, device=x.device)
     if torch.compiler.is_dynamo_compiling():
-        _compiled_segments(x, indptr, packed, packed_indptr, bitorder)
+        _segments_door(op, x, indptr, packed, packed_indptr, bitorder)
     else:
-        _run_segments(x, indptr, packed, packed_indptr, bitorder)
+        _pack_segments(op, x, indptr, packed, packed_indptr, bitorder)
     return packed, packed_indptr
 
 
-def _run_segments(
-    x: torch.Tensor, indptr: torch.Tensor, packed: torch.Tensor, packed_indptr: torch.Tensor, bitorder: str
-) -> None:
-    op = "segment_packbits"
-    address = x.data_ptr()
-    key = (op, bitorder, address & 15, x.shape[0], *memo.signature(indptr), x.device)
-    launch = _memo.get(key)
-    if launch is None:
-        launch = _memo.remember(key, _prepare_segments(op, x, indptr, packed.shape[0], bitorder))
-    launch(address, indptr.data_ptr(), packed.data_ptr(), packed_indptr.data_ptr())
-
-
-_compiled_segments = traced.compiled_op(
-    "segment_packbits(Tensor x, Tensor indptr, Tensor(a!) packed, Tensor(b!) packed_indptr, str bitorder) -> ()",
-    _run_segments,
-)
-
+# ------------------------------------------------------------------------------------------------------------- launches
 
 _memo: memo.Memo[PreparedLaunch] = memo.Memo()
 
 
-def _check(op: str, x: torch.Tensor, bitorder: str) -> torch.Tensor:
+def _pack(x: torch.Tensor, packed: torch.Tensor, bitorder: str) -> None:
+    address = x.data_ptr() or checks.no_address("packbits", "x", x)
+    key = ("packbits", bitorder, address & 15, x.shape[0], x.device)
+    launch = _memo.get(key)
+    if launch is None:
+        launch = _memo.remember(key, _prepare_packbits(x, bitorder))
+    launch(address, packed.data_ptr())
+
+
+def _pack_segments(
+    op: str, x: torch.Tensor, indptr: torch.Tensor, packed: torch.Tensor, packed_indptr: torch.Tensor, bitorder: str
+) -> None:
+    address = x.data_ptr() or checks.no_address(op, "x", x)
+    indptr_address = indptr.data_ptr() or checks.no_address(op, "indptr", indptr)
+    num_bytes = packed.shape[0]
+    key = (op, bitorder, address & 15, x.shape[0], num_bytes, *memo.signature(indptr), x.device)
+    launch = _memo.get(key)
+    if launch is None:
+        launch = _memo.remember(key, _prepare_segments(op, x, indptr, num_bytes, bitorder))
+    if indices.are_visible(indptr):
+        indices.require_offsets(op, "indptr", indptr, x.shape[0], "the length of x")
+    launch(address, indptr_address, packed.data_ptr(), packed_indptr.data_ptr())
+
+
+_door = traced.door("packbits", _pack, {"x": "Tensor", "packed": "Tensor(!)", "bitorder": "str"})
+_segments_door = traced.door(
+    "segment_packbits",
+    _pack_segments,
+    {
+        "op": "str",
+        "x": "Tensor",
+        "indptr": "Tensor",
+        "packed": "Tensor(!)",
+        "packed_indptr": "Tensor(!)",
+        "bitorder": "str",
+    },
+)
+
+
+def most_bytes(num_booleans: int, num_segments: int) -> int:
+    """What the segments of so many booleans take at most: each adds up to seven bits of filling."""
+    return (num_booleans + 7 * num_segments) // 8 if num_segments > 0 else 0
+
+
+def _as_booleans(op: str, x: torch.Tensor, bitorder: str) -> torch.Tensor:
     """x as contiguous bytes of 0 or 1."""
+    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+        checks.require_addresses(op, x=x)
     if bitorder not in ("big", "little"):
         raise ValueError(f"{op}: bitorder is {bitorder!r}; expected 'big' or 'little'")
     if x.dim() != 1:
@@ -123,8 +155,17 @@ def _check(op: str, x: torch.Tensor, bitorder: str) -> torch.Tensor:
     return x.contiguous()
 
 
+def _require_indptr(op: str, indptr: torch.Tensor) -> None:
+    if not isinstance(indptr, torch.Tensor) or indptr.layout != torch.strided:
+        checks.require_addresses(op, indptr=indptr)
+    checks.check_index(op, "indptr", indptr)
+    checks.require(indptr.shape[0] >= 1, op, "indptr is empty; expected [num_segments + 1]")
+
+
 def _prepare_packbits(x: torch.Tensor, bitorder: str) -> PreparedLaunch:
     num_elements, device_index = x.shape[0], x.get_device()
+    if num_elements == 0 or x.is_meta:
+        return memo.no_launch
     spec = families.PACKBITS.spec(
         target.of_device(x.device), big_endian=bitorder == "big", aligned=device_index < 0 or x.data_ptr() % 16 == 0
     )
@@ -136,10 +177,11 @@ def _prepare_packbits(x: torch.Tensor, bitorder: str) -> PreparedLaunch:
 
 
 def _prepare_segments(op: str, x: torch.Tensor, indptr: torch.Tensor, num_bytes: int, bitorder: str) -> PreparedLaunch:
-    check_index(op, "indptr", indptr)
     checks.require_device(op, "indptr", indptr, x, "x")
-    checks.require(indptr.shape[0] >= 1, op, "indptr is empty; expected [num_segments + 1]")
     num_elements, num_segments, device_index = x.shape[0], indptr.shape[0] - 1, x.get_device()
+    checks.integer(op, "the number of segments", num_segments)
+    if x.is_meta:
+        return memo.no_launch
     index, of = str(indptr.dtype)[6:], target.of_device(x.device)
     aligned = device_index < 0 or x.data_ptr() % 16 == 0
     scan_launcher = default_resolver().load(families.PACKED_INDPTR.spec(of, index=index)).on(device_index)

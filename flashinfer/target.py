@@ -114,7 +114,7 @@ def host() -> str:
 
 def _cpu_flags() -> set[str]:
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:
                 if line.startswith(("flags", "Features")):
                     return set(line.partition(":")[2].split())

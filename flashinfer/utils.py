@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from enum import Enum
 from typing import Optional, Union
 
 import torch
 
 from flashinfer import dtypes
+from flashinfer.host import checks, indices
 
 
 class PosEncodingMode(Enum):
@@ -29,23 +29,42 @@ class TensorLayout(Enum):
 
 
 def is_float8(x: torch.Tensor) -> bool:
+    if not isinstance(x, torch.Tensor):
+        checks.require_addresses("is_float8", x=x)
     return x.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def get_indptr(x: torch.Tensor) -> torch.Tensor:
-    """Lengths `[n]` to offsets `[n + 1]`, int32: `[3, 5]` gives `[0, 3, 8]`."""
+    """Lengths `[n]` to offsets `[n + 1]`, int32: `[3, 5]` gives `[0, 3, 8]`.
+
+    Raises ValueError or TypeError if x is something else, and, where its values are on the CPU, IndexError for a
+    negative length and ValueError for a sum that int32 does not hold.
+    """
+    op = "get_indptr"
+    if not isinstance(x, torch.Tensor):
+        checks.require_addresses(op, x=x)
+    is_integral = not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
+    checks.require(
+        x.dim() == 1 and is_integral, op, f"x is {x.dtype} of shape {list(x.shape)}; expected lengths, integers [n]"
+    )
+    if not x.is_meta and indices.are_visible(x):
+        indices.require_within(op, "x", x, 0, 1 << 31, "lengths")
+        total, most = int(x.sum(dtype=torch.int64)), (1 << 31) - 1
+        checks.require(total <= most, op, f"x sums to {total}; expected at most {most}")
     return torch.nn.functional.pad(x.cumsum(dim=0, dtype=torch.int32), (1, 0))
 
 
 def get_alibi_slopes(n_heads: int, device: Optional[torch.device] = None) -> torch.Tensor:
-    """The slopes of ALiBi (Press et al. 2021, arXiv:2108.12409), fp32 `[n_heads]`.
+    """The slopes of ALiBi (Press et al. 2021, arXiv:2108.12409), fp32 `[n_heads]`, on the CPU unless told otherwise.
 
     2^(-8 i / n) for a power of two n; other counts take the power of two below, then every other one of the next.
+    Raises ValueError or TypeError unless n_heads is from 1 to 65536.
     """
-    power = 2 ** math.floor(math.log2(n_heads))
+    n_heads = checks.integer("get_alibi_slopes", "n_heads", n_heads, 1, 1 << 16)
+    power = 1 << (n_heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
     slopes += [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(n_heads - power)]
-    return torch.tensor(slopes, dtype=torch.float32, device=device)
+    return torch.tensor(slopes, dtype=torch.float32, device="cpu" if device is None else device)
 
 
 def canonicalize_torch_dtype(dtype: Union[torch.dtype, str]) -> torch.dtype:
@@ -55,6 +74,7 @@ def canonicalize_torch_dtype(dtype: Union[torch.dtype, str]) -> torch.dtype:
 
 def get_compute_capability(device: torch.device) -> tuple[int, int]:
     """(major, minor) of a CUDA device. Raises ValueError for another kind of device."""
+    device = torch.device(device)
     if device.type != "cuda":
         raise ValueError(f"get_compute_capability: device is {device}; expected a CUDA device")
     return torch.cuda.get_device_capability(device.index)
@@ -62,7 +82,7 @@ def get_compute_capability(device: torch.device) -> tuple[int, int]:
 
 def is_sm90a_supported(device: torch.device) -> bool:
     """Whether the device runs kernels built for sm_90a (Hopper)."""
-    return device.type == "cuda" and get_compute_capability(device)[0] == 9
+    return torch.device(device).type == "cuda" and get_compute_capability(device)[0] == 9
 
 
 def is_fa3_backend_supported(

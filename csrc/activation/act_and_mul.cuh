@@ -17,9 +17,12 @@ __device__ __forceinline__ void act_and_mul_row(const ActAndMulParams& params, O
   using OutT = typename Config::OutT;
   using V = Vec<T, Config::kVecSize>;
   constexpr int kVecs = Config::kVecsPerThread;
-  const T* gate_gmem = static_cast<const T*>(params.input) + blockIdx.x * params.input_stride;
+  const int64_t group_idx = blockIdx.x, row_idx = blockIdx.z;  // within the group
+  const T* gate_gmem =
+      static_cast<const T*>(params.input) + group_idx * params.input_group_stride + row_idx * params.input_row_stride;
   const T* up_gmem = gate_gmem + params.hidden_size;
-  OutT* output_gmem = static_cast<OutT*>(params.output) + blockIdx.x * params.output_stride;
+  OutT* output_gmem =
+      static_cast<OutT*>(params.output) + group_idx * params.output_group_stride + row_idx * params.output_row_stride;
   const int first_column = (blockIdx.y * kVecs * Config::kNumThreads + threadIdx.x) * Config::kVecSize;
   constexpr int kColumnStep = Config::kNumThreads * Config::kVecSize;
 
@@ -48,7 +51,7 @@ __device__ __forceinline__ void act_and_mul_row(const ActAndMulParams& params, O
   }
 }
 
-// Grid: (num_rows, ceil(hidden_size / (kNumThreads * kVecsPerThread * kVecSize))).
+// Grid: (num_groups, ceil(hidden_size / (kNumThreads * kVecsPerThread * kVecSize)), rows_per_group).
 template <class Config>
 __device__ __forceinline__ void act_and_mul(const ActAndMulParams& params) {
   act_and_mul_row<Config>(params, [] { return 1.f; });

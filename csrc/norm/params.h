@@ -6,17 +6,17 @@
 namespace flashinfer {
 
 // RMSNorm and LayerNorm over the last axis, with an optional residual added first.
-// Rows come in groups, so that the heads of a packed qkv projection can be normalized in place: row r starts at
-// (r / rows_per_group) * group_stride + (r % rows_per_group) * row_stride.
+// Rows come in groups, the same in every operand, so that the heads of a packed qkv projection can be normalized in
+// place: row r starts at (r / rows_per_group) * group_stride + (r % rows_per_group) * row_stride.
 struct NormParams {
   const void* input;   // [num_rows, hidden_size]
   void* residual;      // [num_rows, hidden_size] or null; read, then overwritten with input + residual
   const void* weight;  // [hidden_size]
   const void* bias;    // [hidden_size] or null (LayerNorm)
   void* output;        // [num_rows, hidden_size]; may be input
-  int64_t input_row_stride, input_group_stride;    // elements
-  int64_t residual_row_stride;                     // elements; the residual has no groups
-  int64_t output_row_stride, output_group_stride;  // elements
+  int64_t input_row_stride, input_group_stride;  // elements, as the other strides
+  int64_t residual_row_stride, residual_group_stride;
+  int64_t output_row_stride, output_group_stride;
   int32_t num_rows, rows_per_group;
   float eps;
 };
@@ -43,7 +43,8 @@ FLASHINFER_HOST_DEVICE T* output_row(const NormParams& params, int32_t row) {
 }
 template <class T>
 FLASHINFER_HOST_DEVICE T* residual_row(const NormParams& params, int32_t row) {
-  return static_cast<T*>(params.residual) + row * params.residual_row_stride;
+  return static_cast<T*>(params.residual) +
+         grouped_row_offset(params, row, params.residual_row_stride, params.residual_group_stride);
 }
 
 }  // namespace flashinfer

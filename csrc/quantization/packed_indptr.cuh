@@ -1,5 +1,6 @@
-// Where each segment's bytes begin once it is packed: the running sum of ceil(length / 8). One block, which walks the
-// segments in strips of its width and carries the sum along; there are as many segments as requests in a batch.
+// Where each segment's bytes begin once it is packed: the running sum of ceil(length / 8), a negative length being
+// none. One block, which walks the segments in strips of its width and carries the sum along; there are as many
+// segments as requests in a batch.
 #pragma once
 
 #include "device/pdl.cuh"
@@ -44,7 +45,7 @@ __device__ __forceinline__ void packed_indptr(const PackedIndptrParams& params) 
   for (int strip = 0; strip < params.num_segments; strip += Config::kNumThreads) {
     const int segment_idx = strip + threadIdx.x;
     const bool exists = segment_idx < params.num_segments;
-    const int64_t length = exists ? int64_t(indptr[segment_idx + 1]) - indptr[segment_idx] : 0;
+    const int64_t length = exists ? max(int64_t(indptr[segment_idx + 1]) - indptr[segment_idx], int64_t(0)) : 0;
     int64_t strip_sum;
     const int64_t sum = block_inclusive_sum<Config::kNumThreads>(ceil_div(length, 8), warp_sums_smem, strip_sum);
     if (exists) packed[segment_idx + 1] = Index(carried + sum);

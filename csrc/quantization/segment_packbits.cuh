@@ -10,6 +10,16 @@
 
 namespace flashinfer {
 
+// Where in the input the byte at byte_idx of a segment begins. No segment begins outside the input, whatever the
+// offsets say.
+template <class Index>
+__device__ __forceinline__ int64_t first_element(const SegmentPackbitsParams& params, int segment_idx,
+                                                 int64_t byte_idx) {
+  const int64_t begin = static_cast<const Index*>(params.indptr)[segment_idx];
+  const int64_t packed_begin = static_cast<const Index*>(params.packed_indptr)[segment_idx];
+  return min(max(begin, int64_t(0)), params.num_elements) + (byte_idx - packed_begin) * 8;
+}
+
 // The byte at byte_idx, whatever segment it is in; reads nothing outside the segment. Zero past the last segment.
 template <class Config>
 __device__ __forceinline__ uint8_t pack_one_byte(const SegmentPackbitsParams& params, int64_t byte_idx) {
@@ -18,8 +28,8 @@ __device__ __forceinline__ uint8_t pack_one_byte(const SegmentPackbitsParams& pa
   const Index* packed_indptr = static_cast<const Index*>(params.packed_indptr);
   const int segment_idx = find_segment(packed_indptr, params.num_segments, byte_idx);
   if (segment_idx == params.num_segments) return 0;
-  const int64_t begin = int64_t(indptr[segment_idx]) + (byte_idx - packed_indptr[segment_idx]) * 8;
-  const int64_t end = indptr[segment_idx + 1];
+  const int64_t begin = first_element<Index>(params, segment_idx, byte_idx);
+  const int64_t end = min(int64_t(indptr[segment_idx + 1]), params.num_elements);
   uint64_t booleans = 0;
   for (int i = 0; i < 8 && begin + i < end; ++i) booleans |= uint64_t(params.input[begin + i]) << (8 * i);
   return pack_byte<Config::kBigEndian>(booleans);
@@ -39,10 +49,12 @@ __device__ __forceinline__ void segment_packbits(const SegmentPackbitsParams& pa
   const int segment_idx = find_segment(packed_indptr, params.num_segments, byte_idx);
 
   if (Config::kAligned && segment_idx < params.num_segments) {
-    const int64_t begin = int64_t(indptr[segment_idx]) + (byte_idx - packed_indptr[segment_idx]) * 8;
+    const int64_t begin = first_element<Index>(params, segment_idx, byte_idx);
     const int64_t aligned_begin = begin / 8 * 8;
     const bool is_whole = begin + 8 * kBytesPerThread <= int64_t(indptr[segment_idx + 1]);
-    if (is_whole && aligned_begin + 8 * (kBytesPerThread + 1) <= params.num_elements) {
+    const bool is_inside = aligned_begin + 8 * (kBytesPerThread + 1) <= params.num_elements &&
+                           byte_idx + kBytesPerThread <= params.num_bytes;  // it is, where offsets end inside the input
+    if (is_whole && is_inside) {
       const uint64_t* words_gmem = reinterpret_cast<const uint64_t*>(params.input + aligned_begin);
       const int shift = 8 * int(begin - aligned_begin);
       uint64_t words[kBytesPerThread + 1];

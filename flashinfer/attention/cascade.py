@@ -10,17 +10,19 @@ from typing import Any, Optional, Union
 
 import torch
 
+from flashinfer.attention import workspace
 from flashinfer.attention.decode.paged import BatchDecodeWithPagedKVCacheWrapper
 from flashinfer.attention.merge import merge_state_in_place
 from flashinfer.attention.prefill.paged import BatchPrefillWithPagedKVCacheWrapper
 from flashinfer.attention.prefill.single import single_prefill_with_kv_cache_return_lse
 from flashinfer.host import checks
+from flashinfer.host.handles import Uncopyable
 from flashinfer.host.paged_cache import PagedCache
 
 DataType = Union[str, torch.dtype]
 
 
-class MultiLevelCascadeAttentionWrapper:
+class MultiLevelCascadeAttentionWrapper(Uncopyable):
     """Attention over a KV shared at several levels: level 0 by the most requests, the last by none.
 
     Every level is a paged prefill of its own: its entry of qo_indptr_arr groups the tokens that share its pages. The
@@ -34,6 +36,8 @@ class MultiLevelCascadeAttentionWrapper:
             a level, needed with use_cuda_graph.
     """
 
+    _op_name = "multi_level_cascade"
+
     def __init__(
         self,
         num_levels: int,
@@ -45,14 +49,18 @@ class MultiLevelCascadeAttentionWrapper:
         paged_kv_indices_buf_arr: Optional[list[torch.Tensor]] = None,
         paged_kv_last_page_len_buf_arr: Optional[list[torch.Tensor]] = None,
     ) -> None:
-        op = "multi_level_cascade"
-        checks.require(num_levels >= 1, op, f"num_levels is {num_levels}; expected at least 1")
+        op = self._op_name
+        num_levels = checks.integer(op, "num_levels", num_levels, 1)
         buffers = (
             qo_indptr_buf_arr, paged_kv_indptr_buf_arr, paged_kv_indices_buf_arr, paged_kv_last_page_len_buf_arr
         )  # fmt: skip
-        if use_cuda_graph and any(buffer is None or len(buffer) != num_levels for buffer in buffers):
+        if use_cuda_graph and any(buffer is None for buffer in buffers):
             raise ValueError(f"{op}: use_cuda_graph=True needs four lists of {num_levels} buffers, one a level")
+        for buffer in buffers:
+            if buffer is not None:
+                _require_one_a_level(op, "a list of buffers", buffer, num_levels)
         self._use_cuda_graph = use_cuda_graph
+        self._is_half_planned = False  # under use_cuda_graph: the buffers of some levels hold another plan
         self._levels = [
             BatchPrefillWithPagedKVCacheWrapper(
                 float_workspace_buffer,
@@ -71,6 +79,10 @@ class MultiLevelCascadeAttentionWrapper:
         self, float_workspace_buffer: torch.Tensor, int_workspace_buffers: list[torch.Tensor]
     ) -> None:
         """Use other workspaces from the next plan on: one float workspace for all, one int workspace a level."""
+        op = self._op_name
+        _require_one_a_level(op, "int_workspace_buffers", int_workspace_buffers, len(self._levels))
+        for buffer in (float_workspace_buffer, *int_workspace_buffers):
+            workspace.require_workspace(op, buffer)
         for level, int_workspace_buffer in zip(self._levels, int_workspace_buffers):
             level.reset_workspace_buffer(float_workspace_buffer, int_workspace_buffer)
 
@@ -95,28 +107,55 @@ class MultiLevelCascadeAttentionWrapper:
         q_data_type: DataType = "float16",
         kv_data_type: Optional[DataType] = None,
     ) -> None:
-        """Describe the batch, level by level; the arguments are those of `BatchPrefillWithPagedKVCacheWrapper.plan`."""
-        last = len(self._levels) - 1
-        for i, level in enumerate(self._levels):
-            level.plan(
-                qo_indptr_arr[i],
-                paged_kv_indptr_arr[i],
-                paged_kv_indices_arr[i],
-                paged_kv_last_page_len[i],
-                num_qo_heads,
-                num_kv_heads,
-                head_dim,
-                page_size,
-                causal=causal and i == last,
-                pos_encoding_mode=pos_encoding_mode,
-                sm_scale=sm_scale,
-                window_left=window_left,
-                logits_soft_cap=logits_soft_cap,
-                rope_scale=rope_scale,
-                rope_theta=rope_theta,
-                q_data_type=q_data_type,
-                kv_data_type=kv_data_type,
-            )
+        """Describe the batch, level by level; the arguments are those of `BatchPrefillWithPagedKVCacheWrapper.plan`.
+
+        A plan that fails leaves the last one in force. Under use_cuda_graph, where buffers may have been filled by
+        then, runs are refused until one succeeds.
+
+        Raises: as there, and ValueError for a list of another length than the number of levels, or, of index tensors
+            on the CPU, for levels of different numbers of tokens.
+        """
+        tables = {
+            "qo_indptr_arr": qo_indptr_arr,
+            "paged_kv_indptr_arr": paged_kv_indptr_arr,
+            "paged_kv_indices_arr": paged_kv_indices_arr,
+            "paged_kv_last_page_len": paged_kv_last_page_len,
+        }
+        for name, given in tables.items():
+            _require_one_a_level(self._op_name, name, given, len(self._levels))
+        num_tokens = [int(indptr[-1]) for indptr in qo_indptr_arr if _has_entries_on_host(indptr)]
+        checks.require(
+            len(set(num_tokens)) <= 1,
+            self._op_name,
+            f"the entries of qo_indptr_arr end at {num_tokens}; expected the same number of tokens in all levels",
+        )
+        before = [level._settled() for level in self._levels]
+        try:
+            for level, *table in zip(self._levels, *tables.values()):
+                level.plan(
+                    *table,
+                    num_qo_heads,
+                    num_kv_heads,
+                    head_dim,
+                    page_size,
+                    causal=causal and level is self._levels[-1],
+                    pos_encoding_mode=pos_encoding_mode,
+                    sm_scale=sm_scale,
+                    window_left=window_left,
+                    logits_soft_cap=logits_soft_cap,
+                    rope_scale=rope_scale,
+                    rope_theta=rope_theta,
+                    q_data_type=q_data_type,
+                    kv_data_type=kv_data_type,
+                )
+        except BaseException:
+            if self._use_cuda_graph:
+                self._is_half_planned = True
+            else:
+                for level, settled in zip(self._levels, before):
+                    level._resettle(*settled)
+            raise
+        self._is_half_planned = False
 
     begin_forward = plan
 
@@ -124,6 +163,8 @@ class MultiLevelCascadeAttentionWrapper:
         """Attention of one layer: q `[num_tokens, num_qo_heads, head_dim]`, one cache for all levels; returns the
         output.
         """
+        if self._is_half_planned:
+            raise ValueError(f"{self._op_name}: the last plan() failed and left buffers half filled; call plan() again")
         out, lse = self._levels[-1].run(q, paged_kv_cache, return_lse=True)
         for level in self._levels[:-1]:
             merge_state_in_place(out, lse, *level.run(q, paged_kv_cache, return_lse=True))
@@ -136,7 +177,7 @@ class MultiLevelCascadeAttentionWrapper:
         """Kept for compatibility; there is nothing to release."""
 
 
-class BatchDecodeWithSharedPrefixPagedKVCacheWrapper:
+class BatchDecodeWithSharedPrefixPagedKVCacheWrapper(Uncopyable):
     """Decode of a batch whose requests share a prefix: the prefix as one prefill, the unique rest paged, merged."""
 
     def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD") -> None:
@@ -191,7 +232,7 @@ class BatchDecodeWithSharedPrefixPagedKVCacheWrapper:
         """Kept for compatibility; there is nothing to release."""
 
 
-class BatchPrefillWithSharedPrefixPagedKVCacheWrapper:
+class BatchPrefillWithSharedPrefixPagedKVCacheWrapper(Uncopyable):
     """Prefill of a batch whose requests share a prefix: the prefix as one prefill, the unique rest paged, merged."""
 
     def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD") -> None:
@@ -260,3 +301,14 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper:
 
     def end_forward(self) -> None:
         """Kept for compatibility; there is nothing to release."""
+
+
+def _require_one_a_level(op: str, name: str, given: Any, num_levels: int) -> None:
+    is_list = isinstance(given, (list, tuple))
+    got = f"has {len(given)} entries" if is_list else f"is a {type(given).__name__}"
+    fits = is_list and len(given) == num_levels
+    checks.require(fits, op, f"{name} {got}; expected a list of {num_levels}, one a level")
+
+
+def _has_entries_on_host(indptr: Any) -> bool:
+    return isinstance(indptr, torch.Tensor) and indptr.is_cpu and indptr.dim() == 1 and indptr.numel() > 0

@@ -12,9 +12,8 @@ from typing import NamedTuple, Optional
 import torch
 
 from flashinfer import dtypes, target
-from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.attention import merge as families
-from flashinfer.host import checks, memo, traced
+from flashinfer.host import checks, indices, memo, traced
 from flashinfer.jit import default_resolver
 from flashinfer.jit.loader import PreparedLaunch
 
@@ -34,11 +33,12 @@ def merge_state(
 
     Raises:
         ValueError: a shape, dtype or device does not fit.
-        UnsupportedConfig: no kernel for this dtype or head_dim.
+        TypeError: an argument is no tensor.
+        UnsupportedConfig: no kernel for this dtype, device or head_dim.
     """
     if torch.compiler.is_dynamo_compiling():
         out = _new_state(v_a.shape[:-1], v_a)
-        _compiled_pair("merge_state", v_a, s_a, v_b, s_b, *out)
+        _pair_door("merge_state", v_a, s_a, v_b, s_b, None, out)
         return out
     return _merge_pair("merge_state", v_a, s_a, v_b, s_b)
 
@@ -53,16 +53,15 @@ def merge_state_in_place(
     """`merge_state` of (v, s) with (v_other, s_other), written over v and s.
 
     Args:
-        v, v_other: `[seq_len, num_heads, head_dim]`; v is contiguous and starts at a multiple of 16 bytes.
+        v, v_other: `[seq_len, num_heads, head_dim]`; v is contiguous and starts at a multiple of 16 bytes. v_other may
+            be v itself, but not overlap it otherwise.
         s, s_other: fp32 `[seq_len, num_heads]`; s is contiguous.
         mask: bool `[seq_len]`; rows with False keep their v and s. None merges all.
 
     Raises: as `merge_state`.
     """
-    if mask is not None:
-        mask = _row_mask(v, mask)
     if torch.compiler.is_dynamo_compiling():
-        _compiled_in_place(v, s, v_other, s_other, mask)
+        _in_place_door(v, s, v_other, s_other, mask)
     else:
         _merge_in_place(v, s, v_other, s_other, mask)
 
@@ -70,13 +69,19 @@ def merge_state_in_place(
 def _merge_in_place(
     v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor, mask: Optional[torch.Tensor]
 ) -> None:
-    _merge_pair("merge_state_in_place", v, s, v_other, s_other, mask, (v, s))
+    op = "merge_state_in_place"
+    if mask is not None:
+        mask = _row_mask(op, v, mask)
+    _merge_pair(op, v, s, v_other, s_other, mask, (v, s))
 
 
-def _row_mask(v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _row_mask(op: str, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    if not isinstance(mask, torch.Tensor) or not isinstance(v, torch.Tensor) or not mask.data_ptr():
+        checks.require_addresses(op, v=v, mask=mask)
     if mask.shape != v.shape[:1] or mask.device != v.device:
         raise ValueError(
-            f"merge_state_in_place: mask is {list(mask.shape)} on {mask.device}; expected [{v.shape[0]}] on {v.device}"
+            f"{op}: mask is {list(mask.shape)} on {mask.device}; expected {list(v.shape[:1])}, the rows of v, on "
+            f"{v.device}"
         )
     return (mask if mask.dtype in (torch.bool, torch.uint8) else mask != 0).contiguous()
 
@@ -95,7 +100,7 @@ def merge_states(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.
     """
     if torch.compiler.is_dynamo_compiling():
         out = _new_state((v.shape[0], *v.shape[2:-1]), v)
-        _compiled_list("merge_states", v, s, None, *out)
+        _list_door("merge_states", v, s, None, out)
         return out
     return _merge_list("merge_states", v, s, None)
 
@@ -109,16 +114,21 @@ def variable_length_merge_states(
         v: outputs, `[num_states, num_heads, head_dim]`, the states of each row side by side.
         s: fp32 `[num_states, num_heads]`, base 2.
         indptr: int32 `[seq_len + 1]`; row i merges states `[indptr[i], indptr[i + 1])`, none giving zeros and -inf.
+            Never falls, and ends at num_states or before.
 
     Returns:
         `[seq_len, num_heads, head_dim]` and `[seq_len, num_heads]`.
 
-    Raises: as `merge_state`.
+    Raises: as `merge_state`; on the CPU, and where FLASHINFER_CHECK_INDICES=1, also
+        ValueError: indptr begins below zero or descends.
+        IndexError: indptr ends past the states.
     """
     if torch.compiler.is_dynamo_compiling():
         out = _new_state((indptr.shape[0] - 1, *v.shape[1:-1]), v)
-        _compiled_list("variable_length_merge_states", v, s, indptr, *out)
+        _list_door("variable_length_merge_states", v, s, indptr, out)
         return out
+    if indptr is None:  # which merge_states goes by
+        checks.require_addresses("variable_length_merge_states", indptr=indptr)
     return _merge_list("variable_length_merge_states", v, s, indptr)
 
 
@@ -134,6 +144,7 @@ class _Merge(NamedTuple):
     launch: PreparedLaunch
     new_v: memo.Allocate
     new_s: memo.Allocate
+    may_look: bool = False  # at the values of indptr
 
 
 _pairs: memo.Memo[_Merge] = memo.Memo()
@@ -149,11 +160,18 @@ def _merge_pair(
     mask: Optional[torch.Tensor] = None,
     out: Optional[_State] = None,
 ) -> _State:
-    v_ptr, other_ptr = v.data_ptr(), v_other.data_ptr()
+    try:
+        v_ptr = v.data_ptr() or checks.no_address(op, "v", v)
+        s_ptr = s.data_ptr() or checks.no_address(op, "s", s)
+        v_other_ptr = v_other.data_ptr() or checks.no_address(op, "the other v", v_other)
+        s_other_ptr = s_other.data_ptr() or checks.no_address(op, "the other s", s_other)
+    except (AttributeError, RuntimeError):
+        checks.require_addresses(op, v=v, s=s, **{"the other v": v_other, "the other s": s_other})
+        raise
     key = (
         v.dtype, v.shape, v.stride(), v.device, v_other.dtype, v_other.shape, v_other.stride(),
         v_other.device, s.dtype, s.shape, s.stride(), s.device, s_other.dtype, s_other.shape,
-        s_other.stride(), s_other.device, (v_ptr | other_ptr) & 15,
+        s_other.stride(), s_other.device, (v_ptr | v_other_ptr) & 15,
     )  # fmt: skip
     merge = _pairs.get(key)
     if merge is None:
@@ -164,14 +182,14 @@ def _merge_pair(
         _require_states(op, v, s, "s")
         _require_states(op, v, s_other, "the other s")
         given = (v, s, v_other, s_other)
-        readable = (_aligned(v), _fp32(s), _aligned(v_other), _fp32(s_other))
+        readable = (_aligned(v), _fp32(op, s), _aligned(v_other), _fp32(op, s_other))
         if any(new is not old for new, old in zip(readable, given)):
             return _merge_pair(op, *readable, mask, out)
-        merge = _pairs.remember(key, _prepare(op, v, v.shape[0], pair=True))
+        merge = _pairs.remember(key, _prepare(op, v, v.shape[0]))
     v_out, s_out = (merge.new_v(), merge.new_s()) if out is None else out
     merge.launch(
-        v_ptr, s.data_ptr(), other_ptr, s_other.data_ptr(), 0 if mask is None else mask.data_ptr(), 0,
-        v_out.data_ptr(), s_out.data_ptr(),
+        v_ptr, s_ptr, v_other_ptr, s_other_ptr, 0 if mask is None else mask.data_ptr(), 0, v_out.data_ptr(),
+        s_out.data_ptr(),
     )  # fmt: skip
     return v_out, s_out
 
@@ -180,7 +198,13 @@ def _merge_list(
     op: str, v: torch.Tensor, s: torch.Tensor, indptr: Optional[torch.Tensor], out: Optional[_State] = None
 ) -> _State:
     """indptr None: every row of v has its states on dim 1; else they lie side by side on dim 0."""
-    v_ptr = v.data_ptr()
+    try:
+        v_ptr = v.data_ptr() or checks.no_address(op, "v", v)
+        s_ptr = s.data_ptr() or checks.no_address(op, "s", s)
+        indptr_ptr = 0 if indptr is None else indptr.data_ptr() or checks.no_address(op, "indptr", indptr)
+    except (AttributeError, RuntimeError):
+        checks.require_addresses(op, v=v, s=s, **({} if op == "merge_states" else {"indptr": indptr}))
+        raise
     key = (
         v.dtype, v.shape, v.stride(), v.device, s.dtype, s.shape, s.stride(), s.device,
         None if indptr is None else memo.signature(indptr), v_ptr & 15,
@@ -190,40 +214,46 @@ def _merge_list(
         order = "[seq_len, num_states, num_heads, head_dim]" if indptr is None else "[num_states, num_heads, head_dim]"
         checks.require(v.dim() == (4 if indptr is None else 3), op, f"v has shape {list(v.shape)}; expected {order}")
         _require_states(op, v, s, "s")
-        readable = (_aligned(v), _fp32(s), None if indptr is None else _offsets(op, v, indptr))
+        readable = (_aligned(v), _fp32(op, s), None if indptr is None else _offsets(op, v, indptr))
         if any(new is not old for new, old in zip(readable, (v, s, indptr))):
             return _merge_list(op, *readable, out)
         num_rows, num_states = v.shape[:2] if indptr is None else (indptr.shape[0] - 1, 0)
-        merge = _lists.remember(key, _prepare(op, v, num_rows, num_states))
+        prepared = _prepare(op, v, num_rows, num_states)
+        merge = _lists.remember(key, prepared._replace(may_look=indptr is not None and indices.are_visible(indptr)))
+    if merge.may_look and indptr is not None:
+        _look_at(op, v, indptr)
     v_out, s_out = (merge.new_v(), merge.new_s()) if out is None else out
-    merge.launch(
-        v_ptr, s.data_ptr(), 0, 0, 0, 0 if indptr is None else indptr.data_ptr(), v_out.data_ptr(), s_out.data_ptr()
-    )
+    merge.launch(v_ptr, s_ptr, 0, 0, 0, indptr_ptr, v_out.data_ptr(), s_out.data_ptr())
     return v_out, s_out
 
 
-def _prepare(op: str, v: torch.Tensor, num_rows: int, num_states: int = 0, pair: bool = False) -> _Merge:
-    """A launch that takes the addresses of MergeParams."""
+def _look_at(op: str, v: torch.Tensor, indptr: torch.Tensor) -> None:
+    if indices.are_visible(indptr):
+        indices.require_offsets(op, "indptr", indptr, v.shape[0], "the states in v")
+
+
+def _prepare(op: str, v: torch.Tensor, num_rows: int, num_states: Optional[int] = None) -> _Merge:
+    """A launch that takes the addresses of MergeParams; of pairs, unless a number of states is given."""
     num_heads, head_dim = v.shape[-2:]
-    dtype = dtypes.short_name(v.dtype)
-    if dtype not in families.DTYPES:
-        raise UnsupportedConfig(f"{op}: v is {v.dtype}; expected float16, bfloat16 or float32")
-    launch: PreparedLaunch = _no_launch
-    if num_rows * num_heads * head_dim > 0:
-        spec = families.MERGE_STATES.spec(target.of_device(v.device), dtype=dtype, head_dim=head_dim, pair=pair)
+    checks.require_supported(op, "v", v, families.DTYPES)
+    launch: PreparedLaunch = memo.no_launch
+    if num_rows * num_heads > 0 and not v.is_meta:
+        spec = families.MERGE_STATES.spec(
+            target.of_device(v.device), dtype=dtypes.short_name(v.dtype), head_dim=head_dim, pair=num_states is None
+        )
         launcher = default_resolver().load(spec).on(v.get_device())
         num_blocks = -(-num_rows * num_heads // families.rows_per_block(launcher.config)) if v.is_cuda else 1
-        counts = {"num_rows": num_rows, "num_heads": num_heads, "num_states": num_states}
+        counts = {
+            "num_rows": num_rows,
+            "num_heads": checks.integer(op, "num_heads", num_heads),
+            "num_states": checks.integer(op, "num_states", num_states or 0),
+        }
         launch = launcher.prepare((num_blocks, 1, 1), counts, varying=families.ADDRESSES)
     return _Merge(
         launch,
         memo.allocator((num_rows, num_heads, head_dim), v.dtype, v.device),
         memo.allocator((num_rows, num_heads), torch.float32, v.device),
     )
-
-
-def _no_launch(*addresses: int) -> None:
-    """An empty result."""
 
 
 def _require_states(op: str, v: torch.Tensor, s: torch.Tensor, name: str) -> None:
@@ -248,7 +278,8 @@ def _aligned(v: torch.Tensor) -> torch.Tensor:
     return v if v.data_ptr() % 16 == 0 else v.clone()
 
 
-def _fp32(s: torch.Tensor) -> torch.Tensor:
+def _fp32(op: str, s: torch.Tensor) -> torch.Tensor:
+    checks.require(not s.is_complex(), op, f"s is {s.dtype}; expected float32")
     return s.float().contiguous()
 
 
@@ -257,18 +288,16 @@ def _offsets(op: str, v: torch.Tensor, indptr: torch.Tensor) -> torch.Tensor:
         indptr.dim() == 1 and indptr.numel() >= 1 and indptr.device == v.device, op,
         f"indptr is {list(indptr.shape)} on {indptr.device}; expected [seq_len + 1] on {v.device}",
     )  # fmt: skip
+    checks.require(indptr.dtype in (torch.int32, torch.int64), op, f"indptr is {indptr.dtype}; expected torch.int32")
+    if not indptr.is_meta:
+        _look_at(op, v, indptr)  # before int32 cuts a value short
     return indptr.int().contiguous()
 
 
-_compiled_pair = traced.compiled_op(
-    "merge_state(str op, Tensor v, Tensor s, Tensor v_other, Tensor s_other, Tensor(a!) v_out, Tensor(b!) s_out) -> ()",
-    lambda op, v, s, v_other, s_other, *out: _merge_pair(op, v, s, v_other, s_other, None, out),
-)
-_compiled_in_place = traced.compiled_op(
-    "merge_state_in_place(Tensor(a!) v, Tensor(b!) s, Tensor v_other, Tensor s_other, Tensor? mask) -> ()",
-    _merge_in_place,
-)
-_compiled_list = traced.compiled_op(
-    "merge_states(str op, Tensor v, Tensor s, Tensor? indptr, Tensor(a!) v_out, Tensor(b!) s_out) -> ()",
-    lambda op, v, s, indptr, *out: _merge_list(op, v, s, indptr, out),
+_OUT = traced.Bundle(("Tensor(!) v_out", "Tensor(!) s_out"), lambda state: state, lambda *state: state)
+_PAIR = {"v": "Tensor", "s": "Tensor", "v_other": "Tensor", "s_other": "Tensor", "mask": "Tensor?"}
+_pair_door = traced.door("merge_state", _merge_pair, {"op": "str", **_PAIR, "out": _OUT})
+_in_place_door = traced.door("merge_state_in_place", _merge_in_place, _PAIR | {"v": "Tensor(!)", "s": "Tensor(!)"})
+_list_door = traced.door(
+    "merge_states", _merge_list, {"op": "str", "v": "Tensor", "s": "Tensor", "indptr": "Tensor?", "out": _OUT}
 )

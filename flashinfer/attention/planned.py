@@ -21,6 +21,7 @@ from flashinfer.attention.mask import take_mask
 from flashinfer.attention.plan import BoundRun, Call, Extent, Plan, Scales
 from flashinfer.attention.variant import TRACED_OVERRIDES, Overrides
 from flashinfer.host import checks, indices, memo, paged_cache, traced
+from flashinfer.host.handles import Uncopyable
 from flashinfer.host.paged_cache import PagedCache
 
 DataType = Union[str, torch.dtype]
@@ -32,7 +33,7 @@ _MASK_ROLES = ("mask", "mask_indptr")
 _UNKNOWN = (-1, -1)
 
 
-class PlannedAttention(EngineNames):
+class PlannedAttention(Uncopyable, EngineNames):
     """The wrapper but for its arguments.
 
     Index tensors come in one order: qo_indptr where a request has several queries, then those of the KV. Under
@@ -141,13 +142,28 @@ class PlannedAttention(EngineNames):
         found = Lengths(dict(zip(self._roles, held)), known)
         if masks is not None:
             buffers = (self._buffers["mask"], self._buffers["mask_indptr"]) if self._use_cuda_graph else None
-            found.take_mask(op, *take_mask(op, device, *masks, held[0], found.kv_lens(page_size), buffers), page_size)
+            on_host = None
+            if device.type != "cpu" and all(tensor.is_cpu for tensor in given):
+                on_host = given[0], Lengths(dict(zip(self._roles, given)), known).kv_lens(page_size)
+            taken = take_mask(op, device, *masks, held[0], found.kv_lens(page_size), buffers, on_host)
+            found.take_mask(op, *taken, page_size)
         if self._fixed is not None:
             found = Lengths(dict(zip(self._roles, self._fixed.fill(held))), known).like(found)
         elif self._buffers:
             self._buffers.clear()  # what an engine assigned since the last plan
         plan.launch_planner(extent, found)
         self._plan, self._lengths, self._extent, self._is_settled = plan, found, extent, False
+
+    def _settled(self) -> tuple[Optional[Plan], Optional[Lengths], Optional[Extent]]:
+        """What `_resettle` goes back to."""
+        return self._plan, self._lengths, self._extent
+
+    def _resettle(self, plan: Optional[Plan], found: Optional[Lengths], extent: Optional[Extent]) -> None:
+        """Go back to an earlier plan, whose schedule has been overwritten. Not under use_cuda_graph: buffers that have
+        been filled since are the caller's."""
+        self._plan, self._lengths, self._extent, self._is_settled = plan, found, extent, False
+        if plan is not None and found is not None:
+            plan.launch_planner(extent, found)
 
     def _plan_from_buffers(self) -> None:
         """Plan again what was planned last, for whatever the index buffers hold now."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ _COMMANDS = ("doctor", "resolve", "warmup", "misses", "cache", "aot")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: sys.argv) and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does, for µ where only ASCII can be written
     try:
         args = _parser().parse_args(argv)
         code: int = args.run(args) or 0

@@ -134,7 +134,7 @@ def _artifacts(cache: JitCache) -> Iterable[_Artifact]:
 def _meta(folder: Path) -> dict[str, Any]:
     damaged = {"family": "(damaged)", "args": {}, "target": "?", "compiler": "?"}
     try:
-        meta = json.loads((folder / "spec.json").read_text())
+        meta = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
         return meta if isinstance(meta, dict) and damaged.keys() <= meta.keys() else damaged
     except (OSError, ValueError):
         return damaged

@@ -217,7 +217,9 @@ def _driver_version() -> tuple[int, int] | None:
 
 def _driver_release() -> str | None:
     try:
-        match = re.search(r"\s(\d{3}\.\d+(?:\.\d+)?)\s", Path("/proc/driver/nvidia/version").read_text())
+        match = re.search(
+            r"\s(\d{3}\.\d+(?:\.\d+)?)\s", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+        )
     except OSError:
         return None
     return match[1] if match else None
@@ -345,8 +347,8 @@ def _compile_and_run(device: Any, target: str) -> str:
     compiled = toolchain.toolchain(source.kind).compile(source)
     compile_seconds = time.perf_counter() - started
 
-    x = torch.randn(num_rows, hidden_size)
-    weight = torch.randn(hidden_size)
+    x = torch.randn(num_rows, hidden_size, dtype=torch.float32, device="cpu")
+    weight = torch.randn(hidden_size, dtype=torch.float32, device="cpu")
     ours, on_device, scale = (tensor.to(device) for tensor in (torch.full_like(x, torch.nan), x, weight))
     launcher = loader.load(source, compiled.machine_code, None, _refused).on(device.index)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -354,7 +356,8 @@ def _compile_and_run(device: Any, target: str) -> str:
         "input": on_device.data_ptr(),
         "weight": scale.data_ptr(),
         "output": ours.data_ptr(),
-        **dict.fromkeys(("residual", "bias", "input_row_stride", "residual_row_stride", "output_row_stride"), 0),
+        **dict.fromkeys(("residual", "bias", "input_row_stride", "output_row_stride"), 0),
+        **dict.fromkeys(("residual_row_stride", "residual_group_stride"), 0),
         **dict.fromkeys(("input_group_stride", "output_group_stride"), hidden_size),
         "num_rows": num_rows,
         "rows_per_group": 1,

@@ -17,9 +17,12 @@ class ActAndMulParams(ctypes.Structure):
     _fields_ = [
         ("input", ctypes.c_void_p),
         ("output", ctypes.c_void_p),
-        ("input_stride", ctypes.c_int64),
-        ("output_stride", ctypes.c_int64),
-        ("num_rows", ctypes.c_int32),
+        ("input_row_stride", ctypes.c_int64),
+        ("input_group_stride", ctypes.c_int64),
+        ("output_row_stride", ctypes.c_int64),
+        ("output_group_stride", ctypes.c_int64),
+        ("num_groups", ctypes.c_int32),
+        ("rows_per_group", ctypes.c_int32),
         ("hidden_size", ctypes.c_int32),
     ]
 

@@ -25,6 +25,7 @@ class NormParams(ctypes.Structure):
         ("input_row_stride", ctypes.c_int64),
         ("input_group_stride", ctypes.c_int64),
         ("residual_row_stride", ctypes.c_int64),
+        ("residual_group_stride", ctypes.c_int64),
         ("output_row_stride", ctypes.c_int64),
         ("output_group_stride", ctypes.c_int64),
         ("num_rows", ctypes.c_int32),

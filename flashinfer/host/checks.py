@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Optional
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from flashinfer import dtypes
 from flashinfer.errors import UnsupportedConfig
 
 
@@ -34,18 +36,21 @@ def _range(low: int, high: int) -> str:
     return " and ".join(parts) or "an integer of 32 bits"
 
 
+FP32_MAX = (2 - 2.0**-23) * 2.0**127
+
+
 def real(op: str, name: str, value: object, *, above: float = -math.inf, at_least: float = -math.inf) -> float:
-    """The value as a finite float that is greater than `above` and not less than `at_least`. Raises TypeError or
+    """The value as a float that fp32 holds, greater than `above` and not less than `at_least`. Raises TypeError or
     ValueError."""
     try:
-        if isinstance(value, str):  # float("1.5") would do
+        if isinstance(value, (str, bytes, bytearray, bool)):  # float("1.5") would do
             raise TypeError
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{op}: {name} is {value!r:.60}; expected a number") from None
     expected = f", above {above:g}" if above > -math.inf else f", at least {at_least:g}" if at_least > -math.inf else ""
-    fits = math.isfinite(number) and number > above and number >= at_least
-    require(fits, op, f"{name} is {number}; expected a finite number{expected}")
+    fits = abs(number) <= FP32_MAX and number > above and number >= at_least
+    require(fits, op, f"{name} is {number}; expected a finite number of 32 bits{expected}")
     return number
 
 
@@ -65,6 +70,36 @@ def require_memory(op: str, **tensors: torch.Tensor) -> None:
                 f"{op}: {name} is a {type(tensor).__name__} on {tensor.device}, which has no memory here; expected a "
                 "tensor on the CPU or on a CUDA device"
             )
+
+
+def require_flag(op: str, name: str, value: object) -> None:
+    """True, False, or None for what the hardware is best at."""
+    if not (value is None or isinstance(value, bool)):
+        raise TypeError(f"{op}: {name} is {value!r:.60}; expected True, False or None")
+
+
+def require_addresses(op: str, **operands: object) -> None:
+    """Each is a tensor in memory, or empty, or on meta. For an operator that failed to read an address: says why."""
+    for name, value in operands.items():
+        if not isinstance(value, torch.Tensor):
+            raise not_tensors(op, **{name: value}) from None
+        try:
+            address = value.data_ptr()
+        except RuntimeError:
+            address = 0  # of a sparse tensor
+        if address == 0:
+            no_address(op, name, value)
+
+
+def no_address(op: str, name: str, tensor: torch.Tensor) -> int:
+    """0, the address of a tensor that is empty or on meta. Raises UnsupportedConfig for one that has elements: a fake
+    tensor has the device, and so the prepared launches, of a real one."""
+    if tensor.layout == torch.strided and (tensor.numel() == 0 or tensor.is_meta):
+        return 0
+    raise UnsupportedConfig(
+        f"{op}: {name} is a {type(tensor).__name__} of layout {str(tensor.layout)[6:]} without memory; expected a "
+        "dense tensor on a cuda or cpu device. Fake tensors are for torch.compile"
+    ) from None
 
 
 def require_like(
@@ -104,6 +139,14 @@ def require_device(
         op,
         f"{name} is on {tensor.device}, {reference_name} on {reference.device}; move them to one device",
     )
+
+
+def require_supported(op: str, name: str, tensor: torch.Tensor, supported: Sequence[str]) -> None:
+    """A dtype that kernels have, by their short names. Raises UnsupportedConfig."""
+    if dtypes.short_name(tensor.dtype) not in supported:
+        *others, last = [str(dtypes.torch_dtype(short))[6:] for short in supported]
+        expected = f"{', '.join(others)} or {last}" if others else last
+        raise UnsupportedConfig(f"{op}: {name} is {tensor.dtype}; expected {expected}")
 
 
 def require_unit_stride(op: str, name: str, tensor: torch.Tensor) -> None:

@@ -44,11 +44,18 @@ def require_within(op: str, name: str, values: torch.Tensor, low: int, high: int
 
 def require_offsets(op: str, name: str, offsets: torch.Tensor, end: Optional[int] = None, meaning: str = "") -> None:
     """Offsets start at 0 or above, never fall, and end at `end` or before. `meaning` says what ends there."""
-    if offsets.numel() == 0:
+    values = offsets.tolist()  # one copy from a GPU; and sorting what is sorted is one pass
+    if not values:
         return
-    steps = offsets[1:] - offsets[:-1]
-    if int(offsets[0]) < 0 or bool((steps < 0).any()):
-        shown = ", ".join(str(int(value)) for value in offsets[:8]) + (", …" if len(offsets) > 8 else "")
-        raise ValueError(f"{op}: {name} must start at 0 or above and never descend; got {shown}")
-    if end is not None and int(offsets[-1]) > end:
-        raise IndexError(f"{op}: {name} ends at {int(offsets[-1])}; expected at most {end}, {meaning}")
+    if values[0] < 0 or values != sorted(values):
+        raise ValueError(f"{op}: {name} must start at 0 or above and never descend; got {_shown(values)}")
+    if end is not None and values[-1] > end:
+        raise IndexError(f"{op}: {name} ends at {values[-1]}; expected at most {end}, {meaning}")
+
+
+def _shown(values: list[int]) -> str:
+    """The values up to and around the first that is wrong."""
+    fall = next((i for i in range(1, len(values)) if values[i] < values[i - 1]), 0)
+    begin = max(0, fall - 4)
+    parts = [str(value) for value in values[begin : fall + 4]]
+    return ", ".join([*(["…"] if begin else []), *parts, *(["…"] if fall + 4 < len(values) else [])])

@@ -16,14 +16,19 @@ def signature(scale: Scale) -> object:
     return memo.signature(scale) if isinstance(scale, torch.Tensor) else scale is not None
 
 
-def values(scale: Scale) -> tuple[int, float, int]:
-    """The values of `QuantScale` in csrc/quant_scale.h, in order."""
+NO_VALUES = (0, 1.0, 0)
+_LEAST = 2.0**-126  # the reciprocal of a smaller one may not be finite
+
+
+def values(scale: Scale, op: str = "quantization", name: str = "scale") -> tuple[int, float, int]:
+    """The values of `QuantScale` in csrc/quant_scale.h, in order. Numbers are checked, as each call brings another."""
+    if scale is None:
+        return NO_VALUES
+    if scale.__class__ is float and _LEAST <= scale <= checks.FP32_MAX:
+        return 0, scale, 0
     if isinstance(scale, torch.Tensor):
         return scale.data_ptr(), 1.0, 0
-    return 0, 1.0 if scale is None else scale, 0
-
-
-NO_VALUES = values(None)
+    return 0, checks.real(op, name, scale, at_least=_LEAST), 0
 
 
 def names(field: str) -> tuple[str, ...]:
@@ -51,3 +56,5 @@ def check(op: str, name: str, scale: Scale, reference: torch.Tensor, reference_n
             f"{name} is {scale.dtype} of shape {list(scale.shape)}; expected a number or one float32 in a tensor",
         )
         checks.require_device(op, name, scale, reference, reference_name)
+    else:
+        values(scale, op, name)

@@ -2,44 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
 
 from flashinfer.host.checks import require, require_unit_stride
 
 
-def grouped_rows(op: str, name: str, tensor: torch.Tensor) -> tuple[int, int, int]:
-    """(rows_per_group, row_stride, group_stride) that visit the rows (last axis) of a tensor in order.
+class Rows(NamedTuple):
+    """Where the rows of several tensors lie: in groups, evenly within a group, the groups evenly as well.
 
-    Leading axes that lie evenly in memory are merged; what remains must be at most two, as in `[tokens, heads,
-    head_dim]` cut out of
-    a packed projection. Raises ValueError otherwise.
+    Row `r` of a tensor with strides `(row, group)`, in elements, starts at
+    `r // rows_per_group * group + r % rows_per_group * row`.
     """
-    require(tensor.dim() >= 1, op, f"{name} has no dimensions; expected at least [hidden_size]")
-    require_unit_stride(op, name, tensor)
-    merged: list[tuple[int, int]] = []  # (size, stride), outermost first
-    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1]):
+
+    num_rows: int
+    rows_per_group: int
+    strides: tuple[tuple[int, int], ...]  # of each tensor
+
+
+def common_rows(op: str, tensors: Mapping[str, torch.Tensor]) -> Rows:
+    """One grouping of rows (last axes) that holds in all of these tensors, whose leading axes are alike.
+
+    Leading axes that lie evenly in every one of them are merged; what remains must be at most two, as in
+    `[tokens, heads, head_dim]` cut out of a packed projection. Raises ValueError otherwise.
+    """
+    for name, tensor in tensors.items():
+        require(tensor.dim() >= 1, op, f"{name} has no dimensions; expected at least [hidden_size]")
+        require_unit_stride(op, name, tensor)
+    (name, first), *_ = tensors.items()
+    leading = first.shape[:-1]
+    num_rows = leading.numel()
+    require(num_rows < 1 << 31, op, f"{name} has {num_rows} rows; expected at most {(1 << 31) - 1}")
+    if first.numel() == 0:
+        return Rows(num_rows, 1, ((0, 0),) * len(tensors))
+    axes: list[tuple[int, tuple[int, ...]]] = []  # size, stride in each tensor; outermost first
+    for size, *strides in zip(leading, *(tensor.stride() for tensor in tensors.values())):
         if size == 1:
             continue
-        if merged and merged[-1][1] == size * stride:
-            merged[-1] = (merged[-1][0] * size, stride)
+        if axes and all(outer == size * inner for outer, inner in zip(axes[-1][1], strides)):
+            axes[-1] = (axes[-1][0] * size, tuple(strides))
         else:
-            merged.append((size, stride))
-    if len(merged) > 2:
-        raise ValueError(
-            f"{op}: the rows of {name} lie unevenly in memory (strides {list(tensor.stride())}); call .contiguous()"
-        )
-    if not merged:
-        return 1, 0, 0
-    if len(merged) == 1:
-        return 1, 0, merged[0][1]
-    return merged[1][0], merged[1][1], merged[0][1]
-
-
-def even_rows(op: str, name: str, tensor: torch.Tensor) -> int:
-    """The distance between rows (last axis) of a tensor whose rows are evenly spaced. Raises ValueError otherwise."""
-    rows_per_group, _, stride = grouped_rows(op, name, tensor)
-    require(rows_per_group == 1, op, f"the rows of {name} are not evenly spaced in memory; call .contiguous()")
-    return stride
+            axes.append((size, tuple(strides)))
+    if len(axes) > 2:
+        if len(tensors) > 1:
+            for name, tensor in tensors.items():
+                common_rows(op, {name: tensor})  # blames one that is uneven by itself
+        shown = " and ".join(f"{name} (strides {list(tensor.stride())})" for name, tensor in tensors.items())
+        fault = "group differently" if len(tensors) > 1 else "lie unevenly in memory"
+        raise ValueError(f"{op}: the rows of {shown} {fault}; expected at most two levels in all, call .contiguous()")
+    if len(axes) == 2:
+        (_, groups), (rows_per_group, rows) = axes
+        return Rows(num_rows, rows_per_group, tuple(zip(rows, groups)))
+    groups = axes[0][1] if axes else (0,) * len(tensors)
+    return Rows(num_rows, 1, tuple((0, group) for group in groups))
 
 
 def require_rows(op: str, name: str, tensor: torch.Tensor) -> None:

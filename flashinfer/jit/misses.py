@@ -74,7 +74,7 @@ class MissLog:
         )
         try:
             self._root.mkdir(parents=True, exist_ok=True)
-            with open(self._root / f"{process}.jsonl", "a") as file:
+            with open(self._root / f"{process}.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(miss)) + "\n")
         except OSError as error:
             self._writable = False
@@ -118,7 +118,7 @@ def read(paths: Iterable[Path]) -> tuple[list[Miss], int]:
     misses, broken = [], 0
     for path in paths:
         for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-            for line in file.read_text(errors="replace").splitlines():
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     misses.append(_parse(line))
                 except (ValueError, TypeError, KeyError):

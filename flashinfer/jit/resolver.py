@@ -194,8 +194,8 @@ class Resolver:
         *report, first_error = str(error).splitlines()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"source{'.cu' if source.kind == 'cuda' else '.cpp'}").write_text(source.text)
-            (folder / "log.txt").write_text("\n".join(report) + "\n")
+            (folder / f"source{'.cu' if source.kind == 'cuda' else '.cpp'}").write_text(source.text, encoding="utf-8")
+            (folder / "log.txt").write_text("\n".join(report) + "\n", encoding="utf-8")
         except OSError:
             return error
         return CompileError("\n".join([*report, f"source and log: {folder}", first_error]))

@@ -141,7 +141,7 @@ def _transitive_includes(header: str) -> tuple[str, ...]:
 
 @functools.cache
 def _read_header(header: str) -> str:
-    return (include_root() / header).read_text()
+    return (include_root() / header).read_text(encoding="utf-8")
 
 
 @functools.cache

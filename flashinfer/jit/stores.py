@@ -95,7 +95,7 @@ class Registry:
     def __init__(self, root: Path) -> None:
         """Raises OSError or ValueError when there is no readable registry."""
         self.root = root
-        data = json.loads((root / "registry.json").read_text())
+        data = json.loads((root / "registry.json").read_text(encoding="utf-8"))
         number = data.get("format") if isinstance(data, dict) else None
         if number != REGISTRY_FORMAT:
             raise ValueError(f"registry format {number!r:.40}; expected {REGISTRY_FORMAT}")
@@ -117,7 +117,7 @@ class Registry:
             "kernels": [vars(entry) for entry in sorted(entries, key=lambda entry: (entry.name, entry.target))],
         }
         partial = root / "registry.json.partial"
-        partial.write_text(json.dumps(data, indent=1) + "\n")
+        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         partial.replace(root / "registry.json")
 
     def find(self, spec: KernelSpec) -> Answer:
@@ -251,7 +251,7 @@ class JitCache:
         if folder in self._refused:
             return Rejected(self._refused[folder])
         try:
-            meta = json.loads((folder / "spec.json").read_text())
+            meta = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
             digest, sha256, path = meta["digest"], meta["sha256"], folder / meta["file"]
             machine_code = path.read_bytes()
         except FileNotFoundError:
@@ -286,8 +286,8 @@ class JitCache:
                 "flags": list(source.flags),
             }
             _write_durably(partial / file, machine_code)
-            (partial / f"source{'.cu' if source.kind == 'cuda' else '.cpp'}").write_text(source.text)
-            (partial / "log.txt").write_text(compiler_log)
+            (partial / f"source{'.cu' if source.kind == 'cuda' else '.cpp'}").write_text(source.text, encoding="utf-8")
+            (partial / "log.txt").write_text(compiler_log, encoding="utf-8")
             _write_durably(partial / "spec.json", json.dumps(meta, indent=1).encode())
             partial.chmod(0o755)
             try:

@@ -217,7 +217,9 @@ def _libc() -> str:
 @functools.cache
 def _version_of(executable: str, pattern: str, name: str) -> str:
     try:
-        text = subprocess.run([executable, "--version"], capture_output=True, text=True, check=False).stdout
+        text = subprocess.run(
+            [executable, "--version"], capture_output=True, text=True, errors="replace", check=False
+        ).stdout
     except OSError as error:
         raise ToolchainMissing(f"{executable} cannot be run: {error.strerror}") from error
     match = re.search(pattern, text)
@@ -228,7 +230,7 @@ def _run(source: Source, command: list[str], extension: str, suffix: str, librar
     try:
         with tempfile.TemporaryDirectory(prefix="flashinfer-") as folder:
             text, output = Path(folder, source.entry + extension), Path(folder, source.entry + suffix)
-            text.write_text(source.text)
+            text.write_text(source.text, encoding="utf-8")
             command = [*command, str(text), "-o", str(output), *libraries]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, cwd=folder)
             log = done.stdout + done.stderr

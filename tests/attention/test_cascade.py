@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +14,7 @@ from torch import Tensor
 
 import flashinfer
 from flashinfer.cascade import variable_length_merge_states
-from flashinfer.errors import UnsupportedConfig
+from flashinfer.errors import KernelMissing, UnsupportedConfig
 from tests.oracles.attention import attention
 from tests.tolerances import assert_close
 
@@ -149,6 +153,51 @@ def test_merge_errors(device: torch.device) -> None:
         variable_length_merge_states(v, s, torch.tensor([0, 1], device=device))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("offsets", [[0, 1, 4], [0, 2, 1, 3], [-1, 3], [4, 4], [0, 1 << 40], [-(1 << 32), 3]], ids=str)
+def test_wrong_offsets_of_states(dtype: torch.dtype, offsets: list[int]) -> None:
+    """Each time, as offsets are no part of a signature; and before int32 makes a right number of a wrong one."""
+    if dtype == torch.int32 and max(map(abs, offsets)) >= 1 << 31:
+        return
+    v, s = states(torch.device("cpu"), torch.float32, 3, 2, 64)
+    variable_length_merge_states(v, s, torch.tensor([0, 1, 2, 3][: len(offsets)], dtype=dtype))
+    with pytest.raises(
+        (ValueError, IndexError), match=r"never descend|ends at .*; expected at most 3, the states in v"
+    ):
+        variable_length_merge_states(v, s, torch.tensor(offsets, dtype=dtype))
+
+
+def test_rows_to_merge(device: torch.device) -> None:
+    """The mask of merge_state_in_place: any dtype, strided, or an error that leaves v as it is."""
+    v, s = states(device, torch.float32, 2, 3, 2, 64)
+    merged_v, _ = merged(v, s)
+    for mask in (torch.tensor([0.0, 0.5, -1.0]), torch.tensor([0, 2, 255]).byte(), torch.tensor([0, 9, 1, 9, 1])[::2]):
+        out = v[0].clone()
+        flashinfer.merge_state_in_place(out, s[0].clone(), v[1], s[1], mask.to(device))
+        assert torch.equal(out[0], v[0, 0])
+        assert_close(out[1:], merged_v[1:])
+    for wrong in (
+        torch.ones(2).bool(),
+        torch.ones(()).bool(),
+        torch.ones(3, 1).bool(),
+        torch.ones(3).bool().to("meta"),
+    ):
+        wrong = wrong if wrong.is_meta else wrong.to(device)
+        with pytest.raises(ValueError, match=r"mask is .*; expected \[3\], the rows of v, on"):
+            flashinfer.merge_state_in_place(v[0], s[0], v[1], s[1], wrong)
+    with pytest.raises(TypeError, match=r"mask is list; expected a tensor"):
+        flashinfer.merge_state_in_place(v[0], s[0], v[1], s[1], [True])  # type: ignore[arg-type]
+
+
+def test_states_without_columns(device: torch.device) -> None:
+    """No kernel; not a success that leaves s unwritten."""
+    v, s = torch.empty(2, 3, 2, 0, device=device), torch.zeros(2, 3, 2, device=device)
+    with pytest.raises(UnsupportedConfig, match="head_dim=0 is not supported"):
+        flashinfer.merge_state(v[0], s[0], v[1], s[1])
+    with pytest.raises(UnsupportedConfig, match="head_dim=0 is not supported"):
+        flashinfer.merge_states(v.transpose(0, 1), s.transpose(0, 1))
+
+
 # ------------------------------------------------------------------------------------------------------ shared prefixes
 
 HEADS, KV_HEADS, DIM, PAGE = 8, 2, 128, 16
@@ -225,3 +274,135 @@ def test_prefill_with_shared_prefix(device: torch.device, causal: bool) -> None:
     out = wrapper.forward(batch.q, batch.shared[0], batch.shared[1], batch.cache, causal=causal)
     assert_close(out, batch.expected(causal), scale=2.0)
     wrapper.end_forward()
+
+
+# --------------------------------------------------------------------------------------------------- plans that fail
+
+OPTIONS = (HEADS, KV_HEADS, DIM, PAGE)
+
+
+def make_cascade(device: torch.device, use_cuda_graph: bool = False) -> flashinfer.MultiLevelCascadeAttentionWrapper:
+    """For graphs of up to three requests, else for any."""
+    index = lambda *sizes: [torch.zeros(n, dtype=torch.int32, device=device) for n in sizes]  # noqa: E731
+    buffers = [index(2, 4), index(2, 4), index(20, 20), index(1, 3)] if use_cuda_graph else [None] * 4
+    return flashinfer.MultiLevelCascadeAttentionWrapper(2, workspace(device), "NHD", use_cuda_graph, *buffers)
+
+
+def tables(batch: SharedPrefix, device: torch.device) -> list[list[Tensor]]:
+    return [
+        [shared.to(device), unique.to(device)] for shared, unique in zip(batch.shared_indices, batch.unique_indices)
+    ]
+
+
+def with_last(table: list[list[Tensor]], which: int, change: Callable[[Tensor], Any]) -> list[list[Any]]:
+    """The table with another tensor for the last level."""
+    return [[pair[0], change(pair[1])] if i == which else pair for i, pair in enumerate(table)]
+
+
+# name -> the index tensors of a plan that fails at the last level, of those of one that does not
+FAILING: dict[str, Callable[[list[list[Tensor]]], list[list[Any]]]] = {
+    "offsets of another batch": lambda t: with_last(t, 1, lambda x: x[:-1]),
+    "offsets that descend": lambda t: with_last(t, 1, lambda x: x.cpu().flip(0)),
+    "lengths of another batch": lambda t: with_last(t, 3, lambda x: x[:-1]),
+    "float pages": lambda t: with_last(t, 2, lambda x: x.cpu().float()),
+    "pages of two axes": lambda t: with_last(t, 2, lambda x: x.cpu()[None]),
+    "on meta": lambda t: with_last(t, 2, lambda x: x.to("meta")),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_plan_that_fails_leaves_the_last_one(device: torch.device, name: str) -> None:
+    batch, other = SharedPrefix(device, [5, 1, 40], 160, [20, 1, 90]), SharedPrefix(device, [3, 2, 4], 32, [7, 9, 5])
+    wrapper = make_cascade(device)
+    wrong = FAILING[name](tables(other, device))
+    with pytest.raises((ValueError, TypeError)):
+        wrapper.plan(*wrong, *OPTIONS, q_data_type="bfloat16")
+    with pytest.raises(ValueError, match=r"run\(\) before plan\(\)"):
+        wrapper.run(other.q, other.cache)
+    wrapper.plan(*tables(batch, device), *OPTIONS, causal=True, q_data_type="bfloat16")
+    expected = wrapper.run(batch.q, batch.cache)
+    for _ in range(2):
+        with pytest.raises((ValueError, TypeError)):
+            wrapper.plan(*wrong, *OPTIONS, q_data_type="bfloat16")
+        assert torch.equal(wrapper.run(batch.q, batch.cache), expected)
+    assert_close(expected, batch.expected(True), scale=2.0)
+    wrapper.plan(*tables(other, device), *OPTIONS, q_data_type="bfloat16")
+    assert_close(wrapper.run(other.q, other.cache), other.expected(False), scale=2.0)
+
+
+def test_a_plan_that_fails_within_the_last_level(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it fails, and with what: here once all index tensors are taken."""
+    batch, other = SharedPrefix(device, [5, 1, 40], 160, [20, 1, 90]), SharedPrefix(device, [3, 2, 4], 32, [7, 9, 5])
+    wrapper = make_cascade(device)
+    wrapper.plan(*tables(batch, device), *OPTIONS, q_data_type="bfloat16")
+    expected = wrapper.run(batch.q, batch.cache)
+    plan = flashinfer.BatchPrefillWithPagedKVCacheWrapper.plan
+
+    def fail_behind(level: Any, *args: Any, **options: Any) -> None:
+        plan(level, *args, **options)
+        if level is wrapper._levels[1]:
+            raise KernelMissing("no store")
+
+    with monkeypatch.context() as patch, pytest.raises(KernelMissing):
+        patch.setattr(flashinfer.BatchPrefillWithPagedKVCacheWrapper, "plan", fail_behind)
+        wrapper.plan(*tables(other, device), *OPTIONS, q_data_type="bfloat16")
+    assert torch.equal(wrapper.run(batch.q, batch.cache), expected)
+
+
+@pytest.mark.parametrize("name", ["offsets of another batch", "offsets that descend", "lengths of another batch"])
+def test_a_plan_for_graphs_that_fails_forbids_runs(device: torch.device, name: str) -> None:
+    """Its buffers are the caller's and may have been filled: no run mixes two plans."""
+    batch = SharedPrefix(device, [5, 1, 40], 160, [20, 1, 90])
+    wrapper = make_cascade(device, use_cuda_graph=True)
+    wrapper.plan(*tables(batch, device), *OPTIONS, q_data_type="bfloat16")
+    with pytest.raises((ValueError, TypeError)):
+        wrapper.plan(*FAILING[name](tables(batch, device)), *OPTIONS, q_data_type="bfloat16")
+    with pytest.raises(ValueError, match=r"the last plan\(\) failed .*; call plan\(\) again"):
+        wrapper.run(batch.q, batch.cache)
+    wrapper.plan(*tables(batch, device), *OPTIONS, q_data_type="bfloat16")
+    assert_close(wrapper.run(batch.q, batch.cache), batch.expected(False), scale=2.0)
+
+
+def test_lists_of_levels(device: torch.device) -> None:
+    batch = SharedPrefix(device, [5, 1, 40], 160, [20, 1, 90])
+    table = tables(batch, device)
+    wrapper = make_cascade(device)
+    for i, name in enumerate(
+        ("qo_indptr_arr", "paged_kv_indptr_arr", "paged_kv_indices_arr", "paged_kv_last_page_len")
+    ):
+        for wrong in (table[i][:1], [*table[i], table[i][0]], [], table[i][1], None):
+            with pytest.raises(ValueError, match=rf"multi_level_cascade: {name} .*; expected a list of 2, one a level"):
+                wrapper.plan(*table[:i], wrong, *table[i + 1 :], *OPTIONS)  # type: ignore[arg-type]
+    on_host = tables(batch, torch.device("cpu"))
+    on_host[0][0] = offsets([45])
+    with pytest.raises(ValueError, match=r"the entries of qo_indptr_arr end at \[45, 46\]; expected the same number"):
+        wrapper.plan(*on_host, *OPTIONS, q_data_type="bfloat16")
+    for wrong_levels in (0, -1, 1 << 31):
+        with pytest.raises(ValueError, match=r"num_levels is .*; expected at least 1"):
+            flashinfer.MultiLevelCascadeAttentionWrapper(wrong_levels, workspace(device))
+    for no_number in (1.5, "2", None):
+        with pytest.raises(TypeError, match=r"num_levels is .*; expected an integer"):
+            flashinfer.MultiLevelCascadeAttentionWrapper(no_number, workspace(device))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"expected a list of 2, one a level"):
+        buffers = [[torch.zeros(4, dtype=torch.int32, device=device)] * 3] * 4
+        flashinfer.MultiLevelCascadeAttentionWrapper(2, workspace(device), "NHD", True, *buffers)
+    with pytest.raises(ValueError, match=r"int_workspace_buffers has 1 entries; expected a list of 2"):
+        wrapper.reset_workspace_buffer(workspace(device), [workspace(device)])
+    first = wrapper._levels[0]._int_workspace_buffer
+    with pytest.raises(ValueError, match=r"the workspace must be a contiguous tensor"):
+        wrapper.reset_workspace_buffer(workspace(device), [workspace(device), workspace(device)[::2]])
+    assert wrapper._levels[0]._int_workspace_buffer is first
+
+
+WRAPPERS = (
+    lambda buffer: flashinfer.MultiLevelCascadeAttentionWrapper(2, buffer),
+    flashinfer.BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
+    flashinfer.BatchPrefillWithSharedPrefixPagedKVCacheWrapper,
+)
+
+
+@pytest.mark.parametrize("make", WRAPPERS, ids=("multi level", "decode", "prefill"))
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps, lambda wrapper: copy.deepcopy([wrapper])])
+def test_copies_are_refused(make: Callable[[Tensor], object], copied: Callable[[object], object]) -> None:
+    with pytest.raises(TypeError, match=r"cannot be copied: it holds addresses .*; make a new one and call plan\(\)"):
+        copied(make(workspace(torch.device("cpu"))))

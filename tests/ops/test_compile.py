@@ -1,7 +1,9 @@
-"""torch.compile(fullgraph=True) over the functional operators: no graph break, and the same values as eager calls."""
+"""torch.compile(fullgraph=True) over the public functions: no graph break, and the same values as eager calls."""
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 import flashinfer
+from tests.public_calls import CALLS, Inputs, tensors
 
 N, HIDDEN = 6, 64
 
@@ -119,3 +122,41 @@ def test_fullgraph(device: torch.device, function: Callable[[torch.Tensor], Any]
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for value in (x, x[:3]):  # the second call recompiles for another number of rows
         torch.testing.assert_close(compiled(value.clone()), function(value.clone()), rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------------------------- public names that are wrapped
+
+PLANNING = {"fast_decode_plan", "utils.get_alibi_slopes", "utils.get_indptr"}  # not part of a model's graph
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in PLANNING])
+def test_a_public_name_replaced_by_its_compiled_self(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Wherever the library has the name: no operator of a graph comes back to it, and values are those of eager calls.
+    Of a wrapper it is run() and forward()."""
+    torch._dynamo.reset()
+    inputs, attribute = Inputs(device), name.rpartition(".")[2]
+    expected = tensors(CALLS[name](inputs))
+    module = getattr(flashinfer, name.partition(".")[0]) if "." in name else flashinfer
+    public = getattr(module, attribute)
+    compiled = []
+
+    def compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled.append(function)
+        return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+    if inspect.isclass(public):
+        for method in ("run", "forward"):
+            if hasattr(public, method):
+                monkeypatch.setattr(public, method, compile_once(getattr(public, method)))
+    else:
+        replacement = compile_once(public)
+        for other in [module for key, module in sys.modules.items() if key.partition(".")[0] == "flashinfer"]:
+            if vars(other).get(attribute) is public:
+                monkeypatch.setattr(other, attribute, replacement)
+    found = tensors(CALLS[name](inputs))
+    assert compiled and len(found) == len(expected)
+    for actual, wanted in zip(found, expected):
+        assert actual.dtype == wanted.dtype
+        assert torch.equal(actual.contiguous().view(torch.uint8), wanted.contiguous().view(torch.uint8))

@@ -11,7 +11,9 @@ void packed_indptr(const PackedIndptrParams& params) {
   const Index* indptr = static_cast<const Index*>(params.indptr);
   Index* packed = static_cast<Index*>(params.packed_indptr);
   packed[0] = 0;
-  for (int i = 0; i < params.num_segments; ++i) packed[i + 1] = packed[i] + ceil_div(indptr[i + 1] - indptr[i], 8);
+  for (int i = 0; i < params.num_segments; ++i) {
+    packed[i + 1] = Index(packed[i] + ceil_div(int64_t(indptr[i + 1]) - indptr[i], 8));
+  }
 }
 
 }  // namespace flashinfer::cpu

@@ -1,4 +1,4 @@
-// Pack the booleans of every segment from a byte of its own (CPU).
+// Pack the booleans of every segment from a byte of its own (CPU). The host has checked the offsets.
 #pragma once
 
 #include "cpu/quantization/pack_byte.h"
