@@ -8,8 +8,8 @@ import torch
 
 from flashinfer import dtypes, target
 from flashinfer.errors import UnsupportedConfig
-from flashinfer.families.layout import FP8_DTYPES, inside
-from flashinfer.families.norm import LAYERNORM, RMSNORM, RMSNORM_QUANT, vec_size
+from flashinfer.families.layout import FP8_DTYPES, inside, vec_size
+from flashinfer.families.norm import LAYERNORM, RMSNORM, RMSNORM_QUANT
 from flashinfer.host import checks, memo, quant_scale, traced
 from flashinfer.host.quant_scale import Scale
 from flashinfer.host.rows import even_rows, grouped_rows

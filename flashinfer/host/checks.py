@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from flashinfer.errors import UnsupportedConfig
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 def require(condition: bool, op: str, message: str) -> None:
     """Raise ValueError(`op: message`) unless the condition holds."""
@@ -35,7 +37,7 @@ def _range(low: int, high: int) -> str:
 
 
 def real(op: str, name: str, value: object, *, above: float = -math.inf, at_least: float = -math.inf) -> float:
-    """The value as a finite float that is greater than `above` and not less than `at_least`. Raises TypeError or
+    """The value as a float that fp32 holds, greater than `above` and not less than `at_least`. Raises TypeError or
     ValueError."""
     try:
         if isinstance(value, str):  # float("1.5") would do
@@ -44,7 +46,7 @@ def real(op: str, name: str, value: object, *, above: float = -math.inf, at_leas
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{op}: {name} is {value!r:.60}; expected a number") from None
     expected = f", above {above:g}" if above > -math.inf else f", at least {at_least:g}" if at_least > -math.inf else ""
-    fits = math.isfinite(number) and number > above and number >= at_least
+    fits = abs(number) <= _LARGEST and number > above and number >= at_least
     require(fits, op, f"{name} is {number}; expected a finite number{expected}")
     return number
 
@@ -65,6 +67,23 @@ def require_memory(op: str, **tensors: torch.Tensor) -> None:
                 f"{op}: {name} is a {type(tensor).__name__} on {tensor.device}, which has no memory here; expected a "
                 "tensor on the CPU or on a CUDA device"
             )
+
+
+def require_tensors(op: str, **values: object) -> None:
+    """Tensors in memory, of sizes that 32 bits count. Raises TypeError or ValueError."""
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            raise not_tensors(op, **{name: value})
+        require_memory(op, **{name: value})
+        counted = max(value.shape, default=0) < 1 << 31
+        require(counted, op, f"{name} has shape {list(value.shape)}; expected sizes of 32 bits")
+
+
+def boolean(op: str, name: str, value: object) -> bool:
+    """The value as a bool. Raises TypeError; 0 and 1 will do."""
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    raise TypeError(f"{op}: {name} is {value!r:.60}; expected True or False")
 
 
 def require_like(

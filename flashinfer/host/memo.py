@@ -30,6 +30,10 @@ class Memo(dict[Any, T], Generic[T]):
         return value
 
 
+def nothing(*_: object) -> None:
+    """The prepared launch of an operator on an empty batch."""
+
+
 def signature(tensor: torch.Tensor) -> tuple[object, ...]:
     """What a prepared launch depends on, but for the address. The class is for fake tensors, alike in all else."""
     return tensor.__class__, tensor.dtype, tensor.shape, tensor.stride(), tensor.device

@@ -10,25 +10,40 @@ from flashinfer.host import checks, memo
 
 Scale = Union[float, torch.Tensor, None]
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 def signature(scale: Scale) -> object:
-    """What a prepared launch depends on: of a number only that it is there, since every launch passes it anew."""
-    return memo.signature(scale) if isinstance(scale, torch.Tensor) else scale is not None
+    """What a prepared launch depends on: of a number only its type, since every launch passes it anew."""
+    return memo.signature(scale) if isinstance(scale, torch.Tensor) else type(scale)
 
 
 def values(scale: Scale) -> tuple[int, float, int]:
-    """The values of `QuantScale` in csrc/quant_scale.h, in order."""
+    """The values of `QuantScale` in csrc/quant_scale.h, in order. Raises ValueError for a number that fp32 does not
+    hold: the only thing that `check` cannot know of a later call."""
     if isinstance(scale, torch.Tensor):
-        return scale.data_ptr(), 1.0, 0
-    return 0, 1.0 if scale is None else scale, 0
+        address = scale.data_ptr()
+        if not address:
+            raise ValueError(f"a scale is a {type(scale).__name__} without memory; expected one float32 in a tensor")
+        return address, 1.0, 0
+    if scale is None:
+        return 0, 1.0, 0
+    if not -_LARGEST <= scale <= _LARGEST:
+        raise ValueError(f"a scale is {scale!r:.60}; expected a finite number of fp32")
+    return 0, scale, 0
 
 
-NO_VALUES = values(None)
+_FIELDS = ("device_value", "host_value", "reserved")
 
 
 def names(field: str) -> tuple[str, ...]:
     """Of those values, in a field of that name."""
-    return tuple(f"{field}.{name}" for name in ("device_value", "host_value", "reserved"))
+    return tuple(f"{field}.{name}" for name in _FIELDS)
+
+
+def constants(field: str) -> dict[str, Union[int, float]]:
+    """Of those values, by name, where a kernel does not scale."""
+    return dict(zip(names(field), values(None)))
 
 
 # A scale in the schema of an operator for torch.compile, and back.
@@ -51,3 +66,5 @@ def check(op: str, name: str, scale: Scale, reference: torch.Tensor, reference_n
             f"{name} is {scale.dtype} of shape {list(scale.shape)}; expected a number or one float32 in a tensor",
         )
         checks.require_device(op, name, scale, reference, reference_name)
+    elif scale is not None:
+        checks.real(op, name, scale)

@@ -51,6 +51,11 @@ TENSORS = Bundle(  # one tensor or a pair, such as a paged cache
 )
 
 
+def together(*parts: str) -> Bundle:
+    """A tuple, by the schema of each of its items."""
+    return fields(lambda *values: values, *parts)
+
+
 def fields(of: Callable[..., Any], *parts: str) -> Bundle:
     """A tuple, made by `of`, by the schema of each of its fields."""
     return Bundle(parts, lambda value: value, of)

@@ -12,9 +12,10 @@ from typing import Optional
 
 import torch
 
+from flashinfer.host import checks
 from flashinfer.host.paged_cache import PagedCache
 from flashinfer.host.quant_scale import Scale
-from flashinfer.rope import launch as launches
+from flashinfer.rope import append, launch
 from flashinfer.rope.rotation import Rotation
 
 __all__ = [
@@ -65,8 +66,8 @@ def apply_rope(
         ValueError: a shape, dtype, device or stride does not fit.
         UnsupportedConfig: no kernel for this dtype or head dimension.
     """
-    rotation = Rotation.of_requests(indptr, offsets, rotary_dim, interleave, rope_scale, rope_theta)
-    return launches.rope("apply_rope", q, k, torch.empty_like(q), torch.empty_like(k), rotation)
+    rotation = Rotation(rotary_dim, interleave, None, indptr, offsets, None, rope_scale, rope_theta)
+    return launch.rope("apply_rope", q, k, rotation)
 
 
 def apply_rope_inplace(
@@ -80,8 +81,8 @@ def apply_rope_inplace(
     rope_theta: float = 1e4,
 ) -> None:
     """`apply_rope`, in place."""
-    rotation = Rotation.of_requests(indptr, offsets, rotary_dim, interleave, rope_scale, rope_theta)
-    launches.rope("apply_rope_inplace", q, k, q, k, rotation)
+    rotation = Rotation(rotary_dim, interleave, None, indptr, offsets, None, rope_scale, rope_theta)
+    launch.rope_inplace("apply_rope_inplace", q, k, rotation)
 
 
 def apply_rope_pos_ids(
@@ -94,8 +95,8 @@ def apply_rope_pos_ids(
     rope_theta: float = 1e4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`apply_rope` with the position of every row given: pos_ids is `[nnz]`, int32 or int64."""
-    rotation = Rotation.at(pos_ids, rotary_dim, interleave, rope_scale, rope_theta)
-    return launches.rope("apply_rope_pos_ids", q, k, torch.empty_like(q), torch.empty_like(k), rotation)
+    rotation = Rotation(rotary_dim, interleave, pos_ids, None, None, None, rope_scale, rope_theta)
+    return launch.rope("apply_rope_pos_ids", q, k, rotation)
 
 
 def apply_rope_pos_ids_inplace(
@@ -108,8 +109,8 @@ def apply_rope_pos_ids_inplace(
     rope_theta: float = 1e4,
 ) -> None:
     """`apply_rope_pos_ids`, in place."""
-    rotation = Rotation.at(pos_ids, rotary_dim, interleave, rope_scale, rope_theta)
-    launches.rope("apply_rope_pos_ids_inplace", q, k, q, k, rotation)
+    rotation = Rotation(rotary_dim, interleave, pos_ids, None, None, None, rope_scale, rope_theta)
+    launch.rope_inplace("apply_rope_pos_ids_inplace", q, k, rotation)
 
 
 def apply_llama31_rope(
@@ -131,8 +132,8 @@ def apply_llama31_rope(
     high_freq_factor turns are kept, and between the two the division fades in linearly.
     """
     frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
-    rotation = Rotation.of_requests(indptr, offsets, rotary_dim, interleave, *frequencies)
-    return launches.rope("apply_llama31_rope", q, k, torch.empty_like(q), torch.empty_like(k), rotation)
+    rotation = Rotation(rotary_dim, interleave, None, indptr, offsets, None, *frequencies)
+    return launch.rope("apply_llama31_rope", q, k, rotation)
 
 
 def apply_llama31_rope_inplace(
@@ -150,8 +151,8 @@ def apply_llama31_rope_inplace(
 ) -> None:
     """`apply_llama31_rope`, in place."""
     frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
-    rotation = Rotation.of_requests(indptr, offsets, rotary_dim, interleave, *frequencies)
-    launches.rope("apply_llama31_rope_inplace", q, k, q, k, rotation)
+    rotation = Rotation(rotary_dim, interleave, None, indptr, offsets, None, *frequencies)
+    launch.rope_inplace("apply_llama31_rope_inplace", q, k, rotation)
 
 
 def apply_llama31_rope_pos_ids(
@@ -168,8 +169,8 @@ def apply_llama31_rope_pos_ids(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`apply_llama31_rope` with the position of every row given: pos_ids is `[nnz]`, int32 or int64."""
     frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
-    rotation = Rotation.at(pos_ids, rotary_dim, interleave, *frequencies)
-    return launches.rope("apply_llama31_rope_pos_ids", q, k, torch.empty_like(q), torch.empty_like(k), rotation)
+    rotation = Rotation(rotary_dim, interleave, pos_ids, None, None, None, *frequencies)
+    return launch.rope("apply_llama31_rope_pos_ids", q, k, rotation)
 
 
 def apply_llama31_rope_pos_ids_inplace(
@@ -186,8 +187,8 @@ def apply_llama31_rope_pos_ids_inplace(
 ) -> None:
     """`apply_llama31_rope_pos_ids`, in place."""
     frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
-    rotation = Rotation.at(pos_ids, rotary_dim, interleave, *frequencies)
-    launches.rope("apply_llama31_rope_pos_ids_inplace", q, k, q, k, rotation)
+    rotation = Rotation(rotary_dim, interleave, pos_ids, None, None, None, *frequencies)
+    launch.rope_inplace("apply_llama31_rope_pos_ids_inplace", q, k, rotation)
 
 
 def apply_rope_with_cos_sin_cache(
@@ -214,9 +215,9 @@ def apply_rope_with_cos_sin_cache(
 
     Raises: as `apply_rope`.
     """
-    rotation = Rotation.by_table(positions, cos_sin_cache, not is_neox)
-    query_out, key_out = torch.empty_like(query), torch.empty_like(key)
-    return launches.rope("apply_rope_with_cos_sin_cache", query, key, query_out, key_out, rotation, head_size)
+    op = "apply_rope_with_cos_sin_cache"
+    rotation = _by_table(op, positions, cos_sin_cache, is_neox)
+    return launch.rope(op, query, key, rotation, head_size)
 
 
 def apply_rope_with_cos_sin_cache_inplace(
@@ -228,8 +229,15 @@ def apply_rope_with_cos_sin_cache_inplace(
     is_neox: bool = True,
 ) -> None:
     """`apply_rope_with_cos_sin_cache`, in place."""
-    rotation = Rotation.by_table(positions, cos_sin_cache, not is_neox)
-    launches.rope("apply_rope_with_cos_sin_cache_inplace", query, key, query, key, rotation, head_size)
+    op = "apply_rope_with_cos_sin_cache_inplace"
+    rotation = _by_table(op, positions, cos_sin_cache, is_neox)
+    launch.rope_inplace(op, query, key, rotation, head_size)
+
+
+def _by_table(op: str, positions: torch.Tensor, cos_sin_cache: torch.Tensor, is_neox: bool) -> Rotation:
+    if cos_sin_cache is None:  # which would mean frequencies
+        raise TypeError(f"{op}: cos_sin_cache is None; expected a tensor [max_position, rotary_dim]")
+    return Rotation(None, not checks.boolean(op, "is_neox", is_neox), positions, None, None, cos_sin_cache)
 
 
 def rope_append_paged_kv_cache(
@@ -282,25 +290,18 @@ def rope_append_paged_kv_cache(
 
     Raises: as `apply_rope` and `flashinfer.append_paged_kv_cache`.
     """
-    if q_out is None:
-        q_out = torch.empty_like(q)
-    if pos_ids is None:
-        pos_ids = positions
     frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
-    if cos_sin_cache is None:
-        rotation = Rotation.at(pos_ids, rotary_dim, interleave, *frequencies)
-    else:
-        rotation = Rotation.by_table(pos_ids, cos_sin_cache, interleave)
-    launches.append(
+    turned_by = positions if pos_ids is None else pos_ids
+    return append.append(
         (q, k, v, q_out),
         (batch_indices, positions, kv_indices, kv_indptr),
         paged_kv_cache,
         kv_layout,
-        (k_scale, v_scale),
-        rotation,
+        k_scale,
+        v_scale,
+        Rotation(rotary_dim, interleave, turned_by, None, None, cos_sin_cache, *frequencies),
         enable_pdl,
     )
-    return q_out
 
 
 def fused_qk_rmsnorm_rope(
@@ -341,8 +342,5 @@ def fused_qk_rmsnorm_rope(
     Raises: as `apply_rope`.
     """
     frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
-    if cos_sin_cache is None:
-        rotation = Rotation.at(pos_ids, rotary_dim, interleave, *frequencies)
-    else:
-        rotation = Rotation.by_table(pos_ids, cos_sin_cache, interleave)
-    launches.qk_norm(qkv, (q_weight, k_weight), (num_qo_heads, num_kv_heads), eps, weight_bias, rotation, enable_pdl)
+    rotation = Rotation(rotary_dim, interleave, pos_ids, None, None, cos_sin_cache, *frequencies)
+    launch.qk_norm(qkv, (q_weight, k_weight), (num_qo_heads, num_kv_heads), eps, weight_bias, rotation, enable_pdl)
