@@ -29,7 +29,9 @@ struct TokenPlace {
 };
 
 // Whether 0 <= i < count, in one comparison.
-__device__ __forceinline__ bool is_below(int64_t i, int32_t count) { return uint64_t(i) < uint64_t(uint32_t(count)); }
+__device__ __forceinline__ bool is_below(int64_t i, int32_t count) {
+  return uint64_t(i) < uint64_t(uint32_t(count));
+}
 
 template <class PageIndex>
 __device__ __forceinline__ TokenSlot find_slot(const TokenSlots& slots, const SlotBounds& bounds,
@@ -41,7 +43,7 @@ __device__ __forceinline__ TokenSlot find_slot(const TokenSlots& slots, const Sl
   const PageIndex* page_indptr = static_cast<const PageIndex*>(slots.page_indptr) + batch_idx;
   const PageIndex first = page_indptr[0], end = page_indptr[1];
   const uint32_t page_of_request = uint32_t(position) / uint32_t(bounds.page_size);
-  const int64_t i = int64_t(first) + page_of_request;
+  const int64_t i = int64_t(uint64_t(first) + page_of_request);
   if (i >= int64_t(end) || !is_below(i, bounds.num_page_indices)) return {0, 0, false};
   const int64_t page_idx = static_cast<const PageIndex*>(slots.page_indices)[i];
   return {page_idx, int32_t(uint32_t(position) - page_of_request * uint32_t(bounds.page_size)),

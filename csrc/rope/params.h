@@ -39,12 +39,12 @@ struct RopeParams {
 
 // Rotate queries and keys, and store keys and values in a paged cache.
 struct RopeAppendParams {
-  const void* q;                      // [num_tokens, num_qo_heads, head_dim] T
-  const void* k;                      // [num_tokens, num_kv_heads, head_dim] T
-  const void* v;                      // [num_tokens, num_kv_heads, head_dim] T
-  void* q_out;                        // shape of q; may be q
-  void* key_cache;                    // [num_pages, page_size, num_kv_heads, head_dim] CacheT
-  void* value_cache;                  // [num_pages, page_size, num_kv_heads, head_dim] CacheT
+  const void* q;      // [num_tokens, num_qo_heads, head_dim] T
+  const void* k;      // [num_tokens, num_kv_heads, head_dim] T
+  const void* v;      // [num_tokens, num_kv_heads, head_dim] T
+  void* q_out;        // shape of q; may be q
+  void* key_cache;    // [num_pages, page_size, num_kv_heads, head_dim] CacheT
+  void* value_cache;  // [num_pages, page_size, num_kv_heads, head_dim] CacheT
   TokenSlots slots;
   Rotation rotation;
   QuantScale key_scale, value_scale;  // of an fp8 cache
@@ -64,7 +64,7 @@ struct QkNormRopeParams {
   Rotation rotation;
   RotationSetup setup;
   HeadStrides qkv_strides;  // of q and of k
-  float eps, weight_bias;  // the weight applied is weight_bias + weight (Gemma: 1)
+  float eps, weight_bias;   // the weight applied is weight_bias + weight (Gemma: 1)
   int32_t num_tokens, num_qo_heads, num_kv_heads;
 };
 

@@ -70,7 +70,8 @@ __device__ __forceinline__ void rope_append(const RopeAppendParams& params) {
 
   // Where to, and by which angles.
   if (!is_used) return;
-  const TokenSlot slot = is_query ? TokenSlot{0, 0, true} : find_slot<typename Config::PageIndex>(params.slots, params.bounds, place);
+  const TokenSlot slot =
+      is_query ? TokenSlot{0, 0, true} : find_slot<typename Config::PageIndex>(params.slots, params.bounds, place);
   if (!slot.exists) return;
   const bool is_turned = lane.is_rotary && !is_value;
   LaneAngles<Config> angles;

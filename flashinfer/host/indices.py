@@ -11,6 +11,7 @@ for the question; `are_visible` also knows that a CUDA graph is not being captur
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -42,11 +43,11 @@ def require_within(
     low: int,
     high: int,
     meaning: str,
-    where: Optional[torch.Tensor] = None,
+    where: Optional[Callable[[], torch.Tensor]] = None,
 ) -> None:
     """Every entry is at least `low` and below `high`. `meaning` completes the message: "the cache's 12 pages".
 
-    where: which entries count; None: all.
+    where: makes a mask of the entries that count; None: all do.
     """
     if values.numel() == 0:
         return
@@ -55,7 +56,7 @@ def require_within(
         return
     wrong = (values < low) | (values >= high)
     if where is not None:
-        wrong &= where
+        wrong &= where()
     found = torch.nonzero(wrong.reshape(-1))
     if found.numel() == 0:
         return

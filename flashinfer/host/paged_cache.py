@@ -20,8 +20,8 @@ from flashinfer.host.rows import require_rows
 
 PagedCache = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 LAYOUTS = {
-    "NHD": ("num_pages", "page_size", "num_kv_heads", "head_dim"),
-    "HND": ("num_pages", "num_kv_heads", "page_size", "head_dim"),
+    "NHD": ("pages", "page_size", "num_kv_heads", "head_dim"),
+    "HND": ("pages", "num_kv_heads", "page_size", "head_dim"),
 }
 Sizes = Mapping[str, tuple[int, str]]  # axis -> its size and who says so: "the plan says", "q has"
 
@@ -57,6 +57,10 @@ def addresses(cache: PagedCache) -> tuple[int, int]:
     return k.data_ptr(), v.data_ptr()
 
 
+def tensors(cache: PagedCache) -> tuple[torch.Tensor, ...]:
+    return (cache,) if isinstance(cache, torch.Tensor) else tuple(cache)
+
+
 def v_offset(cache: PagedCache) -> int:
     """Bytes from the address of the tensor that holds V to V."""
     return cache.stride(1) * cache.element_size() if isinstance(cache, torch.Tensor) else 0
@@ -78,7 +82,7 @@ def halves(
         checks.require(
             cache.dim() == 5 and cache.shape[1] == 2,
             op,
-            f"paged_kv_cache has shape {list(cache.shape)}; expected [num_pages, 2, {', '.join(axes[1:])}], K and V on "
+            f"paged_kv_cache has shape {list(cache.shape)}; expected [pages, 2, {', '.join(axes[1:])}], K and V on "
             "dim 1, or a pair (k, v) of tensors without it",
         )
         own_axes = (axes[0], "K and V", *axes[1:])
@@ -95,7 +99,7 @@ def halves(
         checks.require_tensors(op, k_cache=k, v_cache=v)
         require_sizes(op, "the k cache", k, axes, k_sizes, hint)
         of_k = dict(zip(axes, k.shape))
-        as_k = {axis: (of_k[axis], "the k cache has") for axis in ("num_pages", "page_size")}
+        as_k = {axis: (of_k[axis], "the k cache has") for axis in ("pages", "page_size")}
         require_sizes(op, "the v cache", v, axes, {**as_k, **v_sizes}, hint)
         checks.require_dtype_device(op, "the v cache", v, k, "the k cache")
         checks.require_unit_stride(op, "the k cache", k)

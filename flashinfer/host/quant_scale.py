@@ -18,18 +18,23 @@ def signature(scale: Scale) -> object:
     return memo.signature(scale) if isinstance(scale, torch.Tensor) else type(scale)
 
 
-def values(scale: Scale) -> tuple[int, float, int]:
-    """The values of `QuantScale` in csrc/quant_scale.h, in order. Raises ValueError for a number that fp32 does not
-    hold: the only thing that `check` cannot know of a later call."""
+def values(scale: Scale, what: str = "a scale") -> tuple[int, float, int]:
+    """The values of `QuantScale` in csrc/quant_scale.h, in order.
+
+    Raises ValueError, which begins with `what`, where a later call has what `check` could not see in the first: a
+    number that fp32 does not hold, a tensor without memory.
+    """
     if isinstance(scale, torch.Tensor):
         address = scale.data_ptr()
         if not address:
-            raise ValueError(f"a scale is a {type(scale).__name__} without memory; expected one float32 in a tensor")
+            raise ValueError(
+                f"{what} is a {type(scale).__name__} without memory here; expected one float32 in a tensor"
+            )
         return address, 1.0, 0
     if scale is None:
         return 0, 1.0, 0
     if not -_LARGEST <= scale <= _LARGEST:
-        raise ValueError(f"a scale is {scale!r:.60}; expected a finite number of fp32")
+        raise ValueError(f"{what} is {scale!r:.60}; expected a finite number")
     return 0, scale, 0
 
 

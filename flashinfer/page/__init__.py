@@ -41,15 +41,15 @@ def append_paged_kv_cache(
     """Write rows of keys and values to their slots in a paged cache.
 
     Row `i` goes to slot `positions[i] % page_size` of page `kv_indices[kv_indptr[b] + positions[i] // page_size]`, with
-    `b = batch_indices[i]`. Rows with `b` outside `[0, batch_size)`, a negative position, or a position past the
-    request's last page are
-    padding: they are skipped, so a captured CUDA graph may be replayed with fewer rows.
+    `b = batch_indices[i]`. A negative request, position or page number marks padding: the row is skipped, so a captured
+    CUDA graph may be replayed with fewer rows. One that leads past the requests, the request's pages or the cache is an
+    IndexError on the CPU, and skipped on a GPU (docs/safety.md).
 
     Args:
         append_key: `[nnz, num_kv_heads, head_dim]`.
         append_value: `[nnz, num_kv_heads, head_dim_v]`.
-        batch_indices: `[nnz]`, int32 or int64; the request of each row.
-        positions: `[nnz]`, dtype of batch_indices; the row's position in its request, counted from 0.
+        batch_indices: `[nnz]`, int32 or int64; the request of each row, -1 for padding.
+        positions: `[nnz]`, dtype of batch_indices; the row's position in its request, counted from 0, below 2**31 - 1.
         paged_kv_cache: see the module's docstring; the dtype of append_key, or fp8, to which fp16, bf16 and fp32 rows
             are converted.
         kv_indices: page numbers of all requests, one after the other, int32 or int64; may be longer than needed.
@@ -61,7 +61,8 @@ def append_paged_kv_cache(
         enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
 
     Raises:
-        ValueError: a shape, dtype, device or stride does not fit.
+        ValueError, TypeError: a shape, dtype, device, stride or type does not fit; elements of the cache overlap.
+        IndexError: an index leads outside, where the host sees values.
         UnsupportedConfig: no kernel for these dtypes or head dimensions.
     """
     run = append.paged_door if torch.compiler.is_dynamo_compiling() else append.run_paged
@@ -106,18 +107,19 @@ def get_batch_indices_positions(
     """The request and the position of every row of a ragged batch.
 
     Args:
-        append_indptr: `[batch_size + 1]`, int32 or int64; where each request's rows start.
+        append_indptr: `[batch_size + 1]`, int32 or int64; where each request's rows start. Ascending, `nnz` at most.
         seq_lens: `[batch_size]`; length of each request with the appended rows, which are its last ones.
         nnz: rows to fill in; may exceed `append_indptr[-1]` (a padded batch).
         batch_indices, positions: `[nnz]` int32 outputs; allocated when None.
 
     Returns:
         `(batch_indices, positions)`, int32, `[nnz]`. Row `i` of request `b` has position
-        `seq_lens[b] - append_indptr[b + 1] + i`. Rows past `append_indptr[-1]` get batch index -1, which
-        `append_paged_kv_cache` skips, and position 0.
+        `seq_lens[b] - append_indptr[b + 1] + i`. Rows of no request, past `append_indptr[-1]` or before
+        `append_indptr[0]`, get batch index -1, which `append_paged_kv_cache` skips, and position 0.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit.
+        ValueError, TypeError, IndexError: a shape, dtype, device or type does not fit; or, where the host sees values,
+            the offsets descend or end past nnz, or a request is shorter than its rows.
     """
     return lengths.positions(append_indptr, seq_lens, nnz, batch_indices, positions)
 
@@ -127,13 +129,14 @@ def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_s
 
     Args:
         kv_indptr: `[batch_size + 1]`, int32 or int64; where each request's pages start.
-        kv_last_page_len: `[batch_size]`; entries used in each request's last page.
+        kv_last_page_len: `[batch_size]`; entries used in each request's last page, page_size at most.
         page_size: entries of a page.
 
     Returns:
         `[batch_size]` int32: `(num_pages - 1) * page_size + kv_last_page_len`, and 0 for a request without pages.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit.
+        ValueError, TypeError: a shape, dtype, device or type does not fit; or, where the host sees values, the offsets
+            descend, a last page is longer than a page, or a length does not fit int32.
     """
     return lengths.seq_lens(kv_indptr, kv_last_page_len, page_size)

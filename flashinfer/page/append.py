@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Optional
 
 import torch
@@ -32,6 +32,7 @@ class _Append(NamedTuple):
 
 
 _appends: memo.Memo[_Append] = memo.Memo()
+_mla_appends: memo.Memo[_Append] = memo.Memo()
 Rows = tuple[torch.Tensor, torch.Tensor]  # of keys and values
 
 
@@ -80,12 +81,14 @@ def run_paged(
         kv_indices.data_ptr(),
         kv_indptr.data_ptr(),
     )
-    if 0 in addresses and prepared.launch is not nothing:
-        _prepare_paged(rows, slots, paged_kv_cache, kv_layout, k_scale, v_scale, pdl)
+    if 0 in addresses:
+        caches = dict(zip(("paged_kv_cache", "v_cache"), paged_cache.tensors(paged_kv_cache)))
+        _require_memory("append_paged_kv_cache", rows, slots, caches)
     if prepared.check is not None:
         prepared.check(slots)
     if prepared.converts:
-        prepared.launch(*addresses, *quant_scale.values(k_scale), *quant_scale.values(v_scale))
+        k_values = quant_scale.values(k_scale, "append_paged_kv_cache: k_scale")
+        prepared.launch(*addresses, *k_values, *quant_scale.values(v_scale, "append_paged_kv_cache: v_scale"))
     else:
         prepared.launch(*addresses)
 
@@ -111,6 +114,8 @@ def _prepare_paged(
         {"num_kv_heads": (x.shape[1], "the rows have"), "head_dim": (x.shape[2], "the rows have")} for x in rows
     )
     caches = paged_cache.halves(op, paged_kv_cache, kv_layout, k_sizes, v_sizes)
+    for tensor in paged_cache.tensors(paged_kv_cache):
+        require_distinct(op, "paged_kv_cache", tensor)
     scales = {"k_scale": k_scale, "v_scale": v_scale}
     return _prepare_append(op, rows, caches, slots, scales, paged_cache.v_offset(paged_kv_cache), pdl)
 
@@ -130,22 +135,25 @@ def run_mla(rows: Rows, slots: Slots, ckv_cache: Optional[torch.Tensor], kpe_cac
             kv_indptr.data_ptr(),
         )
         key = (
-            "mla",
             (addresses[0] | addresses[1] | addresses[2] | addresses[3]) & 15,
             memo.signature(ckv),
             memo.signature(kpe),
             None if ckv_cache is None else memo.signature(ckv_cache),
             None if kpe_cache is None else memo.signature(kpe_cache),
-            appending.signature(slots),
+            memo.signature(batch_indices),
+            memo.signature(positions),
+            memo.signature(kv_indices),
+            memo.signature(kv_indptr),
         )
-        prepared = _appends.get(key)
+        prepared = _mla_appends.get(key)
     except (AttributeError, TypeError):
         _prepare_mla(rows, slots, ckv_cache, kpe_cache)  # says what is wrong
         raise
     if prepared is None:
-        prepared = _appends.remember(key, _prepare_mla(rows, slots, ckv_cache, kpe_cache))
-    if addresses.count(0) != prepared.num_null and prepared.launch is not nothing:
-        _prepare_mla(rows, slots, ckv_cache, kpe_cache)
+        prepared = _mla_appends.remember(key, _prepare_mla(rows, slots, ckv_cache, kpe_cache))
+    if addresses.count(0) != prepared.num_null:
+        caches = {"ckv_cache": ckv_cache, "kpe_cache": kpe_cache}
+        _require_memory("append_paged_mla_kv_cache", rows, slots, caches)
     if prepared.check is not None:
         prepared.check(slots)
     prepared.launch(*addresses)
@@ -169,15 +177,23 @@ def _prepare_mla(
             caches.append(None)
             continue
         checks.require_tensors(op, **{f"{name}_cache": cache})
-        axes, sizes = ("num_pages", "page_size", f"{name}_dim"), {f"{name}_dim": (tensor.shape[1], "the rows have")}
+        axes, sizes = ("pages", "page_size", f"{name}_dim"), {f"{name}_dim": (tensor.shape[1], "the rows have")}
         paged_cache.require_sizes(op, f"{name}_cache", cache, axes, {**first, **sizes}, "pass a cache for these rows")
         checks.require(
             cache.shape[1] > 0, op, f"{name}_cache has pages of no entries; expected a page_size of at least 1"
         )
+        checks.require_unit_stride(op, f"{name}_cache", cache)
+        require_distinct(op, f"{name}_cache", cache)
         first = {axis: (size, "ckv_cache has") for axis, size in zip(axes[:2], cache.shape)}
         caches.append(cache.unsqueeze(2))
     ckv, kpe = (tensor.unsqueeze(1) for tensor in rows)
     return _prepare_append(op, (ckv, kpe), (caches[0], caches[1]), slots, {}, 0, None)
+
+
+def _require_memory(op: str, rows: Rows, slots: Slots, caches: Mapping[str, Optional[torch.Tensor]]) -> None:
+    """Tensors without memory have the signature of others. Looked for where an address is 0, as of an empty tensor."""
+    given = {name: cache for name, cache in caches.items() if cache is not None}
+    checks.require_tensors(op, append_key=rows[0], append_value=rows[1], **dict(zip(appending.NAMES, slots)), **given)
 
 
 def _prepare_append(
@@ -201,8 +217,6 @@ def _prepare_append(
     caches = [cache for cache in both_caches if cache is not None]
     for cache in caches:
         checks.require_dtype_device(op, "the cache", cache, caches[0], "the other cache")
-        checks.require_unit_stride(op, "the cache", cache)
-        require_distinct(op, "the cache", cache)
     for tensor in rows:
         checks.require_unit_stride(op, "the rows", tensor)
     converts = appending.check_types(op, key, caches[0], scales)

@@ -33,7 +33,6 @@ def positions(
     batch_indices: Optional[torch.Tensor],
     positions: Optional[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    append_indptr, seq_lens = _of_one_type(append_indptr, seq_lens)
     if not torch.compiler.is_dynamo_compiling():
         return _run_positions(append_indptr, seq_lens, nnz, batch_indices, positions)
     if batch_indices is None:
@@ -53,6 +52,8 @@ def _run_positions(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     op = "get_batch_indices_positions"
     try:
+        if append_indptr.dtype is not seq_lens.dtype:
+            append_indptr, seq_lens = _of_one_type(append_indptr, seq_lens)
         key = (
             op,
             nnz,
@@ -68,14 +69,18 @@ def _run_positions(
     if prepared is None:
         prepared = _prepare_positions(op, append_indptr, seq_lens, nnz, batch_indices, positions)
         _index_launches.remember(key, prepared)
-    if prepared.reads_values:
-        _require_lengths(op, append_indptr, seq_lens, nnz)
-    batch_indices = prepared.new() if batch_indices is None else batch_indices
-    positions = prepared.new() if positions is None else positions
+    launch, reads_values, new = prepared
+    if batch_indices is None:
+        batch_indices = new()
+    if positions is None:
+        positions = new()
     addresses = (append_indptr.data_ptr(), seq_lens.data_ptr(), batch_indices.data_ptr(), positions.data_ptr())
-    if 0 in addresses and prepared.launch is not nothing:
-        _prepare_positions(op, append_indptr, seq_lens, nnz, batch_indices, positions)
-    prepared.launch(*addresses)
+    if 0 in addresses:
+        outputs = {"batch_indices": batch_indices, "positions": positions}
+        checks.require_tensors(op, append_indptr=append_indptr, seq_lens=seq_lens, **outputs)
+    if reads_values:
+        _require_lengths(op, append_indptr, seq_lens, nnz)
+    launch(*addresses)
     return batch_indices, positions
 
 
@@ -103,18 +108,17 @@ def _require_lengths(op: str, append_indptr: torch.Tensor, seq_lens: torch.Tenso
     if not indices.are_visible(append_indptr, seq_lens):
         return
     indices.require_offsets(op, "append_indptr", append_indptr, nnz, "nnz")
-    counts = append_indptr[1:] - append_indptr[:-1]
-    wrong = (seq_lens < counts) | (seq_lens > _LARGEST)
-    if wrong.any():
-        b = int(torch.nonzero(wrong)[0])
-        raise ValueError(
-            f"{op}: seq_lens[{b}] is {int(seq_lens[b])}; expected {int(counts[b])}, the rows that append_indptr gives "
-            f"request {b}, to {_LARGEST}"
-        )
+    ends = append_indptr.tolist()
+    for request, length in enumerate(seq_lens.tolist()):
+        count = ends[request + 1] - ends[request]
+        if not count <= length <= _LARGEST:
+            raise ValueError(
+                f"{op}: seq_lens[{request}] is {length}; expected {count}, the rows that append_indptr gives request "
+                f"{request}, to {_LARGEST}"
+            )
 
 
 def seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int) -> torch.Tensor:
-    kv_indptr, kv_last_page_len = _of_one_type(kv_indptr, kv_last_page_len)
     if not torch.compiler.is_dynamo_compiling():
         return _run_seq_lens(kv_indptr, kv_last_page_len, page_size, None)
     out = torch.empty(kv_last_page_len.shape, dtype=torch.int32, device=kv_indptr.device)
@@ -127,6 +131,8 @@ def _run_seq_lens(
 ) -> torch.Tensor:
     op = "get_seq_lens"
     try:
+        if kv_indptr.dtype is not kv_last_page_len.dtype:
+            kv_indptr, kv_last_page_len = _of_one_type(kv_indptr, kv_last_page_len)
         key = (op, memo.signature(kv_indptr), memo.signature(kv_last_page_len), page_size)
         prepared = _index_launches.get(key)
     except (AttributeError, TypeError):
@@ -135,13 +141,15 @@ def _run_seq_lens(
     if prepared is None:
         prepared = _prepare_seq_lens(op, kv_indptr, kv_last_page_len, page_size)
         _index_launches.remember(key, prepared)
-    if prepared.reads_values:
-        _require_pages(op, kv_indptr, kv_last_page_len, page_size)
-    seq_lens = prepared.new() if seq_lens is None else seq_lens
+    launch, reads_values, new = prepared
+    if seq_lens is None:
+        seq_lens = new()
     addresses = (kv_indptr.data_ptr(), kv_last_page_len.data_ptr(), seq_lens.data_ptr())
-    if 0 in addresses and prepared.launch is not nothing:
-        _prepare_seq_lens(op, kv_indptr, kv_last_page_len, page_size)
-    prepared.launch(*addresses)
+    if 0 in addresses:
+        checks.require_tensors(op, kv_indptr=kv_indptr, kv_last_page_len=kv_last_page_len)
+    if reads_values:
+        _require_pages(op, kv_indptr, kv_last_page_len, page_size)
+    launch(*addresses)
     return seq_lens
 
 
@@ -155,22 +163,23 @@ def _require_pages(op: str, kv_indptr: torch.Tensor, kv_last_page_len: torch.Ten
     if not indices.are_visible(kv_indptr, kv_last_page_len):
         return
     indices.require_offsets(op, "kv_indptr", kv_indptr)
-    counts = kv_indptr[1:] - kv_indptr[:-1]
-    within = (kv_last_page_len >= 0) & (kv_last_page_len <= page_size)
-    wrong = (counts > 0) & ~within
-    if wrong.any():
-        b = int(torch.nonzero(wrong)[0])
-        raise ValueError(
-            f"{op}: kv_last_page_len[{b}] is {int(kv_last_page_len[b])}; expected at most the page_size, {page_size}"
-        )
-    longest = int(counts.max()) * page_size if counts.numel() else 0
-    checks.require(longest <= _LARGEST, op, f"a request has {longest} entries; expected at most {_LARGEST}")
+    ends = kv_indptr.tolist()
+    for request, last in enumerate(kv_last_page_len.tolist()):
+        count = ends[request + 1] - ends[request]
+        if count > 0 and not 0 <= last <= page_size:
+            raise ValueError(
+                f"{op}: kv_last_page_len[{request}] is {last}; expected at most the page_size, {page_size}"
+            )
+        if count * page_size > _LARGEST:
+            raise ValueError(
+                f"{op}: request {request} has {count} pages of {page_size}; expected at most {_LARGEST} entries"
+            )
 
 
 def _of_one_type(offsets: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The wider, so that no value is cut, where one is int32 and one int64; whatever else they are is for checks."""
-    types = {getattr(offsets, "dtype", None), getattr(lengths, "dtype", None)}
-    return (offsets.long(), lengths.long()) if types == {torch.int32, torch.int64} else (offsets, lengths)
+    are_indices = {offsets.dtype, lengths.dtype} == {torch.int32, torch.int64}
+    return (offsets.long(), lengths.long()) if are_indices else (offsets, lengths)
 
 
 def _check_lengths(op: str, **tensors: torch.Tensor) -> None:

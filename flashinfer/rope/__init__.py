@@ -46,13 +46,14 @@ def apply_rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn queries and keys of a ragged batch.
 
-    Row `i` of request `b` is at position `offsets[b] + i - indptr[b]`; rows past `indptr[-1]` are at position 0.
+    Row `i` of request `b` is at position `offsets[b] + i - indptr[b]`; rows of no request, past `indptr[-1]` or before
+    `indptr[0]`, are at position 0.
 
     Args:
         q: `[nnz, num_qo_heads, head_dim]`, fp16, bf16 or fp32, any strides with a dense last axis. head_dim is a
             multiple of 4, at most 512.
         k: `[nnz, num_kv_heads, head_dim]`, dtype of q.
-        indptr: `[batch_size + 1]`, int32 or int64; where each request's rows start.
+        indptr: `[batch_size + 1]`, int32 or int64; where each request's rows start. Ascending, nnz at most.
         offsets: `[batch_size]`, dtype of indptr; position of each request's first row.
         rotary_dim: elements of a head that turn, a multiple of 4, at most 256; None: all.
         interleave: which elements form a pair (module docstring).
@@ -63,7 +64,10 @@ def apply_rope(
         `(q_rope, k_rope)`, new tensors.
 
     Raises:
-        ValueError: a shape, dtype, device or stride does not fit.
+        ValueError, TypeError: a shape, dtype, device, stride, number or type does not fit; elements of what is turned
+            in place overlap.
+        IndexError: offsets end past q, or a position lies outside of a table, where the host sees values
+            (docs/safety.md).
         UnsupportedConfig: no kernel for this dtype or head dimension.
     """
     rotation = Rotation(rotary_dim, interleave, None, indptr, offsets, None, rope_scale, rope_theta)
@@ -202,7 +206,8 @@ def apply_rope_with_cos_sin_cache(
     """Turn queries and keys by angles from a table, as vLLM and SGLang keep it.
 
     Args:
-        positions: `[nnz]`, int32 or int64; rows of the table.
+        positions: `[nnz]`, int32 or int64; rows of the table. One outside of it is an IndexError on the CPU, and counts
+            as 0 on a GPU.
         query: `[nnz, num_qo_heads * head_size]` or `[nnz, num_qo_heads, head_size]`, fp16, bf16 or fp32.
         key: likewise with num_kv_heads; dtype of query.
         head_size: dimension of a head.
@@ -275,14 +280,15 @@ def rope_append_paged_kv_cache(
         q: `[nnz, num_qo_heads, head_dim]`, fp16, bf16 or fp32.
         k, v: `[nnz, num_kv_heads, head_dim]`, dtype of q. All three may be slices of one packed tensor.
         batch_indices, positions, paged_kv_cache, kv_indices, kv_indptr, kv_last_page_len, kv_layout, k_scale,
-            v_scale: as in `flashinfer.append_paged_kv_cache`, with its treatment of padding; the cache has the dtype
-            of q, or is fp8.
+            v_scale: as in `flashinfer.append_paged_kv_cache`, with its treatment of padding, whose queries are turned
+            all the same; the cache has the dtype of q, or is fp8.
         q_out: where turned queries go, shape and dtype of q; may be q itself. Allocated when None.
         pos_ids: `[nnz]`, int32 or int64; positions to turn by, where they are not those in the cache.
         rotary_dim, interleave, rope_scale, rope_theta: as in `apply_rope`.
         low_freq_factor, high_freq_factor, old_context_len: as in `apply_llama31_rope`; old_context_len 0: plain
             frequencies.
         cos_sin_cache: `[max_position, rotary_dim]`, as in `apply_rope_with_cos_sin_cache`; replaces the frequencies.
+            Its width is rotary_dim, if both are given.
         enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
 
     Returns:
@@ -337,6 +343,7 @@ def fused_qk_rmsnorm_rope(
         low_freq_factor, high_freq_factor, old_context_len: as in `apply_llama31_rope`; old_context_len 0: plain
             frequencies.
         cos_sin_cache: `[max_position, rotary_dim]`, as in `apply_rope_with_cos_sin_cache`; replaces the frequencies.
+            Its width is rotary_dim, if both are given.
         enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
 
     Raises: as `apply_rope`.

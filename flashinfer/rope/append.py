@@ -77,6 +77,7 @@ def _run_append(
         q_ptr, k_ptr, v_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr()
         q_out_ptr, out = (0, None) if q_out is None else (q_out.data_ptr(), q_out is q or memo.signature(q_out))
         k_cache_ptr, v_cache_ptr = paged_cache.addresses(cache)
+        where, how = rotation.identify()
         key = (
             kv_layout,
             pdl,
@@ -89,7 +90,7 @@ def _run_append(
             paged_cache.signature(cache),
             quant_scale.signature(k_scale),
             quant_scale.signature(v_scale),
-            rotation.signature(),
+            how,
         )
         prepared = _appends.get(key)
     except (AttributeError, TypeError, ValueError):
@@ -112,14 +113,17 @@ def _run_append(
         positions.data_ptr(),
         kv_indices.data_ptr(),
         kv_indptr.data_ptr(),
-        *rotation.addresses(),
+        *where,
     )
-    if addresses.count(0) != prepared.num_null and prepared.launch is not nothing:
-        _prepare_append(heads, slots, cache, kv_layout, k_scale, v_scale, rotation, pdl)
+    if addresses.count(0) != prepared.num_null:
+        caches = dict(zip(("paged_kv_cache", "v_cache"), paged_cache.tensors(cache)))
+        named = {"q": q, "k": k, "v": v, "q_out": q_out, **caches, **dict(zip(appending.NAMES, slots))}
+        checks.require_tensors("rope_append_paged_kv_cache", **{**rotation.tensors(), **named})
     if prepared.check is not None:
         prepared.check(slots, rotation)
     if prepared.converts:
-        prepared.launch(*addresses, *quant_scale.values(k_scale), *quant_scale.values(v_scale))
+        k_values = quant_scale.values(k_scale, "rope_append_paged_kv_cache: k_scale")
+        prepared.launch(*addresses, *k_values, *quant_scale.values(v_scale, "rope_append_paged_kv_cache: v_scale"))
     else:
         prepared.launch(*addresses)
     return q_out
@@ -136,20 +140,21 @@ def _prepare_append(
     pdl: Optional[bool],
 ) -> _Append:
     op = "rope_append_paged_kv_cache"
-    *qkv, given = heads
-    q, k, v = (rotary.as_heads(op, name, x) for name, x in zip("qkv", qkv))
+    q, k, v, q_out = heads
+    checks.require_tensors(op, q=q, k=k, v=v)
     new_q_out = memo.allocator(q.shape, q.dtype, q.device)
-    q_out = rotary.as_heads(op, "q_out", new_q_out() if given is None else given)
+    q_out = new_q_out() if q_out is None else q_out
+    geometry = rotary.check(op, rotation, {"q": q, "k": k, "v": v, "q_out": q_out})
     checks.require_like(op, "v", v, k, "k")
     checks.require_like(op, "q_out", q_out, q, "q")
-    geometry = rotary.check(op, rotation, {"q": q, "k": k, "v": v, "q_out": q_out})
     of_rows = {axis: (size, "the rows have") for axis, size in zip(("num_kv_heads", "head_dim"), k.shape[1:])}
     k_cache, v_cache = paged_cache.halves(op, cache, kv_layout, of_rows, of_rows)
     converts = appending.check_types(op, k, k_cache, {"k_scale": k_scale, "v_scale": v_scale})
     cache_dtype = dtypes.short_name(k_cache.dtype)
     axes: dict[str, ArgValue] = {**geometry.axes, **appending.check(op, slots, k), "cache_dtype": cache_dtype}
-    for name, output in (("q_out", q_out), ("the cache", k_cache), ("the cache", v_cache)):
-        require_distinct(op, name, output)
+    require_distinct(op, "q_out", q_out)
+    for tensor in paged_cache.tensors(cache):
+        require_distinct(op, "paged_kv_cache", tensor)
     if q.is_cuda:
         vec = min(int(axes["vec_size"]), vec_size(cache_dtype, k.shape[2] // 2, alignment_of(k_cache, v_cache)))
         axes["vec_size"] = vec
@@ -181,14 +186,16 @@ def _prepare_append(
             ),
         )
 
+    reads_values = geometry.reads_values  # a memo that kept `geometry` would keep its tensors
+
     def check(slots: Slots, rotation: Rotation) -> None:
         appending.require_slots(op, slots, num_pages, page_size)
-        if geometry.reads_values:
-            rotary.require_positions(op, rotation, num_tokens, appending.are_filled(slots))
+        if reads_values:
+            rotary.require_positions(op, rotation, num_tokens, lambda: appending.are_filled(slots))
 
     return _Append(
         launch,
-        rotation.num_null,
+        geometry.num_null,
         paged_cache.v_offset(cache),
         converts,
         check if indices.may_be_visible(*slots) else None,

@@ -73,27 +73,30 @@ def _run_rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q_out, k_out: q and k themselves, or others, or None to allocate them."""
     try:
-        addresses = (q.data_ptr(), k.data_ptr(), *rotation.addresses())
-        alignment = addresses[0] | addresses[1]
-        out: object = q_out is q
-        if q_out is not None and q_out is not q:
-            assert k_out is not None
+        q_ptr, k_ptr, (where, how) = q.data_ptr(), k.data_ptr(), rotation.identify()
+        alignment = q_ptr | k_ptr
+        out: object = "in place" if q_out is q else None
+        if q_out is not q and q_out is not None and k_out is not None:
             alignment |= q_out.data_ptr() | k_out.data_ptr()
             out = memo.signature(q_out), memo.signature(k_out)
-        key = (op, head_dim, alignment & 15, out, memo.signature(q), memo.signature(k), rotation.signature())
+        key = (op, head_dim, alignment & 15, out, memo.signature(q), memo.signature(k), how)
         prepared = _ropes.get(key)
     except (AttributeError, TypeError):
         _prepare_rope(op, q, k, q_out, k_out, rotation, head_dim)  # says what is wrong
         raise
     if prepared is None:
         prepared = _ropes.remember(key, _prepare_rope(op, q, k, q_out, k_out, rotation, head_dim))
-    if addresses.count(0) != prepared.num_null and prepared.launch is not nothing:
+    launch, num_null, reads_values, new_q, new_k = prepared
+    if (q_ptr, k_ptr, *where).count(0) != num_null:
         checks.require_tensors(op, q=q, k=k, **rotation.tensors())
-    if prepared.reads_values:
+    if reads_values:
         rotary.require_positions(op, rotation, q.shape[0])
+    if q_out is q:
+        launch(q_ptr, k_ptr, q_ptr, k_ptr, *where)
+        return q, k
     if q_out is None or k_out is None:
-        q_out, k_out = prepared.new_q(), prepared.new_k()
-    prepared.launch(addresses[0], addresses[1], q_out.data_ptr(), k_out.data_ptr(), *addresses[2:])
+        q_out, k_out = new_q(), new_k()
+    launch(q_ptr, k_ptr, q_out.data_ptr(), k_out.data_ptr(), *where)
     return q_out, k_out
 
 
@@ -106,23 +109,22 @@ def _prepare_rope(
     rotation: Rotation,
     head_dim: Optional[int],
 ) -> _Rope:
+    checks.require_tensors(op, q=q, k=k)
     is_inplace = q_out is q
-    heads = {"q": rotary.as_heads(op, "q", q, head_dim), "k": rotary.as_heads(op, "k", k, head_dim)}
     new_q, new_k = (memo.allocator(x.shape, x.dtype, x.device) for x in (q, k))
-    for name, x, given, new in (("q", q, q_out, new_q), ("k", k, k_out, new_k)):
-        out = new() if given is None else given
-        checks.require_like(op, f"{name}_out", out, x, name)
-        require_distinct(op, name if is_inplace else f"{name}_out", out)
-        heads[f"{name}_out"] = rotary.as_heads(op, f"{name}_out", out, head_dim)
-    geometry = rotary.check(op, rotation, heads, rotary_part_only=is_inplace)
-    num_heads = {"num_qo_heads": heads["q"].shape[1], "num_kv_heads": heads["k"].shape[1]}
+    heads = {"q": q, "k": k, "q_out": new_q() if q_out is None else q_out, "k_out": new_k() if k_out is None else k_out}
+    for name in "qk":
+        checks.require_like(op, f"{name}_out", heads[f"{name}_out"], heads[name], name)
+        require_distinct(op, name if is_inplace else f"{name}_out", heads[f"{name}_out"])
+    geometry = rotary.check(op, rotation, heads, head_dim, rotary_part_only=is_inplace)
+    num_heads = {"num_qo_heads": geometry.heads["q"].shape[1], "num_kv_heads": geometry.heads["k"].shape[1]}
     launch: PreparedLaunch = nothing
     if q.numel() + k.numel() > 0:
         spec = families.ROPE.spec(
             target.of_device(q.device),
             **geometry.axes,
             ragged=rotation.positions is None,
-            rotary_part_only=is_inplace and geometry.axes["rotary_dim"] != heads["q"].shape[2],
+            rotary_part_only=is_inplace and geometry.axes["rotary_dim"] != geometry.axes["head_dim"],
         )
         launcher = default_resolver().load(spec).on(q.get_device())
         launch = launcher.prepare(
@@ -130,7 +132,7 @@ def _prepare_rope(
             {**geometry.constants, **num_heads},
             varying=("q", "k", "q_out", "k_out", *rotary.FIELDS),
         )
-    return _Rope(launch, rotation.num_null, geometry.reads_values, new_q, new_k)
+    return _Rope(launch, geometry.num_null, geometry.reads_values, new_q, new_k)
 
 
 _rope_door = traced.door(
@@ -158,6 +160,7 @@ class _QkNorm(NamedTuple):
     reads_values: bool
 
 
+_QK_NORM = "fused_qk_rmsnorm_rope"
 _qk_norms: memo.Memo[_QkNorm] = memo.Memo()
 
 
@@ -188,7 +191,8 @@ def _run_qk_norm(
 ) -> None:
     q_weight, k_weight = weights
     try:
-        addresses = (qkv.data_ptr(), q_weight.data_ptr(), k_weight.data_ptr(), *rotation.addresses())
+        where, how = rotation.identify()
+        addresses = (qkv.data_ptr(), q_weight.data_ptr(), k_weight.data_ptr(), *where)
         key = (
             pdl,
             eps,
@@ -198,7 +202,7 @@ def _run_qk_norm(
             memo.signature(qkv),
             memo.signature(q_weight),
             memo.signature(k_weight),
-            rotation.signature(),
+            how,
         )
         prepared = _qk_norms.get(key)
     except (AttributeError, TypeError):
@@ -207,10 +211,10 @@ def _run_qk_norm(
     if prepared is None:
         prepared = _prepare_qk_norm(qkv, weights, num_heads, eps, weight_bias, rotation, pdl)
         _qk_norms.remember(key, prepared)
-    if addresses.count(0) != prepared.num_null and prepared.launch is not nothing:
-        _prepare_qk_norm(qkv, weights, num_heads, eps, weight_bias, rotation, pdl)
+    if addresses.count(0) != prepared.num_null:
+        checks.require_tensors(_QK_NORM, qkv=qkv, q_weight=q_weight, k_weight=k_weight, **rotation.tensors())
     if prepared.reads_values:
-        rotary.require_positions("fused_qk_rmsnorm_rope", rotation, qkv.shape[0])
+        rotary.require_positions(_QK_NORM, rotation, qkv.shape[0])
     prepared.launch(addresses[0], addresses[0] + prepared.k_offset, *addresses[1:])
 
 
@@ -223,7 +227,7 @@ def _prepare_qk_norm(
     rotation: Rotation,
     pdl: Optional[bool],
 ) -> _QkNorm:
-    op = "fused_qk_rmsnorm_rope"
+    op = _QK_NORM
     q_weight, k_weight = weights
     checks.require_tensors(op, qkv=qkv, q_weight=q_weight, k_weight=k_weight)
     head_dim = q_weight.shape[-1] if q_weight.dim() == 1 else 0
@@ -237,14 +241,14 @@ def _prepare_qk_norm(
     num_qo_heads, num_kv_heads = (
         checks.integer(op, name, count, 0) for name, count in zip(("num_qo_heads", "num_kv_heads"), num_heads)
     )
-    heads = rotary.as_heads(op, "qkv", qkv, head_dim)
+    require_distinct(op, "qkv", qkv)
+    geometry = rotary.check(op, rotation, {"qkv": qkv}, head_dim, also_loaded=weights)
+    heads = geometry.heads["qkv"]
     checks.require(
         heads.shape[1] >= num_qo_heads + num_kv_heads,
         op,
         f"qkv has {heads.shape[1]} heads of {head_dim}; expected at least {num_qo_heads} + {num_kv_heads} (q and k)",
     )
-    require_distinct(op, "qkv", heads)
-    geometry = rotary.check(op, rotation, {"qkv": heads}, also_loaded=weights)
     eps, weight_bias = checks.real(op, "eps", eps), checks.real(op, "weight_bias", weight_bias)
     launch: PreparedLaunch = nothing
     if heads.shape[0] * (num_qo_heads + num_kv_heads) > 0:
@@ -262,7 +266,7 @@ def _prepare_qk_norm(
             varying=("q", "k", "q_weight", "k_weight", *rotary.FIELDS),
         )
     k_offset = num_qo_heads * heads.stride(1) * qkv.element_size()
-    return _QkNorm(launch, rotation.num_null, k_offset, geometry.reads_values)
+    return _QkNorm(launch, geometry.num_null, k_offset, geometry.reads_values)
 
 
 _qk_norm_door = traced.door(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -12,7 +12,6 @@ from flashinfer import dtypes
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families import rope as families
 from flashinfer.families.layout import DTYPES, vec_size
-from flashinfer.families.page import strides
 from flashinfer.host import checks, indices, memo, traced
 from flashinfer.host.rows import alignment_of
 from flashinfer.jit.loader import Value
@@ -34,28 +33,21 @@ class Rotation(NamedTuple):
     high_freq_factor: float = 4.0
     old_context_len: int = 0
 
-    # Neither looks for what has to be there: a caller that left it out gets an AttributeError, which `check` explains.
+    def identify(self) -> tuple[tuple[int, int, int, int], tuple[object, ...]]:
+        """Addresses, the fields of `Rotation` in rope/params.h, and what a prepared launch depends on.
 
-    def signature(self) -> tuple[object, ...]:
+        Does not look for what has to be there: where a caller left it out, an AttributeError, which `check` explains.
+        """
         given: Any = self[2:6]
         positions, indptr, offsets, table = given
-        where = memo.signature(positions) if indptr is None else (*memo.signature(indptr), *memo.signature(offsets))
+        if indptr is not None:
+            where = (*memo.signature(indptr), *memo.signature(offsets))
+            return (0, indptr.data_ptr(), offsets.data_ptr(), 0), (self[:2], where, self[-5:])
         if table is None:
-            return self[:2], where, self[-5:]
-        return self[:2], where, memo.signature(table), table.data_ptr() & 15
-
-    def addresses(self) -> tuple[int, int, int, int]:
-        """The fields of `Rotation` in rope/params.h."""
-        given: Any = self[2:6]
-        positions, indptr, offsets, table = given
-        if indptr is None:
-            return positions.data_ptr(), 0, 0, 0 if table is None else table.data_ptr()
-        return 0, indptr.data_ptr(), offsets.data_ptr(), 0
-
-    @property
-    def num_null(self) -> int:
-        """How many of its addresses are 0."""
-        return len(FIELDS) - len(self.tensors())
+            return (positions.data_ptr(), 0, 0, 0), (self[:2], memo.signature(positions), self[-5:])
+        table_ptr = table.data_ptr()
+        signature = (self[:2], memo.signature(positions), memo.signature(table), table_ptr & 15)
+        return (positions.data_ptr(), 0, 0, table_ptr), signature
 
     def tensors(self) -> dict[str, Optional[torch.Tensor]]:
         """Those that it is made of, by name. None where one is missing."""
@@ -74,26 +66,30 @@ BUNDLE = traced.fields(
 
 
 class Geometry(NamedTuple):
-    """What a prepared launch keeps of heads and their rotation: axes of the spec, and what does not vary of the
-    parameters."""
+    """What `check` finds: heads as they are seen, axes of the spec, and what does not vary of the parameters."""
 
+    heads: dict[str, torch.Tensor]  # [num_tokens, num_heads, head_dim]
     axes: dict[str, str | int | bool]
     constants: dict[str, Value]
+    num_null: int  # of the rotation's addresses
     reads_values: bool  # of index tensors on the host, for `require_positions`
 
 
 def check(
     op: str,
     rotation: Rotation,
-    heads: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    head_dim: Optional[int] = None,
     *,
     rotary_part_only: bool = False,
     also_loaded: tuple[torch.Tensor, ...] = (),
 ) -> Geometry:
-    """Check a rotation against heads `[num_tokens, num_heads, head_dim]`, queries first; choose one width of loads.
+    """Check heads and their rotation; choose one width of loads for all of them.
 
-    heads: by the names that the parameters have for their strides. also_loaded: in vectors of the same width.
+    tensors: `[num_tokens, num_heads, head_dim]`, queries first, by the names of their strides in the parameters. With
+    head_dim given, heads may lie flat in the last axis. also_loaded: in vectors of the same width.
     """
+    heads = {name: _as_heads(op, name, tensor, head_dim) for name, tensor in tensors.items()}
     q = next(iter(heads.values()))
     num_tokens, _, head_dim = q.shape
     for name, tensor in heads.items():
@@ -143,9 +139,10 @@ def check(
         "num_tokens": num_tokens,
     }
     for name, tensor in heads.items():
-        constants.update(strides(f"{name}_strides", tensor.stride()))
-    follows_values = table is not None or rotation.positions is None
-    return Geometry(axes, constants, follows_values and indices.may_be_visible(*rotation.tensors().values()))
+        constants[f"{name}_strides.token"], constants[f"{name}_strides.head"] = tensor.stride()[:2]
+    parts = rotation.tensors()
+    reads_values = (table is not None or rotation.positions is None) and indices.may_be_visible(*parts.values())
+    return Geometry(heads, axes, constants, len(FIELDS) - len(parts), reads_values)
 
 
 def _rotary_dim(op: str, rotation: Rotation, head_dim: int) -> int:
@@ -207,7 +204,7 @@ def _frequencies(op: str, rotation: Rotation, rotary_dim: int) -> bytes:
         raise ValueError(f"{op}: rope_theta is {theta:g}, rope_scale {scale:g}; their frequencies overflow") from None
 
 
-def as_heads(op: str, name: str, tensor: torch.Tensor, head_dim: Optional[int] = None) -> torch.Tensor:
+def _as_heads(op: str, name: str, tensor: torch.Tensor, head_dim: Optional[int]) -> torch.Tensor:
     """`[num_tokens, num_heads, head_dim]`; with head_dim given, heads may lie flat in the last axis."""
     checks.require_tensors(op, **{name: tensor})
     if head_dim is not None and tensor.dim() == 2:
@@ -227,9 +224,11 @@ def as_heads(op: str, name: str, tensor: torch.Tensor, head_dim: Optional[int] =
     return tensor
 
 
-def require_positions(op: str, rotation: Rotation, num_tokens: int, are_turned: Optional[torch.Tensor] = None) -> None:
+def require_positions(
+    op: str, rotation: Rotation, num_tokens: int, are_turned: Optional[Callable[[], torch.Tensor]] = None
+) -> None:
     """Check the values of a rotation's index tensors: rows of a table, offsets within the rows of q. Raises IndexError
-    or ValueError. are_turned: which tokens count; None: all."""
+    or ValueError. are_turned: makes a mask of the tokens that count; None: all do."""
     if not indices.are_visible(*rotation.tensors().values()):
         return
     if rotation.indptr is not None:

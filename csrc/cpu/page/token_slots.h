@@ -24,10 +24,9 @@ TokenSlot find_slot(const TokenSlots& slots, const SlotBounds& bounds, int token
   const int64_t position = static_cast<const TokenIndex*>(slots.positions)[token_idx];
   if (batch_idx < 0 || batch_idx >= bounds.batch_size || position < 0) return {0, 0, false};
   const PageIndex* page_indptr = static_cast<const PageIndex*>(slots.page_indptr) + batch_idx;
-  const int64_t first = page_indptr[0], end = std::min<int64_t>(page_indptr[1], bounds.num_page_indices);
-  const int64_t page_of_request = position / bounds.page_size;
-  if (first < 0 || page_of_request >= end - first) return {0, 0, false};
-  const int64_t page_idx = static_cast<const PageIndex*>(slots.page_indices)[first + page_of_request];
+  const int64_t i = int64_t(uint64_t(page_indptr[0]) + uint64_t(position / bounds.page_size));
+  if (i < 0 || i >= std::min<int64_t>(page_indptr[1], bounds.num_page_indices)) return {0, 0, false};
+  const int64_t page_idx = static_cast<const PageIndex*>(slots.page_indices)[i];
   return {page_idx, position % bounds.page_size, page_idx >= 0 && page_idx < bounds.num_pages};
 }
 
