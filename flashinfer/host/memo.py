@@ -30,7 +30,7 @@ class Memo(dict[Any, T], Generic[T]):
         return value
 
 
-def nothing(*_: object) -> None:
+def no_launch(*_: object) -> None:
     """The prepared launch of an operator on an empty batch."""
 
 

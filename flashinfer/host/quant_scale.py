@@ -21,16 +21,11 @@ def signature(scale: Scale) -> object:
 def values(scale: Scale, what: str = "a scale") -> tuple[int, float, int]:
     """The values of `QuantScale` in csrc/quant_scale.h, in order.
 
-    Raises ValueError, which begins with `what`, where a later call has what `check` could not see in the first: a
-    number that fp32 does not hold, a tensor without memory.
+    Raises ValueError, which begins with `what`, for a number that fp32 does not hold; `check` looks at the first of a
+    type only.
     """
     if isinstance(scale, torch.Tensor):
-        address = scale.data_ptr()
-        if not address:
-            raise ValueError(
-                f"{what} is a {type(scale).__name__} without memory here; expected one float32 in a tensor"
-            )
-        return address, 1.0, 0
+        return scale.data_ptr(), 1.0, 0
     if scale is None:
         return 0, 1.0, 0
     if not -_LARGEST <= scale <= _LARGEST:
@@ -71,5 +66,6 @@ def check(op: str, name: str, scale: Scale, reference: torch.Tensor, reference_n
             f"{name} is {scale.dtype} of shape {list(scale.shape)}; expected a number or one float32 in a tensor",
         )
         checks.require_device(op, name, scale, reference, reference_name)
+        checks.require_memory(op, **{name: scale})
     elif scale is not None:
         checks.real(op, name, scale)

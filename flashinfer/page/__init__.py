@@ -121,7 +121,8 @@ def get_batch_indices_positions(
         ValueError, TypeError, IndexError: a shape, dtype, device or type does not fit; or, where the host sees values,
             the offsets descend or end past nnz, or a request is shorter than its rows.
     """
-    return lengths.positions(append_indptr, seq_lens, nnz, batch_indices, positions)
+    run = lengths.trace_positions if torch.compiler.is_dynamo_compiling() else lengths.run_positions
+    return run(append_indptr, seq_lens, nnz, batch_indices, positions)
 
 
 def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -139,4 +140,5 @@ def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_s
         ValueError, TypeError: a shape, dtype, device or type does not fit; or, where the host sees values, the offsets
             descend, a last page is longer than a page, or a length does not fit int32.
     """
-    return lengths.seq_lens(kv_indptr, kv_last_page_len, page_size)
+    run = lengths.trace_seq_lens if torch.compiler.is_dynamo_compiling() else lengths.run_seq_lens
+    return run(kv_indptr, kv_last_page_len, page_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple, Optional
 
 import torch
@@ -15,7 +15,7 @@ from flashinfer.families import page as families
 from flashinfer.families.layout import vec_size
 from flashinfer.host import appending, checks, indices, memo, paged_cache, quant_scale, traced
 from flashinfer.host.appending import Slots
-from flashinfer.host.memo import nothing
+from flashinfer.host.memo import no_launch
 from flashinfer.host.paged_cache import PagedCache
 from flashinfer.host.quant_scale import Scale
 from flashinfer.host.rows import alignment_of, require_distinct
@@ -25,7 +25,6 @@ from flashinfer.jit.loader import PreparedLaunch
 
 class _Append(NamedTuple):
     launch: PreparedLaunch
-    num_null: int  # of the addresses; others are 0 where a tensor has no elements, or no memory
     v_offset: int  # bytes from the address of the cache's second tensor
     converts: bool  # and so takes scales
     check: Optional[Callable[[Slots], None]]  # of the values of index tensors, where they may be visible
@@ -81,9 +80,6 @@ def run_paged(
         kv_indices.data_ptr(),
         kv_indptr.data_ptr(),
     )
-    if 0 in addresses:
-        caches = dict(zip(("paged_kv_cache", "v_cache"), paged_cache.tensors(paged_kv_cache)))
-        _require_memory("append_paged_kv_cache", rows, slots, caches)
     if prepared.check is not None:
         prepared.check(slots)
     if prepared.converts:
@@ -151,9 +147,6 @@ def run_mla(rows: Rows, slots: Slots, ckv_cache: Optional[torch.Tensor], kpe_cac
         raise
     if prepared is None:
         prepared = _mla_appends.remember(key, _prepare_mla(rows, slots, ckv_cache, kpe_cache))
-    if addresses.count(0) != prepared.num_null:
-        caches = {"ckv_cache": ckv_cache, "kpe_cache": kpe_cache}
-        _require_memory("append_paged_mla_kv_cache", rows, slots, caches)
     if prepared.check is not None:
         prepared.check(slots)
     prepared.launch(*addresses)
@@ -190,12 +183,6 @@ def _prepare_mla(
     return _prepare_append(op, (ckv, kpe), (caches[0], caches[1]), slots, {}, 0, None)
 
 
-def _require_memory(op: str, rows: Rows, slots: Slots, caches: Mapping[str, Optional[torch.Tensor]]) -> None:
-    """Tensors without memory have the signature of others. Looked for where an address is 0, as of an empty tensor."""
-    given = {name: cache for name, cache in caches.items() if cache is not None}
-    checks.require_tensors(op, append_key=rows[0], append_value=rows[1], **dict(zip(appending.NAMES, slots)), **given)
-
-
 def _prepare_append(
     op: str,
     rows: Rows,
@@ -223,8 +210,7 @@ def _prepare_append(
     (num_tokens, num_heads), (num_pages, page_size) = key.shape[:2], caches[0].shape[:2]
     check = functools.partial(appending.require_slots, op, num_pages=num_pages, page_size=page_size)
     prepared = _Append(
-        launch=nothing,
-        num_null=2 - len(caches),
+        launch=no_launch,
         v_offset=v_offset,
         converts=converts,
         check=check if indices.may_be_visible(*slots) else None,

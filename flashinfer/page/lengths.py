@@ -9,7 +9,7 @@ import torch
 from flashinfer import target
 from flashinfer.families import page as families
 from flashinfer.host import checks, indices, memo, traced
-from flashinfer.host.memo import Allocate, nothing
+from flashinfer.host.memo import Allocate, no_launch
 from flashinfer.jit import default_resolver
 from flashinfer.jit.loader import PreparedLaunch
 from flashinfer.jit.spec import Family
@@ -26,15 +26,13 @@ class _Index(NamedTuple):
 _index_launches: memo.Memo[_Index] = memo.Memo()
 
 
-def positions(
+def trace_positions(
     append_indptr: torch.Tensor,
     seq_lens: torch.Tensor,
     nnz: int,
     batch_indices: Optional[torch.Tensor],
     positions: Optional[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not torch.compiler.is_dynamo_compiling():
-        return _run_positions(append_indptr, seq_lens, nnz, batch_indices, positions)
     if batch_indices is None:
         batch_indices = torch.empty(nnz, dtype=torch.int32, device=append_indptr.device)
     if positions is None:
@@ -43,7 +41,7 @@ def positions(
     return batch_indices, positions
 
 
-def _run_positions(
+def run_positions(
     append_indptr: torch.Tensor,
     seq_lens: torch.Tensor,
     nnz: int,
@@ -74,13 +72,9 @@ def _run_positions(
         batch_indices = new()
     if positions is None:
         positions = new()
-    addresses = (append_indptr.data_ptr(), seq_lens.data_ptr(), batch_indices.data_ptr(), positions.data_ptr())
-    if 0 in addresses:
-        outputs = {"batch_indices": batch_indices, "positions": positions}
-        checks.require_tensors(op, append_indptr=append_indptr, seq_lens=seq_lens, **outputs)
     if reads_values:
         _require_lengths(op, append_indptr, seq_lens, nnz)
-    launch(*addresses)
+    launch(append_indptr.data_ptr(), seq_lens.data_ptr(), batch_indices.data_ptr(), positions.data_ptr())
     return batch_indices, positions
 
 
@@ -118,16 +112,14 @@ def _require_lengths(op: str, append_indptr: torch.Tensor, seq_lens: torch.Tenso
             )
 
 
-def seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int) -> torch.Tensor:
-    if not torch.compiler.is_dynamo_compiling():
-        return _run_seq_lens(kv_indptr, kv_last_page_len, page_size, None)
+def trace_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int) -> torch.Tensor:
     out = torch.empty(kv_last_page_len.shape, dtype=torch.int32, device=kv_indptr.device)
     _seq_lens_door(kv_indptr, kv_last_page_len, page_size, out)
     return out
 
 
-def _run_seq_lens(
-    kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int, seq_lens: Optional[torch.Tensor]
+def run_seq_lens(
+    kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int, seq_lens: Optional[torch.Tensor] = None
 ) -> torch.Tensor:
     op = "get_seq_lens"
     try:
@@ -144,12 +136,9 @@ def _run_seq_lens(
     launch, reads_values, new = prepared
     if seq_lens is None:
         seq_lens = new()
-    addresses = (kv_indptr.data_ptr(), kv_last_page_len.data_ptr(), seq_lens.data_ptr())
-    if 0 in addresses:
-        checks.require_tensors(op, kv_indptr=kv_indptr, kv_last_page_len=kv_last_page_len)
     if reads_values:
         _require_pages(op, kv_indptr, kv_last_page_len, page_size)
-    launch(*addresses)
+    launch(kv_indptr.data_ptr(), kv_last_page_len.data_ptr(), seq_lens.data_ptr())
     return seq_lens
 
 
@@ -193,7 +182,7 @@ def _check_lengths(op: str, **tensors: torch.Tensor) -> None:
 
 def _prepare_index(family: Family, reference: torch.Tensor, num_threads: int, counts: dict[str, int]) -> _Index:
     """A launch of one thread per entry of an output, whose parameters are addresses and then `counts`."""
-    launch: PreparedLaunch = nothing
+    launch: PreparedLaunch = no_launch
     if num_threads > 0:
         device_index = reference.get_device()
         spec = family.spec(target.of_device(reference.device), index=str(reference.dtype)[6:])
@@ -207,7 +196,7 @@ def _prepare_index(family: Family, reference: torch.Tensor, num_threads: int, co
 
 _positions_door = traced.door(
     "batch_indices_positions",
-    _run_positions,
+    run_positions,
     {
         **{"append_indptr": "Tensor", "seq_lens": "Tensor", "nnz": "int"},
         **{"batch_indices": "Tensor(!)", "positions": "Tensor(!)"},
@@ -215,6 +204,6 @@ _positions_door = traced.door(
 )
 _seq_lens_door = traced.door(
     "seq_lens",
-    _run_seq_lens,
+    run_seq_lens,
     {"kv_indptr": "Tensor", "kv_last_page_len": "Tensor", "page_size": "int", "seq_lens": "Tensor(!)"},
 )

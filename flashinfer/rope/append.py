@@ -13,7 +13,7 @@ from flashinfer.families.layout import vec_size
 from flashinfer.families.page import strides
 from flashinfer.host import appending, checks, indices, memo, paged_cache, quant_scale, traced
 from flashinfer.host.appending import Slots
-from flashinfer.host.memo import Allocate, nothing
+from flashinfer.host.memo import Allocate, no_launch
 from flashinfer.host.paged_cache import PagedCache
 from flashinfer.host.quant_scale import Scale
 from flashinfer.host.rows import alignment_of, require_distinct
@@ -27,7 +27,6 @@ from flashinfer.rope.rotation import Rotation
 
 class _Append(NamedTuple):
     launch: PreparedLaunch
-    num_null: int
     v_offset: int  # bytes from the address of the cache's second tensor
     converts: bool  # and so takes scales
     check: Optional[Callable[[Slots, Rotation], None]]  # of the values of index tensors, where they may be visible
@@ -103,22 +102,10 @@ def _run_append(
         q_out = prepared.new_q_out()
         q_out_ptr = q_out.data_ptr()
     addresses = (
-        q_ptr,
-        k_ptr,
-        v_ptr,
-        q_out_ptr,
-        k_cache_ptr,
-        v_cache_ptr + prepared.v_offset,
-        batch_indices.data_ptr(),
-        positions.data_ptr(),
-        kv_indices.data_ptr(),
-        kv_indptr.data_ptr(),
+        *(q_ptr, k_ptr, v_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr + prepared.v_offset),
+        *(batch_indices.data_ptr(), positions.data_ptr(), kv_indices.data_ptr(), kv_indptr.data_ptr()),
         *where,
     )
-    if addresses.count(0) != prepared.num_null:
-        caches = dict(zip(("paged_kv_cache", "v_cache"), paged_cache.tensors(cache)))
-        named = {"q": q, "k": k, "v": v, "q_out": q_out, **caches, **dict(zip(appending.NAMES, slots))}
-        checks.require_tensors("rope_append_paged_kv_cache", **{**rotation.tensors(), **named})
     if prepared.check is not None:
         prepared.check(slots, rotation)
     if prepared.converts:
@@ -165,7 +152,7 @@ def _prepare_append(
         )
     num_heads = {"num_qo_heads": q.shape[1], "num_kv_heads": k.shape[1]}
     num_tokens, (num_pages, page_size) = q.shape[0], k_cache.shape[:2]
-    launch: PreparedLaunch = nothing
+    launch: PreparedLaunch = no_launch
     if q.numel() + k.numel() > 0:
         spec = families.ROPE_APPEND.spec(target.of_device(q.device), **axes)
         launcher = default_resolver().load(spec).on(q.get_device(), pdl=pdl)
@@ -195,7 +182,6 @@ def _prepare_append(
 
     return _Append(
         launch,
-        geometry.num_null,
         paged_cache.v_offset(cache),
         converts,
         check if indices.may_be_visible(*slots) else None,

@@ -13,7 +13,7 @@ from flashinfer import target
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families import rope as families
 from flashinfer.host import checks, memo, traced
-from flashinfer.host.memo import Allocate, nothing
+from flashinfer.host.memo import Allocate, no_launch
 from flashinfer.host.rows import require_distinct
 from flashinfer.jit import default_resolver
 from flashinfer.jit.loader import Grid, Launcher, PreparedLaunch
@@ -35,7 +35,6 @@ def grid(spec: KernelSpec, launcher: Launcher, num_tokens: int, *num_heads: int)
 
 class _Rope(NamedTuple):
     launch: PreparedLaunch
-    num_null: int  # of the addresses; others are 0 where a tensor has no elements, or no memory
     reads_values: bool  # of index tensors
     new_q: Allocate
     new_k: Allocate
@@ -86,9 +85,7 @@ def _run_rope(
         raise
     if prepared is None:
         prepared = _ropes.remember(key, _prepare_rope(op, q, k, q_out, k_out, rotation, head_dim))
-    launch, num_null, reads_values, new_q, new_k = prepared
-    if (q_ptr, k_ptr, *where).count(0) != num_null:
-        checks.require_tensors(op, q=q, k=k, **rotation.tensors())
+    launch, reads_values, new_q, new_k = prepared
     if reads_values:
         rotary.require_positions(op, rotation, q.shape[0])
     if q_out is q:
@@ -118,7 +115,7 @@ def _prepare_rope(
         require_distinct(op, name if is_inplace else f"{name}_out", heads[f"{name}_out"])
     geometry = rotary.check(op, rotation, heads, head_dim, rotary_part_only=is_inplace)
     num_heads = {"num_qo_heads": geometry.heads["q"].shape[1], "num_kv_heads": geometry.heads["k"].shape[1]}
-    launch: PreparedLaunch = nothing
+    launch: PreparedLaunch = no_launch
     if q.numel() + k.numel() > 0:
         spec = families.ROPE.spec(
             target.of_device(q.device),
@@ -132,7 +129,7 @@ def _prepare_rope(
             {**geometry.constants, **num_heads},
             varying=("q", "k", "q_out", "k_out", *rotary.FIELDS),
         )
-    return _Rope(launch, geometry.num_null, geometry.reads_values, new_q, new_k)
+    return _Rope(launch, geometry.reads_values, new_q, new_k)
 
 
 _rope_door = traced.door(
@@ -155,7 +152,6 @@ _rope_inplace_door = traced.door(
 
 class _QkNorm(NamedTuple):
     launch: PreparedLaunch
-    num_null: int
     k_offset: int  # bytes from the address of qkv to its keys
     reads_values: bool
 
@@ -211,8 +207,6 @@ def _run_qk_norm(
     if prepared is None:
         prepared = _prepare_qk_norm(qkv, weights, num_heads, eps, weight_bias, rotation, pdl)
         _qk_norms.remember(key, prepared)
-    if addresses.count(0) != prepared.num_null:
-        checks.require_tensors(_QK_NORM, qkv=qkv, q_weight=q_weight, k_weight=k_weight, **rotation.tensors())
     if prepared.reads_values:
         rotary.require_positions(_QK_NORM, rotation, qkv.shape[0])
     prepared.launch(addresses[0], addresses[0] + prepared.k_offset, *addresses[1:])
@@ -250,7 +244,7 @@ def _prepare_qk_norm(
         f"qkv has {heads.shape[1]} heads of {head_dim}; expected at least {num_qo_heads} + {num_kv_heads} (q and k)",
     )
     eps, weight_bias = checks.real(op, "eps", eps), checks.real(op, "weight_bias", weight_bias)
-    launch: PreparedLaunch = nothing
+    launch: PreparedLaunch = no_launch
     if heads.shape[0] * (num_qo_heads + num_kv_heads) > 0:
         spec = families.QK_NORM_ROPE.spec(target.of_device(qkv.device), **geometry.axes)
         if qkv.is_cuda and families.lanes_per_head(spec) > 32:
@@ -266,7 +260,7 @@ def _prepare_qk_norm(
             varying=("q", "k", "q_weight", "k_weight", *rotary.FIELDS),
         )
     k_offset = num_qo_heads * heads.stride(1) * qkv.element_size()
-    return _QkNorm(launch, geometry.num_null, k_offset, geometry.reads_values)
+    return _QkNorm(launch, k_offset, geometry.reads_values)
 
 
 _qk_norm_door = traced.door(

@@ -71,7 +71,6 @@ class Geometry(NamedTuple):
     heads: dict[str, torch.Tensor]  # [num_tokens, num_heads, head_dim]
     axes: dict[str, str | int | bool]
     constants: dict[str, Value]
-    num_null: int  # of the rotation's addresses
     reads_values: bool  # of index tensors on the host, for `require_positions`
 
 
@@ -142,7 +141,7 @@ def check(
         constants[f"{name}_strides.token"], constants[f"{name}_strides.head"] = tensor.stride()[:2]
     parts = rotation.tensors()
     reads_values = (table is not None or rotation.positions is None) and indices.may_be_visible(*parts.values())
-    return Geometry(heads, axes, constants, len(FIELDS) - len(parts), reads_values)
+    return Geometry(heads, axes, constants, reads_values)
 
 
 def _rotary_dim(op: str, rotation: Rotation, head_dim: int) -> int:

@@ -113,7 +113,9 @@ def test_all_tensors_without_memory(name: str, kind: str) -> None:
             for argument, value in call.arguments.items()
             if isinstance(value, torch.Tensor)
         }
-        assert "without memory here; expected a tensor on a CPU or CUDA device" in expect_error(call, **moved)
+        assert "which has no memory here; expected a tensor on the CPU or on a CUDA device" in expect_error(
+            call, **moved
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -200,8 +202,8 @@ CACHES: dict[str, tuple[Callable[[torch.Tensor], object], str]] = {
     "one of three": (lambda x: (x[:, 0], x[:, 1], x[:, 1]), "paged_kv_cache is a tuple of 3; expected"),
     "one of one": (lambda x: (x[:, 0],), "paged_kv_cache is a tuple of 1; expected"),
     "none": (lambda x: None, "paged_kv_cache is a NoneType; expected a tensor or a pair"),
-    "half a pair": (lambda x: (x[:, 0], None), "v_cache is None; expected a tensor"),
-    "numbers": (lambda x: (1, 2), "k_cache is 1; expected a tensor"),
+    "half a pair": (lambda x: (x[:, 0], None), "v_cache is NoneType; expected a tensor"),
+    "numbers": (lambda x: (1, 2), "k_cache is int; expected a tensor"),
     "three on axis 1": (lambda x: x[:, :1].expand(-1, 3, -1, -1, -1), "expected [pages, 2, page_size"),
     "other heads": (lambda x: x[..., :1, :].repeat(1, 1, 1, 5, 1), "dim 3 (num_kv_heads) is 5, the rows have"),
     "other head_dim": (lambda x: x[..., :8], "dim 4 (head_dim) is 8, the rows have 32; pass a cache in layout NHD"),
@@ -209,7 +211,7 @@ CACHES: dict[str, tuple[Callable[[torch.Tensor], object], str]] = {
     "other page_size in V": (lambda x: (x[:, 0], x[:, 1, :3]), "the v cache dim 1 (page_size) is 3, the k cache has 4"),
     "other dtype in V": (lambda x: (x[:, 0], x[:, 1].half()), "the v cache is torch.float16; expected torch.float32"),
     "pages of nothing": (lambda x: x[:, :, :0], "expected a page_size of at least 1"),
-    "V elsewhere": (lambda x: (x[:, 0], x[:, 1].to("meta")), "v_cache is a Tensor on meta without memory"),
+    "V elsewhere": (lambda x: (x[:, 0], x[:, 1].to("meta")), "v_cache is a Tensor on meta, which has no memory"),
 }
 
 
