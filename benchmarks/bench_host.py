@@ -20,7 +20,8 @@ from common import environment, host_us, parse, print_table, table, write_result
 
 import flashinfer
 from flashinfer import sampling, target
-from flashinfer.families.norm import RMSNORM, vec_size
+from flashinfer.families.layout import vec_size
+from flashinfer.families.norm import RMSNORM
 from flashinfer.jit import default_resolver
 
 # In a process of its own: from the request to the launch of the first kernel, torch being initialized.

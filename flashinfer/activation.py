@@ -8,8 +8,7 @@ import torch
 
 from flashinfer import dtypes, target
 from flashinfer.families.activation import ACT_AND_MUL, ACT_AND_MUL_QUANT
-from flashinfer.families.layout import DTYPES, FP8_DTYPES, inside
-from flashinfer.families.norm import vec_size
+from flashinfer.families.layout import DTYPES, FP8_DTYPES, inside, vec_size
 from flashinfer.host import checks, memo, quant_scale, traced
 from flashinfer.host.quant_scale import Scale
 from flashinfer.host.rows import common_rows, require_distinct

@@ -7,8 +7,8 @@ from typing import NamedTuple, Optional
 import torch
 
 from flashinfer import dtypes, target
-from flashinfer.families.layout import DTYPES, FP8_DTYPES, inside
-from flashinfer.families.norm import LAYERNORM, RMSNORM, RMSNORM_QUANT, vec_size
+from flashinfer.families.layout import DTYPES, FP8_DTYPES, inside, vec_size
+from flashinfer.families.norm import LAYERNORM, RMSNORM, RMSNORM_QUANT
 from flashinfer.host import checks, memo, quant_scale, traced
 from flashinfer.host.quant_scale import Scale
 from flashinfer.host.rows import common_rows, require_distinct

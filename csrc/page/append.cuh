@@ -61,7 +61,7 @@ __device__ __forceinline__ void append_paged_kv(const AppendParams& params) {
     if (first_head + i < params.num_heads) x[i] = Vec<InT, kVec>::load(rows_gmem + (first_head + i) * row_strides.head);
   }
 
-  const TokenSlot slot = find_slot<typename Config::PageIndex>(params.slots, place);
+  const TokenSlot slot = find_slot<typename Config::PageIndex>(params.slots, params.bounds, place);
   if (!slot.exists) return;
   const QuantScale& cache_scale = is_key ? params.key_scale : params.value_scale;
   const float scale = Config::kConvert ? cache_scale.reciprocal() : 1.f;

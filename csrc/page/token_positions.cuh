@@ -1,5 +1,6 @@
 // Request and position of every row of a ragged batch. One thread a row, by binary search: no thread's work depends on
-// the longest request, and rows past the end of the batch (a padded CUDA graph) are marked instead of left undefined.
+// the longest request, and rows of no request (past the end of the batch, in a padded CUDA graph, or before its start)
+// are marked instead of left undefined.
 #pragma once
 
 #include "device/pdl.cuh"
@@ -17,7 +18,7 @@ __device__ __forceinline__ void token_positions(const TokenPositionsParams& para
   if (token_idx >= params.num_tokens) return;
   const Index* append_indptr = static_cast<const Index*>(params.append_indptr);
   const int batch_idx = find_segment(append_indptr, params.batch_size, token_idx);
-  const bool is_padding = batch_idx == params.batch_size;
+  const bool is_padding = batch_idx == params.batch_size || token_idx < int64_t(append_indptr[batch_idx]);
   params.batch_indices[token_idx] = is_padding ? -1 : batch_idx;
   // Counted from the end of the request: the rows appended are its last ones.
   params.positions[token_idx] = is_padding ? 0

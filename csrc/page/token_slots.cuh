@@ -28,18 +28,26 @@ struct TokenPlace {
   }
 };
 
+// Whether 0 <= i < count, in one comparison.
+__device__ __forceinline__ bool is_below(int64_t i, int32_t count) {
+  return uint64_t(i) < uint64_t(uint32_t(count));
+}
+
 template <class PageIndex>
-__device__ __forceinline__ TokenSlot find_slot(const TokenSlots& slots, const TokenPlace& place) {
+__device__ __forceinline__ TokenSlot find_slot(const TokenSlots& slots, const SlotBounds& bounds,
+                                               const TokenPlace& place) {
   const auto [batch_idx, position] = place;
-  if (batch_idx < 0 || batch_idx >= slots.batch_size || position < 0) return {0, 0, false};
+  // A position fits 32 bits (it counts tokens of one request), and a 32-bit division is several times cheaper.
+  constexpr int32_t kMaxPosition = 0x7fffffff;
+  if (!is_below(batch_idx, bounds.batch_size) || !is_below(position, kMaxPosition)) return {0, 0, false};
   const PageIndex* page_indptr = static_cast<const PageIndex*>(slots.page_indptr) + batch_idx;
   const PageIndex first = page_indptr[0], end = page_indptr[1];
-  // A position fits 32 bits (it counts tokens of one request), and a 32-bit division is several times cheaper.
-  const uint32_t page_of_request = uint32_t(position) / uint32_t(slots.page_size);
-  const int64_t i = int64_t(first) + page_of_request;
-  if (i >= int64_t(end)) return {0, 0, false};
+  const uint32_t page_of_request = uint32_t(position) / uint32_t(bounds.page_size);
+  const int64_t i = int64_t(uint64_t(first) + page_of_request);
+  if (i >= int64_t(end) || !is_below(i, bounds.num_page_indices)) return {0, 0, false};
   const int64_t page_idx = static_cast<const PageIndex*>(slots.page_indices)[i];
-  return {page_idx, int32_t(uint32_t(position) - page_of_request * uint32_t(slots.page_size)), page_idx >= 0};
+  return {page_idx, int32_t(uint32_t(position) - page_of_request * uint32_t(bounds.page_size)),
+          is_below(page_idx, bounds.num_pages)};
 }
 
 }  // namespace flashinfer

@@ -102,15 +102,17 @@ __device__ __forceinline__ const uint64_t* generic_address(const uint64_t* param
 }
 
 template <class Config>
-__device__ __forceinline__ int64_t rotary_position(const Rotary& rotary, uint32_t token_idx) {
+__device__ __forceinline__ int64_t rotary_position(const Rotation& rotation, const RotationSetup& setup,
+                                                   uint32_t token_idx) {
   using Index = typename Config::PositionIndex;
   if constexpr (Config::kRagged) {
-    const Index* indptr = static_cast<const Index*>(rotary.indptr);
-    const int batch_idx = find_segment(indptr, rotary.batch_size, token_idx);
-    if (batch_idx == rotary.batch_size) return 0;  // padding past the last request
-    return static_cast<const Index*>(rotary.offsets)[batch_idx] + (int64_t(token_idx) - indptr[batch_idx]);
+    const Index* indptr = static_cast<const Index*>(rotation.indptr);
+    const int batch_idx = find_segment(indptr, setup.batch_size, token_idx);
+    if (batch_idx == setup.batch_size) return 0;  // padding past the last request
+    const int64_t row = int64_t(token_idx) - indptr[batch_idx];
+    return row < 0 ? 0 : static_cast<const Index*>(rotation.offsets)[batch_idx] + row;  // or before the first
   } else {
-    return static_cast<const Index*>(rotary.positions)[token_idx];
+    return static_cast<const Index*>(rotation.positions)[token_idx];
   }
 }
 
@@ -120,14 +122,15 @@ struct LaneAngles {
   static constexpr int kVec = Config::kVecSize;
   float cos[kVec], sin[kVec];
 
-  __device__ __forceinline__ static LaneAngles make(const Rotary& rotary, const HeadLane<Config>& lane,
-                                                    int64_t position) {
+  __device__ __forceinline__ static LaneAngles make(const Rotation& rotation, const RotationSetup& setup,
+                                                    const HeadLane<Config>& lane, int64_t position) {
     LaneAngles angles;
     if constexpr (Config::kCosSinCache) {
       using CosSinT = typename Config::CosSinT;
       constexpr int kRun = Config::kInterleave ? kVec / 2 : kVec;  // angles that are neighbours in a row
       constexpr int kLoad = kRun * sizeof(CosSinT) > 16 ? 16 / sizeof(CosSinT) : kRun;
-      const CosSinT* row_gmem = static_cast<const CosSinT*>(rotary.cos_sin_cache) + position * rotary.cos_sin_stride;
+      const uint32_t table_row = uint64_t(position) < uint64_t(setup.num_positions) ? uint32_t(position) : 0;
+      const CosSinT* row_gmem = static_cast<const CosSinT*>(rotation.cos_sin_cache) + table_row * setup.cos_sin_stride;
 #pragma unroll
       for (int i = 0; i < kVec; i += kLoad) {
         const auto cos = Vec<CosSinT, kLoad>::load(row_gmem + lane.angle_idx(i));
@@ -139,7 +142,7 @@ struct LaneAngles {
         }
       }
     } else {
-      const uint64_t* frequencies = generic_address(rotary.frequencies);
+      const uint64_t* frequencies = generic_address(setup.frequencies);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
         const CosSin angle = rotary_cos_sin(position, frequencies[lane.angle_idx(i)]);

@@ -28,13 +28,13 @@ __device__ __forceinline__ void qk_norm_rope(const QkNormRopeParams& params) {
   allow_next_kernel();
 
   // The position, then heads in: the angles are computed while the heads are on their way.
-  const int64_t position = rotary_position<Config>(params.rotary, token_idx);
-  T* heads_gmem = static_cast<T*>(is_query ? params.q : params.k) + group.token_idx * params.strides.token;
+  const int64_t position = rotary_position<Config>(params.rotation, params.setup, token_idx);
+  T* heads_gmem = static_cast<T*>(is_query ? params.q : params.k) + group.token_idx * params.qkv_strides.token;
   HeadPair<T, kVec> x[kHeads] = {};
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {
     const int head_idx = group.first_head + i;
-    if (head_idx < num_heads) x[i] = HeadPair<T, kVec>::load(heads_gmem + head_idx * params.strides.head, lane);
+    if (head_idx < num_heads) x[i] = HeadPair<T, kVec>::load(heads_gmem + head_idx * params.qkv_strides.head, lane);
   }
 
   // Weights and angles.
@@ -44,7 +44,7 @@ __device__ __forceinline__ void qk_norm_rope(const QkNormRopeParams& params) {
     const T* weight_gmem = static_cast<const T*>(is_query ? params.q_weight : params.k_weight);
     weight = HeadPair<T, kVec>::load(weight_gmem, lane);
     if (lane.is_rotary) {
-      angles = LaneAngles<Config>::make(params.rotary, lane, position);
+      angles = LaneAngles<Config>::make(params.rotation, params.setup, lane, position);
     }
   }
 
@@ -69,7 +69,7 @@ __device__ __forceinline__ void qk_norm_rope(const QkNormRopeParams& params) {
     if (lane.is_rotary) angles.rotate(first, second);
     const int head_idx = group.first_head + i;
     if (head_idx < num_heads) {
-      T* row_gmem = heads_gmem + head_idx * params.strides.head;
+      T* row_gmem = heads_gmem + head_idx * params.qkv_strides.head;
       cast_vec<T>(first).store_past_l1(row_gmem + lane.first);
       cast_vec<T>(second).store_past_l1(row_gmem + lane.second);
     }

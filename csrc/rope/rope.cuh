@@ -28,7 +28,7 @@ __device__ __forceinline__ void rope(const RopeParams& params) {
   allow_next_kernel();
 
   // The position, then heads in: the angles are computed while the heads are on their way.
-  const int64_t position = rotary_position<Config>(params.rotary, token_idx);
+  const int64_t position = rotary_position<Config>(params.rotation, params.setup, token_idx);
   const T* in_gmem = static_cast<const T*>(is_query ? params.q : params.k) + group.token_idx * in_strides.token;
   HeadPair<T, kVec> x[kHeads];
 #pragma unroll
@@ -43,7 +43,7 @@ __device__ __forceinline__ void rope(const RopeParams& params) {
   if (!is_used) return;
   LaneAngles<Config> angles;
   if (lane.is_rotary) {
-    angles = LaneAngles<Config>::make(params.rotary, lane, position);
+    angles = LaneAngles<Config>::make(params.rotation, params.setup, lane, position);
   }
 
   // Turn, and heads out.

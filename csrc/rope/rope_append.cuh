@@ -53,7 +53,7 @@ __device__ __forceinline__ void rope_append(const RopeAppendParams& params) {
   allow_next_kernel();
 
   // Positions, then heads in: slots are looked up and angles computed while the heads are on their way.
-  const int64_t position = rotary_position<Config>(params.rotary, token_idx);
+  const int64_t position = rotary_position<Config>(params.rotation, params.setup, token_idx);
   const TokenPlace place = TokenPlace::load<typename Config::TokenIndex>(params.slots, token_idx);
   const T* in_gmem = static_cast<const T*>(is_query   ? params.q
                                            : is_value ? params.v
@@ -70,12 +70,13 @@ __device__ __forceinline__ void rope_append(const RopeAppendParams& params) {
 
   // Where to, and by which angles.
   if (!is_used) return;
-  const TokenSlot slot = is_query ? TokenSlot{0, 0, true} : find_slot<typename Config::PageIndex>(params.slots, place);
+  const TokenSlot slot =
+      is_query ? TokenSlot{0, 0, true} : find_slot<typename Config::PageIndex>(params.slots, params.bounds, place);
   if (!slot.exists) return;
   const bool is_turned = lane.is_rotary && !is_value;
   LaneAngles<Config> angles;
   if (is_turned) {
-    angles = LaneAngles<Config>::make(params.rotary, lane, position);
+    angles = LaneAngles<Config>::make(params.rotation, params.setup, lane, position);
   }
 
   // Turn, and heads out: queries in their own type, keys and values in the cache's.

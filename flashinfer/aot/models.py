@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashinfer import target as targets
-from flashinfer.families import activation, norm, page, rope, sampling
+from flashinfer.families import activation, layout, norm, page, rope, sampling
 from flashinfer.families.attention import decode, merge, prefill
 from flashinfer.jit.spec import ArgValue, KernelSpec
 
@@ -57,7 +57,7 @@ def _norms(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
             target,
             dtype=dtype,
             hidden_size=hidden_size,
-            vec_size=norm.vec_size(dtype, hidden_size),
+            vec_size=layout.vec_size(dtype, hidden_size),
             add_residual=add_residual,
             gemma=False,
         )
@@ -71,7 +71,7 @@ def _norms(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
 def _activations(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
     for degree in model.tensor_parallel:
         for size in model.intermediate_sizes:
-            vec_size = norm.vec_size(dtype, size // degree)
+            vec_size = layout.vec_size(dtype, size // degree)
             yield activation.ACT_AND_MUL.spec(target, dtype=dtype, gate="silu", vec_size=vec_size)
 
 
@@ -85,7 +85,7 @@ def _fp8_outputs(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
             dtype=dtype,
             out_dtype="fp8_e4m3",
             hidden_size=model.hidden_size,
-            vec_size=norm.vec_size(dtype, model.hidden_size),
+            vec_size=layout.vec_size(dtype, model.hidden_size),
             add_residual=add_residual,
         )
     for spec in _activations(model, dtype, target):
@@ -128,7 +128,7 @@ def _paged_cache(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
                 cache_dtype=cache_dtype,
                 key_dim=model.head_dim,
                 value_dim=model.head_dim,
-                vec_size=page.vec_size(dtype, (model.head_dim,), 0) if is_cuda else 1,
+                vec_size=layout.vec_size(dtype, model.head_dim) if is_cuda else 1,
                 heads_per_thread=page.heads_per_thread(num_kv_heads) if is_cuda else 1,
                 **indices,
             )
@@ -148,7 +148,7 @@ def _rotary_axes(model: Model, dtype: str, target: str, cos_sin: str, position_i
         "interleave": False,
         "cos_sin": cos_sin,
         "position_index": position_index,
-        "vec_size": page.vec_size(dtype, (model.head_dim // 2,), 0) if is_cuda else 1,
+        "vec_size": layout.vec_size(dtype, model.head_dim // 2) if is_cuda else 1,
     }
 
 

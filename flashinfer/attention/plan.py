@@ -68,8 +68,7 @@ class Call(NamedTuple):
 
     @property
     def v_offset(self) -> int:
-        """Bytes of V after K in a cache of one tensor."""
-        return self.kv.stride(1) * self.kv.element_size() if isinstance(self.kv, torch.Tensor) else 0
+        return paged_cache.v_offset(self.kv)
 
 
 Launch = Callable[..., None]  # takes the addresses of Lengths.row_addresses, q, out, lse, k, v, Lengths.kv_addresses

@@ -6,6 +6,8 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flashinfer.dtypes import ITEMSIZE
+
 P, I64, I32, U32, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_uint32, ctypes.c_float
 Fields = list[tuple[str, Any]]
 
@@ -22,3 +24,15 @@ def nested(name: str, fields: Sequence[Any]) -> Fields:
 def inside(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a struct's fields, as those of that struct inside another."""
     return {f"{name}.{field}": value for field, value in values.items()}
+
+
+def vec_size(dtype: str, length: int, alignment: int = 0) -> int:
+    """Elements per load: the largest power of two that divides the length, within 16 bytes and the alignment.
+
+    `alignment` is the bitwise or of every address and every stride in bytes that the kernel adds to one. Where vectors
+    must divide several lengths, `length` is their greatest common divisor.
+    """
+    size = max(1, min(16, alignment & -alignment if alignment else 16) // ITEMSIZE[dtype])
+    while length % size:
+        size //= 2
+    return size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 
-from flashinfer.dtypes import ITEMSIZE
 from flashinfer.families.layout import DTYPES, FP8_DTYPES, QUANT_SCALE, nested
 from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register, twins
 
@@ -38,14 +37,6 @@ class NormQuantParams(ctypes.Structure):
     """Mirror of csrc/norm/params.h."""
 
     _fields_ = [*nested("output_scale", QUANT_SCALE), *nested("norm", NormParams._fields_)]
-
-
-def vec_size(dtype: str, hidden_size: int, alignment: int = 16) -> int:
-    """Elements per load: the largest power of two that divides the row, within 16 bytes and the alignment in bytes."""
-    size = max(1, min(16, alignment & -alignment if alignment else 16) // ITEMSIZE[dtype])
-    while hidden_size % size:
-        size //= 2
-    return size
 
 
 def _tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:

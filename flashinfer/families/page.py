@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
-from flashinfer.dtypes import ITEMSIZE
 from flashinfer.families.layout import DTYPES, FP8_DTYPES, I32, I64, QUANT_SCALE, Fields, P, nested
 from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register, twins
 
@@ -17,10 +17,20 @@ TOKEN_SLOTS: Fields = [
     ("positions", P),
     ("page_indices", P),
     ("page_indptr", P),
+]
+SLOT_BOUNDS: Fields = [
     ("batch_size", I32),
+    ("num_page_indices", I32),
+    ("num_pages", I32),
     ("page_size", I32),
 ]
-SLOT_ADDRESSES = tuple(f"slots.{field[0]}" for field in TOKEN_SLOTS[:4])
+
+
+def strides(field: str, of: Sequence[int]) -> dict[str, int]:
+    """The values of HeadStrides, of `[num_tokens, num_heads, head_dim]`, or of CacheStrides, of `[num_pages, page_size,
+    num_heads, head_dim]`, in a field of that name."""
+    names = [name for name, _ in (HEAD_STRIDES if len(of) == 3 else CACHE_STRIDES)]
+    return {f"{field}.{name}": stride for name, stride in zip(names, of)}
 
 
 class AppendParams(ctypes.Structure):
@@ -31,9 +41,10 @@ class AppendParams(ctypes.Structure):
         ("value", P),
         ("key_cache", P),
         ("value_cache", P),
+        *nested("slots", TOKEN_SLOTS),
         *nested("key_scale", QUANT_SCALE),
         *nested("value_scale", QUANT_SCALE),
-        *nested("slots", TOKEN_SLOTS),
+        *nested("bounds", SLOT_BOUNDS),
         *nested("key_strides", HEAD_STRIDES),
         *nested("value_strides", HEAD_STRIDES),
         *nested("key_cache_strides", CACHE_STRIDES),
@@ -66,17 +77,6 @@ class SeqLensParams(ctypes.Structure):
         ("batch_size", I32),
         ("page_size", I32),
     ]
-
-
-def vec_size(dtype: str, lengths: tuple[int, ...], alignment: int) -> int:
-    """Elements per load: the largest power of two that divides every length, within 16 bytes and the alignment.
-
-    `alignment` is the bitwise or of every address and every stride in bytes that the kernel adds to one.
-    """
-    size = max(1, min(16, alignment & -alignment if alignment else 16) // ITEMSIZE[dtype])
-    while any(length % size for length in lengths):
-        size //= 2
-    return size
 
 
 def heads_per_thread(num_heads: int) -> int:

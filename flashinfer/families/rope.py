@@ -7,18 +7,20 @@ import functools
 import math
 
 from flashinfer.families.layout import DTYPES, F32, FP8_DTYPES, I32, I64, QUANT_SCALE, Fields, P, nested
-from flashinfer.families.page import CACHE_STRIDES, HEAD_STRIDES, INDEX_TYPES, TOKEN_SLOTS, VEC_SIZES
+from flashinfer.families.page import CACHE_STRIDES, HEAD_STRIDES, INDEX_TYPES, SLOT_BOUNDS, TOKEN_SLOTS, VEC_SIZES
 from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register, twins
 
 MAX_ROTARY_DIM = 256
-ROTARY: Fields = [
+ROTATION: Fields = [
     ("positions", P),
     ("indptr", P),
     ("offsets", P),
     ("cos_sin_cache", P),
+]
+ROTATION_SETUP: Fields = [
     ("cos_sin_stride", I64),
+    ("num_positions", I32),
     ("batch_size", I32),
-    ("reserved", I32),
     ("frequencies", ctypes.c_uint8 * (MAX_ROTARY_DIM // 2 * 8)),  # packed by `frequency_table`
 ]
 
@@ -31,7 +33,8 @@ class RopeParams(ctypes.Structure):
         ("k", P),
         ("q_out", P),
         ("k_out", P),
-        *nested("rotary", ROTARY),
+        *nested("rotation", ROTATION),
+        *nested("setup", ROTATION_SETUP),
         *nested("q_strides", HEAD_STRIDES),
         *nested("k_strides", HEAD_STRIDES),
         *nested("q_out_strides", HEAD_STRIDES),
@@ -52,10 +55,12 @@ class RopeAppendParams(ctypes.Structure):
         ("q_out", P),
         ("key_cache", P),
         ("value_cache", P),
+        *nested("slots", TOKEN_SLOTS),
+        *nested("rotation", ROTATION),
         *nested("key_scale", QUANT_SCALE),
         *nested("value_scale", QUANT_SCALE),
-        *nested("slots", TOKEN_SLOTS),
-        *nested("rotary", ROTARY),
+        *nested("bounds", SLOT_BOUNDS),
+        *nested("setup", ROTATION_SETUP),
         *nested("q_strides", HEAD_STRIDES),
         *nested("k_strides", HEAD_STRIDES),
         *nested("v_strides", HEAD_STRIDES),
@@ -76,8 +81,9 @@ class QkNormRopeParams(ctypes.Structure):
         ("k", P),
         ("q_weight", P),
         ("k_weight", P),
-        *nested("rotary", ROTARY),
-        *nested("strides", HEAD_STRIDES),
+        *nested("rotation", ROTATION),
+        *nested("setup", ROTATION_SETUP),
+        *nested("qkv_strides", HEAD_STRIDES),
         ("eps", F32),
         ("weight_bias", F32),
         ("num_tokens", I32),
@@ -95,12 +101,14 @@ def frequency_table(
     high_freq_factor: float = 0.0,
     old_context_len: int = 0,
 ) -> bytes:
-    """What `Rotary.frequencies` holds: turns per position of each pair, as 64-bit binary fractions.
+    """What `RotationSetup.frequencies` holds: turns per position of each pair, as 64-bit binary fractions.
 
     Pair `i` of Su et al. 2021 (arXiv:2104.09864) turns by `rope_theta ** (-2 i / rotary_dim) / rope_scale` radians
     per position. With `old_context_len`, frequencies are scaled as in Llama 3.1: those with fewer than
     `low_freq_factor` turns in the old context are divided by rope_scale, those with more than `high_freq_factor` are
     kept, and between the two the division fades in linearly.
+
+    Raises OverflowError or ValueError where a frequency is not finite.
     """
     table = bytearray(MAX_ROTARY_DIM // 2 * 8)
     for i in range(rotary_dim // 2):

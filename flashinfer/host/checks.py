@@ -20,12 +20,17 @@ def require(condition: bool, op: str, message: str) -> None:
         raise ValueError(f"{op}: {message}")
 
 
+def _shown(value: object) -> str:
+    """On one line, and not all of it."""
+    return f"{' '.join(repr(value).split()):.60}"
+
+
 def integer(op: str, name: str, value: object, low: int = -(1 << 31), high: int = (1 << 31) - 1) -> int:
     """The value as an int from low to high, both included. Raises TypeError or ValueError."""
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"{op}: {name} is {value!r:.60}; expected an integer") from None
+        raise TypeError(f"{op}: {name} is {_shown(value)}; expected an integer") from None
     require(low <= number <= high, op, f"{name} is {number}; expected {_range(low, high)}")
     return number
 
@@ -47,7 +52,7 @@ def real(op: str, name: str, value: object, *, above: float = -math.inf, at_leas
             raise TypeError
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
-        raise TypeError(f"{op}: {name} is {value!r:.60}; expected a number") from None
+        raise TypeError(f"{op}: {name} is {_shown(value)}; expected a number") from None
     expected = f", above {above:g}" if above > -math.inf else f", at least {at_least:g}" if at_least > -math.inf else ""
     fits = abs(number) <= FP32_MAX and number > above and number >= at_least
     require(fits, op, f"{name} is {number}; expected a finite number of 32 bits{expected}")
@@ -100,6 +105,23 @@ def no_address(op: str, name: str, tensor: torch.Tensor) -> int:
         f"{op}: {name} is a {type(tensor).__name__} of layout {str(tensor.layout)[6:]} without memory; expected a "
         "dense tensor on a cuda or cpu device. Fake tensors are for torch.compile"
     ) from None
+
+
+def require_tensors(op: str, **values: object) -> None:
+    """Tensors in memory, of sizes that 32 bits count. Raises TypeError or ValueError."""
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            raise not_tensors(op, **{name: value})
+        require_memory(op, **{name: value})
+        counted = max(value.shape, default=0) < 1 << 31
+        require(counted, op, f"{name} has shape {list(value.shape)}; expected sizes of 32 bits")
+
+
+def boolean(op: str, name: str, value: object) -> bool:
+    """The value as a bool. Raises TypeError; 0 and 1 will do."""
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    raise TypeError(f"{op}: {name} is {_shown(value)}; expected True or False")
 
 
 def require_like(

@@ -1,13 +1,17 @@
 """The values of index tensors: page tables, offsets, positions.
 
-A kernel follows an index wherever it points. The host looks at the values where that takes no waiting, which is on the
-CPU: there each call checks them, and a wrong one is an IndexError or a ValueError. Of tensors on a GPU it knows shapes
-alone: kernels write nothing outside of the tensors they were given, and FLASHINFER_CHECK_INDICES=1 makes the host look.
+The host looks at them where that takes no waiting, which is on the CPU: there each call checks them, and a wrong one is
+an IndexError or a ValueError. Of tensors on a GPU it knows shapes alone: kernels write nothing outside of the tensors
+they were given, and FLASHINFER_CHECK_INDICES=1 makes the host look (docs/safety.md says which kernel does what).
+
+Whether values may be looked at is known when a launch is prepared (`may_be_visible`), so that calls on a GPU do not pay
+for the question; `are_visible` also knows that a CUDA graph is not being captured.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -17,8 +21,14 @@ from flashinfer import env
 _checks_devices = functools.cache(env.CHECK_INDICES.get)
 
 
+def may_be_visible(*tensors: Optional[torch.Tensor]) -> bool:
+    """Whether the host looks at the values of these tensors, but for the time of a capture. Of every call that has
+    tensors on the same devices."""
+    return all(tensor is None or tensor.is_cpu for tensor in tensors) or _checks_devices()
+
+
 def are_visible(*tensors: Optional[torch.Tensor]) -> bool:
-    """Whether the host looks at the values of these tensors. Cheap enough for each call."""
+    """Whether the host looks at the values of these tensors now."""
     return all(tensor is None or tensor.is_cpu for tensor in tensors) or (_checks_devices() and not _is_capturing())
 
 
@@ -26,20 +36,33 @@ def _is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def require_within(op: str, name: str, values: torch.Tensor, low: int, high: int, meaning: str) -> None:
-    """Every entry is at least `low` and below `high`. `meaning` completes the message: "the cache's 12 pages"."""
+def require_within(
+    op: str,
+    name: str,
+    values: torch.Tensor,
+    low: int,
+    high: int,
+    meaning: str,
+    where: Optional[Callable[[], torch.Tensor]] = None,
+) -> None:
+    """Every entry is at least `low` and below `high`. `meaning` completes the message: "the cache's 12 pages".
+
+    where: makes a mask of the entries that count; None: all do.
+    """
     if values.numel() == 0:
         return
-    least, greatest = (int(value) for value in torch.aminmax(values))
-    if least >= low and greatest < high:
+    least, greatest = torch.aminmax(values)
+    if least.item() >= low and greatest.item() < high:
         return
-    flat = values.reshape(-1)
-    where = int(torch.nonzero((flat < low) | (flat >= high))[0])
-    raise IndexError(
-        f"{op}: {name}[{where}] is {int(flat[where])}; expected {low} to {high - 1}, {meaning}"
-        if high > low
-        else f"{op}: {name}[{where}] is {int(flat[where])}; expected no entries, {meaning}"
-    )
+    wrong = (values < low) | (values >= high)
+    if where is not None:
+        wrong &= where()
+    found = torch.nonzero(wrong.reshape(-1))
+    if found.numel() == 0:
+        return
+    index = int(found[0])
+    expected = f"{low} to {high - 1}" if high > low else "no entries"
+    raise IndexError(f"{op}: {name}[{index}] is {int(values.reshape(-1)[index])}; expected {expected}, {meaning}")
 
 
 def require_offsets(op: str, name: str, offsets: torch.Tensor, end: Optional[int] = None, meaning: str = "") -> None:

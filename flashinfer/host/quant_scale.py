@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Union
+from typing import Union
 
 import torch
 
@@ -12,8 +12,8 @@ Scale = Union[float, torch.Tensor, None]
 
 
 def signature(scale: Scale) -> object:
-    """What a prepared launch depends on: of a number only that it is there, since every launch passes it anew."""
-    return memo.signature(scale) if isinstance(scale, torch.Tensor) else scale is not None
+    """What a prepared launch depends on: of a number only its type, since every launch passes it anew."""
+    return memo.signature(scale) if isinstance(scale, torch.Tensor) else type(scale)
 
 
 NO_VALUES = (0, 1.0, 0)
@@ -31,21 +31,17 @@ def values(scale: Scale, op: str = "quantization", name: str = "scale") -> tuple
     return 0, checks.real(op, name, scale, at_least=_LEAST), 0
 
 
+_FIELDS = ("device_value", "host_value", "reserved")
+
+
 def names(field: str) -> tuple[str, ...]:
     """Of those values, in a field of that name."""
-    return tuple(f"{field}.{name}" for name in ("device_value", "host_value", "reserved"))
+    return tuple(f"{field}.{name}" for name in _FIELDS)
 
 
-# A scale in the schema of an operator for torch.compile, and back.
-SCHEMA = "Tensor? {0}, float? {0}_value"
-
-
-def split(scale: Scale) -> tuple[Optional[torch.Tensor], Optional[float]]:
-    return (scale, None) if isinstance(scale, torch.Tensor) else (None, scale)
-
-
-def join(tensor: Optional[torch.Tensor], value: Optional[float]) -> Scale:
-    return value if tensor is None else tensor
+def constants(field: str) -> dict[str, Union[int, float]]:
+    """Of those values, by name, where a kernel does not scale."""
+    return dict(zip(names(field), values(None)))
 
 
 def check(op: str, name: str, scale: Scale, reference: torch.Tensor, reference_name: str = "input") -> None:
@@ -56,5 +52,6 @@ def check(op: str, name: str, scale: Scale, reference: torch.Tensor, reference_n
             f"{name} is {scale.dtype} of shape {list(scale.shape)}; expected a number or one float32 in a tensor",
         )
         checks.require_device(op, name, scale, reference, reference_name)
+        checks.require_memory(op, **{name: scale})
     else:
         values(scale, op, name)

@@ -51,6 +51,11 @@ TENSORS = Bundle(  # one tensor or a pair, such as a paged cache
 )
 
 
+def together(*parts: str) -> Bundle:
+    """A tuple, by the schema of each of its items."""
+    return fields(lambda *values: values, *parts)
+
+
 def fields(of: Callable[..., Any], *parts: str) -> Bundle:
     """A tuple, made by `of`, by the schema of each of its fields."""
     return Bundle(parts, lambda value: value, of)
@@ -87,16 +92,3 @@ def door(name: str, eager: Callable[..., object], arguments: Mapping[str, Union[
         operator(*[part for split, value in zip(splits, values) for part in split(value)])
 
     return enter
-
-
-def compiled_op(schema: str, eager: Callable[..., object]) -> Any:
-    """A door whose arguments are all plain, by its whole schema."""
-    name = schema.partition("(")[0]
-
-    def run(*args: Any) -> None:
-        eager(*args)
-
-    _library.define(schema)
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"flashinfer::{name}", lambda *args, **kwargs: None, lib=_library)
-    return getattr(torch.ops.flashinfer, name).default

@@ -12,9 +12,10 @@ from typing import Optional
 
 import torch
 
+from flashinfer.host import checks
 from flashinfer.host.paged_cache import PagedCache
 from flashinfer.host.quant_scale import Scale
-from flashinfer.rope import launch as launches
+from flashinfer.rope import append, launch
 from flashinfer.rope.rotation import Rotation
 
 __all__ = [
@@ -45,13 +46,14 @@ def apply_rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn queries and keys of a ragged batch.
 
-    Row `i` of request `b` is at position `offsets[b] + i - indptr[b]`; rows past `indptr[-1]` are at position 0.
+    Row `i` of request `b` is at position `offsets[b] + i - indptr[b]`; rows of no request, past `indptr[-1]` or before
+    `indptr[0]`, are at position 0.
 
     Args:
         q: `[nnz, num_qo_heads, head_dim]`, fp16, bf16 or fp32, any strides with a dense last axis. head_dim is a
             multiple of 4, at most 512.
         k: `[nnz, num_kv_heads, head_dim]`, dtype of q.
-        indptr: `[batch_size + 1]`, int32 or int64; where each request's rows start.
+        indptr: `[batch_size + 1]`, int32 or int64; where each request's rows start. Ascending, nnz at most.
         offsets: `[batch_size]`, dtype of indptr; position of each request's first row.
         rotary_dim: elements of a head that turn, a multiple of 4, at most 256; None: all.
         interleave: which elements form a pair (module docstring).
@@ -62,11 +64,14 @@ def apply_rope(
         `(q_rope, k_rope)`, new tensors.
 
     Raises:
-        ValueError: a shape, dtype, device or stride does not fit.
+        ValueError, TypeError: a shape, dtype, device, stride, number or type does not fit; elements of what is turned
+            in place overlap.
+        IndexError: offsets end past q, or a position lies outside of a table, where the host sees values
+            (docs/safety.md).
         UnsupportedConfig: no kernel for this dtype or head dimension.
     """
-    rotation = Rotation.of_requests(indptr, offsets, rotary_dim, interleave, rope_scale, rope_theta)
-    return launches.rope("apply_rope", q, k, torch.empty_like(q), torch.empty_like(k), rotation)
+    rotation = Rotation(rotary_dim, interleave, None, indptr, offsets, None, rope_scale, rope_theta)
+    return launch.rope("apply_rope", q, k, rotation)
 
 
 def apply_rope_inplace(
@@ -80,8 +85,8 @@ def apply_rope_inplace(
     rope_theta: float = 1e4,
 ) -> None:
     """`apply_rope`, in place."""
-    rotation = Rotation.of_requests(indptr, offsets, rotary_dim, interleave, rope_scale, rope_theta)
-    launches.rope("apply_rope_inplace", q, k, q, k, rotation)
+    rotation = Rotation(rotary_dim, interleave, None, indptr, offsets, None, rope_scale, rope_theta)
+    launch.rope_inplace("apply_rope_inplace", q, k, rotation)
 
 
 def apply_rope_pos_ids(
@@ -94,8 +99,8 @@ def apply_rope_pos_ids(
     rope_theta: float = 1e4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`apply_rope` with the position of every row given: pos_ids is `[nnz]`, int32 or int64."""
-    rotation = Rotation.at(pos_ids, rotary_dim, interleave, rope_scale, rope_theta)
-    return launches.rope("apply_rope_pos_ids", q, k, torch.empty_like(q), torch.empty_like(k), rotation)
+    rotation = Rotation(rotary_dim, interleave, pos_ids, None, None, None, rope_scale, rope_theta)
+    return launch.rope("apply_rope_pos_ids", q, k, rotation)
 
 
 def apply_rope_pos_ids_inplace(
@@ -108,8 +113,8 @@ def apply_rope_pos_ids_inplace(
     rope_theta: float = 1e4,
 ) -> None:
     """`apply_rope_pos_ids`, in place."""
-    rotation = Rotation.at(pos_ids, rotary_dim, interleave, rope_scale, rope_theta)
-    launches.rope("apply_rope_pos_ids_inplace", q, k, q, k, rotation)
+    rotation = Rotation(rotary_dim, interleave, pos_ids, None, None, None, rope_scale, rope_theta)
+    launch.rope_inplace("apply_rope_pos_ids_inplace", q, k, rotation)
 
 
 def apply_llama31_rope(
@@ -131,8 +136,8 @@ def apply_llama31_rope(
     high_freq_factor turns are kept, and between the two the division fades in linearly.
     """
     frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
-    rotation = Rotation.of_requests(indptr, offsets, rotary_dim, interleave, *frequencies)
-    return launches.rope("apply_llama31_rope", q, k, torch.empty_like(q), torch.empty_like(k), rotation)
+    rotation = Rotation(rotary_dim, interleave, None, indptr, offsets, None, *frequencies)
+    return launch.rope("apply_llama31_rope", q, k, rotation)
 
 
 def apply_llama31_rope_inplace(
@@ -150,8 +155,8 @@ def apply_llama31_rope_inplace(
 ) -> None:
     """`apply_llama31_rope`, in place."""
     frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
-    rotation = Rotation.of_requests(indptr, offsets, rotary_dim, interleave, *frequencies)
-    launches.rope("apply_llama31_rope_inplace", q, k, q, k, rotation)
+    rotation = Rotation(rotary_dim, interleave, None, indptr, offsets, None, *frequencies)
+    launch.rope_inplace("apply_llama31_rope_inplace", q, k, rotation)
 
 
 def apply_llama31_rope_pos_ids(
@@ -168,8 +173,8 @@ def apply_llama31_rope_pos_ids(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`apply_llama31_rope` with the position of every row given: pos_ids is `[nnz]`, int32 or int64."""
     frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
-    rotation = Rotation.at(pos_ids, rotary_dim, interleave, *frequencies)
-    return launches.rope("apply_llama31_rope_pos_ids", q, k, torch.empty_like(q), torch.empty_like(k), rotation)
+    rotation = Rotation(rotary_dim, interleave, pos_ids, None, None, None, *frequencies)
+    return launch.rope("apply_llama31_rope_pos_ids", q, k, rotation)
 
 
 def apply_llama31_rope_pos_ids_inplace(
@@ -186,8 +191,8 @@ def apply_llama31_rope_pos_ids_inplace(
 ) -> None:
     """`apply_llama31_rope_pos_ids`, in place."""
     frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
-    rotation = Rotation.at(pos_ids, rotary_dim, interleave, *frequencies)
-    launches.rope("apply_llama31_rope_pos_ids_inplace", q, k, q, k, rotation)
+    rotation = Rotation(rotary_dim, interleave, pos_ids, None, None, None, *frequencies)
+    launch.rope_inplace("apply_llama31_rope_pos_ids_inplace", q, k, rotation)
 
 
 def apply_rope_with_cos_sin_cache(
@@ -201,7 +206,8 @@ def apply_rope_with_cos_sin_cache(
     """Turn queries and keys by angles from a table, as vLLM and SGLang keep it.
 
     Args:
-        positions: `[nnz]`, int32 or int64; rows of the table.
+        positions: `[nnz]`, int32 or int64; rows of the table. One outside of it is an IndexError on the CPU, and counts
+            as 0 on a GPU.
         query: `[nnz, num_qo_heads * head_size]` or `[nnz, num_qo_heads, head_size]`, fp16, bf16 or fp32.
         key: likewise with num_kv_heads; dtype of query.
         head_size: dimension of a head.
@@ -214,9 +220,9 @@ def apply_rope_with_cos_sin_cache(
 
     Raises: as `apply_rope`.
     """
-    rotation = Rotation.by_table(positions, cos_sin_cache, not is_neox)
-    query_out, key_out = torch.empty_like(query), torch.empty_like(key)
-    return launches.rope("apply_rope_with_cos_sin_cache", query, key, query_out, key_out, rotation, head_size)
+    op = "apply_rope_with_cos_sin_cache"
+    rotation = _by_table(op, positions, cos_sin_cache, is_neox)
+    return launch.rope(op, query, key, rotation, head_size)
 
 
 def apply_rope_with_cos_sin_cache_inplace(
@@ -228,8 +234,15 @@ def apply_rope_with_cos_sin_cache_inplace(
     is_neox: bool = True,
 ) -> None:
     """`apply_rope_with_cos_sin_cache`, in place."""
-    rotation = Rotation.by_table(positions, cos_sin_cache, not is_neox)
-    launches.rope("apply_rope_with_cos_sin_cache_inplace", query, key, query, key, rotation, head_size)
+    op = "apply_rope_with_cos_sin_cache_inplace"
+    rotation = _by_table(op, positions, cos_sin_cache, is_neox)
+    launch.rope_inplace(op, query, key, rotation, head_size)
+
+
+def _by_table(op: str, positions: torch.Tensor, cos_sin_cache: torch.Tensor, is_neox: bool) -> Rotation:
+    if cos_sin_cache is None:  # which would mean frequencies
+        raise TypeError(f"{op}: cos_sin_cache is None; expected a tensor [max_position, rotary_dim]")
+    return Rotation(None, not checks.boolean(op, "is_neox", is_neox), positions, None, None, cos_sin_cache)
 
 
 def rope_append_paged_kv_cache(
@@ -267,14 +280,15 @@ def rope_append_paged_kv_cache(
         q: `[nnz, num_qo_heads, head_dim]`, fp16, bf16 or fp32.
         k, v: `[nnz, num_kv_heads, head_dim]`, dtype of q. All three may be slices of one packed tensor.
         batch_indices, positions, paged_kv_cache, kv_indices, kv_indptr, kv_last_page_len, kv_layout, k_scale,
-            v_scale: as in `flashinfer.append_paged_kv_cache`, with its treatment of padding; the cache has the dtype
-            of q, or is fp8.
+            v_scale: as in `flashinfer.append_paged_kv_cache`, with its treatment of padding, whose queries are turned
+            all the same; the cache has the dtype of q, or is fp8.
         q_out: where turned queries go, shape and dtype of q; may be q itself. Allocated when None.
         pos_ids: `[nnz]`, int32 or int64; positions to turn by, where they are not those in the cache.
         rotary_dim, interleave, rope_scale, rope_theta: as in `apply_rope`.
         low_freq_factor, high_freq_factor, old_context_len: as in `apply_llama31_rope`; old_context_len 0: plain
             frequencies.
         cos_sin_cache: `[max_position, rotary_dim]`, as in `apply_rope_with_cos_sin_cache`; replaces the frequencies.
+            Its width is rotary_dim, if both are given.
         enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
 
     Returns:
@@ -282,25 +296,18 @@ def rope_append_paged_kv_cache(
 
     Raises: as `apply_rope` and `flashinfer.append_paged_kv_cache`.
     """
-    if q_out is None:
-        q_out = torch.empty_like(q)
-    if pos_ids is None:
-        pos_ids = positions
     frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
-    if cos_sin_cache is None:
-        rotation = Rotation.at(pos_ids, rotary_dim, interleave, *frequencies)
-    else:
-        rotation = Rotation.by_table(pos_ids, cos_sin_cache, interleave)
-    launches.append(
+    turned_by = positions if pos_ids is None else pos_ids
+    return append.append(
         (q, k, v, q_out),
         (batch_indices, positions, kv_indices, kv_indptr),
         paged_kv_cache,
         kv_layout,
-        (k_scale, v_scale),
-        rotation,
+        k_scale,
+        v_scale,
+        Rotation(rotary_dim, interleave, turned_by, None, None, cos_sin_cache, *frequencies),
         enable_pdl,
     )
-    return q_out
 
 
 def fused_qk_rmsnorm_rope(
@@ -336,13 +343,11 @@ def fused_qk_rmsnorm_rope(
         low_freq_factor, high_freq_factor, old_context_len: as in `apply_llama31_rope`; old_context_len 0: plain
             frequencies.
         cos_sin_cache: `[max_position, rotary_dim]`, as in `apply_rope_with_cos_sin_cache`; replaces the frequencies.
+            Its width is rotary_dim, if both are given.
         enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
 
     Raises: as `apply_rope`.
     """
     frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
-    if cos_sin_cache is None:
-        rotation = Rotation.at(pos_ids, rotary_dim, interleave, *frequencies)
-    else:
-        rotation = Rotation.by_table(pos_ids, cos_sin_cache, interleave)
-    launches.qk_norm(qkv, (q_weight, k_weight), (num_qo_heads, num_kv_heads), eps, weight_bias, rotation, enable_pdl)
+    rotation = Rotation(rotary_dim, interleave, pos_ids, None, None, cos_sin_cache, *frequencies)
+    launch.qk_norm(qkv, (q_weight, k_weight), (num_qo_heads, num_kv_heads), eps, weight_bias, rotation, enable_pdl)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -9,24 +11,21 @@ import torch
 from flashinfer import dtypes
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families import rope as families
-from flashinfer.families.layout import DTYPES
-from flashinfer.families.page import vec_size
-from flashinfer.host import checks, memo
-from flashinfer.host.checks import check_index
+from flashinfer.families.layout import DTYPES, vec_size
+from flashinfer.host import checks, indices, memo, traced
 from flashinfer.host.rows import alignment_of
 from flashinfer.jit.loader import Value
-from flashinfer.jit.spec import Config, KernelSpec
 
 
 class Rotation(NamedTuple):
     """What decides each token's angles: positions, or indptr and offsets; frequencies, or a cos_sin_cache."""
 
-    rotary_dim: Optional[int]  # None: the head's dimension
+    rotary_dim: Optional[int]  # None: the width of the table, or the head's dimension
     interleave: bool
     positions: Optional[torch.Tensor] = None  # [num_tokens]
     indptr: Optional[torch.Tensor] = None  # [batch_size + 1]
     offsets: Optional[torch.Tensor] = None  # [batch_size]
-    cos_sin_cache: Optional[torch.Tensor] = None  # [max_position, rotary_dim]
+    cos_sin_cache: Optional[torch.Tensor] = None  # [num_positions, rotary_dim]
     # The frequencies, as families.rope.frequency_table takes them.
     rope_scale: float = 1.0
     rope_theta: float = 1e4
@@ -34,157 +33,182 @@ class Rotation(NamedTuple):
     high_freq_factor: float = 4.0
     old_context_len: int = 0
 
-    @classmethod
-    def at(cls, positions: torch.Tensor, rotary_dim: Optional[int], interleave: bool, *frequencies: Any) -> Rotation:
-        return cls(rotary_dim, interleave, positions, None, None, None, *frequencies)
+    def identify(self) -> tuple[tuple[int, int, int, int], tuple[object, ...]]:
+        """Addresses, the fields of `Rotation` in rope/params.h, and what a prepared launch depends on.
 
-    @classmethod
-    def of_requests(
-        cls,
-        indptr: torch.Tensor,
-        offsets: torch.Tensor,
-        rotary_dim: Optional[int],
-        interleave: bool,
-        *frequencies: Any,
-    ) -> Rotation:
-        return cls(rotary_dim, interleave, None, indptr, offsets, None, *frequencies)
+        Does not look for what has to be there: where a caller left it out, an AttributeError, which `check` explains.
+        """
+        given: Any = self[2:6]
+        positions, indptr, offsets, table = given
+        if indptr is not None:
+            where = (*memo.signature(indptr), *memo.signature(offsets))
+            return (0, indptr.data_ptr(), offsets.data_ptr(), 0), (self[:2], where, self[-5:])
+        if table is None:
+            return (positions.data_ptr(), 0, 0, 0), (self[:2], memo.signature(positions), self[-5:])
+        table_ptr = table.data_ptr()
+        signature = (self[:2], memo.signature(positions), memo.signature(table), table_ptr & 15)
+        return (positions.data_ptr(), 0, 0, table_ptr), signature
 
-    @classmethod
-    def by_table(cls, positions: torch.Tensor, cos_sin_cache: torch.Tensor, interleave: bool) -> Rotation:
-        return cls(cos_sin_cache.shape[-1], interleave, positions, None, None, cos_sin_cache)
-
-    def signature(self) -> tuple[object, ...]:
-        if self.positions is not None:
-            where = memo.signature(self.positions)
-        else:
-            assert self.indptr is not None and self.offsets is not None
-            where = memo.signature(self.indptr) + memo.signature(self.offsets)
-        angles: tuple[object, ...] = self[-5:]
-        if self.cos_sin_cache is not None:
-            angles = (*memo.signature(self.cos_sin_cache), self.cos_sin_cache.data_ptr() & 15)
-        return self.rotary_dim, self.interleave, where, angles
-
-    def addresses(self) -> tuple[int, int, int, int]:
-        """The pointers of `Rotary` in rope/params.h, in order."""
-        positions, indptr, offsets, table = self[2:6]
-        if positions is not None:
-            return positions.data_ptr(), 0, 0, 0 if table is None else table.data_ptr()
-        assert indptr is not None and offsets is not None
-        return 0, indptr.data_ptr(), offsets.data_ptr(), 0
+    def tensors(self) -> dict[str, Optional[torch.Tensor]]:
+        """Those that it is made of, by name. None where one is missing."""
+        ragged = self.indptr is not None or self.offsets is not None
+        where = {"indptr": self.indptr, "offsets": self.offsets} if ragged else {"positions": self.positions}
+        return where if self.cos_sin_cache is None else {**where, "cos_sin_cache": self.cos_sin_cache}
 
 
-ADDRESSES = ("rotary.positions", "rotary.indptr", "rotary.offsets", "rotary.cos_sin_cache")
-# A rotation in the schema of an operator for torch.compile: its fields, in order.
-SCHEMA = (
-    "int? rotary_dim, bool interleave, Tensor? rope_positions, Tensor? indptr, Tensor? offsets, Tensor? cos_sin_cache, "
-    "float rope_scale, float rope_theta, float low_freq_factor, float high_freq_factor, int old_context_len"
+FIELDS = tuple(f"rotation.{field[0]}" for field in families.ROTATION)
+BUNDLE = traced.fields(
+    Rotation,
+    *("int? rotary_dim", "bool interleave", "Tensor? rope_positions", "Tensor? indptr", "Tensor? offsets"),
+    *("Tensor? cos_sin_cache", "float rope_scale", "float rope_theta", "float low_freq_factor"),
+    *("float high_freq_factor", "int old_context_len"),
 )
 
 
 class Geometry(NamedTuple):
-    """What a prepared launch keeps of a rotation: spec axes, and the rest of `Rotary`, after its pointers."""
+    """What `check` finds: heads as they are seen, axes of the spec, and what does not vary of the parameters."""
 
+    heads: dict[str, torch.Tensor]  # [num_tokens, num_heads, head_dim]
     axes: dict[str, str | int | bool]
     constants: dict[str, Value]
+    reads_values: bool  # of index tensors on the host, for `require_positions`
 
 
-def check_rotation(
-    op: str, rotation: Rotation, q: torch.Tensor, heads: list[torch.Tensor], rotary_part_only: bool
+def check(
+    op: str,
+    rotation: Rotation,
+    tensors: Mapping[str, torch.Tensor],
+    head_dim: Optional[int] = None,
+    *,
+    rotary_part_only: bool = False,
+    also_loaded: tuple[torch.Tensor, ...] = (),
 ) -> Geometry:
-    """Check a rotation against queries `[num_tokens, num_heads, head_dim]`; choose one width of loads for all heads."""
+    """Check heads and their rotation; choose one width of loads for all of them.
+
+    tensors: `[num_tokens, num_heads, head_dim]`, queries first, by the names of their strides in the parameters. With
+    head_dim given, heads may lie flat in the last axis. also_loaded: in vectors of the same width.
+    """
+    heads = {name: _as_heads(op, name, tensor, head_dim) for name, tensor in tensors.items()}
+    q = next(iter(heads.values()))
     num_tokens, _, head_dim = q.shape
-    rotary_dim = head_dim if rotation.rotary_dim is None else rotation.rotary_dim
-    checks.require(
-        0 < rotary_dim <= min(head_dim, families.MAX_ROTARY_DIM) and rotary_dim % 4 == 0,
-        op,
-        f"rotary_dim is {rotary_dim}; expected a multiple of 4, at most {min(head_dim, families.MAX_ROTARY_DIM)}",
-    )
+    for name, tensor in heads.items():
+        checks.require(
+            tensor.shape[0] == num_tokens and tensor.shape[2] == head_dim,
+            op,
+            f"{name} has shape {list(tensor.shape)}; expected [{num_tokens}, num_heads, {head_dim}], as q",
+        )
+        checks.require_dtype_device(op, name, tensor, q, "q")
     dtype = dtypes.short_name(q.dtype)
     if dtype not in DTYPES:
         raise UnsupportedConfig(f"{op}: q is {q.dtype}; expected float16, bfloat16 or float32")
-    if head_dim % 4 != 0 or head_dim > 512:
+    if head_dim % 4 != 0 or not 0 < head_dim <= 512:
         raise UnsupportedConfig(f"{op}: head_dim is {head_dim}; expected a multiple of 4, at most 512")
-
-    checks.require(
-        rotation.rope_scale > 0 and rotation.rope_theta > 0,
-        op,
-        f"rope_scale is {rotation.rope_scale} and rope_theta {rotation.rope_theta}; expected positive numbers",
-    )
-    checks.require(
-        rotation.old_context_len == 0 or rotation.high_freq_factor > rotation.low_freq_factor,
-        op,
-        f"high_freq_factor is {rotation.high_freq_factor}; expected more than low_freq_factor, "
-        f"{rotation.low_freq_factor}",
-    )
-
-    index, batch_size = _check_positions(op, rotation, q, num_tokens)
-    cos_sin, cos_sin_stride = _check_cos_sin(op, rotation, q, rotary_dim)
-    lengths = (rotary_dim // 2,) if rotary_part_only else (rotary_dim // 2, head_dim // 2)
-    vec = vec_size(dtype, lengths, alignment_of(*heads)) if q.is_cuda else 1
-    if q.is_cuda and rotation.cos_sin_cache is not None:
-        # A lane reads the angles of its vector (of half of it, if interleaved) with loads of at most 16 bytes.
-        widest = vec_size(cos_sin, lengths, 0)
-        aligned = vec_size(cos_sin, lengths, alignment_of(rotation.cos_sin_cache))
-        vec = vec if aligned == widest else min(vec, aligned * (2 if rotation.interleave else 1))
-    checks.require(
-        not (q.is_cuda and rotation.interleave and vec < 2),
-        op,
-        "q or k has an odd stride or offset, which interleave=True does not allow; call .contiguous()",
-    )
+    checks.require_tensors(op, **rotation.tensors())
+    interleave = checks.boolean(op, "interleave", rotation.interleave)
+    rotary_dim = _rotary_dim(op, rotation, head_dim)
+    cos_sin = "computed" if rotation.cos_sin_cache is None else dtypes.short_name(rotation.cos_sin_cache.dtype)
+    lengths = math.gcd(rotary_dim // 2, rotary_dim // 2 if rotary_part_only else head_dim // 2)
+    vec = 1
+    if q.is_cuda:
+        vec = vec_size(dtype, lengths, alignment_of(*heads.values(), *also_loaded))
+        if rotation.cos_sin_cache is not None:
+            # A lane reads the angles of its vector (of half of it, if interleaved) with loads of at most 16 bytes.
+            widest, aligned = (vec_size(cos_sin, lengths, bits) for bits in (0, alignment_of(rotation.cos_sin_cache)))
+            vec = vec if aligned == widest else min(vec, aligned * (2 if interleave else 1))
+        checks.require(
+            not interleave or vec >= 2,
+            op,
+            "q or k has an odd stride or offset, which interleave=True does not allow; call .contiguous()",
+        )
     axes: dict[str, str | int | bool] = {
         "dtype": dtype,
         "head_dim": head_dim,
         "rotary_dim": rotary_dim,
-        "interleave": rotation.interleave,
+        "interleave": interleave,
         "cos_sin": cos_sin,
-        "position_index": index,
+        "position_index": _check_positions(op, rotation, q),
         "vec_size": vec,
     }
+    table = rotation.cos_sin_cache
     constants: dict[str, Value] = {
-        "rotary.cos_sin_stride": cos_sin_stride,
-        "rotary.batch_size": batch_size,
-        "rotary.reserved": 0,
-        "rotary.frequencies": families.frequency_table(rotary_dim, *rotation[-5:]),
+        "setup.cos_sin_stride": 0 if table is None else table.stride(0),
+        "setup.num_positions": 0 if table is None else table.shape[0],
+        "setup.batch_size": 0 if rotation.offsets is None else rotation.offsets.shape[0],
+        "setup.frequencies": _frequencies(op, rotation, rotary_dim),
+        "num_tokens": num_tokens,
     }
-    return Geometry(axes, constants)
+    for name, tensor in heads.items():
+        constants[f"{name}_strides.token"], constants[f"{name}_strides.head"] = tensor.stride()[:2]
+    parts = rotation.tensors()
+    reads_values = (table is not None or rotation.positions is None) and indices.may_be_visible(*parts.values())
+    return Geometry(heads, axes, constants, reads_values)
 
 
-def _check_positions(op: str, rotation: Rotation, q: torch.Tensor, num_tokens: int) -> tuple[str, int]:
-    if rotation.positions is not None:
-        check_index(op, "positions", rotation.positions, num_tokens)
-        checks.require_device(op, "positions", rotation.positions, q, "q")
-        return str(rotation.positions.dtype)[6:], 0
-    assert rotation.indptr is not None and rotation.offsets is not None
-    batch_size = rotation.offsets.shape[0]
-    check_index(op, "offsets", rotation.offsets, batch_size)
-    check_index(op, "indptr", rotation.indptr, batch_size + 1)
-    checks.require_dtype_device(op, "offsets", rotation.offsets, rotation.indptr, "indptr")
-    checks.require_device(op, "indptr", rotation.indptr, q, "q")
-    return str(rotation.indptr.dtype)[6:], batch_size
-
-
-def _check_cos_sin(op: str, rotation: Rotation, q: torch.Tensor, rotary_dim: int) -> tuple[str, int]:
-    cache = rotation.cos_sin_cache
-    if cache is None:
-        return "computed", 0
+def _rotary_dim(op: str, rotation: Rotation, head_dim: int) -> int:
+    """Checks the shape and type of a table."""
+    table, largest = rotation.cos_sin_cache, min(head_dim, families.MAX_ROTARY_DIM)
+    rotary_dim = head_dim if rotation.rotary_dim is None else checks.integer(op, "rotary_dim", rotation.rotary_dim)
+    if table is not None:
+        checks.require(
+            table.dim() == 2 and rotation.rotary_dim in (None, table.shape[-1]),
+            op,
+            f"cos_sin_cache has shape {list(table.shape)}; expected [max_position, "
+            f"{'rotary_dim' if rotation.rotary_dim is None else rotary_dim}]: cos, then sin",
+        )
+        checks.require_unit_stride(op, "cos_sin_cache", table)
+        if dtypes.short_name(table.dtype) not in DTYPES:
+            raise UnsupportedConfig(f"{op}: cos_sin_cache is {table.dtype}; expected float32, float16 or bfloat16")
+        rotary_dim = table.shape[1]
     checks.require(
-        cache.dim() == 2 and cache.shape[1] == rotary_dim,
+        0 < rotary_dim <= largest and rotary_dim % 4 == 0,
         op,
-        f"cos_sin_cache has shape {list(cache.shape)}; expected [max_position, {rotary_dim}]: cos, then sin",
+        f"rotary_dim is {rotary_dim}; expected a multiple of 4, at most {largest}",
     )
-    checks.require_unit_stride(op, "cos_sin_cache", cache)
-    checks.require_device(op, "cos_sin_cache", cache, q, "q")
-    dtype = dtypes.short_name(cache.dtype)
-    if dtype not in DTYPES:
-        raise UnsupportedConfig(f"{op}: cos_sin_cache is {cache.dtype}; expected float32, float16 or bfloat16")
-    return dtype, cache.stride(0)
+    return rotary_dim
 
 
-def as_heads(op: str, name: str, tensor: torch.Tensor, head_dim: Optional[int] = None) -> torch.Tensor:
+def _check_positions(op: str, rotation: Rotation, q: torch.Tensor) -> str:
+    """The type of index."""
+    positions, indptr, offsets, table = rotation[2:6]
+    if table is not None:
+        checks.require_device(op, "cos_sin_cache", table, q, "q")
+        checks.require(table.shape[0] > 0 or q.shape[0] == 0, op, "cos_sin_cache has no rows; expected max_position")
+    if positions is not None:
+        checks.check_index(op, "positions", positions, q.shape[0])
+        checks.require_device(op, "positions", positions, q, "q")
+        return str(positions.dtype)[6:]
+    assert indptr is not None and offsets is not None
+    checks.check_index(op, "offsets", offsets)
+    checks.check_index(op, "indptr", indptr, offsets.shape[0] + 1)
+    checks.require_dtype_device(op, "offsets", offsets, indptr, "indptr")
+    checks.require_device(op, "indptr", indptr, q, "q")
+    return str(indptr.dtype)[6:]
+
+
+def _frequencies(op: str, rotation: Rotation, rotary_dim: int) -> bytes:
+    scale, theta, low, high, context = rotation[-5:]
+    for name, value in zip(Rotation._fields[-5:], rotation[-5:]):
+        # A memo compares numbers by value; a tensor it would know by identity, whatever became of its value.
+        if isinstance(value, torch.Tensor):
+            raise TypeError(f"{op}: {name} is a tensor; expected a number, call .item()")
+    scale, theta = checks.real(op, "rope_scale", scale, above=0), checks.real(op, "rope_theta", theta, above=0)
+    low, high = checks.real(op, "low_freq_factor", low), checks.real(op, "high_freq_factor", high)
+    context = checks.integer(op, "old_context_len", context, 0)
+    checks.require(
+        context == 0 or high > low, op, f"high_freq_factor is {high:g}; expected more than low_freq_factor, {low:g}"
+    )
+    try:
+        return families.frequency_table(rotary_dim, scale, theta, low, high, context)
+    except (OverflowError, ValueError):
+        raise ValueError(f"{op}: rope_theta is {theta:g}, rope_scale {scale:g}; their frequencies overflow") from None
+
+
+def _as_heads(op: str, name: str, tensor: torch.Tensor, head_dim: Optional[int]) -> torch.Tensor:
     """`[num_tokens, num_heads, head_dim]`; with head_dim given, heads may lie flat in the last axis."""
+    checks.require_tensors(op, **{name: tensor})
     if head_dim is not None and tensor.dim() == 2:
         checks.require(
-            tensor.shape[1] % head_dim == 0,
+            checks.integer(op, "head_size", head_dim, 1) > 0 and tensor.shape[1] % head_dim == 0,
             op,
             f"{name} has shape {list(tensor.shape)}; expected [num_tokens, num_heads * {head_dim}]",
         )
@@ -199,19 +223,17 @@ def as_heads(op: str, name: str, tensor: torch.Tensor, head_dim: Optional[int] =
     return tensor
 
 
-def check_same_heads(op: str, name: str, tensor: torch.Tensor, q: torch.Tensor) -> None:
-    """The rows and head dimension of q, in any number of heads."""
-    checks.require(
-        tensor.shape[0] == q.shape[0] and tensor.shape[2] == q.shape[2],
-        op,
-        f"{name} has shape {list(tensor.shape)}; expected [{q.shape[0]}, num_heads, {q.shape[2]}], as q",
-    )
-    checks.require_dtype_device(op, name, tensor, q, "q")
-
-
-def grid(spec: KernelSpec, config: Config, num_tokens: int, num_heads: list[int]) -> tuple[int, int, int]:
-    """Blocks for all groups of kHeadsPerThread heads of one kind (queries, keys, values) of one token."""
-    heads_per_thread = int(config.constants["kHeadsPerThread"])
-    groups_per_block = config.launch.num_threads // families.lanes_per_head(spec)
-    num_groups = num_tokens * sum(-(-count // heads_per_thread) for count in num_heads)
-    return -(-num_groups // groups_per_block), 1, 1
+def require_positions(
+    op: str, rotation: Rotation, num_tokens: int, are_turned: Optional[Callable[[], torch.Tensor]] = None
+) -> None:
+    """Check the values of a rotation's index tensors: rows of a table, offsets within the rows of q. Raises IndexError
+    or ValueError. are_turned: makes a mask of the tokens that count; None: all do."""
+    if not indices.are_visible(*rotation.tensors().values()):
+        return
+    if rotation.indptr is not None:
+        indices.require_offsets(op, "indptr", rotation.indptr, num_tokens, "the rows of q")
+    if rotation.cos_sin_cache is not None and rotation.positions is not None:
+        size = rotation.cos_sin_cache.shape[0]
+        indices.require_within(
+            op, "positions", rotation.positions, 0, size, "the rows of cos_sin_cache", where=are_turned
+        )

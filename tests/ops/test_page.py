@@ -191,19 +191,6 @@ def test_append_mla(device: torch.device, which: str) -> None:
     assert torch.equal(bits(cache), bits(expected))
 
 
-def test_rows_that_have_no_slot_are_skipped(device: torch.device) -> None:
-    key = torch.ones(6, 2, 16, dtype=torch.bfloat16, device=device)
-    cache = poisoned((4, 2, 4, 2, 16), torch.bfloat16, device)
-    tensor = lambda values: torch.tensor(values, dtype=torch.int32, device=device)  # noqa: E731
-    batch_indices = tensor([-1, 2, 0, 1, 1, 0])
-    positions = tensor([0, 0, -1, 8, 7, 3])  # request 1 has two pages, so position 8 is past them; page -1 is no page
-    flashinfer.append_paged_kv_cache(
-        key, key, batch_indices, positions, cache, tensor([2, 0, -1]), tensor([0, 1, 3]), tensor([4, 4])
-    )
-    written = ~cache.isnan().any(-1).any(-1)  # [pages, 2, slots]
-    assert written.nonzero().tolist() == [[2, 0, 3], [2, 1, 3]]
-
-
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_batch_indices_positions_and_seq_lens(device: torch.device, name: str, dtype: torch.dtype) -> None:
@@ -260,9 +247,9 @@ def test_errors_name_the_argument(device: torch.device) -> None:
     append()
     with pytest.raises(ValueError, match=r"kv_layout is 'NDH'; expected 'NHD' or 'HND'"):
         append(kv_layout="NDH")
-    with pytest.raises(ValueError, match=r"expected 5 dimensions, K and V on dim 1, or a \(k, v\) pair"):
+    with pytest.raises(ValueError, match=r"expected \[pages, 2, .*\], K and V on dim 1, or a pair \(k, v\)"):
         append(paged_kv_cache=cache[:, 0])
-    with pytest.raises(ValueError, match=r"the key cache is \[\d+, 4, 8, 64\].*expected \[\d+, 4, 8, 128\]"):
+    with pytest.raises(ValueError, match=r"paged_kv_cache dim 4 \(head_dim\) is 64, the rows have 128"):
         append(paged_kv_cache=cache[..., :64])
     with pytest.raises(ValueError, match=r"batch_indices has shape \[16\]; expected \[17\]"):
         append(batch_indices=batch_indices[:16])

@@ -25,6 +25,32 @@ def append(
     return cache
 
 
+def slots(
+    batch_indices: list[int],
+    positions: list[int],
+    kv_indices: list[int],
+    kv_indptr: list[int],
+    num_pages: int,
+    page_size: int,
+) -> list[tuple[int, int] | str]:
+    """Page and entry of every row; "padding" where a negative number says that there is none, "wrong" where an index
+    leads outside of what it is held against."""
+    found: list[tuple[int, int] | str] = []
+    for request, position in zip(batch_indices, positions):
+        if request < 0 or position < 0:
+            found.append("padding")
+            continue
+        first, end = kv_indptr[request : request + 2] if request < len(kv_indptr) - 1 else (0, 0)
+        place = first + position // page_size
+        if not 0 <= place < min(end, len(kv_indices)) or kv_indices[place] >= num_pages:
+            found.append("wrong")
+        elif kv_indices[place] < 0:
+            found.append("padding")
+        else:
+            found.append((kv_indices[place], position % page_size))
+    return found
+
+
 def batch_indices_positions(
     append_indptr: torch.Tensor, seq_lens: torch.Tensor, nnz: int
 ) -> tuple[list[int], list[int]]:

@@ -24,7 +24,7 @@ void append_paged_kv(const AppendParams& params) {
 
 #pragma omp parallel for
   for (int token_idx = 0; token_idx < params.num_tokens; ++token_idx) {
-    const TokenSlot slot = find_slot<typename Config::TokenIndex, typename Config::PageIndex>(params.slots, token_idx);
+    const TokenSlot slot = find_slot<Config>(params.slots, params.bounds, token_idx);
     if (!slot.exists) continue;
     for (int head_idx = 0; head_idx < params.num_heads; ++head_idx) {
       if (params.key_cache != nullptr) {

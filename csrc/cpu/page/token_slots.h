@@ -1,6 +1,8 @@
 // Locating tokens in a paged cache (CPU).
 #pragma once
 
+#include <algorithm>
+
 #include "page/params.h"
 
 namespace flashinfer::cpu {
@@ -14,16 +16,18 @@ struct TokenSlot {
   }
 };
 
-template <class TokenIndex, class PageIndex>
-TokenSlot find_slot(const TokenSlots& slots, int token_idx) {
+template <class Config>
+TokenSlot find_slot(const TokenSlots& slots, const SlotBounds& bounds, int token_idx) {
+  using TokenIndex = typename Config::TokenIndex;
+  using PageIndex = typename Config::PageIndex;
   const int64_t batch_idx = static_cast<const TokenIndex*>(slots.batch_indices)[token_idx];
   const int64_t position = static_cast<const TokenIndex*>(slots.positions)[token_idx];
-  if (batch_idx < 0 || batch_idx >= slots.batch_size || position < 0) return {0, 0, false};
-  const PageIndex* page_indptr = static_cast<const PageIndex*>(slots.page_indptr);
-  const int64_t page_idx_pos = int64_t(page_indptr[batch_idx]) + position / slots.page_size;
-  if (page_idx_pos >= int64_t(page_indptr[batch_idx + 1])) return {0, 0, false};
-  const int64_t page_idx = static_cast<const PageIndex*>(slots.page_indices)[page_idx_pos];
-  return {page_idx, position % slots.page_size, page_idx >= 0};
+  if (batch_idx < 0 || batch_idx >= bounds.batch_size || position < 0) return {0, 0, false};
+  const PageIndex* page_indptr = static_cast<const PageIndex*>(slots.page_indptr) + batch_idx;
+  const int64_t i = int64_t(uint64_t(page_indptr[0]) + uint64_t(position / bounds.page_size));
+  if (i < 0 || i >= std::min<int64_t>(page_indptr[1], bounds.num_page_indices)) return {0, 0, false};
+  const int64_t page_idx = static_cast<const PageIndex*>(slots.page_indices)[i];
+  return {page_idx, position % bounds.page_size, page_idx >= 0 && page_idx < bounds.num_pages};
 }
 
 inline int64_t row_offset(const HeadStrides& strides, int64_t token_idx, int64_t head_idx) {

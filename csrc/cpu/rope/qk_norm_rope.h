@@ -13,7 +13,7 @@ void qk_norm_rope_heads(const QkNormRopeParams& params, const TokenAngles<Config
   float w[kDim];
   load_floats<kDim>(static_cast<const T*>(weight), w);
   for (int head_idx = 0; head_idx < num_heads; ++head_idx) {
-    T* row = static_cast<T*>(heads) + row_offset(params.strides, token_idx, head_idx);
+    T* row = static_cast<T*>(heads) + row_offset(params.qkv_strides, token_idx, head_idx);
     float x[kDim];
     load_floats<kDim>(row, x);
     float sum_of_squares = 0.f;
@@ -30,7 +30,7 @@ template <class Config>
 void qk_norm_rope(const QkNormRopeParams& params) {
 #pragma omp parallel for
   for (int token_idx = 0; token_idx < params.num_tokens; ++token_idx) {
-    const TokenAngles<Config> angles(params.rotary, token_idx);
+    const TokenAngles<Config> angles(params.rotation, params.setup, token_idx);
     qk_norm_rope_heads(params, angles, params.q, params.q_weight, token_idx, params.num_qo_heads);
     qk_norm_rope_heads(params, angles, params.k, params.k_weight, token_idx, params.num_kv_heads);
   }

@@ -22,7 +22,7 @@ template <class Config>
 void rope(const RopeParams& params) {
 #pragma omp parallel for
   for (int token_idx = 0; token_idx < params.num_tokens; ++token_idx) {
-    const TokenAngles<Config> angles(params.rotary, token_idx);
+    const TokenAngles<Config> angles(params.rotation, params.setup, token_idx);
     rope_heads(angles, params.q, params.q_strides, params.q_out, params.q_out_strides, token_idx, params.num_qo_heads);
     rope_heads(angles, params.k, params.k_strides, params.k_out, params.k_out_strides, token_idx, params.num_kv_heads);
   }

@@ -16,10 +16,10 @@ void rope_append(const RopeAppendParams& params) {
 
 #pragma omp parallel for
   for (int token_idx = 0; token_idx < params.num_tokens; ++token_idx) {
-    const TokenAngles<Config> angles(params.rotary, token_idx);
+    const TokenAngles<Config> angles(params.rotation, params.setup, token_idx);
     rope_heads(angles, params.q, params.q_strides, params.q_out, params.q_out_strides, token_idx, params.num_qo_heads);
 
-    const TokenSlot slot = find_slot<typename Config::TokenIndex, typename Config::PageIndex>(params.slots, token_idx);
+    const TokenSlot slot = find_slot<Config>(params.slots, params.bounds, token_idx);
     if (!slot.exists) continue;
     for (int head_idx = 0; head_idx < params.num_kv_heads; ++head_idx) {
       float x[kDim];

@@ -11,15 +11,15 @@
 namespace flashinfer::cpu {
 
 template <class Config>
-int64_t rotary_position(const Rotary& rotary, int token_idx) {
+int64_t rotary_position(const Rotation& rotation, const RotationSetup& setup, int token_idx) {
   using Index = typename Config::PositionIndex;
   if constexpr (Config::kRagged) {
-    const Index* indptr = static_cast<const Index*>(rotary.indptr);
-    if (token_idx >= indptr[rotary.batch_size]) return 0;  // padding past the last request
-    const int64_t batch_idx = std::upper_bound(indptr, indptr + rotary.batch_size + 1, Index(token_idx)) - indptr - 1;
-    return static_cast<const Index*>(rotary.offsets)[batch_idx] + (token_idx - indptr[batch_idx]);
+    const Index* indptr = static_cast<const Index*>(rotation.indptr);
+    const int64_t batch_idx = std::upper_bound(indptr, indptr + setup.batch_size + 1, Index(token_idx)) - indptr - 1;
+    if (batch_idx < 0 || batch_idx >= setup.batch_size) return 0;  // padding before the first request or past the last
+    return int64_t(static_cast<const Index*>(rotation.offsets)[batch_idx]) + token_idx - indptr[batch_idx];
   } else {
-    return static_cast<const Index*>(rotary.positions)[token_idx];
+    return static_cast<const Index*>(rotation.positions)[token_idx];
   }
 }
 
@@ -28,18 +28,19 @@ struct TokenAngles {
   static constexpr int kNumAngles = Config::kRotaryDim / 2;
   float cos[kNumAngles], sin[kNumAngles];
 
-  TokenAngles(const Rotary& rotary, int token_idx) {
-    const int64_t position = rotary_position<Config>(rotary, token_idx);
+  TokenAngles(const Rotation& rotation, const RotationSetup& setup, int token_idx) {
+    const int64_t position = rotary_position<Config>(rotation, setup, token_idx);
     if constexpr (Config::kCosSinCache) {
       using CosSinT = typename Config::CosSinT;
-      const CosSinT* row = static_cast<const CosSinT*>(rotary.cos_sin_cache) + position * rotary.cos_sin_stride;
+      const int64_t table_row = position >= 0 && position < setup.num_positions ? position : 0;
+      const CosSinT* row = static_cast<const CosSinT*>(rotation.cos_sin_cache) + table_row * setup.cos_sin_stride;
       for (int i = 0; i < kNumAngles; ++i) {
         cos[i] = to_float(row[i]);
         sin[i] = to_float(row[kNumAngles + i]);
       }
     } else {
       for (int i = 0; i < kNumAngles; ++i) {
-        rotary_cos_sin(position, rotary.frequencies[i], cos[i], sin[i]);
+        rotary_cos_sin(position, setup.frequencies[i], cos[i], sin[i]);
       }
     }
   }
