@@ -96,9 +96,10 @@ def building(mark: str, argv: list[str], **variables: str | Path) -> Iterator[su
 
 
 def stubborn_compiler(folder: Path) -> Path:
-    """One that heeds no signal it can ignore, and waits for a process of its own, when hidden_size is 65."""
-    started = folder / "started"
-    return failing_compiler(folder, f"trap '' INT TERM HUP QUIT; sleep 600 & echo $! > '{started}'; wait; sleep 600")
+    """One that heeds no signal it can ignore and waits for a process of its own, when hidden_size is 65. It notes the
+    numbers of that process and of its parent."""
+    waits = f"sleep 600 & echo $! $PPID > '{folder / 'started'}'; wait; sleep 600"
+    return failing_compiler(folder, f"trap '' INT TERM HUP QUIT; {waits}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -107,11 +108,11 @@ def test_a_killed_build_leaves_nothing_running(number: signal.Signals, tmp_path:
     config = write_config(tmp_path, rmsnorm_rows(65, 64, 66, vec_size=1))
     compiler = stubborn_compiler(tmp_path)
     with building(mark, command(config, out, "--jobs", "2"), FLASHINFER_CXX=compiler) as process:
-        wait_until((tmp_path / "started").exists, 30)
+        wait_until(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text().endswith("\n"), 30)
         wait_until(lambda: (out / worker.RESULTS).exists() and b"\n" in (out / worker.RESULTS).read_bytes(), 30)
         for part in ("build_aot.py", "ninja", worker.__name__, "failing-g++", "sleep"):
             assert any(part in line for line in living(mark).values()), part
-        (compiling,) = [pid for pid, line in living(mark).items() if worker.__name__ in line and "python" in line]
+        compiling = int((tmp_path / "started").read_text().split()[1])  # the compile process that waits for a compiler
         held = [os.readlink(entry) for entry in Path(f"/proc/{compiling}/fd").iterdir()]
         assert str(out / f"{worker.RESULTS}.lock") in held, "the lock outlives the build as long as this does"
         process.send_signal(number)
@@ -132,6 +133,19 @@ def test_a_killed_build_leaves_nothing_running(number: signal.Signals, tmp_path:
         "build.jsonl", "build.jsonl.lock", "kernels", "registry.json",
     ]  # fmt: skip
     assert_sound(out)
+
+
+def test_a_killed_build_starts_no_more_compile_processes(tmp_path: Path) -> None:
+    """ninja does not stop at one that fails, and to go through all of these would take it seconds."""
+    mark, out = uuid.uuid4().hex, tmp_path / "set"
+    config = write_config(tmp_path, rmsnorm_rows(*range(1, 72), vec_size=1))
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\nif [ "$1" = --version ]; then echo 1.2.3; else exec sleep 600; fi\n')
+    compiler.chmod(0o755)
+    with building(mark, command(config, out, "--jobs", "6"), FLASHINFER_CXX=compiler) as process:
+        wait_until(lambda: list(living(mark).values()).count("sleep 600 ") == 6, 30)
+        process.kill()
+        wait_until(lambda: not living(mark), DIES_WITHIN_SECONDS)
 
 
 def test_a_build_killed_inside_of_nvrtc(tmp_path: Path) -> None:
@@ -163,7 +177,7 @@ def test_a_killed_ninja_takes_its_compilers_along(tmp_path: Path) -> None:
         wait_until((tmp_path / "started").exists, 30)
         (ninja,) = [pid for pid, line in living(mark).items() if "ninja" in line.split()[0]]
         os.kill(ninja, signal.SIGKILL)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=build._KILL_SECONDS / 2)
         assert not living(mark)
     assert process.returncode == 1
     assert "its compile process died" in errors
