@@ -7,13 +7,16 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from flashinfer import env
 from flashinfer.jit import driver, misses
 from flashinfer.jit.resolver import Resolver
+from flashinfer.jit.source import Source
 from flashinfer.jit.stores import AotStore, Hit, Registry, Rejected
+from flashinfer.jit.toolchain import Compiled
 from flashinfer.version import __version__
 from tests.aot.kit import (
     change_entries,
@@ -42,9 +45,22 @@ def reason(*roots: Path) -> str:
     return answer.reason
 
 
+class RememberingCxx(CountingCxx):
+    """Compiles a source once for all tests, and counts its uses as compiles."""
+
+    _compiled: ClassVar[dict[str, Compiled]] = {}
+
+    def compile(self, source: Source) -> Compiled:
+        if source.digest not in self._compiled:
+            self._compiled[source.digest] = super().compile(source)
+        else:
+            self.num_compiles += 1
+        return self._compiled[source.digest]
+
+
 def assert_compiles_instead(root: Path, cache: Path) -> None:
     """The request is answered by the compiler, rightly, and the miss has the reason of the set."""
-    compiler = CountingCxx()
+    compiler = RememberingCxx()
     resolver = Resolver(AotStore([root]), cache, lambda kind: compiler)
     run_rmsnorm(resolver.load(rmsnorm_spec()))
     assert compiler.num_compiles == 1
@@ -128,7 +144,7 @@ def test_machine_code_this_machine_cannot_load(kernels: Path, tmp_path: Path) ->
     """Whole by its sha256, but no library: the loader's error becomes the reason."""
     artifact_of(kernels).write_bytes(b"no machine code")
     change_entries(kernels, sha256=hashlib.sha256(b"no machine code").hexdigest())
-    compiler = CountingCxx()
+    compiler = RememberingCxx()
     run_rmsnorm(Resolver(AotStore([kernels]), tmp_path, lambda kind: compiler).load(rmsnorm_spec()))
     (miss,), _ = misses.read([tmp_path / "misses"])
     assert miss.reason.startswith("not loadable: ")
