@@ -218,7 +218,7 @@ def check_size(todo: Plan, built: Sequence[Built], max_bytes: Optional[int]) -> 
 
 
 def _bytes(built: Iterable[Built]) -> int:
-    return sum({one.entry.file: one.entry.bytes for one in built}.values())
+    return sum(one.entry.bytes for one in built)
 
 
 def default_jobs() -> int:

@@ -35,7 +35,8 @@ SCRATCH = ".flashinfer-build"  # beside it too, so that a finished file moves to
 
 def main(plan: Path, build: int, index: int) -> int:
     """Compile a batch; returns 1 when a kernel of it failed."""
-    _end_with(build)
+    # The build gave ninja a session of its own, which ninja leads; alive it would start the next batch.
+    end_with(build, leader=os.getsid(0))
     families.register_all()
     batch = json.loads(plan.read_text())
     out = Path(batch["out"])
@@ -45,20 +46,22 @@ def main(plan: Path, build: int, index: int) -> int:
     return int(failed)
 
 
-def _end_with(build: int) -> None:
-    """Have this process, its compilers and ninja killed once the build is gone.
+def end_with(build: int, leader: Optional[int] = None) -> None:
+    """Have this process and its compilers killed once nothing holds the other end of a pipe or socket any more.
 
-    The build gave ninja a session of its own, which ninja leads; ninja gives each command a process group of its own,
-    but other tools of that name do not. Compilers are children of this process and stay in its group.
+    Args:
+        build: descriptor of this end.
+        leader: another process to be killed, before this one.
     """
     with contextlib.suppress(OSError):  # it leads one already
-        os.setpgid(0, 0)
+        os.setpgid(0, 0)  # a group of its own, in which its compilers stay
 
     def wait() -> None:
         with contextlib.suppress(OSError):
             os.read(build, 1)
-        with contextlib.suppress(OSError):
-            os.kill(os.getsid(0), signal.SIGKILL)  # first: it would start the next batch
+        if leader is not None:
+            with contextlib.suppress(OSError):
+                os.kill(leader, signal.SIGKILL)
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=wait, name="end with the build", daemon=True).start()

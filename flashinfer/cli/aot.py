@@ -48,13 +48,13 @@ def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
         "--add",
         action="append",
         default=[],
-        type=Path,
+        type=_path,
         metavar="MISSES",
         help="miss records, a .jsonl file or a folder",
     )
     parser.add_argument("--target", metavar="T,T", help="for example sm_80,sm_90a,x86-64-v3")
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="folder of the set; what it holds already stays there"
+        "--out", required=True, type=_path, metavar="DIR", help="folder of the set; what it holds already stays there"
     )
     parser.add_argument(
         "--exact", action="store_true", help="have the set hold just what is asked for, and list what that removes"
@@ -66,6 +66,12 @@ def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-bytes", metavar="N", help="fail when the machine code of the set is larger (50M, 2G)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be compiled and removed, and stop")
     parser.set_defaults(run=build)
+
+
+def _path(text: str) -> Path:
+    if not text:  # an unset variable of a shell, say; pathlib would take it for the current folder
+        raise argparse.ArgumentTypeError("expected a path; it is empty")
+    return Path(text)
 
 
 def build(args: argparse.Namespace) -> int:

@@ -57,9 +57,13 @@ def run_cli(*argv: str | Path) -> int:
 
 def run_script(argv: Sequence[str], **variables: str | Path) -> subprocess.Popen[str]:
     """scripts/build_aot.py in a process of its own."""
+    return run([sys.executable, str(ROOT / "scripts" / "build_aot.py"), *argv], **variables)
+
+
+def run(argv: Sequence[str], **variables: str | Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "build_aot.py"), *argv],
-        env={**os.environ, **{name: str(value) for name, value in variables.items()}},
+        argv,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **{name: str(value) for name, value in variables.items()}},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

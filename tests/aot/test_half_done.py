@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -32,6 +33,7 @@ from tests.aot.kit import (
     kernels_of,
     registry_of,
     rmsnorm_rows,
+    run,
     run_cli,
     run_script,
     tree,
@@ -85,7 +87,8 @@ def wait_until(condition: Callable[[], object], seconds: float) -> float:
 
 @contextmanager
 def building(mark: str, argv: list[str], **variables: str | Path) -> Iterator[subprocess.Popen[str]]:
-    process = run_script(argv, **variables, **{MARK: mark})
+    """A build by scripts/build_aot.py, or what else `argv` runs; nothing of it is left afterwards."""
+    process = (run if argv[0] == sys.executable else run_script)(argv, **variables, **{MARK: mark})
     try:
         yield process
     finally:
@@ -183,6 +186,18 @@ def test_a_killed_ninja_takes_its_compilers_along(tmp_path: Path) -> None:
     assert "its compile process died" in errors
     assert kernels_of(out) == {(64, HOST)}
     assert_sound(out)
+
+
+def test_a_killed_warmup_leaves_nothing_running(tmp_path: Path) -> None:
+    mark = uuid.uuid4().hex
+    config = write_config(tmp_path, rmsnorm_rows(65, 64, vec_size=1))
+    argv = [sys.executable, "-m", "flashinfer", "warmup", "--config", str(config), "--target", HOST, "--jobs", "2"]
+    variables = {"FLASHINFER_CXX": str(stubborn_compiler(tmp_path)), "FLASHINFER_CACHE_DIR": str(tmp_path / "cache")}
+    with building(mark, argv, **variables) as process:
+        wait_until((tmp_path / "started").exists, 30)
+        assert len(living(mark)) >= 5, "two compile processes, a compiler and what it waits for"
+        process.kill()
+        wait_until(lambda: not living(mark), DIES_WITHIN_SECONDS)
 
 
 def test_progress_counts_this_build_alone(

@@ -235,6 +235,17 @@ def test_a_registry_that_cannot_be_read_stops_the_build(
             assert tree(host_copy) == before
 
 
+def test_an_empty_path_is_not_the_current_folder(
+    rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for argv in (["--config", str(rows(64)), "--out", ""], ["--add", "", "--out", "set"]):
+        with pytest.raises(SystemExit) as caught:
+            run_cli("aot", "build", "--target", HOST, *argv)
+        assert caught.value.code == 2 and "expected a path; it is empty" in capsys.readouterr().err
+    assert [path.suffix for path in tmp_path.iterdir()] == [".toml"]
+
+
 @pytest.mark.parametrize("name", ["file", "file/set"])
 def test_a_path_that_is_no_folder(
     name: str, tmp_path: Path, rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
