@@ -33,6 +33,8 @@ _X86_FLAGS = {
 }
 _ARM_FLAGS = {"armv8.2-a": {"asimdhp", "fphp"}}
 _CUDA = re.compile(r"sm_(\d+)(\d)([af]?)")
+# GPUs that exist, from the oldest that the compilers of CUDA 13 know. `a` is there from 9.0 on, `f` from 10.0 on.
+_CAPABILITIES = (75, 80, 86, 87, 88, 89, 90, 100, 101, 103, 110, 120, 121)
 
 
 def kind(target: str) -> str:
@@ -45,6 +47,27 @@ def kind(target: str) -> str:
     raise UnsupportedConfig(
         f"target {target!r} is unknown; expected sm_<capability>[a|f] (sm_80, sm_90a) or one of {known}"
     )
+
+
+def named(text: str) -> list[str]:
+    """The targets of a list that somebody typed, such as `"sm_80,sm_90a"`, each once and in its order.
+
+    Raises UnsupportedConfig for an empty list, and for a name that is well-formed and of no GPU (`sm_99`, `sm_80a`). A
+    GPU that is there is served as its driver describes it, whether this list knows it or not.
+    """
+    names = list(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
+    if not names:
+        raise UnsupportedConfig(f"target {text!r} names no target; expected for example sm_80,sm_90a,x86-64-v3")
+    for name in names:
+        if kind(name) == "cuda" and name not in _gpus():
+            raise UnsupportedConfig(f"target {name!r} is unknown; expected one of {', '.join(_gpus())}")
+    return names
+
+
+@functools.cache
+def _gpus() -> tuple[str, ...]:
+    suffixes = [(number, "" if number < 90 else "a" if number < 100 else "af") for number in _CAPABILITIES]
+    return tuple(f"sm_{number}{suffix}" for number, more in suffixes for suffix in ("", *more))
 
 
 def capability(target: str) -> tuple[int, int]:

@@ -24,6 +24,8 @@ PACKAGE = "flashinfer_aot"
 # machine of a CPU kernel's target -> as platform tags spell it
 _ARCHITECTURES = {"x86-64": "x86_64", "armv8": "aarch64"}
 
+_HOW = "Build one first: scripts/build_aot.py --config core --target sm_80,sm_90a --out flashinfer_aot/flashinfer_aot"
+
 
 def here() -> Path:
     return Path(__file__).resolve().parent
@@ -35,13 +37,20 @@ def set_folder() -> Path:
 
 
 def read_registry() -> dict[str, Any] | None:
-    """The registry of the set; None where none has been built."""
+    """The registry of the set; None where none has been built. Raises ValueError for a file that is none."""
     path = set_folder() / "registry.json"
     if not path.exists():
         if "FLASHINFER_AOT_SET" in os.environ:
             raise FileNotFoundError(f"FLASHINFER_AOT_SET: there is no {path}")
         return None
-    registry: dict[str, Any] = json.loads(path.read_text())
+    try:
+        registry: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        whole = registry["format"] == 1 and isinstance(registry["version"], str)
+        whole = whole and all({"file", "sha256", "target"} <= entry.keys() for entry in registry["kernels"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is not the registry of a set; delete it and run scripts/build_aot.py again")
     return registry
 
 
@@ -51,7 +60,7 @@ def version() -> str:
     if registry is not None and checkout is not None and registry["version"] != checkout:
         raise ValueError(
             f"the kernels in {set_folder()} were built from version {registry['version']}, this checkout is "
-            f"{checkout}; run scripts/build_aot.py again"
+            f"{checkout}; run scripts/build_aot.py again, with --refresh or --exact where it says that others are kept"
         )
     base = checkout if registry is None else registry["version"]
     if base is None:
@@ -70,7 +79,7 @@ def _checkout_version() -> str | None:
 
 def _cuda_version(registry: dict[str, Any] | None) -> str:
     """`cu130` when the cubins come from CUDA 13.0; empty when there are none. Raises ValueError for a mixture."""
-    found = {entry["cuda"] for entry in (registry or {"kernels": []})["kernels"]} - {None}
+    found = {entry.get("cuda") for entry in (registry or {"kernels": []})["kernels"]} - {None}
     if len(found) > 1:
         raise ValueError(f"the set holds kernels of CUDA {' and '.join(sorted(found))}; build one set per version")
     return "".join(f"cu{text.replace('.', '')}" for text in found)
@@ -82,10 +91,9 @@ class Kernels(BuildHookInterface[Any]):
             return
         registry = read_registry()
         if registry is None:
-            raise FileNotFoundError(
-                f"there is no set to pack: no registry.json in {set_folder()}. Build one first: "
-                f"scripts/build_aot.py --config core --target sm_80,sm_90a --out {here() / PACKAGE}"
-            )
+            raise FileNotFoundError(f"there is no set to pack: no registry.json in {set_folder()}. {_HOW}")
+        if not registry["kernels"]:
+            raise ValueError(f"the set in {set_folder()} holds no kernel; a wheel of it would only hide that. {_HOW}")
         included = build_data["force_include"]
         included[str(set_folder() / "registry.json")] = f"{PACKAGE}/registry.json"
         for entry in registry["kernels"]:

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Compile a set of kernels ahead of time: the sources of this checkout, whether it is installed or not.
 
-    scripts/build_aot.py --config core --target sm_80,sm_90a --out flashinfer_aot/flashinfer_aot
+    scripts/build_aot.py --config core --target sm_80,sm_90a --exact --out flashinfer_aot/flashinfer_aot
     scripts/build_aot.py --config mine.toml --add misses.jsonl --target sm_90a --out my_kernels --max-bytes 50M
+
+A set keeps what it holds and was not asked for, unless --exact says otherwise.
 
 The command `flashinfer aot build` by itself; docs/packaging.md tells how a folder becomes a wheel.
 """

@@ -9,7 +9,7 @@ export FLASHINFER_CACHE_DIR=$PWD/$VENV/demo-cache
 target=$("$bin/python" -c 'import torch; from flashinfer import target
 print(target.of_device(torch.device("cuda" if torch.cuda.is_available() else "cpu")))')
 echo "== precompiling the core set for $target"
-"$bin/python" scripts/build_aot.py --config core --target "$target" --jobs auto --out "$VENV/aot-$target"
+"$bin/python" scripts/build_aot.py --config core --target "$target" --jobs auto --exact --out "$VENV/aot-$target"
 if ! cmp -s "$VENV/aot-$target/registry.json" "$VENV/aot-installed.json"; then
   echo "== installing it as flashinfer-aot"
   wheels=$(mktemp -d)

@@ -1,6 +1,7 @@
 """Building, packaging and checking sets of precompiled kernels. Needs no GPU and no torch.
 
-models.py  model -> kernels it needs     config.py  TOML files and miss records -> specs
-build.py   specs -> folder + registry    worker.py  one compile process
-verify.py  registry -> problems          elf.py     what a cubin or shared library says about itself
+models.py  model -> kernels it needs     config.py      TOML files and miss records -> specs
+build.py   specs -> a set of them        kernel_set.py  the folder of a set, and how it changes without losing anything
+worker.py  one compile process           verify.py      registry -> problems
+elf.py     what a cubin or shared library says about itself
 """

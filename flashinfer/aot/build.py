@@ -1,10 +1,11 @@
 """Building a set: specs -> a folder with a registry.json and kernels/<target>/.
 
-    plan     which kernels the folder lacks, or holds of other sources or from another compiler
-    compile  those, by ninja, several kernels per process (worker.py)
-    finish   the registry, replaced in one step; files it does not name are removed
+    plan     what is asked for and lies there, what has to be compiled, and what becomes of everything else
+    compile  by ninja, several kernels per process (worker.py)
+    replace  the registry in one step; then files that nothing names any more are removed (kernel_set.py)
 
-Nothing here needs a GPU or torch. A build that was stopped goes on where it was when run again.
+A set keeps what it holds: a build adds to it, unless it is told to leave exactly what was asked for. A build that was
+stopped goes on where it was when run again. Nothing here needs a GPU or torch.
 """
 
 from __future__ import annotations
@@ -15,112 +16,209 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from flashinfer.aot import worker
-from flashinfer.errors import FlashInferError, ToolchainMissing
+from flashinfer import families
+from flashinfer.aot import verify, worker
+from flashinfer.aot.kernel_set import Built, Failure, KernelSet, Key, results, sole_writer, unwritable, write_notes
+from flashinfer.errors import FlashInferError, ToolchainMissing, UnsupportedConfig
 from flashinfer.jit.source import render
 from flashinfer.jit.spec import KernelSpec
-from flashinfer.jit.stores import Entry, Registry
+from flashinfer.jit.stores import Entry
 from flashinfer.jit.toolchain import toolchain
+from flashinfer.version import __version__
 
 # Measured: 130 MB for NVRTC with a small kernel, 150 MB for g++; the rest is room for the largest attention kernels.
 _BYTES_PER_JOB = 1 << 30
 # Several batches per job keep all cores busy to the end; a longer batch than this saves nothing more.
 _BATCHES_PER_JOB, _MAX_BATCH = 6, 16
 _POLL_SECONDS = 0.1
+_LOG_LINES = 20
+_KILL_SECONDS = 10.0  # processes that were sent SIGKILL are gone in milliseconds, unless the kernel itself hangs
 
 
 class SetTooLarge(FlashInferError):
     """The machine code of a set exceeds the limit it was given."""
 
 
-@dataclass(frozen=True)
-class Built:
-    """A kernel that lies in the folder."""
-
-    entry: Entry
-    seconds: float  # its compile took, in this build or an earlier one
-    spill_bytes: int  # of registers to memory; a kernel that spills is slow
-
-
-@dataclass(frozen=True)
-class Failure:
-    name: str
-    target: str
-    error: str
-
-
 @dataclass
 class Plan:
-    """What a build has to do."""
+    """What a build has to do, and what becomes of everything that lies in the folder."""
 
-    out: Path
-    stale: list[KernelSpec] = field(default_factory=list)  # to be compiled
-    fresh: list[Built] = field(default_factory=list)  # lie there already
+    held: KernelSet
+    to_compile: list[KernelSpec] = field(default_factory=list)
+    fresh: list[Built] = field(default_factory=list)  # asked for, and there already
+    kept: list[Built] = field(default_factory=list)  # in the set and not asked for
+    unusable: dict[Key, str] = field(default_factory=dict)  # of those kept: why this package never uses them
+    removed: list[Built] = field(default_factory=list)  # in the set, not asked for, and the set is to be exact
+    unfinished: list[Built] = field(default_factory=list)  # compiled by builds that did not end, for when they go on
+    dropped: list[Built] = field(default_factory=list)  # the same, but stale by now, or the set is to be exact
+
+    @property
+    def num_requested(self) -> int:
+        return len(self.fresh) + len(self.to_compile)
+
+    @property
+    def is_done(self) -> bool:
+        """Nothing would change."""
+        added = [built for built in self.fresh if self.held.held.get(built.key) != built]
+        changes = self.to_compile or self.removed or self.dropped or added
+        return not changes and self.held.version == version_of(self, self.known)
+
+    @property
+    def known(self) -> list[Built]:
+        """What the set will hold whatever becomes of the compiles."""
+        return [*self.fresh, *self.kept]
 
 
 @dataclass
 class Report:
+    plan: Plan
     built: list[Built]  # everything the set holds now
-    num_compiled: int
-    failures: list[Failure]
-    seconds: float
+    num_compiled: int = 0
+    failures: list[Failure] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def removed(self) -> list[Built]:
+        """Nothing where kernels failed: what is asked for is not there yet."""
+        return [] if self.failures else self.plan.removed
+
+    @property
+    def dropped(self) -> list[Built]:
+        return [] if self.failures else self.plan.dropped
 
     @property
     def bytes(self) -> int:
-        return sum(built.entry.bytes for built in self.built)
+        return _bytes(self.built)
 
 
-def plan(specs: Sequence[KernelSpec], out: Path) -> Plan:
-    """Compare what is asked for with what the folder holds: digest, compiler and sha256 must agree."""
-    done = {(built.entry.name, built.entry.target): built for built, _ in _results(out) if built is not None}
-    result = Plan(out)
-    for spec in specs:
-        built = done.get((spec.name, spec.target))
-        if built is not None and _is_fresh(built.entry, spec, out):
-            result.fresh.append(built)
+def plan(specs: Iterable[KernelSpec], out: Path, *, exact: bool = False, refresh: bool = False) -> Plan:
+    """Compare what is asked for with what the folder holds: digest, compiler and sha256 must agree.
+
+    Args:
+        specs: what the set shall hold.
+        out: the folder of the set; need not exist.
+        exact: the set shall hold nothing else. Otherwise whatever it holds besides is kept as it is.
+        refresh: ask also for every kernel that the set holds and this version knows.
+
+    Raises:
+        FlashInferError: nothing is asked for, `out` is no folder, or its registry cannot be read.
+    """
+    families.register_all()
+    held = KernelSet(out)
+    wanted = dict.fromkeys(specs)
+    if refresh:
+        wanted.update(dict.fromkeys(filter(None, map(_request, held.held.values()))))
+    if not wanted:
+        raise FlashInferError(
+            f"nothing to build: {out} holds no kernel that this version has" if refresh else "nothing to build"
+        )
+    result = Plan(held)
+    unfinished = held.unfinished()
+    for spec in wanted:
+        key = spec.name, spec.target
+        candidates = [there[key] for there in (held.held, unfinished) if key in there]
+        fresh = next((built for built in candidates if _is_fresh(built.entry, spec, out)), None)
+        if fresh is not None:
+            result.fresh.append(fresh)
         else:
-            result.stale.append(spec)
+            result.to_compile.append(spec)
+    asked = {(spec.name, spec.target) for spec in wanted}
+    others = [built for key, built in held.held.items() if key not in asked]
+    if exact:
+        result.removed = others
+    else:
+        result.kept = others
+        whys = {built.key: next(verify.findings(out, built.entry), None) for built in others}
+        result.unusable = {key: why for key, why in whys.items() if why is not None}
+    for key, built in unfinished.items():
+        if key not in asked:
+            request = None if exact else _request(built)
+            goes_on = request is not None and _is_fresh(built.entry, request, out)
+            (result.unfinished if goes_on else result.dropped).append(built)
     return result
 
 
-def build(todo: Plan, num_jobs: Optional[int] = None, max_bytes: Optional[int] = None) -> Report:
-    """Compile what a plan lacks and write the registry.
+def build(
+    specs: Sequence[KernelSpec],
+    out: Path,
+    *,
+    exact: bool = False,
+    refresh: bool = False,
+    num_jobs: Optional[int] = None,
+    max_bytes: Optional[int] = None,
+    on_plan: Callable[[Plan], None] = lambda plan: None,
+) -> Report:
+    """Compile what a set lacks and write its registry.
 
-    A kernel that fails to compile is reported and left out; the others are kept.
+    A kernel that fails to compile is reported; the others are kept, and so is the one that the set held in its place.
+    Nothing is removed then.
 
     Args:
-        todo: from `plan`.
+        specs, out, exact, refresh: see `plan`.
         num_jobs: compile processes at a time; None for as many as cores and memory allow.
         max_bytes: fail when the machine code of the whole set is larger; the registry is then left as it was.
+        on_plan: called with the plan before anything is compiled.
 
     Raises:
-        FlashInferError: ninja or tqdm is missing, or another build is writing to the folder.
+        FlashInferError: ninja or tqdm is missing, another build is writing to the set, or the folder cannot be used.
         SetTooLarge: see max_bytes.
     """
     started = time.perf_counter()
-    todo.out.mkdir(parents=True, exist_ok=True)
-    with _sole_writer(todo.out):
-        results_start = _size(todo.out / worker.RESULTS)
-        if todo.stale:
-            _compile(todo, num_jobs or default_jobs(), results_start)
-        built, failures = _collect(todo, results_start)
-        report = Report([*todo.fresh, *built], len(built), failures, time.perf_counter() - started)
-        if max_bytes is not None and report.bytes > max_bytes:
-            raise SetTooLarge(
-                f"the set holds {report.bytes} bytes of machine code, --max-bytes allows {max_bytes}; the registry was "
-                f"not written. Drop rows or targets, or raise the limit"
-            )
-        _finish(todo.out, report.built)
+    todo = plan(specs, out, exact=exact, refresh=refresh)
+    if todo.is_done:  # a set that is complete may be read-only
+        on_plan(todo)
+        check_size(todo, todo.known, max_bytes)
+        return Report(todo, todo.known, seconds=time.perf_counter() - started)
+    with sole_writer(out) as lock:
+        todo = plan(specs, out, exact=exact, refresh=refresh)  # again: another build may have ended meanwhile
+        on_plan(todo)
+        check_size(todo, todo.known, max_bytes)
+        built, failures = _compile(todo, num_jobs or default_jobs(), lock)
+        held = todo.held.held
+        remains = [*todo.known, *built, *(held[one.key] for one in failures if one.key in held)]
+        report = Report(todo, remains, len(built), failures)
+        if failures:
+            report.built += todo.removed
+        check_size(todo, report.built, max_bytes)
+        if report.built:
+            unfinished = [*todo.unfinished, *(todo.dropped if failures else [])]
+            KernelSet(out).replace(version_of(todo, report.built), report.built, unfinished)
+    report.seconds = time.perf_counter() - started
     return report
+
+
+def version_of(todo: Plan, built: Iterable[Built]) -> str:
+    """Of a set that holds these: this package's once all of them are of its sources, until then the one it had.
+
+    So a set that was only added to is not packaged as one of the new version, and the library goes on to warn.
+    """
+    stale = any(True for one in built for _ in verify.drift(one.entry))
+    return todo.held.version if stale and todo.held.version is not None else __version__
+
+
+def check_size(todo: Plan, built: Sequence[Built], max_bytes: Optional[int]) -> None:
+    """Raises SetTooLarge when the machine code of these is more."""
+    size = _bytes(built)
+    if max_bytes is None or size <= max_bytes:
+        return
+    others = f", {_bytes(todo.kept)} of it of kernels that were not asked for" if todo.kept else ""
+    raise SetTooLarge(
+        f"the set would hold {size} bytes of machine code{others}; --max-bytes allows {max_bytes}. The registry was "
+        f"not written. Drop rows or targets, raise the limit{', or let the set be --exact' if others else ''}"
+    )
+
+
+def _bytes(built: Iterable[Built]) -> int:
+    return sum(one.entry.bytes for one in built)
 
 
 def default_jobs() -> int:
@@ -133,6 +231,16 @@ def default_jobs() -> int:
 # ---------------------------------------------------------------------------------------------------------------- steps
 
 
+def _request(built: Built) -> Optional[KernelSpec]:
+    """What a kernel answers; None when this version has no such kernel, or would give it another name."""
+    entry = built.entry
+    try:
+        spec = KernelSpec.from_dict({"family": entry.family, "args": entry.args, "target": entry.target})
+    except UnsupportedConfig:
+        return None
+    return spec if spec.name == entry.name else None
+
+
 def _is_fresh(entry: Entry, spec: KernelSpec, out: Path) -> bool:
     source = render(spec)
     if entry.digest != source.digest:
@@ -140,45 +248,59 @@ def _is_fresh(entry: Entry, spec: KernelSpec, out: Path) -> bool:
     with contextlib.suppress(ToolchainMissing):  # without a compiler at hand, what is there will do
         if entry.compiler != toolchain(source.kind).identity:
             return False
+    return _is_whole(entry, out)
+
+
+def _is_whole(entry: Entry, out: Path) -> bool:
     try:
         return hashlib.sha256((out / entry.file).read_bytes()).hexdigest() == entry.sha256
     except OSError:
         return False
 
 
-@contextlib.contextmanager
-def _sole_writer(out: Path) -> Iterator[None]:
-    """Two builds of one folder would remove each other's files."""
-    import filelock
-
-    lock = filelock.FileLock(str(out / f"{worker.RESULTS}.lock"), timeout=0)
+def _compile(todo: Plan, num_jobs: int, lock: int) -> tuple[list[Built], list[Failure]]:
+    """Compile what a plan lacks. What has been compiled is kept when this is interrupted."""
+    out = todo.held.root
+    if not todo.to_compile:
+        return [], []
+    ninja, bar = _ninja(), _progress_bar(len(todo.to_compile))
     try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise FlashInferError(f"another build is writing to {out}; wait for it, or choose another --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _compile(todo: Plan, num_jobs: int, results_start: int) -> None:
-    with tempfile.TemporaryDirectory(prefix="flashinfer-aot-") as folder:
-        batches = _batches(todo.stale, num_jobs)
-        plan_file = Path(folder, "plan.json")
-        requests = [[spec.to_dict() for spec in batch] for batch in batches]
-        plan_file.write_text(json.dumps({"out": str(todo.out.resolve()), "batches": requests}))
-        _write_ninja(Path(folder, "build.ninja"), plan_file, len(batches))
+        write_notes(out, todo.held.noted)  # whole lines only, and none of failures long past
+        notes = out / worker.RESULTS
+        notes_start = notes.stat().st_size
+        scratch = (out / worker.SCRATCH).resolve()
+        plan_file, log = scratch / "plan.json", scratch / "log.txt"
+        batches = [[spec.to_dict() for spec in batch] for batch in _batches(todo.to_compile, num_jobs)]
+        plan_file.write_text(json.dumps({"out": str(out.resolve()), "batches": batches}))
+    except OSError as error:
+        raise unwritable(out, error) from None
+    ours, theirs = socket.socketpair()  # worker.py tells what for
+    with ours, theirs, bar, open(log, "wb") as log_file:
+        _write_ninja(scratch / "build.ninja", plan_file, theirs.fileno(), len(batches))
         # Batches write no file that ninja could look at: what has to be built is decided by content in `plan`.
-        command = [_ninja(), "-C", folder, "-j", str(num_jobs), "-k", "0", "--quiet"]
-        with open(Path(folder, "log.txt"), "w+") as log_file:
-            process = subprocess.Popen(command, stdout=log_file, stderr=subprocess.STDOUT, env=_environment())
-            try:
-                _watch(process, todo, results_start)
-            except BaseException:  # Ctrl-C reached ninja and the compilers too; what they finished is kept
-                process.terminate()
-                process.wait()
-                raise
+        process = subprocess.Popen(
+            [ninja, "-C", str(scratch), "-j", str(num_jobs), "-k", "0", "--quiet"],
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=subprocess.STDOUT,
+            env=_environment(),
+            pass_fds=(theirs.fileno(), lock),
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the others
+        )
+        theirs.close()
+        try:
+            while process.poll() is None:
+                bar.update(_num_lines(notes, notes_start) - bar.n)
+                time.sleep(_POLL_SECONDS)
+            bar.update(_num_lines(notes, notes_start) - bar.n)
+        finally:  # nothing outlives a build, nor a ninja that was killed
+            process.kill()
+            ours.shutdown(socket.SHUT_WR)
+            process.wait()
+            ours.settimeout(_KILL_SECONDS)
+            with contextlib.suppress(OSError):
+                ours.recv(1)
+    return _collect(todo.to_compile, out, notes_start, log.read_text(errors="replace"))
 
 
 def _batches(specs: Sequence[KernelSpec], num_jobs: int) -> list[list[KernelSpec]]:
@@ -188,8 +310,8 @@ def _batches(specs: Sequence[KernelSpec], num_jobs: int) -> list[list[KernelSpec
     return [list(specs[start::count]) for start in range(count)]
 
 
-def _write_ninja(path: Path, plan_file: Path, num_batches: int) -> None:
-    command = shlex.join([sys.executable, "-m", worker.__name__, str(plan_file)]).replace("$", "$$")
+def _write_ninja(path: Path, plan_file: Path, build: int, num_batches: int) -> None:
+    command = shlex.join([sys.executable, "-m", worker.__name__, str(plan_file), str(build)]).replace("$", "$$")
     lines = ["rule compile", f"  command = {command} $batch", f"  description = batch $batch of {num_batches}"]
     for number in range(num_batches):
         lines += [f"build batch-{number}: compile", f"  batch = {number}"]
@@ -210,86 +332,34 @@ def _ninja() -> str:
     return found
 
 
-def _watch(process: subprocess.Popen[bytes], todo: Plan, results_start: int) -> None:
-    """Show progress until ninja has ended."""
+def _progress_bar(num_kernels: int) -> Any:
     try:
         from tqdm import tqdm
     except ImportError:
-        process.terminate()
         raise FlashInferError("tqdm was not found; pip install 'flashinfer[build]'") from None
     interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
-    with tqdm(total=len(todo.stale), desc="compiling", unit="kernel", mininterval=interval) as bar:
-        while True:
-            ended = process.poll() is not None
-            bar.update(_num_lines(todo.out / worker.RESULTS, results_start) - bar.n)
-            if ended:
-                return
-            time.sleep(_POLL_SECONDS)
+    return tqdm(total=num_kernels, desc="compiling", unit="kernel", mininterval=interval)
 
 
-def _collect(todo: Plan, results_start: int) -> tuple[list[Built], list[Failure]]:
+def _collect(specs: Sequence[KernelSpec], out: Path, notes_start: int, log: str) -> tuple[list[Built], list[Failure]]:
     """What became of each kernel that had to be compiled."""
-    wanted = {(spec.name, spec.target): spec for spec in todo.stale}
-    built: dict[tuple[str, str], Built] = {}
-    failures: dict[tuple[str, str], Failure] = {}
-    for success, failure in _results(todo.out, results_start):
-        if success is not None:
-            key = (success.entry.name, success.entry.target)
-            spec = wanted.get(key)
-            if spec is None:
-                continue
-            if success.entry.digest == render(spec).digest:
-                built[key] = success
-            else:
-                failures[key] = Failure(*key, "its sources changed during the build; run it again")
-        elif failure is not None and (failure.name, failure.target) in wanted:
-            failures[failure.name, failure.target] = failure
+    wanted = {(spec.name, spec.target): spec for spec in specs}
+    built: dict[Key, Built] = {}
+    failures: dict[Key, Failure] = {}
+    for success, failure in results(out, notes_start):
+        if success is not None and (spec := wanted.get(success.key)) is not None:
+            if success.entry.digest != render(spec).digest:
+                failures[success.key] = Failure(*success.key, "its sources changed during the build; run it again")
+            elif _is_whole(success.entry, out):
+                built[success.key] = success
+        elif failure is not None and failure.key in wanted:
+            failures[failure.key] = failure
+    last_words = "\n".join(log.splitlines()[-_LOG_LINES:])
     for key in wanted:
         if key not in built and key not in failures:
-            failures[key] = Failure(*key, "its compile process died without a word (out of memory? try fewer --jobs)")
+            why = "its compile process died (out of memory? try fewer --jobs). The last that ninja saw:"
+            failures[key] = Failure(*key, f"{why}\n{last_words}")
     return list(built.values()), list(failures.values())
-
-
-def _finish(out: Path, built: Sequence[Built]) -> None:
-    Registry.write(out, [one.entry for one in built])
-    lines = [{"entry": vars(one.entry), "seconds": one.seconds, "spill_bytes": one.spill_bytes} for one in built]
-    partial = out / f"{worker.RESULTS}.partial"
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    partial.replace(out / worker.RESULTS)
-    named = {out / one.entry.file for one in built}
-    for path in sorted((out / "kernels").rglob("*"), reverse=True):  # files before their folders
-        if path.is_dir():
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        elif path not in named:
-            path.unlink()
-
-
-# -------------------------------------------------------------------------------------------------------------- results
-
-
-def _results(out: Path, start: int = 0) -> Iterator[tuple[Optional[Built], Optional[Failure]]]:
-    """Lines of the result file from a byte on. A line cut short by a crash is skipped: its kernel is built again."""
-    try:
-        with open(out / worker.RESULTS, "rb") as file:
-            file.seek(start)
-            lines = file.read().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            yield _result(json.loads(line))
-
-
-def _result(data: dict[str, Any]) -> tuple[Optional[Built], Optional[Failure]]:
-    if "error" in data:
-        spec = KernelSpec.from_dict(data["request"])
-        return None, Failure(spec.name, spec.target, data["error"])
-    return Built(Entry(**data["entry"]), data["seconds"], data["spill_bytes"]), None
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 def _num_lines(path: Path, start: int) -> int:

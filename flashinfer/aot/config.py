@@ -72,6 +72,8 @@ def read_specs(
 ) -> list[KernelSpec]:
     """Every kernel that the configs and miss records ask for on the targets, each once, in the order of the files.
 
+    A file that asks for nothing on these targets is warned of, and so is a target that nothing is asked for on.
+
     Args:
         configs: paths, or names of the files this library brings (`"core"`, `"smoke"`).
         target_names: e.g. `["sm_80", "sm_90a", "x86-64-v3"]`.
@@ -79,25 +81,60 @@ def read_specs(
             of a CPU for every CPU target; records this version has no kernel for are skipped with a warning.
 
     Raises:
-        ConfigError: a file is missing or wrong; the message names file, line and row.
+        ConfigError: a file is missing or wrong, in which case the message names file, line and row; or no kernel is
+            asked for at all.
         UnsupportedConfig: a target is unknown.
     """
     for target in target_names:
         targets.kind(target)
     families.register_all()
     found: dict[KernelSpec, None] = {}
+    silent = []  # what asks for nothing here, and why
     for config in configs:
-        for row in read_config(find_config(config)):
-            try:
-                found.update(dict.fromkeys(_legal_specs(row, target_names)))
-            except UnsupportedConfig as error:
-                raise ConfigError(f"{row.where}: {error}") from None
-    for row in _read_misses([Path(path) for path in misses]):
+        path = find_config(config)
+        asked = _asked_by_config(path, target_names)
+        found.update(asked)
+        if not asked:
+            silent.append(f"{path} has no row for {', '.join(target_names)}")
+    for path in map(Path, misses):
+        asked, of = _asked_by_misses(path, target_names)
+        found.update(asked)
+        if not asked:
+            records = f"records of {', '.join(sorted(of))} alone" if of else "no usable record"
+            silent.append(f"{path} holds {records}")
+    if not found:
+        raise ConfigError(
+            f"no kernel is asked for on {', '.join(target_names)}: {'; '.join(silent) or 'no file is named'}"
+        )
+    for why in silent:
+        log.warn_once(f"{why}: nothing of it is built for {', '.join(target_names)}")
+    for target in target_names:
+        if not any(spec.target == target for spec in found):
+            log.warn_once(f"nothing is asked for on {target}")
+    return list(found)
+
+
+def _asked_by_config(path: Path, target_names: Sequence[str]) -> dict[KernelSpec, None]:
+    found: dict[KernelSpec, None] = {}
+    for row in read_config(path):
         try:
             found.update(dict.fromkeys(_legal_specs(row, target_names)))
         except UnsupportedConfig as error:
+            raise ConfigError(f"{row.where}: {error}") from None
+    return found
+
+
+def _asked_by_misses(path: Path, target_names: Sequence[str]) -> tuple[dict[KernelSpec, None], set[str]]:
+    """The kernels, and the targets that the records are of."""
+    found: dict[KernelSpec, None] = {}
+    recorded = set()
+    for row, target in _read_misses(path):
+        try:
+            found.update(dict.fromkeys(_legal_specs(row, target_names)))
+            recorded.add(target)
+        except UnsupportedConfig as error:
             log.warn_once(f"{row.where} is skipped: {error}")
-    return list(found)
+    return found, recorded
 
 
 def _legal_specs(row: Row, target_names: Sequence[str]) -> list[KernelSpec]:
@@ -136,7 +173,7 @@ def find_config(name: Union[str, Path]) -> Path:
 def read_config(path: Path) -> list[Row]:
     """The rows of one config file. Raises ConfigError."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         data = _parse_toml(text)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -239,17 +276,20 @@ def _typed(what: str, value: Any, expected: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------- misses
 
 
-def _read_misses(paths: Sequence[Path]) -> Iterator[Row]:
-    for path in paths:
-        if not path.exists():
-            raise ConfigError(f"{path}: no such file or folder of miss records")
-        for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-            for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
-                where = f"{file}:{number}"
-                try:
-                    spec = json.loads(line)["spec"]
-                    row = KernelRow(spec["family"], dict(spec["args"]), (targets.kind(spec["target"]),))
-                except (ValueError, KeyError, TypeError):
-                    log.warn_once(f"{where} is not a miss record and is skipped")
-                    continue
-                yield Row(row, where)
+def _read_misses(path: Path) -> Iterator[tuple[Row, str]]:
+    """A row for each record of a file or folder, and the target it is of."""
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file or folder of miss records")
+    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            where = f"{file}:{number}"
+            try:
+                spec = json.loads(line)["spec"]
+                family, target = spec["family"], spec["target"]
+                if not isinstance(family, str):
+                    raise TypeError
+                row = KernelRow(family, dict(spec["args"]), (targets.kind(target),))
+            except (ValueError, KeyError, TypeError):
+                log.warn_once(f"{where} is not a miss record and is skipped")
+                continue
+            yield Row(row, where), target

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flashinfer import families
 from flashinfer import target as targets
-from flashinfer.aot import elf
+from flashinfer.aot import elf, kernel_set
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit.source import render
 from flashinfer.jit.spec import KernelSpec
@@ -32,9 +32,10 @@ def verify(registry: Registry) -> list[Problem]:
     families.register_all()
     problems = []
     for entry in registry.entries:
-        problems += [Problem(entry.file, why) for why in _damage(registry.root, entry)]
-        problems += [Problem(f"{entry.name} ({entry.target})", why, stale=True) for why in _drift(entry)]
+        problems += [Problem(entry.file, why) for why in damage(registry.root, entry)]
+        problems += [Problem(f"{entry.name} ({entry.target})", why, stale=True) for why in drift(entry)]
     known = {entry.file for entry in registry.entries}
+    known |= {built.entry.file for built, _ in kernel_set.results(registry.root) if built is not None}  # not ended yet
     for path in sorted((registry.root / "kernels").rglob("*")):
         name = path.relative_to(registry.root).as_posix()
         if path.is_file() and name not in known:
@@ -42,7 +43,14 @@ def verify(registry: Registry) -> list[Problem]:
     return problems
 
 
-def _damage(root: Path, entry: Entry) -> Iterator[str]:
+def findings(root: Path, entry: Entry) -> Iterator[str]:
+    """Why the running package would not use a kernel of a set, damage first; nothing when it would."""
+    yield from damage(root, entry)
+    yield from drift(entry)
+
+
+def damage(root: Path, entry: Entry) -> Iterator[str]:
+    """What is wrong with the file of a kernel."""
     path = root / entry.file
     if not path.resolve().is_relative_to(root.resolve()):
         yield "lies outside the folder of the registry"
@@ -86,7 +94,7 @@ def _allowed(noted: str, target: str, is_cuda: bool) -> bool:
     return noted == target if is_cuda else noted in targets.candidates(target)
 
 
-def _drift(entry: Entry) -> Iterator[str]:
+def drift(entry: Entry) -> Iterator[str]:
     """How the kernel differs from what this package would compile for the same request."""
     try:
         spec = KernelSpec.from_dict({"family": entry.family, "args": entry.args, "target": entry.target})

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 
 from flashinfer import target as targets
-from flashinfer.cli import UsageError
 from flashinfer.jit.spec import KernelSpec
 
 
@@ -28,21 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def requested(args: argparse.Namespace) -> list[KernelSpec]:
-    """The kernels of the configs on the targets. Raises UsageError, or ConfigError naming file and line."""
+    """The kernels of the configs on the targets. Raises UnsupportedConfig, or ConfigError naming file and line."""
     from flashinfer.aot.config import read_specs
 
-    names = _targets(args.target, args.cpu)
-    specs = read_specs(args.config, names)
-    if not specs:
-        raise UsageError(f"{', '.join(args.config)}: no kernel for {', '.join(names)}")
-    return specs
+    return read_specs(args.config, _targets(args.target, args.cpu))
 
 
 def _targets(chosen: Sequence[str] | None, cpu: bool) -> list[str]:
     if chosen:
-        names = [name.strip() for text in chosen for name in text.split(",") if name.strip()]
-        for name in names:
-            targets.kind(name)
+        names = targets.named(",".join(chosen))
     else:
         names = gpu_targets()
         cpu = cpu or not names

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from flashinfer import target as targets
 from flashinfer.cli import UsageError, _text
+
+if TYPE_CHECKING:
+    from flashinfer.aot.build import Plan
+    from flashinfer.aot.kernel_set import Built, Failure
+    from flashinfer.jit.spec import KernelSpec
+
+_MAX_LISTED = 10  # of kernels that nobody uses; verify lists all
 
 
 def add_parser(subparsers: Any) -> None:
@@ -39,50 +48,113 @@ def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
         "--add",
         action="append",
         default=[],
-        type=Path,
+        type=_path,
         metavar="MISSES",
         help="miss records, a .jsonl file or a folder",
     )
-    parser.add_argument("--target", required=True, metavar="T,T", help="for example sm_80,sm_90a,x86-64-v3")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
+    parser.add_argument("--target", metavar="T,T", help="for example sm_80,sm_90a,x86-64-v3")
+    parser.add_argument(
+        "--out", required=True, type=_path, metavar="DIR", help="folder of the set; what it holds already stays there"
+    )
+    parser.add_argument(
+        "--exact", action="store_true", help="have the set hold just what is asked for, and list what that removes"
+    )
+    parser.add_argument(
+        "--refresh", action="store_true", help="compile anew what the set holds of other sources, or damaged"
+    )
     parser.add_argument("--jobs", default="auto", help="compile processes at a time (default: by cores and memory)")
-    parser.add_argument("--max-bytes", metavar="N", help="fail when the machine code is larger (50M, 2G)")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be compiled, and stop")
+    parser.add_argument("--max-bytes", metavar="N", help="fail when the machine code of the set is larger (50M, 2G)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be compiled and removed, and stop")
     parser.set_defaults(run=build)
+
+
+def _path(text: str) -> Path:
+    if not text:  # an unset variable of a shell, say; pathlib would take it for the current folder
+        raise argparse.ArgumentTypeError("expected a path; it is empty")
+    return Path(text)
 
 
 def build(args: argparse.Namespace) -> int:
     """Exit status: 0, or 1 when a kernel failed to compile or the set is too large."""
     from flashinfer.aot import build as aot_build
-    from flashinfer.aot.config import read_specs
 
-    if not args.config and not args.add:
-        raise UsageError("nothing to build: name a --config (core, smoke or a file) or miss records with --add")
-    target_names = [name for name in args.target.split(",") if name]
     num_jobs = aot_build.default_jobs() if args.jobs == "auto" else _positive("--jobs", args.jobs)
     max_bytes = None if args.max_bytes is None else _text.parse_size(args.max_bytes)
-    specs = read_specs(args.config, target_names, args.add)
-    todo = aot_build.plan(specs, args.out)
-    print(f"{len(specs)} kernels: {len(todo.fresh)} up to date, {len(todo.stale)} to compile with {num_jobs} jobs")
-    if args.dry_run:
-        print(_summary([*todo.fresh], stale=todo.stale))
-        return 0
+    specs = _requested(args)
+
+    def announce(todo: aot_build.Plan) -> None:
+        others = f"; {_text.count(len(todo.kept), 'other')} kept" if todo.kept else ""
+        print(
+            f"{_text.count(todo.num_requested, 'kernel')}: {len(todo.fresh)} up to date, "
+            f"{len(todo.to_compile)} to compile with {_text.count(num_jobs, 'job')}{others}",
+            flush=True,
+        )
+
+    how = {"exact": args.exact, "refresh": args.refresh}
     try:
-        report = aot_build.build(todo, num_jobs, max_bytes)
+        if args.dry_run:
+            todo = aot_build.plan(specs, args.out, **how)
+            announce(todo)
+            print(_summary(todo.known, to_compile=todo.to_compile))
+            _print_removed("would remove", todo.removed, todo.dropped)
+            _print_unusable(args.out, todo)
+            aot_build.check_size(todo, todo.known, max_bytes)
+            return 0
+        report = aot_build.build(specs, args.out, **how, num_jobs=num_jobs, max_bytes=max_bytes, on_plan=announce)
     except aot_build.SetTooLarge as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(_summary(report.built, failures=report.failures))
+    _print_removed("removed", report.removed, report.dropped)
+    removed = f", {len(report.removed)} removed" if report.removed else ""
     print(
-        f"{len(report.built)} kernels, {_text.size(report.bytes)}, in {args.out}; "
-        f"{report.num_compiled} compiled in {report.seconds:.1f} s"
+        f"{_text.count(len(report.built), 'kernel')}, {_text.size(report.bytes)}, in {args.out}; "
+        f"{report.num_compiled} compiled in {report.seconds:.1f} s{removed}"
     )
     for one in report.built:
         if one.spill_bytes:
             print(f"spills {one.spill_bytes} bytes of registers: {one.entry.name} ({one.entry.target})")
+    _print_unusable(args.out, report.plan)
     for failure in report.failures:
         print(f"\nfailed: {failure.name} ({failure.target})\n{failure.error}", file=sys.stderr)
+    if report.failures and args.exact:
+        print("\nnothing was removed, because kernels failed", file=sys.stderr)
     return 1 if report.failures else 0
+
+
+def _requested(args: argparse.Namespace) -> list[KernelSpec]:
+    """The kernels of configs and records. Raises UsageError, ConfigError or UnsupportedConfig when there is none."""
+    from flashinfer.aot.config import read_specs
+
+    if not args.config and not args.add:
+        if not args.refresh:
+            raise UsageError("nothing to build: name a --config (core, smoke or a file) or miss records with --add")
+        if args.target is not None:
+            raise UsageError("--target is for --config and --add; --refresh is about every target of the set")
+        return []
+    if args.target is None:
+        raise UsageError("--target is missing; expected for example sm_80,sm_90a,x86-64-v3")
+    return read_specs(args.config, targets.named(args.target), args.add)
+
+
+def _print_removed(verb: str, removed: Sequence[Built], dropped: Sequence[Built]) -> None:
+    for one in removed:
+        print(f"{verb}: {one.entry.name} ({one.entry.target})")
+    if dropped:
+        print(f"{verb}: {_text.count(len(dropped), 'kernel')} that builds which did not end had left behind")
+
+
+def _print_unusable(out: Path, todo: Plan) -> None:
+    if not todo.unusable:
+        return
+    print(
+        f"kept, but never used by this version, {len(todo.unusable)}; --refresh compiles what it can anew, --exact "
+        f"drops what is not asked for:"
+    )
+    for name, target in list(todo.unusable)[:_MAX_LISTED]:
+        print(f"  {name} ({target}): {todo.unusable[name, target]}")
+    if len(todo.unusable) > _MAX_LISTED:
+        print(f"  ... and {len(todo.unusable) - _MAX_LISTED} more: flashinfer aot verify {shlex.quote(str(out))}")
 
 
 def _positive(option: str, text: str) -> int:
@@ -91,7 +163,7 @@ def _positive(option: str, text: str) -> int:
     return int(text)
 
 
-def _summary(built: Iterable[Any], stale: Iterable[Any] = (), failures: Iterable[Any] = ()) -> str:
+def _summary(built: Iterable[Built], to_compile: Iterable[KernelSpec] = (), failures: Iterable[Failure] = ()) -> str:
     """A row per family and target."""
     rows: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0, 0.0, 0])
     for one in built:
@@ -99,7 +171,7 @@ def _summary(built: Iterable[Any], stale: Iterable[Any] = (), failures: Iterable
         row[0] += 1
         row[3] += one.seconds
         row[4] += one.entry.bytes
-    for spec in stale:
+    for spec in to_compile:
         rows[spec.target, spec.family][1] += 1
     for failure in failures:
         rows[failure.target, failure.name.split("-")[0]][2] += 1

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from flashinfer import env
 from flashinfer.cli import UsageError
 from flashinfer.cli._text import count, size, table
 from flashinfer.jit import cache_dir, misses
@@ -76,11 +77,14 @@ def _print_table(holes: Sequence[Hole], broken: int, paths: Sequence[Path]) -> N
     if broken:
         print(f"{count(broken, 'line')} could not be read (a process killed while writing) and {_is(broken)} left out")
     if holes:
-        names = ",".join(sorted({hole.spec["target"] for hole in holes}))
+        names = shlex.quote(",".join(sorted({hole.spec["target"] for hole in holes})))
         add = " ".join(f"--add {shlex.quote(str(path))}" for path in paths)
+        in_use = env.AOT_PATH.get()
+        out = shlex.quote(str(in_use[0])) if in_use else "my_kernels"
+        then = "" if in_use else f"; then package it, or let processes find it with {env.AOT_PATH.name}={out}"
         print("\nTo have them precompiled (without a checkout: `flashinfer aot build` with the same arguments):")
-        print(f"  python scripts/build_aot.py {add} --target {names} --out my_kernels")
-        print("then package the folder, or let processes find it with FLASHINFER_AOT_PATH=my_kernels")
+        print(f"  python scripts/build_aot.py {add} --target {names} --out {out}")
+        print(f"which adds them to whatever the folder holds{then}")
 
 
 def _is(number: int) -> str:

@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 from flashinfer import env, families, log
+from flashinfer.aot.worker import end_with
 from flashinfer.cli import UsageError, _requests
 from flashinfer.cli._text import count
 from flashinfer.errors import FlashInferError
@@ -100,6 +101,10 @@ def _compile_all(specs: Sequence[KernelSpec], jobs: int) -> list[tuple[KernelSpe
 
 def _begin(quiet: bool) -> None:
     """What each compile process does first."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    end_with(parent.sentinel)  # also where it is killed; a pool's processes would wait for work for ever
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # which has put them into a background group, and they log
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends the pool
     families.register_all()
     if quiet:

@@ -119,7 +119,7 @@ class Family:
     axes: Mapping[str, Container[Any]]
     implementations: tuple[Implementation, ...]
 
-    def spec(self, target: str, **args: ArgValue) -> KernelSpec:
+    def spec(self, target: str, /, **args: ArgValue) -> KernelSpec:
         """Check the arguments and build the request. Raises UnsupportedConfig naming the argument and what is
         allowed."""
         if not self.runs_on(target):

@@ -109,11 +109,11 @@ class Registry:
             self._targets.setdefault(entry.name, []).append(entry.target)
 
     @staticmethod
-    def write(root: Path, entries: list[Entry]) -> None:
-        """Replace the registry of a folder, atomically."""
+    def write(root: Path, entries: list[Entry], version: str = __version__) -> None:
+        """Replace the registry of a folder, atomically. `version` is that of the sources of its kernels."""
         data = {
             "format": REGISTRY_FORMAT,
-            "version": __version__,
+            "version": version,
             "kernels": [vars(entry) for entry in sorted(entries, key=lambda entry: (entry.name, entry.target))],
         }
         partial = root / "registry.json.partial"

@@ -26,6 +26,8 @@ PAGE_SIZE = 16
 class Idle:
     """A kernel that does nothing, and its launcher."""
 
+    is_dependent = False
+
     def __init__(self, spec: KernelSpec) -> None:
         implementation = specs.family(spec.family).implementation(spec)
         self.spec, self.config, self.params = spec, implementation.config(spec), implementation.params

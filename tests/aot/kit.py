@@ -12,14 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from flashinfer import target
-from flashinfer.aot import build
+from flashinfer.aot import build, verify
 from flashinfer.aot.config import read_specs
 from flashinfer.cli import main
 from flashinfer.errors import ToolchainMissing
+from flashinfer.jit.stores import Registry
 from flashinfer.jit.toolchain import cuda_include, toolchain
 from tests.kit import ROOT
 
 HOST = target.host()
+# Another level of this architecture, for which its compiler compiles as well.
+OTHER = next(
+    level for level in ("x86-64-v3", "x86-64-v2", "armv8.2-a", "armv8-a") if level[:3] == HOST[:3] and level != HOST
+)
+BOTH = {(64, HOST), (128, HOST)}  # what the set `host_set` holds, as `kernels_of` says it
+CUDA_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 
 
 def rmsnorm_rows(*hidden_sizes: int, vec_size: int = 4) -> str:
@@ -34,8 +41,9 @@ def write_config(folder: Path, text: str, name: str = "config.toml") -> Path:
     return path
 
 
-def build_set(config: Path, out: Path, *target_names: str) -> build.Report:
-    return build.build(build.plan(read_specs([config], target_names or [HOST]), out))
+def build_set(config: Path, out: Path, *target_names: str, **how: Any) -> build.Report:
+    """What a build into `out` reports; `how` are keywords of `build`."""
+    return build.build(read_specs([config], target_names or [HOST]), out, **how)
 
 
 def command(config: Path, out: Path, *options: str) -> list[str]:
@@ -49,9 +57,13 @@ def run_cli(*argv: str | Path) -> int:
 
 def run_script(argv: Sequence[str], **variables: str | Path) -> subprocess.Popen[str]:
     """scripts/build_aot.py in a process of its own."""
+    return run([sys.executable, str(ROOT / "scripts" / "build_aot.py"), *argv], **variables)
+
+
+def run(argv: Sequence[str], **variables: str | Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "build_aot.py"), *argv],
-        env={**os.environ, **{name: str(value) for name, value in variables.items()}},
+        argv,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **{name: str(value) for name, value in variables.items()}},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -87,3 +99,33 @@ def has_nvrtc() -> bool:
         return bool(toolchain("cuda").identity and cuda_include())
     except ToolchainMissing:
         return False
+
+
+def failing_compiler(folder: Path, action: str) -> Path:
+    """A compiler for FLASHINFER_CXX that does `action` instead when the kernel has hidden_size 65."""
+    script = folder / "failing-g++"
+    script.write_text(
+        f"""#!/bin/sh
+if [ "$1" = --version ]; then exec g++ --version; fi
+for last in "$@"; do case "$last" in *.cpp) source=$last;; esac; done
+if grep -q "kHiddenSize = 65;" "$source"; then {action}; fi
+exec g++ "$@"
+"""
+    )
+    script.chmod(0o755)
+    return script
+
+
+def tree(root: Path) -> dict[str, bytes | None]:
+    """Every file of a folder and its content; None for a folder. The lock, which any reader may leave, is left out."""
+    paths = [path for path in sorted(root.rglob("*")) if path.name != "build.jsonl.lock"]
+    return {path.relative_to(root).as_posix(): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def kernels_of(root: Path) -> set[tuple[int, str]]:
+    """(hidden_size, target) of each kernel of a set."""
+    return {(entry["args"]["hidden_size"], entry["target"]) for entry in registry_of(root)["kernels"]}
+
+
+def assert_sound(root: Path) -> None:
+    assert not verify.verify(Registry(root))

@@ -15,16 +15,27 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from email.message import Message
 from email.parser import BytesHeaderParser
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from flashinfer.version import __version__
-from tests.aot.kit import HOST, artifacts, build_set, copy_set, has_nvrtc, registry_of, rmsnorm_rows, write_config
+from tests.aot.kit import (
+    BOTH,
+    HOST,
+    artifacts,
+    change_registry,
+    copy_set,
+    kernels_of,
+    registry_of,
+    rmsnorm_rows,
+    tree,
+    write_config,
+)
 from tests.kit import ROOT
 
 pytest.importorskip("hatchling", reason="building wheels offline needs hatchling (extra test)")
@@ -59,7 +70,8 @@ def built_by_hook(hook: str, project: Path, folder: Path, **variables: str | Pat
     code = f"import sys; from hatchling.build import {hook}; {hook}(sys.argv[1])"
     environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=project, env=environment, check=True, timeout=60)
+    command = [sys.executable, "-c", code, str(folder)]
+    subprocess.run(command, cwd=project, env=environment, check=True, timeout=60, capture_output=True, text=True)
     (made,) = folder.iterdir()
     return made
 
@@ -78,24 +90,6 @@ def metadata_of(wheel: Path) -> Message:
 @pytest.fixture(scope="module")
 def front_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel_of(ROOT, tmp_path_factory.mktemp("front"))
-
-
-@pytest.fixture(scope="module")
-def host_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One kernel for this machine's CPU."""
-    folder = tmp_path_factory.mktemp("host_set")
-    build_set(write_config(folder, rmsnorm_rows(64)), folder / "set")
-    return folder / "set"
-
-
-@pytest.fixture(scope="module")
-def cuda_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One kernel for two GPUs."""
-    if not has_nvrtc():
-        pytest.skip("needs NVRTC")
-    folder = tmp_path_factory.mktemp("cuda_set")
-    build_set(write_config(folder, rmsnorm_rows(64)), folder / "set", "sm_80", "sm_90a")
-    return folder / "set"
 
 
 @pytest.fixture(scope="module")
@@ -175,12 +169,32 @@ def test_packing_refuses_what_the_registry_does_not_describe(
 ) -> None:
     root = copy_set(host_set, tmp_path / "set")
     monkeypatch.setenv("FLASHINFER_AOT_SET", str(root))
-    (entry,) = registry_of(root)["kernels"]
+    entry = registry_of(root)["kernels"][0]
     with pytest.raises(ValueError, match="outside its folder"):
         hooks()._checked({**entry, "file": "../x"})
-    artifacts(root)[0].write_bytes(b"")
+    (root / entry["file"]).write_bytes(b"")
     with pytest.raises(ValueError, match="sha256 differs"):
         hooks()._checked(entry)
+
+
+@pytest.mark.parametrize("hook", ["build_wheel", "build_sdist"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kernels": []}, "holds no kernel; a wheel of it would only hide that"),
+        ({"kernels": None}, "is not the registry of a set"),
+        ({"format": 2}, "is not the registry of a set"),
+        ({"version": None}, "is not the registry of a set"),
+    ],
+)
+def test_packing_refuses_an_empty_set(
+    hook: str, change: dict[str, Any], message: str, host_copy: Path, tmp_path: Path
+) -> None:
+    change_registry(host_copy, **change)
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        built_by_hook(hook, ROOT / "flashinfer_aot", tmp_path / "made", FLASHINFER_AOT_SET=host_copy)
+    assert message in caught.value.stderr
+    assert not list((tmp_path / "made").iterdir())
 
 
 def test_packing_refuses_a_set_of_another_version(
@@ -272,9 +286,12 @@ class Environment:
         return done.stdout
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> Iterator[Environment]:
-    yield Environment(tmp_path / "venv")
+@pytest.fixture(scope="module")
+def installed(index: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """After `pip install "flashinfer[aot]"` from the index."""
+    environment = Environment(tmp_path_factory.mktemp("installed") / "venv")
+    environment.install("flashinfer[aot]", "--index-url", (index / "simple").as_uri())
+    return environment
 
 
 USE = """
@@ -288,31 +305,44 @@ print(flashinfer_aot.root())
 """
 
 
-def test_install_from_the_index(index: Path, environment: Environment, tmp_path: Path) -> None:
-    """`pip install "flashinfer[aot]"` brings the companion; a kernel then comes from it, where nothing may compile."""
-    environment.install("flashinfer[aot]", "--index-url", (index / "simple").as_uri())
-    root = environment.run("-c", USE.replace("INSTALLED", "True"), cwd=tmp_path, FLASHINFER_DISABLE_JIT="1").strip()
-    assert Path(root).is_relative_to(environment.site)
-    assert "all sound" in environment.run("-m", "flashinfer", "aot", "verify", cwd=tmp_path)
-    script = environment.python.with_name("flashinfer")
-    assert HOST in environment.run(script, "aot", "list", cwd=tmp_path)
+def test_install_from_the_index(installed: Environment, tmp_path: Path) -> None:
+    """The extra brings the companion; a kernel then comes from it, where nothing may compile."""
+    root = installed.run("-c", USE.replace("INSTALLED", "True"), cwd=tmp_path, FLASHINFER_DISABLE_JIT="1").strip()
+    assert Path(root).is_relative_to(installed.site)
+    assert "all sound" in installed.run("-m", "flashinfer", "aot", "verify", cwd=tmp_path)
+    script = installed.python.with_name("flashinfer")
+    assert HOST in installed.run(script, "aot", "list", cwd=tmp_path)
 
 
-def test_installed_package_compiles_and_builds(index: Path, environment: Environment, tmp_path: Path) -> None:
+def test_installed_package_compiles_and_builds(installed: Environment, tmp_path: Path) -> None:
     """Sources and configs are inside the wheel: it compiles without the checkout, and builds a set."""
-    environment.install("flashinfer", "--index-url", (index / "simple").as_uri())
     config = write_config(tmp_path, rmsnorm_rows(64))
     options = ["--config", config, "--target", HOST, "--out", tmp_path / "set"]
-    assert "1 compiled" in environment.run("-m", "flashinfer", "aot", "build", *options, cwd=tmp_path)
+    assert "1 compiled" in installed.run("-m", "flashinfer", "aot", "build", *options, cwd=tmp_path)
     dry = ["--config", "core", "--target", "sm_90a", "--out", tmp_path / "core", "--dry-run"]
-    assert "decode" in environment.run("-m", "flashinfer", "aot", "build", *dry, cwd=tmp_path)
+    assert "decode" in installed.run("-m", "flashinfer", "aot", "build", *dry, cwd=tmp_path)
 
 
-def test_editable_installs(environment: Environment, tmp_path: Path) -> None:
+def test_adding_to_the_installed_companion_keeps_it(installed: Environment, tmp_path: Path) -> None:
+    """It came without notes of its build; what was installed is there afterwards, file by file."""
+    companion = installed.site / "flashinfer_aot"
+    before = tree(companion)
+    options = ["--config", write_config(tmp_path, rmsnorm_rows(192)), "--target", HOST, "--out", companion]
+    assert "2 others kept" in installed.run("-m", "flashinfer", "aot", "build", *options, cwd=tmp_path)
+    after = tree(companion)
+    kept = {name: content for name, content in before.items() if name != "registry.json"}
+    assert {name: after[name] for name in kept} == kept
+    assert kernels_of(companion) == BOTH | {(192, HOST)}
+    assert "all sound" in installed.run("-m", "flashinfer", "aot", "verify", companion, cwd=tmp_path)
+
+
+def test_editable_installs(tmp_path: Path) -> None:
     """Everything is used where it lies. The companion needs no set yet: it is found once it is built."""
     pytest.importorskip("editables", reason="building editable wheels offline needs editables (extra test)")
-    for project in (ROOT, ROOT / "flashinfer_aot"):
-        environment.install("--no-deps", built_by_hook("build_editable", project, tmp_path / project.name))
+    environment = Environment(tmp_path / "venv")
+    projects = (ROOT, ROOT / "flashinfer_aot")
+    wheels = [built_by_hook("build_editable", project, tmp_path / project.name) for project in projects]
+    environment.install("--no-deps", *wheels)
     assert not (environment.site / "flashinfer").exists()
     code = """
 import flashinfer, flashinfer_aot

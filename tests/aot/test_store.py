@@ -7,40 +7,31 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from flashinfer import env
 from flashinfer.jit import driver, misses
 from flashinfer.jit.resolver import Resolver
+from flashinfer.jit.source import Source
 from flashinfer.jit.stores import AotStore, Hit, Registry, Rejected
+from flashinfer.jit.toolchain import Compiled
 from flashinfer.version import __version__
 from tests.aot.kit import (
-    build_set,
     change_entries,
     change_registry,
-    copy_set,
-    has_nvrtc,
     registry_of,
-    rmsnorm_rows,
-    write_config,
 )
 from tests.kit import CountingCxx, rmsnorm_spec, run_rmsnorm
 
 OTHER_SHA = "0" * 64
 
 
-@pytest.fixture(scope="session")
-def sound_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("set")
-    build_set(write_config(folder, rmsnorm_rows(64, 128)), folder / "set")
-    return folder / "set"
-
-
 @pytest.fixture
-def kernels(sound_set: Path, tmp_path: Path) -> Path:
+def kernels(host_copy: Path) -> Path:
     """A set of our own, to be damaged."""
-    return copy_set(sound_set, tmp_path / "set")
+    return host_copy
 
 
 def artifact_of(root: Path, hidden_size: int = 64) -> Path:
@@ -54,9 +45,22 @@ def reason(*roots: Path) -> str:
     return answer.reason
 
 
+class RememberingCxx(CountingCxx):
+    """Compiles a source once for all tests, and counts its uses as compiles."""
+
+    _compiled: ClassVar[dict[str, Compiled]] = {}
+
+    def compile(self, source: Source) -> Compiled:
+        if source.digest not in self._compiled:
+            self._compiled[source.digest] = super().compile(source)
+        else:
+            self.num_compiles += 1
+        return self._compiled[source.digest]
+
+
 def assert_compiles_instead(root: Path, cache: Path) -> None:
     """The request is answered by the compiler, rightly, and the miss has the reason of the set."""
-    compiler = CountingCxx()
+    compiler = RememberingCxx()
     resolver = Resolver(AotStore([root]), cache, lambda kind: compiler)
     run_rmsnorm(resolver.load(rmsnorm_spec()))
     assert compiler.num_compiles == 1
@@ -68,9 +72,9 @@ def assert_compiles_instead(root: Path, cache: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- it answers
 
 
-def test_sound_set_answers_without_a_compiler(sound_set: Path, tmp_path: Path) -> None:
+def test_sound_set_answers_without_a_compiler(host_set: Path, tmp_path: Path) -> None:
     compiler = CountingCxx()
-    resolver = Resolver(AotStore([sound_set]), tmp_path, lambda kind: compiler)
+    resolver = Resolver(AotStore([host_set]), tmp_path, lambda kind: compiler)
     run_rmsnorm(resolver.load(rmsnorm_spec()))
     assert compiler.num_compiles == 0
     assert not (tmp_path / "misses").exists()
@@ -140,7 +144,7 @@ def test_machine_code_this_machine_cannot_load(kernels: Path, tmp_path: Path) ->
     """Whole by its sha256, but no library: the loader's error becomes the reason."""
     artifact_of(kernels).write_bytes(b"no machine code")
     change_entries(kernels, sha256=hashlib.sha256(b"no machine code").hexdigest())
-    compiler = CountingCxx()
+    compiler = RememberingCxx()
     run_rmsnorm(Resolver(AotStore([kernels]), tmp_path, lambda kind: compiler).load(rmsnorm_spec()))
     (miss,), _ = misses.read([tmp_path / "misses"])
     assert miss.reason.startswith("not loadable: ")
@@ -184,26 +188,26 @@ def test_missing_folder(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------- several registries
 
 
-def test_several_registries_answer_in_order(sound_set: Path, kernels: Path) -> None:
-    first = AotStore([sound_set, kernels]).find(rmsnorm_spec())
-    second = AotStore([kernels, sound_set]).find(rmsnorm_spec())
+def test_several_registries_answer_in_order(host_set: Path, kernels: Path) -> None:
+    first = AotStore([host_set, kernels]).find(rmsnorm_spec())
+    second = AotStore([kernels, host_set]).find(rmsnorm_spec())
     assert isinstance(first, Hit) and isinstance(second, Hit)
-    assert first.path is not None and first.path.is_relative_to(sound_set)
+    assert first.path is not None and first.path.is_relative_to(host_set)
     assert second.path is not None and second.path.is_relative_to(kernels)
 
 
-def test_a_bad_registry_does_not_hide_a_good_one(sound_set: Path, kernels: Path, tmp_path: Path) -> None:
+def test_a_bad_registry_does_not_hide_a_good_one(host_set: Path, kernels: Path, tmp_path: Path) -> None:
     empty(artifact_of(kernels))
     malformed = tmp_path / "malformed"
     malformed.mkdir()
     (malformed / "registry.json").write_text("{")
-    assert isinstance(AotStore([malformed, kernels, sound_set]).find(rmsnorm_spec()), Hit)
+    assert isinstance(AotStore([malformed, kernels, host_set]).find(rmsnorm_spec()), Hit)
     both = reason(malformed, kernels)
     assert "sha256 mismatch" in both and "is not usable" in both
 
 
-def test_aot_path_names_registries(sound_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(env.AOT_PATH.name, str(sound_set))
+def test_aot_path_names_registries(host_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(env.AOT_PATH.name, str(host_set))
     assert isinstance(AotStore().find(rmsnorm_spec()), Hit)
     monkeypatch.setenv(env.DISABLE_AOT.name, "1")
     disabled = AotStore().find(rmsnorm_spec())
@@ -214,43 +218,34 @@ def test_without_any(tmp_path: Path) -> None:
     assert reason() == "flashinfer_aot is not installed"
 
 
-def test_kernel_outside_the_set(sound_set: Path) -> None:
-    answer = AotStore([sound_set]).find(rmsnorm_spec(hidden_size=192))
+def test_kernel_outside_the_set(host_set: Path) -> None:
+    answer = AotStore([host_set]).find(rmsnorm_spec(hidden_size=192))
     assert answer == Rejected("not in registry")
 
 
 # --------------------------------------------------------------------------------------------------------------- cubins
 
 
-@pytest.fixture(scope="session")
-def cubins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not has_nvrtc():
-        pytest.skip("needs NVRTC")
-    folder = tmp_path_factory.mktemp("cubins")
-    build_set(write_config(folder, rmsnorm_rows(64)), folder / "set", "sm_80", "sm_90a")
-    return folder / "set"
-
-
 @pytest.mark.parametrize(("wanted", "given"), [("sm_80", "sm_80"), ("sm_89", "sm_80"), ("sm_90a", "sm_90a")])
 def test_cubin_of_the_same_major_version(
-    wanted: str, given: str, cubins: Path, monkeypatch: pytest.MonkeyPatch
+    wanted: str, given: str, cuda_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "version", lambda: (13, 0))
-    answer = AotStore([cubins]).find(rmsnorm_spec(on=wanted))
+    answer = AotStore([cuda_set]).find(rmsnorm_spec(on=wanted))
     assert isinstance(answer, Hit)
     assert answer.source.spec.target == given
 
 
 @pytest.mark.parametrize("wanted", ["sm_90", "sm_100a", "sm_120a"])
-def test_no_cubin_for_the_device(wanted: str, cubins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_cubin_for_the_device(wanted: str, cuda_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "version", lambda: (13, 0))
-    answer = AotStore([cubins]).find(rmsnorm_spec(on=wanted))
+    answer = AotStore([cuda_set]).find(rmsnorm_spec(on=wanted))
     assert answer == Rejected(f"no machine code for {wanted}, only for sm_80, sm_90a")
 
 
-def test_driver_too_old_for_the_cubins(cubins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    change = registry_of(cubins)["kernels"][0]["cuda"]
+def test_driver_too_old_for_the_cubins(cuda_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change = registry_of(cuda_set)["kernels"][0]["cuda"]
     monkeypatch.setattr(driver, "version", lambda: (int(change.split(".")[0]) - 1, 4))
-    answer = AotStore([cubins]).find(rmsnorm_spec(on="sm_80"))
+    answer = AotStore([cuda_set]).find(rmsnorm_spec(on="sm_80"))
     assert isinstance(answer, Rejected)
     assert answer.reason.startswith(f"needs driver ≥ {change}, found ")
