@@ -219,7 +219,7 @@ def test_errors_name_the_argument(device: torch.device) -> None:
     positions = make_positions(CASES["llama"], torch.int32, device)
     with pytest.raises(ValueError, match=r"rotary_dim is 256; expected a multiple of 4, at most 128"):
         flashinfer.apply_rope_pos_ids(q, k, positions, 256)
-    with pytest.raises(ValueError, match=r"rope_scale is 0.0; expected a finite number, above 0"):
+    with pytest.raises(ValueError, match=r"rope_scale is 0.0; expected a finite number of 32 bits, above 0"):
         flashinfer.apply_rope_pos_ids(q, k, positions, rope_scale=0)
     with pytest.raises(ValueError, match=r"high_freq_factor is 1; expected more than low_freq_factor, 1"):
         flashinfer.apply_llama31_rope_pos_ids(q, k, positions, high_freq_factor=1)
