@@ -16,7 +16,9 @@ from flashinfer.utils import get_alibi_slopes
 
 # upstream's names -> the names of the kernels' axis
 POS_ENCODING_MODES = {"NONE": "none", "ROPE_LLAMA": "rope", "ALIBI": "alibi"}
-_LONGEST = (1 << 31) - 1  # of a KV: a window that long hides nothing
+# A window that long hides nothing: no memory holds more rows of KV. Kernels subtract it from positions, of which those
+# ahead of the first key are negative, in 32 bits.
+_LONGEST = 1 << 30
 
 
 def require_positive(op: str, name: str, scale: object) -> float:

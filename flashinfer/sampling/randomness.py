@@ -142,8 +142,22 @@ def _name(generator: torch.Generator) -> int:
 # call is traced, and its result becomes a constant, guarded by the identity of the generator.
 _name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
+
+TRACES_GENERATORS = torch.__version__ >= (2, 13)  # earlier ones know a generator as no constant
+
+
+def _traced_name(generator: Optional[torch.Generator]) -> tuple[Optional[int]]:
+    if generator is None:
+        return (None,)
+    if not TRACES_GENERATORS:
+        raise ValueError(
+            "generator: torch.compile traces one from torch 2.13 on; leave it out, or pass seed and offset"
+        )
+    return (_name(generator),)
+
+
 GENERATOR = traced.Bundle(
     ("int? {}",),
-    lambda generator: (None if generator is None else _name(generator),),
+    _traced_name,
     lambda name: None if name is None else _named[name],
 )

@@ -253,7 +253,7 @@ def test_cuda_graph_of_plan_and_run() -> None:
             k, v = paged_request(cache, "NHD", buffers[1][begin:end].tolist(), int(buffers[2][i]))
             assert k.shape[0] == n
             check((out[i : i + 1], lse[i : i + 1]), attention(q[i : i + 1], k, v), Case("graph"))
-    with pytest.raises(ValueError, match="batch size 6, the plan has 5"):
+    with pytest.raises(ValueError, match="batch size 6, indptr is for 5"):
         wrapper.plan(buffers[0][:6], buffers[1], buffers[2][:5], 8, 2, 128, 16, q_data_type=BF16)
 
 

@@ -379,7 +379,7 @@ def test_options_out_of_range(name: str, value: Any, kind: str) -> None:
     batch.check()
 
 
-@pytest.mark.parametrize("window", [1 << 31, (1 << 63) - 1, (1 << 31) - 1, 100])
+@pytest.mark.parametrize("window", [1 << 31, (1 << 63) - 1, (1 << 31) - 1, 1 << 30, (1 << 30) - 1, 100])
 def test_a_window_longer_than_any_kv_is_none(window: int, kind: str, device: torch.device) -> None:
     batch = Batch(kind, device)
     batch.plan(window_left=window)
