@@ -106,16 +106,20 @@ def _act_and_mul(
         op,
         pdl,
         (input_ptr | output_ptr) & 15,
-        *memo.signature(input),
+        input.dtype,  # written out: a call of memo.signature costs what these do
+        input.shape,
+        input.stride(),
+        input.device,
         None if out is None else memo.signature(out),
     )
     prepared = _memo.get(key)
     if prepared is None:
         prepared = _memo.remember(key, _prepare(op, gate, input, out, pdl))
+    launch, new_output = prepared
     if out is None:
-        out = prepared.new_output()
+        out = new_output()
         output_ptr = out.data_ptr()
-    prepared.launch(input_ptr, output_ptr)
+    launch(input_ptr, output_ptr)
     return out
 
 

@@ -272,8 +272,14 @@ def _normalize_quant(
         pdl,
         eps,
         (input_ptr | weight_ptr | output_ptr | residual_ptr) & 15,
-        memo.signature(input),
-        memo.signature(weight),
+        input.dtype,
+        input.shape,
+        input.stride(),
+        input.device,
+        weight.dtype,
+        weight.shape,
+        weight.stride(),
+        weight.device,
         memo.signature(output),
         None
         if residual is None

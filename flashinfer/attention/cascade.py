@@ -20,6 +20,7 @@ from flashinfer.host.handles import Uncopyable
 from flashinfer.host.paged_cache import PagedCache
 
 DataType = Union[str, torch.dtype]
+_MOST_LEVELS = 256  # of which each is a wrapper
 
 
 class MultiLevelCascadeAttentionWrapper(Uncopyable):
@@ -30,7 +31,7 @@ class MultiLevelCascadeAttentionWrapper(Uncopyable):
     exactly.
 
     Args:
-        num_levels: of the cascade.
+        num_levels: of the cascade, 1 to 256.
         float_workspace_buffer, kv_layout, use_cuda_graph: as in `BatchPrefillWithPagedKVCacheWrapper`.
         qo_indptr_buf_arr, paged_kv_indptr_buf_arr, paged_kv_indices_buf_arr, paged_kv_last_page_len_buf_arr: one buffer
             a level, needed with use_cuda_graph.
@@ -50,7 +51,7 @@ class MultiLevelCascadeAttentionWrapper(Uncopyable):
         paged_kv_last_page_len_buf_arr: Optional[list[torch.Tensor]] = None,
     ) -> None:
         op = self._op_name
-        num_levels = checks.integer(op, "num_levels", num_levels, 1)
+        num_levels = checks.integer(op, "num_levels", num_levels, 1, _MOST_LEVELS)
         buffers = (
             qo_indptr_buf_arr, paged_kv_indptr_buf_arr, paged_kv_indices_buf_arr, paged_kv_last_page_len_buf_arr
         )  # fmt: skip
@@ -78,9 +79,9 @@ class MultiLevelCascadeAttentionWrapper(Uncopyable):
     def reset_workspace_buffer(
         self, float_workspace_buffer: torch.Tensor, int_workspace_buffers: list[torch.Tensor]
     ) -> None:
-        """Use other workspaces from the next plan on: one float workspace for all, one int workspace a level."""
-        op = self._op_name
-        _require_one_a_level(op, "int_workspace_buffers", int_workspace_buffers, len(self._levels))
+        """Use other workspaces from the next plan on: one float workspace for all, an int workspace or more a level."""
+        op, num_levels = self._op_name, len(self._levels)
+        _require_one_a_level(op, "int_workspace_buffers", int_workspace_buffers, num_levels, or_more=True)
         for buffer in (float_workspace_buffer, *int_workspace_buffers):
             workspace.require_workspace(op, buffer)
         for level, int_workspace_buffer in zip(self._levels, int_workspace_buffers):
@@ -303,10 +304,10 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper(Uncopyable):
         """Kept for compatibility; there is nothing to release."""
 
 
-def _require_one_a_level(op: str, name: str, given: Any, num_levels: int) -> None:
+def _require_one_a_level(op: str, name: str, given: Any, num_levels: int, or_more: bool = False) -> None:
     is_list = isinstance(given, (list, tuple))
     got = f"has {len(given)} entries" if is_list else f"is a {type(given).__name__}"
-    fits = is_list and len(given) == num_levels
+    fits = is_list and (len(given) == num_levels or (or_more and len(given) > num_levels))
     checks.require(fits, op, f"{name} {got}; expected a list of {num_levels}, one a level")
 
 

@@ -217,7 +217,7 @@ def _merge_list(
         readable = (_aligned(v), _fp32(op, s), None if indptr is None else _offsets(op, v, indptr))
         if any(new is not old for new, old in zip(readable, (v, s, indptr))):
             return _merge_list(op, *readable, out)
-        num_rows, num_states = v.shape[:2] if indptr is None else (indptr.shape[0] - 1, 0)
+        num_rows, num_states = v.shape[:2] if indptr is None else (indptr.shape[0] - 1, v.shape[0])
         prepared = _prepare(op, v, num_rows, num_states)
         merge = _lists.remember(key, prepared._replace(may_look=indptr is not None and indices.are_visible(indptr)))
     if merge.may_look and indptr is not None:
@@ -233,7 +233,8 @@ def _look_at(op: str, v: torch.Tensor, indptr: torch.Tensor) -> None:
 
 
 def _prepare(op: str, v: torch.Tensor, num_rows: int, num_states: Optional[int] = None) -> _Merge:
-    """A launch that takes the addresses of MergeParams; of pairs, unless a number of states is given."""
+    """A launch that takes the addresses of MergeParams; of pairs, unless a number of states is given: of every row, or
+    with offsets of all."""
     num_heads, head_dim = v.shape[-2:]
     checks.require_supported(op, "v", v, families.DTYPES)
     launch: PreparedLaunch = memo.no_launch
@@ -279,7 +280,7 @@ def _aligned(v: torch.Tensor) -> torch.Tensor:
 
 
 def _fp32(op: str, s: torch.Tensor) -> torch.Tensor:
-    checks.require(not s.is_complex(), op, f"s is {s.dtype}; expected float32")
+    checks.require(s.is_floating_point(), op, f"s is {s.dtype}; expected float32")
     return s.float().contiguous()
 
 

@@ -52,6 +52,6 @@ def check(op: str, name: str, scale: Scale, reference: torch.Tensor, reference_n
             f"{name} is {scale.dtype} of shape {list(scale.shape)}; expected a number or one float32 in a tensor",
         )
         checks.require_device(op, name, scale, reference, reference_name)
-        checks.require_memory(op, **{name: scale})
+        checks.require_addresses(op, **{name: scale})
     else:
         values(scale, op, name)

@@ -377,7 +377,7 @@ def test_lists_of_levels(device: torch.device) -> None:
     on_host[0][0] = offsets([45])
     with pytest.raises(ValueError, match=r"the entries of qo_indptr_arr end at \[45, 46\]; expected the same number"):
         wrapper.plan(*on_host, *OPTIONS, q_data_type="bfloat16")
-    for wrong_levels in (0, -1, 1 << 31):
+    for wrong_levels in (0, -1, 257, (1 << 31) - 1, 1 << 70):
         with pytest.raises(ValueError, match=r"num_levels is .*; expected at least 1"):
             flashinfer.MultiLevelCascadeAttentionWrapper(wrong_levels, workspace(device))
     for no_number in (1.5, "2", None):
@@ -388,6 +388,7 @@ def test_lists_of_levels(device: torch.device) -> None:
         flashinfer.MultiLevelCascadeAttentionWrapper(2, workspace(device), "NHD", True, *buffers)
     with pytest.raises(ValueError, match=r"int_workspace_buffers has 1 entries; expected a list of 2"):
         wrapper.reset_workspace_buffer(workspace(device), [workspace(device)])
+    wrapper.reset_workspace_buffer(workspace(device), [workspace(device)] * 3)
     first = wrapper._levels[0]._int_workspace_buffer
     with pytest.raises(ValueError, match=r"the workspace must be a contiguous tensor"):
         wrapper.reset_workspace_buffer(workspace(device), [workspace(device), workspace(device)[::2]])

@@ -178,8 +178,8 @@ def test_another_dtype(device: torch.device, name: str) -> None:
                 "x": True,
                 "indptr": dtype == torch.int32,
                 "out": name.endswith("_quant") and dtype == torch.float8_e5m2,
-                "s": name != "merge_state_in_place" and dtype != torch.complex64,
-                **dict.fromkeys(("s_a", "s_b", "s_other"), dtype != torch.complex64),
+                "s": name != "merge_state_in_place" and dtype.is_floating_point,
+                **dict.fromkeys(("s_a", "s_b", "s_other"), dtype.is_floating_point),
             }
             other = {**given, argument: given[argument].float().to(dtype)}
             if converted.get(argument):
@@ -194,6 +194,8 @@ def test_meta(device: torch.device, name: str) -> None:
     needs values is refused."""
     function, given = operands(device)[name]
     result = function(**given)
+    if "scale" in given:
+        given["scale"] = torch.ones(1, device=device)
     arguments = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in given.items()}
     if name == "segment_packbits":
         refuses(function, arguments, UnsupportedConfig, match=r"^segment_packbits: x is on meta.*_padded")
