@@ -174,7 +174,7 @@ def near(expected: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> Chec
     """Of this dtype, and close to the FP64 oracle."""
 
     def check(actual: Any) -> None:
-        _require_tensor(actual, expected.shape, dtype)
+        require_tensor(actual, expected.shape, dtype)
         assert_close(actual, expected, scale=scale)
 
     return check
@@ -188,7 +188,7 @@ def near_fp8(expected: torch.Tensor, dtype: torch.dtype) -> Check:
     }[dtype]
 
     def check(actual: Any) -> None:
-        _require_tensor(actual, expected.shape, dtype)
+        require_tensor(actual, expected.shape, dtype)
         ours, exact = actual.float().double(), expected.clamp(-largest, largest)
         if not torch.equal(ours.isnan(), exact.isnan()):
             raise Wrong("NaN at other positions than in the oracle")
@@ -204,8 +204,8 @@ def equal(expected: torch.Tensor) -> Check:
     """Bit by bit, dtype included; NaN is a value."""
 
     def check(actual: Any) -> None:
-        _require_tensor(actual, expected.shape, expected.dtype)
-        ours, theirs = (x.detach().contiguous().reshape(-1).view(torch.uint8) for x in (actual, expected))
+        require_tensor(actual, expected.shape, expected.dtype)
+        ours, theirs = (x.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8) for x in (actual, expected))
         if not torch.equal(ours, theirs):
             raise Wrong(f"{actual.flatten()[:8].tolist()}; the oracle has {expected.flatten()[:8].tolist()}")
 
@@ -230,7 +230,7 @@ def nothing(actual: Any) -> None:
         raise Wrong(f"{show(actual)}; expected None")
 
 
-def _require_tensor(actual: Any, shape: torch.Size, dtype: torch.dtype) -> None:
+def require_tensor(actual: Any, shape: torch.Size, dtype: torch.dtype) -> None:
     if not isinstance(actual, torch.Tensor) or actual.shape != shape or actual.dtype != dtype:
         raise Wrong(f"{show(actual)}; expected {str(dtype)[6:]}{list(shape)}")
 
@@ -261,6 +261,8 @@ def show(value: Any) -> str:
         return f"({', '.join(map(show, value))},)"
     if isinstance(value, list) and any(isinstance(item, torch.Tensor) for item in value):
         return f"[{', '.join(map(show, value))}]"
+    if isinstance(value, torch.Generator):
+        return "generator"
     if not isinstance(value, torch.Tensor):
         return repr(value)[:80]
     text = f"{str(value.dtype)[6:]}{list(value.shape)}"

@@ -10,7 +10,7 @@ from typing import Any, Optional, TypeVar
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.fuzz.call import Call, has_values, tensors_in
+from tests.fuzz.call import Call, has_values, show, tensors_in
 from tests.fuzz.memory import Memory
 
 T = TypeVar("T")
@@ -126,7 +126,7 @@ class Draw:
             other = self.choice(("", "nhd", "ROPE", f"{value} ", 3, None, b"NHD", torch.float64, torch.int32))
         else:  # None: an optional argument that was left out
             other = self.choice((0, -1, 1.0, math.nan, "none", self.normal(2), self.index([0])))
-        return other, f"{value!r} became {other!r}"[:90]
+        return other, f"{show(value)} became {show(other)}"[:90]
 
     def _hostile_tensor(self, tensor: torch.Tensor, call: Call) -> tuple[Any, str]:
         if not tensor.dtype.is_floating_point and tensor.dtype != torch.bool and tensor.numel() and self.chance(0.45):

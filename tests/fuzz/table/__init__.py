@@ -11,9 +11,9 @@ Case = Callable[[Draw], Iterator[Call]]
 
 
 def cases() -> dict[str, Case]:
-    from tests.fuzz.table import activation, norm
+    from tests.fuzz.table import activation, norm, page, quantization, rope, sampling
 
     table: dict[str, Case] = {}
-    for module in (norm, activation):
+    for module in (norm, activation, page, quantization, rope, sampling):
         table.update(module.CASES)
     return table
