@@ -40,8 +40,9 @@ class Call:
     expect: Callable[..., Mapping[str, Check]]
     outputs: tuple[str, ...] = ()  # arguments that are written
     in_place: tuple[tuple[str, str], ...] = ()  # pairs (output, input) that may be the same memory
+    fills: tuple[torch.Tensor, ...] = ()  # other memory that a call which succeeds may write
     changes: tuple[str, ...] = ()  # how this differs from a legal call; none: it is one
-    settle: Callable[[bool], None] = lambda succeeded: None  # told how it went
+    settle: Callable[[Call, Optional[BaseException], Any], None] = lambda call, raised, result: None  # told how it went
     ambient: str = "none"  # of AMBIENTS
 
     def with_argument(self, name: str, value: Any, change: str) -> Call:
@@ -106,9 +107,9 @@ def judge(call: Call, memory: Memory) -> Verdict:
             result = call.function(**call.arguments)
     except Exception as error:
         verdict.raised = error
-    call.settle(verdict.raised is None)
-    tensors = [tensor for name in call.outputs for tensor in tensors_in(call.arguments[name])]
-    written = memory.differences([] if verdict.raised else [t for t in tensors if has_values(t)])
+    call.settle(call, verdict.raised, result)
+    tensors = [*call.fills, *(tensor for name in call.outputs for tensor in tensors_in(call.arguments[name]))]
+    written = memory.differences([] if verdict.raised else [tensor for tensor in tensors if has_values(tensor)])
     error = verdict.raised
     if error is not None and not is_for_callers(error):
         verdict.kind, verdict.detail = type(error).__name__, str(error)
@@ -132,7 +133,8 @@ def is_for_callers(error: BaseException) -> bool:
         return False
     if isinstance(error, (FlashInferError, ValueError, TypeError)):
         return True
-    return type(error) in (IndexError, RuntimeError, NotImplementedError)
+    is_of_torch = isinstance(error, RuntimeError) and type(error).__module__.startswith("torch.")
+    return is_of_torch or type(error) in (IndexError, RuntimeError, NotImplementedError)
 
 
 def _compare(call: Call, expected: Mapping[str, Check], result: Any) -> None:

@@ -130,13 +130,13 @@ class Draw:
 
     def _hostile_tensor(self, tensor: torch.Tensor, call: Call) -> tuple[Any, str]:
         if not tensor.dtype.is_floating_point and tensor.dtype != torch.bool and tensor.numel() and self.chance(0.45):
-            return self._hostile_index(tensor)
+            return self.hostile_index(tensor)
         change = self.choice(_CHANGES)
         changed = change(self, tensor, call)
         return changed if changed is not None else (None, "not a tensor")
 
-    def _hostile_index(self, tensor: torch.Tensor) -> tuple[Any, str]:
-        values = tensor.clone()
+    def hostile_index(self, tensor: torch.Tensor) -> tuple[Any, str]:
+        values = tensor.clone(memory_format=torch.contiguous_format)
         at, largest = self.random.randrange(values.numel()), torch.iinfo(values.dtype).max
         old = int(values.view(-1)[at])
         new = self.choice((-1, old + 1, old - 1, old + 7, 1000, 1 << 20, (1 << 31) - 1, largest, -(1 << 31), -largest - 1))
@@ -212,7 +212,7 @@ def _no_tensor(d: Draw, x: torch.Tensor, call: Call) -> Changed:
 def _other_values(d: Draw, x: torch.Tensor, call: Call) -> Changed:
     if not x.dtype.is_floating_point or x.numel() == 0 or x.dtype in FP8:
         return None
-    values = x.clone()
+    values = x.detach().clone(memory_format=torch.contiguous_format)
     special = d.choice((math.nan, math.inf, -math.inf, 0.0, -1.0, 1e-40))
     if d.chance(0.3):
         values.fill_(special)

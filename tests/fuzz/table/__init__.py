@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
-from tests.fuzz.call import Call
 from tests.fuzz.draw import Draw
 
-Case = Callable[[Draw], Iterator[Call]]
+# What a case yields: a call, or several in a row.
+Case = Callable[[Draw], Iterator[Any]]
+_MODULES = ("norm", "activation", "page", "quantization", "rope", "sampling", "attention", "wrappers", "helpers")
 
 
+@functools.cache
 def cases() -> dict[str, Case]:
-    from tests.fuzz.table import activation, norm, page, quantization, rope, sampling
-
     table: dict[str, Case] = {}
-    for module in (norm, activation, page, quantization, rope, sampling):
-        table.update(module.CASES)
+    for module in _MODULES:
+        table.update(importlib.import_module(f"tests.fuzz.table.{module}").CASES)
     return table
