@@ -144,6 +144,8 @@ def _compare(call: Call, expected: Mapping[str, Check], result: Any) -> None:
         if strange:
             raise Wrong(f"returns {strange[0]} for an argument without values")
         return
+    if not all(map(has_values, tensors_in(result))):
+        raise Wrong(f"returns {show(result)}, which has no values")
     for name, check in expected.items():
         try:
             check(result if name == "return" else call.arguments[name])

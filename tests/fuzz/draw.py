@@ -15,6 +15,7 @@ from tests.fuzz.memory import Memory
 
 T = TypeVar("T")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INDICES = (torch.int32, torch.int64)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -59,7 +60,7 @@ class Draw:
                           if shape and shape[-1] else torch.empty(shape, dtype=dtype), groups)  # fmt: skip
 
     def index(self, values: Sequence[int], dtype: Optional[torch.dtype] = None) -> torch.Tensor:
-        return self.dense(torch.tensor(values, dtype=dtype or self.choice((torch.int32, torch.int64))))
+        return self.dense(torch.tensor(values, dtype=dtype or self.kernel(*INDICES)))
 
     def dense(self, values: torch.Tensor) -> torch.Tensor:
         return self.memory.place(values, None, self.choice((0, 0, 1, 3, 16)))
@@ -204,6 +205,12 @@ def _other_strides(d: Draw, x: torch.Tensor, call: Call) -> Changed:
     return d.memory.place(x, strides), f"{kind} along axis {axis}"
 
 
+def _misaligned(d: Draw, x: torch.Tensor, call: Call) -> Changed:
+    if x.element_size() == 1 or x.numel() == 0:
+        return None
+    return d.memory.place(x, torch.empty(x.shape, device="meta").stride(), odd_bytes=1), "at an odd address"
+
+
 def _no_tensor(d: Draw, x: torch.Tensor, call: Call) -> Changed:
     other: Any = d.choice((None, 1.0, "x", [1.0], ()))
     return other, "not a tensor"
@@ -245,4 +252,4 @@ def _sparse(d: Draw, x: torch.Tensor, call: Call) -> Changed:
 
 
 _CHANGES = (_meta, _fake, _other_dtype, _other_dtype, _other_rank, _other_rank, _other_length, _other_length, _other_length,
-            _other_strides, _other_strides, _other_strides, _no_tensor, _other_values, _alias, _gradient, _sparse)  # fmt: skip
+            _other_strides, _other_strides, _other_strides, _no_tensor, _other_values, _misaligned, _alias, _gradient, _sparse)  # fmt: skip

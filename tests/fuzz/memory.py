@@ -24,7 +24,6 @@ _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ct
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _READ_WRITE, _PRIVATE_ANONYMOUS = 3, 0x22  # PROT_READ | PROT_WRITE; MAP_PRIVATE | MAP_ANONYMOUS
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -36,6 +35,10 @@ class Region:
     num_bytes: int  # of the mapping
     content: torch.Tensor  # uint8, all bytes that may be touched
     before: Optional[torch.Tensor] = None  # the content at `Memory.remember`
+
+
+def _elements(address: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer((ctypes.c_uint8 * (count * dtype.itemsize)).from_address(address), dtype=dtype)
 
 
 def strided_bytes(tensor: torch.Tensor) -> int:
@@ -51,19 +54,22 @@ class Memory:
 
     regions: list[Region] = field(default_factory=list)
 
-    def place(self, values: torch.Tensor, strides: Optional[Sequence[int]] = None, slack: int = 0) -> torch.Tensor:
+    def place(
+        self, values: torch.Tensor, strides: Optional[Sequence[int]] = None, slack: int = 0, odd_bytes: int = 0
+    ) -> torch.Tensor:
         """The values in memory of their own, with these strides (elements; dense if None), `slack` elements of poison
-        behind the last. Where strides let elements coincide, the last written one holds."""
+        behind the last, and `odd_bytes` besides. Where strides let elements coincide, the last written one holds."""
         shape, dtype, size = tuple(values.shape), values.dtype, values.element_size()
         strides = tuple(torch.empty(shape, device="meta").stride() if strides is None else strides)
         extent = 0 if values.numel() == 0 else sum((n - 1) * s for n, s in zip(shape, strides)) + 1
-        content = self._map((extent + slack) * size)
-        begin = content.numel() // size - slack - extent
-        tensor = content.view(dtype).as_strided(shape, strides, begin)
+        content = self._map((extent + slack) * size + odd_bytes)
+        count = (content.numel() - odd_bytes) // size
+        offset = content.numel() - odd_bytes - count * size  # of the elements: all but an odd rest
+        flat = content.view(dtype) if offset == 0 and odd_bytes == 0 else _elements(content.data_ptr() + offset, count, dtype)
+        tensor = flat.as_strided(shape, strides, count - slack - extent)
         if values.numel():
-            flat, integers = content.view(dtype), _INTEGERS[size]
-            places = begin + element_places(tensor)
-            flat.view(integers)[places] = values.detach().reshape(-1).view(integers)
+            places = (element_places(tensor) + count - slack - extent)[:, None] * size + torch.arange(size) + offset
+            content[places.reshape(-1)] = values.detach().reshape(-1).view(torch.uint8)
         return tensor
 
     def _map(self, num_bytes: int) -> torch.Tensor:
@@ -73,7 +79,7 @@ class Memory:
         assert address != _MAP_FAILED, f"mmap of {total} bytes failed"
         for fence in (address, address + _PAGE + inner):
             assert _libc.mprotect(fence, _PAGE, 0) == 0, "mprotect failed"
-        content = torch.frombuffer((ctypes.c_uint8 * inner).from_address(address + _PAGE), dtype=torch.uint8)
+        content = _elements(address + _PAGE, inner, torch.uint8)
         content.fill_(POISON)
         self.regions.append(Region(address, total, content))
         return content

@@ -34,7 +34,7 @@ from tests.fuzz.memory import Memory
 from tests.fuzz.table import cases
 
 BATCH = 25  # seeds of one function in one child
-SILENCE = 120.0  # seconds without a word from a child that count as a hang; a kernel may have to be compiled
+SILENCE = 90.0  # seconds without a word from a child that count as a hang; a kernel may have to be compiled
 ADDRESS_SPACE = 12 << 30  # bytes a child may ask for: a huge allocation is refused, as on any machine it would be
 
 
@@ -46,11 +46,12 @@ class Finding:
     detail: str
     call: str
     changes: tuple[str, ...]
+    narrow: bool
     alone: bool = True  # the case shows it by itself, without those before it
 
     @property
     def command(self) -> str:
-        return f"python -m tests.fuzz --only {self.name} --seed {self.seed}"
+        return f"python -m tests.fuzz --only {self.name} --seed {self.seed}{' --narrow' if self.narrow else ''}"
 
     def __str__(self) -> str:
         changes = "; ".join(self.changes) or "a legal call"
@@ -134,7 +135,7 @@ def _run_child(name: str, seeds: Sequence[int], narrow: bool, report: Report) ->
                 elif "outcome" in line:
                     report.counts[line["outcome"]] += 1
                     if line["kind"]:
-                        report.findings.append(_finding(name, at, line["kind"], line["detail"]))
+                        report.findings.append(_finding(name, at, line["kind"], line["detail"], narrow))
                 else:
                     at = line
         _, status = os.waitpid(child, 0)
@@ -143,11 +144,11 @@ def _run_child(name: str, seeds: Sequence[int], narrow: bool, report: Report) ->
         if not kind:
             kind = signal.Signals(status & 127).name if os.WIFSIGNALED(status) else f"exit status {status >> 8}"
         errors.seek(0)
-        return _finding(name, at, kind, _interesting(errors.read()))
+        return _finding(name, at, kind, _interesting(errors.read()), narrow)
 
 
-def _finding(name: str, at: dict[str, Any], kind: str, detail: str) -> Finding:
-    return Finding(name, at["seed"], kind, detail, at["call"], tuple(at["changes"]))
+def _finding(name: str, at: dict[str, Any], kind: str, detail: str, narrow: bool) -> Finding:
+    return Finding(name, at["seed"], kind, detail, at["call"], tuple(at["changes"]), narrow)
 
 
 def _lines(pipe: Any) -> Iterator[Optional[dict[str, Any]]]:

@@ -9,7 +9,7 @@ import torch
 
 import flashinfer
 from tests.fuzz.call import Call, Check, Refused, Unspecified, equal, near_fp8, nothing, pair
-from tests.fuzz.draw import FLOATS, FP8, Draw
+from tests.fuzz.draw import FLOATS, FP8, INDICES, Draw
 from tests.fuzz.table import Case
 from tests.fuzz.table.indices import LARGEST, integers, offsets, whole
 from tests.fuzz.table.norm import number
@@ -33,7 +33,7 @@ def draw_pages(d: Draw, dtype: torch.dtype | None = None, most: int = 12, shorte
     num_pages = sum(counts) + d.random.randint(1, 3)
     order = list(range(num_pages))
     d.random.shuffle(order)
-    dtype = dtype or d.choice((torch.int32, torch.int64))
+    dtype = dtype or d.kernel(*INDICES)
     return Pages(
         d.index([sum(counts[:i]) for i in range(len(counts) + 1)], dtype),
         d.index(order[: sum(counts)] if d.chance(0.7) else order, dtype),
@@ -86,7 +86,7 @@ def draw_slots(d: Draw, pages: Pages) -> Slots:
     """New rows at the ends of the requests, and padding."""
     places = [(request, length - 1 - i) for request, length in enumerate(pages.lengths) for i in range(min(length, d.size(3)))]
     places += [d.choice(((-1, 0), (0, -1), (len(pages.lengths), 0), (1 << 20, 5)))] * d.choice((0, 0, 1, 2))
-    dtype = d.choice((torch.int32, torch.int64))
+    dtype = d.kernel(*INDICES)
     return Slots(d.index([b for b, _ in places], dtype), d.index([p for _, p in places], dtype))
 
 
@@ -218,7 +218,7 @@ def _append_mla(d: Draw) -> Iterator[Call]:
 
 def _positions(d: Draw) -> Iterator[Call]:
     appended = d.lengths(d.random.randint(0, 5), 4)
-    dtype, nnz = d.choice((torch.int32, torch.int64)), sum(appended) + d.choice((0, 0, 3))
+    dtype, nnz = d.kernel(*INDICES), sum(appended) + d.choice((0, 0, 3))
     lens_dtype = dtype if d.chance(0.8) else d.choice((torch.int32, torch.int64))
     arguments: dict[str, Any] = {
         "append_indptr": d.index([sum(appended[:i]) for i in range(len(appended) + 1)], dtype),

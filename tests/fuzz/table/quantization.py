@@ -31,7 +31,7 @@ def _packbits(d: Draw) -> Iterator[Call]:
     def expect(x: Any, bitorder: Any) -> Mapping[str, Check]:
         return {"return": equal(torch.tensor(oracle.packbits(_bits(x, bitorder), bitorder), dtype=torch.uint8))}
 
-    arguments = {"x": _booleans(d, d.choice((0, 1, 7, 8, 9, 64, 1001))), "bitorder": d.choice(("big", "little"))}
+    arguments = {"x": _booleans(d, d.choice((0, 1, 7, 8, 9, 64, 1001))), "bitorder": d.kernel("little", "big")}
     yield from d.maybe_hostile(Call("packbits", flashinfer.packbits, arguments, expect))
 
 
@@ -52,7 +52,7 @@ def _segments(d: Draw, name: str, function: Any, is_padded: bool) -> Iterator[Ca
         ends = equal(torch.tensor(packed_indptr, dtype=indptr.dtype))
         return {"return": pair(equal(torch.tensor(packed, dtype=torch.uint8)), ends)}
 
-    arguments = {"x": _booleans(d, begin + sum(lengths) + rest), "indptr": indptr, "bitorder": d.choice(("big", "little"))}
+    arguments = {"x": _booleans(d, begin + sum(lengths) + rest), "indptr": indptr, "bitorder": d.kernel("little", "big")}
     yield from d.maybe_hostile(Call(name, function, arguments, expect))
 
 

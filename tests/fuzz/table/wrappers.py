@@ -368,7 +368,8 @@ def _copied(d: Draw, model: Model) -> Call:
 def _made(model: Model, name: str, function: Any, arguments: dict[str, Any], expect: Any) -> Call:
     def settle(call: Call, raised: Optional[BaseException], result: Any) -> None:
         model.wrapper = result
-        model.buffers = tuple(t for name, value in call.arguments.items() if "buf" in name for t in tensors_in(value) if has_values(t))
+        buffers = [value for name, value in call.arguments.items() if "buf" in name and "workspace" not in name]
+        model.buffers = tuple(tensor for tensor in tensors_in(buffers) if has_values(tensor))
 
     return Call(name, function, arguments, expect, settle=settle)
 
