@@ -69,7 +69,7 @@ class Memory:
         tensor = flat.as_strided(shape, strides, count - slack - extent)
         if values.numel():
             places = (element_places(tensor) + count - slack - extent)[:, None] * size + torch.arange(size) + offset
-            content[places.reshape(-1)] = values.detach().reshape(-1).view(torch.uint8)
+            content[places.reshape(-1)] = values.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
         return tensor
 
     def _map(self, num_bytes: int) -> torch.Tensor:

@@ -45,6 +45,8 @@ def read_options(
     rope_theta: Any = None, **_: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """As the oracle takes them."""
+    if pos_encoding_mode is None:
+        raise Unspecified  # what was planned, or the default
     if pos_encoding_mode not in ("NONE", "ROPE_LLAMA", "ALIBI"):
         raise Refused("an unknown position encoding")
     rope = pos_encoding_mode == "ROPE_LLAMA"
@@ -95,6 +97,12 @@ def state(out: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype, with_lse: An
     return pair(near(out, dtype, scale), near_lse(lse, scale)) if with_lse else near(out, dtype, scale)
 
 
+def require_finite(*tensors: torch.Tensor) -> None:
+    """Infinities make scores whose difference is NaN, or is not: by the order of sums."""
+    if not all(bool(tensor.float().isfinite().all()) for tensor in tensors):
+        raise Unspecified
+
+
 def require_dtypes(q: torch.dtype, kv: torch.dtype) -> None:
     if q not in FLOATS or kv not in (*FLOATS, *FP8):
         raise Refused("dtypes without a kernel")
@@ -138,6 +146,7 @@ def _decode(d: Draw) -> Iterator[Call]:
         require_dtypes(q.dtype, k.dtype)
         require_heads(len(q), k.shape[1])
         given = {**read_options(**options), **read_scales(q_scale, k_scale, v_scale)}
+        require_finite(q, k, v)
         out, lse = attention(q[None], k, v, **given)
         return {"return": state(out[0], lse[0], q.dtype, return_lse)}
 
@@ -169,6 +178,7 @@ def _prefill(name: str, d: Draw) -> Iterator[Call]:
         require_heads(q.shape[1], k.shape[1])
         mask = read_mask(custom_mask, packed_custom_mask, [(len(q), len(k))])
         given = {**read_options(**options), **read_scales(scale_q, k_scale, v_scale)}
+        require_finite(q, k, v)
         out, lse = attention(q, k, v, causal=bool(causal), custom_mask=None if mask is None else mask[0], **given)
         return {"return": state(out, lse, q.dtype, return_lse)}
 

@@ -214,8 +214,10 @@ def _attend(plan: Plan, q: Any, halves: tuple[torch.Tensor, torch.Tensor], optio
             raise Refused("a page, or row, outside the cache")
         chosen = torch.tensor(pages, dtype=torch.int64)
         k, v = (half[chosen].flatten(0, 1)[:kv_len] if plan.page_size else half[chosen] for half in halves)
+        rows = q[plan.qo_indptr[i] : plan.qo_indptr[i + 1]]
+        unplanned.require_finite(rows, k, v)
         mask = None if plan.masks is None else plan.masks[i]
-        out, lse = attention(q[plan.qo_indptr[i] : plan.qo_indptr[i + 1]], k, v, causal=bool(causal), custom_mask=mask, **options)
+        out, lse = attention(rows, k, v, causal=bool(causal), custom_mask=mask, **options)
         outs.append(out)
         lses.append(lse)
     if not outs:
@@ -789,6 +791,7 @@ def _shared_prefix(name: str, is_decode: bool, d: Draw) -> Iterator[Any]:
             unplanned.require_prefill(q.dtype, k.dtype, *plan.head_dims)
             unique = _attend(plan, q, halves, options, causal)
             rows = q[plan.qo_indptr[0] : plan.qo_indptr[-1]]
+            unplanned.require_finite(k, v)
             prefix = attention(rows, k, v, **options)
             return _results(plan, q, unplanned.merged([prefix, unique]), None, None, False, scale=2.0)
 
