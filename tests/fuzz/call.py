@@ -12,7 +12,7 @@ import torch
 
 from flashinfer.errors import CompileError, FlashInferError
 from tests.fuzz.memory import Memory, overlap, overlaps_itself
-from tests.tolerances import assert_close
+from tests.tolerances import ELEMENTWISE, assert_close
 
 Check = Callable[[Any], None]  # raises Wrong
 
@@ -180,6 +180,17 @@ def near(expected: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> Chec
     def check(actual: Any) -> None:
         require_tensor(actual, expected.shape, dtype)
         assert_close(actual, expected, scale=scale)
+
+    return check
+
+
+def near_each(expected: torch.Tensor, dtype: torch.dtype) -> Check:
+    """As `near`, element by element alone: where small results are differences, their norm says nothing."""
+
+    def check(actual: Any) -> None:
+        require_tensor(actual, expected.shape, dtype)
+        tolerance = ELEMENTWISE[dtype]
+        torch.testing.assert_close(actual.detach().double(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
     return check
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import flashinfer
-from tests.fuzz.call import Call, Check, Refused, Unspecified, near, near_fp8
+from tests.fuzz.call import Call, Check, Refused, Unspecified, near_each, near_fp8
 from tests.fuzz.draw import FLOATS, FP8, Draw
 from tests.fuzz.table import Case
 from tests.fuzz.table.norm import number
@@ -37,7 +37,7 @@ def _act_and_mul(name: str, gate: str, d: Draw) -> Iterator[Call]:
 
     def expect(input: Any, out: Any, enable_pdl: Any) -> Mapping[str, Check]:
         _require_halves(input, out)
-        expected = near(oracle.act_and_mul(gate, input), input.dtype)
+        expected = near_each(oracle.act_and_mul(gate, input), input.dtype)  # a gate far below zero is 1 - 0.9999
         return {"return": expected} if out is None else {"return": expected, "out": expected}
 
     arguments = {"input": input, "out": out, "enable_pdl": d.choice((None, True, False))}
