@@ -26,8 +26,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Tests share one JIT cache, those of all workers of a run too, and never touch the user's. Set FLASHINFER_CACHE_DIR to
-    keep it between runs."""
+    """All tests of a run share one JIT cache, whichever worker has them, and never touch the user's. Set
+    FLASHINFER_CACHE_DIR to keep it between runs."""
     if "FLASHINFER_CACHE_DIR" in os.environ:
         yield Path(os.environ["FLASHINFER_CACHE_DIR"])
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
 import traceback
@@ -14,9 +15,13 @@ from tests.fuzz.table import cases
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Fuzz the public functions on the CPU target.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz", description="Fuzz the public functions on the CPU target."
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the first case (default 0)")
-    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="functions; with one and no length, one case is told")
+    parser.add_argument(
+        "--only", nargs="*", default=[], metavar="NAME", help="functions; with one and no length, one case is told"
+    )
     parser.add_argument("--count", type=int, help="cases of each function")
     parser.add_argument("--minutes", type=float, help="how long a campaign may take (default 5)")
     parser.add_argument("--narrow", action="store_true", help="few kernels, where there is no time to compile many")
@@ -39,8 +44,8 @@ def main() -> int:
     for first, *others in groups:
         print(f"{first}{f'  # and {len(others)} more' if others else ''}")
     counts = report.counts
-    print(f"{counts['legal']} legal calls; {counts['refused'] + counts['returned']} hostile ones, {counts['refused']} of them "
-          f"refused; {len(groups)} findings ({runner.version()})")  # fmt: skip
+    hostile = f"{counts['refused'] + counts['returned']} hostile ones, {counts['refused']} of them refused"
+    print(f"{counts['legal']} legal calls; {hostile}; {len(groups)} findings ({runner.version()})")
     return bool(groups)
 
 
@@ -63,4 +68,7 @@ def _tell(name: str, seed: int, narrow: bool) -> int:
 
 
 if __name__ == "__main__":
+    if "MALLOC_PERTURB_" not in os.environ:  # has to be there when the C library starts
+        environment = {**os.environ, "MALLOC_PERTURB_": "165"}  # new and freed memory hold poison too
+        os.execve(sys.executable, [sys.executable, "-m", "tests.fuzz", *sys.argv[1:]], environment)
     sys.exit(main())

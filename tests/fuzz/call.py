@@ -31,8 +31,8 @@ class Wrong(Exception):
 
 @dataclass
 class Call:
-    """`function(**arguments)`. `expect` takes the arguments as they are before the call and says what becomes of each output,
-    and of "return"."""
+    """`function(**arguments)`. `expect` takes the arguments as they are before the call and says what becomes of each
+    output, and of "return"."""
 
     name: str
     function: Callable[..., Any]
@@ -154,8 +154,8 @@ def _compare(call: Call, expected: Mapping[str, Check], result: Any) -> None:
 
 
 def _refuse_overlaps(call: Call) -> None:
-    """An output whose elements share memory cannot hold a result. Outputs that share memory with other arguments can, but only
-    where an operator says so is it defined which."""
+    """An output whose elements share memory cannot hold a result. One that shares memory with another argument can, but
+    only where an operator says so is it defined which."""
     plain = {name: [t for t in tensors_in(value) if has_values(t)] for name, value in call.arguments.items()}
     for output in call.outputs:
         if any(map(overlaps_itself, plain[output])):
@@ -164,14 +164,14 @@ def _refuse_overlaps(call: Call) -> None:
         for name, tensors in plain.items():
             for a in plain[output]:
                 for b in tensors:
-                    if a is b and name == output or not overlap(a, b):
+                    if (a is b and name == output) or not overlap(a, b):
                         continue
                     same = a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
                     if not (same and a.dtype == b.dtype and (output, name) in call.in_place):
                         raise Unspecified
 
 
-# ------------------------------------------------------------------------------------------------------------------------- checks
+# --------------------------------------------------------------------------------------------------------------- checks
 
 
 def near(expected: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> Check:
@@ -220,7 +220,10 @@ def equal(expected: torch.Tensor) -> Check:
 
     def check(actual: Any) -> None:
         require_tensor(actual, expected.shape, expected.dtype)
-        ours, theirs = (x.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8) for x in (actual, expected))
+        ours, theirs = (
+            x.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+            for x in (actual, expected)
+        )
         if not torch.equal(ours, theirs):
             raise Wrong(f"{actual.flatten()[:8].tolist()}; the oracle has {expected.flatten()[:8].tolist()}")
 
@@ -250,7 +253,7 @@ def require_tensor(actual: Any, shape: torch.Size, dtype: torch.dtype) -> None:
         raise Wrong(f"{show(actual)}; expected {str(dtype)[6:]}{list(shape)}")
 
 
-# -------------------------------------------------------------------------------------------------------------------------- parts
+# ---------------------------------------------------------------------------------------------------------------- parts
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
@@ -261,7 +264,11 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 def has_values(tensor: torch.Tensor) -> bool:
     """With values in memory."""
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+    )
 
 
 def _copied(value: Any) -> Any:

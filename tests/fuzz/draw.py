@@ -1,4 +1,4 @@
-"""What cases are drawn with: a seeded source of choices, of tensors in fenced memory, and of hostile changes to a call."""
+"""What cases are drawn with: seeded choices, tensors in fenced memory, hostile changes to a call."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Draw:
         self.torch = torch.Generator().manual_seed(self.random.getrandbits(60))
         self.memory, self.narrow = memory, narrow
 
-    # ------------------------------------------------------------------------------------------------------------------- numbers
+    # ---------------------------------------------------------------------------------------------------------- numbers
 
     def chance(self, probability: float) -> bool:
         return self.random.random() < probability
@@ -46,12 +46,14 @@ class Draw:
     def lengths(self, count: int, largest: int) -> list[int]:
         return [0 if self.chance(0.2) else self.random.randint(1, largest) for _ in range(count)]
 
-    # ------------------------------------------------------------------------------------------------------------------- tensors
+    # ---------------------------------------------------------------------------------------------------------- tensors
 
     def values(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=self.torch) * scale).to(dtype)
 
-    def normal(self, *shape: int, dtype: torch.dtype = torch.float32, groups: int = 1, scale: float = 1.0) -> torch.Tensor:
+    def normal(
+        self, *shape: int, dtype: torch.dtype = torch.float32, groups: int = 1, scale: float = 1.0
+    ) -> torch.Tensor:
         return self.place(self.values(*shape, dtype=dtype, scale=scale), groups)
 
     def blank(self, *shape: int, dtype: torch.dtype = torch.float32, groups: int = 1) -> torch.Tensor:
@@ -84,20 +86,24 @@ class Draw:
                    for a, (n, s) in enumerate(zip(shape, strides))]  # fmt: skip
         return self.memory.place(values, strides, self.choice((0, 0, 1, 16)))
 
-    # ------------------------------------------------------------------------------------------------------------------- hostility
+    # -------------------------------------------------------------------------------------------------------- hostility
 
     def maybe_hostile(self, call: Call, more: Sequence[Callable[[Call], Call]] = ()) -> list[Call]:
         """The call, its repetition on equal tensors elsewhere, or it and a hostile variation of itself."""
         if self.chance(0.35):
             return [call] if self.chance(0.6) else [call, call.again(self.memory)]
-        first = [call.again(self.memory)] if self.chance(0.4) else []  # so that the hostile one finds what that one left
+        first = (
+            [call.again(self.memory)] if self.chance(0.4) else []
+        )  # so that the hostile one finds what that one left
         for _ in range(2 if self.chance(0.12) else 1):
             call = self.choice(more)(call) if more and self.chance(0.3) else self.hostile(call)
         return [*first, call]
 
     def hostile(self, call: Call) -> Call:
         """One argument replaced."""
-        name = self.choice([*call.arguments, *[n for n, v in call.arguments.items() if isinstance(v, (torch.Tensor, tuple, list))]])
+        name = self.choice(
+            [*call.arguments, *[n for n, v in call.arguments.items() if isinstance(v, (torch.Tensor, tuple, list))]]
+        )
         value = call.arguments[name]
         if not all(map(has_values, tensors_in(value))):
             return call  # hostile enough already
@@ -118,11 +124,14 @@ class Draw:
         if isinstance(value, bool):
             other = self.choice((not value, None, 2, "yes"))
         elif isinstance(value, int):
-            other = self.choice((0, -1, value + 1, value - 1, 2 * value, 1 << 31, -(1 << 31) - 1, (1 << 31) - 1, 1 << 63, 1 << 70,
-                                 float(value), value + 0.5, str(value), None, math.nan, math.inf, torch.tensor(value)))  # fmt: skip
+            near = (0, -1, value + 1, value - 1, 2 * value)
+            far = (1 << 31, -(1 << 31) - 1, (1 << 31) - 1, 1 << 63, 1 << 70)
+            of_other_types = (float(value), value + 0.5, str(value), None, math.nan, math.inf, torch.tensor(value))
+            other = self.choice((*near, *far, *of_other_types))
         elif isinstance(value, float):
-            other = self.choice((0.0, -value, -1.0, math.nan, math.inf, -math.inf, 1e-45, 1e38, 1e300, 1 << 70, str(value), None,
-                                 b"1", 1j, torch.tensor(value)))  # fmt: skip
+            of_other_types = (1 << 70, str(value), None, b"1", 1j, torch.tensor(value))
+            far = (math.nan, math.inf, -math.inf, 1e-45, 1e38, 1e300)
+            other = self.choice((0.0, -value, -1.0, *far, *of_other_types))
         elif isinstance(value, (str, torch.dtype)):
             other = self.choice(("", "nhd", "ROPE", f"{value} ", 3, None, b"NHD", torch.float64, torch.int32))
         else:  # None: an optional argument that was left out
@@ -140,7 +149,9 @@ class Draw:
         values = tensor.clone(memory_format=torch.contiguous_format)
         at, largest = self.random.randrange(values.numel()), torch.iinfo(values.dtype).max
         old = int(values.view(-1)[at])
-        new = self.choice((-1, old + 1, old - 1, old + 7, 1000, 1 << 20, (1 << 31) - 1, largest, -(1 << 31), -largest - 1))
+        new = self.choice(
+            (-1, old + 1, old - 1, old + 7, 1000, 1 << 20, (1 << 31) - 1, largest, -(1 << 31), -largest - 1)
+        )
         new = min(max(new, torch.iinfo(values.dtype).min), largest)
         values.view(-1)[at] = new
         return self.dense(values), f"entry {at} became {new}"
@@ -159,7 +170,17 @@ def _fake(d: Draw, x: torch.Tensor, call: Call) -> Changed:
 
 
 def _other_dtype(d: Draw, x: torch.Tensor, call: Call) -> Changed:
-    others = (*FLOATS, torch.float64, torch.int32, torch.int64, torch.int16, torch.uint8, torch.bool, *FP8, torch.complex64)
+    others = (
+        *FLOATS,
+        torch.float64,
+        torch.int32,
+        torch.int64,
+        torch.int16,
+        torch.uint8,
+        torch.bool,
+        *FP8,
+        torch.complex64,
+    )
     dtype = d.choice([dtype for dtype in others if dtype != x.dtype])
     values = x.float() if x.dtype in FP8 else x
     return d.memory.place(values.to(dtype), x.stride()), f"{str(dtype)[6:]}"
@@ -251,5 +272,10 @@ def _sparse(d: Draw, x: torch.Tensor, call: Call) -> Changed:
     return x.detach().clone().to_sparse(), "sparse"
 
 
-_CHANGES = (_meta, _fake, _other_dtype, _other_dtype, _other_rank, _other_rank, _other_length, _other_length, _other_length,
-            _other_strides, _other_strides, _other_strides, _no_tensor, _other_values, _misaligned, _alias, _gradient, _sparse)  # fmt: skip
+_CHANGES = (
+    *[_meta, _fake, _sparse, _no_tensor, _gradient, _alias, _misaligned, _other_values],
+    *[_other_dtype] * 2,
+    *[_other_rank] * 2,
+    *[_other_length] * 3,
+    *[_other_strides] * 3,
+)

@@ -2,8 +2,8 @@
 
     | page without access | poison | tensor, and poison in its gaps | slack: poison | page without access |
 
-The bytes of poison are 255, which is NaN in every floating type and -1 in every index type: read by a kernel they show in
-the result. An access beyond the pages ends the process. What is written beside the outputs is found by comparison.
+The bytes of poison are 255, which is NaN in every floating type and -1 in every index type: read by a kernel they show
+in the result. An access beyond the pages ends the process. What is written beside the outputs is found by comparison.
 """
 
 from __future__ import annotations
@@ -65,11 +65,17 @@ class Memory:
         content = self._map((extent + slack) * size + odd_bytes)
         count = (content.numel() - odd_bytes) // size
         offset = content.numel() - odd_bytes - count * size  # of the elements: all but an odd rest
-        flat = content.view(dtype) if offset == 0 and odd_bytes == 0 else _elements(content.data_ptr() + offset, count, dtype)
+        flat = (
+            content.view(dtype)
+            if offset == 0 and odd_bytes == 0
+            else _elements(content.data_ptr() + offset, count, dtype)
+        )
         tensor = flat.as_strided(shape, strides, count - slack - extent)
         if values.numel():
             places = (element_places(tensor) + count - slack - extent)[:, None] * size + torch.arange(size) + offset
-            content[places.reshape(-1)] = values.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+            content[places.reshape(-1)] = (
+                values.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+            )
         return tensor
 
     def _map(self, num_bytes: int) -> torch.Tensor:
@@ -99,8 +105,8 @@ class Memory:
                 if output.numel() and begin <= output.data_ptr() < begin + region.content.numel():
                     changed[_bytes_of(output, output.data_ptr() - begin)] = False
             if bool(changed.any()):
-                first = int(changed.nonzero()[0])
-                return f"{int(changed.sum())} bytes beside the outputs were written, the first at {first} of {len(changed)}"
+                first, count = int(changed.nonzero()[0]), int(changed.sum())
+                return f"{count} bytes beside the outputs were written, the first at {first} of {len(changed)}"
         return None
 
     def release(self) -> None:

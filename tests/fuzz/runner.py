@@ -1,8 +1,8 @@
 """Cases in child processes.
 
-The parent imports the library and computes nothing: a fork of it has no threads to lose, starts in milliseconds, and has prepared
-no launch yet. A child tells which case it is at before each, so that the parent knows whom a crash or a silence belongs to, and
-goes on behind it.
+The parent imports the library and computes nothing: a fork of it has no threads to lose, starts in milliseconds, and
+has prepared no launch yet. A child tells of each call before it makes it, so that the parent knows what a crash or a
+silence belongs to, and goes on behind it.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Report:
     counts: Counter[str] = field(default_factory=Counter)  # legal, refused, returned: calls
 
     def groups(self) -> list[list[Finding]]:
-        """Findings that look like one, the simplest of each group first: of a function, and with the same exception or the same
-        change; a call with two changes goes to the group of one of them."""
+        """Findings that look like one, the simplest of each group first: of a function, and with the same exception or
+        the same change; a call with two changes goes to the group of one of them."""
         groups: dict[tuple[str, str, str], list[Finding]] = {}
         for finding in sorted(self.findings, key=lambda finding: (len(finding.changes), len(finding.call))):
             labels = [_without_values(change) for change in finding.changes] or [""]
@@ -81,7 +81,9 @@ def _without_values(text: str) -> str:
     return re.sub(r"'[^']*'|-?\d[\d.e+]*", "#", re.sub(r"[^ ]* became .*", "became", text))
 
 
-def run_case(name: str, seed: int, narrow: bool, before: Callable[[Call, str], None], after: Callable[[Verdict], None]) -> None:
+def run_case(
+    name: str, seed: int, narrow: bool, before: Callable[[Call, str], None], after: Callable[[Verdict], None]
+) -> None:
     """In this process. `before` is told of each call, with its text, `after` of what came of it."""
     memory = Memory()
     draw = Draw(name, seed, memory, narrow)
@@ -178,12 +180,15 @@ def _be_child(name: str, seeds: Sequence[int], narrow: bool, writer: int, errors
         faulthandler.enable(errors.fileno(), all_threads=False)
         limit_resources()
         warnings.simplefilter("ignore")
+
+        def after(verdict: Verdict) -> None:
+            say(outcome=verdict.outcome, kind=verdict.kind, detail=verdict.detail[:400])
+
         for seed in seeds:
             say(seed=seed, call="", changes=[])
             run_case(
-                name, seed, narrow, lambda call, text: say(seed=seed, call=text, changes=call.changes),
-                lambda verdict: say(outcome=verdict.outcome, kind=verdict.kind, detail=verdict.detail[:400]),
-            )  # fmt: skip
+                name, seed, narrow, lambda call, text, seed=seed: say(seed=seed, call=text, changes=call.changes), after
+            )
         status = 0
     except BaseException:
         traceback.print_exc(file=errors)
@@ -215,7 +220,9 @@ def _prepare() -> None:
     gc.freeze()
 
 
-def run(names: Sequence[str], first_seed: int, deadline: float, count: int, narrow: bool, progress: Optional[TextIO]) -> Report:
+def run(
+    names: Sequence[str], first_seed: int, deadline: float, count: int, narrow: bool, progress: Optional[TextIO]
+) -> Report:
     """Batches of every function in turn, until `count` seeds each are done or the time is over."""
     _prepare()
     report = Report()
@@ -228,7 +235,11 @@ def run(names: Sequence[str], first_seed: int, deadline: float, count: int, narr
             report.counts.update(batch.counts)
             report.findings += batch.findings
         if progress:
-            print(f"seeds to {seeds[-1]}: {dict(report.counts)}, {len(report.groups())} findings", file=progress, flush=True)
+            print(
+                f"seeds to {seeds[-1]}: {dict(report.counts)}, {len(report.groups())} findings",
+                file=progress,
+                flush=True,
+            )
     return _confirmed(report, narrow)
 
 

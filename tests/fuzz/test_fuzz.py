@@ -1,4 +1,4 @@
-"""The fuzzer itself: it has a case for every public function, it finds the faults planted here, and a short campaign finds none."""
+"""The fuzzer has a case for every public function, finds the faults planted here, and in a short campaign no others."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_public_function_has_a_case() -> None:
     assert public - aliases - enumerations == set(table.cases())
 
 
-# ----------------------------------------------------------------------------------------------------------------- planted faults
+# ------------------------------------------------------------------------------------------------------- planted faults
 
 
 def twice(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,9 @@ def verdict_on(function: Callable[..., Any], *, changes: tuple[str, ...] = (), r
     x = memory.place(torch.arange(4.0).view(shape), None, slack=2)
     out = memory.place(draw.blank(*shape).clone(), None, slack=2)
     try:
-        return judge(Call("planted", function, {"x": x, "out": out}, expect_twice, ("out",), changes=changes), memory).kind
+        return judge(
+            Call("planted", function, {"x": x, "out": out}, expect_twice, ("out",), changes=changes), memory
+        ).kind
     finally:
         memory.release()
 
@@ -159,8 +161,9 @@ def test_faults_of_hostile_calls_are_found(function: Callable[..., Any], rank: i
 
 def test_overlapping_outputs_have_to_be_refused() -> None:
     memory = Memory()
-    call = Call("planted", lambda x, out: None, {"x": torch.zeros(2, 3), "out": memory.place(torch.zeros(2, 3), (1, 1))}, expect_twice,
-                ("out",), changes=("out: overlapping",))  # fmt: skip
+    arguments = {"x": torch.zeros(2, 3), "out": memory.place(torch.zeros(2, 3), (1, 1))}
+    changes = ("out: overlapping",)
+    call = Call("planted", lambda x, out: None, arguments, expect_twice, ("out",), changes=changes)
     assert judge(call, memory).kind == "accepted"
     memory.release()
 
@@ -187,7 +190,11 @@ def test_a_crash_and_a_hang_are_findings(monkeypatch: pytest.MonkeyPatch) -> Non
             break
         report.findings.append(death)
         left = left[left.index(death.seed) + 1 :]
-    assert [(finding.seed, finding.kind) for finding in report.findings] == [(1, "SIGSEGV"), (3, "hang"), (4, "wrote outside")]
+    assert [(finding.seed, finding.kind) for finding in report.findings] == [
+        (1, "SIGSEGV"),
+        (3, "hang"),
+        (4, "wrote outside"),
+    ]
     assert report.findings[0].call.startswith("planted(x=float32[4]")
     assert report.findings[0].command == "python -m tests.fuzz --only planted --seed 1"
     assert report.counts["legal"] == 4  # 0, 2, 4 and 5
@@ -200,5 +207,3 @@ def test_a_case_is_drawn_from_its_name_and_seed_alone() -> None:
         return calls
 
     assert told(5) == told(5) != told(6)
-
-

@@ -32,7 +32,9 @@ def test_kernels_for_gpus_are_not_sanitized(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_stray_access_is_reported(tmp_path: Path) -> None:
     """With the libraries that docs/testing.md preloads."""
     found = [
-        subprocess.run(["g++", f"-print-file-name={name}.so"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            ["g++", f"-print-file-name={name}.so"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in ("libasan", "libubsan", "libstdc++")
     ]
     if not all(Path(path).is_absolute() for path in found):

@@ -11,7 +11,19 @@ from tests.fuzz.draw import Draw
 
 # What a case yields: a call, or several in a row.
 Case = Callable[[Draw], Iterator[Any]]
-_MODULES = ("norm", "activation", "page", "quantization", "rope", "sampling", "attention", "wrappers", "helpers")
+_MODULES = (
+    "norm",
+    "activation",
+    "page",
+    "quantization",
+    "rope",
+    "sampling",
+    "attention",
+    "planned_decode",
+    "planned_prefill",
+    "planned_cascade",
+    "helpers",
+)
 
 
 @functools.cache

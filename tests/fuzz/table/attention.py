@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Optional
@@ -41,8 +42,8 @@ def draw_options(d: Draw) -> dict[str, Any]:
 
 
 def read_options(
-    pos_encoding_mode: Any = "NONE", window_left: Any = -1, logits_soft_cap: Any = None, sm_scale: Any = None, rope_scale: Any = None,
-    rope_theta: Any = None, **_: Any,
+    pos_encoding_mode: Any = "NONE", window_left: Any = -1, logits_soft_cap: Any = None, sm_scale: Any = None,
+    rope_scale: Any = None, rope_theta: Any = None, **_: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """As the oracle takes them."""
     if pos_encoding_mode is None:
@@ -122,7 +123,9 @@ def rows_of(k: Any, v: Any, kv_layout: Any) -> tuple[torch.Tensor, torch.Tensor]
     return (k, v) if kv_layout == "NHD" else (k.transpose(0, 1), v.transpose(0, 1))
 
 
-def draw_kv_rows(d: Draw, length: int, heads: int, dims: tuple[int, int], dtype: torch.dtype, layout: str) -> list[torch.Tensor]:
+def draw_kv_rows(
+    d: Draw, length: int, heads: int, dims: tuple[int, int], dtype: torch.dtype, layout: str
+) -> list[torch.Tensor]:
     shape = (length, heads) if layout == "NHD" else (heads, length)
     return [d.normal(*shape, dim, dtype=dtype, groups=0) for dim in dims]
 
@@ -138,7 +141,15 @@ def _decode(d: Draw) -> Iterator[Call]:
     }  # fmt: skip
 
     def expect(
-        q: Any, k: Any, v: Any, kv_layout: Any, q_scale: Any, k_scale: Any, v_scale: Any, return_lse: Any, **options: Any
+        q: Any,
+        k: Any,
+        v: Any,
+        kv_layout: Any,
+        q_scale: Any,
+        k_scale: Any,
+        v_scale: Any,
+        return_lse: Any,
+        **options: Any,
     ) -> Mapping[str, Check]:
         k, v = rows_of(k, v, kv_layout)
         if q.dim() != 2 or q.shape[1] != k.shape[2] or k.shape[2] not in HEAD_DIMS or v.shape[2] not in HEAD_DIMS:
@@ -150,7 +161,9 @@ def _decode(d: Draw) -> Iterator[Call]:
         out, lse = attention(q[None], k, v, **given)
         return {"return": state(out[0], lse[0], q.dtype, return_lse)}
 
-    yield from d.maybe_hostile(Call("single_decode_with_kv_cache", flashinfer.single_decode_with_kv_cache, arguments, expect))
+    yield from d.maybe_hostile(
+        Call("single_decode_with_kv_cache", flashinfer.single_decode_with_kv_cache, arguments, expect)
+    )
 
 
 def _prefill(name: str, d: Draw) -> Iterator[Call]:
@@ -168,8 +181,8 @@ def _prefill(name: str, d: Draw) -> Iterator[Call]:
         arguments["return_lse"] = d.chance(0.5)
 
     def expect(
-        q: Any, k: Any, v: Any, custom_mask: Any, packed_custom_mask: Any, causal: Any, kv_layout: Any, scale_q: Any, k_scale: Any,
-        v_scale: Any, return_lse: Any = True, **options: Any,
+        q: Any, k: Any, v: Any, custom_mask: Any, packed_custom_mask: Any, causal: Any, kv_layout: Any, scale_q: Any,
+        k_scale: Any, v_scale: Any, return_lse: Any = True, **options: Any,
     ) -> Mapping[str, Check]:  # fmt: skip
         k, v = rows_of(k, v, kv_layout)
         if q.dim() != 3 or q.shape[2] != k.shape[2]:
@@ -227,7 +240,7 @@ def read_mask(custom_mask: Any, packed: Any, lengths: list[tuple[int, int]]) -> 
     return [mask.view(shape) for mask, shape in zip(bits, lengths)]
 
 
-# -------------------------------------------------------------------------------------------------------------------------- merging
+# -------------------------------------------------------------------------------------------------------------- merging
 
 
 def merged(states: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,7 +264,13 @@ def _draw_state(d: Draw, *shape: int, dtype: torch.dtype, is_dense: bool = False
 
 
 def _require_state(v: Any, s: Any, rank: int) -> None:
-    if v.dim() != rank or s.shape != v.shape[:-1] or not v.is_floating_point() or s.dtype == torch.bool or s.is_complex():
+    if (
+        v.dim() != rank
+        or s.shape != v.shape[:-1]
+        or not v.is_floating_point()
+        or s.dtype == torch.bool
+        or s.is_complex()
+    ):
         raise Refused("an output and an LSE that do not fit each other")
 
 
@@ -272,7 +291,9 @@ def _merge_state(d: Draw) -> Iterator[Call]:
 
 def _merge_in_place(d: Draw) -> Iterator[Call]:
     shape, dtype = (d.size(), d.random.randint(1, 3), d.kernel(64, 8, 96)), d.kernel(*FLOATS)
-    v, s = _draw_state(d, *shape, dtype=dtype, is_dense=True)  # ends a page, so starts at a multiple of 16 bytes as its size is one
+    v, s = _draw_state(
+        d, *shape, dtype=dtype, is_dense=True
+    )  # ends a page, so starts at a multiple of 16 bytes as its size is one
     v_other, s_other = _draw_state(d, *shape, dtype=dtype)
     mask = d.dense(torch.rand(shape[0], generator=d.torch) < 0.5) if d.chance(0.5) else None
 
@@ -299,7 +320,9 @@ def _merge_in_place(d: Draw) -> Iterator[Call]:
         return {"return": nothing, "v": check, "s": near_lse(lse)}
 
     arguments = {"v": v, "s": s, "v_other": v_other, "s_other": s_other, "mask": mask}
-    yield from d.maybe_hostile(Call("merge_state_in_place", flashinfer.merge_state_in_place, arguments, expect, ("v", "s")))
+    yield from d.maybe_hostile(
+        Call("merge_state_in_place", flashinfer.merge_state_in_place, arguments, expect, ("v", "s"))
+    )
 
 
 def _merge_states(d: Draw) -> Iterator[Call]:
@@ -314,7 +337,9 @@ def _merge_states(d: Draw) -> Iterator[Call]:
     yield from d.maybe_hostile(Call("merge_states", flashinfer.merge_states, {"v": v, "s": s}, expect))
 
 
-def merged_or_none(states: list[tuple[torch.Tensor, torch.Tensor]], shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def merged_or_none(
+    states: list[tuple[torch.Tensor, torch.Tensor]], shape: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
     if states:
         return merged(states)
     return torch.zeros(shape, dtype=torch.float64), torch.full(shape[:-1], -math.inf, dtype=torch.float64)
@@ -329,12 +354,14 @@ def _variable_length(d: Draw) -> Iterator[Call]:
     def expect(v: Any, s: Any, indptr: Any) -> Mapping[str, Check]:
         _require_state(v, s, 3)
         starts, shape = offsets("indptr", indptr, None, len(v)), tuple(v.shape[1:])
-        rows = [merged_or_none([(v[i], s[i]) for i in range(*ends)], shape) for ends in zip(starts, starts[1:])]
+        rows = [merged_or_none([(v[i], s[i]) for i in range(*ends)], shape) for ends in itertools.pairwise(starts)]
         out = torch.stack([row for row, _ in rows]) if rows else torch.zeros(0, *shape).double()
         lse = torch.stack([row for _, row in rows]) if rows else torch.zeros(0, *shape[:-1]).double()
         return {"return": state(out, lse, v.dtype, True)}
 
-    call = Call("variable_length_merge_states", variable_length_merge_states, {"v": v, "s": s, "indptr": indptr}, expect)
+    call = Call(
+        "variable_length_merge_states", variable_length_merge_states, {"v": v, "s": s, "indptr": indptr}, expect
+    )
     yield from d.maybe_hostile(call)
 
 

@@ -49,7 +49,12 @@ def _get_alibi_slopes(d: Draw) -> Iterator[Call]:
 
 
 def _canonicalize(d: Draw) -> Iterator[Call]:
-    names = {"float16": torch.float16, "half": torch.float16, "bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
+    names = {
+        "float16": torch.float16,
+        "half": torch.float16,
+        "bfloat16": torch.bfloat16,
+        "float8_e4m3fn": torch.float8_e4m3fn,
+    }
 
     def expect(dtype: Any) -> Mapping[str, Check]:
         if isinstance(dtype, torch.dtype):
@@ -59,12 +64,16 @@ def _canonicalize(d: Draw) -> Iterator[Call]:
         return {"return": _same(names[dtype])}
 
     given = d.choice((*names, torch.float32))
-    yield from d.maybe_hostile(Call("canonicalize_torch_dtype", utils.canonicalize_torch_dtype, {"dtype": given}, expect))
+    yield from d.maybe_hostile(
+        Call("canonicalize_torch_dtype", utils.canonicalize_torch_dtype, {"dtype": given}, expect)
+    )
 
 
 def _is_float8(d: Draw) -> Iterator[Call]:
     x = d.normal(2, dtype=d.choice((*FLOATS, *FP8)))
-    yield from d.maybe_hostile(Call("is_float8", utils.is_float8, {"x": x}, lambda x: {"return": _same(x.dtype in FP8)}))
+    yield from d.maybe_hostile(
+        Call("is_float8", utils.is_float8, {"x": x}, lambda x: {"return": _same(x.dtype in FP8)})
+    )
 
 
 def _of_device(name: str, expected: Any, d: Draw) -> Iterator[Call]:
@@ -78,7 +87,11 @@ def _of_device(name: str, expected: Any, d: Draw) -> Iterator[Call]:
 
 
 def _backend(name: str, expected: Any, d: Draw) -> Iterator[Call]:
-    given = {"pos_encoding_mode": d.choice((0, 1, 2)), "use_fp16_qk_reductions": d.chance(0.5), "use_custom_mask": d.chance(0.5)}
+    given = {
+        "pos_encoding_mode": d.choice((0, 1, 2)),
+        "use_fp16_qk_reductions": d.chance(0.5),
+        "use_custom_mask": d.chance(0.5),
+    }
     kinds = {"dtype_q": d.choice(FLOATS), "dtype_kv": d.choice((*FLOATS, *FP8))}
     device = {"device": torch.device("cpu")} if name.startswith("determine") else {}
     covered = not (given["use_fp16_qk_reductions"] or given["use_custom_mask"] or given["pos_encoding_mode"])

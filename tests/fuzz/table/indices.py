@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def integers(name: str, tensor: Any, length: int | None = None) -> list[int]:
 def offsets(name: str, tensor: Any, length: int | None = None, end: int | None = None) -> list[int]:
     """Ascending from 0 or above, to `end` at most; at least one."""
     entries = integers(name, tensor, length)
-    if not entries or entries[0] < 0 or any(later < earlier for earlier, later in zip(entries, entries[1:])):
+    if not entries or entries[0] < 0 or any(later < earlier for earlier, later in itertools.pairwise(entries)):
         raise Refused(f"{name} is empty, begins below 0 or descends")
     if end is not None and entries[-1] > end:
         raise Refused(f"{name} ends at {entries[-1]}, past {end}")

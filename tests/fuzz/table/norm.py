@@ -93,8 +93,8 @@ def _fused_add_rmsnorm_quant(d: Draw) -> Iterator[Call]:
     shape = _shape(d, hidden_size)
     arguments = {
         "out": d.blank(*shape, dtype=out_dtype, groups=2), "input": d.normal(*shape, dtype=dtype, groups=2),
-        "residual": d.normal(*shape, dtype=dtype), "weight": d.dense(d.values(hidden_size, dtype=dtype)), "scale": _scale(d),
-        "eps": 1e-6, "enable_pdl": None,
+        "residual": d.normal(*shape, dtype=dtype), "weight": d.dense(d.values(hidden_size, dtype=dtype)),
+        "scale": _scale(d), "eps": 1e-6, "enable_pdl": None,
     }  # fmt: skip
 
     def expect(

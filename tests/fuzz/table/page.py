@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -62,14 +63,12 @@ def cache_halves(cache: Any, kv_layout: Any) -> tuple[torch.Tensor, torch.Tensor
     return k, v
 
 
-def draw_cache(
-    d: Draw, num_pages: int, page_size: int, heads: int, dims: tuple[int, int], dtype: torch.dtype, layout: str, blank: bool
-) -> Any:
-    """Of random values, or blank."""
+def draw_cache(d: Draw, pages: Pages, heads: int, dims: tuple[int, int], dtype: torch.dtype, layout: str) -> Any:
+    """Of random values."""
 
     def half(dim: int) -> torch.Tensor:
-        middle = (page_size, heads) if layout == "NHD" else (heads, page_size)
-        return torch.randn(num_pages, *middle, dim, generator=d.torch).to(dtype)
+        middle = (pages.page_size, heads) if layout == "NHD" else (heads, pages.page_size)
+        return torch.randn(pages.num_pages, *middle, dim, generator=d.torch).to(dtype)
 
     if dims[0] == dims[1] and d.chance(0.5):
         both = torch.stack([half(dims[0]).float(), half(dims[1]).float()], dim=1).to(dtype)
@@ -84,7 +83,9 @@ class Slots(NamedTuple):
 
 def draw_slots(d: Draw, pages: Pages) -> Slots:
     """New rows at the ends of the requests, and padding."""
-    places = [(request, length - 1 - i) for request, length in enumerate(pages.lengths) for i in range(min(length, d.size(3)))]
+    places = [
+        (request, length - 1 - i) for request, length in enumerate(pages.lengths) for i in range(min(length, d.size(3)))
+    ]
     places += [d.choice(((-1, 0), (0, -1), (len(pages.lengths), 0), (1 << 20, 5)))] * d.choice((0, 0, 1, 2))
     dtype = d.kernel(*INDICES)
     return Slots(d.index([b for b, _ in places], dtype), d.index([p for _, p in places], dtype))
@@ -115,7 +116,11 @@ def find_slots(
 
 
 def check_appended(
-    cache: Any, kv_layout: Any, rows: tuple[torch.Tensor, torch.Tensor], scales: tuple[Any, Any], slots: list[tuple[int, int, int]]
+    cache: Any,
+    kv_layout: Any,
+    rows: tuple[torch.Tensor, torch.Tensor],
+    scales: tuple[Any, Any],
+    slots: list[tuple[int, int, int]],
 ) -> Check:
     """Of the cache after rows `[nnz, heads, dim]` were stored; `cache` is what it was before."""
     expected = []
@@ -128,7 +133,10 @@ def check_appended(
             raise Refused("another dtype than the cache's, or a scale where nothing is converted")
         else:
             factor = 1.0
-        after, written = half.double() if half.dtype not in FP8 else half.float().double(), torch.zeros(half.shape, dtype=torch.bool)
+        after, written = (
+            half.double() if half.dtype not in FP8 else half.float().double(),
+            torch.zeros(half.shape, dtype=torch.bool),
+        )
         for row, page, entry in slots:
             after[page, entry], written[page, entry] = values[row].double() / factor, True
         expected.append((half, after, written))
@@ -157,7 +165,7 @@ def _append(d: Draw) -> Iterator[Call]:
         "append_key": d.normal(len(slots.positions), heads, dims[0], dtype=dtype, groups=0),
         "append_value": d.normal(len(slots.positions), heads, dims[1], dtype=dtype, groups=0),
         "batch_indices": slots.batch_indices, "positions": slots.positions,
-        "paged_kv_cache": draw_cache(d, pages.num_pages, pages.page_size, heads, dims, cache_dtype, layout, True),
+        "paged_kv_cache": draw_cache(d, pages, heads, dims, cache_dtype, layout),
         "kv_indices": pages.indices, "kv_indptr": pages.indptr,
         "kv_last_page_len": pages.last_page_len if d.chance(0.8) else None, "kv_layout": layout,
         "k_scale": draw_scale(), "v_scale": draw_scale(), "enable_pdl": None,
@@ -172,15 +180,22 @@ def _append(d: Draw) -> Iterator[Call]:
         k, _ = cache_halves(paged_kv_cache, kv_layout)
         places = find_slots(batch_indices, positions, kv_indices, kv_indptr, len(append_key), *k.shape[:2])
         rows = (append_key, append_value)
-        return {"return": nothing, "paged_kv_cache": check_appended(paged_kv_cache, kv_layout, rows, (k_scale, v_scale), places)}
+        return {
+            "return": nothing,
+            "paged_kv_cache": check_appended(paged_kv_cache, kv_layout, rows, (k_scale, v_scale), places),
+        }
 
-    yield from d.maybe_hostile(Call("append_paged_kv_cache", flashinfer.append_paged_kv_cache, arguments, expect, ("paged_kv_cache",)))
+    yield from d.maybe_hostile(
+        Call("append_paged_kv_cache", flashinfer.append_paged_kv_cache, arguments, expect, ("paged_kv_cache",))
+    )
 
 
 def _append_mla(d: Draw) -> Iterator[Call]:
     pages, dims, dtype = draw_pages(d), (d.kernel(32, 64), d.kernel(16, 8)), d.kernel(*FLOATS)
     slots = draw_slots(d, pages)
-    caches = [d.place(torch.randn(pages.num_pages, pages.page_size, dim, generator=d.torch).to(dtype), 0) for dim in dims]
+    caches = [
+        d.place(torch.randn(pages.num_pages, pages.page_size, dim, generator=d.torch).to(dtype), 0) for dim in dims
+    ]
     left_out = d.choice((None, None, 0, 1))
     arguments = {
         "append_ckv": d.normal(len(slots.positions), dims[0], dtype=dtype),
@@ -191,8 +206,8 @@ def _append_mla(d: Draw) -> Iterator[Call]:
     }  # fmt: skip
 
     def expect(
-        append_ckv: Any, append_kpe: Any, batch_indices: Any, positions: Any, ckv_cache: Any, kpe_cache: Any, kv_indices: Any,
-        kv_indptr: Any, kv_last_page_len: Any,
+        append_ckv: Any, append_kpe: Any, batch_indices: Any, positions: Any, ckv_cache: Any, kpe_cache: Any,
+        kv_indices: Any, kv_indptr: Any, kv_last_page_len: Any,
     ) -> Mapping[str, Check]:  # fmt: skip
         caches = {"ckv_cache": (ckv_cache, append_ckv), "kpe_cache": (kpe_cache, append_kpe)}
         caches = {name: both for name, both in caches.items() if both[0] is not None}
@@ -204,7 +219,12 @@ def _append_mla(d: Draw) -> Iterator[Call]:
         places = find_slots(batch_indices, positions, kv_indices, kv_indptr, len(append_ckv), *shape)
         checks: dict[str, Check] = {"return": nothing}
         for name, (cache, rows) in caches.items():
-            if cache.dim() != 3 or cache.shape[2:] != rows.shape[1:] or cache.shape[:2] != shape or cache.dtype != rows.dtype:
+            if (
+                cache.dim() != 3
+                or cache.shape[2:] != rows.shape[1:]
+                or cache.shape[:2] != shape
+                or cache.dtype != rows.dtype
+            ):
                 raise Refused("rows that do not fit the cache")
             after = cache.clone()
             for row, page, entry in places:
@@ -213,7 +233,9 @@ def _append_mla(d: Draw) -> Iterator[Call]:
         return checks
 
     function = flashinfer.append_paged_mla_kv_cache
-    yield from d.maybe_hostile(Call("append_paged_mla_kv_cache", function, arguments, expect, ("ckv_cache", "kpe_cache")))
+    yield from d.maybe_hostile(
+        Call("append_paged_mla_kv_cache", function, arguments, expect, ("ckv_cache", "kpe_cache"))
+    )
 
 
 def _positions(d: Draw) -> Iterator[Call]:
@@ -233,7 +255,7 @@ def _positions(d: Draw) -> Iterator[Call]:
             raise Refused("a count that no index holds")
         lens = integers("seq_lens", seq_lens, len(starts) - 1)
         requests, places = [-1] * nnz, [0] * nnz
-        for request, (begin, end) in enumerate(zip(starts, starts[1:])):
+        for request, (begin, end) in enumerate(itertools.pairwise(starts)):
             for i in range(begin, min(end, nnz)):
                 requests[i], places[i] = request, lens[request] - end + i
         if any(abs(place) >= LARGEST for place in places) or starts[0] > 0:
@@ -241,7 +263,8 @@ def _positions(d: Draw) -> Iterator[Call]:
         outputs = {"batch_indices": (batch_indices, requests), "positions": (positions, places)}
         checks = {name: equal(torch.tensor(values, dtype=torch.int32)) for name, (_, values) in outputs.items()}
         return {
-            "return": pair(*checks.values()), **{name: checks[name] for name, (given, _) in outputs.items() if given is not None}
+            "return": pair(*checks.values()),
+            **{name: checks[name] for name, (given, _) in outputs.items() if given is not None},
         }  # fmt: skip
 
     function = flashinfer.get_batch_indices_positions
@@ -261,7 +284,7 @@ def _seq_lens(d: Draw) -> Iterator[Call]:
         lens = []
         for begin, end, entries in zip(starts, starts[1:], last):
             lens.append((end - begin - 1) * page_size + entries if end > begin else 0)
-            if end > begin and not 0 <= entries <= page_size or lens[-1] >= LARGEST:
+            if (end > begin and not 0 <= entries <= page_size) or lens[-1] >= LARGEST:
                 raise Refused("more entries in the last page than a page has, or more than int32 counts")
         return {"return": equal(torch.tensor(lens, dtype=torch.int32))}
 

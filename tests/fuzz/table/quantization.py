@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -44,7 +45,7 @@ def _segments(d: Draw, name: str, function: Any, is_padded: bool) -> Iterator[Ca
         bits = _bits(x, bitorder)
         starts = offsets("indptr", indptr, None, len(bits))
         packed, packed_indptr = [], [0]
-        for start, end in zip(starts, starts[1:]):
+        for start, end in itertools.pairwise(starts):
             packed += oracle.packbits(bits[start:end], bitorder)
             packed_indptr.append(len(packed))
         if is_padded and len(starts) > 1:
@@ -52,7 +53,11 @@ def _segments(d: Draw, name: str, function: Any, is_padded: bool) -> Iterator[Ca
         ends = equal(torch.tensor(packed_indptr, dtype=indptr.dtype))
         return {"return": pair(equal(torch.tensor(packed, dtype=torch.uint8)), ends)}
 
-    arguments = {"x": _booleans(d, begin + sum(lengths) + rest), "indptr": indptr, "bitorder": d.kernel("little", "big")}
+    arguments = {
+        "x": _booleans(d, begin + sum(lengths) + rest),
+        "indptr": indptr,
+        "bitorder": d.kernel("little", "big"),
+    }
     yield from d.maybe_hostile(Call(name, function, arguments, expect))
 
 

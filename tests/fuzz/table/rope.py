@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Optional
+from typing import Any
 
 import torch
 
@@ -21,7 +22,9 @@ from tests.oracles import rope as oracle
 LLAMA31 = ("low_freq_factor", "high_freq_factor", "old_context_len")
 
 
-def _frequencies(rotary_dim: int, rope_scale: Any, rope_theta: Any, low: Any = 1, high: Any = 4, context: Any = 0) -> torch.Tensor:
+def _frequencies(
+    rotary_dim: int, rope_scale: Any, rope_theta: Any, low: Any = 1, high: Any = 4, context: Any = 0
+) -> torch.Tensor:
     """Radians per position of each pair. FP64 has lost the angle where the turns are too many."""
     for value in (rope_scale, rope_theta):
         if not 0 < float(value) < math.inf:
@@ -75,7 +78,9 @@ def _draw_rotation(d: Draw, head_dim: int, is_llama31: bool) -> dict[str, Any]:
         "rope_scale": d.choice((1.0, 8.0, 0.5)), "rope_theta": d.choice((1e4, 5e5)),
     }  # fmt: skip
     if is_llama31:
-        rotation.update(low_freq_factor=d.choice((1.0, 0.5)), high_freq_factor=4.0, old_context_len=d.choice((8192, 64)))
+        rotation.update(
+            low_freq_factor=d.choice((1.0, 0.5)), high_freq_factor=4.0, old_context_len=d.choice((8192, 64))
+        )
     return rotation
 
 
@@ -102,11 +107,10 @@ def _apply(name: str, d: Draw) -> Iterator[Call]:
         indptr: Any = None, offsets: Any = None, **llama31: Any,
     ) -> Mapping[str, Check]:  # fmt: skip
         _require_heads(q, k)
-        if by_row:
-            positions = integers("pos_ids", pos_ids, len(q))
-        else:
-            positions = _ragged_positions(indptr, offsets, len(q))
-        radians = _frequencies(_rotary_dim(rotary_dim, q.shape[2]), rope_scale, rope_theta, *(llama31[n] for n in LLAMA31 if llama31))
+        positions = integers("pos_ids", pos_ids, len(q)) if by_row else _ragged_positions(indptr, offsets, len(q))
+        radians = _frequencies(
+            _rotary_dim(rotary_dim, q.shape[2]), rope_scale, rope_theta, *(llama31[n] for n in LLAMA31 if llama31)
+        )
         angles = _angles(positions, radians)
         checks = [_turned(x, angles, interleave) for x in (q, k)]
         return {"return": nothing, "q": checks[0], "k": checks[1]} if in_place else {"return": pair(*checks)}
@@ -119,7 +123,9 @@ def _ragged_positions(indptr: Any, first: Any, num_tokens: int) -> list[int]:
     starts = offsets("indptr", indptr, len(begins) + 1, num_tokens)
     if starts[0] > 0:
         raise Refused("rows before the first request")
-    positions = [begin + i for begin, (start, end) in zip(begins, zip(starts, starts[1:])) for i in range(end - start)]
+    positions = [
+        begin + i for begin, (start, end) in zip(begins, itertools.pairwise(starts)) for i in range(end - start)
+    ]
     return positions + [0] * (num_tokens - starts[-1])
 
 
@@ -144,23 +150,37 @@ def _with_table(name: str, d: Draw) -> Iterator[Call]:
     if d.chance(0.5):
         q, k = (d.normal(num_tokens, x.shape[1] * head_size, dtype=x.dtype) for x in (q, k))
     table = _draw_table(d, d.kernel(head_size, head_size // 2))
+    positions = [d.random.randrange(len(table)) for _ in range(num_tokens)]
     arguments = {
-        "positions": d.index([d.random.randrange(len(table)) for _ in range(num_tokens)], d.kernel(torch.int64, torch.int32)),
+        "positions": d.index(positions, d.kernel(torch.int64, torch.int32)),
         "query": q, "key": k, "head_size": head_size, "cos_sin_cache": table, "is_neox": d.kernel(True, False),
     }  # fmt: skip
 
-    def expect(positions: Any, query: Any, key: Any, head_size: Any, cos_sin_cache: Any, is_neox: Any) -> Mapping[str, Check]:
+    def expect(
+        positions: Any, query: Any, key: Any, head_size: Any, cos_sin_cache: Any, is_neox: Any
+    ) -> Mapping[str, Check]:
         head_size = whole("head_size", head_size)
         heads = []
         for x in (query, key):
-            if x.dim() not in (2, 3) or head_size <= 0 or x.shape[-1] % head_size or (x.dim() == 3 and x.shape[2] != head_size):
+            if (
+                x.dim() not in (2, 3)
+                or head_size <= 0
+                or x.shape[-1] % head_size
+                or (x.dim() == 3 and x.shape[2] != head_size)
+            ):
                 raise Refused("rows that are no heads of this size")
-            heads.append(x.reshape(len(x), x.shape[1] * x.shape[2] // head_size if x.dim() == 3 else x.shape[1] // head_size, head_size))
+            heads.append(
+                x.reshape(
+                    len(x), x.shape[1] * x.shape[2] // head_size if x.dim() == 3 else x.shape[1] // head_size, head_size
+                )
+            )
         _require_heads(*heads)
         cos, sin = _from_table(cos_sin_cache, integers("positions", positions, len(query)))
         if 2 * cos.shape[1] > head_size:
             raise Refused("more pairs than a head has")
-        turned = [oracle.rotate_by(x, cos, sin, not is_neox).reshape(given.shape) for x, given in zip(heads, (query, key))]
+        turned = [
+            oracle.rotate_by(x, cos, sin, not is_neox).reshape(given.shape) for x, given in zip(heads, (query, key))
+        ]
         checks = [near(x, given.dtype) for x, given in zip(turned, (query, key))]
         return {"return": nothing, "query": checks[0], "key": checks[1]} if in_place else {"return": pair(*checks)}
 
@@ -179,23 +199,31 @@ def _append(d: Draw) -> Iterator[Call]:
     highest = 19 if table is None else len(table) - 1
     arguments: dict[str, Any] = {
         "q": q, "k": k, "v": d.normal(*k.shape, dtype=k.dtype, groups=0),
-        "batch_indices": d.index(slots.batch_indices.tolist(), token_index), "positions": d.index(slots.positions.tolist(), token_index),
-        "paged_kv_cache": paged.draw_cache(d, pages.num_pages, pages.page_size, k.shape[1], (head_dim, head_dim), cache_dtype, layout, True),
+        "batch_indices": d.index(slots.batch_indices.tolist(), token_index),
+        "positions": d.index(slots.positions.tolist(), token_index),
+        "paged_kv_cache": paged.draw_cache(d, pages, k.shape[1], (head_dim, head_dim), cache_dtype, layout),
         "kv_indices": pages.indices, "kv_indptr": pages.indptr, "kv_last_page_len": None, "kv_layout": layout,
         "q_out": d.choice((None, q, d.blank(*q.shape, dtype=q.dtype, groups=0))),
         "pos_ids": d.index([d.random.randint(0, highest) for _ in range(num_tokens)], token_index),
-        **_draw_rotation(d, head_dim, False), "cos_sin_cache": table, "k_scale": None, "v_scale": None, "enable_pdl": None,
+        **_draw_rotation(d, head_dim, False), "cos_sin_cache": table, "k_scale": None, "v_scale": None,
+        "enable_pdl": None,
     }  # fmt: skip
     if cache_dtype in FP8 and d.chance(0.5):
         arguments.update(k_scale=0.5, v_scale=d.dense(torch.tensor([2.0])))
 
     def expect(
-        q: Any, k: Any, v: Any, batch_indices: Any, positions: Any, paged_kv_cache: Any, kv_indices: Any, kv_indptr: Any,
-        kv_last_page_len: Any, kv_layout: Any, q_out: Any, pos_ids: Any, rotary_dim: Any, interleave: Any, rope_scale: Any,
-        rope_theta: Any, cos_sin_cache: Any, k_scale: Any, v_scale: Any, enable_pdl: Any,
+        q: Any, k: Any, v: Any, batch_indices: Any, positions: Any, paged_kv_cache: Any, kv_indices: Any,
+        kv_indptr: Any, kv_last_page_len: Any, kv_layout: Any, q_out: Any, pos_ids: Any, rotary_dim: Any,
+        interleave: Any, rope_scale: Any, rope_theta: Any, cos_sin_cache: Any, k_scale: Any, v_scale: Any,
+        enable_pdl: Any,
     ) -> Mapping[str, Check]:  # fmt: skip
         _require_heads(q, k)
-        if v.shape != k.shape or q.dtype != k.dtype or v.dtype != k.dtype or (q_out is not None and q_out.shape != q.shape):
+        if (
+            v.shape != k.shape
+            or q.dtype != k.dtype
+            or v.dtype != k.dtype
+            or (q_out is not None and q_out.shape != q.shape)
+        ):
             raise Refused("operands that do not fit each other")
         k_cache, _ = paged.cache_halves(paged_kv_cache, kv_layout)
         places = paged.find_slots(batch_indices, positions, kv_indices, kv_indptr, len(q), *k_cache.shape[:2])
@@ -211,8 +239,8 @@ def _append(d: Draw) -> Iterator[Call]:
         checks = {"return": check_q, "paged_kv_cache": check_cache}
         return checks if q_out is None else {**checks, "q_out": check_q}
 
-    call = Call("rope_append_paged_kv_cache", flashinfer.rope_append_paged_kv_cache, arguments, expect, ("paged_kv_cache", "q_out"),
-                (("q_out", "q"),))  # fmt: skip
+    function, outputs = flashinfer.rope_append_paged_kv_cache, ("paged_kv_cache", "q_out")
+    call = Call("rope_append_paged_kv_cache", function, arguments, expect, outputs, (("q_out", "q"),))
     yield from d.maybe_hostile(call)
 
 
@@ -221,7 +249,11 @@ def _check_cache(cache: Any, kv_layout: Any, rows: Any, dtype: torch.dtype, scal
     halves = paged.cache_halves(cache, kv_layout)
     if halves[0].dtype in FP8:
         return paged.check_appended(cache, kv_layout, (rows[0], rows[1].double()), scales, places)
-    if any(scale is not None for scale in scales) or halves[0].dtype != dtype or halves[0].shape[2:] != rows[0].shape[1:]:
+    if (
+        any(scale is not None for scale in scales)
+        or halves[0].dtype != dtype
+        or halves[0].shape[2:] != rows[0].shape[1:]
+    ):
         raise Refused("a scale where nothing is converted, or rows that do not fit the cache")
 
     def check(actual: Any) -> None:
@@ -242,25 +274,37 @@ def _qk_norm(d: Draw) -> Iterator[Call]:
     dtype, head_dim, num_tokens = d.kernel(*FLOATS), d.kernel(32, 8, 64), d.size()
     heads, others = (d.random.randint(1, 3), d.random.randint(1, 2)), d.choice((0, 1, 2))
     total = sum(heads) + others
-    flat = d.chance(0.5)
+    shape = (num_tokens, total * head_dim) if d.chance(0.5) else (num_tokens, total, head_dim)
     table = _draw_table(d, head_dim) if not d.narrow and d.chance(0.3) else None
+    positions = [d.random.randint(0, 7) if table is not None else _draw_position(d) for _ in range(num_tokens)]
     arguments: dict[str, Any] = {
-        "qkv": d.normal(num_tokens, total * head_dim, dtype=dtype) if flat else d.normal(num_tokens, total, head_dim, dtype=dtype, groups=0),
+        "qkv": d.normal(*shape, dtype=dtype, groups=0),
         "q_weight": d.dense(d.values(head_dim, dtype=dtype)), "k_weight": d.dense(d.values(head_dim, dtype=dtype)),
-        "pos_ids": d.index([d.random.randint(0, 7) if table is not None else _draw_position(d) for _ in range(num_tokens)], torch.int64),
+        "pos_ids": d.index(positions, torch.int64),
         "num_qo_heads": heads[0], "num_kv_heads": heads[1], "eps": 1e-6, "weight_bias": d.choice((0.0, 1.0)),
         **_draw_rotation(d, head_dim, False), "cos_sin_cache": table, "enable_pdl": None,
     }  # fmt: skip
 
     def expect(
-        qkv: Any, q_weight: Any, k_weight: Any, pos_ids: Any, num_qo_heads: Any, num_kv_heads: Any, eps: Any, weight_bias: Any,
-        rotary_dim: Any, interleave: Any, rope_scale: Any, rope_theta: Any, cos_sin_cache: Any, enable_pdl: Any,
+        qkv: Any, q_weight: Any, k_weight: Any, pos_ids: Any, num_qo_heads: Any, num_kv_heads: Any, eps: Any,
+        weight_bias: Any, rotary_dim: Any, interleave: Any, rope_scale: Any, rope_theta: Any, cos_sin_cache: Any,
+        enable_pdl: Any,
     ) -> Mapping[str, Check]:  # fmt: skip
         counts = (whole("num_qo_heads", num_qo_heads), whole("num_kv_heads", num_kv_heads))
         head_dim = q_weight.shape[-1]
-        if q_weight.dim() != 1 or q_weight.shape != k_weight.shape or qkv.dim() not in (2, 3) or not qkv.is_floating_point():
+        if (
+            q_weight.dim() != 1
+            or q_weight.shape != k_weight.shape
+            or qkv.dim() not in (2, 3)
+            or not qkv.is_floating_point()
+        ):
             raise Refused("weights or rows of another rank")
-        if head_dim == 0 or qkv.shape[-1] % head_dim or (qkv.dim() == 3 and qkv.shape[2] != head_dim) or min(counts) < 0:
+        if (
+            head_dim == 0
+            or qkv.shape[-1] % head_dim
+            or (qkv.dim() == 3 and qkv.shape[2] != head_dim)
+            or min(counts) < 0
+        ):
             raise Refused("rows that are no heads of this dimension, or heads of a negative number")
         x = qkv.reshape(len(qkv), qkv.numel() // max(1, len(qkv)) // head_dim, head_dim)
         if len(qkv) and x.shape[1] < sum(counts):
@@ -279,7 +323,9 @@ def _qk_norm(d: Draw) -> Iterator[Call]:
             begin += count
         return {"return": nothing, "qkv": near(expected.reshape(qkv.shape), qkv.dtype)}
 
-    yield from d.maybe_hostile(Call("fused_qk_rmsnorm_rope", flashinfer.fused_qk_rmsnorm_rope, arguments, expect, ("qkv",)))
+    yield from d.maybe_hostile(
+        Call("fused_qk_rmsnorm_rope", flashinfer.fused_qk_rmsnorm_rope, arguments, expect, ("qkv",))
+    )
 
 
 _APPLY = ("apply_rope", "apply_rope_inplace", "apply_rope_pos_ids", "apply_rope_pos_ids_inplace", "apply_llama31_rope",

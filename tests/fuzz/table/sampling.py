@@ -34,7 +34,12 @@ def _draw_rows(d: Draw, kind: str, num_rows: int) -> torch.Tensor:
 
 
 def _draw_parameter(d: Draw, name: str, num_rows: int) -> Any:
-    values = {"top_k": (1, 2, 5, 1000), "top_p": (0.0, 0.3, 0.9, 1.0), "min_p": (0.0, 0.1, 0.9), "temperature": (0.3, 1.0, 2.0)}[name]
+    values = {
+        "top_k": (1, 2, 5, 1000),
+        "top_p": (0.0, 0.3, 0.9, 1.0),
+        "min_p": (0.0, 0.1, 0.9),
+        "temperature": (0.3, 1.0, 2.0),
+    }[name]
     if d.chance(0.6):
         return d.choice(values)
     dtype = d.choice((torch.int32, torch.int64)) if name == "top_k" else torch.float32
@@ -81,7 +86,7 @@ def _kept(row: Row, weights: Row, filters: dict[str, Any], slack: float, top_k_f
     return oracle.kept(row, weights, top_k_first=top_k_first, slack=slack, **filters)
 
 
-# -------------------------------------------------------------------------------------------------------------------------- draws
+# ---------------------------------------------------------------------------------------------------------------- draws
 
 
 def _sample(name: str, kind: str, filters: tuple[str, ...], d: Draw) -> Iterator[Call]:
@@ -100,9 +105,9 @@ def _sample(name: str, kind: str, filters: tuple[str, ...], d: Draw) -> Iterator
     if len(filters) == 2:
         arguments["filter_apply_order"] = d.choice(("top_k_first", "joint"))
     arguments.update(
-        deterministic=d.chance(0.5), generator=torch.Generator().manual_seed(3) if d.chance(0.2) else None, check_nan=d.chance(0.1),
-        seed=d.choice((None, 7, d.index([11], torch.int64))), offset=d.choice((None, 4, d.index([8], torch.int64))),
-        return_valid=d.chance(0.5),
+        deterministic=d.chance(0.5), generator=torch.Generator().manual_seed(3) if d.chance(0.2) else None,
+        check_nan=d.chance(0.1), seed=d.choice((None, 7, d.index([11], torch.int64))),
+        offset=d.choice((None, 4, d.index([8], torch.int64))), return_valid=d.chance(0.5),
     )  # fmt: skip
     if arguments["check_nan"] and bool(rows.isnan().any()):
         arguments["check_nan"] = False
@@ -124,7 +129,9 @@ def _sample(name: str, kind: str, filters: tuple[str, ...], d: Draw) -> Iterator
         for i, row in enumerate(rows[list(chosen)].double()):
             weights = _weights(row, kind)
             of_row = {parameter: values[parameter][i] for parameter in filters}
-            allowed.append(None if weights is None else _kept(row, weights, of_row, SLACK, order == "top_k_first") & (weights > 0))
+            allowed.append(
+                None if weights is None else _kept(row, weights, of_row, SLACK, order == "top_k_first") & (weights > 0)
+            )
         return {"return": functools.partial(_check_tokens, allowed, bool(given["return_valid"]))}
 
     yield from d.maybe_hostile(Call(name, getattr(flashinfer, name), arguments, expect))
@@ -156,7 +163,7 @@ def _check_tokens(allowed: list[Optional[torch.Tensor]], has_valid: bool, result
             raise Wrong(f"token {token} was not to be drawn")
 
 
-# -------------------------------------------------------------------------------------------------------------------- whole rows
+# ----------------------------------------------------------------------------------------------------------- whole rows
 
 
 def _normalize(name: str, kind: str, parameter: str, d: Draw) -> Iterator[Call]:
@@ -211,7 +218,7 @@ def _check_renormed(ours: torch.Tensor, row: Row, filters: dict[str, Any]) -> No
     near((exact / exact.sum())[None], ours.dtype)(ours[None])
 
 
-# ------------------------------------------------------------------------------------------------------------------- speculative
+# ---------------------------------------------------------------------------------------------------------- speculative
 
 
 def _speculative(d: Draw) -> Iterator[Call]:
@@ -237,9 +244,16 @@ def _speculative(d: Draw) -> Iterator[Call]:
         if target_probs.dim() != 3 or min(target_probs.shape[1:]) < 1 or not target_probs.is_floating_point():
             raise Refused("a target that is no steps of a vocabulary")
         num_rows, num_steps, vocab_size = target_probs.shape
-        if draft_probs.shape != (num_rows, num_steps - 1, vocab_size) or draft_token_ids.shape != (num_rows, num_steps - 1):
+        if draft_probs.shape != (num_rows, num_steps - 1, vocab_size) or draft_token_ids.shape != (
+            num_rows,
+            num_steps - 1,
+        ):
             raise Refused("a draft of other steps than the target")
-        if draft_probs.dtype != target_probs.dtype or draft_token_ids.is_floating_point() or draft_token_ids.is_complex():
+        if (
+            draft_probs.dtype != target_probs.dtype
+            or draft_token_ids.is_floating_point()
+            or draft_token_ids.is_complex()
+        ):
             raise Refused("a draft of another dtype than the target, or tokens of no integer type")
         _require_random_state(**given)
         begins = []
@@ -269,7 +283,9 @@ def _speculative(d: Draw) -> Iterator[Call]:
     yield from d.maybe_hostile(call)
 
 
-def _check_chain(tokens: list[int], accepted: int, emitted: int, ids: list[int], p: torch.Tensor, q: torch.Tensor) -> None:
+def _check_chain(
+    tokens: list[int], accepted: int, emitted: int, ids: list[int], p: torch.Tensor, q: torch.Tensor
+) -> None:
     """One row: what must pass, what must not, and where the last token may come from."""
     vocab_size = q.shape[1]
     legal = [0 <= token < vocab_size for token in ids]
