@@ -38,6 +38,9 @@ SILENCE = 45.0  # seconds without a word from a child that count as a hang; a ke
 ADDRESS_SPACE = 12 << 30  # bytes a child may ask for: a huge allocation is refused, as on any machine it would be
 
 
+_DEATH = re.compile(r"runtime error:|ERROR: AddressSanitizer|Fatal Python error|^Traceback")
+
+
 @dataclass
 class Finding:
     name: str
@@ -206,8 +209,9 @@ def limit_resources() -> None:
 def _interesting(text: str) -> str:
     """Of what a child wrote as it died: what a sanitizer or the interpreter says, without the frames of this folder."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    lines = [line for line in lines if "/tests/fuzz/" not in line and "flashinfer] INFO" not in line]
-    return " | ".join(lines[-40:])[:600]
+    lines = [line for line in lines if "/tests/fuzz/" not in line and "flashinfer] " not in line]
+    begin = next((i for i, line in enumerate(lines) if _DEATH.search(line)), max(0, len(lines) - 12))
+    return " | ".join(lines[begin : begin + 12])[:600]
 
 
 def _prepare() -> None:
