@@ -51,6 +51,13 @@ def _choice(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
+def _sanitizers(text: str) -> tuple[str, ...]:
+    chosen = tuple(part.strip().lower() for part in text.split(","))
+    if not set(chosen) <= {"address", "undefined"}:
+        raise ValueError("expected address, undefined or both, separated by a comma")
+    return tuple(sorted(set(chosen)))
+
+
 def _paths(text: str) -> tuple[Path, ...]:
     return tuple(_path(part) for part in text.split(os.pathsep) if part)
 
@@ -96,5 +103,11 @@ CUDA_TOOLCHAIN = Setting(
 )
 CXX = Setting("FLASHINFER_CXX", str, "", "Host C++ compiler of CPU kernels (default: g++, then clang++, then c++).")
 CPU_TARGET = Setting("FLASHINFER_CPU_TARGET", str, "", "CPU instruction set to build for (default: this machine's).")
+SANITIZE: Setting[tuple[str, ...]] = Setting(
+    "FLASHINFER_SANITIZE",
+    _sanitizers,
+    (),
+    "Sanitizers to compile CPU kernels with: address, undefined. Part of their digests; see docs/testing.md.",
+)
 
 ALL: tuple[Setting[object], ...] = tuple(value for value in globals().values() if isinstance(value, Setting))

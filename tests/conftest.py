@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,13 +26,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Tests share one JIT cache, and never touch the user's. Set FLASHINFER_CACHE_DIR to keep it between runs."""
-    import os
-
+    """All tests of a run share one JIT cache, whichever worker has them, and never touch the user's. Set
+    FLASHINFER_CACHE_DIR to keep it between runs."""
     if "FLASHINFER_CACHE_DIR" in os.environ:
         yield Path(os.environ["FLASHINFER_CACHE_DIR"])
         return
-    folder = tmp_path_factory.mktemp("cache")
+    own = tmp_path_factory.getbasetemp()  # of a worker: a folder in that of the run
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "jit-cache"
+    folder.mkdir(exist_ok=True)
     os.environ["FLASHINFER_CACHE_DIR"] = str(folder)
     yield folder
     del os.environ["FLASHINFER_CACHE_DIR"]

@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashinfer import env
 from flashinfer import target as targets
 from flashinfer.jit import spec as specs
 from flashinfer.jit.spec import Config, CxxType, Implementation, KernelSpec
@@ -26,6 +27,12 @@ FLAGS = {
     # No -ffast-math: NaN and infinity are part of the contract. Kernels ask for reassociation with `omp simd
     # reduction`.
     "cpu": ("-std=c++17", "-O3", "-DNDEBUG", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
+}
+# Of a CPU kernel under FLASHINFER_SANITIZE: a report names the line. -O1, because optimizing the checks away takes
+# several times as long as all the rest.
+_SANITIZER_FLAGS = {
+    "address": ("-fsanitize=address",),
+    "undefined": ("-fsanitize=undefined,float-cast-overflow",),
 }
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"', re.MULTILINE)
 
@@ -69,6 +76,9 @@ def render(spec: KernelSpec) -> Source:
     lines += ["", *(_cuda_entry if kind == "cuda" else _cpu_entry)(family.name, f"flashinfer::{params.__name__}"), ""]
     text = "\n".join(lines)
     flags = FLAGS[kind]
+    if kind == "cpu" and (sanitizers := env.SANITIZE.get()):
+        chosen = [flag for name in sanitizers for flag in _SANITIZER_FLAGS[name]]
+        flags += ("-O1", "-g1", "-fno-omit-frame-pointer", *chosen)
     return Source(spec, implementation, config, text, flags, _digest(text, header, flags, spec.target))
 
 

@@ -306,6 +306,7 @@ def _change(header: Path) -> None:
         ("FLASHINFER_RECORD_MISSES", "off", "FLASHINFER_RECORD_MISSES='off': expected 0, 1, true or false"),
         ("FLASHINFER_LOG_LEVEL", "loud", "expected one of debug, info, warning, error"),
         ("FLASHINFER_CUDA_TOOLCHAIN", "clang", "expected one of nvrtc, nvcc"),
+        ("FLASHINFER_SANITIZE", "address,thread", "expected address, undefined or both"),
     ],
 )
 def test_settings_are_strict(name: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
