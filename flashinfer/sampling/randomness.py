@@ -143,16 +143,14 @@ def _name(generator: torch.Generator) -> int:
 _name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-TRACES_GENERATORS = torch.__version__ >= (2, 13)  # earlier ones know a generator as no constant
+TRACES_GENERATORS = torch.__version__ >= "2.13"  # earlier ones know a generator as no constant
 
 
 def _traced_name(generator: Optional[torch.Generator]) -> tuple[Optional[int]]:
     if generator is None:
         return (None,)
     if not TRACES_GENERATORS:
-        raise ValueError(
-            "generator: torch.compile traces one from torch 2.13 on; leave it out, or pass seed and offset"
-        )
+        raise ValueError("torch.compile traces a generator from torch 2.13 on; leave it out, or pass seed and offset")
     return (_name(generator),)
 
 
