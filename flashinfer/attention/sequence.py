@@ -38,6 +38,7 @@ def check_sequence(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, l
     checks.require(
         k.shape[2] == head_dim, op, f"k dim 2 (head_dim) is {k.shape[2]}, q has {head_dim}; they must be equal"
     )
+    checks.require(v.shape[2] >= 1, op, f"v has shape {list(v.shape)}; expected a head_dim of 1 or more")
     paged_cache.require_heads(op, q.shape[-2], k.shape[heads])
     return Sequence(q.shape[-2], k.shape[heads], head_dim, v.shape[2], k.shape[rows], strides)
 

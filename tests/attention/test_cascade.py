@@ -407,3 +407,27 @@ WRAPPERS = (
 def test_copies_are_refused(make: Callable[[Tensor], object], copied: Callable[[object], object]) -> None:
     with pytest.raises(TypeError, match=r"cannot be copied: it holds addresses .*; make a new one and call plan\(\)"):
         copied(make(workspace(torch.device("cpu"))))
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_shared_parts_of_other_shapes(device: torch.device, name: str) -> None:
+    """Of k_shared and v_shared, whose result is merged with that of the cache."""
+    batch = SharedPrefix(device, [1, 1, 1], 96, [20, 1, 90])
+    if name == "decode":
+        decode = flashinfer.BatchDecodeWithSharedPrefixPagedKVCacheWrapper(workspace(device))
+        decode.begin_forward(*batch.unique_indices[1:], *OPTIONS, data_type="bfloat16")
+        forward: Callable[..., Tensor] = decode.forward
+    else:
+        prefill = flashinfer.BatchPrefillWithSharedPrefixPagedKVCacheWrapper(workspace(device))
+        prefill.begin_forward(*batch.unique_indices, *OPTIONS, q_data_type="bfloat16")
+        forward = prefill.forward
+    k, v = batch.shared
+    for other in (v[..., :0], v[..., :64].contiguous(), v[:, :1], v[:5], v[0], v.float(), v.to("meta"), None):
+        with pytest.raises((ValueError, TypeError)):
+            forward(batch.q, k, other, batch.cache)
+        with pytest.raises((ValueError, TypeError)):
+            forward(batch.q, other, v, batch.cache)
+    for function in (flashinfer.single_decode_with_kv_cache, flashinfer.single_prefill_with_kv_cache):
+        q = batch.q[0] if function is flashinfer.single_decode_with_kv_cache else batch.q
+        with pytest.raises(ValueError, match="expected a head_dim of 1 or more"):
+            function(q, k, v[..., :0])
