@@ -443,6 +443,82 @@ def test_indices_on_a_gpu_are_checked_on_request(kind: str, monkeypatch: pytest.
         indices._checks_devices.cache_clear()
 
 
+# ------------------------------------------------------------------------------------- what a GPU writes without checks
+
+I32_MAX, I32_MIN = (1 << 31) - 1, -(1 << 31)
+# Offsets of three requests that lie, unseen on the device.
+LYING_OFFSETS = {
+    "past the end": (0, 2, 5, 600),
+    "far past the end": (0, 2, 5, I32_MAX),
+    "all of them huge": (I32_MAX, I32_MAX, I32_MAX, I32_MAX),
+    "below zero": (-9, 2, 5, 6),
+    "far below zero": (I32_MIN, 2, 5, 6),
+    "descending": (0, 6, 2, 4),
+    "wrapping": (I32_MAX, I32_MIN, I32_MAX, I32_MIN),
+    "sum beyond int32": (0, I32_MAX, I32_MIN, I32_MAX),
+}
+GUARD = 4096  # elements before and after a tensor
+
+
+class Guarded:
+    """A tensor within a larger one, the rest of which must stay as it is."""
+
+    def __init__(self, *shape: int, dtype: torch.dtype) -> None:
+        self.memory = torch.full((math.prod(shape) + 2 * GUARD,), 77, dtype=dtype, device="cuda")
+        self.tensor = self.memory[GUARD:-GUARD].view(shape)
+
+    def check(self) -> None:
+        assert bool((self.memory[:GUARD] == 77).all()), "written before the tensor"
+        assert bool((self.memory[-GUARD:] == 77).all()), "written behind the tensor"
+
+
+def _guard_workspaces(batch: Batch) -> tuple[Guarded, Guarded]:
+    float_workspace, int_workspace = (Guarded(size << 20, dtype=torch.uint8) for size in (4, 8))
+    batch.wrapper.reset_workspace_buffer(float_workspace.tensor, int_workspace.tensor)
+    return float_workspace, int_workspace
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lie", LYING_OFFSETS)
+@pytest.mark.parametrize("kind", ["paged", "ragged"])
+def test_offsets_of_queries_that_lie_write_nothing_elsewhere(kind: str, lie: str) -> None:
+    batch = Batch(kind, torch.device("cuda", 0))
+    index = [tensor.cuda() for tensor in batch.index]
+    num_tokens = batch.q.shape[0]
+    out = Guarded(num_tokens, HEADS, HEAD_DIM, dtype=batch.dtype)
+    lse = Guarded(num_tokens, HEADS, dtype=torch.float32)
+    guarded = (*_guard_workspaces(batch), out, lse)
+    batch.plan(int32(*LYING_OFFSETS[lie]).cuda(), *index[1:])
+    batch.run(out=out.tensor, lse=lse.tensor)
+    torch.cuda.synchronize()
+    for each in guarded:
+        each.check()
+    batch.plan(*index)
+    batch.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("last_page_len", [None, I32_MAX, I32_MIN, -100000])
+@pytest.mark.parametrize("lie", LYING_OFFSETS)
+def test_offsets_of_keys_that_lie_make_planners_write_nothing_elsewhere(
+    kind: str, lie: str, last_page_len: Any
+) -> None:
+    """The plan alone: a run would read whatever the offsets point to."""
+    batch = Batch(kind, torch.device("cuda", 0))
+    index = [tensor.cuda() for tensor in batch.index]
+    guarded = _guard_workspaces(batch)
+    lying = list(index)
+    lying[0 if kind == "decode" else 1] = int32(*LYING_OFFSETS[lie]).cuda()
+    if last_page_len is not None and kind != "ragged":
+        lying[-1] = torch.full_like(index[-1], last_page_len)
+    batch.plan(*lying)
+    torch.cuda.synchronize()
+    for each in guarded:
+        each.check()
+    batch.plan(*index)
+    batch.check()
+
+
 # ------------------------------------------------------------------------------------------------------- without a plan
 
 

@@ -49,7 +49,12 @@ __device__ __forceinline__ PlanScan scan_block(int32_t num_tiles, bool listed, D
 __device__ __forceinline__ DecodeRequest read_request(const DecodePlanParams& params, int32_t request_idx) {
   if (request_idx >= params.batch_size) return {request_idx, 0, 0, 0, 0, 0, 0, 0};
   const int32_t begin = params.kv_indptr[request_idx], num_pages = params.kv_indptr[request_idx + 1] - begin;
-  const int32_t kv_len = num_pages > 0 ? (num_pages - 1) * params.page_size + params.last_page_len[request_idx] : 0;
+  // Offsets and lengths may be anything: so long that the sum of all tiles overflows, no request can be.
+  constexpr int64_t kMaxLen = 1 << 30;
+  const int64_t max_len = int64_t(0x7fffffff / params.batch_size) * params.tile_len;
+  const int64_t num_rows =
+      num_pages > 0 ? int64_t(num_pages - 1) * params.page_size + params.last_page_len[request_idx] : 0;
+  const int32_t kv_len = int32_t(max(min(num_rows, min(max_len, kMaxLen)), int64_t(0)));
   const Visibility visibility{kMaskNone, params.window_left >= 0, params.window_left};
   const int32_t kv_begin = visibility.keys_of(kv_len - 1, kv_len).begin;
   return {request_idx, kv_len, kv_begin, begin, 0, 0, ceil_div(kv_len - kv_begin, params.tile_len), 0};

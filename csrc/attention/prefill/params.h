@@ -21,6 +21,12 @@ struct PrefillItem {
   int32_t num_chunks;   // 1: the kernel writes the output itself
   int32_t partial_row;  // first row of the query tile's partial results; see MergeTree
   int32_t counter;      // first of the counters its chunks share
+
+  // Nothing beyond the num_tokens rows of q and out, whatever the offsets said.
+  FLASHINFER_FN void confine_to(int32_t num_tokens) {
+    const int32_t num_left = q_begin >= 0 && q_begin < num_tokens ? num_tokens - q_begin : 0;
+    if (qo_len > num_left) qo_len = num_left;
+  }
 };
 
 // How the partial results of a query tile's chunks become one: whoever is last to finish merges. Many chunks are merged
@@ -84,6 +90,7 @@ struct PrefillParams : PrefillRows, AttentionParams {
   float* partial_out;  // unmerged outputs: see MergeTree
   float* partial_lse;  // their LSE
   int32_t qo_len;      // queries of a single sequence; otherwise unused
+  int32_t num_tokens;  // rows of q and out
 };
 
 struct PrefillPlanParams {

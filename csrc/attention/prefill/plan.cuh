@@ -6,6 +6,9 @@
 //   2. histogram of the costs of the query tiles
 //   3. choose the longest run of KV tiles one item may have: every thread estimates the time of one choice
 //   4. write the items, sorted by cost with the longest first, split where longer than the choice allows
+//
+// Offsets and lengths may be anything. Nothing is written outside of the workspace for that: there are at most
+// max_items query tiles, of at most kMaxKvLen keys each, and the kernel keeps their rows within q and out.
 #pragma once
 
 #include "attention/kv_view.cuh"
@@ -37,6 +40,8 @@ struct CostBins {
 // results. A chunk shorter than kMinChunk is not worth its overhead.
 constexpr float kItemOverhead = 1.5f, kPartialOverhead = 3.f;
 constexpr int32_t kMinChunk = 2;
+
+constexpr int32_t kMaxKvLen = 1 << 30;  // of a request that can be true
 
 struct PrefillPlanSmem {
   int32_t num_tiles_of_cost[CostBins::kNum];
@@ -88,15 +93,17 @@ struct PrefillPlanner {
   // The cost that decisions attribute to a bin: no tile in it costs more.
   __device__ __forceinline__ int32_t bin_cost(int bin) const { return min(CostBins::bound(bin), smem.max_cost); }
 
-  // tile_indptr[i] = query tiles of requests before i.
+  // tile_indptr[i] = query tiles of requests before i, as far as there may be items. max_items is at most 2^20, and the
+  // sum over a block of threads cannot overflow.
   __device__ __forceinline__ void count_tiles() const {
     if (threadIdx.x == 0) params.tile_indptr[0] = 0;
     int32_t num_before = 0;
     for (int32_t first = 0; first < params.batch_size; first += kNumThreads) {
       const int32_t request_idx = first + threadIdx.x;
       const int64_t num_rows = request_idx < params.batch_size ? int64_t(qo_len(request_idx)) * params.group_size : 0;
-      const int32_t num_tiles = num_rows > 0 ? int32_t((num_rows + params.block_m - 1) / params.block_m) : 0;
-      const int32_t sum = num_before + inclusive_scan(num_tiles);
+      const int64_t num_tiles = num_rows > 0 ? (num_rows + params.block_m - 1) / params.block_m : 0;
+      const int32_t num_listed = int32_t(num_tiles < params.max_items ? num_tiles : params.max_items);
+      const int32_t sum = min(num_before + inclusive_scan(num_listed), params.max_items);
       if (request_idx < params.batch_size) params.tile_indptr[request_idx + 1] = sum;
       if (threadIdx.x == kNumThreads - 1) smem.carry = sum;
       __syncthreads();
@@ -119,7 +126,7 @@ struct PrefillPlanner {
       item.q_begin = qo_begin(request_idx);
       item.qo_len = qo_len(request_idx);
       item.kv_begin = view.begin;
-      item.kv_len = view.len > 0 ? view.len : 0;
+      item.kv_len = min(max(view.len, 0), kMaxKvLen);
       const Range tiles =
           visibility.tiles_of(item.q_tile, params.block_m, params.group_size, item.qo_len, item.kv_len, params.block_n);
       item.tile_begin = tiles.begin;
@@ -129,7 +136,8 @@ struct PrefillPlanner {
   }
 
   __device__ __forceinline__ int32_t num_rows_of(const PrefillItem& item) const {
-    return min(item.qo_len * params.group_size - item.q_tile * params.block_m, params.block_m);
+    const int64_t num_left = int64_t(item.qo_len) * params.group_size - item.q_tile * params.block_m;
+    return num_left < params.block_m ? int32_t(num_left) : params.block_m;
   }
 
   __device__ __forceinline__ void count_costs() const {
@@ -222,7 +230,7 @@ struct PrefillPlanner {
     const int32_t num_items = bin >= 0 ? smem.num_items_of_cost[bin] : 0;
     const int32_t end = inclusive_scan(num_items);
     if (bin >= 0) smem.first_item_of_cost[bin] = end - num_items;
-    if (bin == 0) params.schedule->num_items = end;
+    if (bin == 0) params.schedule->num_items = min(end, params.max_items);
     __syncthreads();
   }
   __device__ __forceinline__ int chunk_bin(int bin, int32_t limit) const {

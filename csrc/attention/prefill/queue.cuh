@@ -61,6 +61,7 @@ struct WorkQueue {
     cp_async_wait<0>();
     smem.unit = smem.next_unit;
     smem.work = smem.next_work;
+    smem.work.item.confine_to(params.num_tokens);
   }
 
   // The query tiles of a single sequence: the last, under a causal mask the longest, first.

@@ -151,7 +151,7 @@ class Schedule:
         partial_out, partial_lse = (
             workspace.carve(op, "float_workspace_buffer", float_workspace, sizes) if rows else (0, 0)
         )
-        max_items = (int_end - items) // families.ITEM_BYTES
+        max_items = min((int_end - items) // families.ITEM_BYTES, families.MAX_ITEMS)
         return Schedule(
             header, tile_indptr, counters, items, partial_out, partial_lse, max_items, max_counters, min(rows, 1 << 30),
             (int_workspace, float_workspace),
@@ -223,14 +223,15 @@ def bind_launch(
     options: dict[str, float],
     *,
     batch_size: int,
+    num_tokens: int,
     num_heads: tuple[int, int],
     page_size: int = 1,
     lengths: tuple[int, int] = (0, 0),
 ) -> Launch:
     """A launch with everything but the addresses laid out.
 
-    row_strides: of q's tokens and heads, of those of the output; num_heads: of queries and KV; options:
-    `Variant.values`; lengths: qo_len and kv_len of a single sequence.
+    row_strides: of q's tokens and heads, of those of the output; num_tokens: rows of both; num_heads: of queries and
+    KV; options: `Variant.values`; lengths: qo_len and kv_len of a single sequence.
     """
     names = ("q_token_stride", "q_head_stride", "out_token_stride", "out_head_stride")
     values = {
@@ -244,5 +245,6 @@ def bind_launch(
         **options,
         **schedule,
         "qo_len": lengths[0],
+        "num_tokens": num_tokens,
     }
     return kernel.launcher.prepare((grid_size, 1, 1), values, varying=(*families.ROWS, *ADDRESSES))

@@ -197,7 +197,7 @@ class _BoundSingle:
         def bind(grid_size: int, schedule: dict[str, int]) -> Launch:
             return launches.bind_launch(
                 kernel, grid_size, strides, kv_strides, schedule, options,
-                batch_size=1, num_heads=(num_qo_heads, num_kv_heads), lengths=lengths,
+                batch_size=1, num_tokens=qo_len, num_heads=(num_qo_heads, num_kv_heads), lengths=lengths,
             )  # fmt: skip
 
         def bind_planned(schedule: Schedule) -> Launch:

@@ -23,6 +23,7 @@ from flashinfer.jit.spec import Config, CxxType, Family, Implementation, KernelS
 
 # sizeof of the structs in csrc/attention/prefill/params.h.
 ITEM_BYTES = 48
+MAX_ITEMS = 1 << 20  # that a planner sums up in 32 bits
 SCHEDULE_BYTES = 256
 
 # Query rows of a request (tokens times query heads per KV head) up to which the tile for short queries is faster.
@@ -39,6 +40,7 @@ class PrefillParams(ctypes.Structure):
         *ATTENTION,
         *[(name, P) for name in ("items", "schedule", "counters", "partial_out", "partial_lse")],
         ("qo_len", I32),
+        ("num_tokens", I32),
     ]
 
 
