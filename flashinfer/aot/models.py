@@ -105,7 +105,8 @@ def _attention(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
                 yield decode.decode(target, **common, group_size=group_size, kv_storage=kv_storage)
         for short_queries in (False, True) if targets.kind(target) == "cuda" else (False,):
             for mask in ("causal", "none"):  # none: the shared prefix of a cascade
-                yield prefill.prefill(target, **common, kv_storage="paged", mask=mask, short_queries=short_queries)
+                for page_size in (1, 16):  # one for each kernel that there may be
+                    yield prefill.prefill(target, **common, mask=mask, short_queries=short_queries, page_size=page_size)
     for kv_storage in ("ragged", "single"):
         own: dict[str, Any] = {"q_dtype": dtype, "kv_dtype": dtype, "head_dim": model.head_dim}
         yield prefill.prefill(target, **own, kv_storage=kv_storage, mask="causal")

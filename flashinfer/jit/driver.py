@@ -13,7 +13,7 @@ import ctypes
 import functools
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from flashinfer.errors import DriverError
 
@@ -28,6 +28,10 @@ FUNC_MAX_DYNAMIC_SMEM = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 LAUNCH_CLUSTER_DIMENSION = 4  # CUlaunchAttributeID
 LAUNCH_PROGRAMMATIC_SERIALIZATION = 6
 CAPTURE_MODE_RELAXED = 2
+
+TENSOR_MAP_BYTES, TENSOR_MAP_ALIGNMENT = 128, 64  # CUtensorMap
+TENSOR_MAP_UINT16, TENSOR_MAP_NO_INTERLEAVE, TENSOR_MAP_SWIZZLE_128B = 1, 0, 3
+TENSOR_MAP_L2_PROMOTION_256B, TENSOR_MAP_FILL_ZEROS = 3, 0
 
 
 class LaunchAttribute(ctypes.Structure):
@@ -149,6 +153,35 @@ def is_whole_elf(machine_code: bytes) -> bool:
         if kind != _NO_BITS and offset + length > size:
             return False
     return True
+
+
+def tensor_map_of_16_bit(address: int, axes: Sequence[tuple[int, int]], box: Sequence[int]) -> bytes:
+    """The descriptor by which TMA (sm_90) copies boxes of a tensor of 16-bit elements into shared memory, in rows of
+    128 bytes, swizzled.
+
+    axes: (size, stride in bytes) of each, the innermost, contiguous one first. An axis of one element may have any
+    stride. box: elements along each axis.
+    """
+    rank = len(axes)
+    strides = [stride if size > 1 and stride % 16 == 0 else 16 for size, stride in axes[1:]]
+    storage = ctypes.create_string_buffer(TENSOR_MAP_BYTES + TENSOR_MAP_ALIGNMENT)
+    begin = -ctypes.addressof(storage) % TENSOR_MAP_ALIGNMENT
+    call(
+        "cuTensorMapEncodeTiled",
+        ctypes.byref(storage, begin),
+        TENSOR_MAP_UINT16,
+        rank,
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * rank)(*(size for size, _ in axes)),
+        (ctypes.c_uint64 * (rank - 1))(*strides),
+        (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*[1] * rank),
+        TENSOR_MAP_NO_INTERLEAVE,
+        TENSOR_MAP_SWIZZLE_128B,
+        TENSOR_MAP_L2_PROMOTION_256B,
+        TENSOR_MAP_FILL_ZEROS,
+    )
+    return storage.raw[begin : begin + TENSOR_MAP_BYTES]
 
 
 def max_blocks_per_sm(function: ctypes.c_void_p, num_threads: int, smem_bytes: int) -> int:

@@ -106,7 +106,7 @@ def _packer(params: type[ctypes.Structure], num_fields: int | None = None) -> st
 
 
 def _in_order(params: type[ctypes.Structure], values: Values, varying: Sequence[str] = ()) -> list[Value]:
-    """The value of every field in the struct's order; 0 for those that vary."""
+    """The value of every field in the struct's order; zeros for those that vary."""
     names = [field[0] for field in params._fields_]
     given = values.keys()
     faults = {
@@ -120,7 +120,8 @@ def _in_order(params: type[ctypes.Structure], values: Values, varying: Sequence[
     wrong = "; ".join(f"{', '.join(found)}: {what}" for what, found in faults.items() if found)
     if wrong:
         raise ValueError(f"values of {params.__name__}: {wrong}")
-    return [values.get(name, 0) for name in names]
+    zeros = (b"" if issubclass(field[1], ctypes.Array) else 0 for field in params._fields_)
+    return [values.get(name, zero) for name, zero in zip(names, zeros)]
 
 
 # ----------------------------------------------------------------------------------------------------------------- CUDA

@@ -55,6 +55,9 @@ class CxxType(str):
     """The name of a type in namespace flashinfer; rendered as `using NAME = flashinfer::TYPE;`."""
 
 
+Constants = Mapping[str, Union[CxxType, int, bool, float]]
+
+
 @dataclass(frozen=True)
 class Launch:
     """How the kernel is launched. Rendered as constants too, so that device code and host agree. Ignored on the CPU."""
@@ -69,7 +72,7 @@ class Launch:
 class Config:
     """What the compiler is told about one kernel: named constants and types, and the launch shape."""
 
-    constants: Mapping[str, CxxType | int | bool | float]
+    constants: Constants
     launch: Launch = Launch()
 
 

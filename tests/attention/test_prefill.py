@@ -42,6 +42,17 @@ CASES = [
     Case("ragged", storage="ragged"),
     Case("not_causal", options={}),
     Case("ragged_not_causal", storage="ragged", options={}),
+    # Several tiles of queries and of KV each, the last of both partly filled.
+    *[
+        Case(f"long_{storage}_{dim}", (700, 1, 300), (900, 1000, 300), (4, 2), dim, storage=storage, options=options)
+        for dim in (64, 128, 256)
+        for storage, options in (("paged", CAUSAL), ("ragged", {}))
+    ],
+    # Logits far apart: the running maximum rises all the time, and the output is rescaled.
+    Case("far_apart", (300, 400), (900, 400), options={"causal": True, "sm_scale": 1.0}),
+    Case("far_apart_64", (300, 400), (900, 400), head_dim=64, options={"causal": True, "sm_scale": 1.0}),
+    *[Case(f"page_{size}", (200, 70), (600, 70), page_size=size) for size in (8, 24, 64, 256)],
+    Case("window_long", (700, 300), (900, 300), options={"causal": True, "window_left": 150}),
     Case("fp16", q_dtype=FP16),
     Case("hnd", layout="HND"),
     Case("ragged_hnd", layout="HND", storage="ragged"),

@@ -12,6 +12,7 @@ import torch
 from flashinfer import dtypes, target
 from flashinfer.attention import workspace
 from flashinfer.attention.plan import Launch
+from flashinfer.attention.prefill import sm90
 from flashinfer.attention.variant import Variant
 from flashinfer.families.attention import prefill as families
 from flashinfer.families.attention.params import ADDRESSES, MASKS, fast_divisor
@@ -39,6 +40,7 @@ def load_kernel(
     mask: str,
     variant: Variant,
     short_queries: bool,
+    page_size: int = 1,
     pdl: Optional[bool] = None,
 ) -> PrefillKernel:
     """types: of q and KV; head_dims: of queries and keys, and of values. Raises UnsupportedConfig where there is no
@@ -52,6 +54,7 @@ def load_kernel(
         head_dim_vo=head_dims[1],
         kv_storage=kv_storage,
         short_queries=short_queries,
+        page_size=page_size,
         mask=mask,
         **variant.spec_args,
     )
@@ -247,4 +250,6 @@ def bind_launch(
         "qo_len": lengths[0],
         "num_tokens": num_tokens,
     }
+    if kernel.launcher.params is families.Sm90PrefillParams:
+        return sm90.bind_launch(kernel.launcher, min(grid_size, kernel.num_ctas), values, page_size)
     return kernel.launcher.prepare((grid_size, 1, 1), values, varying=(*families.ROWS, *ADDRESSES))

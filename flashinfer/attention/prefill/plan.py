@@ -75,7 +75,8 @@ class PrefillPlan(Plan):
         self, types: tuple[torch.dtype, torch.dtype], mask: str, variant: Variant, short: bool, pdl: Optional[bool]
     ) -> PrefillKernel:
         dims = (self.shape.head_dim_qk, self.shape.head_dim_vo)
-        return launches.load_kernel(self.device, types, dims, self._storage, mask, variant, short, pdl)
+        page_size = self.shape.page_size
+        return launches.load_kernel(self.device, types, dims, self._storage, mask, variant, short, page_size, pdl)
 
     def is_short(self, num_tokens: int, otherwise: bool = False) -> bool:
         """Whether the tile for short queries serves this many tokens best; `otherwise` where the number is negative."""

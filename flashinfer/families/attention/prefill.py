@@ -8,6 +8,7 @@ from flashinfer import target as targets
 from flashinfer.dtypes import ITEMSIZE
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.arch import arch
+from flashinfer.families.attention import prefill_sm90
 from flashinfer.families.attention.params import (
     ATTENTION,
     HEAD_DIMS,
@@ -19,7 +20,7 @@ from flashinfer.families.attention.params import (
     Q_DTYPES,
 )
 from flashinfer.families.layout import I32, P, nested
-from flashinfer.jit.spec import Config, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
+from flashinfer.jit.spec import Config, Constants, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
 
 # sizeof of the structs in csrc/attention/prefill/params.h.
 ITEM_BYTES = 48
@@ -41,6 +42,18 @@ class PrefillParams(ctypes.Structure):
         *[(name, P) for name in ("items", "schedule", "counters", "partial_out", "partial_lse")],
         ("qo_len", I32),
         ("num_tokens", I32),
+    ]
+
+
+class Sm90PrefillParams(ctypes.Structure):
+    """Mirror of csrc/attention/sm90/params.h. The descriptors of K and V hold their addresses."""
+
+    _fields_ = [
+        ("k_map", ctypes.c_uint8 * 128),
+        ("v_map", ctypes.c_uint8 * 128),
+        *PrefillParams._fields_,
+        ("box_rows", I32),
+        ("reserved", ctypes.c_uint8 * 40),
     ]
 
 
@@ -124,7 +137,7 @@ def _tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:
     return constants, Launch(num_threads, blocks_per_sm, smem)
 
 
-def _config(spec: KernelSpec) -> Config:
+def _constants(spec: KernelSpec) -> Constants:
     is_cuda = targets.kind(spec.target) == "cuda"
     q_dtype, kv_dtype = spec.arg("q_dtype"), spec.arg("kv_dtype")
     dims = spec.arg("head_dim_qk"), spec.arg("head_dim_vo")
@@ -136,7 +149,7 @@ def _config(spec: KernelSpec) -> Config:
         raise UnsupportedConfig("prefill: fp32 is supported on the CPU alone; use float16 or bfloat16 on CUDA")
     if q_dtype != kv_dtype and not kv_dtype.startswith("fp8"):
         raise UnsupportedConfig(f"prefill: q is {q_dtype} and KV {kv_dtype}; expected the same dtype, or fp8 KV")
-    constants: dict[str, CxxType | int | bool | float] = {
+    return {
         "Q": CxxType(q_dtype),
         "Kv": CxxType(kv_dtype),
         "kHeadDimQk": dims[0],
@@ -147,10 +160,18 @@ def _config(spec: KernelSpec) -> Config:
         "kHasWindow": spec.arg("has_window"),
         "kHasSoftCap": spec.arg("has_soft_cap"),
     }
-    if not is_cuda:
+
+
+def _config(spec: KernelSpec) -> Config:
+    constants = _constants(spec)
+    if targets.kind(spec.target) == "cpu":
         return Config(constants)
     tile, launch = _tile(spec)
     return Config({**constants, **tile}, launch)
+
+
+def _sm90_config(spec: KernelSpec) -> Config:
+    return prefill_sm90.config(spec, _constants(spec))
 
 
 PREFILL = Family(
@@ -162,12 +183,18 @@ PREFILL = Family(
         "head_dim_vo": HEAD_DIMS,
         "kv_storage": tuple(KV_STORAGE),
         "short_queries": (False, True),
+        "large_pages": (False, True),
         "mask": tuple(MASKS),
         "pos_encoding": tuple(POS_ENCODINGS),
         "has_window": (False, True),
         "has_soft_cap": (False, True),
     },
-    implementations=twins(PrefillParams, _config, cuda="attention/prefill/kernel.cuh", cpu="cpu/attention/prefill.h"),
+    implementations=(
+        Implementation(
+            "sm_90a", "attention/sm90/prefill.cuh", Sm90PrefillParams, _sm90_config, serves=prefill_sm90.serves
+        ),
+        *twins(PrefillParams, _config, cuda="attention/prefill/kernel.cuh", cpu="cpu/attention/prefill.h"),
+    ),
 )
 
 
@@ -180,6 +207,7 @@ def prefill(
     head_dim_vo: int = 0,
     kv_storage: str = "paged",
     short_queries: bool = False,
+    page_size: int = 1,
     mask: str = "causal",
     pos_encoding: str = "none",
     has_window: bool = False,
@@ -187,21 +215,26 @@ def prefill(
 ) -> KernelSpec:
     """Many query rows per request over its KV. `head_dim_vo` 0: the same as head_dim.
 
-    `short_queries` picks the tile for requests of at most SHORT_ROWS query rows on average; the results are the same.
+    `short_queries` picks the tile for requests of at most SHORT_ROWS query rows on average, `page_size` the kernel that
+    reads pages of that size fastest; the results are the same.
     """
-    return PREFILL.spec(
-        target,
-        q_dtype=q_dtype,
-        kv_dtype=kv_dtype,
-        head_dim_qk=head_dim,
-        head_dim_vo=head_dim_vo or head_dim,
-        kv_storage=kv_storage,
-        short_queries=short_queries and targets.kind(target) == "cuda",
-        mask=mask,
-        pos_encoding=pos_encoding,
-        has_window=has_window,
-        has_soft_cap=has_soft_cap,
-    )
+    axes: dict[str, str | int | bool] = {
+        "q_dtype": q_dtype,
+        "kv_dtype": kv_dtype,
+        "head_dim_qk": head_dim,
+        "head_dim_vo": head_dim_vo or head_dim,
+        "kv_storage": kv_storage,
+        "short_queries": short_queries and targets.kind(target) == "cuda",
+        "mask": mask,
+        "pos_encoding": pos_encoding,
+        "has_window": has_window,
+        "has_soft_cap": has_soft_cap,
+    }
+    if kv_storage == "paged" and page_size % prefill_sm90.MIN_BOX_ROWS == 0:
+        spec = PREFILL.spec(target, **axes, large_pages=True)
+        if PREFILL.implementation(spec).params is Sm90PrefillParams:  # nobody else minds
+            return spec
+    return PREFILL.spec(target, **axes, large_pages=False)
 
 
 PREFILL_PLAN = Family(

@@ -1,0 +1,51 @@
+// Attention of many query rows per request on Hopper (sm_90a): what attention/prefill/kernel.cuh computes, with wgmma
+// and TMA. FlashAttention-3 (Shah et al., 2024) is the model for its two overlaps.
+//
+// A persistent CTA an SM, whose warpgroups have roles. One brings in: a warp fetches units of work, a warp copies query
+// rows, a warp each sends for tiles of K and of V. The others compute, 64 query rows each, so that tensor cores and
+// exponentials overlap (walk.cuh). All that they pass on goes through rings in shared memory, with a full and an empty
+// barrier a stage; a role runs ahead of the others, over the ends of units, as far as its rings reach.
+//
+//   scheduler.cuh  which unit of work is next (plan and list are those of attention/prefill)
+//   producer.cuh   how queries, keys and values come in
+//   consumer.cuh   the units of work
+//   walk.cuh       the loop over KV tiles
+//   softmax.cuh    what happens to the scores in between
+//   output.cuh     the end of a unit: normalize, store, merge
+//   tile.cuh       geometry, shared memory
+#pragma once
+
+#include "attention/sm90/consumer.cuh"
+#include "attention/sm90/producer.cuh"
+#include "device/pdl.cuh"
+
+namespace flashinfer {
+
+// Config: Q (of q, k, v and out), kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kPosEncoding, and
+// the tile: kBlockM, kBlockN, kNumStages, kNumQueryStages, kNumThreads, kSmemBytes. Grid: as many CTAs as
+// the planner was told; without a plan, any.
+template <class Config>
+__device__ void prefill(const Sm90PrefillParams& params) {
+  using Shape = sm90::Shape<Config>;
+  extern __shared__ __align__(1024) uint8_t smem_bytes[];
+  static_assert(sizeof(sm90::Smem<Config>) <= Config::kSmemBytes);
+  auto& smem = *reinterpret_cast<sm90::Smem<Config>*>(smem_bytes);
+  if (threadIdx.x == 0) {
+    smem.init(params);
+    prefetch_tensor_map(params.k_map);
+    prefetch_tensor_map(params.v_map);
+  }
+  __syncthreads();
+  wait_for_previous_kernel();
+
+  const int warpgroup_idx = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupSize, 0);
+  if (warpgroup_idx == Shape::kNumConsumers) {
+    shrink_registers<Shape::kProducerRegisters>();
+    sm90::produce<Config>(params, smem);
+  } else {
+    grow_registers<Shape::kConsumerRegisters>();
+    sm90::consume<Config>(params, smem);
+  }
+}
+
+}  // namespace flashinfer

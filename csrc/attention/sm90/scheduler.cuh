@@ -1,0 +1,99 @@
+// How a CTA of prefill comes by its work on Hopper: one thread fetches units ahead of those who do them.
+#pragma once
+
+#include "attention/sm90/tile.cuh"
+
+namespace flashinfer::sm90 {
+
+// The units, an item for a KV head each, that one CTA takes: the first by its place in the grid, then whatever is next
+// on the planner's list. Without a plan they are the query tiles of a single sequence, every gridDim.x-th of them.
+template <class Config>
+struct Scheduler {
+  using Shape = sm90::Shape<Config>;
+  const Sm90PrefillParams& params;
+  Smem<Config>& smem;
+
+  __device__ __forceinline__ bool is_planned() const { return params.items != nullptr; }
+  __device__ __forceinline__ int32_t group_size() const { return params.num_qo_heads / params.num_kv_heads; }
+
+  __device__ __forceinline__ uint32_t claim_next(uint32_t unit) const {
+    return gridDim.x + (is_planned() ? atomicAdd(&params.schedule->next_unit, 1u) : unit);
+  }
+
+  __device__ __forceinline__ void run() const {
+    const int32_t num_items =
+        is_planned() ? params.schedule->num_items : ceil_div(params.qo_len * group_size(), Shape::kBlockM);
+    const UnitOrder order = {num_items, params.num_kv_heads, num_heads_abreast(num_items)};
+    const uint32_t num_units = num_items * params.num_kv_heads;
+    uint32_t unit = blockIdx.x;
+    for (uint32_t turn = 0;; ++turn) {
+      smem.work_empty.wait_empty(turn);
+      if (turn > 0) unit = claim_next(unit);
+      Work& work = smem.work[turn % kNumWorkSlots];
+      work.is_end = unit >= num_units;
+      if (unit < num_units) {
+        int32_t item_idx, kv_head_idx;
+        order.find(unit, item_idx, kv_head_idx);
+        work.kv_head_idx = kv_head_idx;
+        work.item = is_planned() ? params.items[item_idx] : item_of_single(num_items - 1 - item_idx);
+      }
+      smem.work_full.at(turn).arrive();
+      if (unit >= num_units) break;
+    }
+    close();
+  }
+
+  // As the planner says, but no more KV heads than keep their KV in the L2 cache, where all query tiles find it:
+  // reading it again from memory takes power, and that is what limits a long run. At least so many that every CTA has
+  // two units of each turn.
+  __device__ __forceinline__ int32_t num_heads_abreast(int32_t num_items) const {
+    constexpr int64_t kCacheBytes = 20 << 20;
+    const int32_t num_planned = is_planned() ? params.schedule->num_heads_abreast : params.num_kv_heads;
+    const KvIndex& index = params.kv.index;
+    const int64_t num_rows = Config::kKvStorage == kKvSingle
+                                 ? index.len
+                                 : int64_t(index.indptr[params.batch_size]) * index.page_size.divisor;
+    const int64_t head_bytes = num_rows * (Shape::kHeadDimQk + Shape::kHeadDimVo) * 2;
+    const int32_t num_cached =
+        head_bytes * params.num_kv_heads > kCacheBytes ? kCacheBytes / head_bytes : params.num_kv_heads;
+    const int32_t num_busy = ceil_div(2 * int32_t(gridDim.x), max(num_items, 1));
+    return min(num_planned, max(max(num_cached, num_busy), 1));
+  }
+
+  // The last query tile is, under a causal mask, the longest.
+  __device__ __forceinline__ PrefillItem item_of_single(int32_t q_tile) const {
+    const Range tiles = Visibility::of<Config>(params).tiles_of(q_tile, Shape::kBlockM, group_size(), params.qo_len,
+                                                                params.kv.index.len, Shape::kBlockN);
+    PrefillItem item = {};
+    item.q_tile = q_tile;
+    item.qo_len = params.qo_len;
+    item.kv_len = params.kv.index.len;
+    item.tile_begin = tiles.begin;
+    item.tile_end = tiles.end;
+    item.num_chunks = 1;
+    return item;
+  }
+
+  // The last CTA to leave resets the list for the next launch.
+  __device__ __forceinline__ void close() const {
+    if (is_planned() && atomicAdd(&params.schedule->num_done, 1u) == gridDim.x - 1) {
+      params.schedule->next_unit = 0;
+      params.schedule->num_done = 0;
+    }
+  }
+};
+
+// visit(work, turn) for the units of this CTA, one after the other. By a warp, one of those counted by work_empty.
+template <class Config, class Visit>
+__device__ __forceinline__ void for_each_unit(Smem<Config>& smem, const Visit& visit) {
+  for (uint32_t turn = 0;; ++turn) {
+    smem.work_full.wait_full(turn);
+    const Work& work = smem.work[turn % kNumWorkSlots];
+    if (work.is_end) break;
+    visit(work, turn);
+    __syncwarp();
+    if (elect_lane()) smem.work_empty.at(turn).arrive();
+  }
+}
+
+}  // namespace flashinfer::sm90

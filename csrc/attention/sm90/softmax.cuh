@@ -1,0 +1,105 @@
+// The softmax of prefill on Hopper: what happens to a tile of scores between S = Q Kᵀ and O += P V.
+#pragma once
+
+#include "attention/sm90/tile.cuh"
+#include "device/mma.cuh"
+
+namespace flashinfer::sm90 {
+
+// The maximum that scales the probabilities may lag behind the true one by so many powers of two: most tiles then need
+// not rescale the output. See attention/prefill/softmax.cuh.
+constexpr float kMaxLag = 8.f;
+
+// Of the two rows of a thread.
+template <class Config>
+struct Softmax {
+  using Shape = sm90::Shape<Config>;
+  using Scores = float[Shape::kNumScores];
+  using Output = float[Shape::kNumOutputs];
+  float max[2];  // of the unscaled scores; lags behind
+  float sum[2];  // this lane's share until the end
+
+  __device__ __forceinline__ void reset() {
+    max[0] = max[1] = kMinusInfinity;
+    sum[0] = sum[1] = 0.f;
+  }
+
+  // Raises the maximum to cover the scores. `rescale` is what earlier probabilities, and their output, shrink by; false
+  // if they stay.
+  __device__ __forceinline__ bool raise_max(const Scores& scores, float scale_log2, float (&rescale)[2]) {
+    float tile_max[2];
+    bool lags = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float x = fmaxf(scores[2 * half], scores[2 * half + 1]);
+#pragma unroll
+      for (int i = 2 * half + 4; i < Shape::kNumScores; i += 4) x = fmaxf(x, fmaxf(scores[i], scores[i + 1]));
+      x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+      tile_max[half] = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+      lags = lags || (tile_max[half] - max[half]) * scale_log2 > kMaxLag;
+    }
+    lags = __any_sync(0xffffffffu, lags);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float new_max = lags ? fmaxf(max[half], tile_max[half]) : max[half];
+      rescale[half] = new_max == kMinusInfinity ? 1.f : fast_exp2((max[half] - new_max) * scale_log2);
+      max[half] = new_max;
+      sum[half] *= rescale[half];
+    }
+    return lags;
+  }
+
+  // Scores, one of kNumParts parts of them, become probabilities, up to the factor 2^-max.
+  template <int kPart = 0, int kNumParts = 1>
+  __device__ __forceinline__ void exponentiate(Scores& scores, float scale_log2) {
+    constexpr int kNum = Shape::kNumScores / kNumParts;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // A row that has seen no key yet: exp2(-inf - 0) is zero, not NaN.
+      const float scaled_max = max[half] == kMinusInfinity ? 0.f : max[half] * scale_log2;
+#pragma unroll
+      for (int i = kPart * kNum + 2 * half; i < (kPart + 1) * kNum; i += 4) {
+        scores[i] = fast_exp2(fmaf(scores[i], scale_log2, -scaled_max));
+        scores[i + 1] = fast_exp2(fmaf(scores[i + 1], scale_log2, -scaled_max));
+        sum[half] += scores[i] + scores[i + 1];
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void rescale_output(Output& out, const float (&rescale)[2]) {
+#pragma unroll
+    for (int i = 0; i < Shape::kNumOutputs; ++i) out[i] *= rescale[i / 2 % 2];
+  }
+
+  template <int kPart = 0, int kNumParts = 1>
+  __device__ __forceinline__ static void pack(const Scores& scores, uint32_t (&p)[Shape::kNumScores / 2]) {
+    constexpr int kNum = Shape::kNumScores / 2 / kNumParts;
+#pragma unroll
+    for (int i = kPart * kNum; i < (kPart + 1) * kNum; ++i) {
+      p[i] = pack_16bit<typename Shape::T>(scores[2 * i], scores[2 * i + 1]);
+    }
+  }
+};
+
+// -inf where a query does not see a key.
+template <class Config, class Shape = sm90::Shape<Config>>
+__device__ __forceinline__ void mask_scores(float (&scores)[Shape::kNumScores], const PrefillParams& params,
+                                            const PrefillItem& item, const FastDivisor& group_size, int tile) {
+  const int thread_idx = fresh_thread_idx();
+  const int first_row = item.q_tile * Shape::kBlockM + thread_idx / 32 * Shape::kRowsPerWarp + thread_idx % 32 / 4;
+  const int first_kv = tile * Shape::kBlockN + thread_idx % 4 * 2;  // of this lane; element 4 j + e adds 8 j + e
+  const Visibility visibility = Visibility::of<Config>(params);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int32_t token_idx = group_size.divide(first_row + half * 8);
+    const Range keys = visibility.keys_of(position_of(token_idx, item.qo_len, item.kv_len), item.kv_len);
+    const Range from_here = {keys.begin - first_kv, keys.end - first_kv};
+#pragma unroll
+    for (int i = 0; i < Shape::kNumScores / 2; ++i) {
+      float& score = scores[i / 2 * 4 + half * 2 + i % 2];
+      score = visibility.contains(from_here, i / 2 * 8 + i % 2) ? score : kMinusInfinity;
+    }
+  }
+}
+
+}  // namespace flashinfer::sm90

@@ -1,0 +1,133 @@
+// Geometry of the Hopper kernel of prefill, its shared memory, and the unit of work that the roles pass on.
+#pragma once
+
+#include "attention/kv_view.cuh"
+#include "attention/score.cuh"
+#include "attention/sm90/params.h"
+#include "attention/visibility.cuh"
+#include "device/sm90/mbarrier.cuh"
+#include "device/sm90/warpgroup.cuh"
+#include "device/sm90/wgmma.cuh"
+
+namespace flashinfer::sm90 {
+
+template <class Config>
+struct Shape {
+  using T = typename Config::Q;
+  static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
+  static constexpr int kHeadDimQk = Config::kHeadDimQk, kHeadDimVo = Config::kHeadDimVo;
+  static constexpr int kNumStages = Config::kNumStages, kNumQueryStages = Config::kNumQueryStages;
+
+  // Warpgroups 0 to kNumConsumers - 1 compute 64 rows each, the last one brings in what they need. Two consumers have
+  // the registers to overlap their own products and softmax; three overlap with each other.
+  static constexpr int kNumConsumers = kBlockM / 64, kRowsPerConsumer = 64, kRowsPerWarp = 16;
+  static constexpr bool kOverlaps = kNumConsumers == 2;
+  static constexpr int kNumConsumerThreads = kNumConsumers * kWarpgroupSize;
+  static_assert(Config::kNumThreads == kNumConsumerThreads + kWarpgroupSize);
+  // All that the launch leaves to 64 K registers, in steps of 8: those given away must be enough for those taken.
+  static constexpr int kProducerRegisters = kNumConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kNumConsumers == 2 ? 232 : 160;
+
+  static constexpr int kPanelColumns = kPanelBytes / 2;
+  static constexpr int kQkPanels = kHeadDimQk / kPanelColumns, kVoPanels = kHeadDimVo / kPanelColumns;
+  static constexpr int kQBytes = kRowsPerConsumer * kHeadDimQk * 2;  // of one consumer
+  static constexpr int kKBytes = kBlockN * kHeadDimQk * 2, kVBytes = kBlockN * kHeadDimVo * 2;
+  static constexpr int kNumScores = kBlockN / 2, kNumOutputs = kHeadDimVo / 2;  // of a thread
+  static_assert(kBlockM % 64 == 0 && kBlockN % 16 == 0);
+  static_assert(kHeadDimQk % kPanelColumns == 0 && kHeadDimVo % kPanelColumns == 0);
+  static_assert(Score<Config>::kIsPlain && !Score<Config>::kHasRope && Config::kMask != kMaskCustom);
+  static_assert(kHeadDimVo <= kHeadDimQk, "the output is staged where the queries were");
+};
+
+// threadIdx.x as if the compiler had not seen it before: what is made of it is computed where it is used, and takes no
+// register from the loop over tiles.
+__device__ __forceinline__ uint32_t fresh_thread_idx() {
+  uint32_t thread_idx;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread_idx));
+  return thread_idx;
+}
+
+__device__ __forceinline__ int consumer_idx() {
+  return int(fresh_thread_idx() / kWarpgroupSize);
+}
+
+// A compile-time argument.
+template <bool kValue>
+struct Constant {
+  __device__ __forceinline__ constexpr operator bool() const { return kValue; }
+};
+
+// An item for one KV head.
+struct Work {
+  PrefillItem item;
+  int32_t kv_head_idx;
+  int32_t is_end;  // no more work
+
+  // Rows of the query tile that exist.
+  __device__ __forceinline__ int32_t num_rows(int32_t group_size, int32_t block_m) const {
+    const int32_t num_left = item.qo_len * group_size - item.q_tile * block_m;
+    return num_left < block_m ? num_left : block_m;
+  }
+};
+
+constexpr int kNumWorkSlots = 2;  // the unit at hand and the next one
+
+template <class Config>
+struct Smem {
+  using Shape = sm90::Shape<Config>;
+  alignas(1024) uint8_t q[Shape::kNumQueryStages][Shape::kNumConsumers][Shape::kQBytes];  // later the output rows
+  alignas(1024) uint8_t k[Shape::kNumStages][Shape::kKBytes];
+  alignas(1024) uint8_t v[Shape::kNumStages][Shape::kVBytes];
+  MbarrierRing<Shape::kNumQueryStages> q_full, q_empty;              // a turn a unit
+  MbarrierRing<Shape::kNumStages> k_full, k_empty, v_full, v_empty;  // a turn a KV tile
+  MbarrierRing<kNumWorkSlots> work_full, work_empty;                 // a turn a unit
+  Work work[kNumWorkSlots];
+  FastDivisor group_size;
+  uint32_t is_last;  // of the chunks of a query tile to be done: merges
+
+  __device__ __forceinline__ uint8_t* q_of(uint32_t unit_turn, int consumer_idx) {
+    return q[unit_turn % Shape::kNumQueryStages][consumer_idx];
+  }
+
+  // By one thread, before any role starts.
+  __device__ __forceinline__ void init(const Sm90PrefillParams& params) {
+    constexpr int kNumConsumerWarps = Shape::kNumConsumers * 4;
+    work_full.init(1);
+    q_full.init(1);
+    k_full.init(1);
+    v_full.init(1);
+    q_empty.init(kNumConsumerWarps);
+    k_empty.init(kNumConsumerWarps);
+    v_empty.init(kNumConsumerWarps);
+    work_empty.init(kNumConsumerWarps + 3);  // and the producers of queries, keys and values
+    fence_mbarrier_init();
+    group_size = FastDivisor::of(params.num_qo_heads / params.num_kv_heads);
+  }
+};
+
+// Named barriers.
+enum Barrier : int { kTurnOfConsumer = 1, kConsumer = 5, kAllConsumers = 9 };
+
+// Where a row of the query tile is among the request's tokens and the query heads.
+struct QueryRow {
+  int32_t token_idx;  // within the request
+  int32_t qo_head_idx;
+
+  __device__ __forceinline__ static QueryRow of(const Work& work, const FastDivisor& group_size, int packed) {
+    const int32_t token_idx = group_size.divide(packed), size = group_size.divisor;
+    return {token_idx, work.kv_head_idx * size + packed - token_idx * size};
+  }
+};
+
+// Elements from the start of q or out to such a row.
+__device__ __forceinline__ int64_t row_offset(const Work& work, const QueryRow& row, int64_t token_stride,
+                                              int64_t head_stride) {
+  return (work.item.q_begin + row.token_idx) * token_stride + row.qo_head_idx * head_stride;
+}
+
+// Byte of a 16-byte chunk of a row in a tile of panels, num_rows high.
+__device__ __forceinline__ uint32_t chunk_offset(int row, int chunk, int num_rows) {
+  return chunk / 8 * (num_rows * kPanelBytes) + row * kPanelBytes + ((chunk % 8 ^ row % 8) << 4);
+}
+
+}  // namespace flashinfer::sm90

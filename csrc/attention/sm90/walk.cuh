@@ -1,0 +1,198 @@
+// The loop of prefill on Hopper: S = Q Kᵀ, softmax, O += P V for the 64 rows of a consumer, tile after tile of KV.
+//
+// Tensor cores and exponentials take about as long, and are to run at the same time. Two consumers have registers for
+// their own products of one tile and the softmax of the next, and take turns at the tensor cores. Three have not; while
+// one is at its softmax, the others have theirs multiplied, and the products of half a tile's values run during the
+// exponentials of the other half.
+//
+// No branch may lie between the start of products and the wait for them: the compiler would wait at the branch.
+#pragma once
+
+#include "attention/sm90/softmax.cuh"
+
+namespace flashinfer::sm90 {
+
+// Of two consumers: while one has the tensor cores, the other is at its softmax.
+template <class Shape>
+struct TurnsAtTensorCores {
+  __device__ __forceinline__ static void await() {
+    if constexpr (Shape::kOverlaps) named_barrier_sync(kTurnOfConsumer + consumer_idx(), 2 * kWarpgroupSize);
+  }
+  __device__ __forceinline__ static void pass_on() {
+    if constexpr (Shape::kOverlaps) named_barrier_arrive(kTurnOfConsumer + 1 - consumer_idx(), 2 * kWarpgroupSize);
+  }
+  // The first turn is the first consumer's; the last one is handed back to it.
+  __device__ __forceinline__ static void open() {
+    if (consumer_idx() == 1) pass_on();
+  }
+  __device__ __forceinline__ static void close() {
+    if (consumer_idx() == 0) await();
+  }
+};
+
+template <class Config>
+struct TileWalk {
+  using Shape = sm90::Shape<Config>;
+  using T = typename Shape::T;
+  using Turns = TurnsAtTensorCores<Shape>;
+  using Scores = float[Shape::kNumScores];
+  using Output = float[Shape::kNumOutputs];
+  using Probabilities = uint32_t[Shape::kNumScores / 2];
+
+  const Sm90PrefillParams& params;
+  Smem<Config>& smem;
+  const PrefillItem& item;
+  Range whole;  // tiles that all of the rows see whole; the others need masking
+  Operand q;
+  float scale_log2;
+  Output& out;  // yet to be normalized
+  Softmax<Config>& softmax;
+
+  __device__ __forceinline__ static TileWalk of(const Sm90PrefillParams& params, Smem<Config>& smem, const Work& work,
+                                                uint32_t unit_turn, Output& out, Softmax<Config>& softmax) {
+    const int first_row = work.item.q_tile * Shape::kBlockM + consumer_idx() * Shape::kRowsPerConsumer;
+    const int last_row = first_row + Shape::kRowsPerConsumer - 1;
+    const auto position_of_row = [&](int row) {
+      return position_of(int32_t(smem.group_size.divide(row)), work.item.qo_len, work.item.kv_len);
+    };
+    return {params,
+            smem,
+            work.item,
+            Visibility::of<Config>(params).tiles_seen_whole(position_of_row(first_row), position_of_row(last_row),
+                                                            work.item.kv_len, Shape::kBlockN),
+            depth_major_operand(smem_address(smem.q_of(unit_turn, consumer_idx()))),
+            Score<Config>::scale_log2(params),
+            out,
+            softmax};
+  }
+
+  // From the last tile to the first; kv_turn counts on.
+  __device__ __forceinline__ void run(uint32_t& kv_turn) {
+    const uint32_t turn_plus_tile = kv_turn + item.tile_end - 1;
+    Probabilities p;
+    const auto walk_down_to = [&](int end_tile, auto needs_mask) {
+      const uint32_t end_turn = turn_plus_tile + 1 - max(end_tile, item.tile_begin);
+#pragma unroll 1
+      for (; int32_t(end_turn - kv_turn) > 0; ++kv_turn) {
+        if constexpr (Shape::kOverlaps) {
+          step_overlapped(p, kv_turn, int(turn_plus_tile - kv_turn), needs_mask);
+        } else {
+          step(p, kv_turn, int(turn_plus_tile - kv_turn), needs_mask);
+        }
+      }
+    };
+    if constexpr (Shape::kOverlaps) {
+      begin_overlapped(p, kv_turn, item.tile_end - 1);
+      ++kv_turn;
+    }
+    walk_down_to(whole.end, Constant<true>{});
+    walk_down_to(whole.begin, Constant<false>{});
+    if constexpr (Config::kHasWindow) walk_down_to(0, Constant<true>{});
+    if constexpr (Shape::kOverlaps) end_overlapped(p, kv_turn - 1);
+  }
+
+  __device__ __forceinline__ void step(Probabilities& p, uint32_t turn, int tile, auto needs_mask) {
+    Scores scores;
+    smem.k_full.wait_full(turn);
+    start_scores(scores, turn);
+    wait_for_scores<0>(scores, turn);
+    float rescale[2];
+    if (needs_mask) mask_scores<Config>(scores, params, item, smem.group_size, tile);
+    if (softmax.raise_max(scores, scale_log2, rescale)) softmax.rescale_output(out, rescale);
+    smem.v_full.wait_full(turn);
+    softmax.template exponentiate<0, 2>(scores, scale_log2);
+    softmax.template pack<0, 2>(scores, p);
+    start_output<0, 2>(p, turn);
+    pin(scores);
+    softmax.template exponentiate<1, 2>(scores, scale_log2);
+    softmax.template pack<1, 2>(scores, p);
+    pin(p);
+    start_output<1, 2>(p, turn);
+    wait_for_output(turn);
+  }
+
+  // The tile's scores beside the products of the one before, whose probabilities p are.
+  __device__ __forceinline__ void step_overlapped(Probabilities& p, uint32_t turn, int tile, auto needs_mask) {
+    Scores scores;
+    smem.k_full.wait_full(turn);
+    Turns::await();
+    pin(out);
+    pin(p);
+    start_scores(scores, turn);
+    smem.v_full.wait_full(turn - 1);
+    start_output(p, turn - 1);
+    Turns::pass_on();
+    wait_for_scores<1>(scores, turn);
+    float rescale[2];
+    if (needs_mask) mask_scores<Config>(scores, params, item, smem.group_size, tile);
+    const bool is_raised = softmax.raise_max(scores, scale_log2, rescale);
+    softmax.exponentiate(scores, scale_log2);
+    pin(scores);  // not until all of it is done
+    wait_for_output(turn - 1);
+    softmax.pack(scores, p);
+    if (is_raised) softmax.rescale_output(out, rescale);
+  }
+  __device__ __forceinline__ void begin_overlapped(Probabilities& p, uint32_t turn, int tile) {
+    Scores scores;
+    smem.k_full.wait_full(turn);
+    start_scores(scores, turn);
+    wait_for_scores<0>(scores, turn);
+    float no_rescale[2];
+    mask_scores<Config>(scores, params, item, smem.group_size, tile);
+    softmax.raise_max(scores, scale_log2, no_rescale);
+    softmax.exponentiate(scores, scale_log2);
+    softmax.pack(scores, p);
+  }
+  __device__ __forceinline__ void end_overlapped(Probabilities& p, uint32_t turn) {
+    smem.v_full.wait_full(turn);
+    start_output(p, turn);
+    wait_for_output(turn);
+  }
+
+  // S = Q Kᵀ.
+  __device__ __forceinline__ void start_scores(Scores& scores, uint32_t turn) const {
+    Operand q = this->q;
+    asm volatile("" : "+r"(q.low));  // else the operands of all steps would stay in registers, tile after tile
+    const Operand k = depth_major_operand(smem_address(smem.k[turn % Shape::kNumStages]));
+    pin(scores);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Shape::kHeadDimQk / 16; ++step) {
+      const int panel = step / 4, bytes = step % 4 * 32;
+      Wgmma<T, Shape::kBlockN>::multiply(scores, q.advanced(panel * Shape::kRowsPerConsumer * kPanelBytes + bytes),
+                                         k.advanced(panel * Shape::kBlockN * kPanelBytes + bytes), step > 0);
+    }
+    wgmma_commit();
+  }
+  template <int kNumPending>
+  __device__ __forceinline__ void wait_for_scores(Scores& scores, uint32_t turn) const {
+    wgmma_wait<kNumPending>();
+    pin(scores);
+    if (elect_lane()) smem.k_empty.at(turn).arrive();
+  }
+
+  // O += P V of one of kNumParts parts of the tile's keys.
+  template <int kPart = 0, int kNumParts = 1>
+  __device__ __forceinline__ void start_output(Probabilities& p, uint32_t turn) const {
+    constexpr int kNumSteps = Shape::kBlockN / 16 / kNumParts;
+    static_assert(kNumSteps * kNumParts * 16 == Shape::kBlockN);
+    const Operand v = column_major_operand(smem_address(smem.v[turn % Shape::kNumStages]), Shape::kBlockN);
+    if constexpr (kPart == 0) {
+      pin(out);
+      pin(p);
+    }
+    wgmma_fence();
+#pragma unroll
+    for (int step = kPart * kNumSteps; step < (kPart + 1) * kNumSteps; ++step) {
+      Wgmma<T, Shape::kHeadDimVo>::accumulate(out, p + 4 * step, v.advanced(step * 16 * kPanelBytes));
+    }
+    wgmma_commit();
+  }
+  __device__ __forceinline__ void wait_for_output(uint32_t turn) const {
+    wgmma_wait<0>();
+    pin(out);
+    if (elect_lane()) smem.v_empty.at(turn).arrive();
+  }
+};
+
+}  // namespace flashinfer::sm90

@@ -1,0 +1,58 @@
+// Barriers in shared memory that threads and asynchronous copies arrive at (sm_90).
+#pragma once
+
+#include "device/cp_async.cuh"
+
+namespace flashinfer {
+
+// A phase ends when as many arrivals have come as init() said, and all bytes announced by expect_bytes(). Waiting for
+// the phase of parity 1 of a fresh barrier returns at once: "the phase before the first".
+struct Mbarrier {
+  uint64_t state;
+
+  __device__ __forceinline__ void init(int num_arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(this)), "r"(num_arrivals) : "memory");
+  }
+  __device__ __forceinline__ void arrive() {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(this)) : "memory");
+  }
+  // One arrival, and num_bytes that copies will bring.
+  __device__ __forceinline__ void arrive_expecting(int num_bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(this)), "r"(num_bytes)
+                 : "memory");
+  }
+  __device__ __forceinline__ void wait(uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred is_over;\n"
+        "again_%=:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 is_over, [%0], %1;\n"
+        "@!is_over bra again_%=;\n"
+        "}\n" ::"r"(smem_address(this)),
+        "r"(parity)
+        : "memory");
+  }
+};
+
+// Makes initialized barriers visible to asynchronous copies; other threads see them after a block barrier.
+__device__ __forceinline__ void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// A barrier for each stage of a ring. The turn-th use of the ring is that of stage turn % kNumStages.
+template <int kNumStages>
+struct MbarrierRing {
+  static_assert((kNumStages & (kNumStages - 1)) == 0);
+  Mbarrier barriers[kNumStages];
+
+  __device__ __forceinline__ void init(int num_arrivals) {
+    for (int i = 0; i < kNumStages; ++i) barriers[i].init(num_arrivals);
+  }
+  __device__ __forceinline__ Mbarrier& at(uint32_t turn) { return barriers[turn % kNumStages]; }
+  // Until the stage has been filled for this turn.
+  __device__ __forceinline__ void wait_full(uint32_t turn) { at(turn).wait(turn / kNumStages & 1); }
+  // Until the stage has been emptied of the turn before that used it, if there was one.
+  __device__ __forceinline__ void wait_empty(uint32_t turn) { at(turn).wait(~(turn / kNumStages) & 1); }
+};
+
+}  // namespace flashinfer

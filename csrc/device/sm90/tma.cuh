@@ -1,0 +1,28 @@
+// Copies of boxes of a tensor by the tensor memory accelerator (sm_90).
+#pragma once
+
+#include "device/sm90/mbarrier.cuh"
+
+namespace flashinfer {
+
+// CUtensorMap, as cuTensorMapEncodeTiled fills it in. It must be in the kernel's parameters.
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
+__device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Copies the box at these coordinates, the innermost axis first, and reports its bytes to `full`. What lies outside of
+// the tensor arrives as zeros, and counts.
+__device__ __forceinline__ void tma_load_5d(uint32_t dst_smem, const TensorMap& map, Mbarrier& full, int32_t x0,
+                                            int32_t x1, int32_t x2, int32_t x3, int32_t x4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(dst_smem),
+      "l"(&map), "r"(smem_address(&full)), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4)
+      : "memory");
+}
+
+}  // namespace flashinfer

@@ -1,0 +1,65 @@
+"""What the Hopper implementation of prefill computes, and its tile table."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from flashinfer.jit.spec import Config, Constants, KernelSpec, Launch
+
+# TMA brings boxes of a page's entries. Of a smaller page, or one that is no multiple, they would be too small: 16 bytes
+# at a time, the copies of the other kernel, are then faster (4 x 4096, page size 1: 338 TFLOP/s, gathering by one warp
+# each of K and V under this kernel 213 to 290).
+MIN_BOX_ROWS = 8
+
+
+class Tile(NamedTuple):
+    """Rows of queries, 64 a consumer warpgroup, and of KV; stages of KV, and of queries."""
+
+    block_m: int
+    block_n: int
+    num_stages: int
+    num_query_stages: int
+
+
+# By head_dim of keys and values. TFLOP/s on an H200, 32 query heads on 8 (head_dim 256: 16 on 4; 192: 128), in one run,
+# causal, 4 x 4096 / 1 x 16384.
+TILES = {
+    # 436 / 485. 192 x 128: 418 / 454; 128 x 128: 392 / 430.
+    (64, 64): Tile(192, 192, 2, 2),
+    # 561 / 619, 16 x 1024: 421. 192 x 128: 553 / 623, 399; with the consumers taking turns 561 / 645, 395. Of pages of
+    # 16, 4 x 4096: 546, 192 x 128 561. 128 x 176 and 128 x 160, in another run: 533 and 535, where this tile made 569.
+    (128, 128): Tile(128, 128, 2, 2),
+    # 538. 192 x 96: 506.
+    (192, 128): Tile(128, 128, 2, 1),
+    # 612 / 712. 128 x 64, in another run: 498, where this tile made 522.
+    (256, 256): Tile(128, 80, 2, 1),
+}
+
+
+def serves(spec: KernelSpec) -> bool:
+    arg = spec.arg
+    return (
+        arg("q_dtype") == arg("kv_dtype")
+        and (arg("head_dim_qk"), arg("head_dim_vo")) in TILES
+        and not arg("short_queries")
+        and arg("mask") != "custom"
+        and arg("pos_encoding") == "none"
+        and not arg("has_soft_cap")
+        and (arg("kv_storage") != "paged" or arg("large_pages"))
+    )
+
+
+def config(spec: KernelSpec, constants: Constants) -> Config:
+    """`constants`: what the compiler is told of the spec for every GPU."""
+    dim_qk, dim_vo = spec.arg("head_dim_qk"), spec.arg("head_dim_vo")
+    tile = TILES[dim_qk, dim_vo]
+    tile_constants: Constants = {
+        "kBlockM": tile.block_m,
+        "kBlockN": tile.block_n,
+        "kNumStages": tile.num_stages,
+        "kNumQueryStages": tile.num_query_stages,
+    }
+    # sm90::Smem: the tiles, and what is small.
+    smem_bytes = 2 * tile.num_query_stages * tile.block_m * dim_qk + 1024
+    smem_bytes += 2 * tile.num_stages * tile.block_n * (dim_qk + dim_vo)
+    return Config({**constants, **tile_constants}, Launch((tile.block_m // 64 + 1) * 128, 1, smem_bytes))

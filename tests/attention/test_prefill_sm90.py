@@ -1,0 +1,197 @@
+"""The Hopper implementation of prefill, as far as no GPU is needed: what it answers, that it compiles well, and how a
+launch of it describes K and V to TMA. What it computes, test_prefill.py compares with the oracle on a Hopper GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+
+from flashinfer.aot import config as aot_config
+from flashinfer.attention.prefill import sm90
+from flashinfer.errors import ToolchainMissing
+from flashinfer.families.attention import prefill as families
+from flashinfer.families.attention import prefill_sm90
+from flashinfer.families.attention.params import ADDRESSES
+from flashinfer.jit import driver, loader, source, toolchain
+from flashinfer.jit.spec import KernelSpec
+
+BF16: dict[str, Any] = {"q_dtype": "bf16", "kv_dtype": "bf16", "head_dim": 128, "kv_storage": "ragged"}
+HOPPER, EVERYWHERE = "attention/sm90/prefill.cuh", "attention/prefill/kernel.cuh"
+
+
+def header_of(target: str, **axes: Any) -> str:
+    return families.PREFILL.implementation(families.prefill(target, **{**BF16, **axes})).header
+
+
+# ---------------------------------------------------------------------------------------------------- what it answers
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {},
+        {"q_dtype": "fp16", "kv_dtype": "fp16"},
+        {"mask": "none"},
+        {"kv_storage": "single"},
+        {"kv_storage": "paged", "page_size": 8},
+        {"kv_storage": "paged", "page_size": 48},
+        {"head_dim": 64},
+        {"head_dim": 256},
+        {"head_dim": 192, "head_dim_vo": 128},
+        {"has_window": True},
+    ],
+)
+def test_serves(axes: dict[str, Any]) -> None:
+    assert header_of("sm_90a", **axes) == HOPPER
+    assert header_of("sm_80", **axes) == header_of("sm_100a", **axes) == EVERYWHERE
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"kv_dtype": "fp8_e4m3"},
+        {"mask": "custom"},
+        {"kv_storage": "paged", "page_size": 1},
+        {"kv_storage": "paged", "page_size": 12},
+        {"kv_storage": "paged", "page_size": 16, "short_queries": True},
+        {"head_dim": 96},
+        {"head_dim": 192},
+        {"pos_encoding": "rope"},
+        {"pos_encoding": "alibi"},
+        {"has_soft_cap": True},
+        {"short_queries": True},
+    ],
+)
+def test_leaves_to_the_other(axes: dict[str, Any]) -> None:
+    assert header_of("sm_90a", **axes) == EVERYWHERE
+
+
+def test_the_page_size_makes_no_two_kernels_where_none_minds() -> None:
+    paged: dict[str, Any] = {**BF16, "kv_storage": "paged"}
+    for target, axes in (("sm_80", {}), ("sm_90a", {"short_queries": True}), ("x86-64-v3", {})):
+        small, large = (families.prefill(target, **paged, **axes, page_size=size) for size in (1, 16))
+        assert small == large, target
+
+
+def test_core_holds_both_kernels_of_paged_kv() -> None:
+    specs = [spec for spec in aot_config.read_specs(["core"], ["sm_90a"]) if spec.family == "prefill"]
+    paged = [spec for spec in specs if spec.arg("kv_storage") == "paged" and spec.arg("head_dim_qk") == 128]
+    assert {families.PREFILL.implementation(spec).header for spec in paged} == {HOPPER, EVERYWHERE}
+
+
+# ----------------------------------------------------------------------------------------------------- that it compiles
+
+
+def compiled_specs() -> list[KernelSpec]:
+    specs = []
+    for dim_qk, dim_vo in prefill_sm90.TILES:
+        dims = {"head_dim": dim_qk, "head_dim_vo": dim_vo}
+        specs.append(families.prefill("sm_90a", **{**BF16, **dims}))
+        specs.append(families.prefill("sm_90a", **{**BF16, **dims}, mask="none", has_window=True))
+    paged = {"kv_storage": "paged", "page_size": 16}
+    specs.append(families.prefill("sm_90a", **{**BF16, "q_dtype": "fp16", "kv_dtype": "fp16", **paged}))
+    return specs
+
+
+@pytest.mark.parametrize("spec", compiled_specs(), ids=lambda spec: spec.name)
+def test_products_overlap_and_no_register_spills(spec: KernelSpec) -> None:
+    try:
+        compiled = toolchain.Nvrtc().compile(source.render(spec))
+    except ToolchainMissing as missing:
+        pytest.skip(str(missing))
+    assert " 0 bytes spill stores, 0 bytes spill loads" in compiled.log, compiled.log
+    assert "C75" not in compiled.log, compiled.log  # ptxas serializes wgmma, or ignores setmaxnreg
+
+
+# --------------------------------------------------------------------------------------------------- how it is launched
+
+
+class FakeDriver:
+    """Keeps what cuTensorMapEncodeTiled and cuLaunchKernelEx are given."""
+
+    def __init__(self, params: type[ctypes.Structure]) -> None:
+        self.params, self.maps, self.launched = params, [], []  # type: ignore[var-annotated]
+
+    def cuTensorMapEncodeTiled(  # noqa: N802
+        self, storage: Any, dtype: int, rank: int, address: Any, dims: Any, strides: Any, box: Any, *rest: Any
+    ) -> int:
+        self.maps.append((address.value, list(dims), list(strides), list(box)))
+        ctypes.memset(storage, len(self.maps), driver.TENSOR_MAP_BYTES)
+        return 0
+
+    def cuLaunchKernelEx(self, config: Any, function: Any, pointers: Any, extra: Any) -> int:  # noqa: N802
+        address = ctypes.cast(pointers, ctypes.POINTER(ctypes.c_void_p))[0]
+        assert address is not None
+        copy = ctypes.string_at(address, ctypes.sizeof(self.params))
+        self.launched.append((list(config._obj.grid), self.params.from_buffer_copy(copy)))
+        return 0
+
+
+def bind(monkeypatch: pytest.MonkeyPatch, strides: tuple[int, int, int], page_size: int = 1, **axes: Any) -> Any:
+    """(launch, fake driver) of a kernel with these strides of pages, entries and heads, in elements."""
+    found = source.render(families.prefill("sm_90a", **{**BF16, **axes, "page_size": page_size}))
+    params = found.implementation.params
+    fake = FakeDriver(params)
+    monkeypatch.setattr(driver, "library", lambda: fake)
+    monkeypatch.setattr(loader, "stream_getter", lambda: lambda device: 0)
+    launcher = loader.CudaLauncher("prefill", found.config, params, ctypes.c_void_p(1), 0, True)
+    varying = (*families.ROWS, *ADDRESSES)
+    values: dict[str, Any] = {name: 0 for name, _ in families.PrefillParams._fields_ if name not in varying}
+    values["num_kv_heads"] = 8
+    for half in "kv":
+        values |= {f"kv.{half}_{axis}_stride": stride for axis, stride in zip(("page", "entry", "head"), strides)}
+    return sm90.bind_launch(launcher, 132, values, page_size), fake
+
+
+def addresses(k: int, v: int) -> tuple[int, ...]:
+    return (1, 0, 0, 0x1000, 0x2000, 0, k, v, 5, 0, 0)
+
+
+def test_ragged_rows_are_one_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch, fake = bind(monkeypatch, (8 * 128, 0, 128))
+    launch(*addresses(1 << 40, 1 << 41))
+    block_n, row = prefill_sm90.TILES[128, 128].block_n, 8 * 128 * 2
+    unbounded = 1 << 31
+    assert fake.maps == [
+        (start - block_n * row, [128, block_n, 8, 1, unbounded], [row, 256, 16, row], [64, block_n, 1, 1, 1])
+        for start in (1 << 40, 1 << 41)
+    ]
+    grid, params = fake.launched[0]
+    assert grid == [132, 1, 1]
+    assert (params.box_rows, bytes(params.k_map), bytes(params.v_map)) == (block_n, b"\1" * 128, b"\2" * 128)
+    assert (params.q, params.out, getattr(params, "kv.k"), getattr(params, "kv.index.indptr")) == (
+        0x1000, 0x2000, 1 << 40, 5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("page_size", "box_rows"), [(8, 8), (16, 16), (48, 16), (128, 128), (256, 128)])
+def test_a_box_is_within_a_page_and_divides_a_tile(
+    monkeypatch: pytest.MonkeyPatch, page_size: int, box_rows: int
+) -> None:
+    entry = 8 * 128
+    launch, fake = bind(monkeypatch, (page_size * entry, entry, 128), page_size, kv_storage="paged")
+    launch(*addresses(1 << 40, 1 << 41))
+    start, dims, strides, box = fake.maps[0]
+    assert start == (1 << 40) - box_rows * entry * 2
+    assert (dims[:3], box) == ([128, box_rows, 8], [64, box_rows, 1, 1, 1])
+    assert strides == [entry * 2, 256, page_size * entry * 2, entry * 2]
+    assert fake.launched[0][1].box_rows == box_rows
+
+
+def test_an_address_is_described_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch, fake = bind(monkeypatch, (8 * 128, 0, 128))
+    for k, v in ((1 << 40, 1 << 41), (1 << 40, 1 << 42), (1 << 40, 1 << 41)):
+        launch(*addresses(k, v))
+    assert len(fake.maps) == 3
+    assert [bytes(params.v_map)[0] for _, params in fake.launched] == [2, 3, 2]
+
+
+def test_of_an_empty_tensor_and_of_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No address to speak of, and strides that no multiple of 16 bytes need be where an axis has one element."""
+    launch, fake = bind(monkeypatch, (3, 0, 5), head_dim=64)
+    launch(*addresses(0, 0))
+    for start, _, strides, _ in fake.maps:
+        assert start > 0 and start % 16 == 0
+        assert all(stride % 16 == 0 for stride in strides)
