@@ -110,7 +110,8 @@ __device__ __forceinline__ int64_t rotary_position(const Rotation& rotation, con
     const int batch_idx = find_segment(indptr, setup.batch_size, token_idx);
     if (batch_idx == setup.batch_size) return 0;  // padding past the last request
     const int64_t row = int64_t(token_idx) - indptr[batch_idx];
-    return row < 0 ? 0 : static_cast<const Index*>(rotation.offsets)[batch_idx] + row;  // or before the first
+    if (row < 0) return 0;  // or before the first
+    return int64_t(uint64_t(static_cast<const Index*>(rotation.offsets)[batch_idx]) + uint64_t(row));
   } else {
     return static_cast<const Index*>(rotation.positions)[token_idx];
   }

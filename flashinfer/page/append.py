@@ -99,6 +99,7 @@ def _prepare_paged(
     pdl: Optional[bool],
 ) -> _Append:
     op = "append_paged_kv_cache"
+    checks.require_flag(op, "enable_pdl", pdl)
     checks.require_tensors(op, append_key=rows[0], append_value=rows[1])
     for name, tensor in zip(("append_key", "append_value"), rows):
         checks.require(

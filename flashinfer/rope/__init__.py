@@ -221,7 +221,7 @@ def apply_rope_with_cos_sin_cache(
     Raises: as `apply_rope`.
     """
     op = "apply_rope_with_cos_sin_cache"
-    rotation = _by_table(op, positions, cos_sin_cache, is_neox)
+    rotation = _by_table(op, positions, head_size, cos_sin_cache, is_neox)
     return launch.rope(op, query, key, rotation, head_size)
 
 
@@ -235,13 +235,13 @@ def apply_rope_with_cos_sin_cache_inplace(
 ) -> None:
     """`apply_rope_with_cos_sin_cache`, in place."""
     op = "apply_rope_with_cos_sin_cache_inplace"
-    rotation = _by_table(op, positions, cos_sin_cache, is_neox)
+    rotation = _by_table(op, positions, head_size, cos_sin_cache, is_neox)
     launch.rope_inplace(op, query, key, rotation, head_size)
 
 
-def _by_table(op: str, positions: torch.Tensor, cos_sin_cache: torch.Tensor, is_neox: bool) -> Rotation:
-    if cos_sin_cache is None:  # which would mean frequencies
-        raise TypeError(f"{op}: cos_sin_cache is None; expected a tensor [max_position, rotary_dim]")
+def _by_table(op: str, positions: torch.Tensor, head_size: int, cos_sin_cache: torch.Tensor, is_neox: bool) -> Rotation:
+    if cos_sin_cache is None or head_size is None:  # which further down mean frequencies, and heads on an axis
+        raise TypeError(f"{op}: head_size is {head_size}, cos_sin_cache {type(cos_sin_cache).__name__}; expected both")
     return Rotation(None, not checks.boolean(op, "is_neox", is_neox), positions, None, None, cos_sin_cache)
 
 

@@ -127,6 +127,7 @@ def _prepare_append(
     pdl: Optional[bool],
 ) -> _Append:
     op = "rope_append_paged_kv_cache"
+    checks.require_flag(op, "enable_pdl", pdl)
     q, k, v, q_out = heads
     checks.require_tensors(op, q=q, k=k, v=v)
     new_q_out = memo.allocator(q.shape, q.dtype, q.device)

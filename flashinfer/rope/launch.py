@@ -222,6 +222,7 @@ def _prepare_qk_norm(
     pdl: Optional[bool],
 ) -> _QkNorm:
     op = _QK_NORM
+    checks.require_flag(op, "enable_pdl", pdl)
     q_weight, k_weight = weights
     checks.require_tensors(op, qkv=qkv, q_weight=q_weight, k_weight=k_weight)
     head_dim = q_weight.shape[-1] if q_weight.dim() == 1 else 0

@@ -160,6 +160,7 @@ SCALARS: list[tuple[tuple[str, ...], str, str, tuple[object, ...]]] = [
     ((NORM,), "eps", "eps is", (NAN, INF, "1e-6", None, 1e39, 1j)),
     ((NORM,), "weight_bias", "weight_bias is", (NAN, -INF, "1", -1e300)),
     ((FP8,), "k_scale", "k_scale is", (NAN, INF, "0.5", 1j, 1e39, 10**400, [0.5])),
+    ((APPEND, FP8, FUSED, NORM), "enable_pdl", "enable_pdl is", (2, "none", 0.5)),
     ((APPEND, FUSED), "kv_layout", "expected 'NHD' or 'HND'", ("nhd", "", None, 0, ["NHD"])),
     ((POSITIONS,), "nnz", "nnz is", (-1, 2**31, "5", 5.5, None)),
     ((LENS,), "page_size", "page_size is", (0, -4, 2**31, "4", 4.5, None)),

@@ -11,8 +11,10 @@ void seq_lens(const SeqLensParams& params) {
   const Index* page_indptr = static_cast<const Index*>(params.page_indptr);
   const Index* last_page_len = static_cast<const Index*>(params.last_page_len);
   for (int i = 0; i < params.batch_size; ++i) {
-    const int64_t num_pages = int64_t(page_indptr[i + 1]) - page_indptr[i];
-    params.seq_lens[i] = num_pages > 0 ? int32_t((num_pages - 1) * params.page_size + last_page_len[i]) : 0;
+    // Unsigned, where lengths that no request has wrap.
+    const uint64_t num_pages = uint64_t(page_indptr[i + 1]) - uint64_t(page_indptr[i]);
+    const uint64_t length = (num_pages - 1) * uint64_t(params.page_size) + uint64_t(last_page_len[i]);
+    params.seq_lens[i] = int64_t(num_pages) > 0 ? int32_t(length) : 0;
   }
 }
 

@@ -18,7 +18,7 @@ void token_positions(const TokenPositionsParams& params) {
     const int64_t begin = std::max<int64_t>(append_indptr[batch_idx], 0), end = append_indptr[batch_idx + 1];
     for (int64_t i = begin; i < std::min<int64_t>(end, params.num_tokens); ++i) {
       params.batch_indices[i] = batch_idx;
-      params.positions[i] = int32_t(seq_lens[batch_idx] - end + i);
+      params.positions[i] = int32_t(uint64_t(seq_lens[batch_idx]) - uint64_t(end) + uint64_t(i));
     }
   }
 }

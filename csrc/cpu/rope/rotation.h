@@ -17,7 +17,8 @@ int64_t rotary_position(const Rotation& rotation, const RotationSetup& setup, in
     const Index* indptr = static_cast<const Index*>(rotation.indptr);
     const int64_t batch_idx = std::upper_bound(indptr, indptr + setup.batch_size + 1, Index(token_idx)) - indptr - 1;
     if (batch_idx < 0 || batch_idx >= setup.batch_size) return 0;  // padding before the first request or past the last
-    return int64_t(static_cast<const Index*>(rotation.offsets)[batch_idx]) + token_idx - indptr[batch_idx];
+    const int64_t offset = static_cast<const Index*>(rotation.offsets)[batch_idx];
+    return int64_t(uint64_t(offset) + uint64_t(token_idx) - uint64_t(indptr[batch_idx]));
   } else {
     return static_cast<const Index*>(rotation.positions)[token_idx];
   }
