@@ -1,4 +1,4 @@
-"""Sets that several files of tests start from, each compiled once. Tests change copies of them."""
+"""Sets that several files of tests start from, each compiled once for all workers. Tests change copies of them."""
 
 from __future__ import annotations
 
@@ -7,31 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.aot.kit import HOST, OTHER, build_set, copy_set, has_nvrtc, rmsnorm_rows, write_config
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under pytest-xdist's `--dist loadgroup`, one process runs the tests of a file that share sets or environments."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if item.path.parent == Path(__file__).parent and item.path.stem != "test_core_kernels":
-                item.add_marker(pytest.mark.xdist_group(item.path.stem))
+from tests.aot.kit import HOST, OTHER, build_set, copy_set, has_nvrtc, made_once, rmsnorm_rows, write_config
 
 
 @pytest.fixture(scope="session")
 def wide_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """rmsnorm of hidden_size 64 and 128 for this machine's CPU and another level: four kernels. Its config.toml lies
     beside it."""
-    folder = tmp_path_factory.mktemp("wide")
-    report = build_set(write_config(folder, rmsnorm_rows(64, 128)), folder / "set", HOST, OTHER)
-    assert report.num_compiled == 4 and not report.failures
-    return folder / "set"
+
+    def make(folder: Path) -> None:
+        report = build_set(write_config(folder, rmsnorm_rows(64, 128)), folder / "set", HOST, OTHER)
+        assert report.num_compiled == 4 and not report.failures
+
+    return made_once(tmp_path_factory, "wide", make) / "set"
 
 
 @pytest.fixture(scope="session")
 def host_set(wide_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The two for this machine's CPU."""
-    return _part(wide_set, tmp_path_factory.mktemp("host"), HOST)
+    return made_once(tmp_path_factory, "host", lambda folder: _part(wide_set, folder, HOST)) / "set"
 
 
 @pytest.fixture
@@ -49,23 +43,24 @@ def cubins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """rmsnorm of hidden_size 64 for a GPU of each kind and this machine's CPU."""
     if not has_nvrtc():
         pytest.skip("needs NVRTC")
-    folder = tmp_path_factory.mktemp("cubins")
-    build_set(write_config(folder, rmsnorm_rows(64)), folder / "set", "sm_80", "sm_90a", "sm_100a", "sm_120a", HOST)
-    return folder / "set"
+
+    def make(folder: Path) -> None:
+        names = ("sm_80", "sm_90a", "sm_100a", "sm_120a", HOST)
+        assert build_set(write_config(folder, rmsnorm_rows(64)), folder / "set", *names).num_compiled == len(names)
+
+    return made_once(tmp_path_factory, "cubins", make) / "set"
 
 
 @pytest.fixture(scope="session")
 def cuda_set(cubins: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Those for sm_80 and sm_90a."""
-    return _part(cubins, tmp_path_factory.mktemp("cuda"), "sm_80", "sm_90a")
+    return made_once(tmp_path_factory, "cuda", lambda folder: _part(cubins, folder, "sm_80", "sm_90a")) / "set"
 
 
-def _part(whole: Path, folder: Path, *target_names: str) -> Path:
-    part = copy_set(whole, folder / "set")
-    report = build_set(whole.parent / "config.toml", part, *target_names, exact=True)
+def _part(whole: Path, folder: Path, *target_names: str) -> None:
+    config = write_config(folder, (whole.parent / "config.toml").read_text())
+    report = build_set(config, copy_set(whole, folder / "set"), *target_names, exact=True)
     assert report.num_compiled == 0 and report.removed
-    (folder / "config.toml").write_text((whole.parent / "config.toml").read_text())
-    return part
 
 
 @pytest.fixture

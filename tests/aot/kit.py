@@ -7,9 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import filelock
+import pytest
 
 from flashinfer import target
 from flashinfer.aot import build, verify
@@ -27,6 +30,18 @@ OTHER = next(
 )
 BOTH = {(64, HOST), (128, HOST)}  # what the set `host_set` holds, as `kernels_of` says it
 CUDA_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills once for all workers of a run; to be read, not changed."""
+    own = factory.getbasetemp()  # of a worker: a folder in that of the run
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / f"aot-{name}"
+    with filelock.FileLock(f"{folder}.lock"):
+        if not (folder / "whole").exists():
+            folder.mkdir()  # fails where making it has failed before
+            make(folder)
+            (folder / "whole").touch()
+    return folder
 
 
 def rmsnorm_rows(*hidden_sizes: int, vec_size: int = 4) -> str:

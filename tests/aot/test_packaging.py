@@ -31,6 +31,7 @@ from tests.aot.kit import (
     change_registry,
     copy_set,
     kernels_of,
+    made_once,
     registry_of,
     rmsnorm_rows,
     tree,
@@ -57,6 +58,10 @@ def wheel_of(project: Path, folder: Path, **variables: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     environment = {name: str(value) for name, value in variables.items()}
     pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, project, environment=environment)
+    return only_wheel(folder)
+
+
+def only_wheel(folder: Path) -> Path:
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -87,20 +92,26 @@ def metadata_of(wheel: Path) -> Message:
         return BytesHeaderParser().parsebytes(file.read(name))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def front_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return wheel_of(ROOT, tmp_path_factory.mktemp("front"))
+    return only_wheel(made_once(tmp_path_factory, "front_wheel", lambda folder: wheel_of(ROOT, folder)))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def host_wheel(host_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return wheel_of(ROOT / "flashinfer_aot", tmp_path_factory.mktemp("host_wheel"), FLASHINFER_AOT_SET=host_set)
+    def make(folder: Path) -> None:
+        wheel_of(ROOT / "flashinfer_aot", folder, FLASHINFER_AOT_SET=host_set)
+
+    return only_wheel(made_once(tmp_path_factory, "host_wheel", make))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cuda_wheel(cuda_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    variables = {"FLASHINFER_AOT_SET": cuda_set, "FLASHINFER_AOT_LOCAL_VERSION": "auto"}
-    return wheel_of(ROOT / "flashinfer_aot", tmp_path_factory.mktemp("cuda_wheel"), **variables)
+    def make(folder: Path) -> None:
+        variables = {"FLASHINFER_AOT_SET": cuda_set, "FLASHINFER_AOT_LOCAL_VERSION": "auto"}
+        wheel_of(ROOT / "flashinfer_aot", folder, **variables)
+
+    return only_wheel(made_once(tmp_path_factory, "cuda_wheel", make))
 
 
 # --------------------------------------------------------------------------------------------------------- flashinfer
@@ -178,23 +189,25 @@ def test_packing_refuses_what_the_registry_does_not_describe(
 
 
 @pytest.mark.parametrize("hook", ["build_wheel", "build_sdist"])
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"kernels": []}, "holds no kernel; a wheel of it would only hide that"),
-        ({"kernels": None}, "is not the registry of a set"),
-        ({"format": 2}, "is not the registry of a set"),
-        ({"version": None}, "is not the registry of a set"),
-    ],
-)
-def test_packing_refuses_an_empty_set(
-    hook: str, change: dict[str, Any], message: str, host_copy: Path, tmp_path: Path
-) -> None:
-    change_registry(host_copy, **change)
+def test_packing_refuses_an_empty_set(hook: str, host_copy: Path, tmp_path: Path) -> None:
+    change_registry(host_copy, kernels=[])
     with pytest.raises(subprocess.CalledProcessError) as caught:
         built_by_hook(hook, ROOT / "flashinfer_aot", tmp_path / "made", FLASHINFER_AOT_SET=host_copy)
-    assert message in caught.value.stderr
+    assert "holds no kernel; a wheel of it would only hide that" in caught.value.stderr
     assert not list((tmp_path / "made").iterdir())
+
+
+@pytest.mark.parametrize("change", [{"kernels": None}, {"kernels": [5]}, {"format": 2}, {"version": None}])
+def test_packing_refuses_what_is_no_registry(
+    change: dict[str, Any], host_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHINFER_AOT_SET", str(host_copy))
+    change_registry(host_copy, **change)
+    with pytest.raises(ValueError, match="is not the registry of a set; delete it and run"):
+        hooks().version()
+    (host_copy / "registry.json").write_text("{")
+    with pytest.raises(ValueError, match="is not the registry of a set"):
+        hooks().version()
 
 
 def test_packing_refuses_a_set_of_another_version(
@@ -236,15 +249,17 @@ def stand_in(project: str, folder: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def index(front_wheel: Path, host_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An index of both distributions and of stand-ins for everything they need."""
-    folder = tmp_path_factory.mktemp("index")
-    names = [re.match(r"[\w-]+", text) for text in metadata_of(front_wheel).get_all("Requires-Dist", [])]
-    others = {match[0] for match in names if match} - {"flashinfer-aot"}
-    wheels = [front_wheel, host_wheel, *(stand_in(name, folder) for name in sorted(others))]
-    build_index(*wheels, out=folder / "out")
-    return folder / "out"
+
+    def make(folder: Path) -> None:
+        names = [re.match(r"[\w-]+", text) for text in metadata_of(front_wheel).get_all("Requires-Dist", [])]
+        others = {match[0] for match in names if match} - {"flashinfer-aot"}
+        stand_ins = [stand_in(name, folder) for name in sorted(others)]
+        build_index(front_wheel, host_wheel, *stand_ins, out=folder / "out")
+
+    return made_once(tmp_path_factory, "index", make) / "out"
 
 
 def build_index(*files: Path, out: Path) -> str:
@@ -256,11 +271,17 @@ class Environment:
     """A virtual environment without pip."""
 
     def __init__(self, folder: Path) -> None:
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=60)
         self.python = folder / "bin" / "python"
-        self.site = next((folder / "lib").glob("python*/site-packages"))
-        # What the outer environment has, torch above all, but nothing of ours that may be installed there.
         self.borrowed = folder / "borrowed"
+
+    @property
+    def site(self) -> Path:
+        return next((self.borrowed.parent / "lib").glob("python*/site-packages"))
+
+    def make(self) -> None:
+        folder = self.borrowed.parent
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=60)
+        # What the outer environment has, torch above all, but nothing of ours that may be installed there.
         self.borrowed.mkdir()
         for entry in Path(sysconfig.get_path("purelib")).iterdir():
             if "flashinfer" not in entry.name:
@@ -286,12 +307,16 @@ class Environment:
         return done.stdout
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def installed(index: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
     """After `pip install "flashinfer[aot]"` from the index."""
-    environment = Environment(tmp_path_factory.mktemp("installed") / "venv")
-    environment.install("flashinfer[aot]", "--index-url", (index / "simple").as_uri())
-    return environment
+
+    def make(folder: Path) -> None:
+        environment = Environment(folder / "venv")
+        environment.make()
+        environment.install("flashinfer[aot]", "--index-url", (index / "simple").as_uri())
+
+    return Environment(made_once(tmp_path_factory, "installed", make) / "venv")
 
 
 USE = """
@@ -323,9 +348,9 @@ def test_installed_package_compiles_and_builds(installed: Environment, tmp_path:
     assert "decode" in installed.run("-m", "flashinfer", "aot", "build", *dry, cwd=tmp_path)
 
 
-def test_adding_to_the_installed_companion_keeps_it(installed: Environment, tmp_path: Path) -> None:
+def test_adding_to_an_installed_companion_keeps_it(installed: Environment, tmp_path: Path) -> None:
     """It came without notes of its build; what was installed is there afterwards, file by file."""
-    companion = installed.site / "flashinfer_aot"
+    companion = copy_set(installed.site / "flashinfer_aot", tmp_path / "companion")
     before = tree(companion)
     options = ["--config", write_config(tmp_path, rmsnorm_rows(192)), "--target", HOST, "--out", companion]
     assert "2 others kept" in installed.run("-m", "flashinfer", "aot", "build", *options, cwd=tmp_path)
@@ -340,6 +365,7 @@ def test_editable_installs(tmp_path: Path) -> None:
     """Everything is used where it lies. The companion needs no set yet: it is found once it is built."""
     pytest.importorskip("editables", reason="building editable wheels offline needs editables (extra test)")
     environment = Environment(tmp_path / "venv")
+    environment.make()
     projects = (ROOT, ROOT / "flashinfer_aot")
     wheels = [built_by_hook("build_editable", project, tmp_path / project.name) for project in projects]
     environment.install("--no-deps", *wheels)
