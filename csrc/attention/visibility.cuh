@@ -55,7 +55,10 @@ struct Visibility {
   FLASHINFER_FN Range keys_of(int32_t position, int32_t kv_len) const {
     Range keys{0, kv_len};
     if (mask == kMaskCausal) keys.end = position + 1 < kv_len ? position + 1 : kv_len;
-    if (has_window) keys.begin = position > window_left ? position - window_left : 0;
+    if (has_window) {  // in an order that cannot overflow: positions may be negative, and the window as wide as int32
+      const int32_t hidden = (position > 0 ? position : 0) - window_left;
+      keys.begin = hidden > 0 ? hidden : 0;
+    }
     return keys;
   }
   // Whether ranges of keys begin past zero.
