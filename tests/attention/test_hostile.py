@@ -332,7 +332,7 @@ def test_arguments_that_are_no_tensors(which: str, value: Any, kind: str) -> Non
     pair = [*batch.kv] if kind == "ragged" else [*batch.kv.unbind(1)]
     given = {"q": batch.q, "k": pair[0], "v": pair[1], "out": None, which: value}
     with pytest.raises(TypeError, match=f"{which} is {type(value).__name__}; expected a tensor"):
-        _run(batch, given)  # type: ignore[arg-type]
+        _run(batch, given)
     if kind != "ragged":
         for cache in (value, (), (pair[0],), (*pair, pair[0])):
             with pytest.raises((TypeError, ValueError), match="expected"):

@@ -36,6 +36,7 @@ struct Scheduler {
         order.find(unit, item_idx, kv_head_idx);
         work.kv_head_idx = kv_head_idx;
         work.item = is_planned() ? params.items[item_idx] : item_of_single(num_items - 1 - item_idx);
+        work.item.confine_to(params.num_tokens);
       }
       smem.work_full.at(turn).arrive();
       if (unit >= num_units) break;

@@ -53,7 +53,7 @@ class Sm90PrefillParams(ctypes.Structure):
         ("v_map", ctypes.c_uint8 * 128),
         *PrefillParams._fields_,
         ("box_rows", I32),
-        ("reserved", ctypes.c_uint8 * 40),
+        ("reserved", ctypes.c_uint8 * 36),
     ]
 
 
