@@ -109,7 +109,9 @@ def determine_attention_backend(
     head_dim_qk: Optional[int] = None,
     head_dim_vo: Optional[int] = None,
 ) -> str:
-    """`"fa2"` on every device, which wrappers of backend "auto" call themselves too: there is no Hopper kernel."""
+    """`"fa2"` on every device, which wrappers of backend "auto" call themselves too. Engines read it as a way of
+    calling, and there is one; which kernel answers, on Hopper one of its own, the shapes decide (`flashinfer resolve`).
+    """
     return "fa2"
 
 

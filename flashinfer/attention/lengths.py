@@ -15,6 +15,7 @@ import torch
 from flashinfer.host import indices
 from flashinfer.host.checks import require
 
+_DENSE = (1,)  # the strides of one dimension without gaps
 _STAGED_ALIGNMENT = 4  # int32 entries: every staged tensor starts at a multiple of 16 bytes
 
 
@@ -37,20 +38,28 @@ class Lengths:
         "row_addresses",
     )  # fmt: skip
 
-    def __init__(self, held: Mapping[str, torch.Tensor], known: tuple[int, int]) -> None:
-        """held: the tensors by name; known: as `check` returns it."""
-        self.qo_indptr, self.kv_indptr = held.get("qo_indptr"), held["kv_indptr"]
-        self.kv_indices, self.last_page_len = held.get("kv_indices"), held.get("last_page_len")
+    def __init__(
+        self,
+        known: tuple[int, int],
+        qo_indptr: Optional[torch.Tensor],
+        kv_indptr: torch.Tensor,
+        kv_indices: Optional[torch.Tensor] = None,
+        last_page_len: Optional[torch.Tensor] = None,
+    ) -> None:
+        """known: as `check` returns it."""
+        self.qo_indptr, self.kv_indptr, self.kv_indices, self.last_page_len = (
+            qo_indptr, kv_indptr, kv_indices, last_page_len,
+        )  # fmt: skip
         self.mask: Optional[torch.Tensor] = None
         self.mask_indptr: Optional[torch.Tensor] = None
         self.num_tokens, self.num_kv_rows = known  # that q, and the KV in rows or pages, must have; -1 where unknown
         # In the order of KvIndex and of PrefillRows; the latter is empty for decode, whose request i is token i.
         self.kv_addresses = (
-            self.kv_indptr.data_ptr(),
-            0 if self.last_page_len is None else self.last_page_len.data_ptr(),
-            0 if self.kv_indices is None else self.kv_indices.data_ptr(),
+            kv_indptr.data_ptr(),
+            0 if last_page_len is None else last_page_len.data_ptr(),
+            0 if kv_indices is None else kv_indices.data_ptr(),
         )
-        self.row_addresses: tuple[int, ...] = () if self.qo_indptr is None else (self.qo_indptr.data_ptr(), 0, 0)
+        self.row_addresses: tuple[int, ...] = () if qo_indptr is None else (qo_indptr.data_ptr(), 0, 0)
 
     def kv_lens(self, page_size: int) -> torch.Tensor:
         """int32 `[batch_size]`, where the index tensors are."""
@@ -195,8 +204,7 @@ def are_in_place(given: Sequence[object], device: torch.device) -> bool:
             isinstance(tensor, torch.Tensor)
             and tensor.dtype is torch.int32
             and tensor.device == device
-            and tensor.dim() == 1
-            and tensor.is_contiguous()
+            and tensor.stride() == _DENSE
         ):
             return False
     return True

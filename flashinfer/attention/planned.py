@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional, Union
 
 import torch
@@ -31,6 +31,8 @@ Masks = tuple[Optional[torch.Tensor], Optional[torch.Tensor]]  # custom_mask, pa
 
 _MASK_ROLES = ("mask", "mask_indptr")
 _UNKNOWN = (-1, -1)
+# Entries that an index tensor has beyond one for each request.
+_EXTRA_ENTRIES = {"qo_indptr": 1, "kv_indptr": 1, "kv_indices": None, "last_page_len": 0}
 
 
 class PlannedAttention(Uncopyable, EngineNames):
@@ -60,6 +62,9 @@ class PlannedAttention(Uncopyable, EngineNames):
         workspace.require_workspace(op, float_workspace_buffer)
         super().__init__(backend)
         self.device = float_workspace_buffer.device
+        self._extra_entries = tuple(_EXTRA_ENTRIES[role] for role in self._roles)
+        self._sizing = -1 if self._roles[-1] == "last_page_len" else 0  # the tensor that fixes the batch size
+        self._may_see_indices = indices.may_be_visible(float_workspace_buffer)
         self._kv_layout = kv_layout
         self._use_cuda_graph = use_cuda_graph
         self._fixed: Optional[FixedBuffers] = None
@@ -75,6 +80,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         self._extent: Optional[Extent] = None  # of the schedule on the device
         self._is_settled = False  # a kernel was launched since the planner
         self._last_run: Optional[BoundRun] = None
+        self._followed: Optional[BoundRun] = None  # the last run, unless there was a plan since
         self._seen: Optional[Extent] = None  # under use_cuda_graph: what the runs so far needed
         self._handle = next(_handles)  # names the wrapper in a compiled graph
         _wrappers[self._handle] = self
@@ -105,23 +111,25 @@ class PlannedAttention(Uncopyable, EngineNames):
         """Of index tensors whose shapes agree."""
         op, names = self._op_name, self._index_names
         try:
-            sizes = [tensor.shape[0] for tensor in given]
-        except (AttributeError, IndexError):
+            sizes = [tensor.numel() for tensor in given]  # of one dimension: `check` sees to that
+        except AttributeError:
             lengths.check(op, names, given, 1)  # says which
             raise
-        batch_size = sizes[-1] if self._roles[-1] == "last_page_len" else sizes[0] - 1
-        for name, role, size in zip(names, self._roles, sizes):
-            if role != "kv_indices" and size != batch_size + (role != "last_page_len"):
+        extras = self._extra_entries
+        batch_size = sizes[self._sizing] - (extras[self._sizing] or 0)
+        for name, size, extra in zip(names, sizes, extras):
+            if extra is not None and size != batch_size + extra:
                 raise ValueError(
-                    f"{op}: {name} has shape [{size}], "
-                    + (
-                        f"{names[-1]} is for {batch_size} requests; expected [{batch_size + 1}]"
-                        if self._roles[-1] == "last_page_len"
-                        else f"{names[0]} is for {batch_size} requests; expected [{batch_size + 1}]"
-                    )
+                    f"{op}: {name} has shape [{size}], {names[self._sizing]} is for {batch_size} requests; "
+                    f"expected [{batch_size + extra}]"
                 )
-        checks.require(batch_size >= 0, op, f"{names[0]} is empty; expected [batch_size + 1] offsets")
+        if batch_size < 0:
+            raise ValueError(f"{op}: {names[0]} is empty; expected [batch_size + 1] offsets")
         return batch_size
+
+    def _found(self, held: Sequence[torch.Tensor], known: tuple[int, int]) -> Lengths:
+        """What `_roles` lists, as kernels read it."""
+        return Lengths(known, *held) if self._roles[0] == "qo_indptr" else Lengths(known, None, *held)
 
     def _settle(
         self, plan: Plan, given: tuple[torch.Tensor, ...], num_tokens: int = -1, masks: Optional[Masks] = None
@@ -131,7 +139,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         num_tokens: of all requests, -1 where the host does not know. masks: of a plan with a custom mask.
         """
         op, names, device, page_size = self._op_name, self._index_names, self.device, plan.shape.page_size
-        if lengths.are_in_place(given, device) and not indices.are_visible(given[0]):
+        if not (self._may_see_indices and self._sees_indices()) and lengths.are_in_place(given, device):
             known, held = _UNKNOWN, given
         else:
             known = lengths.check(op, names, given, page_size)
@@ -139,20 +147,21 @@ class PlannedAttention(Uncopyable, EngineNames):
         extent = self._choose(plan, known[0] if num_tokens < 0 else num_tokens)
         if self._fixed is not None:
             self._fixed.require_room(names, held)
-        found = Lengths(dict(zip(self._roles, held)), known)
+        found = self._found(held, known)
         if masks is not None:
             buffers = (self._buffers["mask"], self._buffers["mask_indptr"]) if self._use_cuda_graph else None
             on_host = None
             if device.type != "cpu" and all(tensor.is_cpu for tensor in given):
-                on_host = given[0], Lengths(dict(zip(self._roles, given)), known).kv_lens(page_size)
+                on_host = given[0], self._found(given, known).kv_lens(page_size)
             taken = take_mask(op, device, *masks, held[0], found.kv_lens(page_size), buffers, on_host)
             found.take_mask(op, *taken, page_size)
         if self._fixed is not None:
-            found = Lengths(dict(zip(self._roles, self._fixed.fill(held))), known).like(found)
+            found = self._found(self._fixed.fill(held), known).like(found)
         elif self._buffers:
             self._buffers.clear()  # what an engine assigned since the last plan
         plan.launch_planner(extent, found)
-        self._plan, self._lengths, self._extent, self._is_settled = plan, found, extent, False
+        self._plan, self._lengths = plan, found
+        self._note_planner(extent)
 
     def _settled(self) -> tuple[Optional[Plan], Optional[Lengths], Optional[Extent]]:
         """What `_resettle` goes back to."""
@@ -161,7 +170,8 @@ class PlannedAttention(Uncopyable, EngineNames):
     def _resettle(self, plan: Optional[Plan], found: Optional[Lengths], extent: Optional[Extent]) -> None:
         """Go back to an earlier plan, whose schedule has been overwritten. Not under use_cuda_graph: buffers that have
         been filled since are the caller's."""
-        self._plan, self._lengths, self._extent, self._is_settled = plan, found, extent, False
+        self._plan, self._lengths = plan, found
+        self._note_planner(extent)
         if plan is not None and found is not None:
             plan.launch_planner(extent, found)
 
@@ -170,15 +180,22 @@ class PlannedAttention(Uncopyable, EngineNames):
         plan, op, names = self._plan, self._op_name, self._index_names
         assert plan is not None
         held, known = tuple(self._buffer(role) for role in self._roles), _UNKNOWN
-        if not lengths.are_in_place(held, self.device) or indices.are_visible(held[0]):
+        if self._sees_indices() or not lengths.are_in_place(held, self.device):
             known = lengths.check(op, names, held, plan.shape.page_size)
             held = lengths.take(op, names, held, self.device)
         extent = self._choose(plan, known[0])
-        found = Lengths(dict(zip(self._roles, held)), known)
+        found = self._found(held, known)
         if plan.mask == "custom":
             found.take_mask(op, self._buffer("mask"), self._buffer("mask_indptr"), plan.shape.page_size)
         plan.launch_planner(extent, found)
-        self._lengths, self._extent, self._is_settled = found, extent, False
+        self._lengths = found
+        self._note_planner(extent)
+
+    def _sees_indices(self) -> bool:
+        return indices.are_visible(self._float_workspace_buffer)
+
+    def _note_planner(self, extent: Optional[Extent]) -> None:
+        self._extent, self._is_settled, self._followed = extent, False, None
 
     def _choose(self, plan: Plan, num_tokens: int) -> Extent:
         """What to plan for: what the options ask for, and under use_cuda_graph what any run so far did, as a captured
@@ -235,15 +252,13 @@ class PlannedAttention(Uncopyable, EngineNames):
             raise self._not_tensors(q, kv, out, lse, scales, overrides) from None
         if run is None:
             run = plan.runs.remember(key, self._bind(plan, Call(q, kv, out, lse, scales, pdl, overrides)))
-        if found.num_tokens > run.num_tokens or found.num_kv_rows > run.num_kv_rows:
-            raise found.out_of_reach(self._op_name, run.num_tokens, run.num_kv_rows)
+        if run is not self._followed:
+            self._follow(plan, found, run)
         if out is None:
             out = run.new_out()
         if return_lse and lse is None:
             lse = run.new_lse()
         if not run.is_empty:
-            if run.extent is not self._extent or run is not self._last_run:
-                self._follow(plan, found, run)
             launch = run.settled_launch if self._is_settled else run.launch
             launch(
                 *found.row_addresses, q_ptr, out.data_ptr(), 0 if lse is None else lse.data_ptr(), k_ptr,
@@ -255,16 +270,18 @@ class PlannedAttention(Uncopyable, EngineNames):
     def _follow(self, plan: Plan, found: Lengths, run: BoundRun) -> None:
         """The first run since the planner, or another than the last: options given at run time may see other keys than
         planned. Then plan again, also without waiting."""
+        if found.num_tokens > run.num_tokens or found.num_kv_rows > run.num_kv_rows:
+            raise found.out_of_reach(self._op_name, run.num_tokens, run.num_kv_rows)
+        if run.is_empty:
+            return
         extent, seen = self._extent, self._seen
         assert extent is not None
-        if run.extent == extent:
-            self._extent = run.extent
-        elif not extent.suits(run.extent, self._use_cuda_graph):
+        if not extent.suits(run.extent, self._use_cuda_graph):
             plan.launch_planner(run.extent, found)
             self._extent, self._is_settled = run.extent, False
         if self._use_cuda_graph and (seen is None or not seen.covers(run.extent)):
             self._seen = run.extent if seen is None else seen.joined(run.extent)
-        self._last_run = run
+        self._last_run = self._followed = run
 
     def _bind(self, plan: Plan, call: Call) -> BoundRun:
         return plan.bind(call, short_queries=False)

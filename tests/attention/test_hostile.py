@@ -429,11 +429,11 @@ def test_a_compiled_run_before_plan_raises_as_an_eager_one(kind: str) -> None:
 def test_indices_on_a_gpu_are_checked_on_request(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from flashinfer.host import indices
 
-    batch = Batch(kind, torch.device("cuda", 0))
-    index, message = next(iter(_lies(batch).values()))
     monkeypatch.setenv("FLASHINFER_CHECK_INDICES", "1")
     indices._checks_devices.cache_clear()
     try:
+        batch = Batch(kind, torch.device("cuda", 0))
+        index, message = next(iter(_lies(batch).values()))
         with pytest.raises((ValueError, IndexError), match=message):
             batch.plan(*[tensor.cuda() for tensor in index])
         batch.plan(*[tensor.cuda() for tensor in batch.index])

@@ -52,6 +52,7 @@ class DecodePlan(Plan):
         self._workspaces = workspaces  # alive as long as their addresses are in use
         self._kernel = self._load(variant, None)
         self._schedule: Optional[Schedule] = None
+        self._extent = Extent(variant.window_left)
         self._planners: dict[Extent, PreparedLaunch] = {}
         if device.type == "cuda" and shape.batch_size > 0:
             self._schedule = Schedule.of(
@@ -66,7 +67,7 @@ class DecodePlan(Plan):
         )  # fmt: skip
 
     def extent(self, short_queries: bool) -> Extent:
-        return Extent(self.variant.window_left)
+        return self._extent
 
     def launch_planner(self, extent: Extent, found: Lengths) -> None:
         if self._schedule is None:
