@@ -12,7 +12,7 @@ import flashinfer
 from tests.fuzz.call import Call, Check, Refused, Unspecified, near_each, near_fp8
 from tests.fuzz.draw import FLOATS, FP8, Draw
 from tests.fuzz.table import Case
-from tests.fuzz.table.norm import number
+from tests.fuzz.table.norm import scale_of
 from tests.oracles import activation as oracle
 
 
@@ -51,7 +51,7 @@ def _silu_and_mul_quant(d: Draw) -> Iterator[Call]:
 
     def expect(out: Any, input: Any, scale: Any, enable_pdl: Any) -> Mapping[str, Check]:
         _require_halves(input, out)
-        expected = near_fp8(oracle.act_and_mul("silu", input) / number(scale), out.dtype)
+        expected = near_fp8(oracle.act_and_mul("silu", input) / scale_of(scale), out.dtype)
         return {"return": expected, "out": expected}
 
     arguments = {"out": out, "input": input, "scale": scale, "enable_pdl": None}

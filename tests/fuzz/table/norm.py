@@ -40,7 +40,7 @@ def _rmsnorm(gemma: bool, d: Draw) -> Iterator[Call]:
 
     def expect(input: Any, weight: Any, eps: Any, out: Any, enable_pdl: Any) -> Mapping[str, Check]:
         _require_rows(input, weight, *([] if out is None else [out]))
-        expected = near(oracle.rmsnorm(input, weight, eps, gemma=gemma), input.dtype)
+        expected = near(oracle.rmsnorm(input, weight, number(eps), gemma=gemma), input.dtype)
         return {"return": expected} if out is None else {"return": expected, "out": expected}
 
     function = getattr(flashinfer, name)
@@ -62,7 +62,7 @@ def _fused_add_rmsnorm(gemma: bool, d: Draw) -> Iterator[Call]:
         total = input.double() + residual.double()
         return {
             "return": nothing, "residual": near(total, residual.dtype),
-            "input": near(oracle.rmsnorm(total, weight, eps, gemma=gemma), input.dtype),
+            "input": near(oracle.rmsnorm(total, weight, number(eps), gemma=gemma), input.dtype),
         }  # fmt: skip
 
     yield from d.maybe_hostile(Call(name, getattr(flashinfer, name), arguments, expect, ("input", "residual")))
@@ -82,7 +82,7 @@ def _rmsnorm_quant(d: Draw) -> Iterator[Call]:
 
     def expect(out: Any, input: Any, weight: Any, scale: Any, eps: Any, enable_pdl: Any) -> Mapping[str, Check]:
         _require_rows(input, weight, out)
-        expected = near_fp8(oracle.rmsnorm(input, weight, eps) / number(scale), out.dtype)
+        expected = near_fp8(oracle.rmsnorm(input, weight, number(eps)) / scale_of(scale), out.dtype)
         return {"return": expected, "out": expected}
 
     yield from d.maybe_hostile(Call("rmsnorm_quant", flashinfer.rmsnorm_quant, arguments, expect, ("out",)))
@@ -104,21 +104,23 @@ def _fused_add_rmsnorm_quant(d: Draw) -> Iterator[Call]:
         total = input.double() + residual.double()
         return {
             "return": nothing, "residual": near(total, residual.dtype),
-            "out": near_fp8(oracle.rmsnorm(total, weight, eps) / number(scale), out.dtype),
+            "out": near_fp8(oracle.rmsnorm(total, weight, number(eps)) / scale_of(scale), out.dtype),
         }  # fmt: skip
 
     function = flashinfer.fused_add_rmsnorm_quant
     yield from d.maybe_hostile(Call("fused_add_rmsnorm_quant", function, arguments, expect, ("out", "residual")))
 
 
+def scale_of(scale: Any) -> float:
+    return 1.0 if scale is None else number(scale)
+
+
 def number(scale: Any) -> float:
-    """A scale as the oracle takes it."""
+    """As the oracle takes it: a number, or a tensor that holds one."""
     if isinstance(scale, torch.Tensor):
         if scale.numel() != 1:
             raise Refused("a scale of several elements")
         return float(scale.reshape(()))
-    if scale is None:
-        return 1.0
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise Refused("a scale that is no number")
     return float(scale)
@@ -137,7 +139,7 @@ def _layernorm(d: Draw) -> Iterator[Call]:
         if beta.shape != gemma.shape or not beta.is_floating_point():
             raise Refused("beta does not fit gemma")
         # Of one element the deviation is zero, which eps divides: what is left is rounding.
-        return {"return": near(oracle.layernorm(input, gemma, beta, eps), input.dtype)}
+        return {"return": near(oracle.layernorm(input, gemma, beta, number(eps)), input.dtype)}
 
     yield from d.maybe_hostile(Call("layernorm", flashinfer.layernorm, arguments, expect))
 

@@ -13,7 +13,7 @@ from tests.fuzz.call import Call, Check, Refused, Unspecified, equal, near_fp8, 
 from tests.fuzz.draw import FLOATS, FP8, INDICES, Draw
 from tests.fuzz.table import Case
 from tests.fuzz.table.indices import LARGEST, integers, offsets, whole
-from tests.fuzz.table.norm import number
+from tests.fuzz.table.norm import scale_of
 
 
 class Pages(NamedTuple):
@@ -86,7 +86,7 @@ def draw_slots(d: Draw, pages: Pages) -> Slots:
     places = [
         (request, length - 1 - i) for request, length in enumerate(pages.lengths) for i in range(min(length, d.size(3)))
     ]
-    places += [d.choice(((-1, 0), (0, -1), (len(pages.lengths), 0), (1 << 20, 5)))] * d.choice((0, 0, 1, 2))
+    places += [d.choice(((-1, 0), (-7, 5), (-1, -1)))] * d.choice((0, 0, 1, 2))
     dtype = d.kernel(*INDICES)
     return Slots(d.index([b for b, _ in places], dtype), d.index([p for _, p in places], dtype))
 
@@ -101,11 +101,13 @@ def find_slots(
         raise Refused("kv_indptr is empty")
     found = []
     for row, (request, position) in enumerate(zip(requests, places)):
-        if not 0 <= request < len(starts) - 1 or position < 0:
+        if request < 0 or position < 0:
             continue
+        if request >= len(starts) - 1:
+            raise Refused(f"row {row} belongs to request {request} of {len(starts) - 1}")
         at = starts[request] + position // page_size
         if at >= starts[request + 1]:
-            continue
+            raise Refused(f"row {row} lies behind the pages of its request")
         if not 0 <= at < len(page_numbers) or page_numbers[at] >= num_pages:
             raise Refused(f"row {row} leads to entry {at} of {len(page_numbers)} page numbers, or to no page")
         if page_numbers[at] >= 0:
@@ -128,7 +130,7 @@ def check_appended(
         if values.shape[1:] != half.shape[2:]:
             raise Refused("rows that do not fit the cache")
         if half.dtype in FP8 and values.dtype in (*FLOATS, torch.float64):
-            factor = number(scale)
+            factor = scale_of(scale)
         elif half.dtype != values.dtype or scale is not None:
             raise Refused("another dtype than the cache's, or a scale where nothing is converted")
         else:
@@ -258,8 +260,8 @@ def _positions(d: Draw) -> Iterator[Call]:
         for request, (begin, end) in enumerate(itertools.pairwise(starts)):
             for i in range(begin, min(end, nnz)):
                 requests[i], places[i] = request, lens[request] - end + i
-        if any(abs(place) >= LARGEST for place in places) or starts[0] > 0:
-            raise Refused("positions beyond int32, or rows of no request")
+        if any(not 0 <= place < LARGEST for place in places[: starts[-1]]) or starts[0] > 0 or starts[-1] > nnz:
+            raise Refused("positions below 0 or beyond int32, rows of no request, or more rows than places")
         outputs = {"batch_indices": (batch_indices, requests), "positions": (positions, places)}
         checks = {name: equal(torch.tensor(values, dtype=torch.int32)) for name, (_, values) in outputs.items()}
         return {

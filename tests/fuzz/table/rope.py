@@ -126,6 +126,8 @@ def _ragged_positions(indptr: Any, first: Any, num_tokens: int) -> list[int]:
     positions = [
         begin + i for begin, (start, end) in zip(begins, itertools.pairwise(starts)) for i in range(end - start)
     ]
+    if any(abs(position) >= LARGEST for position in positions):
+        raise Unspecified
     return positions + [0] * (num_tokens - starts[-1])
 
 
@@ -134,8 +136,10 @@ def _draw_table(d: Draw, rotary_dim: int) -> torch.Tensor:
     return d.place(torch.cat([angles.cos(), angles.sin()], dim=1).to(d.kernel(torch.float32, torch.bfloat16)))
 
 
-def _from_table(table: Any, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _from_table(table: Any, positions: list[int], rotary_dim: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of each token."""
+    if rotary_dim is not None and whole("rotary_dim", rotary_dim) != table.shape[-1]:
+        raise Refused("a table of another rotary_dim")
     if table.dim() != 2 or table.shape[1] % 2 or not table.is_floating_point():
         raise Refused("a table that is no cos and sin")
     if any(not 0 <= position < len(table) for position in positions):
@@ -208,6 +212,8 @@ def _append(d: Draw) -> Iterator[Call]:
         **_draw_rotation(d, head_dim, False), "cos_sin_cache": table, "k_scale": None, "v_scale": None,
         "enable_pdl": None,
     }  # fmt: skip
+    if table is not None:
+        arguments["rotary_dim"] = d.choice((None, table.shape[1]))
     if cache_dtype in FP8 and d.chance(0.5):
         arguments.update(k_scale=0.5, v_scale=d.dense(torch.tensor([2.0])))
 
@@ -232,7 +238,7 @@ def _append(d: Draw) -> Iterator[Call]:
             angles = _angles(turned_at, _frequencies(_rotary_dim(rotary_dim, q.shape[2]), rope_scale, rope_theta))
             cos, sin = angles.cos(), angles.sin()
         else:
-            cos, sin = _from_table(cos_sin_cache, turned_at)
+            cos, sin = _from_table(cos_sin_cache, turned_at, rotary_dim)
         turned = [oracle.rotate_by(x, cos, sin, bool(interleave)) for x in (q, k)]
         check_q = near(turned[0], q.dtype)
         check_cache = _check_cache(paged_kv_cache, kv_layout, (turned[1], v), k.dtype, (k_scale, v_scale), places)
@@ -284,6 +290,8 @@ def _qk_norm(d: Draw) -> Iterator[Call]:
         "num_qo_heads": heads[0], "num_kv_heads": heads[1], "eps": 1e-6, "weight_bias": d.choice((0.0, 1.0)),
         **_draw_rotation(d, head_dim, False), "cos_sin_cache": table, "enable_pdl": None,
     }  # fmt: skip
+    if table is not None:
+        arguments["rotary_dim"] = d.choice((None, table.shape[1]))
 
     def expect(
         qkv: Any, q_weight: Any, k_weight: Any, pos_ids: Any, num_qo_heads: Any, num_kv_heads: Any, eps: Any,
@@ -315,7 +323,7 @@ def _qk_norm(d: Draw) -> Iterator[Call]:
             angles = _angles(positions, _frequencies(_rotary_dim(rotary_dim, head_dim), rope_scale, rope_theta))
             cos, sin = angles.cos(), angles.sin()
         else:
-            cos, sin = _from_table(cos_sin_cache, positions)
+            cos, sin = _from_table(cos_sin_cache, positions, rotary_dim)
         begin = 0
         for count, weight in zip(counts, (q_weight, k_weight)):
             normed = norm_oracle.rmsnorm(x[:, begin : begin + count], weight.double() + float(weight_bias), float(eps))
