@@ -3,6 +3,7 @@ signature of run() bound to a launch."""
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,12 @@ class Shape(NamedTuple):
     page_size: int  # 1 without pages
     head_dim_qk: int
     head_dim_vo: int
+
+    @staticmethod
+    def of(op: str, *sizes: object) -> Shape:
+        """Of sizes that a caller gave. Raises TypeError or ValueError."""
+        lowest = [int(name != "batch_size") for name in Shape._fields]
+        return Shape(*map(functools.partial(checks.integer, op), Shape._fields, sizes, lowest))
 
 
 class Call(NamedTuple):
@@ -105,8 +112,6 @@ class Plan(ABC):
         self.op, self.device, self.shape, self.mask, self.variant = op, device, shape, mask, variant
         self.q_dtype, self.kv_dtype, self.o_dtype = dtypes
         self.runs: memo.Memo[BoundRun] = memo.Memo()
-        for name, value in shape._asdict().items():
-            checks.integer(op, name, value, 0 if name == "batch_size" else 1)
         paged_cache.require_heads(op, shape.num_qo_heads, shape.num_kv_heads)
 
     @abstractmethod

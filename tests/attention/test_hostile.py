@@ -408,6 +408,13 @@ def test_sizes_out_of_range(name: str, value: Any, kind: str) -> None:
     batch.check()
 
 
+def test_sizes_may_be_any_integers(kind: str) -> None:
+    batch = Batch(kind, torch.device("cpu"))
+    batch.sizes = tuple(torch.tensor(size) for size in batch.sizes)  # type: ignore[assignment]
+    batch.plan()
+    batch.check()
+
+
 # -------------------------------------------------------------------------------------------------------- torch.compile
 
 

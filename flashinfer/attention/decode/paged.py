@@ -129,7 +129,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
             q_dtype = dtypes.torch_dtype(q_data_type or data_type or "float16")
             kv_dtype = dtypes.torch_dtype(kv_data_type or data_type or q_dtype)
             o_dtype = q_dtype if o_data_type is None else dtypes.torch_dtype(o_data_type)
-            shape = Shape(batch_size, num_qo_heads, num_kv_heads, page_size, head_dim, head_dim)
+            shape = Shape.of(self._op_name, batch_size, num_qo_heads, num_kv_heads, page_size, head_dim, head_dim)
             variant = Variant.of(
                 self._op_name, head_dim, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale,
                 rope_theta,

@@ -71,7 +71,7 @@ class PrefillWrapper(PlannedAttention):
                 f"{op}: o_data_type is {types[2]}; expected that of q, {q_dtype}. Next step: convert the output"
             )
         head_dims = (head_dim_qk, head_dim_qk if head_dim_vo is None else head_dim_vo)
-        shape = Shape(batch_size, num_qo_heads, num_kv_heads, page_size, *head_dims)
+        shape = Shape.of(op, batch_size, num_qo_heads, num_kv_heads, page_size, *head_dims)
         return PrefillPlan(
             op, self.device, shape, (q_dtype, kv_dtype, q_dtype), mask, Variant.of(op, head_dim_qk, *options),
             self._kv(shape, kv_dtype), workspaces, split_kv=not disable_split_kv,
