@@ -211,6 +211,8 @@ def sample(
             op, top_k_first, input.dtype, input.shape, input.stride(), input.device, k_like, p_like, m_like, words_like,
             None if indices is None else memo.signature(indices),
         )  # fmt: skip
+        input_ptr = input.data_ptr() or checks.no_address(op, "the input", input)
+        indices_ptr = 0 if indices is None else indices.data_ptr() or checks.no_address(op, "indices", indices)
     except AttributeError:
         raise not_tensors(op, {"the input": input, **({} if indices is None else {"indices": indices})}) from None
     prepared = _samplers.get(key)
@@ -230,8 +232,8 @@ def sample(
     if state is None:
         state, words = randomness.drawn(op, input, generator, _WORDS_PER_SAMPLE)
     launch(
-        input.data_ptr(), token_ids.data_ptr(), 0 if valid is None else valid.data_ptr(),
-        0 if indices is None else indices.data_ptr(), k_ptr, p_ptr, m_ptr, *state, k_value, p_value, m_value,
+        input_ptr, token_ids.data_ptr(), 0 if valid is None else valid.data_ptr(), indices_ptr, k_ptr, p_ptr, m_ptr,
+        *state, k_value, p_value, m_value,
     )  # fmt: skip
     del words  # they were there until now
     return token_ids if valid is None else (token_ids, valid)
@@ -360,6 +362,7 @@ def normalize(
     t_value, t_ptr, t_like = _ONE if temperature is None else _temperature(op, temperature)
     try:
         key = op, pdl, input.dtype, input.shape, input.stride(), input.device, k_like, p_like, t_like
+        input_ptr = input.data_ptr() or checks.no_address(op, "the input", input)
     except AttributeError:
         raise not_tensors(op, {"the input": input}) from None
     prepared = _normalizers.get(key)
@@ -373,7 +376,7 @@ def normalize(
     launch, new_output = prepared
     if out is None:
         out = new_output()
-    launch(input.data_ptr(), out.data_ptr(), k_ptr, p_ptr, t_ptr, k_value, p_value, t_value)
+    launch(input_ptr, out.data_ptr(), k_ptr, p_ptr, t_ptr, k_value, p_value, t_value)
     return out
 
 

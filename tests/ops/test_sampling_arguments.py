@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flashinfer import sampling
-from flashinfer.errors import UnsupportedConfig
+from flashinfer.errors import FlashInferError, UnsupportedConfig
 from flashinfer.host import indices as index_values
 from tests.ops.sampling_kit import CASES, F32
 from tests.oracles import sampling as oracle
@@ -385,3 +385,31 @@ def test_ambient_state_does_not_matter(device: torch.device, ambient: str) -> No
     outside = results()
     for ours, expected in zip(inside, outside):
         assert ours.device == expected.device and ours.dtype == expected.dtype and torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("kind", ["fake", "freed"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        sampling.softmax,
+        lambda x: sampling.top_p_renorm_probs(x, 0.5),
+        lambda x: sampling.top_k_renorm_probs(x, 3),
+        lambda x: sampling.top_k_mask_logits(x, 3),
+        sampling.sampling_from_logits,
+        sampling.sampling_from_probs,
+        lambda x: sampling.top_k_top_p_sampling_from_probs(x, 3, 0.5),
+    ],
+    ids=["softmax", "top_p_renorm", "top_k_renorm", "mask_logits", "from_logits", "from_probs", "top_k_top_p"],
+)
+def test_an_input_without_memory_finds_no_launch_of_one_with(call, kind, device) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x = torch.rand(2, 33, device=device).softmax(-1)
+    call(x)
+    if kind == "fake":
+        x = FakeTensorMode().from_tensor(x)
+    else:
+        x = x.clone()
+        x.untyped_storage().resize_(0)
+    with pytest.raises((FlashInferError, RuntimeError)):
+        call(x)
