@@ -56,6 +56,7 @@ head_dim_qk = 64
 head_dim_vo = 64
 kv_storage = "paged"
 short_queries = {short}
+large_pages = false
 mask = "{mask}"
 pos_encoding = "none"
 has_window = false
