@@ -309,6 +309,13 @@ class PlannedAttention(Uncopyable, EngineNames):
         _run_door(self._handle, q, kv, out, lse, *scales, pdl, overrides)
         return (out, lse) if return_lse and lse is not None else out
 
+    def _head_dim_of(self, q: Any) -> int:
+        if not isinstance(q, torch.Tensor):
+            raise TypeError(f"{self._op_name}: q is {type(q).__name__}; expected a tensor")
+        if q.dim() == 0:
+            raise ValueError(f"{self._op_name}: q has shape []; expected three dimensions")
+        return q.shape[-1]
+
     def _not_tensors(self, q: Any, kv: Any, out: Any, lse: Any, scales: Scales, overrides: Any) -> Exception:
         """What is wrong with arguments whose signature could not be taken."""
         op, pair = self._op_name, kv if isinstance(kv, (tuple, list)) else (kv,)

@@ -76,6 +76,11 @@ def speculate(
             None if emitted is None else memo.signature(emitted),
             words_like,
         )
+        inputs = (
+            draft_probs.data_ptr() or checks.no_address(op, "draft_probs", draft_probs),
+            target_probs.data_ptr() or checks.no_address(op, "target_probs", target_probs),
+            draft_token_ids.data_ptr() or checks.no_address(op, "draft_token_ids", draft_token_ids),
+        )
     except AttributeError:
         rows = {"draft_probs": draft_probs, "draft_token_ids": draft_token_ids, "target_probs": target_probs}
         counts = zip(_PUBLIC_NAMES.values(), (accepted, emitted))
@@ -98,15 +103,7 @@ def speculate(
         raise ValueError(f"{op}: {' and '.join(_PUBLIC_NAMES.values())} share memory; expected a place for each count")
     if state is None:
         state, words = randomness.drawn(op, draft_probs, generator, num_words)
-    launch(
-        draft_probs.data_ptr(),
-        target_probs.data_ptr(),
-        draft_token_ids.data_ptr(),
-        token_ids.data_ptr(),
-        accepted.data_ptr(),
-        emitted.data_ptr(),
-        *state,
-    )
+    launch(*inputs, token_ids.data_ptr(), accepted.data_ptr(), emitted.data_ptr(), *state)
     del words  # they were there until now
     return token_ids, accepted, emitted
 

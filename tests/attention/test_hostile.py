@@ -415,6 +415,17 @@ def test_sizes_may_be_any_integers(kind: str) -> None:
     batch.check()
 
 
+@pytest.mark.parametrize("q", [None, "q", (), [1.0], torch.zeros(())], ids=repr)
+@pytest.mark.parametrize("is_planned", [False, True])
+def test_forward_of_no_tensor(q: Any, is_planned: bool, kind: str) -> None:
+    batch = Batch(kind, torch.device("cpu"))
+    if is_planned:
+        batch.plan()
+    kv = batch.kv if kind == "ragged" else (batch.kv,)
+    with pytest.raises((TypeError, ValueError), match=": q "):
+        batch.wrapper.forward(q, *kv)
+
+
 # -------------------------------------------------------------------------------------------------------- torch.compile
 
 

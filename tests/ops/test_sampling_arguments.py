@@ -398,8 +398,13 @@ def test_ambient_state_does_not_matter(device: torch.device, ambient: str) -> No
         sampling.sampling_from_logits,
         sampling.sampling_from_probs,
         lambda x: sampling.top_k_top_p_sampling_from_probs(x, 3, 0.5),
+        lambda x: sampling.chain_speculative_sampling(
+            torch.full((1, 1, 33), 1 / 33, device=x.device),
+            torch.ones(1, 1, dtype=torch.int32, device=x.device),
+            x[None],
+        ),
     ],
-    ids=["softmax", "top_p_renorm", "top_k_renorm", "mask_logits", "from_logits", "from_probs", "top_k_top_p"],
+    ids=["softmax", "top_p_renorm", "top_k_renorm", "mask_logits", "from_logits", "from_probs", "top_k_top_p", "chain"],
 )
 def test_an_input_without_memory_finds_no_launch_of_one_with(call, kind, device) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode

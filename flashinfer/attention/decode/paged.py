@@ -227,7 +227,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
     def _forward(
         self, q: torch.Tensor, paged_kv_cache: PagedCache, scales: Scales, options: _Options, return_lse: bool
     ) -> Result:
-        overrides = Overrides.of_forward(None, *options, q.shape[-1])
+        overrides = Overrides.of_forward(None, *options, self._head_dim_of(q))
         return self._run(q, paged_kv_cache, None, None, return_lse, scales, None, overrides)
 
 

@@ -217,6 +217,13 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         was planned, but for a custom mask, which takes the place of causal.
         """
         overrides = Overrides.of_forward(
-            causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, q.shape[-1]
+            causal,
+            pos_encoding_mode,
+            window_left,
+            logits_soft_cap,
+            sm_scale,
+            rope_scale,
+            rope_theta,
+            self._head_dim_of(q),
         )
         return self._run(q, paged_kv_cache, None, None, return_lse, (None, k_scale, v_scale), None, overrides)

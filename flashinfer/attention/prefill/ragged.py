@@ -149,6 +149,13 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         was planned, but for a custom mask, which takes the place of causal.
         """
         overrides = Overrides.of_forward(
-            causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, q.shape[-1]
+            causal,
+            pos_encoding_mode,
+            window_left,
+            logits_soft_cap,
+            sm_scale,
+            rope_scale,
+            rope_theta,
+            self._head_dim_of(q),
         )
         return self._run(q, (k, v), None, None, return_lse, (None, None, None), None, overrides)
