@@ -283,8 +283,8 @@ def life(d: Draw, model: Model, make: Any, plan: Any, run: Any) -> Iterator[Any]
     made = make()
     steps = d.maybe_hostile(made) if d.chance(0.2) else [made]
     yield steps
-    if model.wrapper is None:
-        return
+    if model.wrapper is None or len(steps) > 1 or steps[0].changes:
+        return  # what a hostile constructor makes of itself is its own
     first = True
     for _ in range(d.random.randint(2, 6)):
         what = d.choice(("plan", "plan", "run", "run", "run", "run", "overwrite", "copy", "reset", "engine"))
@@ -303,13 +303,7 @@ def life(d: Draw, model: Model, make: Any, plan: Any, run: Any) -> Iterator[Any]
             yield _copied(d, model)
         elif what == "reset":
             yield _reset(d, model)
-        elif (
-            model.buffers
-            and model.plan is not None
-            and model.plan.page_size
-            and not model.doubts
-            and not model.is_unknown
-        ):
+        elif model.batch_size is not None and model.plan is not None and model.plan.page_size and not model.doubts:
             yield _planned_by_engine(d, model)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Optional
 import torch
 
 import flashinfer
-from tests.fuzz.call import Call, Check, Refused, Unspecified, nothing
+from tests.fuzz.call import Call, Check, Refused, Unspecified, nothing, tensors_in
 from tests.fuzz.draw import Draw
 from tests.fuzz.table import Case, planned
 from tests.fuzz.table import attention as unplanned
@@ -18,121 +18,136 @@ from tests.fuzz.table.indices import offsets, whole
 from tests.fuzz.table.planned import I32, Model, Plan
 from tests.oracles.attention import attention
 
+_NAME = "MultiLevelCascadeAttentionWrapper"
+_TABLES = ("qo_indptr_arr", "paged_kv_indptr_arr", "paged_kv_indices_arr", "paged_kv_last_page_len")
+_BUFFERS = (
+    "qo_indptr_buf_arr",
+    "paged_kv_indptr_buf_arr",
+    "paged_kv_indices_buf_arr",
+    "paged_kv_last_page_len_buf_arr",
+)
+_CAPACITY = 30  # pages of a buffer
 
-def _cascade_wrapper(d: Draw) -> Iterator[Any]:
-    name, num_levels = "MultiLevelCascadeAttentionWrapper", d.random.randint(1, 3)
-    shape, model = planned.draw_shape(d), Model(d.choice(("NHD", "HND")))
-    arguments = {
-        "num_levels": num_levels,
-        "float_workspace_buffer": torch.zeros(8, dtype=torch.uint8),
-        "kv_layout": model.layout,
-    }
 
-    def expect(num_levels: Any, float_workspace_buffer: Any, kv_layout: Any) -> Mapping[str, Check]:
-        if whole("num_levels", num_levels) < 1 or kv_layout not in ("NHD", "HND"):
-            raise Refused("no level, or an unknown layout")
-        planned.require_workspace(float_workspace_buffer)
-        return {}
+class _Cascade:
+    """The calls on one cascade: every level is a paged prefill, the last one causal where the plan says so."""
 
-    levels: list[list[Plan]] = [[]]
+    def __init__(self, d: Draw) -> None:
+        self.d, self.shape, self.model = d, planned.draw_shape(d), Model(d.choice(("NHD", "HND")))
+        # Groups of queries that share a KV, per level. Buffers for CUDA graphs have room for that many.
+        self.num_groups = [1] * d.random.randint(0, 2) + [d.random.randint(1, 2)]
+        self.is_graph = d.chance(0.25)
+        self.plans: list[Plan] = []  # of the levels
 
-    def plan() -> Call:
-        page_size, num_tokens = d.choice((1, 4)), d.random.randint(1, 5)
-        arrays: dict[str, list[torch.Tensor]] = {
-            "qo_indptr_arr": [],
-            "paged_kv_indptr_arr": [],
-            "paged_kv_indices_arr": [],
-            "paged_kv_last_page_len": [],
-        }
-        for level in range(num_levels):
-            cuts = (
-                [0, num_tokens] if level < num_levels - 1 else sorted({0, num_tokens, d.random.randint(0, num_tokens)})
-            )
-            table = planned.draw_page_table(d, d.lengths(len(cuts) - 1, 10), page_size)
-            for array, tensor in zip(arrays.values(), (d.index(cuts, I32), *table)):
-                array.append(tensor)
-        options = unplanned.draw_options(d)
-        given = {
-            **arrays, "num_qo_heads": shape.heads[0], "num_kv_heads": shape.heads[1], "head_dim": shape.head_dim,
-            "page_size": page_size, "causal": d.chance(0.5), **options, "q_data_type": shape.dtype,
-            "kv_data_type": shape.kv_dtype,
+    def make(self) -> Call:
+        d, model = self.d, self.model
+        arguments: dict[str, Any] = {
+            "num_levels": len(self.num_groups), "float_workspace_buffer": torch.zeros(8, dtype=torch.uint8),
+            "kv_layout": model.layout,
         }  # fmt: skip
-        described: list[list[Plan]] = [[]]
+        if self.is_graph:
+            sizes = [(count + 1, count + 1, _CAPACITY, count) for count in self.num_groups]
+            buffers = [[d.blank(size, dtype=I32) for size in of_kind] for of_kind in zip(*sizes)]
+            arguments.update(use_cuda_graph=True, **dict(zip(_BUFFERS, buffers)))
+            model.buffers = tuple(tensors_in(buffers))
 
         def expect(
-            num_qo_heads: Any, num_kv_heads: Any, head_dim: Any, page_size: Any, causal: Any, q_data_type: Any,
-            kv_data_type: Any, **given: Any,
-        ) -> Mapping[str, Check]:  # fmt: skip
-            described[0] = []
-            arrays = [
-                given[name]
-                for name in ("qo_indptr_arr", "paged_kv_indptr_arr", "paged_kv_indices_arr", "paged_kv_last_page_len")
-            ]
-            if any(not isinstance(array, (list, tuple)) or len(array) != num_levels for array in arrays):
-                raise Refused("another number of levels")
-            heads = planned.read_count("num_qo_heads", num_qo_heads), planned.read_count("num_kv_heads", num_kv_heads)
-            unplanned.require_heads(*heads)
-            dim, q_dtype = whole("head_dim", head_dim), planned.read_dtype(q_data_type)
-            unplanned.require_prefill(
-                q_dtype, q_dtype if kv_data_type is None else planned.read_dtype(kv_data_type), dim, dim
-            )
-            plans = []
-            for i, (rows, *table) in enumerate(zip(*arrays)):
-                pages, lens, size = planned.read_page_table(*table, page_size)
-                qo_indptr = offsets("qo_indptr", rows, len(pages) + 1)
-                is_causal = bool(causal) and i == num_levels - 1
-                plans.append(
-                    Plan(
-                        pages,
-                        lens,
-                        qo_indptr,
-                        *heads,
-                        (dim, dim),
-                        size,
-                        None,
-                        None,
-                        None,
-                        unplanned.read_options(**given),
-                        is_causal,
-                    )
-                )
+            num_levels: Any, float_workspace_buffer: Any, kv_layout: Any, use_cuda_graph: Any = False, **buffers: Any
+        ) -> Mapping[str, Check]:
+            count = whole("num_levels", num_levels)
+            if count < 1 or kv_layout not in ("NHD", "HND"):
+                raise Refused("no level, or an unknown layout")
+            planned.require_workspace(float_workspace_buffer)
+            for arrays in buffers.values() if use_cuda_graph else ():
+                if not isinstance(arrays, (list, tuple)) or len(arrays) != count:
+                    raise Refused("not a buffer a level")
+                for buffer in arrays:
+                    if not isinstance(buffer, torch.Tensor) or buffer.dtype != I32 or not buffer.is_contiguous():
+                        raise Refused("a buffer that is no contiguous int32 vector")
+            return {}
+
+        return planned.made(model, _NAME, flashinfer.MultiLevelCascadeAttentionWrapper, arguments, expect)
+
+    def plan(self) -> Call:
+        d, model, shape = self.d, self.model, self.shape
+        page_size, num_tokens = d.choice((1, 4)), d.random.randint(1, 5)
+        levels = []
+        for count in self.num_groups:
+            cuts = [0, *sorted(d.random.randint(0, num_tokens) for _ in range(count - 1)), num_tokens]
+            table = planned.draw_page_table(d, d.lengths(count, 10), page_size, is_exact=self.is_graph)
+            levels.append((d.index(cuts, I32), *table))
+        arguments = {
+            **dict(zip(_TABLES, map(list, zip(*levels)))), "num_qo_heads": shape.heads[0],
+            "num_kv_heads": shape.heads[1], "head_dim": shape.head_dim, "page_size": page_size,
+            "causal": d.chance(0.5), **unplanned.draw_options(d), "q_data_type": shape.dtype,
+            "kv_data_type": shape.kv_dtype,
+        }  # fmt: skip
+        described: list[Plan] = []
+
+        def expect(**given: Any) -> Mapping[str, Check]:
+            described.clear()
+            plans = self._describe(**given)
             if len({(plan.qo_indptr[0], plan.qo_indptr[-1]) for plan in plans}) > 1:
                 raise Unspecified  # levels of different tokens
-            described[0] = plans
+            described.extend(plans)
             return {"return": nothing}
 
         def settle(call: Call, raised: Optional[BaseException], result: Any) -> None:
-            plans = described[0]
-            model.settle_plan(_joined(plans) if plans else None, list(call.arguments.values()), call.changes, raised)
+            plan = _joined(described) if described else None
+            model.settle_plan(plan, list(call.arguments.values()), call.changes, raised)
             if raised is None:
-                levels[0] = plans
+                self.plans = list(described)
 
-        return Call(f"{name}.plan", model.wrapper.plan, given, expect, settle=settle)
+        return Call(f"{_NAME}.plan", model.wrapper.plan, arguments, expect, fills=model.buffers, settle=settle)
 
-    def run() -> Call:
+    def _describe(
+        self, num_qo_heads: Any, num_kv_heads: Any, head_dim: Any, page_size: Any, causal: Any, q_data_type: Any,
+        kv_data_type: Any, **given: Any,
+    ) -> list[Plan]:  # fmt: skip
+        """What a plan of every level means."""
+        arrays = [given[name] for name in _TABLES]
+        if any(not isinstance(array, (list, tuple)) or len(array) != len(self.num_groups) for array in arrays):
+            raise Refused("another number of levels")
+        heads = planned.read_count("num_qo_heads", num_qo_heads), planned.read_count("num_kv_heads", num_kv_heads)
+        unplanned.require_heads(*heads)
+        dim, q_dtype = whole("head_dim", head_dim), planned.read_dtype(q_data_type)
+        kv_dtype = q_dtype if kv_data_type is None else planned.read_dtype(kv_data_type)
+        unplanned.require_prefill(q_dtype, kv_dtype, dim, dim)
+        options, plans = unplanned.read_options(**given), []
+        for rows, *table in zip(*arrays):
+            pages, lens, size = planned.read_page_table(*table, page_size)
+            if self.is_graph and (len(pages) != self.num_groups[len(plans)] or sum(map(len, pages)) > _CAPACITY):
+                raise Refused("another number of requests than the buffers were made for, or more pages")
+            qo_indptr = offsets("qo_indptr", rows, len(pages) + 1)
+            is_causal = bool(causal) and len(plans) == len(self.num_groups) - 1
+            plans.append(Plan(pages, lens, qo_indptr, *heads, (dim, dim), size, None, None, None, options, is_causal))
+        return plans
+
+    def run(self) -> Call:
+        d, model, shape = self.d, self.model, self.shape
         rows = model.plan.qo_indptr[-1] if model.plan and model.plan.qo_indptr[-1] < 1000 else 3
         arguments = {
             "q": d.normal(rows, shape.heads[0], shape.head_dim, dtype=shape.dtype, groups=0),
             "paged_kv_cache": planned.draw_cache(d, model, shape),
         }  # fmt: skip
-        wrapper, layout = model.wrapper, model.layout
 
         def expect(q: Any, paged_kv_cache: Any) -> Mapping[str, Check]:
             model.planned()
             states = []
-            for plan in levels[0]:
-                halves = planned.paged_halves(plan, paged_kv_cache, layout)
+            for plan in self.plans:
+                halves = planned.paged_halves(plan, paged_kv_cache, model.layout)
                 unplanned.require_prefill(q.dtype, halves[0].dtype, *plan.head_dims)
                 states.append(planned.attend(plan, q, halves, plan.options, plan.causal))
-            out, lse = unplanned.merged(states)
             # Each level rounds its output once more on the way into the merged one.
-            return planned.results(levels[0][-1], q, (out, lse), None, None, False, scale=float(num_levels))
+            scale = float(len(self.plans))
+            return planned.results(self.plans[-1], q, unplanned.merged(states), None, None, False, scale)
 
-        return Call("wrapper.run", wrapper.run, arguments, expect)
+        return Call(f"{_NAME}.run", model.wrapper.run, arguments, expect)
 
-    yield from planned.life(
-        d, model, lambda: planned.made(model, name, getattr(flashinfer, name), arguments, expect), plan, run
-    )
+
+def _cascade_wrapper(d: Draw) -> Iterator[Any]:
+    cascade = _Cascade(d)
+    yield from planned.life(d, cascade.model, cascade.make, cascade.plan, cascade.run)
 
 
 def _joined(plans: list[Plan]) -> Plan:
@@ -231,7 +246,7 @@ def _shared_prefix(name: str, is_decode: bool, d: Draw) -> Iterator[Any]:
 
 
 CASES: dict[str, Case] = {
-    "MultiLevelCascadeAttentionWrapper": _cascade_wrapper,
+    _NAME: _cascade_wrapper,
     "BatchDecodeWithSharedPrefixPagedKVCacheWrapper": functools.partial(
         _shared_prefix, "BatchDecodeWithSharedPrefixPagedKVCacheWrapper", True
     ),
