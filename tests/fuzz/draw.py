@@ -26,6 +26,7 @@ class Draw:
         self.random = random.Random(f"{name}/{seed}")
         self.torch = torch.Generator().manual_seed(self.random.getrandbits(60))
         self.memory, self.narrow = memory, narrow
+        self.split = self.random.randrange(6)  # where rows in two groups are parted, alike in all tensors of a case
 
     # ---------------------------------------------------------------------------------------------------------- numbers
 
@@ -68,14 +69,16 @@ class Draw:
         return self.memory.place(values, None, self.choice((0, 0, 1, 3, 16)))
 
     def place(self, values: torch.Tensor, groups: int = 1) -> torch.Tensor:
-        """Anywhere, with a dense last axis. Rows are evenly spaced in `groups` runs at most; 0: anyhow."""
+        """Anywhere, with a dense last axis. groups: 1, rows evenly spaced; 2, in groups that are; 0, anyhow."""
         if values.dim() < 2 or self.chance(0.4):
             return self.dense(values)
         shape, strides = values.shape, [1] * values.dim()
         leading = list(range(values.dim() - 2, -1, -1))
         if groups == 0 and self.chance(0.3):
             self.random.shuffle(leading)
-        uneven = set(self.random.sample(leading, min(len(leading), groups - 1)) if groups else leading) | {leading[0]}
+        uneven = set(leading) if groups == 0 else {leading[0]}
+        if groups == 2:
+            uneven.add(leading[self.split % len(leading)])
         distance = max(shape[-1], 1)
         for axis in leading:
             if axis in uneven and self.chance(0.5):
@@ -126,7 +129,8 @@ class Draw:
         elif isinstance(value, int):
             near = (0, -1, value + 1, value - 1, 2 * value)
             far = (1 << 31, -(1 << 31) - 1, (1 << 31) - 1, 1 << 63, 1 << 70)
-            of_other_types = (float(value), value + 0.5, str(value), None, math.nan, math.inf, torch.tensor(value))
+            as_tensor = torch.tensor(value) if abs(value) < 1 << 63 else "none"
+            of_other_types = (float(value), value + 0.5, str(value), None, math.nan, math.inf, as_tensor)
             other = self.choice((*near, *far, *of_other_types))
         elif isinstance(value, float):
             of_other_types = (1 << 70, str(value), None, b"1", 1j, torch.tensor(value))

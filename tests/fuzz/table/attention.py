@@ -46,7 +46,7 @@ def read_options(
     rope_scale: Any = None, rope_theta: Any = None, **_: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """As the oracle takes them."""
-    if pos_encoding_mode is None:
+    if pos_encoding_mode is None or window_left is None:
         raise Unspecified  # what was planned, or the default
     if pos_encoding_mode not in ("NONE", "ROPE_LLAMA", "ALIBI"):
         raise Refused("an unknown position encoding")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 import flashinfer
-from tests.fuzz.call import Call, Check, Refused, near, near_fp8, nothing
+from tests.fuzz.call import Call, Check, Refused, Unspecified, near, near_fp8, nothing
 from tests.fuzz.draw import FLOATS, FP8, Draw
 from tests.fuzz.table import Case
 from tests.oracles import norm as oracle
@@ -116,13 +117,15 @@ def scale_of(scale: Any) -> float:
 
 
 def number(scale: Any) -> float:
-    """As the oracle takes it: a number, or a tensor that holds one."""
+    """As the oracle takes it: a number, or a tensor that holds one. One so large that results underflow is anything."""
     if isinstance(scale, torch.Tensor):
         if scale.numel() != 1:
             raise Refused("a scale of several elements")
         return float(scale.reshape(()))
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise Refused("a scale that is no number")
+    if 1e10 < abs(scale) < math.inf:
+        raise Unspecified
     return float(scale)
 
 

@@ -53,6 +53,7 @@ class Model:
     wrapper: Any = None
     plan: Optional[Plan] = None
     changes: tuple[str, ...] = ()  # of the call that made it
+    origin: tuple[str, ...] = ()  # changes of the constructor
     has_failed: bool = False  # the last plan() raised: the wrapper may have forgotten the one before
     is_overwritten: bool = False  # what the last plan() was given
     is_unknown: bool = False  # the last plan() was one whose meaning is not specified
@@ -283,8 +284,9 @@ def life(d: Draw, model: Model, make: Any, plan: Any, run: Any) -> Iterator[Any]
     made = make()
     steps = d.maybe_hostile(made) if d.chance(0.2) else [made]
     yield steps
-    if model.wrapper is None or len(steps) > 1 or steps[0].changes:
-        return  # what a hostile constructor makes of itself is its own
+    if model.wrapper is None:
+        return
+    model.origin = tuple(f"made with {change}" for change in steps[-1].changes)
     first = True
     for _ in range(d.random.randint(2, 6)):
         what = d.choice(("plan", "plan", "run", "run", "run", "run", "overwrite", "copy", "reset", "engine"))
@@ -293,6 +295,7 @@ def life(d: Draw, model: Model, make: Any, plan: Any, run: Any) -> Iterator[Any]
         first = False
         if what == "plan":
             call = plan()
+            call = replace(call, changes=(*model.origin, *call.changes))
             yield d.hostile(call) if d.chance(0.35) else call
         elif what == "run":
             call = replace(run(), changes=model.doubts)
@@ -415,6 +418,8 @@ def planned(model: Model, name: str, function: Any, arguments: dict[str, Any], d
         described[0] = None
         plan = describe(**given)
         if not fits(plan):
+            if model.origin:
+                raise Unspecified  # nobody knows what it was made for
             raise Refused("another batch than the wrapper was made for, or more pages than its buffer holds")
         described[0] = plan
         return {"return": nothing}

@@ -86,6 +86,8 @@ class _Cascade:
 
         def expect(**given: Any) -> Mapping[str, Check]:
             described.clear()
+            if model.origin:
+                raise Unspecified  # nobody knows how many levels it was made for
             plans = self._describe(**given)
             if len({(plan.qo_indptr[0], plan.qo_indptr[-1]) for plan in plans}) > 1:
                 raise Unspecified  # levels of different tokens

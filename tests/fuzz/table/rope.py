@@ -121,14 +121,12 @@ def _apply(name: str, d: Draw) -> Iterator[Call]:
 def _ragged_positions(indptr: Any, first: Any, num_tokens: int) -> list[int]:
     begins = integers("offsets", first)
     starts = offsets("indptr", indptr, len(begins) + 1, num_tokens)
-    if starts[0] > 0:
-        raise Refused("rows before the first request")
     positions = [
         begin + i for begin, (start, end) in zip(begins, itertools.pairwise(starts)) for i in range(end - start)
     ]
     if any(abs(position) >= LARGEST for position in positions):
         raise Unspecified
-    return positions + [0] * (num_tokens - starts[-1])
+    return [0] * starts[0] + positions + [0] * (num_tokens - starts[-1])
 
 
 def _draw_table(d: Draw, rotary_dim: int) -> torch.Tensor:
@@ -234,13 +232,18 @@ def _append(d: Draw) -> Iterator[Call]:
         k_cache, _ = paged.cache_halves(paged_kv_cache, kv_layout)
         places = paged.find_slots(batch_indices, positions, kv_indices, kv_indptr, len(q), *k_cache.shape[:2])
         turned_at = integers("pos_ids", positions if pos_ids is None else pos_ids, len(q))
+        padding = torch.tensor([min(slot) < 0 for slot in zip(batch_indices.tolist(), positions.tolist())]).bool()
+        turned_at = [0 if is_padding else position for position, is_padding in zip(turned_at, padding.tolist())]
         if cos_sin_cache is None:
             angles = _angles(turned_at, _frequencies(_rotary_dim(rotary_dim, q.shape[2]), rope_scale, rope_theta))
             cos, sin = angles.cos(), angles.sin()
         else:
             cos, sin = _from_table(cos_sin_cache, turned_at, rotary_dim)
         turned = [oracle.rotate_by(x, cos, sin, bool(interleave)) for x in (q, k)]
-        check_q = near(turned[0], q.dtype)
+
+        def check_q(actual: Any) -> None:
+            near(turned[0][~padding], q.dtype)(actual[~padding])
+
         check_cache = _check_cache(paged_kv_cache, kv_layout, (turned[1], v), k.dtype, (k_scale, v_scale), places)
         checks = {"return": check_q, "paged_kv_cache": check_cache}
         return checks if q_out is None else {**checks, "q_out": check_q}

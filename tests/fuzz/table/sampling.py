@@ -14,7 +14,7 @@ from flashinfer import sampling
 from tests.fuzz.call import Call, Check, Refused, Unspecified, Wrong, equal, near, require_tensor
 from tests.fuzz.draw import FLOATS, Draw
 from tests.fuzz.table import Case
-from tests.fuzz.table.indices import integers, whole
+from tests.fuzz.table.indices import LARGEST, integers, whole
 from tests.oracles import sampling as oracle
 
 SLACK = 2e-5  # what fp32 sums over a vocabulary may differ by, as a part of the whole
@@ -62,13 +62,15 @@ def _per_row(name: str, value: Any, num_rows: int) -> list[Any]:
         if any(v != v or (name == "temperature" and not 0 < v < math.inf) for v in values):
             raise Unspecified  # on a device, nobody looks at them
         return values
+    if value is None:  # no filter
+        value = {"top_k": LARGEST, "top_p": 1.0, "min_p": 0.0}.get(name)
     if name == "top_k":
         value = whole(name, value)
     elif isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise Refused(f"{name} is no number")
     if name == "temperature" and not 0 < value < math.inf:
         raise Refused("a temperature that is not positive")
-    return [value] * num_rows
+    return [min(value, 1.0) if name == "min_p" else value] * num_rows  # the most probable one always stays
 
 
 def _weights(row: Row, kind: str) -> Optional[Row]:
@@ -123,7 +125,8 @@ def _sample(name: str, kind: str, filters: tuple[str, ...], d: Draw) -> Iterator
             raise Refused("an unknown order")
         if given["check_nan"] and bool(rows.isnan().any()):
             raise Refused("NaN")
-        _require_random_state(**given)
+        if chosen:
+            _require_random_state(**given)
         values = {parameter: _per_row(parameter, given[parameter], len(chosen)) for parameter in filters}
         allowed: list[Optional[torch.Tensor]] = []
         for i, row in enumerate(rows[list(chosen)].double()):
