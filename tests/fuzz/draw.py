@@ -143,7 +143,7 @@ class Draw:
         return other, f"{show(value)} became {show(other)}"[:90]
 
     def _hostile_tensor(self, tensor: torch.Tensor, call: Call) -> tuple[Any, str]:
-        if not tensor.dtype.is_floating_point and tensor.dtype != torch.bool and tensor.numel() and self.chance(0.45):
+        if tensor.dtype in INDICES and tensor.numel() and self.chance(0.45):
             return self.hostile_index(tensor)
         change = self.choice(_CHANGES)
         changed = change(self, tensor, call)

@@ -197,7 +197,7 @@ def _shared_prefix(name: str, is_decode: bool, d: Draw) -> Iterator[Any]:
             unplanned.require_heads(*heads)
             dim, dtype = (
                 whole("head_dim", head_dim),
-                planned.read_dtype(given["data_type" if is_decode else "q_data_type"]),
+                planned.read_dtype(given["data_type"] or "float16" if is_decode else given["q_data_type"]),
             )
             unplanned.require_prefill(dtype, dtype, dim, dim)
             return Plan(pages, lens, rows, *heads, (dim, dim), size, dtype, dtype, None, unplanned.read_options())
@@ -222,15 +222,12 @@ def _shared_prefix(name: str, is_decode: bool, d: Draw) -> Iterator[Any]:
         ) -> Mapping[str, Check]:
             plan = model.planned()
             options = unplanned.read_options(sm_scale=sm_scale)
+            if causal is None:
+                raise Unspecified  # what was planned, or not
             halves = planned.paged_halves(plan, unique_kv_cache, layout)
             k, v = unplanned.rows_of(k_shared, v_shared, layout)
-            if (
-                q.dtype != halves[0].dtype
-                or q.dtype != k.dtype
-                or (k.shape[2], v.shape[2]) != plan.head_dims
-                or k.shape[1] != plan.num_kv_heads
-            ):
-                raise Refused("a prefix of another dtype or of other heads")
+            if (k.shape[2], v.shape[2]) != plan.head_dims or k.shape[1] != plan.num_kv_heads:
+                raise Refused("a prefix of other heads")
             if is_decode and (q.dtype != plan.q_dtype or len(q) != len(plan.pages)):
                 raise Refused("queries of another number or dtype than planned")
             unplanned.require_prefill(q.dtype, k.dtype, *plan.head_dims)

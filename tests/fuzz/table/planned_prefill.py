@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import flashinfer
-from tests.fuzz.call import Call, Check
+from tests.fuzz.call import Call, Check, Unspecified
 from tests.fuzz.draw import Draw
 from tests.fuzz.table import Case, planned
 from tests.fuzz.table import attention as unplanned
@@ -116,6 +116,8 @@ def _prefill_run(d: Draw, model: Model, shape: Shape, is_paged: bool) -> Call:
         halves = planned.paged_halves(plan, paged_kv_cache, layout) if is_paged else unplanned.rows_of(k, v, layout)
         unplanned.require_prefill(q.dtype, halves[0].dtype, *plan.head_dims)
         scales = unplanned.read_scales(q_scale, k_scale, v_scale)
+        if as_forward and causal is None:
+            raise Unspecified  # what was planned, or not
         state = planned.attend(plan, q, halves, {**given, **scales}, causal if as_forward else plan.causal)
         return planned.results(plan, q, state, out, lse, return_lse)
 

@@ -61,7 +61,7 @@ def _per_row(name: str, value: Any, num_rows: int) -> list[Any]:
         values = value.reshape(-1).tolist() * (num_rows if value.numel() == 1 and num_rows != 1 else 1)
         if any(v != v or (name == "temperature" and not 0 < v < math.inf) for v in values):
             raise Unspecified  # on a device, nobody looks at them
-        return values
+        return [min(v, 1.0) for v in values] if name == "min_p" else values
     if value is None:  # no filter
         value = {"top_k": LARGEST, "top_p": 1.0, "min_p": 0.0}.get(name)
     if name == "top_k":
