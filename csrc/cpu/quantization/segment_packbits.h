@@ -1,6 +1,8 @@
 // Pack the booleans of every segment from a byte of its own (CPU). The host has checked the offsets.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/quantization/pack_byte.h"
 #include "quantization/params.h"
 
@@ -19,7 +21,8 @@ void segment_packbits(const SegmentPackbitsParams& params) {
     }
   }
   const int64_t num_packed = packed_indptr[params.num_segments];
-  std::memset(params.output + num_packed, 0, params.num_bytes - num_packed);
+  // Not memset: without elements there is no output, and it may not be given a null pointer, not even for nothing.
+  std::fill(params.output + num_packed, params.output + params.num_bytes, uint8_t(0));
 }
 
 }  // namespace flashinfer::cpu
