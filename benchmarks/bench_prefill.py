@@ -44,6 +44,14 @@ SDPA_BACKENDS = {
 }
 
 
+SCORES: dict[str, dict[str, Any]] = {
+    "": {},
+    "soft cap": {"logits_soft_cap": 30.0},
+    "ALiBi": {"pos_encoding_mode": "ALIBI"},
+    "every bit of a custom mask set": {},
+}
+
+
 @dataclass(frozen=True)
 class Case:
     batch: int
@@ -55,6 +63,7 @@ class Case:
     head_dim_vo: int = 128
     page_size: int = 0  # 0: ragged
     causal: bool = True
+    scores: str = ""  # what else happens to them, of SCORES
     goal: str = ""
 
     @property
@@ -63,7 +72,8 @@ class Case:
         dims = f"d{self.head_dim}" + ("" if self.head_dim == self.head_dim_vo else f"/{self.head_dim_vo}")
         storage = f"page {self.page_size}" if self.page_size else "ragged"
         mask = "causal" if self.causal else "full"
-        return f"{self.batch} x {lengths}, {self.num_qo_heads}/{self.num_kv_heads}, {dims}, {storage}, {mask}"
+        scores = f", {self.scores}" if self.scores else ""
+        return f"{self.batch} x {lengths}, {self.num_qo_heads}/{self.num_kv_heads}, {dims}, {storage}, {mask}{scores}"
 
     @property
     def flops(self) -> float:
@@ -92,6 +102,9 @@ CASES = [
     square(4, 4096, 16, 4, 256),
     square(4, 4096, 128, 128, 192, head_dim_vo=128),
     square(256, 128, 12, 12, 32, causal=False),
+    square(4, 4096, scores="soft cap"),
+    square(4, 4096, scores="ALiBi"),
+    square(4, 4096, causal=False, scores="every bit of a custom mask set"),
     Case(64, 16, 4096, page_size=16, goal="2.6 TB/s"),
     Case(64, 16, 4096, page_size=1),
     Case(64, 4, 4096, page_size=16),
@@ -136,9 +149,14 @@ class Problem:
         kind = "Paged" if case.page_size else "Ragged"
         wrapper = getattr(flashinfer, f"BatchPrefillWith{kind}KVCacheWrapper")(workspace, **options)
         shapes = [case.num_qo_heads, case.num_kv_heads, case.head_dim, *([case.page_size] if case.page_size else [])]
+        score_options = dict(SCORES[case.scores])
+        if "custom mask" in case.scores:
+            num_bits = case.batch * case.qo_len * case.kv_len
+            score_options["custom_mask"] = torch.ones(num_bits, dtype=torch.bool, device=DEVICE)
         wrapper.plan(
-            *self.indices, *shapes, head_dim_vo=case.head_dim_vo, causal=case.causal, q_data_type=torch.bfloat16
-        )
+            *self.indices, *shapes, head_dim_vo=case.head_dim_vo, causal=case.causal, q_data_type=torch.bfloat16,
+            **score_options,
+        )  # fmt: skip
         return wrapper
 
     def time(self, **options: Any) -> float:
@@ -167,6 +185,8 @@ class Problem:
 
     def time_sdpa(self) -> float:
         if self.case.qo_len != self.case.kv_len:  # SDPA aligns the causal mask to the first key
+            return math.nan
+        if self.case.scores:  # it knows none of them
             return math.nan
         try:
             return device_us(self.sdpa_calls())

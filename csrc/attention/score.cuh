@@ -29,7 +29,7 @@ constexpr float kMinusInfinity = __builtin_bit_cast(float, 0xff800000u);  // the
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 // From exp2: tanh.approx is off by up to 5e-4, which a soft cap of 50 turns into 2.5% of a probability.
 FLASHINFER_FN float soft_tanh(float x) {
-  return 1.f - __fdividef(2.f, 1.f + fast_exp2(2.f * kLog2E * x));
+  return fmaf(-2.f, fast_rcp(1.f + fast_exp2(2.f * kLog2E * x)), 1.f);
 }
 #else
 FLASHINFER_FN float soft_tanh(float x) {
@@ -54,9 +54,11 @@ struct Score {
   // distance = key position - query position; alibi_slope is read only under ALiBi.
   FLASHINFER_FN static float transform(const AttentionParams& params, float qk, float alibi_slope, int32_t distance) {
     if constexpr (kIsPlain) return qk;
-    float logit = qk * params.sm_scale;
-    if constexpr (kHasAlibi) logit += alibi_slope * float(distance);
-    if constexpr (Config::kHasSoftCap) logit = soft_tanh(logit / params.logits_soft_cap);
+    // Divided once for all scores, not each.
+    const float factor = Config::kHasSoftCap ? 1.f / params.logits_soft_cap : 1.f;
+    float logit = qk * (params.sm_scale * factor);
+    if constexpr (kHasAlibi) logit += alibi_slope * factor * float(distance);
+    if constexpr (Config::kHasSoftCap) logit = soft_tanh(logit);
     return logit;
   }
 

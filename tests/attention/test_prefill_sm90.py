@@ -41,6 +41,9 @@ def header_of(target: str, **axes: Any) -> str:
         {"head_dim": 256},
         {"head_dim": 192, "head_dim_vo": 128},
         {"has_window": True},
+        {"has_soft_cap": True},
+        {"mask": "custom"},
+        {"pos_encoding": "alibi"},
     ],
 )
 def test_serves(axes: dict[str, Any]) -> None:
@@ -52,15 +55,12 @@ def test_serves(axes: dict[str, Any]) -> None:
     "axes",
     [
         {"kv_dtype": "fp8_e4m3"},
-        {"mask": "custom"},
         {"kv_storage": "paged", "page_size": 1},
         {"kv_storage": "paged", "page_size": 12},
         {"kv_storage": "paged", "page_size": 16, "short_queries": True},
         {"head_dim": 96},
         {"head_dim": 192},
         {"pos_encoding": "rope"},
-        {"pos_encoding": "alibi"},
-        {"has_soft_cap": True},
         {"short_queries": True},
     ],
 )
@@ -90,6 +90,8 @@ def compiled_specs() -> list[KernelSpec]:
         dims = {"head_dim": dim_qk, "head_dim_vo": dim_vo}
         specs.append(families.prefill("sm_90a", **{**BF16, **dims}))
         specs.append(families.prefill("sm_90a", **{**BF16, **dims}, mask="none", has_window=True))
+        changed: dict[str, Any] = {"mask": "custom", "pos_encoding": "alibi", "has_soft_cap": True, "has_window": True}
+        specs.append(families.prefill("sm_90a", **{**BF16, **dims}, **changed))
     paged = {"kv_storage": "paged", "page_size": 16}
     specs.append(families.prefill("sm_90a", **{**BF16, "q_dtype": "fp16", "kv_dtype": "fp16", **paged}))
     return specs

@@ -81,23 +81,47 @@ struct Softmax {
   }
 };
 
-// -inf where a query does not see a key.
+// Soft cap and ALiBi on every score; then -inf where a query does not see a key.
 template <class Config, class Shape = sm90::Shape<Config>>
-__device__ __forceinline__ void mask_scores(float (&scores)[Shape::kNumScores], const PrefillParams& params,
-                                            const PrefillItem& item, const FastDivisor& group_size, int tile) {
-  const int thread_idx = fresh_thread_idx();
-  const int first_row = item.q_tile * Shape::kBlockM + thread_idx / 32 * Shape::kRowsPerWarp + thread_idx % 32 / 4;
-  const int first_kv = tile * Shape::kBlockN + thread_idx % 4 * 2;  // of this lane; element 4 j + e adds 8 j + e
+__device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kNumScores], const PrefillParams& params,
+                                                   const Work& work, const FastDivisor& group_size, int tile,
+                                                   auto needs_mask) {
+  const PrefillItem& item = work.item;
+  const int thread_idx = fresh_thread_idx(), lane_idx = thread_idx % 32;
+  const int first_row = item.q_tile * Shape::kBlockM + thread_idx / 32 * Shape::kRowsPerWarp + lane_idx / 4;
+  const int first_kv = tile * Shape::kBlockN + lane_idx % 4 * 2;  // of this lane; element 4 j + e adds 8 j + e
   const Visibility visibility = Visibility::of<Config>(params);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int32_t token_idx = group_size.divide(first_row + half * 8);
-    const Range keys = visibility.keys_of(position_of(token_idx, item.qo_len, item.kv_len), item.kv_len);
+    const QueryRow query = QueryRow::of(work, group_size, first_row + half * 8);
+    const int32_t position = position_of(query.token_idx, item.qo_len, item.kv_len);
+    if constexpr (!Score<Config>::kIsPlain) {
+      const float slope = Score<Config>::alibi_slope(params, query.qo_head_idx);
+#pragma unroll
+      for (int i = 0; i < Shape::kNumScores / 2; ++i) {
+        float& score = scores[i / 2 * 4 + half * 2 + i % 2];
+        score = Score<Config>::transform(params, score, slope, first_kv + i / 2 * 8 + i % 2 - position);
+      }
+    }
+    if (!needs_mask) continue;
+    const Range keys = visibility.keys_of(position, item.kv_len);
     const Range from_here = {keys.begin - first_kv, keys.end - first_kv};
+    // Four words of the mask at a time, one a lane of the four that share a row.
+    uint32_t lane_bits = 0xffffffffu;
 #pragma unroll
     for (int i = 0; i < Shape::kNumScores / 2; ++i) {
+      const int offset = i / 2 * 8 + i % 2;
+      bool visible = visibility.contains(from_here, offset);
+      if (visibility.has_holes()) {
+        if (offset % 128 == 0) {
+          lane_bits = visibility.bits_of(params, item.request_idx, query.token_idx,
+                                         tile * Shape::kBlockN + offset + lane_idx % 4 * 32, item.qo_len, item.kv_len);
+        }
+        const uint32_t bits = __shfl_sync(0xffffffffu, lane_bits, offset % 128 / 32, 4);
+        visible = visible && (bits >> (offset % 32 + lane_idx % 4 * 2)) & 1;
+      }
       float& score = scores[i / 2 * 4 + half * 2 + i % 2];
-      score = visibility.contains(from_here, i / 2 * 8 + i % 2) ? score : kMinusInfinity;
+      score = visible ? score : kMinusInfinity;
     }
   }
 }

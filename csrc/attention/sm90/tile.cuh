@@ -35,7 +35,7 @@ struct Shape {
   static constexpr int kNumScores = kBlockN / 2, kNumOutputs = kHeadDimVo / 2;  // of a thread
   static_assert(kBlockM % 64 == 0 && kBlockN % 16 == 0);
   static_assert(kHeadDimQk % kPanelColumns == 0 && kHeadDimVo % kPanelColumns == 0);
-  static_assert(Score<Config>::kIsPlain && !Score<Config>::kHasRope && Config::kMask != kMaskCustom);
+  static_assert(!Score<Config>::kHasRope);
   static_assert(kHeadDimVo <= kHeadDimQk, "the output is staged where the queries were");
 };
 

@@ -41,7 +41,7 @@ struct TileWalk {
 
   const Sm90PrefillParams& params;
   Smem<Config>& smem;
-  const PrefillItem& item;
+  const Work& work;
   Range whole;  // tiles that all of the rows see whole; the others need masking
   Operand q;
   float scale_log2;
@@ -57,7 +57,7 @@ struct TileWalk {
     };
     return {params,
             smem,
-            work.item,
+            work,
             Visibility::of<Config>(params).tiles_seen_whole(position_of_row(first_row), position_of_row(last_row),
                                                             work.item.kv_len, Shape::kBlockN),
             depth_major_operand(smem_address(smem.q_of(unit_turn, consumer_idx()))),
@@ -68,10 +68,11 @@ struct TileWalk {
 
   // From the last tile to the first; kv_turn counts on.
   __device__ __forceinline__ void run(uint32_t& kv_turn) {
-    const uint32_t turn_plus_tile = kv_turn + item.tile_end - 1;
+    const Visibility visibility = Visibility::of<Config>(params);
+    const uint32_t turn_plus_tile = kv_turn + work.item.tile_end - 1;
     Probabilities p;
     const auto walk_down_to = [&](int end_tile, auto needs_mask) {
-      const uint32_t end_turn = turn_plus_tile + 1 - max(end_tile, item.tile_begin);
+      const uint32_t end_turn = turn_plus_tile + 1 - max(end_tile, work.item.tile_begin);
 #pragma unroll 1
       for (; int32_t(end_turn - kv_turn) > 0; ++kv_turn) {
         if constexpr (Shape::kOverlaps) {
@@ -82,12 +83,12 @@ struct TileWalk {
       }
     };
     if constexpr (Shape::kOverlaps) {
-      begin_overlapped(p, kv_turn, item.tile_end - 1);
+      begin_overlapped(p, kv_turn, work.item.tile_end - 1);
       ++kv_turn;
     }
     walk_down_to(whole.end, Constant<true>{});
-    walk_down_to(whole.begin, Constant<false>{});
-    if constexpr (Config::kHasWindow) walk_down_to(0, Constant<true>{});
+    if (!visibility.has_holes()) walk_down_to(whole.begin, Constant<false>{});
+    if (visibility.has_begin()) walk_down_to(0, Constant<true>{});
     if constexpr (Shape::kOverlaps) end_overlapped(p, kv_turn - 1);
   }
 
@@ -97,7 +98,7 @@ struct TileWalk {
     start_scores(scores, turn);
     wait_for_scores<0>(scores, turn);
     float rescale[2];
-    if (needs_mask) mask_scores<Config>(scores, params, item, smem.group_size, tile);
+    transform_and_mask<Config>(scores, params, work, smem.group_size, tile, needs_mask);
     if (softmax.raise_max(scores, scale_log2, rescale)) softmax.rescale_output(out, rescale);
     smem.v_full.wait_full(turn);
     softmax.template exponentiate<0, 2>(scores, scale_log2);
@@ -124,7 +125,7 @@ struct TileWalk {
     Turns::pass_on();
     wait_for_scores<1>(scores, turn);
     float rescale[2];
-    if (needs_mask) mask_scores<Config>(scores, params, item, smem.group_size, tile);
+    transform_and_mask<Config>(scores, params, work, smem.group_size, tile, needs_mask);
     const bool is_raised = softmax.raise_max(scores, scale_log2, rescale);
     softmax.exponentiate(scores, scale_log2);
     pin(scores);  // not until all of it is done
@@ -138,7 +139,7 @@ struct TileWalk {
     start_scores(scores, turn);
     wait_for_scores<0>(scores, turn);
     float no_rescale[2];
-    mask_scores<Config>(scores, params, item, smem.group_size, tile);
+    transform_and_mask<Config>(scores, params, work, smem.group_size, tile, Constant<true>{});
     softmax.raise_max(scores, scale_log2, no_rescale);
     softmax.exponentiate(scores, scale_log2);
     softmax.pack(scores, p);
