@@ -66,8 +66,8 @@ struct Visibility {
   // Whether keys are hidden inside the range.
   FLASHINFER_FN bool has_holes() const { return mask == kMaskCustom; }
 
-  // Where there are holes: which of 32 keys query qo_idx sees, bit k for key first_key + k. first_key is a multiple of
-  // 32. Bits of keys outside of the range mean nothing.
+  // Where there are holes: which of 32 keys query qo_idx sees, bit k for key first_key + k. Bits of
+  // keys outside of the range mean nothing.
   template <class Params>
   FLASHINFER_FN uint32_t bits_of(const Params& params, int32_t request_idx, int32_t qo_idx, int32_t first_key,
                                  int32_t qo_len, int32_t kv_len) const {
