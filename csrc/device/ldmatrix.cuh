@@ -21,4 +21,11 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&regs)[4], uint32_t 
                : "r"(row_smem));
 }
 
+// Transpose an 8x8 matrix of 16-bit elements held by a warp, two a lane: row l / 4, columns 2 (l % 4) and the next.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
+  uint32_t transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 }  // namespace flashinfer

@@ -6,7 +6,7 @@
 #include "attention/score.cuh"
 #include "attention/visibility.cuh"
 #include "device/cp_async.cuh"
-#include "device/kv_cast.cuh"
+#include "device/kv_codec.cuh"
 #include "device/ldmatrix.cuh"
 #include "device/mma.cuh"
 #include "device/reduce.cuh"
@@ -30,10 +30,9 @@ struct DecodeTile {
   static constexpr int kHeadTiles = Config::kGroupTile / kMmaHeads;
   static constexpr int kQkSteps = kDimQk / 16;        // mma along head_dim of S^T
   static constexpr int kVoTiles = kDimVo / kMmaRows;  // mma tiles along head_dim of O^T
-  static constexpr bool kFp8 = sizeof(Kv) == 1;
-  // What the tensor cores multiply. fp8 widens to fp16 in one instruction, to bf16 in five; q in bf16 then narrows to
-  // fp16, which is exact but for magnitudes no query has (it saturates at 65504 and loses bits below 6e-5).
-  using Mma = typename Conditional<kFp8, fp16, Q>::Type;
+  using Mma = typename CheapestOperand<Q, Kv>::Type;  // what the tensor cores multiply
+  using Codec = KvCodec<Mma, Kv>;
+  static constexpr bool kIsPacked = Codec::kPerRegister == 4;
   static_assert(kWarpRows % kMmaRows == 0 && kWarpRows <= kWarpSize && Config::kGroupTile % kMmaHeads == 0);
   static_assert(kDimQk % 32 == 0 && kDimVo % 32 == 0);
 };
@@ -210,6 +209,7 @@ struct WarpState {
   using Q = typename Tile::Q;
   using Kv = typename Tile::Kv;
   using Mma = typename Tile::Mma;
+  using Codec = typename Tile::Codec;
   using S = Score<Config>;
   static constexpr int kRopePairs = S::kHasRope ? Tile::kQkSteps / 2 : 1;
 
@@ -235,9 +235,9 @@ struct WarpState {
   }
 
   // The element of head_dim at which register `half` of step `step` of a q or k fragment starts. The order of a sum is
-  // free: with fp8 keys it follows the bytes as ldmatrix deals them out, four consecutive ones to a lane.
+  // free: with packed keys it follows the bytes as ldmatrix deals them out, four consecutive ones to a lane.
   __device__ __forceinline__ int element_of(int step, int half) const {
-    return step * 16 + (Tile::kFp8 ? column * 4 + half * 2 : column * 2 + half * 8);
+    return step * 16 + (Tile::kIsPacked ? column * 4 + half * 2 : column * 2 + half * 8);
   }
 
   // Before the first tile, not with it: so the compiler sees that these registers hold nothing while a request is
@@ -292,9 +292,9 @@ struct WarpState {
     }
   }
 
-  // Element of head_dim in row `half` (0: g, 1: g + 8) of tile `tile` of O^T. fp8 values come out of ldmatrix in pairs.
+  // Element of head_dim in row `half` (0: g, 1: g + 8) of tile `tile` of O^T. Packed values come out of ldmatrix in pairs.
   __device__ __forceinline__ int out_element(int tile, int half) const {
-    return tile * kMmaRows + (Tile::kFp8 ? 2 * group + half : group + 8 * half);
+    return tile * kMmaRows + (Tile::kIsPacked ? 2 * group + half : group + 8 * half);
   }
 
  private:
@@ -338,15 +338,15 @@ struct WarpState {
     for (int i = 0; i < Rows::kNumChunks / 2; ++i) {
       uint32_t regs[4];
       ldmatrix_x4(regs, base + Rows::offset(row, 2 * i + chunk));
-      if constexpr (Tile::kFp8) {
+      if constexpr (Tile::kIsPacked) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {  // a chunk is 16 elements: one step
-          k_rmem[2 * i + j / 2][j % 2] = expand_fp8<Kv>(regs[j], kBytes01);
-          k_rmem[2 * i + j / 2][j % 2 + 2] = expand_fp8<Kv>(regs[j], kBytes23);
+          k_rmem[2 * i + j / 2][j % 2] = Codec::pair(regs[j], kBytes01);
+          k_rmem[2 * i + j / 2][j % 2 + 2] = Codec::pair(regs[j], kBytes23);
         }
       } else {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) k_rmem[i][j] = cast_16bit<Mma, Kv>(regs[j]);
+        for (int j = 0; j < 4; ++j) k_rmem[i][j] = Codec::pair(regs[j]);
       }
     }
   }
@@ -403,28 +403,28 @@ struct WarpState {
   __device__ __forceinline__ void multiply_pv(const Kv* v_smem,
                                               const uint32_t (&weights)[Tile::kRowTiles][Tile::kHeadTiles][2]) {
     using Rows = SwizzledRows<Tile::kDimVo * sizeof(Kv)>;
-    constexpr int kTilesPerLoad = Tile::kFp8 ? 2 : 1;
+    constexpr int kTilesPerLoad = Tile::kIsPacked ? 2 : 1;
     const uint32_t base = smem_address(v_smem);
 #pragma unroll
     for (int r = 0; r < Tile::kRowTiles; ++r) {
 #pragma unroll
       for (int d = 0; d < Tile::kVoTiles; d += kTilesPerLoad) {
         uint32_t regs[4], v_rmem[kTilesPerLoad][4];
-        if constexpr (Tile::kFp8) {
+        if constexpr (Tile::kIsPacked) {
           // Matrices: keys 0-7 and 8-15 of one chunk (16 elements: one tile), then of the next.
           const int row = r * kMmaRows + lane_idx % 16;
           ldmatrix_x4_trans(regs, base + Rows::offset(row, d + lane_idx / 16));
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            v_rmem[j / 2][j % 2 * 2] = expand_fp8<Kv>(regs[j], kBytes02);
-            v_rmem[j / 2][j % 2 * 2 + 1] = expand_fp8<Kv>(regs[j], kBytes13);
+            v_rmem[j / 2][j % 2 * 2] = Codec::pair(regs[j], kBytes02);
+            v_rmem[j / 2][j % 2 * 2 + 1] = Codec::pair(regs[j], kBytes13);
           }
         } else {
           // Matrices: both chunks of a tile at keys 0-7, then at keys 8-15.
           const int row = r * kMmaRows + lane_idx % 8 + lane_idx / 16 * 8;
           ldmatrix_x4_trans(regs, base + Rows::offset(row, 2 * d + lane_idx / 8 % 2));
 #pragma unroll
-          for (int j = 0; j < 4; ++j) v_rmem[0][j] = cast_16bit<Mma, Kv>(regs[j]);
+          for (int j = 0; j < 4; ++j) v_rmem[0][j] = Codec::pair(regs[j]);
         }
 #pragma unroll
         for (int i = 0; i < kTilesPerLoad * Tile::kHeadTiles; ++i) {

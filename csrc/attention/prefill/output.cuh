@@ -14,11 +14,11 @@ struct OutputPair {
   int column;
 
   __device__ __forceinline__ static constexpr OutputPair of(int sixteen, int pair) {
-    if (Shape::kIsFp8V) return {{2 * sixteen, 2 * sixteen + 1}, {pair, pair}, 16 * sixteen + 2 * pair};
+    if (Shape::kPacksV) return {{2 * sixteen, 2 * sixteen + 1}, {pair, pair}, 16 * sixteen + 2 * pair};
     return {{2 * sixteen + pair, 2 * sixteen + pair}, {0, 1}, 16 * sixteen + 8 * pair};
   }
   __device__ __forceinline__ static constexpr int lane_column(int quad_lane) {
-    return (Shape::kIsFp8V ? 4 : 2) * quad_lane;
+    return (Shape::kPacksV ? 4 : 2) * quad_lane;
   }
 };
 

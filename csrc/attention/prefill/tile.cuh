@@ -12,7 +12,7 @@
 #include "attention/score.cuh"
 #include "attention/visibility.cuh"
 #include "device/cp_async.cuh"
-#include "device/fp8.cuh"
+#include "device/kv_codec.cuh"
 #include "device/ldmatrix.cuh"
 #include "device/mma.cuh"
 #include "device/rotary.cuh"
@@ -44,8 +44,9 @@ struct PrefillShape {
   static constexpr int kNumThreads = Config::kNumThreads, kNumWarps = kNumThreads / 32;
   static constexpr int kHeadDimQk = Config::kHeadDimQk, kHeadDimVo = Config::kHeadDimVo;
   static constexpr bool kHasRope = Score<Config>::kHasRope;
-  static constexpr bool kIsFp8V = sizeof(Kv) == 1;
-  static constexpr bool kIsFp8K = kIsFp8V && !kHasRope;  // rotated keys are kept in T
+  using Codec = KvCodec<typename Config::Q, Kv>;
+  static constexpr bool kPacksV = Codec::kPerRegister == 4;
+  static constexpr bool kPacksK = kPacksV && !kHasRope;  // rotated keys are kept in T
 
   // With a single stage, keys and values take turns: a tile's values come in during its Q Kᵀ, the keys of the next one
   // during P V. Otherwise whole tiles come in while others are worked on.
@@ -62,7 +63,7 @@ struct PrefillShape {
   using QRows = SwizzledRows<kHeadDimQk * 2>;
   using OutRows = SwizzledRows<kHeadDimVo * 2>;
   using KRows = SwizzledRows<kHeadDimQk* int(sizeof(Kv))>;
-  using KMmaRows = SwizzledRows<kHeadDimQk*(kIsFp8K ? 1 : 2)>;  // as the tensor cores' loads find them
+  using KMmaRows = SwizzledRows<kHeadDimQk*(kPacksK ? 1 : 2)>;  // as the tensor cores' loads find them
   using VRows = SwizzledRows<kHeadDimVo* int(sizeof(Kv))>;
 };
 
@@ -181,7 +182,7 @@ __device__ __forceinline__ void rotate_rows(const PrefillParams& params, const u
 }
 
 // Rotates the warp's query rows, and, for keys left in fp8, reorders each 16 columns as even ones, then odd ones: the
-// order in which unpack_fp8 hands out a key's elements (a dot product does not mind).
+// order in which the codec hands out a key's elements (a dot product does not mind).
 template <class Config>
 __device__ __forceinline__ void prepare_q(const PrefillParams& params, const PrefillWork& work, uint8_t* q_smem,
                                           int first_row) {
@@ -194,7 +195,7 @@ __device__ __forceinline__ void prepare_q(const PrefillParams& params, const Pre
         [&](int row) { return QueryRow::of<Shape>(work, first_row + row).position(work); });
     __syncwarp();
   }
-  if constexpr (Shape::kIsFp8K) {
+  if constexpr (Shape::kPacksK) {
     constexpr int kGroupsPerRow = Shape::kHeadDimQk / 16;
 #pragma unroll 1
     for (int i = lane_idx; i < Shape::kRowsPerWarp * kGroupsPerRow; i += 32) {
@@ -245,7 +246,7 @@ __device__ __forceinline__ void compute_scores(float (&scores)[Shape::kFragsM][S
   const uint32_t q_lane_smem = q_smem + QRows::offset(lane_idx % 16, lane_idx / 16);
   const uint32_t k_lane_smem =
       k_smem +
-      (Shape::kIsFp8K ? KRows::offset(lane_idx, 0) : KRows::offset(lane_idx % 8 + lane_idx / 16 * 8, lane_idx / 8 % 2));
+      (Shape::kPacksK ? KRows::offset(lane_idx, 0) : KRows::offset(lane_idx % 8 + lane_idx / 16 * 8, lane_idx / 8 % 2));
 #pragma unroll
   for (int step = 0; step < Shape::kHeadDimQk / 16; ++step) {
     uint32_t q[Shape::kFragsM][4];
@@ -253,16 +254,16 @@ __device__ __forceinline__ void compute_scores(float (&scores)[Shape::kFragsM][S
     for (int m = 0; m < Shape::kFragsM; ++m) {
       ldmatrix_x4(q[m], QRows::advance(q_lane_smem, step * 2) + m * 16 * QRows::kNumBytes);
     }
-    if constexpr (Shape::kIsFp8K) {
+    if constexpr (Shape::kPacksK) {
 #pragma unroll
       for (int n = 0; n < Shape::kFragsN; n += 4) {
         uint32_t k[4];
         ldmatrix_x4(k, KRows::advance(k_lane_smem, step) + n * 8 * KRows::kNumBytes);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const Pair16<T> pair = unpack_fp8<T, typename Config::Kv>(k[i]);
+          const uint32_t even = Shape::Codec::pair(k[i], kBytes02), odd = Shape::Codec::pair(k[i], kBytes13);
 #pragma unroll
-          for (int m = 0; m < Shape::kFragsM; ++m) mma_m16n8k16<T>(scores[m][n + i], q[m], pair.even, pair.odd);
+          for (int m = 0; m < Shape::kFragsM; ++m) mma_m16n8k16<T>(scores[m][n + i], q[m], even, odd);
         }
       }
     } else {
@@ -286,7 +287,7 @@ __device__ __forceinline__ void accumulate_output(float (&out)[Shape::kFragsM][S
                                                   const uint32_t (&p)[Shape::kFragsM][4], uint32_t v_lane_smem) {
   using T = typename Config::Q;
   using VRows = typename Shape::VRows;
-  if constexpr (Shape::kIsFp8V) {
+  if constexpr (Shape::kPacksV) {
     // Transposed 16-bit units hold two neighbouring columns of V, so that an mma's 8 columns are every other one of 16.
 #pragma unroll
     for (int d = 0; d < Shape::kFragsD; d += 4) {
@@ -294,12 +295,16 @@ __device__ __forceinline__ void accumulate_output(float (&out)[Shape::kFragsM][S
       ldmatrix_x4_trans(v, VRows::advance(v_lane_smem, d / 2));
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
-        const Pair16<T> low = unpack_fp8<T, typename Config::Kv>(v[i]);
-        const Pair16<T> high = unpack_fp8<T, typename Config::Kv>(v[i + 1]);
+        uint32_t even[2], odd[2];  // of keys 0 to 7 and 8 to 15
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          even[j] = Shape::Codec::pair(v[i + j], kBytes02);
+          odd[j] = Shape::Codec::pair(v[i + j], kBytes13);
+        }
 #pragma unroll
         for (int m = 0; m < Shape::kFragsM; ++m) {
-          mma_m16n8k16<T>(out[m][d + i], p[m], low.even, high.even);
-          mma_m16n8k16<T>(out[m][d + i + 1], p[m], low.odd, high.odd);
+          mma_m16n8k16<T>(out[m][d + i], p[m], even[0], even[1]);
+          mma_m16n8k16<T>(out[m][d + i + 1], p[m], odd[0], odd[1]);
         }
       }
     }
