@@ -120,8 +120,8 @@ struct KvCodec<bf16, fp8_e5m2> {
 };
 
 // What to multiply queries of type Q and keys of type Kv in, where only instructions count. fp8 widens to fp16 in one,
-// to bf16 in five; q in bf16 then narrows to fp16, which is exact but for magnitudes no query has (it saturates at 65504
-// and loses bits below 6e-5).
+// to bf16 in five; q in bf16 then narrows to fp16, which is exact but for magnitudes no query has (it saturates at
+// 65504 and loses bits below 6e-5).
 template <class Q, class Kv>
 struct CheapestOperand {
   using Type = Q;

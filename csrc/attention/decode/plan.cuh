@@ -4,46 +4,18 @@
 #include "attention/decode/schedule.cuh"
 #include "attention/visibility.cuh"
 #include "device/pdl.cuh"
-#include "device/reduce.cuh"
+#include "device/scan.cuh"
 
 namespace flashinfer {
 
-struct DecodePlanSmem {
-  int32_t warp_sums[kWarpSize][2];
+// Tiles, and requests that are listed, in one number for one scan.
+struct TilesAndRequests {
+  __device__ __forceinline__ static uint64_t pack(int32_t num_tiles, bool is_listed) {
+    return uint64_t(is_listed) << 32 | uint32_t(num_tiles);
+  }
+  __device__ __forceinline__ static int32_t tiles_of(uint64_t packed) { return int32_t(packed); }
+  __device__ __forceinline__ static int32_t requests_of(uint64_t packed) { return int32_t(packed >> 32); }
 };
-
-// Tiles and listed requests before this thread's, and in the block.
-struct PlanScan {
-  int32_t tiles_before, requests_before, num_tiles, num_requests;
-};
-
-template <int kNumThreads>
-__device__ __forceinline__ PlanScan scan_block(int32_t num_tiles, bool listed, DecodePlanSmem& smem) {
-  const int warp_idx = threadIdx.x / kWarpSize, lane_idx = threadIdx.x % kWarpSize;
-  const uint32_t listed_mask = __ballot_sync(0xffffffffu, listed);
-  int32_t inclusive = num_tiles;
-#pragma unroll
-  for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const int32_t before = __shfl_up_sync(0xffffffffu, inclusive, offset);
-    if (lane_idx >= offset) inclusive += before;
-  }
-  __syncthreads();  // the sums of the scan before this one have been read
-  if (lane_idx == kWarpSize - 1) {
-    smem.warp_sums[warp_idx][0] = inclusive;
-    smem.warp_sums[warp_idx][1] = __popc(listed_mask);
-  }
-  __syncthreads();
-  PlanScan scan{inclusive - num_tiles, __popc(listed_mask & ((1u << lane_idx) - 1)), 0, 0};
-#pragma unroll
-  for (int w = 0; w < kNumThreads / kWarpSize; ++w) {
-    const int32_t tiles = smem.warp_sums[w][0], requests = smem.warp_sums[w][1];
-    scan.tiles_before += w < warp_idx ? tiles : 0;
-    scan.requests_before += w < warp_idx ? requests : 0;
-    scan.num_tiles += tiles;
-    scan.num_requests += requests;
-  }
-  return scan;
-}
 
 // One request as the schedule lists it, its chunks still unknown.
 __device__ __forceinline__ DecodeRequest read_request(const DecodePlanParams& params, int32_t request_idx) {
@@ -64,7 +36,7 @@ __device__ __forceinline__ DecodeRequest read_request(const DecodePlanParams& pa
 template <class Config>
 __device__ void decode_plan(const DecodePlanParams& params) {
   constexpr int kNumThreads = Config::kNumThreads;
-  __shared__ DecodePlanSmem smem;
+  __shared__ uint64_t warp_sums[kWarpSize];
   wait_for_previous_kernel();
   allow_next_kernel();
 
@@ -72,7 +44,8 @@ __device__ void decode_plan(const DecodePlanParams& params) {
   for (int64_t i = threadIdx.x; i < num_counters; i += kNumThreads) params.counters[i] = 0;
   int32_t num_tiles = 0;
   for (int32_t first = 0; first < params.batch_size; first += kNumThreads) {
-    num_tiles += scan_block<kNumThreads>(read_request(params, first + threadIdx.x).num_tiles, false, smem).num_tiles;
+    const DecodeRequest request = read_request(params, first + threadIdx.x);
+    num_tiles += int32_t(scan_block<kNumThreads>(uint64_t(request.num_tiles), warp_sums).total);
   }
   const ChunkSplit split = ChunkSplit::make(num_tiles, params.num_chunks);
 
@@ -80,8 +53,9 @@ __device__ void decode_plan(const DecodePlanParams& params) {
   for (int32_t first = 0; first < params.batch_size; first += kNumThreads) {
     DecodeRequest request = read_request(params, first + threadIdx.x);
     const bool listed = request.kv_len > 0;
-    const PlanScan scan = scan_block<kNumThreads>(request.num_tiles, listed, smem);
-    const int32_t first_tile = tiles_before + scan.tiles_before, position = num_listed + scan.requests_before;
+    const auto scan = scan_block<kNumThreads>(TilesAndRequests::pack(request.num_tiles, listed), warp_sums);
+    const int32_t first_tile = tiles_before + TilesAndRequests::tiles_of(scan.before);
+    const int32_t position = num_listed + TilesAndRequests::requests_of(scan.before);
     if (listed) {
       request.first_chunk = split.chunk_of(first_tile);
       request.num_chunks = split.chunk_of(first_tile + request.num_tiles - 1) - request.first_chunk + 1;
@@ -90,8 +64,8 @@ __device__ void decode_plan(const DecodePlanParams& params) {
     } else if (request.request_idx < params.batch_size) {
       params.empty[request.request_idx - position] = request.request_idx;
     }
-    tiles_before += scan.num_tiles;
-    num_listed += scan.num_requests;
+    tiles_before += TilesAndRequests::tiles_of(scan.total);
+    num_listed += TilesAndRequests::requests_of(scan.total);
   }
   __syncthreads();
 

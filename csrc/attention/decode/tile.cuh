@@ -292,7 +292,8 @@ struct WarpState {
     }
   }
 
-  // Element of head_dim in row `half` (0: g, 1: g + 8) of tile `tile` of O^T. Packed values come out of ldmatrix in pairs.
+  // Element of head_dim in row `half` (0: g, 1: g + 8) of tile `tile` of O^T. Packed values come out of ldmatrix in
+  // pairs.
   __device__ __forceinline__ int out_element(int tile, int half) const {
     return tile * kMmaRows + (Tile::kIsPacked ? 2 * group + half : group + 8 * half);
   }

@@ -15,7 +15,7 @@
 #include "attention/prefill/params.h"
 #include "attention/visibility.cuh"
 #include "device/pdl.cuh"
-#include "device/reduce.cuh"
+#include "device/scan.cuh"
 #include "device/search.cuh"
 
 namespace flashinfer {
@@ -49,8 +49,7 @@ struct PrefillPlanSmem {
   int32_t num_occupied;
   int32_t num_items_of_cost[CostBins::kNum];  // after splitting
   int32_t first_item_of_cost[CostBins::kNum];
-  int32_t scan[kWarpSize];
-  int32_t carry;
+  int32_t warp_sums[kWarpSize];
   int32_t max_cost, max_rows;      // of any query tile
   unsigned long long best_choice;  // estimated time and number of chunks, to be minimized
   int32_t num_partial_rows, num_counters;
@@ -76,20 +75,6 @@ struct PrefillPlanner {
                                        : params.qo_len;
   }
 
-  // Sum of `value` over the threads up to and including this one.
-  __device__ __forceinline__ int32_t inclusive_scan(int32_t value) const {
-    const int warp_idx = threadIdx.x / kWarpSize, lane_idx = threadIdx.x % kWarpSize;
-    for (int offset = 1; offset < kWarpSize; offset *= 2) {
-      const int32_t before = __shfl_up_sync(0xffffffffu, value, offset);
-      if (lane_idx >= offset) value += before;
-    }
-    if (lane_idx == kWarpSize - 1) smem.scan[warp_idx] = value;
-    __syncthreads();
-    for (int w = 0; w < warp_idx; ++w) value += smem.scan[w];
-    __syncthreads();
-    return value;
-  }
-
   // The cost that decisions attribute to a bin: no tile in it costs more.
   __device__ __forceinline__ int32_t bin_cost(int bin) const { return min(CostBins::bound(bin), smem.max_cost); }
 
@@ -103,11 +88,10 @@ struct PrefillPlanner {
       const int64_t num_rows = request_idx < params.batch_size ? int64_t(qo_len(request_idx)) * params.group_size : 0;
       const int64_t num_tiles = num_rows > 0 ? (num_rows + params.block_m - 1) / params.block_m : 0;
       const int32_t num_listed = int32_t(num_tiles < params.max_items ? num_tiles : params.max_items);
-      const int32_t sum = min(num_before + inclusive_scan(num_listed), params.max_items);
+      const auto scan = scan_block<kNumThreads>(num_listed, smem.warp_sums);
+      const int32_t sum = min(num_before + scan.before + num_listed, params.max_items);
       if (request_idx < params.batch_size) params.tile_indptr[request_idx + 1] = sum;
-      if (threadIdx.x == kNumThreads - 1) smem.carry = sum;
-      __syncthreads();
-      num_before = smem.carry;
+      num_before = min(num_before + scan.total, params.max_items);
     }
     __syncthreads();
   }
@@ -228,9 +212,9 @@ struct PrefillPlanner {
     static_assert(CostBins::kNum <= kNumThreads);
     const int bin = CostBins::kNum - 1 - threadIdx.x;
     const int32_t num_items = bin >= 0 ? smem.num_items_of_cost[bin] : 0;
-    const int32_t end = inclusive_scan(num_items);
-    if (bin >= 0) smem.first_item_of_cost[bin] = end - num_items;
-    if (bin == 0) params.schedule->num_items = min(end, params.max_items);
+    const auto scan = scan_block<kNumThreads>(num_items, smem.warp_sums);
+    if (bin >= 0) smem.first_item_of_cost[bin] = scan.before;
+    if (bin == 0) params.schedule->num_items = min(scan.total, params.max_items);
     __syncthreads();
   }
   __device__ __forceinline__ int chunk_bin(int bin, int32_t limit) const {

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from flashinfer.families.layout import F32, I32, I64, U32, Fields, P, nested
+from flashinfer.families.layout import DTYPES, F32, FP8_DTYPES, I32, I64, U32, Fields, P, nested
 
-Q_DTYPES = ("fp16", "bf16", "fp32")
-KV_DTYPES = ("fp16", "bf16", "fp32", "fp8_e4m3", "fp8_e5m2")
+Q_DTYPES = DTYPES
+KV_DTYPES = (*DTYPES, *FP8_DTYPES)
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 # The enumerations of attention/kv_view.cuh, visibility.cuh and score.cuh.
 KV_STORAGE = {"single": 0, "ragged": 1, "paged": 2}

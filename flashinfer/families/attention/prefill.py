@@ -19,7 +19,7 @@ from flashinfer.families.attention.params import (
     POS_ENCODINGS,
     Q_DTYPES,
 )
-from flashinfer.families.layout import I32, P, nested
+from flashinfer.families.layout import FP8_DTYPES, I32, P, nested
 from flashinfer.jit.spec import Config, Constants, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
 
 # sizeof of the structs in csrc/attention/prefill/params.h.
@@ -147,7 +147,7 @@ def _constants(spec: KernelSpec) -> Constants:
         )
     if is_cuda and "fp32" in (q_dtype, kv_dtype):
         raise UnsupportedConfig("prefill: fp32 is supported on the CPU alone; use float16 or bfloat16 on CUDA")
-    if q_dtype != kv_dtype and not kv_dtype.startswith("fp8"):
+    if q_dtype != kv_dtype and kv_dtype not in FP8_DTYPES:
         raise UnsupportedConfig(f"prefill: q is {q_dtype} and KV {kv_dtype}; expected the same dtype, or fp8 KV")
     return {
         "Q": CxxType(q_dtype),
