@@ -44,12 +44,12 @@ constexpr int32_t kMinChunk = 2;
 constexpr int32_t kMaxKvLen = 1 << 30;  // of a request that can be true
 
 struct PrefillPlanSmem {
+  alignas(16) int32_t warp_sums[kWarpSize];
   int32_t num_tiles_of_cost[CostBins::kNum];
   int32_t occupied_bins[CostBins::kNum];  // those with a tile in them, in no order
   int32_t num_occupied;
   int32_t num_items_of_cost[CostBins::kNum];  // after splitting
   int32_t first_item_of_cost[CostBins::kNum];
-  int32_t warp_sums[kWarpSize];
   int32_t max_cost, max_rows;      // of any query tile
   unsigned long long best_choice;  // estimated time and number of chunks, to be minimized
   int32_t num_partial_rows, num_counters;
