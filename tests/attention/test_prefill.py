@@ -194,7 +194,7 @@ def test_what_shares_the_batch_does_not_matter(device: torch.device) -> None:
 
 
 def test_same_result_every_time(device: torch.device) -> None:
-    """Whichever CTA takes an item or merges it last, the sums run in one order."""
+    """Whichever block takes an item or merges it last, the sums run in one order."""
     case = Case("repeat", qo_lens=(3, 40), kv_lens=(6000, 3000))
     batch = make_batch(case, device)
     wrapper = make_wrapper(case, device)

@@ -174,14 +174,15 @@ struct TileLoader {
   template <int kDim>
   __device__ __forceinline__ void copy_rows(Kv* dst_smem, const Kv* src_gmem, int64_t offset) {
     using Rows = SwizzledRows<kDim * sizeof(Kv)>;
-    constexpr int kChunkElements = 16 / sizeof(Kv);
+    constexpr int kGranuleElements = 16 / sizeof(Kv);
     const uint32_t dst = smem_address(dst_smem);
 #pragma unroll
-    for (int i = 0; i < Tile::kWarpRows * Rows::kNumChunks / kWarpSize; ++i) {
-      const int idx = i * kWarpSize + lane_idx, row_idx = idx / Rows::kNumChunks, chunk = idx % Rows::kNumChunks;
+    for (int i = 0; i < Tile::kWarpRows * Rows::kNumGranules / kWarpSize; ++i) {
+      const int idx = i * kWarpSize + lane_idx, row_idx = idx / Rows::kNumGranules, granule = idx % Rows::kNumGranules;
       const int64_t row_offset = __shfl_sync(0xffffffffu, offset, row_idx);
       const bool valid = __shfl_sync(0xffffffffu, int(row_valid), row_idx);
-      cp_async_16(dst + Rows::offset(row_idx, chunk), src_gmem + row_offset + chunk * kChunkElements, valid, l2_policy);
+      cp_async_16(dst + Rows::offset(row_idx, granule), src_gmem + row_offset + granule * kGranuleElements, valid,
+                  l2_policy);
     }
   }
 
@@ -191,9 +192,9 @@ struct TileLoader {
     const auto* src = static_cast<const typename Tile::Q*>(params.q) + query_idx * params.q_token_stride +
                       heads.first_head * params.q_head_stride;
 #pragma unroll 4
-    for (int idx = lane_idx; idx < heads.num_heads * Rows::kNumChunks; idx += kWarpSize) {
-      const int head = idx / Rows::kNumChunks, chunk = idx % Rows::kNumChunks;
-      cp_async_16(dst + Rows::offset(head, chunk), src + head * params.q_head_stride + chunk * 8, true);
+    for (int idx = lane_idx; idx < heads.num_heads * Rows::kNumGranules; idx += kWarpSize) {
+      const int head = idx / Rows::kNumGranules, granule = idx % Rows::kNumGranules;
+      cp_async_16(dst + Rows::offset(head, granule), src + head * params.q_head_stride + granule * 8, true);
     }
   }
 };
@@ -332,16 +333,16 @@ struct WarpState {
 
   __device__ __forceinline__ void load_keys(const Kv* k_smem, int row_tile, uint32_t (&k_rmem)[Tile::kQkSteps][4]) {
     using Rows = SwizzledRows<Tile::kDimQk * sizeof(Kv)>;
-    // Matrices of an ldmatrix.x4: rows 0-7 and 8-15 of one 16-byte chunk, then of the next.
-    const int row = row_tile * kMmaRows + lane_idx % 16, chunk = lane_idx / 16;
+    // Matrices of an ldmatrix.x4: rows 0-7 and 8-15 of one granule, then of the next.
+    const int row = row_tile * kMmaRows + lane_idx % 16, granule = lane_idx / 16;
     const uint32_t base = smem_address(k_smem);
 #pragma unroll
-    for (int i = 0; i < Rows::kNumChunks / 2; ++i) {
+    for (int i = 0; i < Rows::kNumGranules / 2; ++i) {
       uint32_t regs[4];
-      ldmatrix_x4(regs, base + Rows::offset(row, 2 * i + chunk));
+      ldmatrix_x4(regs, base + Rows::offset(row, 2 * i + granule));
       if constexpr (Tile::kIsPacked) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {  // a chunk is 16 elements: one step
+        for (int j = 0; j < 4; ++j) {  // a granule is 16 elements: one step
           k_rmem[2 * i + j / 2][j % 2] = Codec::pair(regs[j], kBytes01);
           k_rmem[2 * i + j / 2][j % 2 + 2] = Codec::pair(regs[j], kBytes23);
         }
@@ -412,7 +413,7 @@ struct WarpState {
       for (int d = 0; d < Tile::kVoTiles; d += kTilesPerLoad) {
         uint32_t regs[4], v_rmem[kTilesPerLoad][4];
         if constexpr (Tile::kIsPacked) {
-          // Matrices: keys 0-7 and 8-15 of one chunk (16 elements: one tile), then of the next.
+          // Matrices: keys 0-7 and 8-15 of one granule (16 elements: one tile), then of the next.
           const int row = r * kMmaRows + lane_idx % 16;
           ldmatrix_x4_trans(regs, base + Rows::offset(row, d + lane_idx / 16));
 #pragma unroll
@@ -421,7 +422,7 @@ struct WarpState {
             v_rmem[j / 2][j % 2 * 2 + 1] = Codec::pair(regs[j], kBytes13);
           }
         } else {
-          // Matrices: both chunks of a tile at keys 0-7, then at keys 8-15.
+          // Matrices: both granules of a tile at keys 0-7, then at keys 8-15.
           const int row = r * kMmaRows + lane_idx % 8 + lane_idx / 16 * 8;
           ldmatrix_x4_trans(regs, base + Rows::offset(row, 2 * d + lane_idx / 8 % 2));
 #pragma unroll

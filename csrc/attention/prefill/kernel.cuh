@@ -4,9 +4,9 @@
 // A persistent grid takes (item, KV head) pairs from the planner's list, the longest first. One pair: copy the query
 // rows once, then walk the KV tiles from the end to the beginning with the next tiles in flight; per tile S = Q Kᵀ,
 // online softmax, O += P V, all in registers. Items that the planner split along the KV leave their normalized output
-// and LSE in the workspace, and the CTAs that finish last merge them.
+// and LSE in the workspace, and the blocks that finish last merge them.
 //
-//   prefill/queue.cuh    which unit of work a CTA does next
+//   prefill/queue.cuh    which unit of work a block does next
 //   prefill/tile.cuh     geometry, shared memory, Q Kᵀ and P V
 //   prefill/load.cuh     how rows come in
 //   prefill/softmax.cuh  what happens to the scores in between
@@ -114,8 +114,8 @@ __device__ __forceinline__ void attend(const PrefillParams& params, PrefillSmem<
 }
 
 // Config: Q (of q and out), Kv, kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kPosEncoding, and
-// the tile: kBlockM, kBlockN, kNumStages, kNumThreads, kSmemBytes. Grid: as many CTAs as the planner was told; without
-// a plan, one per (query tile, KV head).
+// the tile: kBlockM, kBlockN, kNumStages, kNumThreads, kSmemBytes. Grid: as many blocks as the planner was told;
+// without a plan, one per (query tile, KV head).
 template <class Config>
 __device__ void prefill(const PrefillParams& params) {
   extern __shared__ __align__(128) uint8_t smem_bytes[];
@@ -148,7 +148,7 @@ __device__ void prefill(const PrefillParams& params) {
     }
     finish_softmax<Config>(state, smem, params.v_scale, Score<Config>::scale_log2(params));
     store_output<Config>(out, state, params, smem.work, smem);
-    merge_chunks<Config>(params, smem.work, smem);
+    merge_splits<Config>(params, smem.work, smem);
     __syncthreads();  // all have left the work and the shared memory of this unit
   }
   if (fresh_thread_idx() == 0) queue.close();

@@ -5,11 +5,11 @@
 
 namespace flashinfer {
 
-// Copies rows of 16-byte chunks into a swizzled tile, kNumThreads together. Neighbouring threads take neighbouring
-// chunks of a row; a thread takes the same chunks of rows `row`, `row + kRowsPerPass`, and so on.
+// Copies rows of 16-byte granules into a swizzled tile, kNumThreads together. Neighbouring threads take neighbouring
+// granules of a row; a thread takes the same granules of rows `row`, `row + kRowsPerPass`, and so on.
 template <class Rows, int kNumRows, int kNumThreads>
 struct RowCopy {
-  static constexpr int kPowerOfTwo = Rows::kNumChunks & -Rows::kNumChunks;
+  static constexpr int kPowerOfTwo = Rows::kNumGranules & -Rows::kNumGranules;
   static constexpr int kLanesPerRow = kPowerOfTwo < 16 ? kPowerOfTwo : 16;
   static constexpr int kRowsPerPass = kNumThreads / kLanesPerRow;
   static constexpr int kNumPasses = ceil_div(kNumRows, kRowsPerPass);
@@ -36,8 +36,8 @@ struct RowCopy {
       const uint32_t row_smem = kRowsPerPass % 8 == 0 ? lane_smem + first_row * Rows::kNumBytes
                                                       : tile_smem + Rows::offset(row + first_row, lane);
 #pragma unroll
-      for (int chunk = 0; chunk < Rows::kNumChunks; chunk += kLanesPerRow) {
-        cp_async_16(row_smem + chunk * 16, src_gmem + chunk * 16, num_left > first_row);
+      for (int granule = 0; granule < Rows::kNumGranules; granule += kLanesPerRow) {
+        cp_async_16(row_smem + granule * 16, src_gmem + granule * 16, num_left > first_row);
       }
     }
   }

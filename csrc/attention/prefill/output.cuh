@@ -1,5 +1,5 @@
 // The end of a unit of prefill: normalized rows of the output and their LSE go where they belong; a query tile whose KV
-// were split is merged by the CTAs that finish its chunks last.
+// were split is merged by the blocks that finish its splits last.
 #pragma once
 
 #include "attention/prefill/load.cuh"
@@ -65,7 +65,7 @@ __device__ __forceinline__ void for_each_output_pair(const float (&out)[Shape::k
   }
 }
 
-// Write the warp's rows where they belong: out and lse, by way of shared memory, or this chunk's partial results.
+// Write the warp's rows where they belong: out and lse, by way of shared memory, or this split's partial results.
 template <class Config, class Shape = PrefillShape<Config>>
 __device__ __forceinline__ void store_output(const float (&out)[Shape::kFragsM][Shape::kFragsD][4],
                                              const SoftmaxState<Config>& state, const PrefillParams& params,
@@ -78,8 +78,8 @@ __device__ __forceinline__ void store_output(const float (&out)[Shape::kFragsM][
   uint8_t* warp_rows_smem = smem.q + warp_row * Shape::kHeadDimQk * 2;
   const float* warp_lse_smem = smem.lse + warp_row;
   const int lane_row = lane_idx / 4, lane_column = OutputPair<Shape>::lane_column(lane_idx % 4);
-  if (work.item.num_chunks > 1) {
-    const int64_t first_row = work.partial_row(work.item.chunk_idx, Shape::kBlockM, params.num_kv_heads) + warp_row;
+  if (work.item.num_splits > 1) {
+    const int64_t first_row = work.partial_row(work.item.split_idx, Shape::kBlockM, params.num_kv_heads) + warp_row;
     float* lane_gmem = params.partial_out + (first_row + lane_row) * Shape::kHeadDimVo + lane_column;
     for_each_output_pair<Config>(out, state, [&](int row, int column, float x, float y) {
       if (lane_row + row >= num_rows) return;
@@ -97,22 +97,22 @@ __device__ __forceinline__ void store_output(const float (&out)[Shape::kFragsM][
   using Copy = RowCopy<OutRows, Shape::kRowsPerWarp, 32>;
   const Copy copy = Copy::of(thread_idx);
   const auto rows = WarpRows<Shape>::of(work, thread_idx, params.out_token_stride, params.out_head_stride);
-  constexpr int kChunksPerPass = OutRows::kNumChunks / Copy::kLanesPerRow;
-  constexpr int kMaxBatch = 8 / kChunksPerPass;
+  constexpr int kGranulesPerPass = OutRows::kNumGranules / Copy::kLanesPerRow;
+  constexpr int kMaxBatch = 8 / kGranulesPerPass;
   constexpr int kBatch = Copy::kNumPasses < kMaxBatch ? Copy::kNumPasses : kMaxBatch;  // passes
   static_assert(Copy::kNumPasses % kBatch == 0);
 #pragma unroll
   for (int first = 0; first < Copy::kNumPasses; first += kBatch) {
-    uint4 vecs[kBatch][kChunksPerPass];
+    uint4 vecs[kBatch][kGranulesPerPass];
     int64_t offsets[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int row = copy.row + (first + i) * Copy::kRowsPerPass;
       offsets[i] = rows.offset(row);
 #pragma unroll
-      for (int c = 0; c < kChunksPerPass; ++c) {
-        const int chunk = copy.lane + c * Copy::kLanesPerRow;
-        vecs[i][c] = load_shared_16(smem_address(warp_rows_smem) + OutRows::offset(row, chunk));
+      for (int c = 0; c < kGranulesPerPass; ++c) {
+        const int granule = copy.lane + c * Copy::kLanesPerRow;
+        vecs[i][c] = load_shared_16(smem_address(warp_rows_smem) + OutRows::offset(row, granule));
       }
     }
 #pragma unroll
@@ -120,7 +120,7 @@ __device__ __forceinline__ void store_output(const float (&out)[Shape::kFragsM][
       if (copy.row + (first + i) * Copy::kRowsPerPass >= num_rows) continue;
       T* row_gmem = static_cast<T*>(params.out) + offsets[i] + copy.lane * 8;
 #pragma unroll
-      for (int c = 0; c < kChunksPerPass; ++c) {
+      for (int c = 0; c < kGranulesPerPass; ++c) {
         *reinterpret_cast<uint4*>(row_gmem + c * Copy::kLanesPerRow * 8) = vecs[i][c];
       }
     }
@@ -132,7 +132,7 @@ __device__ __forceinline__ void store_output(const float (&out)[Shape::kFragsM][
   }
 }
 
-// Whether this CTA is the last of `count` to come to the counter. It then sees what all of them wrote before.
+// Whether this block is the last of `count` to come to the counter. It then sees what all of them wrote before.
 template <class Config>
 __device__ __forceinline__ bool is_last_of(int32_t count, uint32_t* counter, PrefillSmem<Config>& smem) {
   __threadfence();
@@ -194,23 +194,23 @@ __device__ __forceinline__ void merge_slots(const PrefillParams& params, const P
   }
 }
 
-// Merges the chunks of the query tile as far as this CTA is the one to do it (MergeTree).
+// Merges the splits of the query tile as far as this block is the one to do it (MergeTree).
 template <class Config>
-__device__ __forceinline__ void merge_chunks(const PrefillParams& params, const PrefillWork& work,
+__device__ __forceinline__ void merge_splits(const PrefillParams& params, const PrefillWork& work,
                                              PrefillSmem<Config>& smem) {
   using Shape = PrefillShape<Config>;
   using T = typename Config::Q;
   const PrefillItem& item = work.item;
-  if (item.num_chunks <= 1) return;
-  const MergeTree tree = MergeTree::of(item.num_chunks);
+  if (item.num_splits <= 1) return;
+  const MergeTree tree = MergeTree::of(item.num_splits);
   const auto counter = [&](int32_t idx) {
     return params.counters + (item.counter + int64_t(idx)) * params.num_kv_heads + work.kv_head_idx;
   };
-  int32_t first_slot = 0, num_slots = tree.num_chunks;
+  int32_t first_slot = 0, num_slots = tree.num_splits;
   if (tree.num_groups > 0) {
-    const int32_t group_idx = item.chunk_idx / tree.group_len, group_len = tree.len_of_group(group_idx);
+    const int32_t group_idx = item.split_idx / tree.group_len, group_len = tree.len_of_group(group_idx);
     if (!is_last_of(group_len, counter(1 + group_idx), smem)) return;
-    const int64_t group_row = work.partial_row(tree.num_chunks + group_idx, Shape::kBlockM, params.num_kv_heads);
+    const int64_t group_row = work.partial_row(tree.num_splits + group_idx, Shape::kBlockM, params.num_kv_heads);
     merge_slots<Config>(params, work, group_idx * tree.group_len, group_len,
                         [&](int row, int column, const RunningState<4>& state) {
                           const float4 x = {state.out[0], state.out[1], state.out[2], state.out[3]};
@@ -218,7 +218,7 @@ __device__ __forceinline__ void merge_chunks(const PrefillParams& params, const 
                           *reinterpret_cast<float4*>(out_row_gmem + column) = x;
                           if (column == 0) params.partial_lse[group_row + row] = state.lse();
                         });
-    first_slot = tree.num_chunks;
+    first_slot = tree.num_splits;
     num_slots = tree.num_groups;
   }
   if (!is_last_of(num_slots, counter(0), smem)) return;

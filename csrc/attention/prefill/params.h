@@ -17,10 +17,10 @@ struct PrefillItem {
   int32_t kv_len;
   int32_t tile_begin;  // KV tiles [tile_begin, tile_end); may be empty
   int32_t tile_end;
-  int32_t chunk_idx;    // this run is the chunk_idx-th of num_chunks of the query tile
-  int32_t num_chunks;   // 1: the kernel writes the output itself
+  int32_t split_idx;    // this run is the split_idx-th of num_splits of the query tile
+  int32_t num_splits;   // 1: the kernel writes the output itself
   int32_t partial_row;  // first row of the query tile's partial results; see MergeTree
-  int32_t counter;      // first of the counters its chunks share
+  int32_t counter;      // first of the counters its splits share
 
   // Nothing beyond the num_tokens rows of q and out, whatever the offsets said.
   FLASHINFER_FN void confine_to(int32_t num_tokens) {
@@ -29,40 +29,40 @@ struct PrefillItem {
   }
 };
 
-// How the partial results of a query tile's chunks become one: whoever is last to finish merges. Many chunks are merged
-// in groups first, so that several CTAs share the work. A tile has a slot of partial results for every chunk, then one
-// for every group, and a counter for itself, then one for every group.
+// How the partial results of a query tile's splits become one: whoever is last to finish merges. Many splits are merged
+// in groups first, so that several blocks share the work. A tile has a slot of partial results for every split, then
+// one for every group, and a counter for itself, then one for every group.
 struct MergeTree {
-  int32_t num_chunks;
-  int32_t group_len;   // chunks of a group; of the last one perhaps fewer
+  int32_t num_splits;
+  int32_t group_len;   // splits of a group; of the last one perhaps fewer
   int32_t num_groups;  // 0: no groups
 
-  FLASHINFER_FN static MergeTree of(int32_t num_chunks) {
+  FLASHINFER_FN static MergeTree of(int32_t num_splits) {
     constexpr int32_t kMinGroup = 4;
     int32_t group_len = kMinGroup;
-    while (group_len * group_len < num_chunks) group_len *= 2;
-    return {num_chunks, group_len, num_chunks > 2 * kMinGroup ? ceil_div(num_chunks, group_len) : 0};
+    while (group_len * group_len < num_splits) group_len *= 2;
+    return {num_splits, group_len, num_splits > 2 * kMinGroup ? ceil_div(num_splits, group_len) : 0};
   }
-  FLASHINFER_FN int32_t num_slots() const { return num_chunks + num_groups; }
+  FLASHINFER_FN int32_t num_slots() const { return num_splits + num_groups; }
   FLASHINFER_FN int32_t num_counters() const { return 1 + num_groups; }
   FLASHINFER_FN int32_t len_of_group(int32_t group_idx) const {
-    const int32_t num_left = num_chunks - group_idx * group_len;
+    const int32_t num_left = num_splits - group_idx * group_len;
     return num_left < group_len ? num_left : group_len;
   }
 };
 
-// Head of the schedule. Alone in its cache lines: next_unit is where CTAs fetch work.
+// Head of the schedule. Alone in its cache lines: next_unit is where blocks fetch work.
 struct PrefillSchedule {
   int32_t num_items;
   int32_t num_heads_abreast;
   int32_t reserved[30];
-  uint32_t next_unit;  // (item, KV head) pairs handed out beyond the first of each CTA; zero between launches
-  uint32_t num_done;   // CTAs that have left; zero between launches
+  uint32_t next_unit;  // (item, KV head) pairs handed out beyond the first of each block; zero between launches
+  uint32_t num_done;   // blocks that have left; zero between launches
   int32_t reserved_too[30];
 };
 
 // Which item and KV head a unit of work is. The whole list is taken for the first num_heads_abreast KV heads, then for
-// the next ones: CTAs at work at the same time share heads, and find the KV that others have read in the L2 cache.
+// the next ones: blocks at work at the same time share heads, and find the KV that others have read in the L2 cache.
 struct UnitOrder {
   int32_t num_items, num_kv_heads, num_heads_abreast;
 
@@ -86,7 +86,7 @@ struct PrefillParams : PrefillRows, AttentionParams {
   // The planner's schedule and scratch memory. Null in a launch without a plan, whose blocks are one query tile each.
   const PrefillItem* items;
   PrefillSchedule* schedule;
-  uint32_t* counters;  // of CTAs that have left partial results; zero before and after every launch
+  uint32_t* counters;  // of blocks that have left partial results; zero before and after every launch
   float* partial_out;  // unmerged outputs: see MergeTree
   float* partial_lse;  // their LSE
   int32_t qo_len;      // queries of a single sequence; otherwise unused
@@ -103,7 +103,7 @@ struct PrefillPlanParams {
   int32_t batch_size;
   int32_t qo_len;  // tokens of a single sequence; otherwise unused
   int32_t num_kv_heads, group_size;
-  int32_t num_ctas;  // of the kernel's grid
+  int32_t num_blocks;  // of the kernel's grid
   int32_t max_items, max_counters;
   int32_t max_partial_rows;  // rows of partial results the workspace holds for every KV head
   int32_t block_m, block_n;  // rows of a query tile and of a KV tile

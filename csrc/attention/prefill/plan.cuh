@@ -37,9 +37,9 @@ struct CostBins {
 };
 
 // Costs beyond the KV tiles themselves, in tiles of time: the start of an item, and writing and merging of partial
-// results. A chunk shorter than kMinChunk is not worth its overhead.
+// results. A split shorter than kMinSplit is not worth its overhead.
 constexpr float kItemOverhead = 1.5f, kPartialOverhead = 3.f;
-constexpr int32_t kMinChunk = 2;
+constexpr int32_t kMinSplit = 2;
 
 constexpr int32_t kMaxKvLen = 1 << 30;  // of a request that can be true
 
@@ -51,12 +51,12 @@ struct PrefillPlanSmem {
   int32_t num_items_of_cost[CostBins::kNum];  // after splitting
   int32_t first_item_of_cost[CostBins::kNum];
   int32_t max_cost, max_rows;      // of any query tile
-  unsigned long long best_choice;  // estimated time and number of chunks, to be minimized
+  unsigned long long best_choice;  // estimated time and number of splits, to be minimized
   int32_t num_partial_rows, num_counters;
 };
 
-// Number of chunks of an item of this cost when no run may be longer than `limit`, and the longest of them.
-__device__ __forceinline__ int32_t num_chunks_of(int32_t cost, int32_t limit) {
+// Number of splits of an item of this cost when no run may be longer than `limit`, and the longest of them.
+__device__ __forceinline__ int32_t num_splits_of(int32_t cost, int32_t limit) {
   return cost > limit ? ceil_div(cost, limit) : 1;
 }
 
@@ -139,26 +139,26 @@ struct PrefillPlanner {
 
   // In KV tiles of time.
   struct Estimate {
-    float load;     // of a CTA on average
+    float load;     // of a block on average
     float longest;  // item
     float time;     // infinite where the workspace is too small
   };
 
-  // `time` is an upper bound when CTAs take items as they come, the longest first: the average load plus one longest
+  // `time` is an upper bound when blocks take items as they come, the longest first: the average load plus one longest
   // item, or as many rounds of the longest as there are.
   __device__ __forceinline__ Estimate estimate(int32_t limit) const {
     float num_units = 0.f, load = 0.f, longest = 0.f, num_counters = 0.f, num_slots = 0.f;
     for (int i = 0; i < smem.num_occupied; ++i) {
       const int bin = smem.occupied_bins[i];
-      const int32_t cost = bin_cost(bin), num_chunks = num_chunks_of(cost, limit);
+      const int32_t cost = bin_cost(bin), num_splits = num_splits_of(cost, limit);
       const float count = float(smem.num_tiles_of_cost[bin]) * float(params.num_kv_heads);
-      const float chunk_cost =
-          float(ceil_div(cost, num_chunks)) + kItemOverhead + (num_chunks > 1 ? kPartialOverhead : 0.f);
-      num_units += count * float(num_chunks);
-      load += count * float(num_chunks) * chunk_cost;
-      longest = fmaxf(longest, chunk_cost);
-      if (num_chunks > 1) {
-        const MergeTree tree = MergeTree::of(num_chunks);
+      const float split_cost =
+          float(ceil_div(cost, num_splits)) + kItemOverhead + (num_splits > 1 ? kPartialOverhead : 0.f);
+      num_units += count * float(num_splits);
+      load += count * float(num_splits) * split_cost;
+      longest = fmaxf(longest, split_cost);
+      if (num_splits > 1) {
+        const MergeTree tree = MergeTree::of(num_splits);
         num_counters += float(smem.num_tiles_of_cost[bin]) * float(tree.num_counters());
         num_slots += float(smem.num_tiles_of_cost[bin]) * float(tree.num_slots());
       }
@@ -166,47 +166,47 @@ struct PrefillPlanner {
     const bool fits = num_slots * float(smem.max_rows) <= float(params.max_partial_rows) &&
                       num_counters <= float(params.max_counters) &&
                       num_units <= float(params.max_items) * float(params.num_kv_heads);
-    const float num_ctas = float(params.num_ctas);
-    load /= num_ctas;
-    const float time = fminf(load + longest, ceilf(num_units / num_ctas) * longest);
+    const float num_blocks = float(params.num_blocks);
+    load /= num_blocks;
+    const float time = fminf(load + longest, ceilf(num_units / num_blocks) * longest);
     return {load, longest, fits || num_slots == 0.f ? time : __builtin_bit_cast(float, 0x7f800000)};
   }
 
-  // KV heads whose items are taken in turn before those of the next heads: with many heads few, so that CTAs at work at
-  // the same time find the KV that others have read in the L2 cache. Not so few that the last heads' longest item keeps
-  // others waiting for more than kMaxIdle of the time.
+  // KV heads whose items are taken in turn before those of the next heads: with many heads few, so that blocks at work
+  // at the same time find the KV that others have read in the L2 cache. Not so few that the last heads' longest item
+  // keeps others waiting for more than kMaxIdle of the time.
   __device__ __forceinline__ int32_t num_heads_abreast(const Estimate& chosen) const {
     constexpr int32_t kEnoughReaders = 8;  // at work on one request and KV head
     constexpr float kMaxIdle = 1.f / 64.f;
     const bool has_enough_readers =
-        params.num_ctas >= int64_t(kEnoughReaders) * params.num_kv_heads * params.batch_size;
+        params.num_blocks >= int64_t(kEnoughReaders) * params.num_kv_heads * params.batch_size;
     const bool has_one_reader = params.tile_indptr[params.batch_size] < 2 * params.batch_size;  // appends, of all heads
     if (has_enough_readers || has_one_reader) return params.num_kv_heads;
     const float num_heads = (chosen.longest - kMaxIdle * chosen.load) / chosen.load * float(params.num_kv_heads);
     return min(max(int32_t(ceilf(num_heads)), 1), params.num_kv_heads);
   }
 
-  // The choices: cut the longest item into 1, 2, ..., kNumThreads chunks, and the others into chunks no longer.
+  // The choices: cut the longest item into 1, 2, ..., kNumThreads splits, and the others into splits no longer.
   __device__ __forceinline__ int32_t choose_limit() const {
-    const int32_t num_chunks = threadIdx.x + 1, limit = max(ceil_div(smem.max_cost, num_chunks), kMinChunk);
+    const int32_t num_splits = threadIdx.x + 1, limit = max(ceil_div(smem.max_cost, num_splits), kMinSplit);
     Estimate estimate = {};
-    if (threadIdx.x == 0 || ceil_div(smem.max_cost, limit) == num_chunks) {
+    if (threadIdx.x == 0 || ceil_div(smem.max_cost, limit) == num_splits) {
       estimate = this->estimate(limit);
       const float time = estimate.time * (threadIdx.x == 0 ? 0.97f : 1.f);  // a draw goes to not splitting
-      atomicMin(&smem.best_choice, (static_cast<unsigned long long>(__float_as_uint(time)) << 32) | num_chunks);
+      atomicMin(&smem.best_choice, (static_cast<unsigned long long>(__float_as_uint(time)) << 32) | num_splits);
     }
     __syncthreads();
     const int32_t best = int32_t(smem.best_choice & 0xffffffffu);
-    if (num_chunks == best) params.schedule->num_heads_abreast = num_heads_abreast(estimate);
-    return max(ceil_div(max(smem.max_cost, 1), best), kMinChunk);
+    if (num_splits == best) params.schedule->num_heads_abreast = num_heads_abreast(estimate);
+    return max(ceil_div(max(smem.max_cost, 1), best), kMinSplit);
   }
 
   // Where the items of each cost start in the list, the longest first.
   __device__ __forceinline__ void place_costs(int32_t limit) const {
     for (int i = threadIdx.x; i < smem.num_occupied; i += kNumThreads) {
       const int bin = smem.occupied_bins[i];
-      const int32_t num_chunks = num_chunks_of(bin_cost(bin), limit);
-      atomicAdd(&smem.num_items_of_cost[chunk_bin(bin, limit)], smem.num_tiles_of_cost[bin] * num_chunks);
+      const int32_t num_splits = num_splits_of(bin_cost(bin), limit);
+      atomicAdd(&smem.num_items_of_cost[split_bin(bin, limit)], smem.num_tiles_of_cost[bin] * num_splits);
     }
     __syncthreads();
     static_assert(CostBins::kNum <= kNumThreads);
@@ -217,28 +217,28 @@ struct PrefillPlanner {
     if (bin == 0) params.schedule->num_items = min(scan.total, params.max_items);
     __syncthreads();
   }
-  __device__ __forceinline__ int chunk_bin(int bin, int32_t limit) const {
+  __device__ __forceinline__ int split_bin(int bin, int32_t limit) const {
     const int32_t cost = bin_cost(bin);
-    return CostBins::of(ceil_div(cost, num_chunks_of(cost, limit)));
+    return CostBins::of(ceil_div(cost, num_splits_of(cost, limit)));
   }
 
   __device__ __forceinline__ void write_items(int32_t limit) const {
     for_each_tile([&](PrefillItem item, int32_t cost) {
       const int bin = CostBins::of(cost);
-      // Fixed by the bin, as counted. A chunk may be left empty where the cost is below the bin's bound.
-      const int32_t num_chunks = num_chunks_of(bin_cost(bin), limit);
-      const int32_t chunk_len = ceil_div(cost, num_chunks), first_tile = item.tile_begin, end_tile = item.tile_end;
-      int32_t place = atomicAdd(&smem.first_item_of_cost[chunk_bin(bin, limit)], num_chunks);
-      item.num_chunks = num_chunks;
-      if (num_chunks > 1) {
-        const MergeTree tree = MergeTree::of(num_chunks);
+      // Fixed by the bin, as counted. A split may be left empty where the cost is below the bin's bound.
+      const int32_t num_splits = num_splits_of(bin_cost(bin), limit);
+      const int32_t split_len = ceil_div(cost, num_splits), first_tile = item.tile_begin, end_tile = item.tile_end;
+      int32_t place = atomicAdd(&smem.first_item_of_cost[split_bin(bin, limit)], num_splits);
+      item.num_splits = num_splits;
+      if (num_splits > 1) {
+        const MergeTree tree = MergeTree::of(num_splits);
         item.partial_row = atomicAdd(&smem.num_partial_rows, num_rows_of(item) * tree.num_slots());
         item.counter = atomicAdd(&smem.num_counters, tree.num_counters());
       }
-      for (int32_t chunk = 0; chunk < num_chunks; ++chunk, ++place) {
-        item.chunk_idx = chunk;
-        item.tile_begin = min(first_tile + chunk * chunk_len, end_tile);
-        item.tile_end = min(item.tile_begin + chunk_len, end_tile);
+      for (int32_t split = 0; split < num_splits; ++split, ++place) {
+        item.split_idx = split;
+        item.tile_begin = min(first_tile + split * split_len, end_tile);
+        item.tile_end = min(item.tile_begin + split_len, end_tile);
         if (place < params.max_items) params.items[place] = item;
       }
     });

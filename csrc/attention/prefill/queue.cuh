@@ -1,13 +1,13 @@
-// How a CTA of prefill comes by its work.
+// How a block of prefill comes by its work.
 #pragma once
 
 #include "attention/prefill/tile.cuh"
 
 namespace flashinfer {
 
-// The units of work, an item for a KV head each, that one CTA takes: the first by its place in the grid, then whatever
-// is next on the planner's list. The next one is fetched while the KV of this one are on their way. Without a plan, a
-// CTA has one (query tile, KV head) of a single sequence. One thread does all of it.
+// The units of work, an item for a KV head each, that one block takes: the first by its place in the grid, then
+// whatever is next on the planner's list. The next one is fetched while the KV of this one are on their way. Without a
+// plan, a block has one (query tile, KV head) of a single sequence. One thread does all of it.
 template <class Config>
 struct WorkQueue {
   using Shape = PrefillShape<Config>;
@@ -76,11 +76,11 @@ struct WorkQueue {
     item.kv_len = params.kv.index.len;
     item.tile_begin = tiles.begin;
     item.tile_end = tiles.end;
-    item.num_chunks = 1;
+    item.num_splits = 1;
     return item;
   }
 
-  // The last CTA to leave resets the list for the next launch.
+  // The last block to leave resets the list for the next launch.
   __device__ __forceinline__ void close() const {
     if (is_planned() && atomicAdd(&schedule().num_done, 1u) == gridDim.x - 1) {
       schedule().next_unit = 0;

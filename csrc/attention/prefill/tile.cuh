@@ -1,9 +1,9 @@
-// A tile of prefill: its geometry, the shared memory of a CTA, and the products that one warp takes part in.
+// A tile of prefill: its geometry, the shared memory of a block, and the products that one warp takes part in.
 //
-// Geometry. A CTA owns kBlockM query rows of one KV head; a row is (token, head in group), the head innermost, so that
-// the rows of a group share every KV tile whatever the query length. Warp w owns rows [w * kRowsPerWarp, +kRowsPerWarp)
-// as kFragsM fragments of 16. A KV tile is kBlockN rows. Scores, probabilities and output stay in registers in the mma
-// layout (device/mma.cuh): lane l holds rows l / 4 and l / 4 + 8 of a fragment.
+// Geometry. A block owns kBlockM query rows of one KV head; a row is (token, head in group), the head innermost, so
+// that the rows of a group share every KV tile whatever the query length. Warp w owns rows [w * kRowsPerWarp,
+// +kRowsPerWarp) as kFragsM fragments of 16. A KV tile is kBlockN rows. Scores, probabilities and output stay in
+// registers in the mma layout (device/mma.cuh): lane l holds rows l / 4 and l / 4 + 8 of a fragment.
 #pragma once
 
 #include "attention/kv_view.cuh"
@@ -146,7 +146,7 @@ struct PrefillSmem {
 };
 
 // Rotates rows [0, num_rows) of a tile for positions first_position + position_of(row), from storage type Src to T. A
-// worker takes one chunk of 8 elements of the first half of the row and its partners in the second.
+// worker takes one granule of 8 elements of the first half of the row and its partners in the second.
 template <class Config, class Src, class SrcRows, class PositionOf>
 __device__ __forceinline__ void rotate_rows(const PrefillParams& params, const uint8_t* src_smem, uint8_t* dst_smem,
                                             int num_rows, int worker, int num_workers, const PositionOf& position_of) {

@@ -1,5 +1,5 @@
 // The end of a unit of prefill on Hopper: normalized rows and their LSE go where they belong; a query tile whose KV
-// were split is merged by the CTAs that finish its chunks last.
+// were split is merged by the blocks that finish its splits last.
 #pragma once
 
 #include "attention/merge_states.cuh"
@@ -28,30 +28,30 @@ __device__ __forceinline__ void store_rows(const Sm90PrefillParams& params, cons
     uint32_t packed[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) packed[i] = pack_16bit<T>(out[4 * j + 2 * i], out[4 * j + 2 * i + 1]);
-    stmatrix_x4(rows_smem + chunk_offset(row, j + lane_idx / 16, Shape::kRowsPerConsumer), packed);
+    stmatrix_x4(rows_smem + granule_offset(row, j + lane_idx / 16, Shape::kRowsPerConsumer), packed);
   }
   const QueryRow query = QueryRow::of(work, group_size, first_row + row);
   const int64_t offset = row_offset(work, query, params.out_token_stride, params.out_head_stride);
   __syncwarp();
-  constexpr int kChunksPerRow = Shape::kHeadDimVo / 8;
-  constexpr int kLanesPerRow = kChunksPerRow % 16 == 0 ? 16 : 8, kRowsPerPass = 32 / kLanesPerRow;
+  constexpr int kGranulesPerRow = Shape::kHeadDimVo / 8;
+  constexpr int kLanesPerRow = kGranulesPerRow % 16 == 0 ? 16 : 8, kRowsPerPass = 32 / kLanesPerRow;
 #pragma unroll
   for (int pass = 0; pass < Shape::kRowsPerWarp / kRowsPerPass; ++pass) {
     const int pass_row = pass * kRowsPerPass + lane_idx / kLanesPerRow;
     T* row_gmem = static_cast<T*>(params.out) + __shfl_sync(0xffffffffu, offset, pass_row);
     if (warp_row + pass_row >= num_rows) continue;
 #pragma unroll
-    for (int chunk = lane_idx % kLanesPerRow; chunk < kChunksPerRow; chunk += kLanesPerRow) {
+    for (int granule = lane_idx % kLanesPerRow; granule < kGranulesPerRow; granule += kLanesPerRow) {
       uint4 vec;
       asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                    : "=r"(vec.x), "=r"(vec.y), "=r"(vec.z), "=r"(vec.w)
-                   : "r"(rows_smem + chunk_offset(warp_row + pass_row, chunk, Shape::kRowsPerConsumer)));
-      *reinterpret_cast<uint4*>(row_gmem + chunk * 8) = vec;
+                   : "r"(rows_smem + granule_offset(warp_row + pass_row, granule, Shape::kRowsPerConsumer)));
+      *reinterpret_cast<uint4*>(row_gmem + granule * 8) = vec;
     }
   }
 }
 
-// Whether this CTA is the last of `count` to come to the counter. It then sees what all of them wrote before. By all
+// Whether this block is the last of `count` to come to the counter. It then sees what all of them wrote before. By all
 // consumers.
 template <class Config>
 __device__ __forceinline__ bool is_last_of(int32_t count, uint32_t* counter, Smem<Config>& smem) {
@@ -102,22 +102,22 @@ __device__ __forceinline__ void merge_slots(const PrefillParams& params, const W
   }
 }
 
-// Merges the chunks of the query tile as far as this CTA is the one to do it (MergeTree). By all consumers.
+// Merges the splits of the query tile as far as this block is the one to do it (MergeTree). By all consumers.
 template <class Config>
-__device__ __forceinline__ void merge_chunks(const Sm90PrefillParams& params, Smem<Config>& smem, const Work& work,
+__device__ __forceinline__ void merge_splits(const Sm90PrefillParams& params, Smem<Config>& smem, const Work& work,
                                              int32_t num_rows) {
   using Shape = sm90::Shape<Config>;
   using T = typename Shape::T;
   const PrefillItem& item = work.item;
-  const MergeTree tree = MergeTree::of(item.num_chunks);
+  const MergeTree tree = MergeTree::of(item.num_splits);
   const auto counter = [&](int32_t idx) {
     return params.counters + (item.counter + int64_t(idx)) * params.num_kv_heads + work.kv_head_idx;
   };
-  int32_t first_slot = 0, num_slots = tree.num_chunks;
+  int32_t first_slot = 0, num_slots = tree.num_splits;
   if (tree.num_groups > 0) {
-    const int32_t group_idx = item.chunk_idx / tree.group_len, group_len = tree.len_of_group(group_idx);
+    const int32_t group_idx = item.split_idx / tree.group_len, group_len = tree.len_of_group(group_idx);
     if (!is_last_of(group_len, counter(1 + group_idx), smem)) return;
-    const int64_t group_row = partial_row(work, tree.num_chunks + group_idx, num_rows, params.num_kv_heads);
+    const int64_t group_row = partial_row(work, tree.num_splits + group_idx, num_rows, params.num_kv_heads);
     merge_slots<Config>(params, work, num_rows, group_idx * tree.group_len, group_len,
                         [&](int row, int column, const RunningState<4>& state) {
                           const float4 x = {state.out[0], state.out[1], state.out[2], state.out[3]};
@@ -125,7 +125,7 @@ __device__ __forceinline__ void merge_chunks(const Sm90PrefillParams& params, Sm
                           *reinterpret_cast<float4*>(out_row_gmem + column) = x;
                           if (column == 0) params.partial_lse[group_row + row] = state.lse();
                         });
-    first_slot = tree.num_chunks;
+    first_slot = tree.num_splits;
     num_slots = tree.num_groups;
   }
   if (!is_last_of(num_slots, counter(0), smem)) return;
@@ -169,8 +169,8 @@ __device__ __forceinline__ void finish_unit(const Sm90PrefillParams& params, Sme
   }
 
   const int lane_row = warp_row + lane_idx / 4;
-  if (item.num_chunks > 1) {
-    const int64_t row = partial_row(work, item.chunk_idx, tile_rows, params.num_kv_heads) +
+  if (item.num_splits > 1) {
+    const int64_t row = partial_row(work, item.split_idx, tile_rows, params.num_kv_heads) +
                         consumer_idx * Shape::kRowsPerConsumer + lane_row;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -182,7 +182,7 @@ __device__ __forceinline__ void finish_unit(const Sm90PrefillParams& params, Sme
       }
       if (lane_idx % 4 == 0) params.partial_lse[row + half * 8] = lse[half];
     }
-    merge_chunks<Config>(params, smem, work, tile_rows);
+    merge_splits<Config>(params, smem, work, tile_rows);
     return;
   }
   named_barrier_sync(kConsumer + consumer_idx, kWarpgroupSize);  // all warps have left the queries

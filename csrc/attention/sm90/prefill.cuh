@@ -1,10 +1,10 @@
 // Attention of many query rows per request on Hopper (sm_90a): what attention/prefill/kernel.cuh computes, with wgmma
 // and TMA. FlashAttention-3 (Shah et al., 2024) is the model for its two overlaps.
 //
-// A persistent CTA an SM, whose warpgroups have roles. One brings in: a warp fetches units of work, a warp copies query
-// rows, a warp each sends for tiles of K and of V. The others compute, 64 query rows each, so that tensor cores and
-// exponentials overlap (walk.cuh). All that they pass on goes through rings in shared memory, with a full and an empty
-// barrier a stage; a role runs ahead of the others, over the ends of units, as far as its rings reach.
+// A persistent block an SM, whose warpgroups have roles. One brings in: a warp fetches units of work, a warp copies
+// query rows, a warp each sends for tiles of K and of V. The others compute, 64 query rows each, so that tensor cores
+// and exponentials overlap (walk.cuh). All that they pass on goes through rings in shared memory, with a full and an
+// empty barrier a stage; a role runs ahead of the others, over the ends of units, as far as its rings reach.
 //
 //   scheduler.cuh  which unit of work is next (plan and list are those of attention/prefill)
 //   producer.cuh   how queries, keys and values come in
@@ -22,7 +22,7 @@
 namespace flashinfer {
 
 // Config: Q (of q, k, v and out), kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kPosEncoding, and
-// the tile: kBlockM, kBlockN, kNumStages, kNumQueryStages, kNumThreads, kSmemBytes. Grid: as many CTAs as
+// the tile: kBlockM, kBlockN, kNumStages, kNumQueryStages, kNumThreads, kSmemBytes. Grid: as many blocks as
 // the planner was told; without a plan, any.
 template <class Config>
 __device__ void prefill(const Sm90PrefillParams& params) {

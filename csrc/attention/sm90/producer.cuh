@@ -6,20 +6,21 @@
 
 namespace flashinfer::sm90 {
 
-// How a warp copies rows of kHeadDim elements: kNumRows at a time, neighbouring lanes take neighbouring chunks of one.
+// How a warp copies rows of kHeadDim elements: kNumRows at a time, neighbouring lanes take neighbouring granules of
+// one.
 template <int kHeadDim>
 struct RowLanes {
-  static constexpr int kChunksPerRow = kHeadDim / 8, kLanesPerRow = kChunksPerRow % 16 == 0 ? 16 : 8;
+  static constexpr int kGranulesPerRow = kHeadDim / 8, kLanesPerRow = kGranulesPerRow % 16 == 0 ? 16 : 8;
   static constexpr int kNumRows = 32 / kLanesPerRow;
-  const int row = fresh_thread_idx() % 32 / kLanesPerRow, chunk = fresh_thread_idx() % kLanesPerRow;
+  const int row = fresh_thread_idx() % 32 / kLanesPerRow, granule = fresh_thread_idx() % kLanesPerRow;
 
   // Row `row` of a tile, num_rows high. One that does not exist becomes zeros.
   template <class T>
   __device__ __forceinline__ void copy(uint32_t tile_smem, int num_rows, int row, const T* row_gmem,
                                        bool exists) const {
 #pragma unroll
-    for (int i = 0; i < kChunksPerRow; i += kLanesPerRow) {
-      cp_async_16(tile_smem + chunk_offset(row, chunk + i, num_rows), row_gmem + (chunk + i) * 8, exists);
+    for (int i = 0; i < kGranulesPerRow; i += kLanesPerRow) {
+      cp_async_16(tile_smem + granule_offset(row, granule + i, num_rows), row_gmem + (granule + i) * 8, exists);
     }
   }
 };

@@ -1,12 +1,12 @@
-// How a CTA of prefill comes by its work on Hopper: one thread fetches units ahead of those who do them.
+// How a block of prefill comes by its work on Hopper: one thread fetches units ahead of those who do them.
 #pragma once
 
 #include "attention/sm90/tile.cuh"
 
 namespace flashinfer::sm90 {
 
-// The units, an item for a KV head each, that one CTA takes: the first by its place in the grid, then whatever is next
-// on the planner's list. Without a plan they are the query tiles of a single sequence, every gridDim.x-th of them.
+// The units, an item for a KV head each, that one block takes: the first by its place in the grid, then whatever is
+// next on the planner's list. Without a plan they are the query tiles of a single sequence, every gridDim.x-th of them.
 template <class Config>
 struct Scheduler {
   using Shape = sm90::Shape<Config>;
@@ -45,7 +45,7 @@ struct Scheduler {
   }
 
   // As the planner says, but no more KV heads than keep their KV in the L2 cache, where all query tiles find it:
-  // reading it again from memory takes power, and that is what limits a long run. At least so many that every CTA has
+  // reading it again from memory takes power, and that is what limits a long run. At least so many that every block has
   // two units of each turn.
   __device__ __forceinline__ int32_t num_heads_abreast(int32_t num_items) const {
     constexpr int64_t kCacheBytes = 20 << 20;
@@ -71,11 +71,11 @@ struct Scheduler {
     item.kv_len = params.kv.index.len;
     item.tile_begin = tiles.begin;
     item.tile_end = tiles.end;
-    item.num_chunks = 1;
+    item.num_splits = 1;
     return item;
   }
 
-  // The last CTA to leave resets the list for the next launch.
+  // The last block to leave resets the list for the next launch.
   __device__ __forceinline__ void close() const {
     if (is_planned() && atomicAdd(&params.schedule->num_done, 1u) == gridDim.x - 1) {
       params.schedule->next_unit = 0;
@@ -84,7 +84,7 @@ struct Scheduler {
   }
 };
 
-// visit(work, turn) for the units of this CTA, one after the other. By a warp, one of those counted by work_empty.
+// visit(work, turn) for the units of this block, one after the other. By a warp, one of those counted by work_empty.
 template <class Config, class Visit>
 __device__ __forceinline__ void for_each_unit(Smem<Config>& smem, const Visit& visit) {
   for (uint32_t turn = 0;; ++turn) {

@@ -83,7 +83,7 @@ struct Smem {
   MbarrierRing<kNumWorkSlots> work_full, work_empty;                 // a turn a unit
   Work work[kNumWorkSlots];
   FastDivisor group_size;
-  uint32_t is_last;  // of the chunks of a query tile to be done: merges
+  uint32_t is_last;  // of the splits of a query tile to be done: merges
 
   __device__ __forceinline__ uint8_t* q_of(uint32_t unit_turn, int consumer_idx) {
     return q[unit_turn % Shape::kNumQueryStages][consumer_idx];
@@ -125,9 +125,9 @@ __device__ __forceinline__ int64_t row_offset(const Work& work, const QueryRow& 
   return (work.item.q_begin + row.token_idx) * token_stride + row.qo_head_idx * head_stride;
 }
 
-// Byte of a 16-byte chunk of a row in a tile of panels, num_rows high.
-__device__ __forceinline__ uint32_t chunk_offset(int row, int chunk, int num_rows) {
-  return chunk / 8 * (num_rows * kPanelBytes) + row * kPanelBytes + ((chunk % 8 ^ row % 8) << 4);
+// Byte of a 16-byte granule of a row in a tile of panels, num_rows high.
+__device__ __forceinline__ uint32_t granule_offset(int row, int granule, int num_rows) {
+  return granule / 8 * (num_rows * kPanelBytes) + row * kPanelBytes + ((granule % 8 ^ row % 8) << 4);
 }
 
 }  // namespace flashinfer::sm90

@@ -19,8 +19,8 @@
 
 namespace flashinfer {
 
-// A tile in shared memory as wgmma finds it: panels of 128-byte rows, permuted by TMA's 128-byte swizzle (16-byte chunk
-// c of row r is at c ^ (r % 8)), each panel aligned to 1024 bytes. A panel is as many rows high as the tile.
+// A tile in shared memory as wgmma finds it: panels of 128-byte rows, permuted by TMA's 128-byte swizzle (16-byte
+// granule c of row r is at c ^ (r % 8)), each panel aligned to 1024 bytes. A panel is as many rows high as the tile.
 constexpr int kPanelBytes = 128;  // of a row
 
 // How wgmma is told where an operand is. The upper half is the same for all: swizzle, distance between eights of rows.

@@ -29,7 +29,7 @@ class PrefillKernel:
     launcher: Launcher
     block_m: int
     block_n: int
-    num_ctas: int  # that the device holds at a time: the grid of a planned launch
+    num_blocks: int  # that the device holds at a time: the grid of a planned launch
 
 
 def load_kernel(
@@ -68,8 +68,8 @@ def _load(device: torch.device, spec: KernelSpec, pdl: Optional[bool]) -> Prefil
         return PrefillKernel(kernel.on(-1), 0, 0, 0)
     launcher = kernel.on(device.index, pdl=pdl)
     constants = launcher.config.constants
-    num_ctas = memo.num_sms(device.index) * launcher.max_blocks_per_sm()
-    return PrefillKernel(launcher, int(constants["kBlockM"]), int(constants["kBlockN"]), num_ctas)
+    num_blocks = memo.num_sms(device.index) * launcher.max_blocks_per_sm()
+    return PrefillKernel(launcher, int(constants["kBlockM"]), int(constants["kBlockN"]), num_blocks)
 
 
 @functools.cache
@@ -91,11 +91,11 @@ class Extent(NamedTuple):
     window_left: int
     block_m: int
     block_n: int
-    num_ctas: int
+    num_blocks: int
 
     @staticmethod
     def of(kernel: PrefillKernel, mask: str, variant: Variant) -> Extent:
-        return Extent(MASKS[mask], variant.window_left, kernel.block_m, kernel.block_n, kernel.num_ctas)
+        return Extent(MASKS[mask], variant.window_left, kernel.block_m, kernel.block_n, kernel.num_blocks)
 
     def covers(self, other: Extent) -> bool:
         mask = self.mask in (MASKS["none"], other.mask)
@@ -251,5 +251,5 @@ def bind_launch(
         "num_tokens": num_tokens,
     }
     if kernel.launcher.params is families.Sm90PrefillParams:
-        return sm90.bind_launch(kernel.launcher, min(grid_size, kernel.num_ctas), values, page_size)
+        return sm90.bind_launch(kernel.launcher, min(grid_size, kernel.num_blocks), values, page_size)
     return kernel.launcher.prepare((grid_size, 1, 1), values, varying=(*families.ROWS, *ADDRESSES))

@@ -124,7 +124,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             q_data_type, kv_data_type: dtypes of q and of the cache (default that of q). What run() is given decides;
                 naming them here loads the right kernel ahead of a capture.
             o_data_type: None, or that of q.
-            disable_split_kv: let one CTA walk all KV of its queries.
+            disable_split_kv: let one block walk all KV of its queries.
             use_fp16_qk_reduction, non_blocking: accepted for compatibility.
             later: what later releases added, as far as it asks for nothing that is not here (compat.py).
 

@@ -202,7 +202,7 @@ class _BoundSingle:
 
         def bind_planned(schedule: Schedule) -> Launch:
             plan = schedule.bind_planner(device, "single", 1, 1, num_kv_heads, group_size, lengths)
-            launch = bind(kernel.num_ctas, schedule.values)
+            launch = bind(kernel.num_blocks, schedule.values)
             extent = Extent.of(kernel, mask, variant)
 
             def plan_and_launch(*addresses: Any) -> None:
@@ -219,7 +219,7 @@ class _BoundSingle:
         if device.type == "cuda" and qo_len > 0:
             num_tiles = -(-qo_len * group_size // kernel.block_m) * num_kv_heads
             # Too few query tiles to fill the device, and KV long enough that splitting it pays for the planner.
-            self.is_planned = num_tiles < kernel.num_ctas and kv_len >= 16 * kernel.block_n
+            self.is_planned = num_tiles < kernel.num_blocks and kv_len >= 16 * kernel.block_n
         self.direct = bind(num_tiles, launches.NO_SCHEDULE) if qo_len > 0 else no_launch
 
     def launch(self, q: int, out: int, lse: int, k: int, v: int, mask_bits: int) -> None:
@@ -237,16 +237,16 @@ class _BoundSingle:
 
     def bind_on(self, stream: int) -> Launch:
         kernel = self.kernel
-        key = (self.device.index, stream, self.num_kv_heads, self.head_dim_vo, kernel.block_m, kernel.num_ctas)
+        key = (self.device.index, stream, self.num_kv_heads, self.head_dim_vo, kernel.block_m, kernel.num_blocks)
         schedule = _schedules.get(key) or _schedules.setdefault(key, self.make_schedule())
         launch = self.planned[stream] = self.bind_planned(schedule)
         return launch
 
     def make_schedule(self) -> Schedule:
-        # Two chunks a CTA, each of a full tile of query rows, are more than any plan of one sequence takes.
+        # Two splits a block, each of a full tile of query rows, are more than any plan of one sequence takes.
         kernel = self.kernel
-        partial_bytes = 2 * kernel.num_ctas * kernel.block_m * (self.head_dim_vo + 1) * 4 + 1024
-        items_bytes = (8 * kernel.num_ctas + 64) * families.ITEM_BYTES
+        partial_bytes = 2 * kernel.num_blocks * kernel.block_m * (self.head_dim_vo + 1) * 4 + 1024
+        items_bytes = (8 * kernel.num_blocks + 64) * families.ITEM_BYTES
         int_workspace = torch.empty((1 << 18) + items_bytes, dtype=torch.uint8, device=self.device)
         float_workspace = torch.empty(partial_bytes, dtype=torch.uint8, device=self.device)
         return Schedule.of(_OP, int_workspace, float_workspace, 1, self.num_kv_heads, self.head_dim_vo)

@@ -64,7 +64,7 @@ class PrefillPlanParams(ctypes.Structure):
         ("qo_indptr", P),
         *nested("kv", KV_INDEX),
         *[(name, P) for name in ("schedule", "items", "tile_indptr", "counters")],
-        *[(name, I32) for name in ("batch_size", "qo_len", "num_kv_heads", "group_size", "num_ctas")],
+        *[(name, I32) for name in ("batch_size", "qo_len", "num_kv_heads", "group_size", "num_blocks")],
         *[(name, I32) for name in ("max_items", "max_counters", "max_partial_rows", "block_m", "block_n")],
         *[(name, I32) for name in ("mask", "window_left")],
     ]
