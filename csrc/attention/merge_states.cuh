@@ -1,39 +1,42 @@
-// Merging attention states: o = sum_i 2^(s_i - s) o_i with s = log2(sum_i 2^s_i) (the identity that FlashAttention's
-// online softmax rests on; Ye et al., "Cascade Inference"). A state with s = -inf has seen no key: it weighs nothing,
-// whatever its o holds, and a merge of nothing but such states is o = 0, s = -inf.
+// The operators that merge attention states (merge.cuh): pairs of them, lists of equal and of varying length.
+//
+//   v, s: [num_rows, num_states, num_heads, head_dim] and [num_rows, num_states, num_heads] -> [num_rows, num_heads,
+//   ..]
 #pragma once
 
+#include "attention/merge.cuh"
 #include "attention/merge_params.h"
-#include "attention/score.cuh"
 #include "device/cast.cuh"
 #include "device/pdl.cuh"
 
 namespace flashinfer {
 
-// One running state: a short vector of the output, and the statistics every thread of the row keeps alike.
-template <int kVecSize>
-struct RunningState {
-  float max = kMinusInfinity, sum = 0.f;
-  float out[kVecSize] = {};
-
-  // Without a branch, so that the loads of several states can be in flight together.
-  __device__ __forceinline__ void merge(const float (&other)[kVecSize], float lse) {
-    const float new_max = fmaxf(max, lse), shift = new_max == kMinusInfinity ? 0.f : new_max;
-    const float old_weight = fast_exp2(max - shift), weight = fast_exp2(lse - shift);
-    max = new_max;
-    sum = sum * old_weight + weight;
+// Merges states [first, end) of a head, kBatch of them in flight at a time, then what is left in batches half as large:
+// no load is sent for a state that is not there.
+template <int kBatch, class Config>
+__device__ __forceinline__ void merge_list(const MergeParams& params, int64_t first, int64_t end, int64_t head_idx,
+                                           int column, RunningState<Config::kVecSize>& state) {
+  using T = typename Config::T;
+  using Vector = Vec<T, Config::kVecSize>;
+#pragma unroll 1
+  for (; end - first >= kBatch; first += kBatch) {
+    Vector vecs[kBatch];
+    float lse[kBatch];
 #pragma unroll
-    for (int i = 0; i < kVecSize; ++i) {  // what weighs nothing may be anything, NaN included
-      out[i] = out[i] * old_weight + (weight == 0.f ? 0.f : other[i] * weight);
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t index = (first + i) * params.num_heads + head_idx;
+      vecs[i] = Vector::load(static_cast<const T*>(params.v) + index * Config::kHeadDim + column);
+      lse[i] = params.s[index];
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      float other[Config::kVecSize];
+      to_floats(vecs[i], other);
+      state.merge(other, lse[i]);
     }
   }
-  __device__ __forceinline__ void normalize() {
-    const float rcp_sum = sum > 0.f ? 1.f / sum : 0.f;
-#pragma unroll
-    for (int i = 0; i < kVecSize; ++i) out[i] *= rcp_sum;
-  }
-  __device__ __forceinline__ float lse() const { return sum > 0.f ? max + fast_log2(sum) : kMinusInfinity; }
-};
+  if constexpr (kBatch > 1) merge_list<kBatch / 2, Config>(params, first, end, head_idx, column, state);
+}
 
 // Config: T, kHeadDim, kVecSize, kNumThreads (a multiple of kHeadDim / kVecSize), and kPair: merge v with v_other, else
 // the states of a list. A block takes kNumThreads vectors of the output, whole rows of them.
@@ -67,23 +70,7 @@ __device__ void merge_states(const MergeParams& params) {
     const int64_t begin = params.indptr ? params.indptr[row] : row * params.num_states;
     const int64_t end = params.indptr ? params.indptr[row + 1] : begin + params.num_states;
     const int64_t head_idx = head_row - row * params.num_heads;
-    constexpr int kBatch = 8;  // states in flight at a time
-    for (int64_t first = begin; first < end; first += kBatch) {
-      Vector vecs[kBatch];
-      float lse[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int64_t index = (first + i < end ? first + i : first) * params.num_heads + head_idx;
-        vecs[i] = Vector::load(static_cast<const T*>(params.v) + index * Config::kHeadDim + column);
-        lse[i] = first + i < end ? params.s[index] : kMinusInfinity;
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        float other[Config::kVecSize];
-        to_floats(vecs[i], other);
-        state.merge(other, lse[i]);
-      }
-    }
+    merge_list<8, Config>(params, begin, end, head_idx, column, state);
   }
 
   if constexpr (Config::kPair) __syncthreads();  // in place: every thread of a row reads s before one overwrites it

@@ -24,6 +24,10 @@ namespace flashinfer {
 enum PosEncoding : int { kPosNone = 0, kPosRope = 1, kPosAlibi = 2 };
 
 constexpr float kLog2E = 1.4426950408889634f;
+// The running maximum that scales the probabilities of prefill may lag behind the true one by so many powers of two, so
+// that most tiles need not rescale the output: probabilities then reach 2^kMaxLag, which 16 bits and the fp32 sums hold
+// as well as 1.
+constexpr float kMaxLag = 8.f;
 constexpr float kMinusInfinity = __builtin_bit_cast(float, 0xff800000u);  // the LSE of no key
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)

@@ -13,7 +13,7 @@
 #pragma once
 
 #include "attention/decode/tile.cuh"
-#include "device/atomic.cuh"
+#include "attention/merge.cuh"
 #include "device/cast.cuh"
 #include "device/pdl.cuh"
 
@@ -125,16 +125,6 @@ __device__ __forceinline__ void store_request(const DecodeParams& params, const 
 
 // ------------------------------------------------------------------------------------------------------------ merging
 
-// True in every thread of the block that comes last of `count` to the counter, which returns to zero by itself, so that
-// a captured launch can be replayed. It then sees what all of them wrote before.
-template <class Config>
-__device__ __forceinline__ bool arrives_last(uint32_t* counter, uint32_t count, DecodeSmem<Config>& smem) {
-  __syncthreads();
-  if (threadIdx.x == 0) smem.is_last = atomic_inc_acq_rel(counter, count - 1) == count - 1;
-  __syncthreads();
-  return smem.is_last;
-}
-
 // Partial results of one request: those of every chunk_stride-th chunk.
 struct PartialRun {
   int32_t first_chunk, chunk_stride, count;
@@ -202,34 +192,39 @@ __device__ __forceinline__ void merge_run(const DecodeParams& params, const Head
   }
 }
 
-// Merge the partial results of a request as far as this block is the one to do it: the last to finish. Many are merged
-// in groups first, so that several blocks share the work. A group's result and counter are named after its first chunk.
+// Merge the partial results of a request as far as this block is the one to do it. Those of few rows: up to
+// kMaxUngrouped are merged by one block. A group's result and counter are named after its first chunk.
 template <class Config>
 __device__ __forceinline__ void merge_request(const DecodeParams& params, const HeadBlock& heads,
                                               DecodeSmem<Config>& smem, const DecodeRequest& request) {
+  constexpr int32_t kMaxUngrouped = 48, kMinGroup = 16;
   const ResultWriter<Config> writer{params};
   const int32_t num_chunks = gridDim.y;
-  bool is_group = request.num_chunks > kMaxUngrouped;
-  PartialRun run{request.first_chunk, 1, request.num_chunks, true};
-  if (is_group) {
-    const int32_t first = (int32_t(blockIdx.y) - request.first_chunk) / kMergeGroup * kMergeGroup;
-    run = {request.first_chunk + first, 1, min(request.num_chunks - first, kMergeGroup), first == 0};
-  }
-#pragma unroll 1
-  while (true) {
-    const int32_t counter_idx = is_group ? params.batch_size + run.first_slot() : request.request_idx;
-    if (!arrives_last(params.counters + int64_t(counter_idx) * gridDim.x + blockIdx.x, run.count, smem)) return;
+  const MergeTree tree = MergeTree::of(request.num_chunks, kMaxUngrouped, kMinGroup);
+  const auto run_of = [&](int32_t group_idx, int32_t count) -> PartialRun {
+    if (group_idx != kAllGroups) {
+      return {request.first_chunk + group_idx * tree.group_len, 1, count, group_idx == 0};
+    }
+    if (tree.num_groups > 0) return {request.first_chunk + num_chunks, tree.group_len, count, true};
+    return {request.first_chunk, 1, count, true};
+  };
+  const auto arrives_last_in = [&](int32_t group_idx, int32_t count) {
+    const int32_t idx =
+        group_idx == kAllGroups ? request.request_idx : params.batch_size + run_of(group_idx, count).first_slot();
+    return arrives_last(params.counters + int64_t(idx) * gridDim.x + blockIdx.x, count, smem.is_last, threadIdx.x,
+                        [] { __syncthreads(); });
+  };
+  const auto merge = [&](int32_t group_idx, int32_t count) {
+    const PartialRun run = run_of(group_idx, count);
     merge_run<Config>(params, heads, run, [&](int32_t head, int32_t element, const auto& out, float lse) {
-      if (is_group) {
-        writer.write_partial(run.first_slot() + 2 * num_chunks, head, element, out, lse);
-      } else {
+      if (group_idx == kAllGroups) {
         writer.write_result(request.request_idx, head, element, out, lse);
+      } else {
+        writer.write_partial(run.first_slot() + 2 * num_chunks, head, element, out, lse);
       }
     });
-    if (!is_group) return;
-    is_group = false;
-    run = {request.first_chunk + num_chunks, kMergeGroup, ceil_div(request.num_chunks, kMergeGroup), true};
-  }
+  };
+  merge_if_last(tree, int32_t(blockIdx.y) - request.first_chunk, arrives_last_in, merge);
 }
 
 // A request without KV attends to nothing: zeros, LSE -inf.

@@ -24,9 +24,6 @@ struct ChunkSplit {
   }
 };
 
-// A request of more than kMaxUngrouped partial results has them merged in groups of kMergeGroup first.
-constexpr int32_t kMergeGroup = 16, kMaxUngrouped = 48;
-
 // Where a request's partial result of one chunk is kept. A chunk makes at most two: of the request it begins within and
 // of the request that goes on after it. The latter starts in this chunk, which is what tells the two apart.
 FLASHINFER_FN int32_t partial_slot(int32_t chunk_idx, bool request_starts_here) {

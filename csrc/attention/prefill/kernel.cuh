@@ -21,6 +21,7 @@
 #include "attention/prefill/queue.cuh"
 #include "attention/prefill/softmax.cuh"
 #include "attention/prefill/tile.cuh"
+#include "device/pdl.cuh"
 
 namespace flashinfer {
 
@@ -61,7 +62,7 @@ __device__ __forceinline__ void attend(const PrefillParams& params, PrefillSmem<
                                        float (&out)[Shape::kFragsM][Shape::kFragsD][4], SoftmaxState<Config>& state) {
   const PrefillWork& work = smem.work;
   constexpr int kNumAhead = Shape::kNumAhead;
-  const int warp_idx = threadIdx.x / 32, warp_row = warp_idx * Shape::kRowsPerWarp;
+  const int warp_idx = int(fresh_thread_idx()) / 32, warp_row = warp_idx * Shape::kRowsPerWarp;
   uint8_t* warp_rows_smem = smem.q + warp_row * Shape::kHeadDimQk * 2;
   const WarpTiles<Config>& tiles = smem.warp_tiles[warp_idx];
   const Visibility visibility = Visibility::of<Config>(params);
@@ -148,7 +149,12 @@ __device__ void prefill(const PrefillParams& params) {
     }
     finish_softmax<Config>(state, smem, params.v_scale, Score<Config>::scale_log2(params));
     store_output<Config>(out, state, params, smem.work, smem);
-    merge_splits<Config>(params, smem.work, smem);
+    if (smem.work.item.num_splits > 1) {
+      merge_splits<Config, Shape::kNumThreads, 4, 4>(
+          params, smem.work, smem.work.group_size, [&](uint32_t* counter, int32_t count) {
+            return arrives_last(counter, count, smem.is_last, fresh_thread_idx(), [] { __syncthreads(); });
+          });
+    }
     __syncthreads();  // all have left the work and the shared memory of this unit
   }
   if (fresh_thread_idx() == 0) queue.close();

@@ -53,9 +53,8 @@ struct WarpRows {
                                                 int64_t head_stride) {
     static_assert(Shape::kRowsPerWarp <= 32);
     const int warp_row = int(thread_idx / 32) * Shape::kRowsPerWarp;
-    const QueryRow query = QueryRow::of<Shape>(work, warp_row + int(thread_idx % 32));
-    return {work.num_rows(Shape::kBlockM) - warp_row,
-            (work.item.q_begin + query.token_idx) * token_stride + query.qo_head_idx * head_stride};
+    const QueryRow query = work.template query_row<Shape>(warp_row + int(thread_idx % 32));
+    return {work.num_rows(Shape::kBlockM) - warp_row, work.offset(query, token_stride, head_stride)};
   }
   // Elements from the start of the tensor to that of a row. By all lanes of the warp.
   __device__ __forceinline__ int64_t offset(int row) const { return __shfl_sync(0xffffffffu, lane_offset, row); }

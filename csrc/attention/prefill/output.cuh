@@ -79,7 +79,8 @@ __device__ __forceinline__ void store_output(const float (&out)[Shape::kFragsM][
   const float* warp_lse_smem = smem.lse + warp_row;
   const int lane_row = lane_idx / 4, lane_column = OutputPair<Shape>::lane_column(lane_idx % 4);
   if (work.item.num_splits > 1) {
-    const int64_t first_row = work.partial_row(work.item.split_idx, Shape::kBlockM, params.num_kv_heads) + warp_row;
+    const int64_t first_row =
+        work.partial_row(work.item.split_idx, work.num_rows(Shape::kBlockM), params.num_kv_heads) + warp_row;
     float* lane_gmem = params.partial_out + (first_row + lane_row) * Shape::kHeadDimVo + lane_column;
     for_each_output_pair<Config>(out, state, [&](int row, int column, float x, float y) {
       if (lane_row + row >= num_rows) return;
@@ -126,112 +127,10 @@ __device__ __forceinline__ void store_output(const float (&out)[Shape::kFragsM][
     }
   }
   if (params.lse != nullptr && lane_idx < num_rows) {
-    const QueryRow query = QueryRow::of<Shape>(work, warp_row + lane_idx);
+    const QueryRow query = work.template query_row<Shape>(warp_row + lane_idx);
     const int64_t token_idx = work.item.q_begin + query.token_idx;
     params.lse[token_idx * params.num_qo_heads + query.qo_head_idx] = warp_lse_smem[lane_idx];
   }
-}
-
-// Whether this block is the last of `count` to come to the counter. It then sees what all of them wrote before.
-template <class Config>
-__device__ __forceinline__ bool is_last_of(int32_t count, uint32_t* counter, PrefillSmem<Config>& smem) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    smem.is_last = atomicAdd(counter, 1u) == uint32_t(count - 1);
-    if (smem.is_last) *counter = 0;
-  }
-  __syncthreads();
-  __threadfence();
-  return smem.is_last;
-}
-
-// Merges slots [first_slot, first_slot + num_slots) of the query tile, in this order whoever does it, and calls
-// store(row, column, state) for every four columns of a row.
-template <class Config, class Store>
-__device__ __forceinline__ void merge_slots(const PrefillParams& params, const PrefillWork& work, int32_t first_slot,
-                                            int32_t num_slots, const Store& store) {
-  using Shape = PrefillShape<Config>;
-  constexpr int kVecsPerRow = Shape::kHeadDimVo / 4;
-  constexpr int kNumVecs = 4, kBatch = 4;  // a thread has this many vectors of this many slots in flight
-  const int num_vecs = work.num_rows(Shape::kBlockM) * kVecsPerRow;
-  const int64_t first_row = work.partial_row(first_slot, Shape::kBlockM, params.num_kv_heads);
-  const int64_t slot_stride = int64_t(work.num_rows(Shape::kBlockM)) * params.num_kv_heads;
-#pragma unroll 1
-  for (int i = int(fresh_thread_idx()); i < num_vecs; i += kNumVecs * Shape::kNumThreads) {
-    RunningState<4> states[kNumVecs];
-#pragma unroll 1
-    for (int first = 0; first < num_slots; first += kBatch) {
-      float4 x[kNumVecs][kBatch];
-      float lse[kNumVecs][kBatch];
-#pragma unroll
-      for (int v = 0; v < kNumVecs; ++v) {
-        const int vec_idx = min(i + v * Shape::kNumThreads, num_vecs - 1);
-#pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-          const int64_t row = first_row + min(first + j, num_slots - 1) * slot_stride + vec_idx / kVecsPerRow;
-          x[v][j] =
-              __ldcg(reinterpret_cast<const float4*>(params.partial_out) + row * kVecsPerRow + vec_idx % kVecsPerRow);
-          lse[v][j] = __ldcg(params.partial_lse + row);
-        }
-      }
-#pragma unroll
-      for (int v = 0; v < kNumVecs; ++v) {
-#pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-          const float partial[4] = {x[v][j].x, x[v][j].y, x[v][j].z, x[v][j].w};
-          states[v].merge(partial, first + j < num_slots ? lse[v][j] : kMinusInfinity);
-        }
-      }
-    }
-#pragma unroll
-    for (int v = 0; v < kNumVecs; ++v) {
-      const int vec_idx = i + v * Shape::kNumThreads;
-      if (vec_idx >= num_vecs) break;
-      states[v].normalize();
-      store(vec_idx / kVecsPerRow, vec_idx % kVecsPerRow * 4, states[v]);
-    }
-  }
-}
-
-// Merges the splits of the query tile as far as this block is the one to do it (MergeTree).
-template <class Config>
-__device__ __forceinline__ void merge_splits(const PrefillParams& params, const PrefillWork& work,
-                                             PrefillSmem<Config>& smem) {
-  using Shape = PrefillShape<Config>;
-  using T = typename Config::Q;
-  const PrefillItem& item = work.item;
-  if (item.num_splits <= 1) return;
-  const MergeTree tree = MergeTree::of(item.num_splits);
-  const auto counter = [&](int32_t idx) {
-    return params.counters + (item.counter + int64_t(idx)) * params.num_kv_heads + work.kv_head_idx;
-  };
-  int32_t first_slot = 0, num_slots = tree.num_splits;
-  if (tree.num_groups > 0) {
-    const int32_t group_idx = item.split_idx / tree.group_len, group_len = tree.len_of_group(group_idx);
-    if (!is_last_of(group_len, counter(1 + group_idx), smem)) return;
-    const int64_t group_row = work.partial_row(tree.num_splits + group_idx, Shape::kBlockM, params.num_kv_heads);
-    merge_slots<Config>(params, work, group_idx * tree.group_len, group_len,
-                        [&](int row, int column, const RunningState<4>& state) {
-                          const float4 x = {state.out[0], state.out[1], state.out[2], state.out[3]};
-                          float* out_row_gmem = params.partial_out + (group_row + row) * Shape::kHeadDimVo;
-                          *reinterpret_cast<float4*>(out_row_gmem + column) = x;
-                          if (column == 0) params.partial_lse[group_row + row] = state.lse();
-                        });
-    first_slot = tree.num_splits;
-    num_slots = tree.num_groups;
-  }
-  if (!is_last_of(num_slots, counter(0), smem)) return;
-  merge_slots<Config>(params, work, first_slot, num_slots, [&](int row, int column, const RunningState<4>& state) {
-    const QueryRow query = QueryRow::of<Shape>(work, row);
-    const int64_t token_idx = item.q_begin + query.token_idx;
-    T* out_row_gmem =
-        static_cast<T*>(params.out) + token_idx * params.out_token_stride + query.qo_head_idx * params.out_head_stride;
-    cast_vec<T>(state.out).store(out_row_gmem + column);
-    if (column == 0 && params.lse != nullptr) {
-      params.lse[token_idx * params.num_qo_heads + query.qo_head_idx] = state.lse();
-    }
-  });
 }
 
 }  // namespace flashinfer

@@ -19,35 +19,13 @@ struct PrefillItem {
   int32_t tile_end;
   int32_t split_idx;    // this run is the split_idx-th of num_splits of the query tile
   int32_t num_splits;   // 1: the kernel writes the output itself
-  int32_t partial_row;  // first row of the query tile's partial results; see MergeTree
+  int32_t partial_row;  // first row of the query tile's partial results: see PartialResults
   int32_t counter;      // first of the counters its splits share
 
   // Nothing beyond the num_tokens rows of q and out, whatever the offsets said.
   FLASHINFER_FN void confine_to(int32_t num_tokens) {
     const int32_t num_left = q_begin >= 0 && q_begin < num_tokens ? num_tokens - q_begin : 0;
     if (qo_len > num_left) qo_len = num_left;
-  }
-};
-
-// How the partial results of a query tile's splits become one: whoever is last to finish merges. Many splits are merged
-// in groups first, so that several blocks share the work. A tile has a slot of partial results for every split, then
-// one for every group, and a counter for itself, then one for every group.
-struct MergeTree {
-  int32_t num_splits;
-  int32_t group_len;   // splits of a group; of the last one perhaps fewer
-  int32_t num_groups;  // 0: no groups
-
-  FLASHINFER_FN static MergeTree of(int32_t num_splits) {
-    constexpr int32_t kMinGroup = 4;
-    int32_t group_len = kMinGroup;
-    while (group_len * group_len < num_splits) group_len *= 2;
-    return {num_splits, group_len, num_splits > 2 * kMinGroup ? ceil_div(num_splits, group_len) : 0};
-  }
-  FLASHINFER_FN int32_t num_slots() const { return num_splits + num_groups; }
-  FLASHINFER_FN int32_t num_counters() const { return 1 + num_groups; }
-  FLASHINFER_FN int32_t len_of_group(int32_t group_idx) const {
-    const int32_t num_left = num_splits - group_idx * group_len;
-    return num_left < group_len ? num_left : group_len;
   }
 };
 
@@ -87,7 +65,7 @@ struct PrefillParams : PrefillRows, AttentionParams {
   const PrefillItem* items;
   PrefillSchedule* schedule;
   uint32_t* counters;  // of blocks that have left partial results; zero before and after every launch
-  float* partial_out;  // unmerged outputs: see MergeTree
+  float* partial_out;  // unmerged outputs: see PartialResults
   float* partial_lse;  // their LSE
   int32_t qo_len;      // queries of a single sequence; otherwise unused
   int32_t num_tokens;  // rows of q and out

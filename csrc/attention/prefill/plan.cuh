@@ -12,7 +12,7 @@
 #pragma once
 
 #include "attention/kv_view.cuh"
-#include "attention/prefill/params.h"
+#include "attention/prefill/work.cuh"
 #include "attention/visibility.cuh"
 #include "device/pdl.cuh"
 #include "device/scan.cuh"
@@ -158,9 +158,9 @@ struct PrefillPlanner {
       load += count * float(num_splits) * split_cost;
       longest = fmaxf(longest, split_cost);
       if (num_splits > 1) {
-        const MergeTree tree = MergeTree::of(num_splits);
-        num_counters += float(smem.num_tiles_of_cost[bin]) * float(tree.num_counters());
-        num_slots += float(smem.num_tiles_of_cost[bin]) * float(tree.num_slots());
+        const PartialResults partial = PartialResults::of(num_splits);
+        num_counters += float(smem.num_tiles_of_cost[bin]) * float(partial.num_counters());
+        num_slots += float(smem.num_tiles_of_cost[bin]) * float(partial.num_slots());
       }
     }
     const bool fits = num_slots * float(smem.max_rows) <= float(params.max_partial_rows) &&
@@ -231,9 +231,9 @@ struct PrefillPlanner {
       int32_t place = atomicAdd(&smem.first_item_of_cost[split_bin(bin, limit)], num_splits);
       item.num_splits = num_splits;
       if (num_splits > 1) {
-        const MergeTree tree = MergeTree::of(num_splits);
-        item.partial_row = atomicAdd(&smem.num_partial_rows, num_rows_of(item) * tree.num_slots());
-        item.counter = atomicAdd(&smem.num_counters, tree.num_counters());
+        const PartialResults partial = PartialResults::of(num_splits);
+        item.partial_row = atomicAdd(&smem.num_partial_rows, num_rows_of(item) * partial.num_slots());
+        item.counter = atomicAdd(&smem.num_counters, partial.num_counters());
       }
       for (int32_t split = 0; split < num_splits; ++split, ++place) {
         item.split_idx = split;

@@ -44,7 +44,8 @@ struct WorkQueue {
     smem.next_work.k_gmem = static_cast<const Kv*>(params.kv.k) + kv_head_idx * params.kv.k_head_stride;
     smem.next_work.v_gmem = static_cast<const Kv*>(params.kv.v) + kv_head_idx * params.kv.v_head_stride;
     if (!is_planned()) {
-      smem.next_work.item = item_of_single(item_idx);
+      const int32_t num_tiles = gridDim.x / params.num_kv_heads;  // the last is, under a causal mask, the longest
+      smem.next_work.item = item_of_single<Config>(params, num_tiles - 1 - item_idx);
       return;
     }
     const PrefillItem* item_gmem = params.items + item_idx;
@@ -62,22 +63,6 @@ struct WorkQueue {
     smem.unit = smem.next_unit;
     smem.work = smem.next_work;
     smem.work.item.confine_to(params.num_tokens);
-  }
-
-  // The query tiles of a single sequence: the last, under a causal mask the longest, first.
-  __device__ __forceinline__ PrefillItem item_of_single(int32_t item_idx) const {
-    const int32_t q_tile = gridDim.x / params.num_kv_heads - 1 - item_idx;
-    const Range tiles =
-        Visibility::of<Config>(params).tiles_of(q_tile, Shape::kBlockM, params.num_qo_heads / params.num_kv_heads,
-                                                params.qo_len, params.kv.index.len, Shape::kBlockN);
-    PrefillItem item = {};
-    item.q_tile = q_tile;
-    item.qo_len = params.qo_len;
-    item.kv_len = params.kv.index.len;
-    item.tile_begin = tiles.begin;
-    item.tile_end = tiles.end;
-    item.num_splits = 1;
-    return item;
   }
 
   // The last block to leave resets the list for the next launch.

@@ -1,16 +1,10 @@
 // The softmax of prefill: what happens to a tile of scores between S = Q Kᵀ and O += P V. A new kind of logit belongs
 // into score.cuh, a new mask into visibility.cuh; this file asks them what to do with a score.
-//
-// The running maximum that scales the probabilities may lag behind the true one by kMaxLag powers of two, so that most
-// tiles need not rescale the output: probabilities then reach 2^kMaxLag, which 16 bits and the fp32 sums hold as well
-// as 1.
 #pragma once
 
 #include "attention/prefill/tile.cuh"
 
 namespace flashinfer {
-
-constexpr float kMaxLag = 8.f;
 
 template <class Config>
 struct SoftmaxState {
@@ -76,8 +70,8 @@ __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kFrags
   for (int m = 0; m < Shape::kFragsM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const QueryRow query = QueryRow::of<Shape>(work, warp_row + m * 16 + half * 8 + lane_idx / 4);
-      const int32_t position = query.position(work);
+      const QueryRow query = work.template query_row<Shape>(warp_row + m * 16 + half * 8 + lane_idx / 4);
+      const int32_t position = work.position(query);
       if constexpr (!Score<Config>::kIsPlain) {
         const float slope = Score<Config>::alibi_slope(params, query.qo_head_idx);
 #pragma unroll

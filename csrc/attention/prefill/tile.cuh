@@ -7,8 +7,7 @@
 #pragma once
 
 #include "attention/kv_view.cuh"
-#include "attention/merge_states.cuh"
-#include "attention/prefill/params.h"
+#include "attention/prefill/work.cuh"
 #include "attention/score.cuh"
 #include "attention/visibility.cuh"
 #include "device/cp_async.cuh"
@@ -20,17 +19,8 @@
 
 namespace flashinfer {
 
-// threadIdx.x as the compiler has not seen it before: addresses made from it are computed where they are used. Made
-// from threadIdx.x itself they would be hoisted out of the loop over tiles, a dozen registers that the loop does not
-// have.
-__device__ __forceinline__ uint32_t fresh_thread_idx() {
-  uint32_t thread_idx;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread_idx));
-  return thread_idx;
-}
-
-// The same for the end of a unit. ptxas knows two reads of %tid.x for one and would keep, or spill, what the loop over
-// tiles made of it; the result of a shuffle is news to it. By all lanes of a warp.
+// fresh_thread_idx() for the end of a unit. ptxas knows two reads of %tid.x for one and would keep, or spill, what the
+// loop over tiles made of it; the result of a shuffle is news to it. By all lanes of a warp.
 __device__ __forceinline__ uint32_t thread_idx_after_loop() {
   const uint32_t thread_idx = fresh_thread_idx();
   return __shfl_sync(0xffffffffu, thread_idx, thread_idx);
@@ -67,23 +57,19 @@ struct PrefillShape {
   using VRows = SwizzledRows<kHeadDimVo* int(sizeof(Kv))>;
 };
 
-// One unit of work: an item for one KV head. It stays in shared memory, where it costs no registers.
-struct alignas(16) PrefillWork {
-  PrefillItem item;
-  const void* k_gmem;  // the KV head's part of row 0
-  const void* v_gmem;
-  int32_t kv_head_idx;
+// A unit of work and what is made of it once. It stays in shared memory, where it costs no registers.
+struct alignas(16) PrefillWork : PrefillUnit {
   FastDivisor group_size;  // the same in every unit
+  const void* k_gmem;      // the KV head's part of row 0
+  const void* v_gmem;
 
-  // Rows of the query tile that exist.
   __device__ __forceinline__ int32_t num_rows(int32_t block_m) const {
-    const int32_t num_left = item.qo_len * int32_t(group_size.divisor) - item.q_tile * block_m;
-    return num_left < block_m ? num_left : block_m;
+    return PrefillUnit::num_rows(group_size.divisor, block_m);
   }
-  // First row of a slot of partial results. Slots follow each other, within one the KV heads, within those the rows.
-  __device__ __forceinline__ int64_t partial_row(int32_t slot_idx, int32_t block_m, int32_t num_kv_heads) const {
-    const int64_t num_rows = this->num_rows(block_m);
-    return (item.partial_row + slot_idx * num_rows) * num_kv_heads + kv_head_idx * num_rows;
+  // `row` counts from the first of the query tile.
+  template <class Shape>
+  __device__ __forceinline__ QueryRow query_row(int row) const {
+    return PrefillUnit::query_row(group_size, item.q_tile * Shape::kBlockM + row);
   }
 };
 
@@ -92,22 +78,6 @@ template <class Config>
 __device__ __forceinline__ uint32_t stage_of(int tile) {
   return uint32_t(tile) % Config::kNumStages;
 }
-
-// Where a row of the tile is among the request's tokens and the query heads.
-struct QueryRow {
-  int32_t token_idx;  // within the request
-  int32_t qo_head_idx;
-
-  __device__ __forceinline__ int32_t position(const PrefillWork& work) const {
-    return position_of(token_idx, work.item.qo_len, work.item.kv_len);
-  }
-  template <class Shape>
-  __device__ __forceinline__ static QueryRow of(const PrefillWork& work, int row) {
-    const int32_t packed = work.item.q_tile * Shape::kBlockM + row, group_size = work.group_size.divisor;
-    const int32_t token_idx = work.group_size.divide(packed);
-    return {token_idx, work.kv_head_idx * group_size + packed - token_idx * group_size};
-  }
-};
 
 // The KV tiles that one warp's rows see at all, and those they see whole: the others among the seen need masking.
 template <class Config>
@@ -120,8 +90,8 @@ struct WarpTiles {
     if (last_row < first_row) return {{0, 0}, {0, 0}};
     const Visibility visibility = Visibility::of<Config>(params);
     const int32_t kv_len = work.item.kv_len;
-    const int32_t first = QueryRow::of<Shape>(work, first_row).position(work);
-    const int32_t last = QueryRow::of<Shape>(work, last_row).position(work);
+    const int32_t first = work.position(work.template query_row<Shape>(first_row));
+    const int32_t last = work.position(work.template query_row<Shape>(last_row));
     return {visibility.tiles_seen(first, last, kv_len, Shape::kBlockN),
             visibility.tiles_seen_whole(first, last, kv_len, Shape::kBlockN)};
   }
@@ -192,7 +162,7 @@ __device__ __forceinline__ void prepare_q(const PrefillParams& params, const Pre
     uint8_t* rows_smem = q_smem + first_row * Shape::kHeadDimQk * 2;  // 16-row aligned: the swizzle does not change
     rotate_rows<Config, typename Config::Q, typename Shape::QRows>(
         params, rows_smem, rows_smem, Shape::kRowsPerWarp, lane_idx, 32,
-        [&](int row) { return QueryRow::of<Shape>(work, first_row + row).position(work); });
+        [&](int row) { return work.position(work.template query_row<Shape>(first_row + row)); });
     __syncwarp();
   }
   if constexpr (Shape::kPacksK) {

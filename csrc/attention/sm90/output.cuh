@@ -2,17 +2,10 @@
 // were split is merged by the blocks that finish its splits last.
 #pragma once
 
-#include "attention/merge_states.cuh"
 #include "attention/sm90/softmax.cuh"
 #include "device/ldmatrix.cuh"
 
 namespace flashinfer::sm90 {
-
-// First row of a slot of partial results. Slots follow each other, within one the KV heads, within those the rows.
-__device__ __forceinline__ int64_t partial_row(const Work& work, int32_t slot_idx, int64_t num_rows,
-                                               int32_t num_kv_heads) {
-  return (work.item.partial_row + slot_idx * num_rows) * num_kv_heads + work.kv_head_idx * num_rows;
-}
 
 // The consumer's rows of the output, staged in shared memory where its queries were, so that a row is written as a
 // whole.
@@ -30,8 +23,8 @@ __device__ __forceinline__ void store_rows(const Sm90PrefillParams& params, cons
     for (int i = 0; i < 4; ++i) packed[i] = pack_16bit<T>(out[4 * j + 2 * i], out[4 * j + 2 * i + 1]);
     stmatrix_x4(rows_smem + granule_offset(row, j + lane_idx / 16, Shape::kRowsPerConsumer), packed);
   }
-  const QueryRow query = QueryRow::of(work, group_size, first_row + row);
-  const int64_t offset = row_offset(work, query, params.out_token_stride, params.out_head_stride);
+  const QueryRow query = work.query_row(group_size, first_row + row);
+  const int64_t offset = work.offset(query, params.out_token_stride, params.out_head_stride);
   __syncwarp();
   constexpr int kGranulesPerRow = Shape::kHeadDimVo / 8;
   constexpr int kLanesPerRow = kGranulesPerRow % 16 == 0 ? 16 : 8, kRowsPerPass = 32 / kLanesPerRow;
@@ -51,96 +44,17 @@ __device__ __forceinline__ void store_rows(const Sm90PrefillParams& params, cons
   }
 }
 
-// Whether this block is the last of `count` to come to the counter. It then sees what all of them wrote before. By all
-// consumers.
+// Merges the splits of the query tile as far as this block is the one to do it. By all consumers.
 template <class Config>
-__device__ __forceinline__ bool is_last_of(int32_t count, uint32_t* counter, Smem<Config>& smem) {
+__device__ __forceinline__ void merge_splits(const Sm90PrefillParams& params, Smem<Config>& smem, const Work& work) {
   constexpr int kNumThreads = Shape<Config>::kNumConsumerThreads;
-  __threadfence();
-  named_barrier_sync(kAllConsumers, kNumThreads);
-  if (fresh_thread_idx() == 0) {
-    smem.is_last = atomicAdd(counter, 1u) == uint32_t(count - 1);
-    if (smem.is_last) *counter = 0;
-  }
-  named_barrier_sync(kAllConsumers, kNumThreads);
-  __threadfence();
-  const bool is_last = smem.is_last;
-  named_barrier_sync(kAllConsumers, kNumThreads);  // read by all before it is written again
-  return is_last;
-}
-
-// Merges slots [first_slot, first_slot + num_slots) of the query tile, in this order whoever does it, and calls
-// store(row, column, state) for every four columns of a row.
-template <class Config, class Store>
-__device__ __forceinline__ void merge_slots(const PrefillParams& params, const Work& work, int32_t num_rows,
-                                            int32_t first_slot, int32_t num_slots, const Store& store) {
-  using Shape = sm90::Shape<Config>;
-  constexpr int kVecsPerRow = Shape::kHeadDimVo / 4, kBatch = 8;  // slots in flight
-  const int64_t first_row = partial_row(work, first_slot, num_rows, params.num_kv_heads);
-  const int64_t slot_stride = int64_t(num_rows) * params.num_kv_heads;
-#pragma unroll 1
-  for (int i = fresh_thread_idx(); i < num_rows * kVecsPerRow; i += Shape::kNumConsumerThreads) {
-    RunningState<4> state;
-#pragma unroll 1
-    for (int first = 0; first < num_slots; first += kBatch) {
-      float4 x[kBatch];
-      float lse[kBatch];
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int64_t row = first_row + min(first + j, num_slots - 1) * slot_stride + i / kVecsPerRow;
-        x[j] = __ldcg(reinterpret_cast<const float4*>(params.partial_out) + row * kVecsPerRow + i % kVecsPerRow);
-        lse[j] = __ldcg(params.partial_lse + row);
-      }
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const float partial[4] = {x[j].x, x[j].y, x[j].z, x[j].w};
-        state.merge(partial, first + j < num_slots ? lse[j] : kMinusInfinity);
-      }
-    }
-    state.normalize();
-    store(i / kVecsPerRow, i % kVecsPerRow * 4, state);
-  }
-}
-
-// Merges the splits of the query tile as far as this block is the one to do it (MergeTree). By all consumers.
-template <class Config>
-__device__ __forceinline__ void merge_splits(const Sm90PrefillParams& params, Smem<Config>& smem, const Work& work,
-                                             int32_t num_rows) {
-  using Shape = sm90::Shape<Config>;
-  using T = typename Shape::T;
-  const PrefillItem& item = work.item;
-  const MergeTree tree = MergeTree::of(item.num_splits);
-  const auto counter = [&](int32_t idx) {
-    return params.counters + (item.counter + int64_t(idx)) * params.num_kv_heads + work.kv_head_idx;
-  };
-  int32_t first_slot = 0, num_slots = tree.num_splits;
-  if (tree.num_groups > 0) {
-    const int32_t group_idx = item.split_idx / tree.group_len, group_len = tree.len_of_group(group_idx);
-    if (!is_last_of(group_len, counter(1 + group_idx), smem)) return;
-    const int64_t group_row = partial_row(work, tree.num_splits + group_idx, num_rows, params.num_kv_heads);
-    merge_slots<Config>(params, work, num_rows, group_idx * tree.group_len, group_len,
-                        [&](int row, int column, const RunningState<4>& state) {
-                          const float4 x = {state.out[0], state.out[1], state.out[2], state.out[3]};
-                          float* out_row_gmem = params.partial_out + (group_row + row) * Shape::kHeadDimVo;
-                          *reinterpret_cast<float4*>(out_row_gmem + column) = x;
-                          if (column == 0) params.partial_lse[group_row + row] = state.lse();
-                        });
-    first_slot = tree.num_splits;
-    num_slots = tree.num_groups;
-  }
-  if (!is_last_of(num_slots, counter(0), smem)) return;
+  const auto sync = [] { named_barrier_sync(kAllConsumers, kNumThreads); };
   const FastDivisor group_size = smem.group_size;
-  merge_slots<Config>(params, work, num_rows, first_slot, num_slots,
-                      [&](int row, int column, const RunningState<4>& state) {
-                        const QueryRow query = QueryRow::of(work, group_size, item.q_tile * Shape::kBlockM + row);
-                        const int64_t token_idx = item.q_begin + query.token_idx;
-                        T* out_row_gmem = static_cast<T*>(params.out) + token_idx * params.out_token_stride +
-                                          query.qo_head_idx * params.out_head_stride;
-                        cast_vec<T>(state.out).store(out_row_gmem + column);
-                        if (column == 0 && params.lse != nullptr) {
-                          params.lse[token_idx * params.num_qo_heads + query.qo_head_idx] = state.lse();
-                        }
-                      });
+  flashinfer::merge_splits<Config, kNumThreads, 1, 8>(params, work, group_size, [&](uint32_t* counter, int32_t count) {
+    const bool is_last = arrives_last(counter, count, smem.is_last, fresh_thread_idx(), sync);
+    sync();  // read by all before it is written again
+    return is_last;
+  });
 }
 
 // Normalizes the consumer's rows and writes them, and their LSE, where they belong.
@@ -170,7 +84,7 @@ __device__ __forceinline__ void finish_unit(const Sm90PrefillParams& params, Sme
 
   const int lane_row = warp_row + lane_idx / 4;
   if (item.num_splits > 1) {
-    const int64_t row = partial_row(work, item.split_idx, tile_rows, params.num_kv_heads) +
+    const int64_t row = work.partial_row(item.split_idx, tile_rows, params.num_kv_heads) +
                         consumer_idx * Shape::kRowsPerConsumer + lane_row;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -182,7 +96,7 @@ __device__ __forceinline__ void finish_unit(const Sm90PrefillParams& params, Sme
       }
       if (lane_idx % 4 == 0) params.partial_lse[row + half * 8] = lse[half];
     }
-    merge_splits<Config>(params, smem, work, tile_rows);
+    merge_splits<Config>(params, smem, work);
     return;
   }
   named_barrier_sync(kConsumer + consumer_idx, kWarpgroupSize);  // all warps have left the queries
@@ -192,7 +106,7 @@ __device__ __forceinline__ void finish_unit(const Sm90PrefillParams& params, Sme
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (lane_row + half * 8 >= num_rows) continue;
-    const QueryRow query = QueryRow::of(work, group_size, first_row + lane_row + half * 8);
+    const QueryRow query = work.query_row(group_size, first_row + lane_row + half * 8);
     params.lse[int64_t(item.q_begin + query.token_idx) * params.num_qo_heads + query.qo_head_idx] = lse[half];
   }
 }

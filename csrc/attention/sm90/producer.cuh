@@ -44,7 +44,7 @@ struct QueryProducer {
       for (int first = 0; first < Shape::kBlockM; first += 32) {
         const int row = work.item.q_tile * Shape::kBlockM + first + int(fresh_thread_idx() % 32);
         const int64_t offset =
-            row_offset(work, QueryRow::of(work, group_size, row), params.q_token_stride, params.q_head_stride);
+            work.offset(work.query_row(group_size, row), params.q_token_stride, params.q_head_stride);
         const uint32_t rows_smem = smem_address(smem.q_of(turn, first / Shape::kRowsPerConsumer));
 #pragma unroll 1
         for (int i = lanes.row; i < 32; i += Lanes::kNumRows) {

@@ -35,7 +35,8 @@ struct Scheduler {
         int32_t item_idx, kv_head_idx;
         order.find(unit, item_idx, kv_head_idx);
         work.kv_head_idx = kv_head_idx;
-        work.item = is_planned() ? params.items[item_idx] : item_of_single(num_items - 1 - item_idx);
+        // Of a single sequence the last query tile is, under a causal mask, the longest.
+        work.item = is_planned() ? params.items[item_idx] : item_of_single<Config>(params, num_items - 1 - item_idx);
         work.item.confine_to(params.num_tokens);
       }
       smem.work_full.at(turn).arrive();
@@ -59,20 +60,6 @@ struct Scheduler {
         head_bytes * params.num_kv_heads > kCacheBytes ? kCacheBytes / head_bytes : params.num_kv_heads;
     const int32_t num_busy = ceil_div(2 * int32_t(gridDim.x), max(num_items, 1));
     return min(num_planned, max(max(num_cached, num_busy), 1));
-  }
-
-  // The last query tile is, under a causal mask, the longest.
-  __device__ __forceinline__ PrefillItem item_of_single(int32_t q_tile) const {
-    const Range tiles = Visibility::of<Config>(params).tiles_of(q_tile, Shape::kBlockM, group_size(), params.qo_len,
-                                                                params.kv.index.len, Shape::kBlockN);
-    PrefillItem item = {};
-    item.q_tile = q_tile;
-    item.qo_len = params.qo_len;
-    item.kv_len = params.kv.index.len;
-    item.tile_begin = tiles.begin;
-    item.tile_end = tiles.end;
-    item.num_splits = 1;
-    return item;
   }
 
   // The last block to leave resets the list for the next launch.

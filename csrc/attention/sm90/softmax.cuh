@@ -6,10 +6,6 @@
 
 namespace flashinfer::sm90 {
 
-// The maximum that scales the probabilities may lag behind the true one by so many powers of two: most tiles then need
-// not rescale the output. See attention/prefill/softmax.cuh.
-constexpr float kMaxLag = 8.f;
-
 // Of the two rows of a thread.
 template <class Config>
 struct Softmax {
@@ -93,8 +89,8 @@ __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kNumSc
   const Visibility visibility = Visibility::of<Config>(params);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const QueryRow query = QueryRow::of(work, group_size, first_row + half * 8);
-    const int32_t position = position_of(query.token_idx, item.qo_len, item.kv_len);
+    const QueryRow query = work.query_row(group_size, first_row + half * 8);
+    const int32_t position = work.position(query);
     if constexpr (!Score<Config>::kIsPlain) {
       const float slope = Score<Config>::alibi_slope(params, query.qo_head_idx);
 #pragma unroll

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/kv_view.cuh"
+#include "attention/prefill/work.cuh"
 #include "attention/score.cuh"
 #include "attention/sm90/params.h"
 #include "attention/visibility.cuh"
@@ -39,14 +40,6 @@ struct Shape {
   static_assert(kHeadDimVo <= kHeadDimQk, "the output is staged where the queries were");
 };
 
-// threadIdx.x as if the compiler had not seen it before: what is made of it is computed where it is used, and takes no
-// register from the loop over tiles.
-__device__ __forceinline__ uint32_t fresh_thread_idx() {
-  uint32_t thread_idx;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread_idx));
-  return thread_idx;
-}
-
 __device__ __forceinline__ int consumer_idx() {
   return int(fresh_thread_idx() / kWarpgroupSize);
 }
@@ -57,17 +50,8 @@ struct Constant {
   __device__ __forceinline__ constexpr operator bool() const { return kValue; }
 };
 
-// An item for one KV head.
-struct Work {
-  PrefillItem item;
-  int32_t kv_head_idx;
+struct Work : PrefillUnit {
   int32_t is_end;  // no more work
-
-  // Rows of the query tile that exist.
-  __device__ __forceinline__ int32_t num_rows(int32_t group_size, int32_t block_m) const {
-    const int32_t num_left = item.qo_len * group_size - item.q_tile * block_m;
-    return num_left < block_m ? num_left : block_m;
-  }
 };
 
 constexpr int kNumWorkSlots = 2;  // the unit at hand and the next one
@@ -107,23 +91,6 @@ struct Smem {
 
 // Named barriers.
 enum Barrier : int { kTurnOfConsumer = 1, kConsumer = 5, kAllConsumers = 9 };
-
-// Where a row of the query tile is among the request's tokens and the query heads.
-struct QueryRow {
-  int32_t token_idx;  // within the request
-  int32_t qo_head_idx;
-
-  __device__ __forceinline__ static QueryRow of(const Work& work, const FastDivisor& group_size, int packed) {
-    const int32_t token_idx = group_size.divide(packed), size = group_size.divisor;
-    return {token_idx, work.kv_head_idx * size + packed - token_idx * size};
-  }
-};
-
-// Elements from the start of q or out to such a row.
-__device__ __forceinline__ int64_t row_offset(const Work& work, const QueryRow& row, int64_t token_stride,
-                                              int64_t head_stride) {
-  return (work.item.q_begin + row.token_idx) * token_stride + row.qo_head_idx * head_stride;
-}
 
 // Byte of a 16-byte granule of a row in a tile of panels, num_rows high.
 __device__ __forceinline__ uint32_t granule_offset(int row, int granule, int num_rows) {

@@ -1,0 +1,94 @@
+// Attention over parts of a KV, merged into that over all of it. The state of a query over one part is its normalized
+// output o over that part and s = log2 of the sum of exponentials:
+//
+//   s = log2(sum_i 2^s_i)      o = sum_i 2^(s_i - s) o_i
+//
+// (the identity that FlashAttention's online softmax rests on; Ye et al., "Cascade Inference"). A state with s = -inf
+// has seen no key: it weighs nothing, whatever its o holds, and a merge of nothing but such states is o = 0, s = -inf.
+//
+// Kernels that cut the KV of a query into parts leave a state of each in scratch memory. No block waits for another:
+// the one that is last to arrive merges. Many parts are merged in groups first, so that several blocks share the work.
+#pragma once
+
+#include "attention/score.cuh"
+#include "device/atomic.cuh"
+
+namespace flashinfer {
+
+// One running state: a short vector of the output, and the statistics every thread of the row keeps alike.
+template <int kVecSize>
+struct RunningState {
+  float max = kMinusInfinity, sum = 0.f;
+  float out[kVecSize] = {};
+
+  // Without a branch, so that the loads of several states can be in flight together.
+  __device__ __forceinline__ void merge(const float (&other)[kVecSize], float lse) {
+    const float new_max = fmaxf(max, lse), shift = new_max == kMinusInfinity ? 0.f : new_max;
+    const float old_weight = fast_exp2(max - shift), weight = fast_exp2(lse - shift);
+    max = new_max;
+    sum = sum * old_weight + weight;
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) {  // what weighs nothing may be anything, NaN included
+      out[i] = out[i] * old_weight + (weight == 0.f ? 0.f : other[i] * weight);
+    }
+  }
+  __device__ __forceinline__ void normalize() {
+    const float rcp_sum = sum > 0.f ? 1.f / sum : 0.f;
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) out[i] *= rcp_sum;
+  }
+  __device__ __forceinline__ float lse() const { return sum > 0.f ? max + fast_log2(sum) : kMinusInfinity; }
+};
+
+// How `num_parts` states become one: all at once, or by way of groups.
+struct MergeTree {
+  int32_t num_parts;
+  int32_t group_len;   // parts of a group; of the last one perhaps fewer
+  int32_t num_groups;  // 0: no groups
+
+  FLASHINFER_FN static MergeTree of(int32_t num_parts, int32_t max_ungrouped, int32_t min_group) {
+    int32_t group_len = min_group;
+    while (group_len * group_len < num_parts) group_len *= 2;
+    return {num_parts, group_len, num_parts > max_ungrouped ? ceil_div(num_parts, group_len) : 0};
+  }
+  FLASHINFER_FN int32_t len_of_group(int32_t group_idx) const {
+    const int32_t num_left = num_parts - group_idx * group_len;
+    return num_left < group_len ? num_left : group_len;
+  }
+};
+
+// True in every thread that calls sync() if their block is the last of `count` to come to the counter, which returns to
+// zero by itself, so that a captured launch can be replayed. It then sees what all of them wrote before, where it reads
+// from the L2 cache. thread_idx: among those threads.
+template <class Sync>
+__device__ __forceinline__ bool arrives_last(uint32_t* counter_gmem, int32_t count, uint32_t& is_last_smem,
+                                             int thread_idx, const Sync& sync) {
+  sync();
+  if (thread_idx == 0) is_last_smem = atomic_inc_acq_rel(counter_gmem, uint32_t(count - 1)) == uint32_t(count - 1);
+  sync();
+  return is_last_smem;
+}
+
+// Merges as far as this block, which has left the state of part_idx, is the one to do it.
+//   arrives_last(group_idx, count)  whether it is the last of `count` blocks that left the states of a group, or for
+//                                   kAllGroups those of all groups (of all parts, if there are no groups)
+//   merge(group_idx, count)         merges these `count` states and stores the outcome
+constexpr int32_t kAllGroups = -1;
+
+template <class ArrivesLast, class Merge>
+__device__ __forceinline__ void merge_if_last(const MergeTree& tree, int32_t part_idx, const ArrivesLast& arrives_last,
+                                              const Merge& merge) {
+  int32_t group_idx = tree.num_groups > 0 ? part_idx / tree.group_len : kAllGroups;
+#pragma unroll 1
+  while (true) {
+    const int32_t count = group_idx != kAllGroups ? tree.len_of_group(group_idx)
+                          : tree.num_groups > 0   ? tree.num_groups
+                                                  : tree.num_parts;
+    if (!arrives_last(group_idx, count)) return;
+    merge(group_idx, count);
+    if (group_idx == kAllGroups) return;
+    group_idx = kAllGroups;
+  }
+}
+
+}  // namespace flashinfer

@@ -1,0 +1,153 @@
+// A unit of work of prefill: where its query rows are, what it leaves if the KV of its query tile are split, and how
+// that is merged. Shared by the planner and by the kernels, whatever they multiply with.
+#pragma once
+
+#include "attention/merge.cuh"
+#include "attention/prefill/params.h"
+#include "attention/visibility.cuh"
+#include "device/cast.cuh"
+#include "device/thread_idx.cuh"
+
+namespace flashinfer {
+
+// Where a row of a query tile is among the request's tokens and the query heads.
+struct QueryRow {
+  int32_t token_idx;  // within the request
+  int32_t qo_head_idx;
+};
+
+// An item for one KV head.
+struct PrefillUnit {
+  PrefillItem item;
+  int32_t kv_head_idx;
+
+  // Rows of the query tile that exist.
+  __device__ __forceinline__ int32_t num_rows(int32_t group_size, int32_t block_m) const {
+    const int32_t num_left = item.qo_len * group_size - item.q_tile * block_m;
+    return num_left < block_m ? num_left : block_m;
+  }
+  // `row` counts from the request's first.
+  __device__ __forceinline__ QueryRow query_row(const FastDivisor& group_size, int row) const {
+    const int32_t token_idx = group_size.divide(row), size = group_size.divisor;
+    return {token_idx, kv_head_idx * size + row - token_idx * size};
+  }
+  __device__ __forceinline__ int32_t position(const QueryRow& query) const {
+    return position_of(query.token_idx, item.qo_len, item.kv_len);
+  }
+  // Elements from the start of q or out to such a row.
+  __device__ __forceinline__ int64_t offset(const QueryRow& query, int64_t token_stride, int64_t head_stride) const {
+    return (item.q_begin + query.token_idx) * token_stride + query.qo_head_idx * head_stride;
+  }
+  // First row of a slot of partial results. Slots follow each other, within one the KV heads, within those the rows.
+  __device__ __forceinline__ int64_t partial_row(int32_t slot_idx, int64_t num_rows, int32_t num_kv_heads) const {
+    return (item.partial_row + slot_idx * num_rows) * num_kv_heads + kv_head_idx * num_rows;
+  }
+};
+
+// The query tiles of a single sequence, without a plan: all of the keys they see.
+template <class Config>
+__device__ __forceinline__ PrefillItem item_of_single(const PrefillParams& params, int32_t q_tile) {
+  const Range tiles =
+      Visibility::of<Config>(params).tiles_of(q_tile, Config::kBlockM, params.num_qo_heads / params.num_kv_heads,
+                                              params.qo_len, params.kv.index.len, Config::kBlockN);
+  PrefillItem item = {};
+  item.q_tile = q_tile;
+  item.qo_len = params.qo_len;
+  item.kv_len = params.kv.index.len;
+  item.tile_begin = tiles.begin;
+  item.tile_end = tiles.end;
+  item.num_splits = 1;
+  return item;
+}
+
+// What the splits of a query tile leave: a slot of partial results each, behind them one for every group of the tree;
+// and where they count: a counter for the tile, behind it one for every group.
+struct PartialResults {
+  MergeTree tree;
+
+  __device__ __forceinline__ static PartialResults of(int32_t num_splits) {
+    constexpr int32_t kMaxUngrouped = 8, kMinGroup = 4;
+    return {MergeTree::of(num_splits, kMaxUngrouped, kMinGroup)};
+  }
+  __device__ __forceinline__ int32_t num_slots() const { return tree.num_parts + tree.num_groups; }
+  __device__ __forceinline__ int32_t num_counters() const { return 1 + tree.num_groups; }
+  __device__ __forceinline__ int32_t slot_of_group(int32_t group_idx) const { return tree.num_parts + group_idx; }
+  __device__ __forceinline__ int32_t counter_of(int32_t group_idx) const { return 1 + group_idx; }
+  // Of the states that are merged for a group, or for all of them.
+  __device__ __forceinline__ int32_t first_slot_in(int32_t group_idx) const {
+    if (group_idx != kAllGroups) return group_idx * tree.group_len;
+    return tree.num_groups > 0 ? tree.num_parts : 0;
+  }
+};
+static_assert(kAllGroups == -1, "the first counter is that of the tile");
+
+// Merges the splits of the query tile as far as this block is the one to do it. By kNumThreads threads, each of which
+// has kNumVecs vectors of four columns of kBatch partial results in flight. The order is the same whoever does it.
+// arrives_last(counter, count): that of merge.cuh, by these threads.
+template <class Config, int kNumThreads, int kNumVecs, int kBatch, class ArrivesLast>
+__device__ __forceinline__ void merge_splits(const PrefillParams& params, const PrefillUnit& unit,
+                                             const FastDivisor& group_size, const ArrivesLast& arrives_last) {
+  using T = typename Config::Q;
+  constexpr int kHeadDim = Config::kHeadDimVo, kVecsPerRow = kHeadDim / 4;
+  const PrefillItem& item = unit.item;
+  const PartialResults partial = PartialResults::of(item.num_splits);
+  const int32_t num_rows = unit.num_rows(group_size.divisor, Config::kBlockM), num_vecs = num_rows * kVecsPerRow;
+  const auto arrives_last_in = [&](int32_t group_idx, int32_t count) {
+    const int64_t idx = item.counter + int64_t(partial.counter_of(group_idx));
+    return arrives_last(params.counters + idx * params.num_kv_heads + unit.kv_head_idx, count);
+  };
+  const auto merge = [&](int32_t group_idx, int32_t count) {
+    const int64_t slot_stride = int64_t(num_rows) * params.num_kv_heads;
+    const int64_t first_row = unit.partial_row(partial.first_slot_in(group_idx), num_rows, params.num_kv_heads);
+#pragma unroll 1
+    for (int i = int(fresh_thread_idx()); i < num_vecs; i += kNumVecs * kNumThreads) {
+      RunningState<4> states[kNumVecs];
+#pragma unroll 1
+      for (int first = 0; first < count; first += kBatch) {
+        float4 x[kNumVecs][kBatch];
+        float lse[kNumVecs][kBatch];
+#pragma unroll
+        for (int v = 0; v < kNumVecs; ++v) {
+          const int vec_idx = min(i + v * kNumThreads, num_vecs - 1);
+#pragma unroll
+          for (int j = 0; j < kBatch; ++j) {
+            const int64_t row = first_row + min(first + j, count - 1) * slot_stride + vec_idx / kVecsPerRow;
+            const float4* row_gmem = reinterpret_cast<const float4*>(params.partial_out) + row * kVecsPerRow;
+            x[v][j] = __ldcg(row_gmem + vec_idx % kVecsPerRow);
+            lse[v][j] = __ldcg(params.partial_lse + row);
+          }
+        }
+#pragma unroll
+        for (int v = 0; v < kNumVecs; ++v) {
+#pragma unroll
+          for (int j = 0; j < kBatch; ++j) {
+            const float out[4] = {x[v][j].x, x[v][j].y, x[v][j].z, x[v][j].w};
+            states[v].merge(out, first + j < count ? lse[v][j] : kMinusInfinity);
+          }
+        }
+      }
+#pragma unroll
+      for (int v = 0; v < kNumVecs; ++v) {
+        const int vec_idx = i + v * kNumThreads, row = vec_idx / kVecsPerRow, column = vec_idx % kVecsPerRow * 4;
+        if (vec_idx >= num_vecs) break;
+        states[v].normalize();
+        if (group_idx != kAllGroups) {
+          const int64_t at = unit.partial_row(partial.slot_of_group(group_idx), num_rows, params.num_kv_heads) + row;
+          cast_vec<float>(states[v].out).store(params.partial_out + at * kHeadDim + column);
+          if (column == 0) params.partial_lse[at] = states[v].lse();
+          continue;
+        }
+        const QueryRow query = unit.query_row(group_size, item.q_tile * Config::kBlockM + row);
+        T* row_gmem = static_cast<T*>(params.out) + unit.offset(query, params.out_token_stride, params.out_head_stride);
+        cast_vec<T>(states[v].out).store(row_gmem + column);
+        if (column == 0 && params.lse != nullptr) {
+          params.lse[int64_t(item.q_begin + query.token_idx) * params.num_qo_heads + query.qo_head_idx] =
+              states[v].lse();
+        }
+      }
+    }
+  };
+  merge_if_last(partial.tree, item.split_idx, arrives_last_in, merge);
+}
+
+}  // namespace flashinfer
