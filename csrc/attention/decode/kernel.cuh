@@ -197,34 +197,31 @@ __device__ __forceinline__ void merge_run(const DecodeParams& params, const Head
 template <class Config>
 __device__ __forceinline__ void merge_request(const DecodeParams& params, const HeadBlock& heads,
                                               DecodeSmem<Config>& smem, const DecodeRequest& request) {
-  constexpr int32_t kMaxUngrouped = 48, kMinGroup = 16;
+  constexpr int32_t kMaxUngrouped = 48, kLog2MinGroup = 4;
   const ResultWriter<Config> writer{params};
   const int32_t num_chunks = gridDim.y;
-  const MergeTree tree = MergeTree::of(request.num_chunks, kMaxUngrouped, kMinGroup);
-  const auto run_of = [&](int32_t group_idx, int32_t count) -> PartialRun {
-    if (group_idx != kAllGroups) {
-      return {request.first_chunk + group_idx * tree.group_len, 1, count, group_idx == 0};
+  const MergeTree tree = MergeTree::of(request.num_chunks, kMaxUngrouped, kLog2MinGroup);
+  climb(tree, int32_t(blockIdx.y) - request.first_chunk, [&](int32_t group_idx, int32_t count) {
+    const bool is_group = group_idx != kAllGroups;
+    PartialRun run{request.first_chunk, 1, count, true};
+    if (is_group) {
+      const int32_t first = tree.first_of_group(group_idx);
+      run = {request.first_chunk + first, 1, count, first == 0};
+    } else if (tree.num_groups > 0) {
+      run = {request.first_chunk + num_chunks, tree.group_len(), count, true};
     }
-    if (tree.num_groups > 0) return {request.first_chunk + num_chunks, tree.group_len, count, true};
-    return {request.first_chunk, 1, count, true};
-  };
-  const auto arrives_last_in = [&](int32_t group_idx, int32_t count) {
-    const int32_t idx =
-        group_idx == kAllGroups ? request.request_idx : params.batch_size + run_of(group_idx, count).first_slot();
-    return arrives_last(params.counters + int64_t(idx) * gridDim.x + blockIdx.x, count, smem.is_last, threadIdx.x,
-                        [] { __syncthreads(); });
-  };
-  const auto merge = [&](int32_t group_idx, int32_t count) {
-    const PartialRun run = run_of(group_idx, count);
+    const int32_t counter_idx = is_group ? params.batch_size + run.first_slot() : request.request_idx;
+    uint32_t* counter = params.counters + int64_t(counter_idx) * gridDim.x + blockIdx.x;
+    if (!arrives_last(counter, count, smem.is_last, threadIdx.x, [] { __syncthreads(); })) return false;
     merge_run<Config>(params, heads, run, [&](int32_t head, int32_t element, const auto& out, float lse) {
-      if (group_idx == kAllGroups) {
-        writer.write_result(request.request_idx, head, element, out, lse);
-      } else {
+      if (is_group) {
         writer.write_partial(run.first_slot() + 2 * num_chunks, head, element, out, lse);
+      } else {
+        writer.write_result(request.request_idx, head, element, out, lse);
       }
     });
-  };
-  merge_if_last(tree, int32_t(blockIdx.y) - request.first_chunk, arrives_last_in, merge);
+    return true;
+  });
 }
 
 // A request without KV attends to nothing: zeros, LSE -inf.

@@ -66,8 +66,8 @@ struct PartialResults {
   MergeTree tree;
 
   __device__ __forceinline__ static PartialResults of(int32_t num_splits) {
-    constexpr int32_t kMaxUngrouped = 8, kMinGroup = 4;
-    return {MergeTree::of(num_splits, kMaxUngrouped, kMinGroup)};
+    constexpr int32_t kMaxUngrouped = 8, kLog2MinGroup = 2;
+    return {MergeTree::of(num_splits, kMaxUngrouped, kLog2MinGroup)};
   }
   __device__ __forceinline__ int32_t num_slots() const { return tree.num_parts + tree.num_groups; }
   __device__ __forceinline__ int32_t num_counters() const { return 1 + tree.num_groups; }
@@ -75,7 +75,7 @@ struct PartialResults {
   __device__ __forceinline__ int32_t counter_of(int32_t group_idx) const { return 1 + group_idx; }
   // Of the states that are merged for a group, or for all of them.
   __device__ __forceinline__ int32_t first_slot_in(int32_t group_idx) const {
-    if (group_idx != kAllGroups) return group_idx * tree.group_len;
+    if (group_idx != kAllGroups) return tree.first_of_group(group_idx);
     return tree.num_groups > 0 ? tree.num_parts : 0;
   }
 };
@@ -92,11 +92,9 @@ __device__ __forceinline__ void merge_splits(const PrefillParams& params, const 
   const PrefillItem& item = unit.item;
   const PartialResults partial = PartialResults::of(item.num_splits);
   const int32_t num_rows = unit.num_rows(group_size.divisor, Config::kBlockM), num_vecs = num_rows * kVecsPerRow;
-  const auto arrives_last_in = [&](int32_t group_idx, int32_t count) {
-    const int64_t idx = item.counter + int64_t(partial.counter_of(group_idx));
-    return arrives_last(params.counters + idx * params.num_kv_heads + unit.kv_head_idx, count);
-  };
-  const auto merge = [&](int32_t group_idx, int32_t count) {
+  climb(partial.tree, item.split_idx, [&](int32_t group_idx, int32_t count) {
+    const int64_t counter_idx = item.counter + int64_t(partial.counter_of(group_idx));
+    if (!arrives_last(params.counters + counter_idx * params.num_kv_heads + unit.kv_head_idx, count)) return false;
     const int64_t slot_stride = int64_t(num_rows) * params.num_kv_heads;
     const int64_t first_row = unit.partial_row(partial.first_slot_in(group_idx), num_rows, params.num_kv_heads);
 #pragma unroll 1
@@ -146,8 +144,8 @@ __device__ __forceinline__ void merge_splits(const PrefillParams& params, const 
         }
       }
     }
-  };
-  merge_if_last(partial.tree, item.split_idx, arrives_last_in, merge);
+    return true;
+  });
 }
 
 }  // namespace flashinfer
