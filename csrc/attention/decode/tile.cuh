@@ -6,6 +6,7 @@
 #include "attention/score.cuh"
 #include "attention/visibility.cuh"
 #include "device/cp_async.cuh"
+#include "device/fragment.cuh"
 #include "device/kv_codec.cuh"
 #include "device/ldmatrix.cuh"
 #include "device/mma.cuh"
@@ -364,7 +365,7 @@ struct WarpState {
       const bool visible = visibility.contains(keys, kv_idx);
 #pragma unroll
       for (int j = 0; j < 2 * Tile::kHeadTiles; ++j) {
-        float& score = scores[i / 2][j / 2][i % 2 * 2 + j % 2];
+        float& score = at(scores[i / 2], i % 2, j);
         score = visible ? S::transform(params, score, slope_rmem[j / 2][j % 2], kv_idx - (kv_len - 1)) : kMinusInfinity;
       }
     }

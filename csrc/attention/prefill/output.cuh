@@ -10,12 +10,12 @@ namespace flashinfer {
 // The two pairs of neighbouring output columns that a lane holds of 16. A pair is at lane_column(quad_lane) + column.
 template <class Shape>
 struct OutputPair {
-  int frag_idx[2], element[2];  // fragment and element of the pair's first and second column
+  int idx[2];  // of the pair's first and second column among the lane's elements of a row
   int column;
 
   __device__ __forceinline__ static constexpr OutputPair of(int sixteen, int pair) {
-    if (Shape::kPacksV) return {{2 * sixteen, 2 * sixteen + 1}, {pair, pair}, 16 * sixteen + 2 * pair};
-    return {{2 * sixteen + pair, 2 * sixteen + pair}, {0, 1}, 16 * sixteen + 8 * pair};
+    if (Shape::kPacksV) return {{4 * sixteen + pair, 4 * sixteen + 2 + pair}, 16 * sixteen + 2 * pair};
+    return {{4 * sixteen + 2 * pair, 4 * sixteen + 2 * pair + 1}, 16 * sixteen + 8 * pair};
   }
   __device__ __forceinline__ static constexpr int lane_column(int quad_lane) {
     return (Shape::kPacksV ? 4 : 2) * quad_lane;
@@ -57,9 +57,9 @@ __device__ __forceinline__ void for_each_output_pair(const float (&out)[Shape::k
       const float factor = state.sum[m][half];
 #pragma unroll
       for (int pair = 0; pair < Shape::kFragsD; ++pair) {
-        const auto at = OutputPair<Shape>::of(pair / 2, pair % 2);
-        visit(m * 16 + half * 8, at.column, out[m][at.frag_idx[0]][2 * half + at.element[0]] * factor,
-              out[m][at.frag_idx[1]][2 * half + at.element[1]] * factor);
+        const auto place = OutputPair<Shape>::of(pair / 2, pair % 2);
+        visit(m * 16 + row_of(half), place.column, at(out[m], half, place.idx[0]) * factor,
+              at(out[m], half, place.idx[1]) * factor);
       }
     }
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/prefill/tile.cuh"
+#include "device/fragment.cuh"
 
 namespace flashinfer {
 
@@ -29,10 +30,10 @@ struct SoftmaxState {
     for (int m = 0; m < Shape::kFragsM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float x = fmaxf(scores[m][0][2 * half], scores[m][0][2 * half + 1]);
+        float x = fmaxf(at(scores[m], half, 0), at(scores[m], half, 1));
 #pragma unroll
-        for (int n = 1; n < Shape::kFragsN; ++n) {
-          x = fmaxf(x, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
+        for (int i = 2; i < 2 * Shape::kFragsN; i += 2) {
+          x = fmaxf(x, fmaxf(at(scores[m], half, i), at(scores[m], half, i + 1)));
         }
         x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
         tile_max[m][half] = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
@@ -49,10 +50,7 @@ struct SoftmaxState {
         max[m][half] = new_max;
         sum[m][half] *= rescale;
 #pragma unroll
-        for (int d = 0; d < Shape::kFragsD; ++d) {
-          out[m][d][2 * half] *= rescale;
-          out[m][d][2 * half + 1] *= rescale;
-        }
+        for (int i = 0; i < 2 * Shape::kFragsD; ++i) at(out[m], half, i) *= rescale;
       }
     }
   }
@@ -65,19 +63,19 @@ __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kFrags
                                                    int tile, bool needs_mask) {
   const Visibility visibility = Visibility::of<Config>(params);
   const int lane_idx = int(fresh_thread_idx() % 32);
-  const int first_kv = tile * Shape::kBlockN + lane_idx % 4 * 2;  // of this lane; fragment n, element e adds 8n + e
+  const int first_kv = tile * Shape::kBlockN + lane_column(lane_idx);  // of this lane
 #pragma unroll
   for (int m = 0; m < Shape::kFragsM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const QueryRow query = work.template query_row<Shape>(warp_row + m * 16 + half * 8 + lane_idx / 4);
+      const QueryRow query = work.template query_row<Shape>(warp_row + m * 16 + row_of(half) + lane_row(lane_idx));
       const int32_t position = work.position(query);
       if constexpr (!Score<Config>::kIsPlain) {
         const float slope = Score<Config>::alibi_slope(params, query.qo_head_idx);
 #pragma unroll
         for (int i = 0; i < 2 * Shape::kFragsN; ++i) {
-          float& score = scores[m][i / 2][2 * half + i % 2];
-          score = Score<Config>::transform(params, score, slope, first_kv + i / 2 * 8 + i % 2 - position);
+          float& score = at(scores[m], half, i);
+          score = Score<Config>::transform(params, score, slope, first_kv + column_of(i) - position);
         }
       }
       if (!needs_mask) continue;
@@ -91,10 +89,10 @@ __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kFrags
         }
 #pragma unroll
         for (int i = 0; i < 8; ++i) {  // 4 fragments of 8 keys to a word of 32
-          const int offset = i / 2 * 8 + i % 2, kv_idx = first_kv + word * 32 + offset;
+          const int offset = column_of(i), kv_idx = first_kv + word * 32 + offset;
           bool visible = visibility.contains(keys, kv_idx);
-          if (visibility.has_holes()) visible = visible && (bits >> (offset + lane_idx % 4 * 2)) & 1;
-          float& score = scores[m][word * 4 + i / 2][2 * half + i % 2];
+          if (visibility.has_holes()) visible = visible && (bits >> (offset + lane_column(lane_idx))) & 1;
+          float& score = at(scores[m], half, word * 8 + i);
           score = visible ? score : kMinusInfinity;
         }
       }
@@ -125,11 +123,11 @@ __device__ __forceinline__ void softmax_times_v(const float (&scores)[Shape::kFr
 #pragma unroll
     for (int m = 0; m < Shape::kFragsM; ++m) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {  // register i of the A fragment: fragment i / 2 of the step, rows of half i % 2
-        const float* pair = &scores[m][2 * step + i / 2][2 * (i % 2)];
-        const float x = fast_exp2(fmaf(pair[0], scale_log2, -scaled_max[m][i % 2]));
-        const float y = fast_exp2(fmaf(pair[1], scale_log2, -scaled_max[m][i % 2]));
-        state.sum[m][i % 2] += x + y;
+      for (int i = 0; i < 4; ++i) {  // register i of the A fragment: 8 columns i / 2 of the 16, rows of half i % 2
+        const int first = 2 * (2 * step + i / 2), half = i % 2;
+        const float x = fast_exp2(fmaf(at(scores[m], half, first), scale_log2, -scaled_max[m][half]));
+        const float y = fast_exp2(fmaf(at(scores[m], half, first + 1), scale_log2, -scaled_max[m][half]));
+        state.sum[m][half] += x + y;
         p[m][i] = pack_16bit<typename Config::Q>(x, y);
       }
     }

@@ -17,11 +17,14 @@ __device__ __forceinline__ void store_rows(const Sm90PrefillParams& params, cons
   const int lane_idx = fresh_thread_idx() % 32;
   const int row = warp_row + lane_idx % 16;  // whose address this lane passes to stmatrix
 #pragma unroll
-  for (int j = 0; j < Shape::kNumOutputs / 4; j += 2) {  // 16 columns
+  for (int granule = 0; granule < Shape::kHeadDimVo / 8; granule += 2) {
     uint32_t packed[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) packed[i] = pack_16bit<T>(out[4 * j + 2 * i], out[4 * j + 2 * i + 1]);
-    stmatrix_x4(rows_smem + granule_offset(row, j + lane_idx / 16, Shape::kRowsPerConsumer), packed);
+    for (int i = 0; i < 4; ++i) {
+      const int first = 2 * (granule + i / 2), half = i % 2;
+      packed[i] = pack_16bit<T>(at(out, half, first), at(out, half, first + 1));
+    }
+    stmatrix_x4(rows_smem + granule_offset(row, granule + lane_idx / 16, Shape::kRowsPerConsumer), packed);
   }
   const QueryRow query = work.query_row(group_size, first_row + row);
   const int64_t offset = work.offset(query, params.out_token_stride, params.out_head_stride);
@@ -79,22 +82,22 @@ __device__ __forceinline__ void finish_unit(const Sm90PrefillParams& params, Sme
     lse[half] = softmax.max[half] * scale_log2 + fast_log2(sum);  // a row that saw no key: -inf - inf
     const float factor = sum > 0.f ? __fdividef(params.v_scale, sum) : 0.f;
 #pragma unroll
-    for (int i = 0; i < Shape::kNumOutputs / 2; ++i) out[i / 2 * 4 + half * 2 + i % 2] *= factor;
+    for (int i = 0; i < Shape::kNumOutputs / 2; ++i) at(out, half, i) *= factor;
   }
 
-  const int lane_row = warp_row + lane_idx / 4;
+  const int first_lane_row = warp_row + lane_row(lane_idx);
   if (item.num_splits > 1) {
     const int64_t row = work.partial_row(item.split_idx, tile_rows, params.num_kv_heads) +
-                        consumer_idx * Shape::kRowsPerConsumer + lane_row;
+                        consumer_idx * Shape::kRowsPerConsumer + first_lane_row;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (lane_row + half * 8 >= num_rows) continue;
-      float* lane_gmem = params.partial_out + (row + half * 8) * Shape::kHeadDimVo + lane_idx % 4 * 2;
+      if (first_lane_row + row_of(half) >= num_rows) continue;
+      float* lane_gmem = params.partial_out + (row + row_of(half)) * Shape::kHeadDimVo + lane_column(lane_idx);
 #pragma unroll
-      for (int j = 0; j < Shape::kNumOutputs / 4; ++j) {
-        *reinterpret_cast<float2*>(lane_gmem + j * 8) = float2{out[4 * j + 2 * half], out[4 * j + 2 * half + 1]};
+      for (int i = 0; i < Shape::kNumOutputs / 2; i += 2) {
+        *reinterpret_cast<float2*>(lane_gmem + column_of(i)) = float2{at(out, half, i), at(out, half, i + 1)};
       }
-      if (lane_idx % 4 == 0) params.partial_lse[row + half * 8] = lse[half];
+      if (lane_column(lane_idx) == 0) params.partial_lse[row + row_of(half)] = lse[half];
     }
     merge_splits<Config>(params, smem, work);
     return;
@@ -102,11 +105,11 @@ __device__ __forceinline__ void finish_unit(const Sm90PrefillParams& params, Sme
   named_barrier_sync(kConsumer + consumer_idx, kWarpgroupSize);  // all warps have left the queries
   store_rows<Config>(params, work, group_size, first_row, num_rows, smem_address(smem.q_of(turn, consumer_idx)),
                      warp_row, out);
-  if (params.lse == nullptr || lane_idx % 4 != 0) return;
+  if (params.lse == nullptr || lane_column(lane_idx) != 0) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    if (lane_row + half * 8 >= num_rows) continue;
-    const QueryRow query = work.query_row(group_size, first_row + lane_row + half * 8);
+    if (first_lane_row + row_of(half) >= num_rows) continue;
+    const QueryRow query = work.query_row(group_size, first_row + first_lane_row + row_of(half));
     params.lse[int64_t(item.q_begin + query.token_idx) * params.num_qo_heads + query.qo_head_idx] = lse[half];
   }
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/sm90/tile.cuh"
+#include "device/fragment.cuh"
 #include "device/mma.cuh"
 
 namespace flashinfer::sm90 {
@@ -27,9 +28,10 @@ struct Softmax {
     bool lags = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float x = fmaxf(scores[2 * half], scores[2 * half + 1]);
+      float x = fmaxf(at(scores, half, 0), at(scores, half, 1));
 #pragma unroll
-      for (int i = 2 * half + 4; i < Shape::kNumScores; i += 4) x = fmaxf(x, fmaxf(scores[i], scores[i + 1]));
+      for (int i = 2; i < Shape::kNumScores / 2; i += 2)
+        x = fmaxf(x, fmaxf(at(scores, half, i), at(scores, half, i + 1)));
       x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
       tile_max[half] = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
       lags = lags || (tile_max[half] - max[half]) * scale_log2 > kMaxLag;
@@ -48,23 +50,27 @@ struct Softmax {
   // Scores, one of kNumParts parts of them, become probabilities, up to the factor 2^-max.
   template <int kPart = 0, int kNumParts = 1>
   __device__ __forceinline__ void exponentiate(Scores& scores, float scale_log2) {
-    constexpr int kNum = Shape::kNumScores / kNumParts;
+    constexpr int kNum = Shape::kNumScores / 2 / kNumParts;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // A row that has seen no key yet: exp2(-inf - 0) is zero, not NaN.
       const float scaled_max = max[half] == kMinusInfinity ? 0.f : max[half] * scale_log2;
 #pragma unroll
-      for (int i = kPart * kNum + 2 * half; i < (kPart + 1) * kNum; i += 4) {
-        scores[i] = fast_exp2(fmaf(scores[i], scale_log2, -scaled_max));
-        scores[i + 1] = fast_exp2(fmaf(scores[i + 1], scale_log2, -scaled_max));
-        sum[half] += scores[i] + scores[i + 1];
+      for (int i = kPart * kNum; i < (kPart + 1) * kNum; i += 2) {
+        float &x = at(scores, half, i), &y = at(scores, half, i + 1);
+        x = fast_exp2(fmaf(x, scale_log2, -scaled_max));
+        y = fast_exp2(fmaf(y, scale_log2, -scaled_max));
+        sum[half] += x + y;
       }
     }
   }
 
   __device__ __forceinline__ static void rescale_output(Output& out, const float (&rescale)[2]) {
 #pragma unroll
-    for (int i = 0; i < Shape::kNumOutputs; ++i) out[i] *= rescale[i / 2 % 2];
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < Shape::kNumOutputs / 2; ++i) at(out, half, i) *= rescale[half];
+    }
   }
 
   template <int kPart = 0, int kNumParts = 1>
@@ -84,19 +90,19 @@ __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kNumSc
                                                    auto needs_mask) {
   const PrefillItem& item = work.item;
   const int thread_idx = fresh_thread_idx(), lane_idx = thread_idx % 32;
-  const int first_row = item.q_tile * Shape::kBlockM + thread_idx / 32 * Shape::kRowsPerWarp + lane_idx / 4;
-  const int first_kv = tile * Shape::kBlockN + lane_idx % 4 * 2;  // of this lane; element 4 j + e adds 8 j + e
+  const int first_row = item.q_tile * Shape::kBlockM + thread_idx / 32 * Shape::kRowsPerWarp + lane_row(lane_idx);
+  const int first_kv = tile * Shape::kBlockN + lane_column(lane_idx);  // of this lane
   const Visibility visibility = Visibility::of<Config>(params);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const QueryRow query = work.query_row(group_size, first_row + half * 8);
+    const QueryRow query = work.query_row(group_size, first_row + row_of(half));
     const int32_t position = work.position(query);
     if constexpr (!Score<Config>::kIsPlain) {
       const float slope = Score<Config>::alibi_slope(params, query.qo_head_idx);
 #pragma unroll
       for (int i = 0; i < Shape::kNumScores / 2; ++i) {
-        float& score = scores[i / 2 * 4 + half * 2 + i % 2];
-        score = Score<Config>::transform(params, score, slope, first_kv + i / 2 * 8 + i % 2 - position);
+        float& score = at(scores, half, i);
+        score = Score<Config>::transform(params, score, slope, first_kv + column_of(i) - position);
       }
     }
     if (!needs_mask) continue;
@@ -106,7 +112,7 @@ __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kNumSc
     uint32_t lane_bits = 0xffffffffu;
 #pragma unroll
     for (int i = 0; i < Shape::kNumScores / 2; ++i) {
-      const int offset = i / 2 * 8 + i % 2;
+      const int offset = column_of(i);
       bool visible = visibility.contains(from_here, offset);
       if (visibility.has_holes()) {
         if (offset % 128 == 0) {
@@ -114,9 +120,9 @@ __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kNumSc
                                          tile * Shape::kBlockN + offset + lane_idx % 4 * 32, item.qo_len, item.kv_len);
         }
         const uint32_t bits = __shfl_sync(0xffffffffu, lane_bits, offset % 128 / 32, 4);
-        visible = visible && (bits >> (offset % 32 + lane_idx % 4 * 2)) & 1;
+        visible = visible && (bits >> (offset % 32 + lane_column(lane_idx))) & 1;
       }
-      float& score = scores[i / 2 * 4 + half * 2 + i % 2];
+      float& score = at(scores, half, i);
       score = visible ? score : kMinusInfinity;
     }
   }
