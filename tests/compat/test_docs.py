@@ -1,4 +1,5 @@
-"""What the pages say exists: links, anchors, paths of files; the first example of README.md runs as it is printed."""
+"""What the pages say exists: links, anchors, paths of files. Headers of kernels begin with equations and shapes. The
+first example of README.md runs as it is printed."""
 
 from __future__ import annotations
 
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from flashinfer import families
+from flashinfer.jit import spec
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("aot_configs", "benchmarks", "csrc", "docs", "examples", "flashinfer", "flashinfer_aot", "scripts", "tests")
@@ -86,6 +90,25 @@ def test_paths_in_comments_exist() -> None:
 )
 def test_stale_paths_are_found(text: str, stale: list[str]) -> None:
     assert stale_paths(text) == stale
+
+
+def opening(header: str) -> str:
+    return text_of(ROOT / "csrc" / header).partition("#pragma once")[0]
+
+
+def test_kernel_headers_open_with_what_they_compute() -> None:
+    """Before how: an equation and shapes on lines of their own. A twin on the CPU names the header that has them."""
+    families.register_all()
+    headers = {each.header for family in spec._families.values() for each in family.implementations}
+    for header in sorted(headers):
+        if header.startswith("cpu/"):
+            expected = header.removeprefix("cpu/").removesuffix(".h")
+            named = [expected + ".cuh", expected + "/kernel.cuh"]
+            assert any(name in opening(header) for name in named), f"{header} names neither of {named}"
+        elif not header.startswith("attention/"):
+            formulas = "".join(re.findall(r"^//   .*\n", opening(header), flags=re.M))
+            assert re.search(r" = | <- |if ", formulas), f"{header} opens without an equation"
+            assert re.search(r"\[(num_\w+|batch_size)\b", formulas), f"{header} opens without shapes"
 
 
 def test_every_note_is_in_the_index_and_says_what_notes_say() -> None:
