@@ -92,6 +92,40 @@ def test_stale_paths_are_found(text: str, stale: list[str]) -> None:
     assert stale_paths(text) == stale
 
 
+def unknown_names(text: str) -> list[str]:
+    """Files and identifiers in the code spans of a page that the repository does not have. Comments do not count: they
+    may be as old as the page. Single letters are mathematics."""
+    files = [f"/{path.relative_to(ROOT)}/" for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+    words = {word for path in sources() for word in re.findall(r"\w+", re.sub(r"//.*|#.*", "", text_of(path)))}
+    unknown = []
+    for span in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S)):
+        for name in re.findall(r"[\w./-]*\w\.(?:cuh|h|py|md|sh)\b|(?:\w+/)+|[A-Za-z_]\w+", span, flags=re.A):
+            is_file = re.search(r"\W", name) is not None
+            if not any(f"/{name.strip('/')}/" in file for file in files) if is_file else name not in words:
+                unknown.append(name)
+    return unknown
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("reading_*.md")), ids=lambda page: page.name)
+def test_names_in_pages_to_read_beside_a_kernel_exist(page: Path) -> None:
+    assert unknown_names(text_of(page)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown"),
+    [
+        (
+            "`walk.cuh` and `stroll.cuh`, `csrc/attention/prefill/`, `prefill/nowhere/`",
+            ["stroll.cuh", "prefill/nowhere/"],
+        ),
+        ("`PrefillItem`, `take_next()`, `Visibility::of_yore`, `attend<Config, false>`", ["of_yore"]),
+        ("`S = Q Kᵀ` in `rows[t & 1]`; ```no_such_name```; PlainWords", []),
+    ],
+)
+def test_unknown_names_are_found(text: str, unknown: list[str]) -> None:
+    assert unknown_names(text) == unknown
+
+
 def opening(header: str) -> str:
     return text_of(ROOT / "csrc" / header).partition("#pragma once")[0]
 
