@@ -3,6 +3,7 @@ first example of README.md runs as it is printed."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -124,6 +125,17 @@ def test_names_in_pages_to_read_beside_a_kernel_exist(page: Path) -> None:
 )
 def test_unknown_names_are_found(text: str, unknown: list[str]) -> None:
     assert unknown_names(text) == unknown
+
+
+def test_what_is_left_out_of_upstream_is_not_there() -> None:
+    section = text_of(ROOT / "docs" / "engines.md").partition("## What of upstream is left out")[2]
+    names = [
+        name for row in re.findall(r"^\| (.*?) \|", section, flags=re.M) for name in re.findall(r"`(flash[\w.]+)`", row)
+    ]
+    assert len(names) > 5
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert not hasattr(importlib.import_module(module), attribute), f"{name} is there"
 
 
 def opening(header: str) -> str:
