@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from flashinfer import families
+from flashinfer import cli, families
 from flashinfer.jit import spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,6 +137,49 @@ def test_what_is_left_out_of_upstream_is_not_there() -> None:
     for name in names:
         module, _, attribute = name.rpartition(".")
         assert not hasattr(importlib.import_module(module), attribute), f"{name} is there"
+
+
+def commands(text: str) -> Iterator[tuple[bool, str]]:
+    """What a page tells to type of the command `flashinfer`, of which scripts/build_aot.py is one: whether it stands in
+    a block, and its arguments. Of alternatives and of what is optional, all; what ends in an ellipsis is left out."""
+    fenced = re.findall(r"```.*?```", text, flags=re.S)
+    blocks = [*re.findall(r"^ {4}.*$", text, flags=re.M), *"\n".join(fenced).splitlines()]
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    for is_whole, text in [*((True, line) for line in blocks), *((False, span) for span in spans)]:
+        line = re.split(" #| &&", re.sub(r"\[[^]]*…\]", "", text.replace("\\|", "|")))[0]
+        found = re.match(r"\s*(?:flashinfer|(?:.venv/bin/python )?scripts/build_aot.py)( .*|$)", line)
+        if found is None or "…" in line:
+            continue
+        words = ("aot build" if "build_aot.py" in line else "") + re.sub(r"[][]", "", found[1])
+        alternatives = re.search(r"\w+(?:\|\w+)+", words)
+        for choice in alternatives[0].split("|") if alternatives else [""]:
+            yield is_whole, words.replace(alternatives[0], choice) if alternatives else words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_of_pages_are_understood(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for is_whole, command in commands(text_of(page)):
+        try:
+            cli._parser().parse_args(shlex.split(command))
+        except SystemExit:
+            said = capsys.readouterr().err
+            assert not is_whole and "are required" in said, f"flashinfer {command}: {said}"
+
+
+def test_commands_are_found() -> None:
+    text = """
+Type `flashinfer cache list\\|gc` or
+
+    flashinfer misses report [PATH…]   # of a fleet
+    flashinfer aot build --nonsense …
+
+```
+scripts/build_aot.py --config core && rm -r /
+```
+"""
+    found = [" ".join(command.split()) for _, command in commands(text)]
+    assert found == ["misses report", "aot build --config core", "cache list", "cache gc"]
+    assert sum(len(list(commands(text_of(page)))) for page in PAGES) > 20
 
 
 def opening(header: str) -> str:
