@@ -12,7 +12,8 @@ echo "== precompiling the core set for $target"
 "$bin/python" scripts/build_aot.py --config core --target "$target" --jobs auto --exact --out "$VENV/aot-$target"
 if ! cmp -s "$VENV/aot-$target/registry.json" "$VENV/aot-installed.json"; then
   echo "== installing it as flashinfer-aot"
-  wheels=$(mktemp -d)
+  wheels=$VENV/aot-wheels
+  rm -rf "$wheels"  # of a run that was killed
   FLASHINFER_AOT_SET="$PWD/$VENV/aot-$target" \
     "$bin/pip" wheel --quiet --no-deps --no-build-isolation --wheel-dir "$wheels" ./flashinfer_aot
   "$bin/pip" install --quiet --no-deps --force-reinstall "$wheels"/flashinfer_aot-*.whl

@@ -1,6 +1,11 @@
-// Gated activation: output = gate(input[:, :hidden_size]) · input[:, hidden_size:]
+// Gated activation (Shazeer 2020, arXiv:2002.05202):
 //
-// Memory-bound: every thread issues the loads of kVecsPerThread independent vector pairs before it computes.
+//   output[r, i] = gate(input[r, i]) · input[r, hidden_size + i]       gate: silu, gelu or its tanh form (gate.h)
+//
+//   input [num_groups, rows_per_group, 2 hidden_size] T      output [num_groups, rows_per_group, hidden_size] OutT
+//
+// r is (group, row in group), each with a stride; the last axis is dense. Computed in fp32. Memory-bound: a thread
+// issues the loads of kVecsPerThread pairs of vectors before it computes.
 #pragma once
 
 #include "activation/gate.h"

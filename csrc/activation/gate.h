@@ -1,4 +1,10 @@
-// The gating functions, for both targets. Config::kGate selects one; its values are those of kernels/activation.py.
+// The gating functions, for both targets:
+//
+//   silu(x)      = x / (1 + exp(−x))
+//   gelu(x)      = x / 2 · (1 + erf(x / sqrt(2)))
+//   gelu_tanh(x) = x / 2 · (1 + tanh(sqrt(2 / pi) · (x + 0.044715 x³)))
+//
+// Config::kGate selects one by the numbers of flashinfer/families/activation.py.
 #pragma once
 
 #include "common.h"

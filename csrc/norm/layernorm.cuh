@@ -1,8 +1,13 @@
 // LayerNorm (Ba, Kiros & Hinton 2016, arXiv:1607.06450):
 //
-//   output_i = (x_i − mean(x)) / sqrt(var(x) + eps) · weight_i + bias_i
+//   mean(r)      = sum_j input[r, j] / hidden_size
+//   var(r)       = sum_j (input[r, j] − mean(r))² / hidden_size
+//   output[r, i] = (input[r, i] − mean(r)) / sqrt(var(r) + eps) · weight[i] + bias[i]
 //
-// The variance is taken around the mean from registers, in a second sum, because mean(x²) − mean(x)² cancels.
+//   input, output [num_rows, hidden_size] T      weight, bias [hidden_size] TWeight, usually fp32; all computed in fp32
+//
+// kThreadsPerRow threads hold a row in registers (norm/row.cuh). The variance is taken around the mean, in a second sum
+// over the registers, because mean(x²) − mean(x)² cancels.
 #pragma once
 
 #include "device/pdl.cuh"

@@ -1,9 +1,16 @@
-// RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), optionally adding a residual first and Gemma's (1 + weight):
+// RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), adding a residual first or not, with Gemma's weight or not:
 //
-//   x        = input                              or  x = residual = input + residual
-//   output_i = x_i / sqrt(mean(x²) + eps) · weight_i   (Gemma: · (1 + weight_i))
+//   x[r, i]        = input[r, i]                            kAddResidual: input[r, i] + residual[r, i]
+//   output[r, i]   = x[r, i] · weight[i] / sqrt(sum_j x[r, j]² / hidden_size + eps)      kGemma: (1 + weight[i])
+//   residual[r, i] = x[r, i]                                kAddResidual only
 //
-// Every element of memory is read and written once; what hides the latency of a row is the other blocks on the SM.
+//   input, residual [num_rows, hidden_size] T      weight [hidden_size] T      output [num_rows, hidden_size] OutT
+//
+// T is fp16, bf16 or fp32, and OutT is T (rmsnorm_quant.cuh: fp8). x stays fp32, also where residual receives it
+// rounded.
+//
+// kThreadsPerRow threads hold a row in registers (norm/row.cuh), a whole block or a part of a warp: one reading, one
+// sum, one writing. What hides the latency of a row is the other blocks on the SM.
 #pragma once
 
 #include "device/pdl.cuh"

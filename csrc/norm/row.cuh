@@ -1,4 +1,6 @@
-// How one row is spread over threads: in registers, in vectors of kVecSize elements, read and written once.
+// How one row of hidden_size elements is spread over kThreadsPerRow threads, for all kernels of norm/: thread t holds
+// the vectors t, t + kThreadsPerRow, … of kVecSize elements in registers, read once and written once; sums run over the
+// threads of the row.
 #pragma once
 
 #include "device/reduce.cuh"

@@ -1,6 +1,14 @@
-// Append to a paged KV cache: one pass that copies rows of keys and values to the slots of their tokens, converting to
-// the cache's type on the way. Keys and values may differ in width, so the compressed KV and rotary part of MLA (one
-// head) are the same kernel.
+// Append to a paged KV cache. Token t is at position p = positions[t] of request b = batch_indices[t]:
+//
+//   page = page_indices[page_indptr[b] + p / page_size]           slot = p % page_size
+//   key_cache[page, slot, h, :]   = key[t, h, :]   / key_scale    a tensor's scale, where types differ; rounded once
+//   value_cache[page, slot, h, :] = value[t, h, :] / value_scale
+//
+//   key   [num_tokens, num_heads, kKeyDim] InT        key_cache   [num_pages, page_size, num_heads, kKeyDim] CacheT
+//   value [num_tokens, num_heads, kValueDim] InT      value_cache [num_pages, page_size, num_heads, kValueDim] CacheT
+//
+// Either cache may be null, the widths may differ (compressed KV and rotary part of MLA are one head each), and a token
+// whose indices lead outside is skipped (page/params.h).
 //
 // A thread copies one vector of kHeadsPerThread heads: that many independent loads are in flight while the chain of
 // dependent index loads (request -> page list -> page) resolves, and the chain is walked once for all of them.

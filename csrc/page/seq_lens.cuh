@@ -1,4 +1,10 @@
-// Length of every request of a paged cache.
+// Length of every request b of a paged cache, from n = page_indptr[b + 1] − page_indptr[b] pages:
+//
+//   seq_lens[b] = n > 0 ? (n − 1) · page_size + last_page_len[b] : 0
+//
+//   page_indptr [batch_size + 1] Index      last_page_len [batch_size] Index      seq_lens [batch_size] int32
+//
+// A thread a request.
 #pragma once
 
 #include "device/pdl.cuh"

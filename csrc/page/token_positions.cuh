@@ -1,6 +1,13 @@
-// Request and position of every row of a ragged batch. One thread a row, by binary search: no thread's work depends on
-// the longest request, and rows of no request (past the end of the batch, in a padded CUDA graph, or before its start)
-// are marked instead of left undefined.
+// Request and position of every row t of a ragged batch. The rows appended to a request are its last ones, so, where
+// append_indptr[b] <= t < append_indptr[b + 1],
+//
+//   batch_indices[t] = b          positions[t] = seq_lens[b] − (append_indptr[b + 1] − t)
+//
+// and −1 and 0 for a row of no request: past the end of the batch, as in a padded CUDA graph, or before its start.
+//
+//   append_indptr [batch_size + 1] Index      seq_lens [batch_size] Index      both results [num_tokens] int32
+//
+// A thread a row, by binary search, so that no thread's work depends on the longest request.
 #pragma once
 
 #include "device/pdl.cuh"

@@ -1,4 +1,6 @@
-// Locating tokens in a paged cache.
+// Where token t of request b, at position p, is in a paged cache, and whether it is anywhere:
+//
+//   page = page_indices[page_indptr[b] + p / page_size]           slot = p % page_size
 #pragma once
 
 #include "page/params.h"

@@ -1,4 +1,5 @@
-// Eight booleans into one byte.
+// Eight booleans x[0..8) into one byte: sum_j x[j] · 2^j, the first in the lowest bit (little), or sum_j x[j] · 2^(7 −
+// j) (big).
 #pragma once
 
 #include "common.h"

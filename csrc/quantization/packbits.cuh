@@ -1,5 +1,11 @@
-// Pack booleans, eight to a byte. A thread turns 16 input bytes into 2 output bytes, kVectorsPerThread times, a block's
-// width apart, so that loads are 16 bytes wide, coalesced, and several in flight.
+// Booleans, eight to a byte; those behind the end count as 0:
+//
+//   output[i] = sum_{j < 8} input[8 i + j] · 2^j           kBigEndian: 2^(7 − j)
+//
+//   input [num_elements] bytes, each 0 or 1      output [ceil(num_elements / 8)] bytes
+//
+// A thread turns 16 input bytes into 2 output bytes, kVectorsPerThread times, a block's width apart, so that loads are
+// 16 bytes wide, coalesced, and several in flight.
 #pragma once
 
 #include "device/pdl.cuh"

@@ -1,6 +1,11 @@
-// Where each segment's bytes begin once it is packed: the running sum of ceil(length / 8), a negative length being
-// none. One block, which walks the segments in strips of its width and carries the sum along; there are as many
-// segments as requests in a batch.
+// Where each segment's bytes begin once it is packed from a byte of its own:
+//
+//   packed_indptr[s] = sum_{t < s} ceil(max(indptr[t + 1] − indptr[t], 0) / 8)
+//
+//   indptr [num_segments + 1] Index, in booleans      packed_indptr [num_segments + 1] Index, in bytes
+//
+// One block, which walks the segments in strips of its width and carries the sum along; there are as many segments as
+// requests in a batch.
 #pragma once
 
 #include "device/pdl.cuh"

@@ -1,6 +1,11 @@
-// Pack the booleans of every segment from a byte of its own. A thread makes four neighbouring output bytes, which
-// mostly lie in one segment: one binary search, five aligned words of eight booleans shifted to where the segment
-// starts, one store. At the ends of segments it goes byte by byte.
+// The booleans of every segment s, packed from a byte of its own; those behind its end count as 0:
+//
+//   output[packed_indptr[s] + i] = sum_{j < 8} input[indptr[s] + 8 i + j] · 2^j           kBigEndian: 2^(7 − j)
+//
+//   input [num_elements] bytes, each 0 or 1      both offsets [num_segments + 1] Index      output [num_bytes] bytes
+//
+// A thread makes four neighbouring output bytes, which mostly lie in one segment: one binary search, five aligned words
+// of eight booleans shifted to where the segment starts, one store. At the ends of segments it goes byte by byte.
 #pragma once
 
 #include "device/pdl.cuh"

@@ -1,5 +1,13 @@
-// RMSNorm over each head of queries and keys (Qwen3), then their rotation, in place on a packed qkv. The norm's result
-// stays in fp32 registers until it is turned, so it is rounded once; values are not touched.
+// RMSNorm over each head of queries and keys (Qwen3), then their rotation, in place. With turn() the rotation of
+// rope.cuh and w the weight of queries or of keys,
+//
+//   x[t, h, :] <- turn(x[t, h, :] / sqrt(sum_i x[t, h, i]² / head_dim + eps) · (weight_bias + w))
+//
+//   q [num_tokens, num_qo_heads, head_dim] T, k [num_tokens, num_kv_heads, head_dim] T: views of one packed qkv
+//   q_weight, k_weight [head_dim] T
+//
+// Threads are spread as in rope.cuh, and the lanes of a head sum its squares by shuffles. The norm's result stays in
+// fp32 registers until it is turned, so it is rounded once; values are not touched.
 #pragma once
 
 #include "device/pdl.cuh"

@@ -1,7 +1,19 @@
-// Rotary position embedding of queries and keys, in place or not.
+// Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of queries and keys, in place or not. A token at
+// position p turns the pairs (x, y) of each of its heads, i < rotary_dim / 2:
 //
-// Moves each element once in and once out, so the time is that of a copy: a thread has the two vectors of
-// kHeadsPerThread heads in flight before it needs the angles, and computes the angles once for all of them.
+//   x, y = elements i and i + rotary_dim / 2       kInterleave: 2 i and 2 i + 1
+//   c, s = cos and sin of p · frequency[i]         kCosSinCache: from cos_sin_cache[p, :], cos first, then sin
+//   x, y <- x c − y s, y c + x s
+//
+// and the elements from rotary_dim on stay as they are.
+//
+//   q, q_out [num_tokens, num_qo_heads, head_dim] T      k, k_out [num_tokens, num_kv_heads, head_dim] T
+//   positions [num_tokens], or kRagged: offsets[b] + row within request b
+//   frequency [rotary_dim / 2], theta^(−2 i / rotary_dim) scaled by the host; cos_sin_cache [num_positions, rotary_dim]
+//
+// Each element moves once in and once out, so the time is that of a copy. A thread has the two vectors of
+// kHeadsPerThread heads in flight before it needs the angles, which it computes once for all of them
+// (rope/head_pairs.cuh).
 #pragma once
 
 #include "device/pdl.cuh"

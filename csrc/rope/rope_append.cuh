@@ -1,6 +1,15 @@
-// Rotary position embedding and append to a paged KV cache in one pass: queries are turned and written out, keys are
-// turned and written to their slots only, values are copied to theirs. An fp8 cache is written from the fp32 result of
-// the rotation, so keys are rounded once.
+// Rotary position embedding and append to a paged KV cache in one pass. With turn() the rotation of rope.cuh, and page
+// and slot of token t as in page/append.cuh,
+//
+//   q_out[t, h, :]                = turn(q[t, h, :])
+//   key_cache[page, slot, h, :]   = turn(k[t, h, :]) / key_scale      a tensor's scale, where types differ
+//   value_cache[page, slot, h, :] = v[t, h, :] / value_scale
+//
+//   q, q_out    [num_tokens, num_qo_heads, head_dim] T      k, v [num_tokens, num_kv_heads, head_dim] T
+//   both caches [num_pages, page_size, num_kv_heads, head_dim] CacheT
+//
+// Threads are spread as in rope.cuh, with values as a third kind of heads. Keys are rounded once, from the fp32 result
+// of the rotation, and written to their slots only.
 #pragma once
 
 #include "device/pdl.cuh"

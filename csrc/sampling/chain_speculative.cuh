@@ -2,11 +2,17 @@
 //
 // With the distributions p of the target and q of the draft at a step, and u uniform on [0, 1),
 //
-//   draft token x passes           if u * q(x) < p(x)
-//   the first that fails becomes   a draw in proportion to max(p - q, 0)
+//   draft token x passes           if u · q(x) < p(x)
+//   the first that fails becomes   a draw in proportion to max(p − q, 0)
 //   if none fails, one more is     a draw in proportion to p of the last step
 //
 // The tokens before the first that fails are emitted, then the one drawn. So every emitted token follows p.
+//
+//   draft_probs  [num_rows, num_draft, vocab_size] T          draft_ids [num_rows, num_draft]
+//   target_probs [num_rows, num_draft + 1, vocab_size] T      output_ids [num_rows, num_draft + 1], −1 behind the last
+//
+// One cluster a row. Every warp tests all drafts by itself, one a lane; then the two rows of the step that decides
+// stream through registers once for their sums, and a token is drawn by levels (draw.cuh).
 #pragma once
 
 #include "device/pdl.cuh"

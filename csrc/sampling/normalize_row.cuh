@@ -1,10 +1,14 @@
-// Writes a whole row. With x the row and T its temperature,
+// Writes a whole row. With x[i] the row, T its temperature, kept the elements that top-k or top-p keeps
+// (sample_row.cuh),
 //
-//   softmax        y(i) = exp((x(i) - max x) / T) / sum of the same over the row
-//   renormalize    y(i) = x(i) / sum of what is kept, where top-k or top-p (sample_row.cuh) keeps i; else 0
-//   mask           y(i) = x(i) where top-k keeps i; else -infinity
+//   softmax        output[i] = exp((x[i] − max x) / T) / sum_j exp((x[j] − max x) / T)
+//   renormalize    output[i] = x[i] / sum_{j in kept} x[j]  for i in kept, else 0
+//   mask           output[i] = x[i]  for i in kept, else −infinity
 //
-// One reading of the row, one writing.
+//   input [num_rows, vocab_size] T, logits or probabilities      output [num_rows, vocab_size] T, of softmax fp32
+//
+// One cluster a row, one reading of the row, one writing. In between, for the search (threshold.cuh) and the results,
+// it stays in shared memory, or, where it does not fit, is read again from the L2 cache.
 #pragma once
 
 #include "device/pdl.cuh"

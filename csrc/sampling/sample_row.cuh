@@ -11,6 +11,10 @@
 // and a kept token is drawn with probability w(i) / sum of w over what is kept. Each filter is a floor: what lies above
 // it stays. So equal elements stay or go together, and the largest always stays.
 //
+//   input [num_inputs, vocab_size] T, fp16, bf16 or fp32      row_indices [num_rows]: the input row of each row drawn
+//   token_ids [num_rows] int32      valid [num_rows]: 0 where there is nothing to draw, which is token 0
+//   top_k, top_p, min_p: one number, or [num_rows]
+//
 // One cluster per row, one reading of device memory. Without a filter the row streams through registers. With one it
 // stays in shared memory or, where it does not fit, is read again from the L2 cache. What happens then:
 //

@@ -1,5 +1,5 @@
 """What serving engines pass and reach for beyond the documented API: arguments of later releases, and private names of
-upstream's wrappers. docs/architecture.md ("What engines reach for") says which and why.
+upstream's wrappers. docs/engines.md says which and why.
 """
 
 from __future__ import annotations

@@ -1,15 +1,21 @@
-"""What the pages say exists: links, anchors, paths of files; the first example of README.md runs as it is printed."""
+"""What the pages say exists: links, anchors, paths of files. Headers of kernels begin with equations and shapes. The
+first example of README.md runs as it is printed."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from flashinfer import cli, families
+from flashinfer.jit import spec
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("aot_configs", "benchmarks", "csrc", "docs", "examples", "flashinfer", "flashinfer_aot", "scripts", "tests")
@@ -86,6 +92,113 @@ def test_paths_in_comments_exist() -> None:
 )
 def test_stale_paths_are_found(text: str, stale: list[str]) -> None:
     assert stale_paths(text) == stale
+
+
+def unknown_names(text: str) -> list[str]:
+    """Files and identifiers in the code spans of a page that the repository does not have. Comments do not count: they
+    may be as old as the page. Single letters are mathematics."""
+    files = [f"/{path.relative_to(ROOT)}/" for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+    words = {word for path in sources() for word in re.findall(r"\w+", re.sub(r"//.*|#.*", "", text_of(path)))}
+    unknown = []
+    for span in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S)):
+        for name in re.findall(r"[\w./-]*\w\.(?:cuh|h|py|md|sh)\b|(?:\w+/)+|[A-Za-z_]\w+", span, flags=re.A):
+            is_file = re.search(r"\W", name) is not None
+            if not any(f"/{name.strip('/')}/" in file for file in files) if is_file else name not in words:
+                unknown.append(name)
+    return unknown
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("reading_*.md")), ids=lambda page: page.name)
+def test_names_in_pages_to_read_beside_a_kernel_exist(page: Path) -> None:
+    assert unknown_names(text_of(page)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown"),
+    [
+        (
+            "`walk.cuh` and `stroll.cuh`, `csrc/attention/prefill/`, `prefill/nowhere/`",
+            ["stroll.cuh", "prefill/nowhere/"],
+        ),
+        ("`PrefillItem`, `take_next()`, `Visibility::of_yore`, `attend<Config, false>`", ["of_yore"]),
+        ("`S = Q Kᵀ` in `rows[t & 1]`; ```no_such_name```; PlainWords", []),
+    ],
+)
+def test_unknown_names_are_found(text: str, unknown: list[str]) -> None:
+    assert unknown_names(text) == unknown
+
+
+def test_what_is_left_out_of_upstream_is_not_there() -> None:
+    section = text_of(ROOT / "docs" / "engines.md").partition("## What of upstream is left out")[2]
+    names = [
+        name for row in re.findall(r"^\| (.*?) \|", section, flags=re.M) for name in re.findall(r"`(flash[\w.]+)`", row)
+    ]
+    assert len(names) > 5
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert not hasattr(importlib.import_module(module), attribute), f"{name} is there"
+
+
+def commands(text: str) -> Iterator[tuple[bool, str]]:
+    """What a page tells to type of the command `flashinfer`, of which scripts/build_aot.py is one: whether it stands in
+    a block, and its arguments. Of alternatives and of what is optional, all; what ends in an ellipsis is left out."""
+    fenced = re.findall(r"```.*?```", text, flags=re.S)
+    blocks = [*re.findall(r"^ {4}.*$", text, flags=re.M), *"\n".join(fenced).splitlines()]
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    for is_whole, text in [*((True, line) for line in blocks), *((False, span) for span in spans)]:
+        line = re.split(" #| &&", re.sub(r"\[[^]]*…\]", "", text.replace("\\|", "|")))[0]
+        found = re.match(r"\s*(?:flashinfer|(?:.venv/bin/python )?scripts/build_aot.py)( .*|$)", line)
+        if found is None or "…" in line:
+            continue
+        words = ("aot build" if "build_aot.py" in line else "") + re.sub(r"[][]", "", found[1])
+        alternatives = re.search(r"\w+(?:\|\w+)+", words)
+        for choice in alternatives[0].split("|") if alternatives else [""]:
+            yield is_whole, words.replace(alternatives[0], choice) if alternatives else words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_of_pages_are_understood(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for is_whole, command in commands(text_of(page)):
+        try:
+            cli._parser().parse_args(shlex.split(command))
+        except SystemExit:
+            said = capsys.readouterr().err
+            assert not is_whole and "are required" in said, f"flashinfer {command}: {said}"
+
+
+def test_commands_are_found() -> None:
+    text = """
+Type `flashinfer cache list\\|gc` or
+
+    flashinfer misses report [PATH…]   # of a fleet
+    flashinfer aot build --nonsense …
+
+```
+scripts/build_aot.py --config core && rm -r /
+```
+"""
+    found = [" ".join(command.split()) for _, command in commands(text)]
+    assert found == ["misses report", "aot build --config core", "cache list", "cache gc"]
+    assert sum(len(list(commands(text_of(page)))) for page in PAGES) > 20
+
+
+def opening(header: str) -> str:
+    return text_of(ROOT / "csrc" / header).partition("#pragma once")[0]
+
+
+def test_kernel_headers_open_with_what_they_compute() -> None:
+    """Before how: an equation and shapes on lines of their own. A twin on the CPU names the header that has them."""
+    families.register_all()
+    headers = {each.header for family in spec._families.values() for each in family.implementations}
+    for header in sorted(headers):
+        if header.startswith("cpu/"):
+            expected = header.removeprefix("cpu/").removesuffix(".h")
+            named = [expected + ".cuh", expected + "/kernel.cuh"]
+            assert any(name in opening(header) for name in named), f"{header} names neither of {named}"
+        elif not header.startswith("attention/"):
+            formulas = "".join(re.findall(r"^//   .*\n", opening(header), flags=re.M))
+            assert re.search(r" = | <- |if ", formulas), f"{header} opens without an equation"
+            assert re.search(r"\[(num_\w+|batch_size)\b", formulas), f"{header} opens without shapes"
 
 
 def test_every_note_is_in_the_index_and_says_what_notes_say() -> None:

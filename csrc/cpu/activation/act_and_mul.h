@@ -1,4 +1,4 @@
-// Gated activation on the CPU; see activation/act_and_mul.cuh.
+// Gated activation on the CPU: the equations and shapes of activation/act_and_mul.cuh. A row a thread.
 #pragma once
 
 #include "activation/gate.h"

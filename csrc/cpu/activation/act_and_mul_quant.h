@@ -1,4 +1,4 @@
-// Gated activation with an fp8 output on the CPU.
+// Gated activation to fp8 on the CPU: the equations and shapes of activation/act_and_mul_quant.cuh.
 #pragma once
 
 #include "cpu/activation/act_and_mul.h"

@@ -1,4 +1,4 @@
-// LayerNorm on the CPU; the equations stand in norm/layernorm.cuh.
+// LayerNorm on the CPU: the equations and shapes of norm/layernorm.cuh. A row a thread, as floats in its own memory.
 #pragma once
 
 #include "cpu/types.h"

@@ -1,4 +1,4 @@
-// RMSNorm on the CPU; the equations stand in norm/rmsnorm.cuh.
+// RMSNorm on the CPU: the equations and shapes of norm/rmsnorm.cuh. A row a thread, as floats in its own memory.
 #pragma once
 
 #include "cpu/types.h"

@@ -1,4 +1,4 @@
-// RMSNorm with an fp8 output on the CPU.
+// RMSNorm to fp8 on the CPU: the equations and shapes of norm/rmsnorm_quant.cuh.
 #pragma once
 
 #include "cpu/norm/rmsnorm.h"

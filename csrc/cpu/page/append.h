@@ -1,4 +1,4 @@
-// Append to a paged KV cache on the CPU.
+// Append to a paged KV cache on the CPU: the equations and shapes of page/append.cuh. A token a thread.
 #pragma once
 
 #include "cpu/page/token_slots.h"

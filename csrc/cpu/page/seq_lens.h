@@ -1,4 +1,4 @@
-// Length of every request of a paged cache (CPU).
+// Length of every request of a paged cache on the CPU: the equation and shapes of page/seq_lens.cuh.
 #pragma once
 
 #include "page/params.h"

@@ -1,4 +1,5 @@
-// Request and position of every row of a ragged batch (CPU).
+// Request and position of every row of a ragged batch on the CPU: the equations and shapes of page/token_positions.cuh.
+// Request by request, after all rows have been marked as rows of none.
 #pragma once
 
 #include <algorithm>

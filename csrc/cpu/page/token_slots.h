@@ -1,4 +1,4 @@
-// Locating tokens in a paged cache (CPU).
+// Where a token is in a paged cache, on the CPU: the equations of page/token_slots.cuh.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Pack booleans, eight to a byte (CPU).
+// Booleans, eight to a byte, on the CPU: the equation and shapes of quantization/packbits.cuh.
 #pragma once
 
 #include "cpu/quantization/pack_byte.h"

@@ -1,4 +1,5 @@
-// Where each segment's bytes begin once it is packed (CPU).
+// Where each segment's bytes begin once it is packed, on the CPU: the equation and shapes of
+// quantization/packed_indptr.cuh. The host has checked the offsets.
 #pragma once
 
 #include "quantization/params.h"

@@ -1,4 +1,5 @@
-// Pack the booleans of every segment from a byte of its own (CPU). The host has checked the offsets.
+// The booleans of every segment packed from a byte of its own, on the CPU: the equation and shapes of
+// quantization/segment_packbits.cuh. The host has checked the offsets. A segment a thread.
 #pragma once
 
 #include <algorithm>

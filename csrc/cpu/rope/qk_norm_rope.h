@@ -1,4 +1,5 @@
-// RMSNorm over each head of queries and keys, then their rotation, in place, on the CPU.
+// RMSNorm over each head of queries and keys, then their rotation, in place, on the CPU: the equations and shapes of
+// rope/qk_norm_rope.cuh. A token a thread.
 #pragma once
 
 #include "cpu/rope/rotation.h"

@@ -1,4 +1,5 @@
-// Rotary position embedding of queries and keys on the CPU. A token's angles are computed once for all its heads.
+// Rotary position embedding of queries and keys on the CPU: the equations and shapes of rope/rope.cuh. A token a
+// thread, whose angles are computed once for all its heads.
 #pragma once
 
 #include "cpu/rope/rotation.h"

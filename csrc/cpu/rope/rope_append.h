@@ -1,4 +1,5 @@
-// Rotary position embedding and append to a paged KV cache in one pass, on the CPU.
+// Rotary position embedding and append to a paged KV cache in one pass, on the CPU: the equations and shapes of
+// rope/rope_append.cuh. A token a thread.
 #pragma once
 
 #include "cpu/page/token_slots.h"

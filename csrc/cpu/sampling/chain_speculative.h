@@ -1,4 +1,4 @@
-// Chain speculative sampling on the CPU; the rule stands in sampling/chain_speculative.cuh.
+// Chain speculative sampling on the CPU: the rule and shapes of sampling/chain_speculative.cuh. A row a thread.
 #pragma once
 
 #include "cpu/sampling/row.h"

@@ -1,4 +1,5 @@
-// Softmax, renormalized top-k and top-p, and masked logits on the CPU; see sampling/normalize_row.cuh.
+// Softmax, renormalized top-k and top-p, and masked logits on the CPU: the equations and shapes of
+// sampling/normalize_row.cuh. A row a thread; sums are taken in double.
 #pragma once
 
 #include "cpu/sampling/row.h"

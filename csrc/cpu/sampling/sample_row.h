@@ -1,4 +1,5 @@
-// Draws one token from each row on the CPU; what is drawn stands in sampling/sample_row.cuh.
+// Draws one token from each row on the CPU: the rules and shapes of sampling/sample_row.cuh. A row a thread, which
+// finds the threshold by quickselect and the token by inverse CDF; sums are taken in double.
 #pragma once
 
 #include "cpu/sampling/row.h"
