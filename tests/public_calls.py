@@ -74,9 +74,14 @@ def tensors(result: Any) -> list[Tensor]:
     return [tensor for part in result for tensor in tensors(part)]
 
 
+def prepared_launches() -> list[Memo[Any]]:
+    """The memos of all operators."""
+    return [found for found in gc.get_objects() if type(found) is Memo]
+
+
 def forget_prepared_launches() -> None:
     """So that the next call is the first of its kind."""
-    for memo in [found for found in gc.get_objects() if type(found) is Memo]:
+    for memo in prepared_launches():
         memo.clear()
 
 

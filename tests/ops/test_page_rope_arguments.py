@@ -8,6 +8,7 @@ import contextlib
 import gc
 import itertools
 import math
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -113,9 +114,7 @@ def test_all_tensors_without_memory(name: str, kind: str) -> None:
             for argument, value in call.arguments.items()
             if isinstance(value, torch.Tensor)
         }
-        assert "which has no memory here; expected a tensor on the CPU or on a CUDA device" in expect_error(
-            call, **moved
-        )
+        assert re.search("(has no memory here|without memory); expected a", expect_error(call, **moved))
 
 
 @pytest.mark.parametrize("name", NAMES)
