@@ -12,6 +12,7 @@ from flashinfer.families.layout import DTYPES, FP8_DTYPES, inside, vec_size
 from flashinfer.host import checks, memo, quant_scale, traced
 from flashinfer.host.quant_scale import Scale
 from flashinfer.host.rows import common_rows, require_distinct
+from flashinfer.host.traced import is_dynamo_compiling
 from flashinfer.jit import ArgValue, default_resolver
 from flashinfer.jit.loader import PreparedLaunch, Value
 
@@ -89,29 +90,23 @@ def _act_and_mul(
     op: str, gate: str, input: torch.Tensor, out: Optional[torch.Tensor], pdl: Optional[bool]
 ) -> torch.Tensor:
     """Returns the output, allocated if it is None."""
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         if out is None:
             out = input.new_empty(_output_shape(op, input))
         _door(op, gate, input, out, pdl)
         return out
     try:
         input_ptr = input.data_ptr() or checks.no_address(op, "input", input)
-        output_ptr = 0  # a new output is aligned
+        device = input.device
+        output_ptr, output_like = 0, None  # a new output is aligned
         if out is not None:
             output_ptr = out.data_ptr() or checks.no_address(op, "out", out)
+            output_like = out.dtype, out.shape, out.stride(), out.device == device
+        # Written out: a call of memo.signature costs what these do.
+        key = op, pdl, (input_ptr | output_ptr) & 15, input.dtype, input.shape, input.stride(), device, output_like
     except (AttributeError, RuntimeError):
         checks.require_addresses(op, input=input, **({} if out is None else {"out": out}))
         raise
-    key = (
-        op,
-        pdl,
-        (input_ptr | output_ptr) & 15,
-        input.dtype,  # written out: a call of memo.signature costs what these do
-        input.shape,
-        input.stride(),
-        input.device,
-        None if out is None else memo.signature(out),
-    )
     prepared = _memo.get(key)
     if prepared is None:
         prepared = _memo.remember(key, _prepare(op, gate, input, out, pdl))
@@ -124,24 +119,21 @@ def _act_and_mul(
 
 
 def _act_and_mul_quant(out: torch.Tensor, input: torch.Tensor, scale: Scale, pdl: Optional[bool]) -> None:
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         _door_quant(out, input, scale, pdl)
         return
     op = "silu_and_mul_quant"
     try:
         input_ptr = input.data_ptr() or checks.no_address(op, "input", input)
         output_ptr = out.data_ptr() or checks.no_address(op, "out", out)
+        device = input.device
+        key = (
+            op, pdl, (input_ptr | output_ptr) & 15, input.dtype, input.shape, input.stride(), device,
+            out.dtype, out.shape, out.stride(), out.device == device, quant_scale.signature(scale),
+        )  # fmt: skip
     except (AttributeError, RuntimeError):
         checks.require_addresses(op, input=input, out=out)
         raise
-    key = (
-        op,
-        pdl,
-        (input_ptr | output_ptr) & 15,
-        memo.signature(input),
-        memo.signature(out),
-        quant_scale.signature(scale),
-    )
     prepared = _memo.get(key)
     if prepared is None:
         quant_scale.check(op, "scale", scale, input)

@@ -12,6 +12,7 @@ from flashinfer.families.norm import LAYERNORM, RMSNORM, RMSNORM_QUANT
 from flashinfer.host import checks, memo, quant_scale, traced
 from flashinfer.host.quant_scale import Scale
 from flashinfer.host.rows import common_rows, require_distinct
+from flashinfer.host.traced import is_dynamo_compiling
 from flashinfer.jit import ArgValue, Family, KernelSpec, default_resolver
 from flashinfer.jit.loader import PreparedLaunch, Value
 
@@ -190,42 +191,40 @@ def _normalize(
     op: str, operands: _Operands, output: Optional[torch.Tensor], eps: float, pdl: Optional[bool]
 ) -> torch.Tensor:
     """Returns the output, allocated if it is None."""
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         return _trace(op, operands, output, eps, pdl)
     input, residual, weight, bias = operands
     try:
         input_ptr = input.data_ptr() or checks.no_address(op, "input", input)
         weight_ptr = weight.data_ptr() or checks.no_address(op, "weight", weight)
-        residual_ptr = bias_ptr = output_ptr = 0  # a new output is aligned
+        # What a launch depends on, written out rather than through memo.signature: three calls of it cost as much as
+        # the rest of this function. To compare costs less than one more in the key, and what does not fit is refused.
+        dtype, shape, device = input.dtype, input.shape, input.device
+        output_ptr = residual_ptr = bias_ptr = 0  # a new output is aligned
+        output_like: object = None
+        residual_like: object = None
+        bias_like: object = None
+        if output is input:
+            output_ptr, output_like = input_ptr, True
+        elif output is not None:
+            output_ptr = output.data_ptr() or checks.no_address(op, "out", output)
+            fits = output.dtype is dtype and output.shape == shape and output.device == device
+            output_like = output.stride() if fits else memo.signature(output)
         if residual is not None:
             residual_ptr = residual.data_ptr() or checks.no_address(op, "residual", residual)
+            fits = residual.dtype is dtype and residual.shape == shape and residual.device == device
+            residual_like = residual_ptr == output_ptr, residual.stride() if fits else memo.signature(residual)
         if bias is not None:
             bias_ptr = bias.data_ptr() or checks.no_address(op, "beta", bias)
-        if output is not None:
-            output_ptr = output.data_ptr() or checks.no_address(op, "out", output)
+            bias_like = memo.signature(bias)
+        key = (
+            op, pdl, eps, (input_ptr | weight_ptr | output_ptr | residual_ptr) & 15, dtype, shape, input.stride(),
+            device, weight.dtype, weight.shape, weight.stride(), weight.device == device,
+            output_like, residual_like, bias_like,
+        )  # fmt: skip
     except (AttributeError, RuntimeError):
         _require_operands(op, operands, output)
         raise
-    # Written out rather than through memo.signature: three calls of it cost as much as the rest of this function.
-    key = (
-        op,
-        pdl,
-        eps,
-        (input_ptr | weight_ptr | output_ptr | residual_ptr) & 15,
-        input.dtype,
-        input.shape,
-        input.stride(),
-        input.device,
-        weight.dtype,
-        weight.shape,
-        weight.stride(),
-        weight.device,
-        output is input if output is input or output is None else memo.signature(output),
-        None
-        if residual is None
-        else (residual_ptr == output_ptr, residual.dtype, residual.shape, residual.stride(), residual.device),
-        None if bias is None else memo.signature(bias),
-    )
     prepared = _memo.get(key)
     if prepared is None:
         prepared = _memo.remember(key, _prepare(op, operands, output, eps, pdl))
@@ -253,7 +252,7 @@ def _trace(
 def _normalize_quant(
     op: str, operands: _Operands, output: torch.Tensor, scale: Scale, eps: float, pdl: Optional[bool]
 ) -> None:
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         _door_quant(op, operands, output, scale, eps, pdl)
         return
     input, residual, weight, _ = operands
@@ -261,31 +260,22 @@ def _normalize_quant(
         input_ptr = input.data_ptr() or checks.no_address(op, "input", input)
         weight_ptr = weight.data_ptr() or checks.no_address(op, "weight", weight)
         output_ptr = output.data_ptr() or checks.no_address(op, "out", output)
-        residual_ptr = 0
+        device = input.device
+        residual_ptr, residual_like = 0, None
         if residual is not None:
             residual_ptr = residual.data_ptr() or checks.no_address(op, "residual", residual)
+            shared = residual_ptr == output_ptr
+            residual_like = shared, residual.dtype, residual.shape, residual.stride(), residual.device == device
+        key = (
+            op, pdl, eps, (input_ptr | weight_ptr | output_ptr | residual_ptr) & 15,
+            input.dtype, input.shape, input.stride(), device,
+            weight.dtype, weight.shape, weight.stride(), weight.device == device,
+            output.dtype, output.shape, output.stride(), output.device == device,
+            residual_like, quant_scale.signature(scale),
+        )  # fmt: skip
     except (AttributeError, RuntimeError):
         _require_operands(op, operands, output)
         raise
-    key = (
-        op,
-        pdl,
-        eps,
-        (input_ptr | weight_ptr | output_ptr | residual_ptr) & 15,
-        input.dtype,
-        input.shape,
-        input.stride(),
-        input.device,
-        weight.dtype,
-        weight.shape,
-        weight.stride(),
-        weight.device,
-        memo.signature(output),
-        None
-        if residual is None
-        else (residual_ptr == output_ptr, residual.dtype, residual.shape, residual.stride(), residual.device),
-        quant_scale.signature(scale),
-    )
     prepared = _memo.get(key)
     if prepared is None:
         quant_scale.check(op, "scale", scale, input)

@@ -8,6 +8,7 @@ from flashinfer import target
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families import quantization as families
 from flashinfer.host import checks, indices, memo, traced
+from flashinfer.host.traced import is_dynamo_compiling
 from flashinfer.jit import default_resolver
 from flashinfer.jit.loader import PreparedLaunch
 
@@ -31,7 +32,7 @@ def packbits(x: torch.Tensor, bitorder: str = "big") -> torch.Tensor:
     """
     x = _as_booleans("packbits", x, bitorder)
     packed = torch.empty((x.shape[0] + 7) // 8, dtype=torch.uint8, device=x.device)
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         _door(x, packed, bitorder)
     else:
         _pack(x, packed, bitorder)
@@ -63,7 +64,7 @@ def segment_packbits(x: torch.Tensor, indptr: torch.Tensor, bitorder: str = "big
     """
     op = "segment_packbits"
     packed, packed_indptr = segment_packbits_padded(x, indptr, bitorder)
-    if torch.compiler.is_dynamo_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if is_dynamo_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return packed, packed_indptr
     if x.is_meta:
         raise UnsupportedConfig(
@@ -86,7 +87,7 @@ def segment_packbits_padded(
     num_segments = indptr.shape[0] - 1
     packed_indptr = torch.empty_like(indptr)
     packed = torch.empty(most_bytes(x.shape[0], num_segments), dtype=torch.uint8, device=x.device)
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         _segments_door(op, x, indptr, packed, packed_indptr, bitorder)
     else:
         _pack_segments(op, x, indptr, packed, packed_indptr, bitorder)
@@ -144,8 +145,7 @@ def most_bytes(num_booleans: int, num_segments: int) -> int:
 
 def _as_booleans(op: str, x: torch.Tensor, bitorder: str) -> torch.Tensor:
     """x as contiguous bytes of 0 or 1."""
-    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
-        checks.require_addresses(op, x=x)
+    _require_memory(op, "x", x)
     if bitorder not in ("big", "little"):
         raise ValueError(f"{op}: bitorder is {bitorder!r}; expected 'big' or 'little'")
     if x.dim() != 1:
@@ -155,9 +155,15 @@ def _as_booleans(op: str, x: torch.Tensor, bitorder: str) -> torch.Tensor:
     return x.contiguous()
 
 
+def _require_memory(op: str, name: str, tensor: torch.Tensor) -> None:
+    """Before torch reads it. A traced tensor has no address, and needs none."""
+    is_plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+    if not is_plain or not (is_dynamo_compiling() or tensor.data_ptr()):
+        checks.require_addresses(op, **{name: tensor})
+
+
 def _require_indptr(op: str, indptr: torch.Tensor) -> None:
-    if not isinstance(indptr, torch.Tensor) or indptr.layout != torch.strided:
-        checks.require_addresses(op, indptr=indptr)
+    _require_memory(op, "indptr", indptr)
     checks.check_index(op, "indptr", indptr)
     checks.require(indptr.shape[0] >= 1, op, "indptr is empty; expected [num_segments + 1]")
 

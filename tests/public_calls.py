@@ -7,7 +7,7 @@ looked up by their public names when the call is made.
 from __future__ import annotations
 
 import functools
-import gc
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -74,9 +74,15 @@ def tensors(result: Any) -> list[Tensor]:
     return [tensor for part in result for tensor in tensors(part)]
 
 
+def prepared_launches() -> list[Memo[Any]]:
+    """The memos of all operators, each a global of its module; those of wrappers end with them."""
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("flashinfer.")]
+    return [found for module in modules for found in vars(module).values() if type(found) is Memo]
+
+
 def forget_prepared_launches() -> None:
     """So that the next call is the first of its kind."""
-    for memo in [found for found in gc.get_objects() if type(found) is Memo]:
+    for memo in prepared_launches():
         memo.clear()
 
 

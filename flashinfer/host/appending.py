@@ -8,7 +8,8 @@ from flashinfer import dtypes
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.layout import DTYPES, FP8_DTYPES
 from flashinfer.families.page import TOKEN_SLOTS
-from flashinfer.host import checks, indices, memo, quant_scale, traced
+from flashinfer.host import checks, indices, quant_scale, traced
+from flashinfer.host.paged_cache import PagedCache, tensors
 from flashinfer.host.quant_scale import Scale
 
 # batch_indices, positions, kv_indices, kv_indptr. Row i belongs to request b = batch_indices[i], which has positions[i]
@@ -21,14 +22,27 @@ FIELDS = tuple(f"slots.{field[0]}" for field in TOKEN_SLOTS)
 BUNDLE = traced.together(*(f"Tensor {name}" for name in NAMES))
 
 
-def signature(slots: Slots) -> tuple[object, ...]:
+def identify(op: str, slots: Slots) -> tuple[tuple[int, int, int, int], tuple[object, ...]]:
+    """Addresses, the fields of `TokenSlots`, and what a prepared launch depends on."""
     batch_indices, positions, kv_indices, kv_indptr = slots
+    device = batch_indices.device  # of all of them, or the call is refused
     return (
-        memo.signature(batch_indices),
-        memo.signature(positions),
-        memo.signature(kv_indices),
-        memo.signature(kv_indptr),
-    )
+        batch_indices.data_ptr() or checks.no_address(op, "batch_indices", batch_indices),
+        positions.data_ptr() or checks.no_address(op, "positions", positions),
+        kv_indices.data_ptr() or checks.no_address(op, "kv_indices", kv_indices),
+        kv_indptr.data_ptr() or checks.no_address(op, "kv_indptr", kv_indptr),
+    ), (
+        batch_indices.dtype, batch_indices.shape, batch_indices.stride(), device,
+        positions.dtype, positions.shape, positions.stride(), positions.device == device,
+        kv_indices.dtype, kv_indices.shape, kv_indices.stride(), kv_indices.device == device,
+        kv_indptr.dtype, kv_indptr.shape, kv_indptr.stride(), kv_indptr.device == device,
+    )  # fmt: skip
+
+
+def require_cache(op: str, cache: PagedCache) -> None:
+    """For a cache of which an address is 0: raises UnsupportedConfig unless that is of an empty tensor."""
+    for tensor in tensors(cache):
+        checks.require_addresses(op, paged_kv_cache=tensor)
 
 
 def check(op: str, slots: Slots, rows: torch.Tensor) -> dict[str, str]:

@@ -68,13 +68,16 @@ def not_tensors(op: str, **given: object) -> TypeError:
 
 
 def require_memory(op: str, **tensors: torch.Tensor) -> None:
-    """Tensors in the memory of the CPU or of a CUDA device: not on meta nor fake, which have a shape alone."""
+    """Tensors in the memory of the CPU or of a CUDA device: not on meta nor fake, which have a shape alone, nor of a
+    storage that was freed."""
     for name, tensor in tensors.items():
         if tensor.device.type not in ("cpu", "cuda") or isinstance(tensor, FakeTensor):
             raise UnsupportedConfig(
                 f"{op}: {name} is a {type(tensor).__name__} on {tensor.device}, which has no memory here; expected a "
                 "tensor on the CPU or on a CUDA device"
             )
+        if tensor.layout != torch.strided or tensor.data_ptr() == 0:
+            no_address(op, name, tensor)
 
 
 def require_flag(op: str, name: str, value: object) -> None:
@@ -98,7 +101,7 @@ def require_addresses(op: str, **operands: object) -> None:
 
 def no_address(op: str, name: str, tensor: torch.Tensor) -> int:
     """0, the address of a tensor that is empty or on meta. Raises UnsupportedConfig for one that has elements: a fake
-    tensor has the device, and so the prepared launches, of a real one."""
+    tensor, or one whose storage was freed, has the signature, and so the prepared launches, of a real one."""
     if tensor.layout == torch.strided and (tensor.numel() == 0 or tensor.is_meta):
         return 0
     raise UnsupportedConfig(

@@ -27,7 +27,7 @@ def values(scale: Scale, op: str = "quantization", name: str = "scale") -> tuple
     if scale.__class__ is float and _LEAST <= scale <= checks.FP32_MAX:
         return 0, scale, 0
     if isinstance(scale, torch.Tensor):
-        return scale.data_ptr(), 1.0, 0
+        return scale.data_ptr() or checks.no_address(op, name, scale), 1.0, 0
     return 0, checks.real(op, name, scale, at_least=_LEAST), 0
 
 

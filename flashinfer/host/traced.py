@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Union
 
 import torch
 
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # two look-ups less in every call
+
 # Held for the life of the process: what a Library defines disappears with it.
 _library = torch.library.Library("flashinfer", "FRAGMENT")
 

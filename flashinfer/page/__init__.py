@@ -13,6 +13,7 @@ import torch
 
 from flashinfer.host.paged_cache import PagedCache
 from flashinfer.host.quant_scale import Scale
+from flashinfer.host.traced import is_dynamo_compiling
 from flashinfer.page import append, lengths
 
 __all__ = [
@@ -65,7 +66,7 @@ def append_paged_kv_cache(
         IndexError: an index leads outside, where the host sees values.
         UnsupportedConfig: no kernel for these dtypes or head dimensions.
     """
-    run = append.paged_door if torch.compiler.is_dynamo_compiling() else append.run_paged
+    run = append.paged_door if is_dynamo_compiling() else append.run_paged
     rows, slots = (append_key, append_value), (batch_indices, positions, kv_indices, kv_indptr)
     run(rows, slots, paged_kv_cache, kv_layout, k_scale, v_scale, enable_pdl)
 
@@ -92,7 +93,7 @@ def append_paged_mla_kv_cache(
         batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len: as in `append_paged_kv_cache`, as are
             padding and errors.
     """
-    run = append.mla_door if torch.compiler.is_dynamo_compiling() else append.run_mla
+    run = append.mla_door if is_dynamo_compiling() else append.run_mla
     rows, slots = (append_ckv, append_kpe), (batch_indices, positions, kv_indices, kv_indptr)
     run(rows, slots, ckv_cache, kpe_cache)
 
@@ -121,7 +122,7 @@ def get_batch_indices_positions(
         ValueError, TypeError, IndexError: a shape, dtype, device or type does not fit; or, where the host sees values,
             the offsets descend or end past nnz, or a request is shorter than its rows.
     """
-    run = lengths.trace_positions if torch.compiler.is_dynamo_compiling() else lengths.run_positions
+    run = lengths.trace_positions if is_dynamo_compiling() else lengths.run_positions
     return run(append_indptr, seq_lens, nnz, batch_indices, positions)
 
 
@@ -140,5 +141,5 @@ def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_s
         ValueError, TypeError: a shape, dtype, device or type does not fit; or, where the host sees values, the offsets
             descend, a last page is longer than a page, or a length does not fit int32.
     """
-    run = lengths.trace_seq_lens if torch.compiler.is_dynamo_compiling() else lengths.run_seq_lens
+    run = lengths.trace_seq_lens if is_dynamo_compiling() else lengths.run_seq_lens
     return run(kv_indptr, kv_last_page_len, page_size)

@@ -44,22 +44,23 @@ def run_paged(
     v_scale: Scale,
     pdl: Optional[bool],
 ) -> None:
+    op = "append_paged_kv_cache"
     key_rows, value_rows = rows
-    batch_indices, positions, kv_indices, kv_indptr = slots
     try:
-        key_ptr, value_ptr = key_rows.data_ptr(), value_rows.data_ptr()
+        key_ptr = key_rows.data_ptr() or checks.no_address(op, "append_key", key_rows)
+        value_ptr = value_rows.data_ptr() or checks.no_address(op, "append_value", value_rows)
         k_cache_ptr, v_cache_ptr = paged_cache.addresses(paged_kv_cache)
+        if not (k_cache_ptr and v_cache_ptr):
+            appending.require_cache(op, paged_kv_cache)
+        slot_ptrs, slots_like = appending.identify(op, slots)
         key = (
             kv_layout,
             pdl,
             (key_ptr | value_ptr | k_cache_ptr | v_cache_ptr) & 15,
-            memo.signature(key_rows),
-            memo.signature(value_rows),
-            memo.signature(batch_indices),
-            memo.signature(positions),
+            *(key_rows.dtype, key_rows.shape, key_rows.stride(), key_rows.device),
+            *(value_rows.dtype, value_rows.shape, value_rows.stride(), value_rows.device),
             paged_cache.signature(paged_kv_cache),
-            memo.signature(kv_indices),
-            memo.signature(kv_indptr),
+            slots_like,
             quant_scale.signature(k_scale),
             quant_scale.signature(v_scale),
         )
@@ -70,21 +71,12 @@ def run_paged(
     if prepared is None:
         prepared = _prepare_paged(rows, slots, paged_kv_cache, kv_layout, k_scale, v_scale, pdl)
         _appends.remember(key, prepared)
-    addresses = (
-        key_ptr,
-        value_ptr,
-        k_cache_ptr,
-        v_cache_ptr + prepared.v_offset,
-        batch_indices.data_ptr(),
-        positions.data_ptr(),
-        kv_indices.data_ptr(),
-        kv_indptr.data_ptr(),
-    )
+    addresses = key_ptr, value_ptr, k_cache_ptr, v_cache_ptr + prepared.v_offset, *slot_ptrs
     if prepared.check is not None:
         prepared.check(slots)
     if prepared.converts:
-        k_values = quant_scale.values(k_scale, "append_paged_kv_cache", "k_scale")
-        prepared.launch(*addresses, *k_values, *quant_scale.values(v_scale, "append_paged_kv_cache", "v_scale"))
+        k_values, v_values = quant_scale.values(k_scale, op, "k_scale"), quant_scale.values(v_scale, op, "v_scale")
+        prepared.launch(*addresses, *k_values, *v_values)
     else:
         prepared.launch(*addresses)
 
@@ -118,29 +110,28 @@ def _prepare_paged(
 
 
 def run_mla(rows: Rows, slots: Slots, ckv_cache: Optional[torch.Tensor], kpe_cache: Optional[torch.Tensor]) -> None:
+    op = "append_paged_mla_kv_cache"
     ckv, kpe = rows
-    batch_indices, positions, kv_indices, kv_indptr = slots
     try:
-        addresses = (
-            ckv.data_ptr(),
-            kpe.data_ptr(),
-            0 if ckv_cache is None else ckv_cache.data_ptr(),
-            0 if kpe_cache is None else kpe_cache.data_ptr(),
-            batch_indices.data_ptr(),
-            positions.data_ptr(),
-            kv_indices.data_ptr(),
-            kv_indptr.data_ptr(),
-        )
+        ckv_ptr = ckv.data_ptr() or checks.no_address(op, "append_ckv", ckv)
+        kpe_ptr = kpe.data_ptr() or checks.no_address(op, "append_kpe", kpe)
+        device = ckv.device
+        ckv_cache_ptr = kpe_cache_ptr = 0
+        ckv_cache_like = kpe_cache_like = None
+        if ckv_cache is not None:
+            ckv_cache_ptr = ckv_cache.data_ptr() or checks.no_address(op, "ckv_cache", ckv_cache)
+            ckv_cache_like = ckv_cache.dtype, ckv_cache.shape, ckv_cache.stride(), ckv_cache.device == device
+        if kpe_cache is not None:
+            kpe_cache_ptr = kpe_cache.data_ptr() or checks.no_address(op, "kpe_cache", kpe_cache)
+            kpe_cache_like = kpe_cache.dtype, kpe_cache.shape, kpe_cache.stride(), kpe_cache.device == device
+        slot_ptrs, slots_like = appending.identify(op, slots)
         key = (
-            (addresses[0] | addresses[1] | addresses[2] | addresses[3]) & 15,
-            memo.signature(ckv),
-            memo.signature(kpe),
-            None if ckv_cache is None else memo.signature(ckv_cache),
-            None if kpe_cache is None else memo.signature(kpe_cache),
-            memo.signature(batch_indices),
-            memo.signature(positions),
-            memo.signature(kv_indices),
-            memo.signature(kv_indptr),
+            (ckv_ptr | kpe_ptr | ckv_cache_ptr | kpe_cache_ptr) & 15,
+            *(ckv.dtype, ckv.shape, ckv.stride(), device),
+            *(kpe.dtype, kpe.shape, kpe.stride(), kpe.device == device),
+            ckv_cache_like,
+            kpe_cache_like,
+            slots_like,
         )
         prepared = _mla_appends.get(key)
     except (AttributeError, TypeError):
@@ -150,7 +141,7 @@ def run_mla(rows: Rows, slots: Slots, ckv_cache: Optional[torch.Tensor], kpe_cac
         prepared = _mla_appends.remember(key, _prepare_mla(rows, slots, ckv_cache, kpe_cache))
     if prepared.check is not None:
         prepared.check(slots)
-    prepared.launch(*addresses)
+    prepared.launch(ckv_ptr, kpe_ptr, ckv_cache_ptr, kpe_cache_ptr, *slot_ptrs)
 
 
 def _prepare_mla(

@@ -50,8 +50,16 @@ def run_positions(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     op = "get_batch_indices_positions"
     try:
+        indptr_ptr = append_indptr.data_ptr() or checks.no_address(op, "append_indptr", append_indptr)
+        lens_ptr = seq_lens.data_ptr() or checks.no_address(op, "seq_lens", seq_lens)
         if append_indptr.dtype is not seq_lens.dtype:
             append_indptr, seq_lens = _of_one_type(append_indptr, seq_lens)
+            indptr_ptr, lens_ptr = append_indptr.data_ptr(), seq_lens.data_ptr()
+        batch_ptr = positions_ptr = 0
+        if batch_indices is not None:
+            batch_ptr = batch_indices.data_ptr() or checks.no_address(op, "batch_indices", batch_indices)
+        if positions is not None:
+            positions_ptr = positions.data_ptr() or checks.no_address(op, "positions", positions)
         key = (
             op,
             nnz,
@@ -70,11 +78,13 @@ def run_positions(
     launch, reads_values, new = prepared
     if batch_indices is None:
         batch_indices = new()
+        batch_ptr = batch_indices.data_ptr()
     if positions is None:
         positions = new()
+        positions_ptr = positions.data_ptr()
     if reads_values:
         _require_lengths(op, append_indptr, seq_lens, nnz)
-    launch(append_indptr.data_ptr(), seq_lens.data_ptr(), batch_indices.data_ptr(), positions.data_ptr())
+    launch(indptr_ptr, lens_ptr, batch_ptr, positions_ptr)
     return batch_indices, positions
 
 
@@ -123,8 +133,11 @@ def run_seq_lens(
 ) -> torch.Tensor:
     op = "get_seq_lens"
     try:
+        indptr_ptr = kv_indptr.data_ptr() or checks.no_address(op, "kv_indptr", kv_indptr)
+        last_ptr = kv_last_page_len.data_ptr() or checks.no_address(op, "kv_last_page_len", kv_last_page_len)
         if kv_indptr.dtype is not kv_last_page_len.dtype:
             kv_indptr, kv_last_page_len = _of_one_type(kv_indptr, kv_last_page_len)
+            indptr_ptr, last_ptr = kv_indptr.data_ptr(), kv_last_page_len.data_ptr()
         key = (op, memo.signature(kv_indptr), memo.signature(kv_last_page_len), page_size)
         prepared = _index_launches.get(key)
     except (AttributeError, TypeError):
@@ -138,7 +151,7 @@ def run_seq_lens(
         seq_lens = new()
     if reads_values:
         _require_pages(op, kv_indptr, kv_last_page_len, page_size)
-    launch(kv_indptr.data_ptr(), kv_last_page_len.data_ptr(), seq_lens.data_ptr())
+    launch(indptr_ptr, last_ptr, seq_lens.data_ptr())
     return seq_lens
 
 

@@ -71,7 +71,7 @@ def apply_rope(
         UnsupportedConfig: no kernel for this dtype or head dimension.
     """
     rotation = Rotation(rotary_dim, interleave, None, indptr, offsets, None, rope_scale, rope_theta)
-    return launch.rope("apply_rope", q, k, rotation)
+    return launch.rope("apply_rope", q, k, None, None, rotation)
 
 
 def apply_rope_inplace(
@@ -86,7 +86,7 @@ def apply_rope_inplace(
 ) -> None:
     """`apply_rope`, in place."""
     rotation = Rotation(rotary_dim, interleave, None, indptr, offsets, None, rope_scale, rope_theta)
-    launch.rope_inplace("apply_rope_inplace", q, k, rotation)
+    launch.rope("apply_rope_inplace", q, k, q, k, rotation)
 
 
 def apply_rope_pos_ids(
@@ -100,7 +100,7 @@ def apply_rope_pos_ids(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`apply_rope` with the position of every row given: pos_ids is `[nnz]`, int32 or int64."""
     rotation = Rotation(rotary_dim, interleave, pos_ids, None, None, None, rope_scale, rope_theta)
-    return launch.rope("apply_rope_pos_ids", q, k, rotation)
+    return launch.rope("apply_rope_pos_ids", q, k, None, None, rotation)
 
 
 def apply_rope_pos_ids_inplace(
@@ -114,7 +114,7 @@ def apply_rope_pos_ids_inplace(
 ) -> None:
     """`apply_rope_pos_ids`, in place."""
     rotation = Rotation(rotary_dim, interleave, pos_ids, None, None, None, rope_scale, rope_theta)
-    launch.rope_inplace("apply_rope_pos_ids_inplace", q, k, rotation)
+    launch.rope("apply_rope_pos_ids_inplace", q, k, q, k, rotation)
 
 
 def apply_llama31_rope(
@@ -137,7 +137,7 @@ def apply_llama31_rope(
     """
     frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
     rotation = Rotation(rotary_dim, interleave, None, indptr, offsets, None, *frequencies)
-    return launch.rope("apply_llama31_rope", q, k, rotation)
+    return launch.rope("apply_llama31_rope", q, k, None, None, rotation)
 
 
 def apply_llama31_rope_inplace(
@@ -156,7 +156,7 @@ def apply_llama31_rope_inplace(
     """`apply_llama31_rope`, in place."""
     frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
     rotation = Rotation(rotary_dim, interleave, None, indptr, offsets, None, *frequencies)
-    launch.rope_inplace("apply_llama31_rope_inplace", q, k, rotation)
+    launch.rope("apply_llama31_rope_inplace", q, k, q, k, rotation)
 
 
 def apply_llama31_rope_pos_ids(
@@ -174,7 +174,7 @@ def apply_llama31_rope_pos_ids(
     """`apply_llama31_rope` with the position of every row given: pos_ids is `[nnz]`, int32 or int64."""
     frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
     rotation = Rotation(rotary_dim, interleave, pos_ids, None, None, None, *frequencies)
-    return launch.rope("apply_llama31_rope_pos_ids", q, k, rotation)
+    return launch.rope("apply_llama31_rope_pos_ids", q, k, None, None, rotation)
 
 
 def apply_llama31_rope_pos_ids_inplace(
@@ -192,7 +192,7 @@ def apply_llama31_rope_pos_ids_inplace(
     """`apply_llama31_rope_pos_ids`, in place."""
     frequencies = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
     rotation = Rotation(rotary_dim, interleave, pos_ids, None, None, None, *frequencies)
-    launch.rope_inplace("apply_llama31_rope_pos_ids_inplace", q, k, rotation)
+    launch.rope("apply_llama31_rope_pos_ids_inplace", q, k, q, k, rotation)
 
 
 def apply_rope_with_cos_sin_cache(
@@ -222,7 +222,7 @@ def apply_rope_with_cos_sin_cache(
     """
     op = "apply_rope_with_cos_sin_cache"
     rotation = _by_table(op, positions, head_size, cos_sin_cache, is_neox)
-    return launch.rope(op, query, key, rotation, head_size)
+    return launch.rope(op, query, key, None, None, rotation, head_size)
 
 
 def apply_rope_with_cos_sin_cache_inplace(
@@ -236,7 +236,7 @@ def apply_rope_with_cos_sin_cache_inplace(
     """`apply_rope_with_cos_sin_cache`, in place."""
     op = "apply_rope_with_cos_sin_cache_inplace"
     rotation = _by_table(op, positions, head_size, cos_sin_cache, is_neox)
-    launch.rope_inplace(op, query, key, rotation, head_size)
+    launch.rope(op, query, key, query, key, rotation, head_size)
 
 
 def _by_table(op: str, positions: torch.Tensor, head_size: int, cos_sin_cache: torch.Tensor, is_neox: bool) -> Rotation:
@@ -337,7 +337,7 @@ def fused_qk_rmsnorm_rope(
             head_dim]`, fp16, bf16 or fp32: query heads, then key heads; what follows (values) is not touched.
         q_weight, k_weight: `[head_dim]`, dtype of qkv.
         pos_ids: `[nnz]`, int32 or int64.
-        eps: added to the mean of squares.
+        eps: added to the mean of squares; not negative.
         weight_bias: added to the weights; 1 for Gemma.
         rotary_dim, interleave, rope_scale, rope_theta: as in `apply_rope`.
         low_freq_factor, high_freq_factor, old_context_len: as in `apply_llama31_rope`; old_context_len 0: plain

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 
@@ -17,7 +17,7 @@ from flashinfer.host.memo import Allocate, no_launch
 from flashinfer.host.paged_cache import PagedCache
 from flashinfer.host.quant_scale import Scale
 from flashinfer.host.rows import alignment_of, require_distinct
-from flashinfer.host.traced import Bundle
+from flashinfer.host.traced import Bundle, is_dynamo_compiling
 from flashinfer.jit import ArgValue, default_resolver
 from flashinfer.jit.loader import PreparedLaunch
 from flashinfer.rope import rotation as rotary
@@ -33,6 +33,7 @@ class _Append(NamedTuple):
     new_q_out: Allocate
 
 
+_OP = "rope_append_paged_kv_cache"
 _appends: memo.Memo[_Append] = memo.Memo()
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor, Optional[torch.Tensor]]  # q, k, v, q_out (None: allocated)
 
@@ -48,35 +49,22 @@ def append(
     pdl: Optional[bool],
 ) -> torch.Tensor:
     """Returns q_out."""
-    if not torch.compiler.is_dynamo_compiling():
-        return _run_append(heads, slots, cache, kv_layout, k_scale, v_scale, rotation, pdl)
+    if is_dynamo_compiling():
+        return _trace_append(heads, slots, cache, kv_layout, k_scale, v_scale, rotation, pdl)
     q, k, v, q_out = heads
-    if q_out is q:
-        _append_inplace_door((q, k, v), slots, cache, kv_layout, k_scale, v_scale, rotation, pdl)
-        return q
-    if q_out is None:
-        q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _append_door((q, k, v, q_out), slots, cache, kv_layout, k_scale, v_scale, rotation, pdl)
-    return q_out
-
-
-def _run_append(
-    heads: Heads,
-    slots: Slots,
-    cache: PagedCache,
-    kv_layout: str,
-    k_scale: Scale,
-    v_scale: Scale,
-    rotation: Rotation,
-    pdl: Optional[bool],
-) -> torch.Tensor:
-    q, k, v, q_out = heads
-    batch_indices, positions, kv_indices, kv_indptr = slots
     try:
-        q_ptr, k_ptr, v_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        q_out_ptr, out = (0, None) if q_out is None else (q_out.data_ptr(), q_out is q or memo.signature(q_out))
+        q_ptr = q.data_ptr() or checks.no_address(_OP, "q", q)
+        k_ptr = k.data_ptr() or checks.no_address(_OP, "k", k)
+        v_ptr = v.data_ptr() or checks.no_address(_OP, "v", v)
+        q_out_ptr, out = 0, None
+        if q_out is not None:
+            q_out_ptr = q_out.data_ptr() or checks.no_address(_OP, "q_out", q_out)
+            out = q_out is q or memo.signature(q_out)
         k_cache_ptr, v_cache_ptr = paged_cache.addresses(cache)
-        where, how = rotation.identify()
+        if not (k_cache_ptr and v_cache_ptr):
+            appending.require_cache(_OP, cache)
+        slot_ptrs, slots_like = appending.identify(_OP, slots)
+        where, how = rotation.identify(_OP)
         key = (
             kv_layout,
             pdl,
@@ -85,7 +73,7 @@ def _run_append(
             memo.signature(k),
             memo.signature(v),
             out,
-            appending.signature(slots),
+            slots_like,
             paged_cache.signature(cache),
             quant_scale.signature(k_scale),
             quant_scale.signature(v_scale),
@@ -101,18 +89,25 @@ def _run_append(
     if q_out is None:
         q_out = prepared.new_q_out()
         q_out_ptr = q_out.data_ptr()
-    addresses = (
-        *(q_ptr, k_ptr, v_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr + prepared.v_offset),
-        *(batch_indices.data_ptr(), positions.data_ptr(), kv_indices.data_ptr(), kv_indptr.data_ptr()),
-        *where,
-    )
+    addresses = q_ptr, k_ptr, v_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr + prepared.v_offset, *slot_ptrs, *where
     if prepared.check is not None:
         prepared.check(slots, rotation)
     if prepared.converts:
-        k_values = quant_scale.values(k_scale, "rope_append_paged_kv_cache", "k_scale")
-        prepared.launch(*addresses, *k_values, *quant_scale.values(v_scale, "rope_append_paged_kv_cache", "v_scale"))
+        k_values, v_values = quant_scale.values(k_scale, _OP, "k_scale"), quant_scale.values(v_scale, _OP, "v_scale")
+        prepared.launch(*addresses, *k_values, *v_values)
     else:
         prepared.launch(*addresses)
+    return q_out
+
+
+def _trace_append(heads: Heads, *others: Any) -> torch.Tensor:
+    q, k, v, q_out = heads
+    if q_out is q:
+        _append_inplace_door((q, k, v), *others)
+        return q
+    if q_out is None:
+        q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _append_door((q, k, v, q_out), *others)
     return q_out
 
 
@@ -126,7 +121,7 @@ def _prepare_append(
     rotation: Rotation,
     pdl: Optional[bool],
 ) -> _Append:
-    op = "rope_append_paged_kv_cache"
+    op = _OP
     checks.require_flag(op, "enable_pdl", pdl)
     q, k, v, q_out = heads
     checks.require_tensors(op, q=q, k=k, v=v)
@@ -196,11 +191,11 @@ _APPEND_ARGUMENTS: dict[str, Union[str, Bundle]] = {
 }
 _append_door = traced.door(
     "rope_append",
-    _run_append,
+    append,
     {"heads": traced.together("Tensor q", "Tensor k", "Tensor v", "Tensor(!) q_out"), **_APPEND_ARGUMENTS},
 )
 _append_inplace_door = traced.door(
     "rope_append_inplace",
-    lambda heads, *others: _run_append((*heads, heads[0]), *others),
+    lambda heads, *others: append((*heads, heads[0]), *others),
     {"heads": traced.together("Tensor(!) q", "Tensor k", "Tensor v"), **_APPEND_ARGUMENTS},
 )

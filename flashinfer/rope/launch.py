@@ -1,6 +1,6 @@
 """Prepared launches of the rotary operators: check once per signature, then pack and launch.
 
-Each has a function that runs it, which a traced call reaches through a door, and one that prepares its launch.
+Each has a function that runs it, which a traced call reaches again through a door, and one that prepares its launch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from flashinfer.families import rope as families
 from flashinfer.host import checks, memo, traced
 from flashinfer.host.memo import Allocate, no_launch
 from flashinfer.host.rows import require_distinct
+from flashinfer.host.traced import is_dynamo_compiling
 from flashinfer.jit import default_resolver
 from flashinfer.jit.loader import Grid, Launcher, PreparedLaunch
 from flashinfer.jit.spec import KernelSpec
@@ -44,41 +45,31 @@ _ropes: memo.Memo[_Rope] = memo.Memo()
 
 
 def rope(
-    op: str, q: torch.Tensor, k: torch.Tensor, rotation: Rotation, head_dim: Optional[int] = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turned copies. With head_dim given, heads may lie flat in the last axis."""
-    if not torch.compiler.is_dynamo_compiling():
-        return _run_rope(op, q, k, None, None, rotation, head_dim)
-    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    _rope_door(op, q, k, q_out, k_out, rotation, head_dim)
-    return q_out, k_out
-
-
-def rope_inplace(op: str, q: torch.Tensor, k: torch.Tensor, rotation: Rotation, head_dim: Optional[int] = None) -> None:
-    if torch.compiler.is_dynamo_compiling():
-        _rope_inplace_door(op, q, k, rotation, head_dim)
-    else:
-        _run_rope(op, q, k, q, k, rotation, head_dim)
-
-
-def _run_rope(
     op: str,
     q: torch.Tensor,
     k: torch.Tensor,
     q_out: Optional[torch.Tensor],
     k_out: Optional[torch.Tensor],
     rotation: Rotation,
-    head_dim: Optional[int],
+    head_dim: Optional[int] = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q_out, k_out: q and k themselves, or others, or None to allocate them."""
+    """q_out, k_out: q and k themselves, or others, or None to allocate them. With head_dim given, heads may lie flat in
+    the last axis."""
+    if is_dynamo_compiling():
+        return _trace_rope(op, q, k, q_out is q, rotation, head_dim)
     try:
-        q_ptr, k_ptr, (where, how) = q.data_ptr(), k.data_ptr(), rotation.identify()
+        q_ptr = q.data_ptr() or checks.no_address(op, "q", q)
+        k_ptr = k.data_ptr() or checks.no_address(op, "k", k)
+        where, how = rotation.identify(op)
         alignment = q_ptr | k_ptr
-        out: object = "in place" if q_out is q else None
+        out: object = None if q_out is None else ()
         if q_out is not q and q_out is not None and k_out is not None:
             alignment |= q_out.data_ptr() | k_out.data_ptr()
             out = memo.signature(q_out), memo.signature(k_out)
-        key = (op, head_dim, alignment & 15, out, memo.signature(q), memo.signature(k), how)
+        key = (
+            op, head_dim, alignment & 15, out, q.dtype, q.shape, q.stride(), q.device,
+            k.dtype, k.shape, k.stride(), k.device, how,
+        )  # fmt: skip
         prepared = _ropes.get(key)
     except (AttributeError, TypeError):
         _prepare_rope(op, q, k, q_out, k_out, rotation, head_dim)  # says what is wrong
@@ -94,6 +85,17 @@ def _run_rope(
     if q_out is None or k_out is None:
         q_out, k_out = new_q(), new_k()
     launch(q_ptr, k_ptr, q_out.data_ptr(), k_out.data_ptr(), *where)
+    return q_out, k_out
+
+
+def _trace_rope(
+    op: str, q: torch.Tensor, k: torch.Tensor, is_inplace: bool, rotation: Rotation, head_dim: Optional[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if is_inplace:
+        _rope_inplace_door(op, q, k, rotation, head_dim)
+        return q, k
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    _rope_door(op, q, k, q_out, k_out, rotation, head_dim)
     return q_out, k_out
 
 
@@ -134,7 +136,7 @@ def _prepare_rope(
 
 _rope_door = traced.door(
     "rope",
-    _run_rope,
+    rope,
     {
         **{"op": "str", "q": "Tensor", "k": "Tensor", "q_out": "Tensor(!)", "k_out": "Tensor(!)"},
         **{"rotation": rotary.BUNDLE, "head_dim": "int?"},
@@ -142,7 +144,7 @@ _rope_door = traced.door(
 )
 _rope_inplace_door = traced.door(
     "rope_inplace",
-    lambda op, q, k, rotation, head_dim: _run_rope(op, q, k, q, k, rotation, head_dim),
+    lambda op, q, k, rotation, head_dim: rope(op, q, k, q, k, rotation, head_dim),
     {"op": "str", "q": "Tensor(!)", "k": "Tensor(!)", "rotation": rotary.BUNDLE, "head_dim": "int?"},
 )
 
@@ -170,36 +172,19 @@ def qk_norm(
     pdl: Optional[bool],
 ) -> None:
     """weights, num_heads: of queries and keys."""
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         _qk_norm_door(qkv, weights, num_heads, eps, weight_bias, rotation, pdl)
-    else:
-        _run_qk_norm(qkv, weights, num_heads, eps, weight_bias, rotation, pdl)
-
-
-def _run_qk_norm(
-    qkv: torch.Tensor,
-    weights: tuple[torch.Tensor, torch.Tensor],
-    num_heads: tuple[int, int],
-    eps: float,
-    weight_bias: float,
-    rotation: Rotation,
-    pdl: Optional[bool],
-) -> None:
+        return
     q_weight, k_weight = weights
     try:
-        where, how = rotation.identify()
-        addresses = (qkv.data_ptr(), q_weight.data_ptr(), k_weight.data_ptr(), *where)
+        qkv_ptr = qkv.data_ptr() or checks.no_address(_QK_NORM, "qkv", qkv)
+        q_weight_ptr = q_weight.data_ptr() or checks.no_address(_QK_NORM, "q_weight", q_weight)
+        k_weight_ptr = k_weight.data_ptr() or checks.no_address(_QK_NORM, "k_weight", k_weight)
+        where, how = rotation.identify(_QK_NORM)
         key = (
-            pdl,
-            eps,
-            weight_bias,
-            num_heads,
-            (addresses[0] | addresses[1] | addresses[2]) & 15,
-            memo.signature(qkv),
-            memo.signature(q_weight),
-            memo.signature(k_weight),
-            how,
-        )
+            pdl, eps, weight_bias, num_heads, (qkv_ptr | q_weight_ptr | k_weight_ptr) & 15,
+            qkv.dtype, qkv.shape, qkv.stride(), qkv.device, memo.signature(q_weight), memo.signature(k_weight), how,
+        )  # fmt: skip
         prepared = _qk_norms.get(key)
     except (AttributeError, TypeError):
         _prepare_qk_norm(qkv, weights, num_heads, eps, weight_bias, rotation, pdl)  # says what is wrong
@@ -209,7 +194,7 @@ def _run_qk_norm(
         _qk_norms.remember(key, prepared)
     if prepared.reads_values:
         rotary.require_positions(_QK_NORM, rotation, qkv.shape[0])
-    prepared.launch(addresses[0], addresses[0] + prepared.k_offset, *addresses[1:])
+    prepared.launch(qkv_ptr, qkv_ptr + prepared.k_offset, q_weight_ptr, k_weight_ptr, *where)
 
 
 def _prepare_qk_norm(
@@ -244,7 +229,10 @@ def _prepare_qk_norm(
         op,
         f"qkv has {heads.shape[1]} heads of {head_dim}; expected at least {num_qo_heads} + {num_kv_heads} (q and k)",
     )
-    eps, weight_bias = checks.real(op, "eps", eps), checks.real(op, "weight_bias", weight_bias)
+    for name, value in (("eps", eps), ("weight_bias", weight_bias)):
+        if isinstance(value, torch.Tensor):  # which may change
+            raise TypeError(f"{op}: {name} is a tensor; expected a number, which a launch keeps")
+    eps, weight_bias = checks.real(op, "eps", eps, at_least=0.0), checks.real(op, "weight_bias", weight_bias)
     launch: PreparedLaunch = no_launch
     if heads.shape[0] * (num_qo_heads + num_kv_heads) > 0:
         spec = families.QK_NORM_ROPE.spec(target.of_device(qkv.device), **geometry.axes)
@@ -266,7 +254,7 @@ def _prepare_qk_norm(
 
 _qk_norm_door = traced.door(
     "qk_norm_rope",
-    _run_qk_norm,
+    qk_norm,
     {
         **{"qkv": "Tensor(!)", "weights": traced.together("Tensor q_weight", "Tensor k_weight")},
         **{

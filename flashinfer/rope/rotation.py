@@ -12,7 +12,7 @@ from flashinfer import dtypes
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families import rope as families
 from flashinfer.families.layout import DTYPES, vec_size
-from flashinfer.host import checks, indices, memo, traced
+from flashinfer.host import checks, indices, traced
 from flashinfer.host.rows import alignment_of
 from flashinfer.jit.loader import Value
 
@@ -33,21 +33,27 @@ class Rotation(NamedTuple):
     high_freq_factor: float = 4.0
     old_context_len: int = 0
 
-    def identify(self) -> tuple[tuple[int, int, int, int], tuple[object, ...]]:
+    def identify(self, op: str) -> tuple[tuple[int, int, int, int], tuple[object, ...]]:
         """Addresses, the fields of `Rotation` in rope/params.h, and what a prepared launch depends on.
 
         Does not look for what has to be there: where a caller left it out, an AttributeError, which `check` explains.
         """
-        given: Any = self[2:6]
-        positions, indptr, offsets, table = given
+        given: Any = self
+        rotary_dim, interleave, positions, indptr, offsets, table, *frequencies = given
         if indptr is not None:
-            where = (*memo.signature(indptr), *memo.signature(offsets))
-            return (0, indptr.data_ptr(), offsets.data_ptr(), 0), (self[:2], where, self[-5:])
+            indptr_ptr = indptr.data_ptr() or checks.no_address(op, "indptr", indptr)
+            offsets_ptr = offsets.data_ptr() or checks.no_address(op, "offsets", offsets)
+            return (0, indptr_ptr, offsets_ptr, 0), (
+                rotary_dim, interleave, indptr.dtype, indptr.shape, indptr.stride(), indptr.device,
+                offsets.dtype, offsets.shape, offsets.stride(), offsets.device, *frequencies,
+            )  # fmt: skip
+        positions_ptr = positions.data_ptr() or checks.no_address(op, "positions", positions)
+        where = positions.dtype, positions.shape, positions.stride(), positions.device
         if table is None:
-            return (positions.data_ptr(), 0, 0, 0), (self[:2], memo.signature(positions), self[-5:])
-        table_ptr = table.data_ptr()
-        signature = (self[:2], memo.signature(positions), memo.signature(table), table_ptr & 15)
-        return (positions.data_ptr(), 0, 0, table_ptr), signature
+            return (positions_ptr, 0, 0, 0), (rotary_dim, interleave, *where, *frequencies)
+        table_ptr = table.data_ptr() or checks.no_address(op, "cos_sin_cache", table)
+        of_table = table.dtype, table.shape, table.stride(), table.device, table_ptr & 15
+        return (positions_ptr, 0, 0, table_ptr), (rotary_dim, interleave, where, of_table)
 
     def tensors(self) -> dict[str, Optional[torch.Tensor]]:
         """Those that it is made of, by name. None where one is missing."""

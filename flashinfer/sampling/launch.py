@@ -12,13 +12,14 @@ from flashinfer.errors import UnsupportedConfig
 from flashinfer.families import sampling as families
 from flashinfer.host import checks, memo, traced
 from flashinfer.host import indices as index_values
+from flashinfer.host.traced import is_dynamo_compiling
 from flashinfer.jit import Family, default_resolver
 from flashinfer.jit.loader import Grid, Launcher, PreparedLaunch
 from flashinfer.sampling import randomness
 from flashinfer.sampling.randomness import Seed
 
 Number = Union[int, float]
-PerRow = Union[torch.Tensor, int, float, None]
+PerRow = Union[torch.Tensor, int, float]
 Samples = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 
 # operator: (what it does to a row, axis `op` of the family)
@@ -38,10 +39,12 @@ _SAMPLERS = {
     "top_k_top_p_sampling_from_logits": ("logits", "top_k_top_p"),
     "top_k_top_p_sampling_from_probs": ("probs", "top_k_top_p"),
 }
-is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _WORDS_PER_SAMPLE = 8  # Philox words a row consumes
 # Counts of elements are sums of floats in the kernels, exact so far. Blocks of a grid are numbered in 31 bits.
 _LARGEST_VOCAB, _LARGEST_BATCH = 1 << 24, 1 << 28
+_LARGEST_COUNT = 0x7FFFFFFF
+# Parameters that limit nothing: any count beyond the vocabulary, the whole weight, none of the largest probability.
+_EVERY, _WHOLE, _NONE = _LARGEST_COUNT, 1.0, 0.0
 
 
 class Draw(NamedTuple):
@@ -53,44 +56,37 @@ class Draw(NamedTuple):
     seed: Seed
     offset: Seed
     return_valid: bool
-    top_k: PerRow = None
-    top_p: PerRow = None
-    min_p: PerRow = None
+    top_k: PerRow = _EVERY
+    top_p: PerRow = _WHOLE
+    min_p: PerRow = _NONE
     top_k_first: bool = False  # top-p acts on what top-k leaves
 
 
 # ----------------------------------------------------------------------------------------------------------- parameters
 
 # What a launch takes of a parameter: a number for all rows, or the address of one for each; and the signature of the
-# tensor at that address, which decides whether the kernel can read it.
+# tensor at that address, which decides whether the kernel can read it. A number within its range is all of it; these
+# functions are for the rest.
 Parameter = tuple[Number, int, Optional[tuple[object, ...]]]
-_NO_COUNT: Parameter = (0, 0, None)
-_ONE: Parameter = (1.0, 0, None)
-_ZERO: Parameter = (0.0, 0, None)
 _INT64 = -(1 << 63), (1 << 63) - 1
-_LARGEST_COUNT = 0x7FFFFFFF  # keeps all, as does any count beyond the vocabulary
 _LEAST_TEMPERATURE, _LARGEST_TEMPERATURE = 2.0**-126, float(torch.finfo(torch.float32).max)
 
 
 def _count(op: str, value: Any) -> Parameter:
-    if value.__class__ is int and 1 <= value <= _LARGEST_COUNT:
-        return value, 0, None
     if isinstance(value, torch.Tensor):
-        return 0, value.data_ptr(), memo.signature(value)
+        return 0, value.data_ptr() or checks.no_address(op, "top_k", value), memo.signature(value)
     return min(max(checks.integer(op, "top_k", value, *_INT64), 1), _LARGEST_COUNT), 0, None
 
 
 def _fraction(op: str, name: str, value: Any) -> Parameter:
-    if value.__class__ in (float, int) and 0 <= value <= 1:
-        return value, 0, None
     if isinstance(value, torch.Tensor):
-        return 0.0, value.data_ptr(), memo.signature(value)
+        return 0.0, value.data_ptr() or checks.no_address(op, name, value), memo.signature(value)
     return min(max(checks.real(op, name, value), 0.0), 1.0), 0, None
 
 
 def _temperature(op: str, value: Any) -> Parameter:
     if isinstance(value, torch.Tensor):
-        return 0.0, value.data_ptr(), memo.signature(value)
+        return 0.0, value.data_ptr() or checks.no_address(op, "temperature", value), memo.signature(value)
     number = checks.real(op, "temperature", value, above=0.0)
     return min(max(number, _LEAST_TEMPERATURE), _LARGEST_TEMPERATURE), 0, None
 
@@ -187,22 +183,25 @@ def sample(
     seed: Seed,
     offset: Seed,
     return_valid: bool,
-    top_k: PerRow = None,
-    top_p: PerRow = None,
-    min_p: PerRow = None,
+    top_k: PerRow = _EVERY,
+    top_p: PerRow = _WHOLE,
+    min_p: PerRow = _NONE,
     top_k_first: bool = False,
     out: Optional[tuple[torch.Tensor, Optional[torch.Tensor]]] = None,
 ) -> Samples:
-    """Limits that are None are none. Tokens and, if wanted, their validity go to `out` if given.
+    """Tokens and, if wanted, their validity go to `out` if given.
 
     A call passes its arguments on one by one: to bundle them first would cost it 0.3 µs.
     """
     if is_dynamo_compiling():
         draw = Draw(indices, generator, check_nan, seed, offset, return_valid, top_k, top_p, min_p, top_k_first)
         return _traced_sample(op, input, draw)
-    k_value, k_ptr, k_like = _NO_COUNT if top_k is None else _count(op, top_k)
-    p_value, p_ptr, p_like = _ONE if top_p is None else _fraction(op, "top_p", top_p)
-    m_value, m_ptr, m_like = _ZERO if min_p is None else _fraction(op, "min_p", min_p)
+    is_plain = top_k is _EVERY or (top_k.__class__ is int and 1 <= top_k <= _LARGEST_COUNT)
+    k_value, k_ptr, k_like = (top_k, 0, None) if is_plain else _count(op, top_k)
+    is_part = top_p.__class__ is float and 0.0 <= top_p <= 1.0
+    p_value, p_ptr, p_like = (top_p, 0, None) if is_part else _fraction(op, "top_p", top_p)
+    is_plain = min_p is _NONE or (min_p.__class__ is float and 0.0 <= min_p <= 1.0)
+    m_value, m_ptr, m_like = (min_p, 0, None) if is_plain else _fraction(op, "min_p", min_p)
     state = words = words_like = None
     if seed is not None or offset is not None:
         state, words_like = randomness.given(op, seed, offset)
@@ -347,9 +346,9 @@ _NORMALIZE_VARYING = (
 def normalize(
     op: str,
     input: torch.Tensor,
-    top_k: PerRow = None,
-    top_p: PerRow = None,
-    temperature: PerRow = None,
+    top_k: PerRow = _EVERY,
+    top_p: PerRow = _WHOLE,
+    temperature: PerRow = 1.0,
     pdl: Optional[bool] = None,
     out: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
@@ -357,9 +356,12 @@ def normalize(
         out = torch.empty(input.shape, dtype=_output_dtype(op, input), device=input.device)
         _normalize_door(op, input, top_k, top_p, temperature, pdl, out)
         return out
-    k_value, k_ptr, k_like = _NO_COUNT if top_k is None else _count(op, top_k)
-    p_value, p_ptr, p_like = _ONE if top_p is None else _fraction(op, "top_p", top_p)
-    t_value, t_ptr, t_like = _ONE if temperature is None else _temperature(op, temperature)
+    is_plain = top_k is _EVERY or (top_k.__class__ is int and 1 <= top_k <= _LARGEST_COUNT)
+    k_value, k_ptr, k_like = (top_k, 0, None) if is_plain else _count(op, top_k)
+    is_part = top_p.__class__ is float and 0.0 <= top_p <= 1.0
+    p_value, p_ptr, p_like = (top_p, 0, None) if is_part else _fraction(op, "top_p", top_p)
+    is_plain = temperature.__class__ is float and _LEAST_TEMPERATURE <= temperature <= _LARGEST_TEMPERATURE
+    t_value, t_ptr, t_like = (temperature, 0, None) if is_plain else _temperature(op, temperature)
     try:
         key = op, pdl, input.dtype, input.shape, input.stride(), input.device, k_like, p_like, t_like
         input_ptr = input.data_ptr() or checks.no_address(op, "the input", input)

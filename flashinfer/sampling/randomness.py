@@ -42,7 +42,7 @@ def _word(op: str, name: str, value: Seed, low: int) -> tuple[int, int, object]:
     if value is None:
         return 0, 0, None
     if isinstance(value, torch.Tensor):
-        return value.data_ptr(), 0, memo.signature(value)
+        return value.data_ptr() or checks.no_address(op, name, value), 0, memo.signature(value)
     return 0, checks.integer(op, name, value, low, _LARGEST) & _LARGEST, None
 
 

@@ -8,9 +8,10 @@ import torch
 
 from flashinfer.families import sampling as families
 from flashinfer.host import checks, memo, traced
+from flashinfer.host.traced import is_dynamo_compiling
 from flashinfer.jit.loader import PreparedLaunch
 from flashinfer.sampling import randomness
-from flashinfer.sampling.launch import check_dtype, check_sizes, is_dynamo_compiling, kernel, not_tensors, nothing
+from flashinfer.sampling.launch import check_dtype, check_sizes, kernel, not_tensors, nothing
 from flashinfer.sampling.randomness import Seed
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -99,11 +100,13 @@ def speculate(
         accepted = new_count()
     if emitted is None:
         emitted = new_count()
-    elif abs(accepted.data_ptr() - emitted.data_ptr()) < emitted.nbytes:
+    accepted_ptr = accepted.data_ptr() or checks.no_address(op, _PUBLIC_NAMES["accepted"], accepted)
+    emitted_ptr = emitted.data_ptr() or checks.no_address(op, _PUBLIC_NAMES["emitted"], emitted)
+    if abs(accepted_ptr - emitted_ptr) < emitted.nbytes:
         raise ValueError(f"{op}: {' and '.join(_PUBLIC_NAMES.values())} share memory; expected a place for each count")
     if state is None:
         state, words = randomness.drawn(op, draft_probs, generator, num_words)
-    launch(*inputs, token_ids.data_ptr(), accepted.data_ptr(), emitted.data_ptr(), *state)
+    launch(*inputs, token_ids.data_ptr(), accepted_ptr, emitted_ptr, *state)
     del words  # they were there until now
     return token_ids, accepted, emitted
 

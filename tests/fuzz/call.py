@@ -265,11 +265,12 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def has_values(tensor: torch.Tensor) -> bool:
-    """With values in memory."""
+    """With values in memory, which may have been freed."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and tensor.layout == torch.strided
         and tensor.device.type == "cpu"
+        and (tensor.numel() == 0 or tensor.data_ptr() != 0)
     )
 
 

@@ -278,8 +278,16 @@ def _sparse(d: Draw, x: torch.Tensor, call: Call) -> Changed:
     return x.detach().clone().to_sparse(), "sparse"
 
 
+def _freed(d: Draw, x: torch.Tensor, call: Call) -> Changed:
+    if x.numel() == 0:
+        return None
+    x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+    x.untyped_storage().resize_(0)
+    return x, "freed"
+
+
 _CHANGES = (
-    *[_meta, _fake, _sparse, _no_tensor, _gradient, _alias, _misaligned, _other_values],
+    *[_meta, _fake, _freed, _sparse, _no_tensor, _gradient, _alias, _misaligned, _other_values],
     *[_other_dtype] * 2,
     *[_other_rank] * 2,
     *[_other_length] * 3,

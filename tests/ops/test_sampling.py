@@ -114,7 +114,7 @@ def test_distribution(device: torch.device, case: str, vocab_size: int, dtype: t
     weights = probs if kind == "logits" else row.double()
     mask = oracle.kept(row, weights, **filters)
     weights = torch.where(mask, weights, 0)
-    num_draws = 4_000_000 if device.type == "cuda" else 100_000
+    num_draws = 4_000_000 if device.type == "cuda" else 60_000  # of most tokens more than ten, which are not pooled
     indices = torch.zeros(num_draws, dtype=torch.int32, device=device)
     tokens = draw(row[None].to(device), indices=indices, generator=new_generator(device), **kwargs)
     assert tokens.dtype == torch.int32 and tokens.shape == (num_draws,)

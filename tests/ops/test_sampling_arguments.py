@@ -83,7 +83,14 @@ def test_the_smallest_temperatures_leave_the_largest_logit(device: torch.device,
 
 
 WRONG_NUMBERS: dict[str, list[tuple[Any, type[Exception]]]] = {
-    "top_k": [(2.5, TypeError), ("5", TypeError), (math.nan, TypeError), (1 << 70, ValueError), ([5], TypeError)],
+    "top_k": [
+        (2.5, TypeError),
+        ("5", TypeError),
+        (math.nan, TypeError),
+        (1 << 70, ValueError),
+        ([5], TypeError),
+        (None, TypeError),  # no filter is another function
+    ],
     "top_p": [
         (math.nan, ValueError),
         (math.inf, ValueError),
@@ -91,6 +98,7 @@ WRONG_NUMBERS: dict[str, list[tuple[Any, type[Exception]]]] = {
         ("0.5", TypeError),
         ([0.5], TypeError),
         (1j, TypeError),
+        (None, TypeError),
     ],
     "temperature": [
         (0, ValueError),

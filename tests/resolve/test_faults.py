@@ -227,17 +227,17 @@ def test_killed_while_writing_to_the_cache(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------- many at one time
 
 
-def test_eight_processes_on_one_cold_cache(tmp_path: Path) -> None:
+def test_several_processes_on_one_cold_cache(tmp_path: Path) -> None:
     script, uses = compiler_script(tmp_path)
     cache = tmp_path / "cache"
-    processes = [spawn(CALL, FLASHINFER_CXX=script, FLASHINFER_CACHE_DIR=cache, COMPILE_DELAY="1.0") for _ in range(8)]
+    processes = [spawn(CALL, FLASHINFER_CXX=script, FLASHINFER_CACHE_DIR=cache, COMPILE_DELAY="1.0") for _ in range(4)]
     logs = [finish(process)[1] for process in processes]
     only_artifact(cache)
     assert len(uses.read_text().split()) == 1, "one process compiles, the others wait for it"
     assert sum("compiled" in text for text in logs) == 1
     records, broken = misses.read([cache / "misses"])
     assert broken == 0
-    assert sorted(record.resolved_by for record in records) == ["jit-cache"] * 7 + ["jit-compile"]
+    assert sorted(record.resolved_by for record in records) == ["jit-cache"] * 3 + ["jit-compile"]
 
 
 def test_processes_without_locks_still_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from tests.fuzz.draw import FLOATS, FP8, Draw
 from tests.fuzz.table import Case
 from tests.fuzz.table import page as paged
 from tests.fuzz.table.indices import LARGEST, integers, offsets, whole
+from tests.fuzz.table.norm import number
 from tests.oracles import norm as norm_oracle
 from tests.oracles import rope as oracle
 
@@ -327,9 +328,11 @@ def _qk_norm(d: Draw) -> Iterator[Call]:
             cos, sin = angles.cos(), angles.sin()
         else:
             cos, sin = _from_table(cos_sin_cache, positions, rotary_dim)
-        begin = 0
+        begin, of_root = 0, number(eps)
+        if not of_root >= 0:
+            raise Refused("eps is negative")
         for count, weight in zip(counts, (q_weight, k_weight)):
-            normed = norm_oracle.rmsnorm(x[:, begin : begin + count], weight.double() + float(weight_bias), float(eps))
+            normed = norm_oracle.rmsnorm(x[:, begin : begin + count], weight.double() + number(weight_bias), of_root)
             expected[:, begin : begin + count] = oracle.rotate_by(normed, cos, sin, bool(interleave))
             begin += count
         return {"return": nothing, "qkv": near(expected.reshape(qkv.shape), qkv.dtype)}

@@ -14,7 +14,7 @@ from flashinfer import sampling
 from tests.fuzz.call import Call, Check, Refused, Unspecified, Wrong, equal, near, require_tensor
 from tests.fuzz.draw import FLOATS, Draw
 from tests.fuzz.table import Case
-from tests.fuzz.table.indices import LARGEST, integers, whole
+from tests.fuzz.table.indices import integers, whole
 from tests.oracles import sampling as oracle
 
 SLACK = 2e-5  # what fp32 sums over a vocabulary may differ by, as a part of the whole
@@ -62,8 +62,6 @@ def _per_row(name: str, value: Any, num_rows: int) -> list[Any]:
         if any(v != v or (name == "temperature" and not 0 < v < math.inf) for v in values):
             raise Unspecified  # on a device, nobody looks at them
         return [min(v, 1.0) for v in values] if name == "min_p" else values
-    if value is None:  # no filter
-        value = {"top_k": LARGEST, "top_p": 1.0, "min_p": 0.0}.get(name)
     if name == "top_k":
         value = whole(name, value)
     elif isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
