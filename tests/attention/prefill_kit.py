@@ -31,6 +31,7 @@ class Case:
     page_size: int = 16
     q_dtype: torch.dtype = BF16
     kv_dtype: torch.dtype | None = None
+    o_dtype: torch.dtype | None = None
     layout: str = "NHD"
     storage: str = "paged"
     strided: bool = False  # rows cut out of wider tensors
@@ -126,7 +127,8 @@ def plan(wrapper: Any, batch: Batch, **overrides: Any) -> None:
     page = {"page_size": case.page_size} if case.storage == "paged" else {}
     wrapper.plan(
         *batch.indices, num_qo_heads=case.heads[0], num_kv_heads=case.heads[1], head_dim_qk=case.head_dim,
-        head_dim_vo=case.head_dim_vo or None, q_data_type=case.q_dtype, kv_data_type=case.kv_dtype, **page, **options,
+        head_dim_vo=case.head_dim_vo or None, q_data_type=case.q_dtype, kv_data_type=case.kv_dtype,
+        o_data_type=case.o_dtype, **page, **options,
     )  # fmt: skip
 
 
@@ -136,7 +138,7 @@ def arguments(batch: Batch) -> tuple[Any, ...]:
 
 def run(wrapper: Any, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
     out = torch.full((*batch.q.shape[:2], batch.case.head_dim_vo or batch.case.head_dim), math.nan)
-    out = out.to(batch.q.device, batch.q.dtype)
+    out = out.to(batch.q.device, batch.case.o_dtype or batch.q.dtype)
     lse = torch.full(batch.q.shape[:2], math.nan, device=batch.q.device)
     result = wrapper.run(*arguments(batch), out=out, lse=lse, return_lse=True, **options)
     assert result[0] is out and result[1] is lse

@@ -10,7 +10,7 @@ import pytest
 
 from flashinfer.aot import config as aot_config
 from flashinfer.attention.prefill import sm90
-from flashinfer.errors import ToolchainMissing
+from flashinfer.errors import ToolchainMissing, UnsupportedConfig
 from flashinfer.families.attention import prefill as families
 from flashinfer.families.attention import prefill_sm90
 from flashinfer.families.attention.params import ADDRESSES
@@ -18,6 +18,7 @@ from flashinfer.jit import driver, loader, source, toolchain
 from flashinfer.jit.spec import KernelSpec
 
 BF16: dict[str, Any] = {"q_dtype": "bf16", "kv_dtype": "bf16", "head_dim": 128, "kv_storage": "ragged"}
+FP8: dict[str, Any] = {"q_dtype": "fp8_e4m3", "kv_dtype": "fp8_e4m3", "o_dtype": "bf16"}
 HOPPER, EVERYWHERE = "attention/sm90/prefill.cuh", "attention/prefill/kernel.cuh"
 
 
@@ -44,6 +45,9 @@ def header_of(target: str, **axes: Any) -> str:
         {"has_soft_cap": True},
         {"mask": "custom"},
         {"pos_encoding": "alibi"},
+        FP8,
+        {**FP8, "o_dtype": "fp16", "kv_storage": "paged", "page_size": 8, "mask": "none", "has_window": True},
+        {**FP8, "short_queries": True},
     ],
 )
 def test_serves(axes: dict[str, Any]) -> None:
@@ -66,6 +70,30 @@ def test_serves(axes: dict[str, Any]) -> None:
 )
 def test_leaves_to_the_other(axes: dict[str, Any]) -> None:
     assert header_of("sm_90a", **axes) == EVERYWHERE
+
+
+@pytest.mark.parametrize(
+    ("target", "axes"),
+    [
+        ("sm_80", {}),
+        ("sm_100a", {}),
+        ("sm_90a", {"kv_storage": "paged", "page_size": 1}),
+        ("sm_90a", {"kv_storage": "paged", "page_size": 12}),
+        ("sm_90a", {"pos_encoding": "rope"}),
+        ("sm_90a", {"head_dim": 96}),
+        ("sm_90a", {"kv_dtype": "bf16"}),
+        ("sm_90a", {"kv_dtype": "fp8_e5m2"}),
+        ("sm_90a", {"q_dtype": "bf16", "kv_dtype": "bf16", "o_dtype": "fp16"}),
+    ],
+)
+def test_fp8_queries_are_refused_where_no_kernel_takes_them(target: str, axes: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedConfig, match=r"prefill: (fp8 queries|q is)"):
+        source.render(families.prefill(target, **{**BF16, **FP8, **axes}))
+
+
+def test_length_of_fp8_queries_makes_no_two_kernels() -> None:
+    short, long = (families.prefill("sm_90a", **{**BF16, **FP8}, short_queries=short) for short in (True, False))
+    assert short == long
 
 
 def test_the_page_size_makes_no_two_kernels_where_none_minds() -> None:
@@ -94,6 +122,11 @@ def compiled_specs() -> list[KernelSpec]:
         specs.append(families.prefill("sm_90a", **{**BF16, **dims}, **changed))
     paged = {"kv_storage": "paged", "page_size": 16}
     specs.append(families.prefill("sm_90a", **{**BF16, "q_dtype": "fp16", "kv_dtype": "fp16", **paged}))
+    for dim, _ in prefill_sm90.FP8_TILES:
+        fp8 = {**BF16, **FP8, "head_dim": dim}
+        specs.append(families.prefill("sm_90a", **fp8))
+        specs.append(families.prefill("sm_90a", **{**fp8, **paged}, mask="none", has_window=True))
+        specs.append(families.prefill("sm_90a", **fp8, **changed))
     return specs
 
 
@@ -165,6 +198,17 @@ def test_ragged_rows_are_one_page(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (params.box_rows, bytes(params.k_map), bytes(params.v_map)) == (block_n, b"\1" * 128, b"\2" * 128)
     assert (params.q, params.out, getattr(params, "kv.k"), getattr(params, "kv.index.indptr")) == (
         0x1000, 0x2000, 1 << 40, 5,
+    )  # fmt: skip
+
+
+def test_bytes_are_described_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch, fake = bind(monkeypatch, (8 * 128, 0, 128), **FP8)
+    launch(*addresses(1 << 40, 1 << 41))
+    block_n, row = prefill_sm90.FP8_TILES[128, 128].block_n, 8 * 128
+    start, dims, strides, box = fake.maps[0]
+    assert start == (1 << 40) - block_n * row
+    assert (dims, strides, box) == (
+        [64, block_n, 8, 1, 1 << 31], [row, 128, 16, row], [64, block_n, 1, 1, 1],
     )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ SIGNATURES: dict[Any, str] = {
         q, k, v, custom_mask=None, packed_custom_mask=None, causal=False, kv_layout="NHD", pos_encoding_mode="NONE",
         use_fp16_qk_reduction=False, sm_scale=None, window_left=-1, logits_soft_cap=None, rope_scale=None,
         rope_theta=None, return_lse=False, backend="auto",
-        *, scale_q=None, scale_k=None, scale_v=None, k_scale=None, v_scale=None
+        *, scale_q=None, scale_k=None, scale_v=None, k_scale=None, v_scale=None, o_dtype=None
     """,
     prefill.BatchPrefillWithPagedKVCacheWrapper.__init__: """
         self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, qo_indptr_buf=None,

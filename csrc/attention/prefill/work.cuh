@@ -87,7 +87,7 @@ static_assert(kAllGroups == -1, "the first counter is that of the tile");
 template <class Config, int kNumThreads, int kNumVecs, int kBatch, class ArrivesLast>
 __device__ __forceinline__ void merge_splits(const PrefillParams& params, const PrefillUnit& unit,
                                              const FastDivisor& group_size, const ArrivesLast& arrives_last) {
-  using T = typename Config::Q;
+  using T = typename Config::Out;
   constexpr int kHeadDim = Config::kHeadDimVo, kVecsPerRow = kHeadDim / 4;
   const PrefillItem& item = unit.item;
   const PartialResults partial = PartialResults::of(item.num_splits);

@@ -13,7 +13,7 @@ template <class Config, class Shape = sm90::Shape<Config>>
 __device__ __forceinline__ void store_rows(const Sm90PrefillParams& params, const Work& work,
                                            const FastDivisor& group_size, int first_row, int num_rows,
                                            uint32_t rows_smem, int warp_row, const float (&out)[Shape::kNumOutputs]) {
-  using T = typename Shape::T;
+  using T = typename Shape::Out;
   const int lane_idx = fresh_thread_idx() % 32;
   const int row = warp_row + lane_idx % 16;  // whose address this lane passes to stmatrix
 #pragma unroll
@@ -43,6 +43,35 @@ __device__ __forceinline__ void store_rows(const Sm90PrefillParams& params, cons
                    : "=r"(vec.x), "=r"(vec.y), "=r"(vec.z), "=r"(vec.w)
                    : "r"(rows_smem + granule_offset(warp_row + pass_row, granule, Shape::kRowsPerConsumer)));
       *reinterpret_cast<uint4*>(row_gmem + granule * 8) = vec;
+    }
+  }
+}
+
+// Four neighbouring columns of each 16, the j-th, that a thread has where the values' dimensions were reordered
+// (transpose.cuh).
+template <int kNum>
+__device__ __forceinline__ void four_columns(const float (&out)[kNum], int j, int half, float (&x)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = at(out, half, 4 * j + i % 2 * 2 + i / 2);
+}
+
+// The consumer's rows of such an output: four lanes write a whole sector.
+template <class Config, class Shape = sm90::Shape<Config>>
+__device__ __forceinline__ void store_reordered_rows(const Sm90PrefillParams& params, const Work& work,
+                                                     const FastDivisor& group_size, int first_row, int num_rows,
+                                                     int first_lane_row, const float (&out)[Shape::kNumOutputs]) {
+  using T = typename Shape::Out;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (first_lane_row + row_of(half) >= num_rows) continue;
+    const QueryRow query = work.query_row(group_size, first_row + first_lane_row + row_of(half));
+    T* lane_gmem = static_cast<T*>(params.out) + work.offset(query, params.out_token_stride, params.out_head_stride) +
+                   fresh_thread_idx() % 4 * 4;
+#pragma unroll
+    for (int j = 0; j < Shape::kHeadDimVo / 16; ++j) {
+      float x[4];
+      four_columns(out, j, half, x);
+      cast_vec<T>(x).store(lane_gmem + j * 16);
     }
   }
 }
@@ -79,7 +108,7 @@ __device__ __forceinline__ void finish_unit(const Sm90PrefillParams& params, Sme
     float sum = softmax.sum[half];
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    lse[half] = softmax.max[half] * scale_log2 + fast_log2(sum);  // a row that saw no key: -inf - inf
+    lse[half] = softmax.lse(half, sum, scale_log2);
     const float factor = sum > 0.f ? __fdividef(params.v_scale, sum) : 0.f;
 #pragma unroll
     for (int i = 0; i < Shape::kNumOutputs / 2; ++i) at(out, half, i) *= factor;
@@ -92,19 +121,33 @@ __device__ __forceinline__ void finish_unit(const Sm90PrefillParams& params, Sme
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (first_lane_row + row_of(half) >= num_rows) continue;
-      float* lane_gmem = params.partial_out + (row + row_of(half)) * Shape::kHeadDimVo + lane_column(lane_idx);
+      float* row_gmem = params.partial_out + (row + row_of(half)) * Shape::kHeadDimVo;
+      if constexpr (Shape::kTransposesValues) {
 #pragma unroll
-      for (int i = 0; i < Shape::kNumOutputs / 2; i += 2) {
-        *reinterpret_cast<float2*>(lane_gmem + column_of(i)) = float2{at(out, half, i), at(out, half, i + 1)};
+        for (int j = 0; j < Shape::kHeadDimVo / 16; ++j) {
+          float x[4];
+          four_columns(out, j, half, x);
+          *reinterpret_cast<float4*>(row_gmem + lane_idx % 4 * 4 + j * 16) = float4{x[0], x[1], x[2], x[3]};
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < Shape::kNumOutputs / 2; i += 2) {
+          float* pair_gmem = row_gmem + lane_column(lane_idx) + column_of(i);
+          *reinterpret_cast<float2*>(pair_gmem) = float2{at(out, half, i), at(out, half, i + 1)};
+        }
       }
       if (lane_column(lane_idx) == 0) params.partial_lse[row + row_of(half)] = lse[half];
     }
     merge_splits<Config>(params, smem, work);
     return;
   }
-  named_barrier_sync(kConsumer + consumer_idx, kWarpgroupSize);  // all warps have left the queries
-  store_rows<Config>(params, work, group_size, first_row, num_rows, smem_address(smem.q_of(turn, consumer_idx)),
-                     warp_row, out);
+  if constexpr (Shape::kTransposesValues) {
+    store_reordered_rows<Config>(params, work, group_size, first_row, num_rows, first_lane_row, out);
+  } else {
+    named_barrier_sync(kConsumer + consumer_idx, kWarpgroupSize);  // all warps have left the queries
+    store_rows<Config>(params, work, group_size, first_row, num_rows, smem_address(smem.q_of(turn, consumer_idx)),
+                       warp_row, out);
+  }
   if (params.lse == nullptr || lane_column(lane_idx) != 0) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

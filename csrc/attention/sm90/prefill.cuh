@@ -8,6 +8,7 @@
 //
 //   scheduler.cuh  which unit of work is next (plan and list are those of attention/prefill)
 //   producer.cuh   how queries, keys and values come in
+//   transpose.cuh  and 8-bit values, whose keys the tensor cores want side by side
 //   consumer.cuh   the units of work
 //   walk.cuh       the loop over KV tiles
 //   softmax.cuh    what happens to the scores in between
@@ -21,7 +22,7 @@
 
 namespace flashinfer {
 
-// Config: Q (of q, k, v and out), kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kPosEncoding, and
+// Config: Q (of q, k and v), Out, kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kPosEncoding, and
 // the tile: kBlockM, kBlockN, kNumStages, kNumQueryStages, kNumThreads, kSmemBytes. Grid: as many blocks as
 // the planner was told; without a plan, any.
 template <class Config>

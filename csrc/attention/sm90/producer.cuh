@@ -3,24 +3,26 @@
 #pragma once
 
 #include "attention/sm90/scheduler.cuh"
+#include "attention/sm90/transpose.cuh"
 
 namespace flashinfer::sm90 {
 
 // How a warp copies rows of kHeadDim elements: kNumRows at a time, neighbouring lanes take neighbouring granules of
 // one.
-template <int kHeadDim>
+template <class T, int kHeadDim>
 struct RowLanes {
-  static constexpr int kGranulesPerRow = kHeadDim / 8, kLanesPerRow = kGranulesPerRow % 16 == 0 ? 16 : 8;
+  static constexpr int kGranuleLen = 16 / sizeof(T), kGranulesPerRow = kHeadDim / kGranuleLen,
+                       kLanesPerRow = kGranulesPerRow % 16 == 0 ? 16 : 8;
   static constexpr int kNumRows = 32 / kLanesPerRow;
   const int row = fresh_thread_idx() % 32 / kLanesPerRow, granule = fresh_thread_idx() % kLanesPerRow;
 
   // Row `row` of a tile, num_rows high. One that does not exist becomes zeros.
-  template <class T>
   __device__ __forceinline__ void copy(uint32_t tile_smem, int num_rows, int row, const T* row_gmem,
                                        bool exists) const {
 #pragma unroll
     for (int i = 0; i < kGranulesPerRow; i += kLanesPerRow) {
-      cp_async_16(tile_smem + granule_offset(row, granule + i, num_rows), row_gmem + (granule + i) * 8, exists);
+      cp_async_16(tile_smem + granule_offset(row, granule + i, num_rows), row_gmem + (granule + i) * kGranuleLen,
+                  exists);
     }
   }
 };
@@ -33,10 +35,12 @@ struct QueryProducer {
   const Sm90PrefillParams& params;
   Smem<Config>& smem;
 
-  __device__ __forceinline__ void run() const {
-    using Lanes = RowLanes<Shape::kHeadDimQk>;
+  // prepare(turn) ahead of the turn-th unit.
+  template <class Prepare>
+  __device__ __forceinline__ void run(const Prepare& prepare) const {
+    using Lanes = RowLanes<T, Shape::kHeadDimQk>;
     const Lanes lanes;
-    for_each_unit(smem, [&](const Work& work, uint32_t turn) {
+    const auto load = [&](const Work& work, uint32_t turn) {
       const FastDivisor group_size = smem.group_size;
       const int num_rows = work.num_rows(group_size.divisor, Shape::kBlockM);
       smem.q_empty.wait_empty(turn);
@@ -58,28 +62,19 @@ struct QueryProducer {
       fence_async_proxy();
       __syncwarp();
       if (elect_lane()) smem.q_full.at(turn).arrive();
-    });
+    };
+    for_each_unit(smem, load, prepare);
   }
 };
 
-// The tiles of K (or V) of every unit, from the last to the first.
-template <class Config, bool kIsKeys>
+// The tiles of K, of V or of both, of every unit, from the last to the first.
+template <class Config, bool kSendsKeys, bool kSendsValues>
 struct KvProducer {
   using Shape = sm90::Shape<Config>;
   using T = typename Shape::T;
   static constexpr bool kIsPaged = Config::kKvStorage == kKvPaged;
-  static constexpr int kHeadDim = kIsKeys ? Shape::kHeadDimQk : Shape::kHeadDimVo;
-  static constexpr int kNumPanels = kHeadDim / Shape::kPanelColumns;
-  static constexpr int kTileBytes = Shape::kBlockN * kHeadDim * 2;
   const Sm90PrefillParams& params;
   Smem<Config>& smem;
-
-  __device__ __forceinline__ auto& full() const { return kIsKeys ? smem.k_full : smem.v_full; }
-  __device__ __forceinline__ auto& empty() const { return kIsKeys ? smem.k_empty : smem.v_empty; }
-  __device__ __forceinline__ uint32_t tile_smem(uint32_t turn) const {
-    const int stage = turn % Shape::kNumStages;
-    return smem_address(kIsKeys ? smem.k[stage] : smem.v[stage]);
-  }
 
   // Rows [shift, shift + box_rows) of a page, of which the first num_valid exist.
   struct Box {
@@ -97,10 +92,9 @@ struct KvProducer {
     return {found.page_idx, found.entry_idx, max(min(item.kv_len - kv_idx, params.box_rows), 1)};
   }
 
-  // Without pages a copy brings a whole tile of 64 columns; of paged KV each lane has its box, whose page it looks up a
-  // tile ahead.
+  // Without pages a copy brings a whole tile of a panel's columns; of paged KV each lane has its box, whose page it
+  // looks up a tile ahead.
   __device__ __forceinline__ void run() const {
-    const TensorMap& map = kIsKeys ? params.k_map : params.v_map;
     const int lane_idx = fresh_thread_idx() % 32, box_rows = kIsPaged ? params.box_rows : Shape::kBlockN;
     const int row = lane_idx * box_rows;
     uint32_t turn = 0;
@@ -109,31 +103,67 @@ struct KvProducer {
       for (int tile = work.item.tile_end - 1; tile >= work.item.tile_begin; --tile, ++turn) {
         const Box box = next;
         next = find_box(work.item, tile - 1, row);
-        empty().wait_empty(turn);
-        if (lane_idx == 0) full().at(turn).arrive_expecting(kTileBytes);
-        __syncwarp();
-        if (row >= Shape::kBlockN) continue;
-#pragma unroll
-        for (int panel = 0; panel < kNumPanels; ++panel) {
-          tma_load_5d(tile_smem(turn) + (panel * Shape::kBlockN + row) * kPanelBytes, map, full().at(turn),
-                      panel * Shape::kPanelColumns, box_rows - box.num_valid, work.kv_head_idx, box.page_idx,
-                      box.shift + box.num_valid);
+        const int stage = turn % Shape::kNumStages;
+        if constexpr (kSendsKeys) {
+          send<Shape::kQkPanels>(params.k_map, smem.k[stage], smem.k_full, smem.k_empty, turn, work, box, row,
+                                 box_rows);
+        }
+        if constexpr (kSendsValues && Shape::kTransposesValues) {
+          send<Shape::kVoPanels>(params.v_map, smem.value_rows.stages[stage], smem.rows_full, smem.rows_empty, turn,
+                                 work, box, row, box_rows);
+        } else if constexpr (kSendsValues) {
+          send<Shape::kVoPanels>(params.v_map, smem.v[stage], smem.v_full, smem.v_empty, turn, work, box, row,
+                                 box_rows);
         }
       }
     });
   }
+
+  template <int kNumPanels, class Ring>
+  __device__ __forceinline__ void send(const TensorMap& map, uint8_t* tile_smem, Ring& full, Ring& empty, uint32_t turn,
+                                       const Work& work, const Box& box, int row, int box_rows) const {
+    empty.wait_empty(turn);
+    if (fresh_thread_idx() % 32 == 0) full.at(turn).arrive_expecting(kNumPanels * Shape::kBlockN * kPanelBytes);
+    __syncwarp();
+    if (row >= Shape::kBlockN) return;
+#pragma unroll
+    for (int panel = 0; panel < kNumPanels; ++panel) {
+      tma_load_5d(smem_address(tile_smem) + (panel * Shape::kBlockN + row) * kPanelBytes, map, full.at(turn),
+                  panel * (kPanelBytes / 2), box_rows - box.num_valid, work.kv_head_idx, box.page_idx,
+                  box.shift + box.num_valid);
+    }
+  }
 };
 
-// The producers' warpgroup: a warp each for keys, values, queries and the schedule.
+// A unit is published before its queries are loaded: that needs room for them, as does the next unit.
+template <class Config>
+__device__ __forceinline__ void produce_schedule_and_queries(const Sm90PrefillParams& params, Smem<Config>& smem) {
+  Scheduler<Config> scheduler{params, smem};
+  QueryProducer<Config>{params, smem}.run([&](uint32_t turn) {
+    if (fresh_thread_idx() % 32 == 0) scheduler.publish(turn);
+    __syncwarp();
+  });
+  if (fresh_thread_idx() % 32 == 0) scheduler.close();
+}
+
+// The producers' warpgroup: a warp each for keys, values, queries and the schedule. Where values are transposed, two
+// warps do that, and the others have two of these jobs each.
 template <class Config>
 __device__ __forceinline__ void produce(const Sm90PrefillParams& params, Smem<Config>& smem) {
+  constexpr bool kTransposesValues = Shape<Config>::kTransposesValues;
   const int warp_idx = fresh_thread_idx() % kWarpgroupSize / 32;
   if (warp_idx == 0) {
-    KvProducer<Config, true>{params, smem}.run();
-  } else if (warp_idx == 1) {
-    KvProducer<Config, false>{params, smem}.run();
+    KvProducer<Config, true, kTransposesValues>{params, smem}.run();
   } else if (warp_idx == 2) {
-    QueryProducer<Config>{params, smem}.run();
+    if constexpr (kTransposesValues) {
+      produce_schedule_and_queries(params, smem);
+    } else {
+      QueryProducer<Config>{params, smem}.run([](uint32_t) {});
+    }
+  } else if constexpr (kTransposesValues) {
+    Transposer<Config>{smem, warp_idx / 2}.run();
+  } else if (warp_idx == 1) {
+    KvProducer<Config, false, true>{params, smem}.run();
   } else if (elect_lane()) {
     Scheduler<Config>{params, smem}.run();
   }

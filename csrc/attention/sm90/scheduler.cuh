@@ -12,37 +12,41 @@ struct Scheduler {
   using Shape = sm90::Shape<Config>;
   const Sm90PrefillParams& params;
   Smem<Config>& smem;
+  uint32_t unit = blockIdx.x;
 
   __device__ __forceinline__ bool is_planned() const { return params.items != nullptr; }
   __device__ __forceinline__ int32_t group_size() const { return params.num_qo_heads / params.num_kv_heads; }
 
-  __device__ __forceinline__ uint32_t claim_next(uint32_t unit) const {
+  __device__ __forceinline__ uint32_t claim_next() const {
     return gridDim.x + (is_planned() ? atomicAdd(&params.schedule->next_unit, 1u) : unit);
   }
 
-  __device__ __forceinline__ void run() const {
-    const int32_t num_items =
-        is_planned() ? params.schedule->num_items : ceil_div(params.qo_len * group_size(), Shape::kBlockM);
-    const UnitOrder order = {num_items, params.num_kv_heads, num_heads_abreast(num_items)};
-    const uint32_t num_units = num_items * params.num_kv_heads;
-    uint32_t unit = blockIdx.x;
-    for (uint32_t turn = 0;; ++turn) {
-      smem.work_empty.wait_empty(turn);
-      if (turn > 0) unit = claim_next(unit);
-      Work& work = smem.work[turn % kNumWorkSlots];
-      work.is_end = unit >= num_units;
-      if (unit < num_units) {
-        int32_t item_idx, kv_head_idx;
-        order.find(unit, item_idx, kv_head_idx);
-        work.kv_head_idx = kv_head_idx;
-        // Of a single sequence the last query tile is, under a causal mask, the longest.
-        work.item = is_planned() ? params.items[item_idx] : item_of_single<Config>(params, num_items - 1 - item_idx);
-        work.item.confine_to(params.num_tokens);
-      }
-      smem.work_full.at(turn).arrive();
-      if (unit >= num_units) break;
+  __device__ __forceinline__ void run() {
+    for (uint32_t turn = 0; publish(turn); ++turn) {
     }
     close();
+  }
+
+  // The turn-th unit, or that there is none. Of all that leads to it only its number is kept: registers are few.
+  __device__ __forceinline__ bool publish(uint32_t turn) {
+    smem.work_empty.wait_empty(turn);
+    if (turn > 0) unit = claim_next();
+    const int32_t num_items =
+        is_planned() ? params.schedule->num_items : ceil_div(params.qo_len * group_size(), Shape::kBlockM);
+    const bool is_end = unit >= uint32_t(num_items * params.num_kv_heads);
+    Work& work = smem.work[turn % kNumWorkSlots];
+    work.is_end = is_end;
+    if (!is_end) {
+      const UnitOrder order = {num_items, params.num_kv_heads, num_heads_abreast(num_items)};
+      int32_t item_idx, kv_head_idx;
+      order.find(unit, item_idx, kv_head_idx);
+      work.kv_head_idx = kv_head_idx;
+      // Of a single sequence the last query tile is, under a causal mask, the longest.
+      work.item = is_planned() ? params.items[item_idx] : item_of_single<Config>(params, num_items - 1 - item_idx);
+      work.item.confine_to(params.num_tokens);
+    }
+    smem.work_full.at(turn).arrive();
+    return !is_end;
   }
 
   // As the planner says, but no more KV heads than keep their KV in the L2 cache, where all query tiles find it:
@@ -55,7 +59,7 @@ struct Scheduler {
     const int64_t num_rows = Config::kKvStorage == kKvSingle
                                  ? index.len
                                  : int64_t(index.indptr[params.batch_size]) * index.page_size.divisor;
-    const int64_t head_bytes = num_rows * (Shape::kHeadDimQk + Shape::kHeadDimVo) * 2;
+    const int64_t head_bytes = num_rows * (Shape::kHeadDimQk + Shape::kHeadDimVo) * sizeof(typename Shape::T);
     const int32_t num_cached =
         head_bytes * params.num_kv_heads > kCacheBytes ? kCacheBytes / head_bytes : params.num_kv_heads;
     const int32_t num_busy = ceil_div(2 * int32_t(gridDim.x), max(num_items, 1));
@@ -71,10 +75,12 @@ struct Scheduler {
   }
 };
 
-// visit(work, turn) for the units of this block, one after the other. By a warp, one of those counted by work_empty.
-template <class Config, class Visit>
-__device__ __forceinline__ void for_each_unit(Smem<Config>& smem, const Visit& visit) {
+// visit(work, turn) for the units of this block, one after the other, and prepare(turn) ahead of each. By a warp, one
+// of those counted by work_empty.
+template <class Config, class Visit, class Prepare>
+__device__ __forceinline__ void for_each_unit(Smem<Config>& smem, const Visit& visit, const Prepare& prepare) {
   for (uint32_t turn = 0;; ++turn) {
+    prepare(turn);
     smem.work_full.wait_full(turn);
     const Work& work = smem.work[turn % kNumWorkSlots];
     if (work.is_end) break;
@@ -82,6 +88,10 @@ __device__ __forceinline__ void for_each_unit(Smem<Config>& smem, const Visit& v
     __syncwarp();
     if (elect_lane()) smem.work_empty.at(turn).arrive();
   }
+}
+template <class Config, class Visit>
+__device__ __forceinline__ void for_each_unit(Smem<Config>& smem, const Visit& visit) {
+  for_each_unit(smem, visit, [](uint32_t) {});
 }
 
 }  // namespace flashinfer::sm90

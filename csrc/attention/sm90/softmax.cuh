@@ -7,10 +7,36 @@
 
 namespace flashinfer::sm90 {
 
+// Probabilities are 2^kHeadroom at the maximum that scales them, which may lag behind the true one by kMaxLag powers of
+// two (attention/score.cuh). In 8 bits (e4m3: 2^-9 to 448)
+// they make use of the range: those 2^-12 of the largest keep all of their bits.
+template <class T>
+struct ProbabilityRange {
+  static constexpr float kMaxLag = flashinfer::kMaxLag, kHeadroom = 0.f;
+};
+template <>
+struct ProbabilityRange<fp8_e4m3> {
+  static constexpr float kMaxLag = 2.75f, kHeadroom = 6.f;
+};
+
+// Probabilities as the registers of A of P·V (device/sm90/wgmma.cuh). Of 8 bits a register takes four, of the two pairs
+// that a thread holds of 16 keys: their order within these is that in which transpose.cuh puts the values.
+template <class T, int kNumScores>
+__device__ __forceinline__ uint32_t pack_probabilities(const float (&scores)[kNumScores], int idx) {
+  if constexpr (sizeof(T) == 2) {
+    return pack_16bit<T>(scores[2 * idx], scores[2 * idx + 1]);
+  } else {
+    const int half = idx % 2, first = idx / 2 * 4;
+    return pack_e4m3(at(scores, half, first), at(scores, half, first + 1), at(scores, half, first + 2),
+                     at(scores, half, first + 3));
+  }
+}
+
 // Of the two rows of a thread.
 template <class Config>
 struct Softmax {
   using Shape = sm90::Shape<Config>;
+  using Probability = ProbabilityRange<typename Shape::T>;
   using Scores = float[Shape::kNumScores];
   using Output = float[Shape::kNumOutputs];
   float max[2];  // of the unscaled scores; lags behind
@@ -34,7 +60,7 @@ struct Softmax {
         x = fmaxf(x, fmaxf(at(scores, half, i), at(scores, half, i + 1)));
       x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
       tile_max[half] = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-      lags = lags || (tile_max[half] - max[half]) * scale_log2 > kMaxLag;
+      lags = lags || (tile_max[half] - max[half]) * scale_log2 > Probability::kMaxLag;
     }
     lags = __any_sync(0xffffffffu, lags);
 #pragma unroll
@@ -47,6 +73,11 @@ struct Softmax {
     return lags;
   }
 
+  // The base-2 logarithm of the sum over all lanes of a row. A row that saw no key: -inf - inf.
+  __device__ __forceinline__ float lse(int half, float total, float scale_log2) const {
+    return max[half] * scale_log2 + (fast_log2(total) - Probability::kHeadroom);
+  }
+
   // Scores, one of kNumParts parts of them, become probabilities, up to the factor 2^-max.
   template <int kPart = 0, int kNumParts = 1>
   __device__ __forceinline__ void exponentiate(Scores& scores, float scale_log2) {
@@ -54,7 +85,7 @@ struct Softmax {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // A row that has seen no key yet: exp2(-inf - 0) is zero, not NaN.
-      const float scaled_max = max[half] == kMinusInfinity ? 0.f : max[half] * scale_log2;
+      const float scaled_max = max[half] == kMinusInfinity ? 0.f : max[half] * scale_log2 - Probability::kHeadroom;
 #pragma unroll
       for (int i = kPart * kNum; i < (kPart + 1) * kNum; i += 2) {
         float &x = at(scores, half, i), &y = at(scores, half, i + 1);
@@ -74,12 +105,10 @@ struct Softmax {
   }
 
   template <int kPart = 0, int kNumParts = 1>
-  __device__ __forceinline__ static void pack(const Scores& scores, uint32_t (&p)[Shape::kNumScores / 2]) {
-    constexpr int kNum = Shape::kNumScores / 2 / kNumParts;
+  __device__ __forceinline__ static void pack(const Scores& scores, uint32_t (&p)[Shape::kNumProbabilityRegisters]) {
+    constexpr int kNum = Shape::kNumProbabilityRegisters / kNumParts;
 #pragma unroll
-    for (int i = kPart * kNum; i < (kPart + 1) * kNum; ++i) {
-      p[i] = pack_16bit<typename Shape::T>(scores[2 * i], scores[2 * i + 1]);
-    }
+    for (int i = kPart * kNum; i < (kPart + 1) * kNum; ++i) p[i] = pack_probabilities<typename Shape::T>(scores, i);
   }
 };
 

@@ -14,7 +14,8 @@ namespace flashinfer::sm90 {
 
 template <class Config>
 struct Shape {
-  using T = typename Config::Q;
+  using T = typename Config::Q;  // of q, k and v
+  using Out = typename Config::Out;
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
   static constexpr int kHeadDimQk = Config::kHeadDimQk, kHeadDimVo = Config::kHeadDimVo;
   static constexpr int kNumStages = Config::kNumStages, kNumQueryStages = Config::kNumQueryStages;
@@ -29,15 +30,21 @@ struct Shape {
   static constexpr int kProducerRegisters = kNumConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kNumConsumers == 2 ? 232 : 160;
 
-  static constexpr int kPanelColumns = kPanelBytes / 2;
+  // The tensor cores take 8-bit values along the keys only: a pair of the producers' warps transposes them.
+  static constexpr bool kTransposesValues = sizeof(T) == 1;
+  static constexpr int kNumTransposers = 2;
+
+  static constexpr int kPanelColumns = kPanelBytes / sizeof(T), kProductDepth = 32 / sizeof(T);
   static constexpr int kQkPanels = kHeadDimQk / kPanelColumns, kVoPanels = kHeadDimVo / kPanelColumns;
-  static constexpr int kQBytes = kRowsPerConsumer * kHeadDimQk * 2;  // of one consumer
-  static constexpr int kKBytes = kBlockN * kHeadDimQk * 2, kVBytes = kBlockN * kHeadDimVo * 2;
+  static constexpr int kQBytes = kRowsPerConsumer * kHeadDimQk * sizeof(T);  // of one consumer
+  static constexpr int kKBytes = kBlockN * kHeadDimQk * sizeof(T), kVBytes = kBlockN * kHeadDimVo * sizeof(T);
+  static constexpr int kTransposedBytes = ceil_div(kBlockN, kPanelColumns) * kHeadDimVo * kPanelBytes;
   static constexpr int kNumScores = kBlockN / 2, kNumOutputs = kHeadDimVo / 2;  // of a thread
-  static_assert(kBlockM % 64 == 0 && kBlockN % 16 == 0);
+  static constexpr int kNumProbabilityRegisters = kNumScores * sizeof(T) / 4;
+  static_assert(kBlockM % 64 == 0 && kBlockN % kProductDepth == 0);
   static_assert(kHeadDimQk % kPanelColumns == 0 && kHeadDimVo % kPanelColumns == 0);
   static_assert(!Score<Config>::kHasRope);
-  static_assert(kHeadDimVo <= kHeadDimQk, "the output is staged where the queries were");
+  static_assert(kHeadDimVo <= kHeadDimQk || kTransposesValues, "the output is staged where the queries were");
 };
 
 __device__ __forceinline__ int consumer_idx() {
@@ -56,18 +63,32 @@ struct Work : PrefillUnit {
 
 constexpr int kNumWorkSlots = 2;  // the unit at hand and the next one
 
+// Values as they come in, where they are transposed before the consumers see them.
+template <class Shape, bool kExist = Shape::kTransposesValues>
+struct ValueRows {};
+template <class Shape>
+struct ValueRows<Shape, true> {
+  alignas(1024) uint8_t stages[Shape::kNumStages][Shape::kVBytes];
+};
+
 template <class Config>
 struct Smem {
   using Shape = sm90::Shape<Config>;
   alignas(1024) uint8_t q[Shape::kNumQueryStages][Shape::kNumConsumers][Shape::kQBytes];  // later the output rows
   alignas(1024) uint8_t k[Shape::kNumStages][Shape::kKBytes];
-  alignas(1024) uint8_t v[Shape::kNumStages][Shape::kVBytes];
+  alignas(1024) uint8_t v[Shape::kNumStages][Shape::kTransposesValues ? Shape::kTransposedBytes : Shape::kVBytes];
+  ValueRows<Shape> value_rows;
   MbarrierRing<Shape::kNumQueryStages> q_full, q_empty;              // a turn a unit
   MbarrierRing<Shape::kNumStages> k_full, k_empty, v_full, v_empty;  // a turn a KV tile
+  MbarrierRing<Shape::kNumStages> rows_full, rows_empty;             // likewise; of value_rows, where there are any
   MbarrierRing<kNumWorkSlots> work_full, work_empty;                 // a turn a unit
   Work work[kNumWorkSlots];
   FastDivisor group_size;
   uint32_t is_last;  // of the splits of a query tile to be done: merges
+
+  // The producers' warps that go through the units: of queries, keys and values; or of queries, of keys and values, and
+  // those that transpose.
+  static constexpr int kNumUnitProducers = Shape::kTransposesValues ? 2 + Shape::kNumTransposers : 3;
 
   __device__ __forceinline__ uint8_t* q_of(uint32_t unit_turn, int consumer_idx) {
     return q[unit_turn % Shape::kNumQueryStages][consumer_idx];
@@ -79,11 +100,13 @@ struct Smem {
     work_full.init(1);
     q_full.init(1);
     k_full.init(1);
-    v_full.init(1);
+    v_full.init(Shape::kTransposesValues ? Shape::kNumTransposers : 1);
+    rows_full.init(1);
+    rows_empty.init(Shape::kNumTransposers);
     q_empty.init(kNumConsumerWarps);
     k_empty.init(kNumConsumerWarps);
     v_empty.init(kNumConsumerWarps);
-    work_empty.init(kNumConsumerWarps + 3);  // and the producers of queries, keys and values
+    work_empty.init(kNumConsumerWarps + kNumUnitProducers);
     fence_mbarrier_init();
     group_size = FastDivisor::of(params.num_qo_heads / params.num_kv_heads);
   }

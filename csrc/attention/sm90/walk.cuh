@@ -37,7 +37,7 @@ struct TileWalk {
   using Turns = TurnsAtTensorCores<Shape>;
   using Scores = float[Shape::kNumScores];
   using Output = float[Shape::kNumOutputs];
-  using Probabilities = uint32_t[Shape::kNumScores / 2];
+  using Probabilities = uint32_t[Shape::kNumProbabilityRegisters];
 
   const Sm90PrefillParams& params;
   Smem<Config>& smem;
@@ -158,7 +158,7 @@ struct TileWalk {
     pin(scores);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < Shape::kHeadDimQk / 16; ++step) {
+    for (int step = 0; step < Shape::kHeadDimQk / Shape::kProductDepth; ++step) {
       const int panel = step / 4, bytes = step % 4 * 32;
       Wgmma<T, Shape::kBlockN>::multiply(scores, q.advanced(panel * Shape::kRowsPerConsumer * kPanelBytes + bytes),
                                          k.advanced(panel * Shape::kBlockN * kPanelBytes + bytes), step > 0);
@@ -175,9 +175,11 @@ struct TileWalk {
   // O += P V of one of kNumParts parts of the tile's keys.
   template <int kPart = 0, int kNumParts = 1>
   __device__ __forceinline__ void start_output(Probabilities& p, uint32_t turn) const {
-    constexpr int kNumSteps = Shape::kBlockN / 16 / kNumParts;
-    static_assert(kNumSteps * kNumParts * 16 == Shape::kBlockN);
-    const Operand v = column_major_operand(smem_address(smem.v[turn % Shape::kNumStages]), Shape::kBlockN);
+    constexpr int kNumSteps = Shape::kBlockN / Shape::kProductDepth / kNumParts;
+    static_assert(kNumSteps * kNumParts * Shape::kProductDepth == Shape::kBlockN);
+    const uint32_t v_smem = smem_address(smem.v[turn % Shape::kNumStages]);
+    const Operand v =
+        Shape::kTransposesValues ? depth_major_operand(v_smem) : column_major_operand(v_smem, Shape::kBlockN);
     if constexpr (kPart == 0) {
       pin(out);
       pin(p);
@@ -185,7 +187,9 @@ struct TileWalk {
     wgmma_fence();
 #pragma unroll
     for (int step = kPart * kNumSteps; step < (kPart + 1) * kNumSteps; ++step) {
-      Wgmma<T, Shape::kHeadDimVo>::accumulate(out, p + 4 * step, v.advanced(step * 16 * kPanelBytes));
+      const int bytes = Shape::kTransposesValues ? step / 4 * Shape::kHeadDimVo * kPanelBytes + step % 4 * 32
+                                                 : step * Shape::kProductDepth * kPanelBytes;
+      Wgmma<T, Shape::kHeadDimVo>::accumulate(out, p + 4 * step, v.advanced(bytes));
     }
     wgmma_commit();
   }

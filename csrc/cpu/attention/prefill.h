@@ -59,6 +59,7 @@ struct PrefillState {
   static constexpr int kM = kPrefillBlockM, kN = kPrefillBlockN;
   using Q = typename Config::Q;
   using Kv = typename Config::Kv;
+  using Out = typename Config::Out;
   using S = Score<Config>;
   using View = KvView<Config::kKvStorage>;
 
@@ -186,9 +187,9 @@ struct PrefillState {
     for (int row = 0; row < num_rows; ++row) {
       const int64_t token_idx = q_begin + token[row];
       const float factor = sum[row] > 0.f ? params.v_scale / sum[row] : 0.f;
-      Q* dst =
-          static_cast<Q*>(params.out) + token_idx * params.out_token_stride + qo_head[row] * params.out_head_stride;
-      for (int d = 0; d < kDimVo; ++d) dst[d] = from_float<Q>(out[row][d] * factor);
+      Out* dst =
+          static_cast<Out*>(params.out) + token_idx * params.out_token_stride + qo_head[row] * params.out_head_stride;
+      for (int d = 0; d < kDimVo; ++d) dst[d] = from_float<Out>(out[row][d] * factor);
       if (params.lse != nullptr) {
         params.lse[token_idx * params.num_qo_heads + qo_head[row]] =
             sum[row] > 0.f ? max[row] * scale + std::log2(sum[row]) : -INFINITY;

@@ -1,6 +1,6 @@
-// Tensor-core products of a warpgroup (sm_90a): 64 rows of A by kN columns of B, 16 elements deep, accumulated in fp32
-// registers. The tensor cores read B, and A unless it is in registers, from shared memory on their own while the
-// threads go on.
+// Tensor-core products of a warpgroup (sm_90a): 64 rows of A by kN columns of B, 32 bytes deep (16 elements of 16 bits,
+// 32 of 8), accumulated in fp32 registers. The tensor cores read B, and A unless it is in registers, from shared memory
+// on their own while the threads go on.
 //
 // The order of things:
 //   pin(d); wgmma_fence();                    registers written so far are the tensor cores'
@@ -12,6 +12,10 @@
 // Thread t of the warpgroup holds rows r = 16 (t / 32) + t % 32 / 4 and r + 8: d[4 j + e] is row r, column
 // 8 j + 2 (t % 4) + e, and d[4 j + 2 + e] that of row r + 8. So, of 16-bit operands, the pairs of 16 neighbouring
 // columns, packed, are the four registers of A of one product: P feeds P·V without a shuffle.
+//
+// Of 8-bit operands, register i of A holds four neighbouring elements of row r + 8 (i % 2), those from
+// 16 (i / 2) + 4 (t % 4) on, and B has to be depth-major. What sums these products is not quite fp32: each is added to
+// what is in d with some 14 bits of the larger one kept.
 #pragma once
 
 #include "device/cp_async.cuh"
@@ -35,12 +39,12 @@ struct Operand {
   __device__ __forceinline__ Operand advanced(int num_bytes) const { return {low + uint32_t(num_bytes >> 4)}; }
 };
 
-// Operand whose rows, of 16-bit elements, run along the depth of the product: Q, K. The next 16 elements are 32 bytes
-// on, up to the end of the panel.
+// Operand whose rows run along the depth of the product: Q, K, and values that were transposed. What the next product
+// takes is 32 bytes on, up to the end of the panel.
 __device__ __forceinline__ Operand depth_major_operand(uint32_t smem) {
   return {1u << 16 | smem >> 4};
 }
-// B whose rows are the steps of the depth: V. The next 16 rows are 2048 bytes on.
+// B whose rows, of 16-bit elements, are the steps of the depth: V. The next 16 rows are 2048 bytes on.
 __device__ __forceinline__ Operand column_major_operand(uint32_t smem, int num_rows) {
   return {uint32_t(num_rows * kPanelBytes >> 4) << 16 | smem >> 4};
 }
@@ -70,7 +74,8 @@ __device__ __forceinline__ void pin(uint32_t (&registers)[kNum]) {
 }
 
 // Wgmma<T, kN>::multiply    d (+)= A Bᵀ, both depth-major in shared memory
-// Wgmma<T, kN>::accumulate  d += A B, A in registers, B column-major in shared memory
+// Wgmma<T, kN>::accumulate  d += A B, A in registers, B in shared memory: column-major of 16-bit elements; of 8-bit
+//                           ones Bᵀ is there, depth-major
 template <class T, int kN>
 struct Wgmma;
 
@@ -112,28 +117,30 @@ struct Wgmma;
 #define FLASHINFER_REGS_128(d) FLASHINFER_REGS_120(d), FLASHINFER_EIGHT(d, 120)
 // clang-format on
 
-// num_regs = kN / 2; a0 to a4 are the numbers of the operands after those of d.
-#define FLASHINFER_WGMMA_OF(T, type, kN, num_regs, a0, a1, a2, a3, a4)                                              \
-  template <>                                                                                                       \
-  struct Wgmma<T, kN> {                                                                                             \
-    __device__ __forceinline__ static void multiply(float (&d)[num_regs], Operand a, Operand b, bool accumulate) {  \
-      asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" a2                                        \
-                   ", 0;\n"                                                                                         \
-                   "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." type " {" FLASHINFER_TEXT_##num_regs \
-                   "}, %" a0 ", %" a1 ", accumulate, 1, 1, 0, 0;\n}\n"                                              \
-                   : FLASHINFER_REGS_##num_regs(d)                                                                  \
-                   : "l"(a.descriptor()), "l"(b.descriptor()), "r"(int(accumulate)));                               \
-    }                                                                                                               \
-    __device__ __forceinline__ static void accumulate(float (&d)[num_regs], const uint32_t* a, Operand b) {         \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." type " {" FLASHINFER_TEXT_##num_regs \
-                   "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" a4 ", 1, 1, 1, 1;\n"                                \
-                   : FLASHINFER_REGS_##num_regs(d)                                                                  \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()));                              \
-    }                                                                                                               \
+// num_regs = kN / 2; a0 to a4 are the numbers of the operands after those of d. depth_type: of A and B. majors: how A
+// and B lie in shared memory, of multiply and of accumulate; 8-bit operands have no choice.
+#define FLASHINFER_WGMMA_OF(T, depth_type, majors, b_major, kN, num_regs, a0, a1, a2, a3, a4)                      \
+  template <>                                                                                                      \
+  struct Wgmma<T, kN> {                                                                                            \
+    __device__ __forceinline__ static void multiply(float (&d)[num_regs], Operand a, Operand b, bool accumulate) { \
+      asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" a2                                       \
+                   ", 0;\n"                                                                                        \
+                   "wgmma.mma_async.sync.aligned.m64n" #kN depth_type " {" FLASHINFER_TEXT_##num_regs              \
+                   "}, %" a0 ", %" a1 ", accumulate, 1, 1" majors ";\n}\n"                                         \
+                   : FLASHINFER_REGS_##num_regs(d)                                                                 \
+                   : "l"(a.descriptor()), "l"(b.descriptor()), "r"(int(accumulate)));                              \
+    }                                                                                                              \
+    __device__ __forceinline__ static void accumulate(float (&d)[num_regs], const uint32_t* a, Operand b) {        \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #kN depth_type " {" FLASHINFER_TEXT_##num_regs              \
+                   "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" a4 ", 1, 1, 1" b_major ";\n"                       \
+                   : FLASHINFER_REGS_##num_regs(d)                                                                 \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()));                             \
+    }                                                                                                              \
   };
-#define FLASHINFER_WGMMA(...)                    \
-  FLASHINFER_WGMMA_OF(bf16, "bf16", __VA_ARGS__) \
-  FLASHINFER_WGMMA_OF(fp16, "f16", __VA_ARGS__)
+#define FLASHINFER_WGMMA(...)                                                  \
+  FLASHINFER_WGMMA_OF(bf16, "k16.f32.bf16.bf16", ", 0, 0", ", 1", __VA_ARGS__) \
+  FLASHINFER_WGMMA_OF(fp16, "k16.f32.f16.f16", ", 0, 0", ", 1", __VA_ARGS__)   \
+  FLASHINFER_WGMMA_OF(fp8_e4m3, "k32.f32.e4m3.e4m3", "", "", __VA_ARGS__)
 
 FLASHINFER_WGMMA(64, 32, "32", "33", "34", "35", "36")
 FLASHINFER_WGMMA(80, 40, "40", "41", "42", "43", "44")
@@ -143,5 +150,17 @@ FLASHINFER_WGMMA(160, 80, "80", "81", "82", "83", "84")
 FLASHINFER_WGMMA(176, 88, "88", "89", "90", "91", "92")
 FLASHINFER_WGMMA(192, 96, "96", "97", "98", "99", "100")
 FLASHINFER_WGMMA(256, 128, "128", "129", "130", "131", "132")
+
+// Four floats as a register of A of 8-bit elements, the first in the lowest byte.
+__device__ __forceinline__ uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
+  uint32_t packed;
+  asm("{\n.reg .b16 low, high;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n}\n"
+      : "=r"(packed)
+      : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
+  return packed;
+}
 
 }  // namespace flashinfer

@@ -14,8 +14,10 @@ from flashinfer.attention import workspace
 from flashinfer.attention.plan import Launch
 from flashinfer.attention.prefill import sm90
 from flashinfer.attention.variant import Variant
+from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.attention import prefill as families
 from flashinfer.families.attention.params import ADDRESSES, MASKS, fast_divisor
+from flashinfer.families.layout import FP8_DTYPES
 from flashinfer.host import memo
 from flashinfer.host.paged_cache import KvStrides
 from flashinfer.jit import KernelSpec, default_resolver
@@ -34,7 +36,7 @@ class PrefillKernel:
 
 def load_kernel(
     device: torch.device,
-    types: tuple[torch.dtype, torch.dtype],
+    types: tuple[torch.dtype, torch.dtype, torch.dtype],
     head_dims: tuple[int, int],
     kv_storage: str,
     mask: str,
@@ -43,13 +45,19 @@ def load_kernel(
     page_size: int = 1,
     pdl: Optional[bool] = None,
 ) -> PrefillKernel:
-    """types: of q and KV; head_dims: of queries and keys, and of values. Raises UnsupportedConfig where there is no
-    kernel, or what `Resolver.load` does."""
-    q_dtype, kv_dtype = map(dtypes.short_name, types)
+    """types: of q, KV and output; head_dims: of queries and keys, and of values. Raises UnsupportedConfig where there
+    is no kernel, or what `Resolver.load` does."""
+    q_dtype, kv_dtype, o_dtype = map(dtypes.short_name, types)
+    if o_dtype in FP8_DTYPES:
+        raise UnsupportedConfig(
+            f"prefill: the output would be {types[2]} as q is; expected 16 bits. Next step: name its dtype, as "
+            "o_data_type of plan() or o_dtype of single_prefill_with_kv_cache()"
+        )
     spec = families.prefill(
         target.of_device(device),
         q_dtype=q_dtype,
         kv_dtype=kv_dtype,
+        o_dtype=o_dtype,
         head_dim=head_dims[0],
         head_dim_vo=head_dims[1],
         kv_storage=kv_storage,

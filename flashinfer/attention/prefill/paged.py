@@ -123,7 +123,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             rope_scale, rope_theta: of ROPE_LLAMA; default 1 and 1e4.
             q_data_type, kv_data_type: dtypes of q and of the cache (default that of q). What run() is given decides;
                 naming them here loads the right kernel ahead of a capture.
-            o_data_type: None, or that of q.
+            o_data_type: None, or that of q; fp16 or bf16 where q is fp8 e4m3 (Hopper, and the CPU; the cache then too).
             disable_split_kv: let one block walk all KV of its queries.
             use_fp16_qk_reduction, non_blocking: accepted for compatibility.
             later: what later releases added, as far as it asks for nothing that is not here (compat.py).
@@ -175,7 +175,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
                 page_size and heads) or a tuple (k, v) of such tensors without the axis of 2; dtype of q, or fp8 e4m3 or
                 e5m2. What lies in entries no request uses is never read into a result, NaN included.
             q_scale, k_scale, v_scale: factors of quantized q, k and v.
-            out: `[num_tokens, num_qo_heads, head_dim_vo]`, dtype of q; allocated when None.
+            out: `[num_tokens, num_qo_heads, head_dim_vo]`, dtype of q, or o_data_type; allocated when None.
             lse: fp32 `[num_tokens, num_qo_heads]`; allocated when None and return_lse.
             return_lse: also return the base-2 logarithm of the sum of exponentials.
             enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).

@@ -72,7 +72,12 @@ class PrefillPlan(Plan):
             )
 
     def _load(
-        self, types: tuple[torch.dtype, torch.dtype], mask: str, variant: Variant, short: bool, pdl: Optional[bool]
+        self,
+        types: tuple[torch.dtype, torch.dtype, torch.dtype],
+        mask: str,
+        variant: Variant,
+        short: bool,
+        pdl: Optional[bool],
     ) -> PrefillKernel:
         dims = (self.shape.head_dim_qk, self.shape.head_dim_vo)
         page_size = self.shape.page_size
@@ -85,7 +90,8 @@ class PrefillPlan(Plan):
     def extent(self, short_queries: bool) -> Extent:
         extent = self._extents.get(short_queries)
         if extent is None:
-            kernel = self._load((self.q_dtype, self.kv_dtype), self.mask, self.variant, short_queries, None)
+            types = (self.q_dtype, self.kv_dtype, self.o_dtype)
+            kernel = self._load(types, self.mask, self.variant, short_queries, None)
             extent = self._extents[short_queries] = Extent.of(kernel, self.mask, self.variant)
         return extent
 
@@ -114,7 +120,7 @@ class PrefillPlan(Plan):
         options = variant.values(
             shape.num_qo_heads, shape.head_dim_qk, self.device, *factors(op, (q_scale, k_scale), (v_scale,))
         )
-        kernel = self._load((q.dtype, call.kv_dtype), mask, variant, short_queries, call.pdl)
+        kernel = self._load((q.dtype, call.kv_dtype, out.dtype), mask, variant, short_queries, call.pdl)
         if self._schedule is not None:
             self._require_items(q.shape[0], kernel.block_m, self._schedule)
         is_empty = q.shape[0] == 0 or shape.batch_size == 0

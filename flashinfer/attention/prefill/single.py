@@ -8,7 +8,9 @@ from typing import Any, Optional, Union
 
 import torch
 
+from flashinfer import dtypes
 from flashinfer.attention.plan import Launch, no_launch
+from flashinfer.attention.planned import DataType
 from flashinfer.attention.prefill import launch as launches
 from flashinfer.attention.prefill.launch import Extent, Schedule
 from flashinfer.attention.sequence import check_sequence
@@ -44,13 +46,15 @@ def single_prefill_with_kv_cache(
     scale_v: Optional[float] = None,
     k_scale: Optional[float] = None,
     v_scale: Optional[float] = None,
+    o_dtype: Optional[DataType] = None,
 ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Attention of the queries of one sequence over its keys and values (FlashAttention-2, Dao 2023, arXiv:2307.08691).
 
     Query i stands at position `kv_len - qo_len + i`.
 
     Args:
-        q: `[qo_len, num_qo_heads, head_dim_qk]`, fp16 or bf16 (fp32 on the CPU).
+        q: `[qo_len, num_qo_heads, head_dim_qk]`, fp16 or bf16 (fp32 on the CPU), or fp8 e4m3 where k and v are too
+            (Hopper, and the CPU).
         k, v: `[kv_len, num_kv_heads, head_dim]` (NHD) or `[num_kv_heads, kv_len, head_dim]` (HND); the dtype of q, or
             fp8 e4m3 or e5m2. head_dim is 32, 64, 96, 128, 192 or 256, or 192 of k and 128 of v. kv_len may be 0.
         custom_mask: bool `[qo_len, kv_len]`, True = visible. Takes the place of causal.
@@ -63,6 +67,7 @@ def single_prefill_with_kv_cache(
         rope_scale, rope_theta: of ROPE_LLAMA; default 1 and 1e4.
         return_lse: also return the base-2 logarithm of the sum of exponentials.
         scale_q, scale_k, scale_v, k_scale, v_scale: factors of quantized q, k and v.
+        o_dtype: of the output, fp16 or bf16, where q is fp8; else None, or that of q.
         use_fp16_qk_reduction, backend: accepted for compatibility.
 
     Returns:
@@ -78,11 +83,12 @@ def single_prefill_with_kv_cache(
         rope_scale, rope_theta, scale_q, scale_k, scale_v, k_scale, v_scale,
     )  # fmt: skip
     if torch.compiler.is_dynamo_compiling():
-        out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
+        out_dtype = q.dtype if o_dtype is None else dtypes.torch_dtype(o_dtype)
+        out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype, device=q.device)
         lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
         _door(q, k, v, out, lse, *given)
         return out if lse is None else (out, lse)
-    return _run(q, k, v, None, None, return_lse, *given)
+    return _run(q, k, v, None, None, return_lse, o_dtype, *given)
 
 
 def _run(
@@ -92,6 +98,7 @@ def _run(
     out: Optional[torch.Tensor],
     lse: Optional[torch.Tensor],
     return_lse: bool,
+    o_dtype: Optional[DataType],
     custom_mask: Optional[torch.Tensor],
     packed_custom_mask: Optional[torch.Tensor],
     causal: bool,
@@ -106,11 +113,12 @@ def _run(
         raise checks.not_tensors(_OP, q=q, k=k, v=v) from None
     key = (
         q.__class__, q.dtype, q.shape, q.stride(), q.device, k.__class__, k.dtype, k.shape, k.stride(), k.device,
-        v.__class__, v.dtype, v.shape, v.stride(), v.device, kv_layout, mask, options, (q_ptr | k_ptr | v_ptr) & 15,
+        v.__class__, v.dtype, v.shape, v.stride(), v.device, kv_layout, mask, options, o_dtype,
+        (q_ptr | k_ptr | v_ptr) & 15,
     )  # fmt: skip
     single = _singles.get(key)
     if single is None:
-        single = _singles.remember(key, _BoundSingle(q, k, v, kv_layout, mask, options))
+        single = _singles.remember(key, _BoundSingle(q, k, v, kv_layout, mask, options, o_dtype))
     mask_bits = _mask_bits(q, k, custom_mask, packed_custom_mask, kv_layout) if is_custom else None
     if out is None:
         out = single.new_out()
@@ -126,7 +134,7 @@ def _run(
 _SCALES = ("scale_q", "scale_k", "scale_v", "k_scale", "v_scale")
 _door = traced.door(
     "single_prefill",
-    lambda q, k, v, out, lse, *given: _run(q, k, v, out, lse, False, *given),
+    lambda q, k, v, out, lse, *given: _run(q, k, v, out, lse, False, out.dtype, *given),
     {
         **dict.fromkeys("qkv", "Tensor"),
         "out": "Tensor(!)",
@@ -174,7 +182,14 @@ class _BoundSingle:
     """single_prefill_with_kv_cache for one signature: checked, laid out but for the addresses."""
 
     def __init__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_layout: str, mask: str, given: tuple[Any, ...]
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_layout: str,
+        mask: str,
+        given: tuple[Any, ...],
+        o_dtype: Optional[DataType],
     ) -> None:
         """given: arguments of `Variant.of` after head_dim, and the scales."""
         checks.require(q.dim() == 3, _OP, f"q has shape {list(q.shape)}; expected [qo_len, num_qo_heads, head_dim]")
@@ -183,11 +198,12 @@ class _BoundSingle:
         variant = Variant.of(_OP, head_dim_qk, *given[:6])
         scale_q, scale_k, scale_v, k_scale, v_scale = given[6:]
         scales = factors(_OP, (scale_q, scale_k, k_scale), (scale_v, v_scale))
+        out_dtype = q.dtype if o_dtype is None else dtypes.torch_dtype(o_dtype)
         is_short = qo_len * num_qo_heads <= families.SHORT_ROWS * num_kv_heads
         kernel = launches.load_kernel(
-            device, (q.dtype, k.dtype), (head_dim_qk, head_dim_vo), "single", mask, variant, is_short
+            device, (q.dtype, k.dtype, out_dtype), (head_dim_qk, head_dim_vo), "single", mask, variant, is_short
         )
-        self.new_out = memo.allocator((qo_len, num_qo_heads, head_dim_vo), q.dtype, device)
+        self.new_out = memo.allocator((qo_len, num_qo_heads, head_dim_vo), out_dtype, device)
         self.new_lse = memo.allocator((qo_len, num_qo_heads), torch.float32, device)
         self.device, self.kernel, self.num_kv_heads, self.head_dim_vo = device, kernel, num_kv_heads, head_dim_vo
         strides = (q.stride(0), q.stride(1), num_qo_heads * head_dim_vo, head_dim_vo)

@@ -66,14 +66,15 @@ class PrefillWrapper(PlannedAttention):
         op, (num_qo_heads, num_kv_heads, page_size, head_dim_qk, head_dim_vo) = self._op_name, sizes
         q_dtype = dtypes.torch_dtype(types[0])
         kv_dtype = q_dtype if types[1] is None else dtypes.torch_dtype(types[1])
-        if types[2] is not None and dtypes.torch_dtype(types[2]) != q_dtype:
+        o_dtype = q_dtype if types[2] is None else dtypes.torch_dtype(types[2])
+        if o_dtype != q_dtype and q_dtype.itemsize > 1:
             raise UnsupportedConfig(
                 f"{op}: o_data_type is {types[2]}; expected that of q, {q_dtype}. Next step: convert the output"
             )
         head_dims = (head_dim_qk, head_dim_qk if head_dim_vo is None else head_dim_vo)
         shape = Shape.of(op, batch_size, num_qo_heads, num_kv_heads, page_size, *head_dims)
         return PrefillPlan(
-            op, self.device, shape, (q_dtype, kv_dtype, q_dtype), mask, Variant.of(op, head_dim_qk, *options),
+            op, self.device, shape, (q_dtype, kv_dtype, o_dtype), mask, Variant.of(op, head_dim_qk, *options),
             self._kv(shape, kv_dtype), workspaces, split_kv=not disable_split_kv,
         )  # fmt: skip
 

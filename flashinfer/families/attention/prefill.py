@@ -19,7 +19,7 @@ from flashinfer.families.attention.params import (
     POS_ENCODINGS,
     Q_DTYPES,
 )
-from flashinfer.families.layout import FP8_DTYPES, I32, P, nested
+from flashinfer.families.layout import DTYPES, FP8_DTYPES, I32, P, nested
 from flashinfer.jit.spec import Config, Constants, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
 
 # sizeof of the structs in csrc/attention/prefill/params.h.
@@ -139,7 +139,7 @@ def _tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:
 
 def _constants(spec: KernelSpec) -> Constants:
     is_cuda = targets.kind(spec.target) == "cuda"
-    q_dtype, kv_dtype = spec.arg("q_dtype"), spec.arg("kv_dtype")
+    q_dtype, kv_dtype, o_dtype = spec.arg("q_dtype"), spec.arg("kv_dtype"), spec.arg("o_dtype")
     dims = spec.arg("head_dim_qk"), spec.arg("head_dim_vo")
     if dims[0] != dims[1] and dims != (192, 128):
         raise UnsupportedConfig(
@@ -147,11 +147,18 @@ def _constants(spec: KernelSpec) -> Constants:
         )
     if is_cuda and "fp32" in (q_dtype, kv_dtype):
         raise UnsupportedConfig("prefill: fp32 is supported on the CPU alone; use float16 or bfloat16 on CUDA")
+    if q_dtype in FP8_DTYPES and q_dtype != kv_dtype:
+        raise UnsupportedConfig(
+            f"prefill: q is {q_dtype} and KV {kv_dtype}; expected fp8 queries over KV of their dtype"
+        )
+    if q_dtype not in FP8_DTYPES and o_dtype != q_dtype:
+        raise UnsupportedConfig(f"prefill: q is {q_dtype} and the output {o_dtype}; expected the dtype of q")
     if q_dtype != kv_dtype and kv_dtype not in FP8_DTYPES:
         raise UnsupportedConfig(f"prefill: q is {q_dtype} and KV {kv_dtype}; expected the same dtype, or fp8 KV")
     return {
         "Q": CxxType(q_dtype),
         "Kv": CxxType(kv_dtype),
+        "Out": CxxType(o_dtype),
         "kHeadDimQk": dims[0],
         "kHeadDimVo": dims[1],
         "kKvStorage": KV_STORAGE[spec.arg("kv_storage")],
@@ -166,6 +173,8 @@ def _config(spec: KernelSpec) -> Config:
     constants = _constants(spec)
     if targets.kind(spec.target) == "cpu":
         return Config(constants)
+    if spec.arg("q_dtype") in FP8_DTYPES:
+        raise UnsupportedConfig(f"prefill: {prefill_sm90.WHAT_FP8_TAKES}; got {spec.name} on {spec.target}")
     tile, launch = _tile(spec)
     return Config({**constants, **tile}, launch)
 
@@ -177,8 +186,9 @@ def _sm90_config(spec: KernelSpec) -> Config:
 PREFILL = Family(
     name="prefill",
     axes={
-        "q_dtype": Q_DTYPES,
+        "q_dtype": (*Q_DTYPES, "fp8_e4m3"),
         "kv_dtype": KV_DTYPES,
+        "o_dtype": DTYPES,
         "head_dim_qk": HEAD_DIMS,
         "head_dim_vo": HEAD_DIMS,
         "kv_storage": tuple(KV_STORAGE),
@@ -203,6 +213,7 @@ def prefill(
     *,
     q_dtype: str,
     kv_dtype: str,
+    o_dtype: str = "",
     head_dim: int,
     head_dim_vo: int = 0,
     kv_storage: str = "paged",
@@ -213,7 +224,7 @@ def prefill(
     has_window: bool = False,
     has_soft_cap: bool = False,
 ) -> KernelSpec:
-    """Many query rows per request over its KV. `head_dim_vo` 0: the same as head_dim.
+    """Many query rows per request over its KV. `head_dim_vo` 0: the same as head_dim; `o_dtype` "": that of q.
 
     `short_queries` picks the tile for requests of at most SHORT_ROWS query rows on average, `page_size` the kernel that
     reads pages of that size fastest; the results are the same.
@@ -221,10 +232,11 @@ def prefill(
     axes: dict[str, str | int | bool] = {
         "q_dtype": q_dtype,
         "kv_dtype": kv_dtype,
+        "o_dtype": o_dtype or q_dtype,
         "head_dim_qk": head_dim,
         "head_dim_vo": head_dim_vo or head_dim,
         "kv_storage": kv_storage,
-        "short_queries": short_queries and targets.kind(target) == "cuda",
+        "short_queries": short_queries and targets.kind(target) == "cuda" and q_dtype not in FP8_DTYPES,
         "mask": mask,
         "pos_encoding": pos_encoding,
         "has_window": has_window,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from flashinfer.dtypes import ITEMSIZE
 from flashinfer.jit.spec import Config, Constants, KernelSpec, Launch
 
 # TMA brings boxes of a page's entries. Of a smaller page, or one that is no multiple, they would be too small: 16 bytes
@@ -37,18 +38,33 @@ TILES = {
 # Where more happens to a score than a causal mask or a window: three consumers have not the registers for it.
 TILES_OF_CHANGED_SCORES = {(64, 64): Tile(128, 128, 2, 2)}
 
+# fp8 (e4m3) of q, k and v: values are transposed on the way (csrc/attention/sm90/transpose.cuh).
+FP8_TILES = {
+    (128, 128): Tile(192, 128, 2, 2),
+}
+FP8_TILES_OF_CHANGED_SCORES = {(128, 128): Tile(128, 128, 2, 2)}
+WHAT_FP8_TAKES = (
+    f"fp8 queries take sm_90a, head_dim {' or '.join(str(dims[0]) for dims in FP8_TILES)}, pages of a multiple of "
+    f"{MIN_BOX_ROWS} and no RoPE. Next step: convert q to bfloat16, which the cache need not be"
+)
+
+
+def _is_fp8(spec: KernelSpec) -> bool:
+    return ITEMSIZE[spec.arg("q_dtype")] == 1
+
 
 def _tile(spec: KernelSpec) -> Tile:
     dims = spec.arg("head_dim_qk"), spec.arg("head_dim_vo")
     is_changed = spec.arg("mask") == "custom" or spec.arg("pos_encoding") != "none" or spec.arg("has_soft_cap")
-    return TILES_OF_CHANGED_SCORES.get(dims, TILES[dims]) if is_changed else TILES[dims]
+    plain, changed = (FP8_TILES, FP8_TILES_OF_CHANGED_SCORES) if _is_fp8(spec) else (TILES, TILES_OF_CHANGED_SCORES)
+    return changed.get(dims, plain[dims]) if is_changed else plain[dims]
 
 
 def serves(spec: KernelSpec) -> bool:
     arg = spec.arg
     return (
         arg("q_dtype") == arg("kv_dtype")
-        and (arg("head_dim_qk"), arg("head_dim_vo")) in TILES
+        and (arg("head_dim_qk"), arg("head_dim_vo")) in (FP8_TILES if _is_fp8(spec) else TILES)
         and not arg("short_queries")
         and arg("pos_encoding") != "rope"
         and (arg("kv_storage") != "paged" or arg("large_pages"))
@@ -66,6 +82,9 @@ def config(spec: KernelSpec, constants: Constants) -> Config:
         "kNumQueryStages": tile.num_query_stages,
     }
     # sm90::Smem: the tiles, and what is small.
-    smem_bytes = 2 * tile.num_query_stages * tile.block_m * dim_qk + 1024
-    smem_bytes += 2 * tile.num_stages * tile.block_n * (dim_qk + dim_vo)
+    size = ITEMSIZE[spec.arg("q_dtype")]
+    smem_bytes = size * tile.num_query_stages * tile.block_m * dim_qk + 1024
+    smem_bytes += size * tile.num_stages * tile.block_n * (dim_qk + dim_vo)
+    if _is_fp8(spec):  # transposed, in panels of 128 keys
+        smem_bytes += tile.num_stages * -(-tile.block_n // 128) * 128 * dim_vo
     return Config({**constants, **tile_constants}, Launch((tile.block_m // 64 + 1) * 128, 1, smem_bytes))

@@ -1,0 +1,209 @@
+"""Prefill of fp8 (e4m3) queries over KV of that dtype: on the CPU, whose kernel widens everything, and on Hopper, whose
+tensor cores multiply in 8 bits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashinfer
+from flashinfer.errors import UnsupportedConfig
+from tests.attention import prefill_kit as kit
+from tests.attention.named_cases import named
+from tests.attention.prefill_kit import BF16, E4M3, FP16, Batch
+from tests.oracles.attention import LOG2_E
+from tests.tolerances import ELEMENTWISE
+
+
+def Case(name: str, *args: Any, **fields: Any) -> kit.Case:  # noqa: N802
+    return kit.Case(name, *args, **{"q_dtype": E4M3, "o_dtype": BF16, **fields})
+
+
+LONG: dict[str, Any] = {"qo_lens": (700, 1, 300), "kv_lens": (900, 1000, 300), "heads": (4, 2)}
+CASES = [
+    Case("ordinary"),
+    Case("ragged", storage="ragged"),
+    Case("long", **LONG),
+    Case("long_ragged_not_causal", **LONG, storage="ragged", options={}),
+    # Logits far apart: the running maximum rises all the time, and the output is rescaled.
+    Case("far_apart", (300, 400), (900, 400), options={"causal": True, "sm_scale": 0.5}),
+    *[Case(f"page_{size}", (200, 70), (600, 70), page_size=size) for size in (8, 24, 64, 256)],
+    Case("window", (700, 300), (900, 300), options={"causal": True, "window_left": 150}),
+    Case("window_0", storage="ragged", options={"causal": True, "window_left": 0}),
+    Case("fp16", o_dtype=FP16),
+    Case("hnd", layout="HND"),
+    Case("ragged_hnd", layout="HND", storage="ragged"),
+    Case("long_kv_few_queries", qo_lens=(1, 5, 16), kv_lens=(3000, 5000, 200)),
+    Case("many_splits", qo_lens=(3,), kv_lens=(20000,), heads=(4, 1)),  # merged in two steps
+    Case("many_short", qo_lens=tuple(i % 7 + 1 for i in range(70)), kv_lens=tuple(i % 40 + 7 for i in range(70))),
+    Case("empty_requests", qo_lens=(0, 5, 0, 3, 0), kv_lens=(7, 9, 0, 300, 0)),
+    Case("no_kv", qo_lens=(4, 130, 1), kv_lens=(0, 0, 70)),
+    Case("queries_beyond_kv", qo_lens=(50, 200), kv_lens=(20, 130)),
+    Case("empty_batch", qo_lens=(), kv_lens=()),
+    Case("strided", strided=True),
+    Case("ragged_strided", storage="ragged", strided=True),
+    Case("mha", heads=(4, 4)),
+    Case("mqa", heads=(8, 1)),
+    Case("group_7", heads=(14, 2), storage="ragged"),
+    Case("soft_cap", options={"causal": True, "logits_soft_cap": 8.0}),
+    Case("alibi", options={"causal": True, "pos_encoding_mode": "ALIBI"}),
+    Case("custom_mask", mask="bool", options={}),
+]
+
+
+def expect_refusal(device: torch.device, case: kit.Case) -> bool:
+    """Whether the device has no kernel for fp8 queries, which a plan then says."""
+    if device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0):
+        return False
+    batch = kit.make_batch(case, device)
+    with pytest.raises(UnsupportedConfig, match="fp8 queries take sm_90a"):
+        kit.plan(kit.make_wrapper(case, device), batch)
+    return True
+
+
+def check(device: torch.device, batch: Batch, actual: tuple[Tensor, Tensor], **options: Any) -> None:
+    """On the CPU, as any other prefill. On Hopper:
+
+    Probabilities are rounded to e4m3, by at most 2^-4 of themselves, those below 2^-12 of the largest by 2^-16 of it;
+    sums of products keep 14 bits of the largest operand, the scores' once and the output's once for every 32 keys. So
+    element-wise the output is off by (2^-4 + what the scores' error does) of the sum of p |v|, besides the rounding of
+    the output. Norm-wise, rounding errors are independent: 2^-4 / sqrt(3) for a significand of 1, 0.74 times that over
+    all of them, or 2.7%; 30% more are left to what accumulates.
+    """
+    expected = kit.expect(batch, **options)
+    if device.type == "cpu":
+        kit.check(actual, expected)
+        return
+    absolute, _ = kit.expect(replace(batch, v=[v.float().abs() for v in batch.v]), **options)
+    case = batch.case
+    sm_scale = case.options.get("sm_scale", case.head_dim**-0.5) * LOG2_E
+    score_error = 0.0
+    if len(batch.q) and any(map(len, batch.k)):
+        q, k = (x.cpu().float().abs().amax((0, 1)) for x in (batch.q, torch.cat([k.float() for k in batch.k])))
+        score_error = 2.0**-14 * float(q @ k) * sm_scale
+    out, lse = actual[0].cpu().double(), actual[1].cpu().double()
+    assert out.isfinite().all()
+    rounding = ELEMENTWISE[actual[0].dtype] * (expected[0].abs() + 1e-2)
+    error = (out - expected[0]).abs()
+    bound = (2.0**-4 + 2.0**-8 + score_error) * absolute + rounding
+    assert (error <= bound).all(), f"off by up to {(error / bound).max():.2f} of the bound"
+    norm = torch.linalg.vector_norm(expected[0])
+    assert torch.linalg.vector_norm(out - expected[0]) <= (0.035 + score_error) * norm + 1e-12
+    infinite = expected[1].isinf()
+    assert torch.equal(lse[infinite], expected[1][infinite])
+    torch.testing.assert_close(lse[~infinite], expected[1][~infinite], atol=1e-3 + score_error, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", named(CASES, sanitized={"ordinary", "ragged", "many_splits", "no_kv"}))
+def test_against_the_oracle(device: torch.device, case: kit.Case) -> None:
+    if expect_refusal(device, case):
+        return
+    batch = kit.make_batch(case, device)
+    wrapper = kit.make_wrapper(case, device)
+    kit.plan(wrapper, batch)
+    check(device, batch, kit.run(wrapper, batch))
+
+
+@pytest.mark.parametrize("storage", ["paged", "ragged"])
+def test_scales(device: torch.device, storage: str) -> None:
+    case = Case("scales", storage=storage)
+    if expect_refusal(device, case):
+        return
+    batch = kit.make_batch(case, device)
+    wrapper = kit.make_wrapper(case, device)
+    kit.plan(wrapper, batch)
+    scales = {"q_scale": 0.5, "k_scale": 0.7, "v_scale": 1.7}
+    if storage == "paged":
+        actual = kit.run(wrapper, batch, **scales)
+    else:  # has no arguments for them: they are part of sm_scale and of the caller's output
+        kit.plan(wrapper, batch, sm_scale=0.35 * 128**-0.5)
+        out, lse = kit.run(wrapper, batch)
+        actual = (out * 1.7, lse)
+    check(device, batch, actual, **scales)
+
+
+@pytest.mark.parametrize("lengths", [(77, 150), (3, 4000), (1, 1), (0, 5), (6, 0)], ids=str)
+def test_single(device: torch.device, lengths: tuple[int, int]) -> None:
+    case = Case("single", lengths[:1], lengths[1:], storage="ragged")
+    if expect_refusal(device, case):
+        return
+    batch = kit.make_batch(case, device)
+    k, v = batch.kv
+    options: dict[str, Any] = {"causal": True, "o_dtype": BF16, "scale_q": 0.5, "scale_k": 0.7, "scale_v": 1.7}
+    actual = flashinfer.single_prefill_with_kv_cache_return_lse(batch.q, k, v, **options)
+    assert actual[0].dtype == BF16
+    check(device, batch, actual, q_scale=0.5, k_scale=0.7, v_scale=1.7)
+
+
+@pytest.mark.gpu
+def test_what_accumulates_over_long_kv() -> None:
+    """The tensor cores add the products of 32 keys to an output of which they keep 14 bits, rounded towards zero:
+    values with a mean lose by it, of 512 additions at most 2^-14 of the output each, measured 0.2%."""
+    device = torch.device("cuda")
+    case = Case("accumulated", (100,), (16384,), (2, 1), storage="ragged", options={})
+    if expect_refusal(device, case):
+        return
+    batch = kit.make_batch(case, device)
+    batch.v[0].copy_((torch.randn(16384, 1, 128, generator=torch.Generator().manual_seed(2)) * 0.1 + 1).to(E4M3))
+    batch.kv[1].copy_(batch.v[0])
+    wrapper = kit.make_wrapper(case, device)
+    kit.plan(wrapper, batch, disable_split_kv=True)
+    out, lse = kit.run(wrapper, batch)
+    ratio = out.cpu().double() / kit.expect(batch)[0]
+    assert 0.99 < ratio.mean() <= 1.001, ratio.mean()
+    check(device, batch, (out, lse))
+
+
+@pytest.mark.gpu
+def test_plan_and_run_in_one_graph() -> None:
+    device = torch.device("cuda")
+    case = Case("graph", (300, 5), (600, 2000))
+    if expect_refusal(device, case):
+        return
+    batch = kit.make_batch(case, device)
+    buffers = {
+        "qo_indptr_buf": batch.indices[0].to(device),
+        "paged_kv_indptr_buf": batch.indices[1].to(device),
+        "paged_kv_indices_buf": batch.indices[2].to(device),
+        "paged_kv_last_page_len_buf": batch.indices[3].to(device),
+    }
+    wrapper = kit.make_wrapper(case, device, use_cuda_graph=True, **buffers)
+    kit.plan(wrapper, batch)
+    out = torch.full((*batch.q.shape[:2], 128), math.nan, dtype=BF16, device=device)
+    lse = torch.full(batch.q.shape[:2], math.nan, device=device)
+    wrapper.run(batch.q, batch.kv, out=out, lse=lse, return_lse=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        wrapper.run(batch.q, batch.kv, out=out, lse=lse, return_lse=True)
+    for _ in range(2):
+        out.fill_(math.nan)
+        lse.fill_(math.nan)
+        graph.replay()
+        check(device, batch, (out, lse))
+
+
+def test_the_output_needs_a_dtype(device: torch.device) -> None:
+    case = Case("dtype", o_dtype=None)
+    batch = kit.make_batch(case, device)
+    wrapper = kit.make_wrapper(case, device)
+    with pytest.raises(UnsupportedConfig, match=r"the output would be torch.float8_e4m3fn.*o_data_type"):
+        kit.plan(wrapper, batch)
+        kit.run(wrapper, batch)
+    k, v = (x.to(device) for x in (batch.k[0], batch.v[0]))
+    with pytest.raises(UnsupportedConfig, match=r"the output would be torch.float8_e4m3fn.*o_dtype"):
+        flashinfer.single_prefill_with_kv_cache(batch.q[:33], k, v)
+
+
+def test_what_is_not_fp8_throughout_is_refused(device: torch.device) -> None:
+    case = Case("mixed")
+    batch = kit.make_batch(case, device)
+    q, k, v = batch.q[:33], batch.k[0].to(device), batch.v[0].to(device)
+    with pytest.raises(UnsupportedConfig, match="expected fp8 queries over KV of their dtype"):
+        flashinfer.single_prefill_with_kv_cache(q, k.to(BF16), v.to(BF16), o_dtype=BF16)
+    with pytest.raises(UnsupportedConfig, match="expected the dtype of q"):
+        flashinfer.single_prefill_with_kv_cache(q.to(BF16), k, v, o_dtype=FP16)
