@@ -9,14 +9,14 @@ namespace flashinfer::sm90 {
 
 // Probabilities are 2^kHeadroom at the maximum that scales them, which may lag behind the true one by kMaxLag powers of
 // two (attention/score.cuh). In 8 bits (e4m3: 2^-9 to 448)
-// they make use of the range: those 2^-12 of the largest keep all of their bits.
+// they make use of the range: those 2^-14 of the largest keep all of their bits.
 template <class T>
 struct ProbabilityRange {
   static constexpr float kMaxLag = flashinfer::kMaxLag, kHeadroom = 0.f;
 };
 template <>
 struct ProbabilityRange<fp8_e4m3> {
-  static constexpr float kMaxLag = 2.75f, kHeadroom = 6.f;
+  static constexpr float kMaxLag = 0.f, kHeadroom = 8.f;
 };
 
 // Probabilities as the registers of A of P·V (device/sm90/wgmma.cuh). Of 8 bits a register takes four, of the two pairs

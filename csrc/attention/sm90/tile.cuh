@@ -23,7 +23,7 @@ struct Shape {
   // Warpgroups 0 to kNumConsumers - 1 compute 64 rows each, the last one brings in what they need. Two consumers have
   // the registers to overlap their own products and softmax; three overlap with each other.
   static constexpr int kNumConsumers = kBlockM / 64, kRowsPerConsumer = 64, kRowsPerWarp = 16;
-  static constexpr bool kOverlaps = kNumConsumers == 2;
+  static constexpr bool kOverlaps = kNumConsumers == 2 && sizeof(T) == 2;
   static constexpr int kNumConsumerThreads = kNumConsumers * kWarpgroupSize;
   static_assert(Config::kNumThreads == kNumConsumerThreads + kWarpgroupSize);
   // All that the launch leaves to 64 K registers, in steps of 8: those given away must be enough for those taken.

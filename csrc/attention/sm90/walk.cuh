@@ -39,6 +39,7 @@ struct TileWalk {
   using Output = float[Shape::kNumOutputs];
   using Probabilities = uint32_t[Shape::kNumProbabilityRegisters];
 
+  static constexpr int kColumnsAtOnce = 64;
   const Sm90PrefillParams& params;
   Smem<Config>& smem;
   const Work& work;
@@ -75,7 +76,9 @@ struct TileWalk {
       const uint32_t end_turn = turn_plus_tile + 1 - max(end_tile, work.item.tile_begin);
 #pragma unroll 1
       for (; int32_t(end_turn - kv_turn) > 0; ++kv_turn) {
-        if constexpr (Shape::kOverlaps) {
+        if constexpr (Shape::kTransposesValues) {
+          step_of_8_bits(p, kv_turn, int(turn_plus_tile - kv_turn), needs_mask);
+        } else if constexpr (Shape::kOverlaps) {
           step_overlapped(p, kv_turn, int(turn_plus_tile - kv_turn), needs_mask);
         } else {
           step(p, kv_turn, int(turn_plus_tile - kv_turn), needs_mask);
@@ -110,6 +113,43 @@ struct TileWalk {
     pin(p);
     start_output<1, 2>(p, turn);
     wait_for_output(turn);
+  }
+
+  // Sums of 8-bit products keep too few bits for those of all tiles: each tile has its own, of 64 columns at a time for
+  // want of registers, and O = O rescale + P V is done in fp32.
+  __device__ __forceinline__ void step_of_8_bits(Probabilities& p, uint32_t turn, int tile, auto needs_mask) {
+    Scores scores;
+    smem.k_full.wait_full(turn);
+    start_scores(scores, turn);
+    wait_for_scores<0>(scores, turn);
+    float rescale[2];
+    transform_and_mask<Config>(scores, params, work, smem.group_size, tile, needs_mask);
+    softmax.raise_max(scores, scale_log2, rescale);
+    softmax.exponentiate(scores, scale_log2);
+    softmax.pack(scores, p);
+    smem.v_full.wait_full(turn);
+    const Operand v = depth_major_operand(smem_address(smem.v[turn % Shape::kNumStages]));
+    pin(p);
+#pragma unroll
+    for (int first = 0; first < Shape::kHeadDimVo; first += kColumnsAtOnce) {
+      float products[kColumnsAtOnce / 2];
+      pin(products);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < Shape::kBlockN / Shape::kProductDepth; ++step) {
+        const int bytes = (step / 4 * Shape::kHeadDimVo + first) * kPanelBytes + step % 4 * 32;
+        Wgmma<T, kColumnsAtOnce>::multiply(products, p + 4 * step, v.advanced(bytes), step > 0);
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(products);
+#pragma unroll
+      for (int i = 0; i < kColumnsAtOnce / 2; ++i) {
+        float& x = out[first / 2 + i];
+        x = fmaf(x, rescale[i / 2 % 2], products[i]);
+      }
+    }
+    if (elect_lane()) smem.v_empty.at(turn).arrive();
   }
 
   // The tile's scores beside the products of the one before, whose probabilities p are.
@@ -175,11 +215,9 @@ struct TileWalk {
   // O += P V of one of kNumParts parts of the tile's keys.
   template <int kPart = 0, int kNumParts = 1>
   __device__ __forceinline__ void start_output(Probabilities& p, uint32_t turn) const {
-    constexpr int kNumSteps = Shape::kBlockN / Shape::kProductDepth / kNumParts;
-    static_assert(kNumSteps * kNumParts * Shape::kProductDepth == Shape::kBlockN);
-    const uint32_t v_smem = smem_address(smem.v[turn % Shape::kNumStages]);
-    const Operand v =
-        Shape::kTransposesValues ? depth_major_operand(v_smem) : column_major_operand(v_smem, Shape::kBlockN);
+    constexpr int kNumSteps = Shape::kBlockN / 16 / kNumParts;
+    static_assert(kNumSteps * kNumParts * 16 == Shape::kBlockN);
+    const Operand v = column_major_operand(smem_address(smem.v[turn % Shape::kNumStages]), Shape::kBlockN);
     if constexpr (kPart == 0) {
       pin(out);
       pin(p);
@@ -187,9 +225,7 @@ struct TileWalk {
     wgmma_fence();
 #pragma unroll
     for (int step = kPart * kNumSteps; step < (kPart + 1) * kNumSteps; ++step) {
-      const int bytes = Shape::kTransposesValues ? step / 4 * Shape::kHeadDimVo * kPanelBytes + step % 4 * 32
-                                                 : step * Shape::kProductDepth * kPanelBytes;
-      Wgmma<T, Shape::kHeadDimVo>::accumulate(out, p + 4 * step, v.advanced(bytes));
+      Wgmma<T, Shape::kHeadDimVo>::multiply(out, p + 4 * step, v.advanced(step * 16 * kPanelBytes), true);
     }
     wgmma_commit();
   }

@@ -14,8 +14,8 @@
 // columns, packed, are the four registers of A of one product: P feeds P·V without a shuffle.
 //
 // Of 8-bit operands, register i of A holds four neighbouring elements of row r + 8 (i % 2), those from
-// 16 (i / 2) + 4 (t % 4) on, and B has to be depth-major. What sums these products is not quite fp32: each is added to
-// what is in d with some 14 bits of the larger one kept.
+// 16 (i / 2) + 4 (t % 4) on, and B has to be depth-major. What sums these products is not fp32: of each, no more is
+// kept than about 13 bits below the largest of them and of d. Many small products added to a large d vanish.
 #pragma once
 
 #include "device/cp_async.cuh"
@@ -73,9 +73,9 @@ __device__ __forceinline__ void pin(uint32_t (&registers)[kNum]) {
   for (int i = 0; i < kNum; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
-// Wgmma<T, kN>::multiply    d (+)= A Bᵀ, both depth-major in shared memory
-// Wgmma<T, kN>::accumulate  d += A B, A in registers, B in shared memory: column-major of 16-bit elements; of 8-bit
-//                           ones Bᵀ is there, depth-major
+// Wgmma<T, kN>::multiply  d (+)= A Bᵀ, both depth-major in shared memory
+//                         d (+)= A B, A in registers, B in shared memory: column-major of 16-bit elements; of 8-bit
+//                         ones Bᵀ is there, depth-major
 template <class T, int kN>
 struct Wgmma;
 
@@ -117,9 +117,9 @@ struct Wgmma;
 #define FLASHINFER_REGS_128(d) FLASHINFER_REGS_120(d), FLASHINFER_EIGHT(d, 120)
 // clang-format on
 
-// num_regs = kN / 2; a0 to a4 are the numbers of the operands after those of d. depth_type: of A and B. majors: how A
+// num_regs = kN / 2; a0 to a5 are the numbers of the operands after those of d. depth_type: of A and B. majors: how A
 // and B lie in shared memory, of multiply and of accumulate; 8-bit operands have no choice.
-#define FLASHINFER_WGMMA_OF(T, depth_type, majors, b_major, kN, num_regs, a0, a1, a2, a3, a4)                      \
+#define FLASHINFER_WGMMA_OF(T, depth_type, majors, b_major, kN, num_regs, a0, a1, a2, a3, a4, a5)                  \
   template <>                                                                                                      \
   struct Wgmma<T, kN> {                                                                                            \
     __device__ __forceinline__ static void multiply(float (&d)[num_regs], Operand a, Operand b, bool accumulate) { \
@@ -130,11 +130,14 @@ struct Wgmma;
                    : FLASHINFER_REGS_##num_regs(d)                                                                 \
                    : "l"(a.descriptor()), "l"(b.descriptor()), "r"(int(accumulate)));                              \
     }                                                                                                              \
-    __device__ __forceinline__ static void accumulate(float (&d)[num_regs], const uint32_t* a, Operand b) {        \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #kN depth_type " {" FLASHINFER_TEXT_##num_regs              \
-                   "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" a4 ", 1, 1, 1" b_major ";\n"                       \
+    __device__ __forceinline__ static void multiply(float (&d)[num_regs], const uint32_t* a, Operand b,            \
+                                                    bool accumulate) {                                             \
+      asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" a5                                       \
+                   ", 0;\n"                                                                                        \
+                   "wgmma.mma_async.sync.aligned.m64n" #kN depth_type " {" FLASHINFER_TEXT_##num_regs              \
+                   "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" a4 ", accumulate, 1, 1" b_major ";\n}\n"           \
                    : FLASHINFER_REGS_##num_regs(d)                                                                 \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()));                             \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(int(accumulate)));       \
     }                                                                                                              \
   };
 #define FLASHINFER_WGMMA(...)                                                  \
@@ -142,14 +145,14 @@ struct Wgmma;
   FLASHINFER_WGMMA_OF(fp16, "k16.f32.f16.f16", ", 0, 0", ", 1", __VA_ARGS__)   \
   FLASHINFER_WGMMA_OF(fp8_e4m3, "k32.f32.e4m3.e4m3", "", "", __VA_ARGS__)
 
-FLASHINFER_WGMMA(64, 32, "32", "33", "34", "35", "36")
-FLASHINFER_WGMMA(80, 40, "40", "41", "42", "43", "44")
-FLASHINFER_WGMMA(96, 48, "48", "49", "50", "51", "52")
-FLASHINFER_WGMMA(128, 64, "64", "65", "66", "67", "68")
-FLASHINFER_WGMMA(160, 80, "80", "81", "82", "83", "84")
-FLASHINFER_WGMMA(176, 88, "88", "89", "90", "91", "92")
-FLASHINFER_WGMMA(192, 96, "96", "97", "98", "99", "100")
-FLASHINFER_WGMMA(256, 128, "128", "129", "130", "131", "132")
+FLASHINFER_WGMMA(64, 32, "32", "33", "34", "35", "36", "37")
+FLASHINFER_WGMMA(80, 40, "40", "41", "42", "43", "44", "45")
+FLASHINFER_WGMMA(96, 48, "48", "49", "50", "51", "52", "53")
+FLASHINFER_WGMMA(128, 64, "64", "65", "66", "67", "68", "69")
+FLASHINFER_WGMMA(160, 80, "80", "81", "82", "83", "84", "85")
+FLASHINFER_WGMMA(176, 88, "88", "89", "90", "91", "92", "93")
+FLASHINFER_WGMMA(192, 96, "96", "97", "98", "99", "100", "101")
+FLASHINFER_WGMMA(256, 128, "128", "129", "130", "131", "132", "133")
 
 // Four floats as a register of A of 8-bit elements, the first in the lowest byte.
 __device__ __forceinline__ uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
