@@ -38,6 +38,8 @@ def header_of(target: str, **axes: Any) -> str:
         {"kv_storage": "single"},
         {"kv_storage": "paged", "page_size": 8},
         {"kv_storage": "paged", "page_size": 48},
+        {"kv_storage": "paged", "page_size": 1},
+        {"kv_storage": "paged", "page_size": 12},
         {"head_dim": 64},
         {"head_dim": 256},
         {"head_dim": 192, "head_dim_vo": 128},
@@ -59,8 +61,6 @@ def test_serves(axes: dict[str, Any]) -> None:
     "axes",
     [
         {"kv_dtype": "fp8_e4m3"},
-        {"kv_storage": "paged", "page_size": 1},
-        {"kv_storage": "paged", "page_size": 12},
         {"kv_storage": "paged", "page_size": 16, "short_queries": True},
         {"head_dim": 96},
         {"head_dim": 192},

@@ -15,7 +15,7 @@ __device__ __forceinline__ void consume(const Sm90PrefillParams& params, Smem<Co
     float out[Shape::kNumOutputs] = {};
     Softmax<Config> softmax;
     softmax.reset();
-    smem.q_full.wait_full(turn);
+    smem.await(smem.q_full, turn);
     if (work.item.tile_begin < work.item.tile_end) {
       TileWalk<Config>::of(params, smem, work, turn, out, softmax).run(kv_turn);
     }

@@ -8,6 +8,7 @@
 //
 //   scheduler.cuh  which unit of work is next (plan and list are those of attention/prefill)
 //   producer.cuh   how queries, keys and values come in
+//   gather.cuh     the same where pages are small
 //   transpose.cuh  and 8-bit values, whose keys the tensor cores want side by side
 //   consumer.cuh   the units of work
 //   walk.cuh       the loop over KV tiles
@@ -17,14 +18,15 @@
 #pragma once
 
 #include "attention/sm90/consumer.cuh"
+#include "attention/sm90/gather.cuh"
 #include "attention/sm90/producer.cuh"
 #include "device/pdl.cuh"
 
 namespace flashinfer {
 
-// Config: Q (of q, k and v), Out, kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kPosEncoding, and
-// the tile: kBlockM, kBlockN, kNumStages, kNumQueryStages, kNumThreads, kSmemBytes. Grid: as many blocks as
-// the planner was told; without a plan, any.
+// Config: Q (of q, k and v), Out, kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kPosEncoding,
+// kGathersKv, and the tile: kBlockM, kBlockN, kNumStages, kNumQueryStages, kNumThreads, kSmemBytes. Grid: as many
+// blocks as the planner was told; without a plan, any.
 template <class Config>
 __device__ void prefill(const Sm90PrefillParams& params) {
   using Shape = sm90::Shape<Config>;
@@ -33,8 +35,10 @@ __device__ void prefill(const Sm90PrefillParams& params) {
   auto& smem = *reinterpret_cast<sm90::Smem<Config>*>(smem_bytes);
   if (threadIdx.x == 0) {
     smem.init(params);
-    prefetch_tensor_map(params.k_map);
-    prefetch_tensor_map(params.v_map);
+    if constexpr (!Shape::kGathers) {
+      prefetch_tensor_map(params.k_map);
+      prefetch_tensor_map(params.v_map);
+    }
   }
   __syncthreads();
   wait_for_previous_kernel();
@@ -42,7 +46,11 @@ __device__ void prefill(const Sm90PrefillParams& params) {
   const int warpgroup_idx = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupSize, 0);
   if (warpgroup_idx == Shape::kNumConsumers) {
     shrink_registers<Shape::kProducerRegisters>();
-    sm90::produce<Config>(params, smem);
+    if constexpr (Shape::kGathers) {
+      sm90::Gatherer<Config>{params, smem}.run();
+    } else {
+      sm90::produce<Config>(params, smem);
+    }
   } else {
     grow_registers<Shape::kConsumerRegisters>();
     sm90::consume<Config>(params, smem);

@@ -27,6 +27,25 @@ struct RowLanes {
   }
 };
 
+// Rows [first, first + 32) of a unit's query tile, by a warp. Rows that do not exist become zeros.
+template <class Config, class Shape = sm90::Shape<Config>>
+__device__ __forceinline__ void copy_query_rows(const Sm90PrefillParams& params, Smem<Config>& smem, const Work& work,
+                                                uint32_t turn, int first) {
+  using T = typename Shape::T;
+  using Lanes = RowLanes<T, Shape::kHeadDimQk>;
+  const Lanes lanes;
+  const FastDivisor group_size = smem.group_size;
+  const int num_rows = work.num_rows(group_size.divisor, Shape::kBlockM);
+  const int row = work.item.q_tile * Shape::kBlockM + first + int(fresh_thread_idx() % 32);
+  const int64_t offset = work.offset(work.query_row(group_size, row), params.q_token_stride, params.q_head_stride);
+  const uint32_t rows_smem = smem_address(smem.q_of(turn, first / Shape::kRowsPerConsumer));
+#pragma unroll 1
+  for (int i = lanes.row; i < 32; i += Lanes::kNumRows) {
+    const T* row_gmem = static_cast<const T*>(params.q) + __shfl_sync(0xffffffffu, offset, i);
+    lanes.copy(rows_smem, Shape::kRowsPerConsumer, first % Shape::kRowsPerConsumer + i, row_gmem, first + i < num_rows);
+  }
+}
+
 // The query tile of every unit, ahead of the consumers where there is room for two.
 template <class Config>
 struct QueryProducer {
@@ -38,24 +57,11 @@ struct QueryProducer {
   // prepare(turn) ahead of the turn-th unit.
   template <class Prepare>
   __device__ __forceinline__ void run(const Prepare& prepare) const {
-    using Lanes = RowLanes<T, Shape::kHeadDimQk>;
-    const Lanes lanes;
     const auto load = [&](const Work& work, uint32_t turn) {
-      const FastDivisor group_size = smem.group_size;
-      const int num_rows = work.num_rows(group_size.divisor, Shape::kBlockM);
       smem.q_empty.wait_empty(turn);
 #pragma unroll 1
       for (int first = 0; first < Shape::kBlockM; first += 32) {
-        const int row = work.item.q_tile * Shape::kBlockM + first + int(fresh_thread_idx() % 32);
-        const int64_t offset =
-            work.offset(work.query_row(group_size, row), params.q_token_stride, params.q_head_stride);
-        const uint32_t rows_smem = smem_address(smem.q_of(turn, first / Shape::kRowsPerConsumer));
-#pragma unroll 1
-        for (int i = lanes.row; i < 32; i += Lanes::kNumRows) {
-          const T* row_gmem = static_cast<const T*>(params.q) + __shfl_sync(0xffffffffu, offset, i);
-          lanes.copy(rows_smem, Shape::kRowsPerConsumer, first % Shape::kRowsPerConsumer + i, row_gmem,
-                     first + i < num_rows);
-        }
+        copy_query_rows<Config>(params, smem, work, turn, first);
       }
       cp_async_commit();
       cp_async_wait<0>();

@@ -26,9 +26,13 @@ struct Shape {
   static constexpr bool kOverlaps = kNumConsumers == 2 && sizeof(T) == 2;
   static constexpr int kNumConsumerThreads = kNumConsumers * kWarpgroupSize;
   static_assert(Config::kNumThreads == kNumConsumerThreads + kWarpgroupSize);
+  // Small pages are gathered by all threads of the producers: gather.cuh.
+  static constexpr bool kGathers = Config::kGathersKv;
+  static_assert(!kGathers || kNumConsumers == 2, "gathering takes registers");
+  static constexpr int kNumGatherers = kWarpgroupSize;
   // All that the launch leaves to 64 K registers, in steps of 8: those given away must be enough for those taken.
-  static constexpr int kProducerRegisters = kNumConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kNumConsumers == 2 ? 232 : 160;
+  static constexpr int kProducerRegisters = kGathers ? 56 : kNumConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kGathers ? 224 : kNumConsumers == 2 ? 232 : 160;
 
   // The tensor cores take 8-bit values along the keys only: a pair of the producers' warps transposes them.
   static constexpr bool kTransposesValues = sizeof(T) == 1;
@@ -88,19 +92,28 @@ struct Smem {
 
   // The producers' warps that go through the units: of queries, keys and values; or of queries, of keys and values, and
   // those that transpose.
-  static constexpr int kNumUnitProducers = Shape::kTransposesValues ? 2 + Shape::kNumTransposers : 3;
+  static constexpr int kNumUnitProducers = Shape::kGathers            ? Shape::kNumGatherers / 32
+                                           : Shape::kTransposesValues ? 2 + Shape::kNumTransposers
+                                                                      : 3;
 
   __device__ __forceinline__ uint8_t* q_of(uint32_t unit_turn, int consumer_idx) {
     return q[unit_turn % Shape::kNumQueryStages][consumer_idx];
+  }
+
+  // By a consumer, until a stage of queries, keys or values is full.
+  template <class Ring>
+  __device__ __forceinline__ static void await(Ring& full, uint32_t turn) {
+    full.wait_full(turn);
+    if constexpr (Shape::kGathers) fence_async_proxy();
   }
 
   // By one thread, before any role starts.
   __device__ __forceinline__ void init(const Sm90PrefillParams& params) {
     constexpr int kNumConsumerWarps = Shape::kNumConsumers * 4;
     work_full.init(1);
-    q_full.init(1);
-    k_full.init(1);
-    v_full.init(Shape::kTransposesValues ? Shape::kNumTransposers : 1);
+    q_full.init(Shape::kGathers ? Shape::kNumGatherers : 1);
+    k_full.init(Shape::kGathers ? Shape::kNumGatherers : 1);
+    v_full.init(Shape::kGathers ? Shape::kNumGatherers : Shape::kTransposesValues ? Shape::kNumTransposers : 1);
     rows_full.init(1);
     rows_empty.init(Shape::kNumTransposers);
     q_empty.init(kNumConsumerWarps);

@@ -97,13 +97,13 @@ struct TileWalk {
 
   __device__ __forceinline__ void step(Probabilities& p, uint32_t turn, int tile, auto needs_mask) {
     Scores scores;
-    smem.k_full.wait_full(turn);
+    smem.await(smem.k_full, turn);
     start_scores(scores, turn);
     wait_for_scores<0>(scores, turn);
     float rescale[2];
     transform_and_mask<Config>(scores, params, work, smem.group_size, tile, needs_mask);
     if (softmax.raise_max(scores, scale_log2, rescale)) softmax.rescale_output(out, rescale);
-    smem.v_full.wait_full(turn);
+    smem.await(smem.v_full, turn);
     softmax.template exponentiate<0, 2>(scores, scale_log2);
     softmax.template pack<0, 2>(scores, p);
     start_output<0, 2>(p, turn);
@@ -155,12 +155,12 @@ struct TileWalk {
   // The tile's scores beside the products of the one before, whose probabilities p are.
   __device__ __forceinline__ void step_overlapped(Probabilities& p, uint32_t turn, int tile, auto needs_mask) {
     Scores scores;
-    smem.k_full.wait_full(turn);
+    smem.await(smem.k_full, turn);
     Turns::await();
     pin(out);
     pin(p);
     start_scores(scores, turn);
-    smem.v_full.wait_full(turn - 1);
+    smem.await(smem.v_full, turn - 1);
     start_output(p, turn - 1);
     Turns::pass_on();
     wait_for_scores<1>(scores, turn);
@@ -175,7 +175,7 @@ struct TileWalk {
   }
   __device__ __forceinline__ void begin_overlapped(Probabilities& p, uint32_t turn, int tile) {
     Scores scores;
-    smem.k_full.wait_full(turn);
+    smem.await(smem.k_full, turn);
     start_scores(scores, turn);
     wait_for_scores<0>(scores, turn);
     float no_rescale[2];
@@ -185,7 +185,7 @@ struct TileWalk {
     softmax.pack(scores, p);
   }
   __device__ __forceinline__ void end_overlapped(Probabilities& p, uint32_t turn) {
-    smem.v_full.wait_full(turn);
+    smem.await(smem.v_full, turn);
     start_output(p, turn);
     wait_for_output(turn);
   }

@@ -34,6 +34,11 @@ struct Mbarrier {
   }
 };
 
+// One arrival at the barrier when all copies by cp.async that this thread has made so far have landed.
+__device__ __forceinline__ void cp_async_arrive(Mbarrier& barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(&barrier)) : "memory");
+}
+
 // Makes initialized barriers visible to asynchronous copies; other threads see them after a block barrier.
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

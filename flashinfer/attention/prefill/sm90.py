@@ -27,6 +27,15 @@ def bind_launch(launcher: Launcher, grid_size: int, values: Mapping[str, Any], p
     box_rows = math.gcd(page_size, int(constants["kBlockN"])) if is_paged else int(constants["kBlockN"])
     num_heads, itemsize = values["num_kv_heads"], ITEMSIZE[str(constants["Kv"])]
 
+    launch = launcher.prepare(
+        (grid_size, 1, 1),
+        {**values, "box_rows": box_rows, "reserved": b""},
+        varying=("k_map", "v_map", *families.ROWS, *ADDRESSES),
+    )
+    if constants["kGathersKv"]:
+        no_map = bytes(128)
+        return functools.partial(launch, no_map, no_map)
+
     def maps_of(half: str, head_dim: int) -> Callable[[int], bytes]:
         page, entry, head = (itemsize * values[f"kv.{half}_{axis}_stride"] for axis in ("page", "entry", "head"))
         row = entry if is_paged else page
@@ -45,12 +54,6 @@ def bind_launch(launcher: Launcher, grid_size: int, values: Mapping[str, Any], p
         return map_at
 
     k_map_at, v_map_at = (maps_of(half, int(constants[f"kHeadDim{of}"])) for half, of in (("k", "Qk"), ("v", "Vo")))
-    launch = launcher.prepare(
-        (grid_size, 1, 1),
-        {**values, "box_rows": box_rows, "reserved": b""},
-        varying=("k_map", "v_map", *families.ROWS, *ADDRESSES),
-    )
-
     def launch_at(*addresses: int) -> None:
         launch(k_map_at(addresses[_K]), v_map_at(addresses[_V]), *addresses)
 

@@ -35,14 +35,15 @@ TILES = {
     # 612 / 712. 128 x 64, in another run: 498, where this tile made 522.
     (256, 256): Tile(128, 80, 2, 1),
 }
-# Where more happens to a score than a causal mask or a window: three consumers have not the registers for it.
-TILES_OF_CHANGED_SCORES = {(64, 64): Tile(128, 128, 2, 2)}
+# Where more happens to a score than a causal mask or a window, or KV are gathered: three consumers have not the
+# registers for it.
+TILES_OF_TWO_CONSUMERS = {(64, 64): Tile(128, 128, 2, 2)}
 
 # fp8 (e4m3) of q, k and v: values are transposed on the way (csrc/attention/sm90/transpose.cuh).
 FP8_TILES = {
     (128, 128): Tile(192, 128, 2, 2),
 }
-FP8_TILES_OF_CHANGED_SCORES = {(128, 128): Tile(128, 128, 2, 2)}
+FP8_TILES_OF_TWO_CONSUMERS = {(128, 128): Tile(128, 128, 2, 2)}
 WHAT_FP8_TAKES = (
     f"fp8 queries take sm_90a, head_dim {' or '.join(str(dims[0]) for dims in FP8_TILES)}, pages of a multiple of "
     f"{MIN_BOX_ROWS} and no RoPE. Next step: convert q to bfloat16, which the cache need not be"
@@ -56,8 +57,14 @@ def _is_fp8(spec: KernelSpec) -> bool:
 def _tile(spec: KernelSpec) -> Tile:
     dims = spec.arg("head_dim_qk"), spec.arg("head_dim_vo")
     is_changed = spec.arg("mask") == "custom" or spec.arg("pos_encoding") != "none" or spec.arg("has_soft_cap")
-    plain, changed = (FP8_TILES, FP8_TILES_OF_CHANGED_SCORES) if _is_fp8(spec) else (TILES, TILES_OF_CHANGED_SCORES)
-    return changed.get(dims, plain[dims]) if is_changed else plain[dims]
+    takes_registers = is_changed or gathers(spec)
+    plain, changed = (FP8_TILES, FP8_TILES_OF_TWO_CONSUMERS) if _is_fp8(spec) else (TILES, TILES_OF_TWO_CONSUMERS)
+    return changed.get(dims, plain[dims]) if takes_registers else plain[dims]
+
+
+def gathers(spec: KernelSpec) -> bool:
+    """Whether rows of KV come one by one and not in boxes of a page (csrc/attention/sm90/gather.cuh)."""
+    return spec.arg("kv_storage") == "paged" and not spec.arg("large_pages")
 
 
 def serves(spec: KernelSpec) -> bool:
@@ -67,7 +74,7 @@ def serves(spec: KernelSpec) -> bool:
         and (arg("head_dim_qk"), arg("head_dim_vo")) in (FP8_TILES if _is_fp8(spec) else TILES)
         and not arg("short_queries")
         and arg("pos_encoding") != "rope"
-        and (arg("kv_storage") != "paged" or arg("large_pages"))
+        and not (_is_fp8(spec) and gathers(spec))
     )
 
 
@@ -80,6 +87,7 @@ def config(spec: KernelSpec, constants: Constants) -> Config:
         "kBlockN": tile.block_n,
         "kNumStages": tile.num_stages,
         "kNumQueryStages": tile.num_query_stages,
+        "kGathersKv": gathers(spec),
     }
     # sm90::Smem: the tiles, and what is small.
     size = ITEMSIZE[spec.arg("q_dtype")]
