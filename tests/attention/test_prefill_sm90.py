@@ -118,6 +118,7 @@ def compiled_specs() -> list[KernelSpec]:
         dims = {"head_dim": dim_qk, "head_dim_vo": dim_vo}
         specs.append(families.prefill("sm_90a", **{**BF16, **dims}))
         specs.append(families.prefill("sm_90a", **{**BF16, **dims}, mask="none", has_window=True))
+        specs.append(families.prefill("sm_90a", **{**BF16, **dims, "kv_storage": "paged"}, page_size=1))
         changed: dict[str, Any] = {"mask": "custom", "pos_encoding": "alibi", "has_soft_cap": True, "has_window": True}
         specs.append(families.prefill("sm_90a", **{**BF16, **dims}, **changed))
     paged = {"kv_storage": "paged", "page_size": 16}
