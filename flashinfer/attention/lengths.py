@@ -12,8 +12,8 @@ from typing import Optional
 
 import torch
 
-from flashinfer.host import indices
-from flashinfer.host.checks import require
+from flashinfer.host import checks, indices
+from flashinfer.host.checks import LOWEST_ADDRESS, require
 
 _address = torch.Tensor.data_ptr
 _DENSE = (1,)  # the strides of one dimension without gaps
@@ -260,6 +260,8 @@ class FixedBuffers:
     def require_room(self, names: Sequence[str], given: Sequence[torch.Tensor]) -> None:
         """Offsets and lengths fix the batch size, page numbers may be fewer than the buffer holds."""
         for name, tensor, (buffer_name, buffer) in zip(names, given, self._buffers.items()):
+            if buffer.data_ptr() < LOWEST_ADDRESS:
+                checks.require_addresses(self._op, **{buffer_name: buffer})
             if "indices" in name:
                 if tensor.numel() > buffer.numel():
                     raise ValueError(

@@ -199,6 +199,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         plan, op, names = self._plan, self._op_name, self._index_names
         assert plan is not None
         held, known = tuple(self._buffer(role) for role in self._roles), _UNKNOWN
+        checks.require_addresses(op, **dict(zip(names, held)))
         if self._sees_indices() or not lengths.are_in_place(held, self.device):
             known = lengths.check(op, names, held, plan.shape.page_size)
             held = lengths.take(op, names, held, self.device)

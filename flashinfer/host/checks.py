@@ -83,8 +83,8 @@ def require_flag(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} is {value!r:.60}; expected True, False or None")
 
 
-# Tensors lie above it on a CUDA device, and on the CPU but for executables at fixed addresses. What lies below is looked
-# at: it may have no memory.
+# Tensors lie above it on a CUDA device, and on the CPU but for executables at fixed addresses. What lies below may have
+# no memory, and is looked at.
 LOWEST_ADDRESS = 1 << 32
 
 
