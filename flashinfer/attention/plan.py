@@ -112,15 +112,28 @@ class Plan(ABC):
         self.op, self.device, self.shape, self.mask, self.variant = op, device, shape, mask, variant
         self.q_dtype, self.kv_dtype, self.o_dtype = dtypes
         self.runs: memo.Memo[BoundRun] = memo.Memo()
+        self.extents: dict[bool, Any] = {}  # of the planned options, by short_queries, once asked for
+        self._planners: dict[Extent, Launch] = {}
         paged_cache.require_heads(op, shape.num_qo_heads, shape.num_kv_heads)
+
+    def is_short(self, num_tokens: int) -> bool:
+        """Whether the tile for short queries serves this many tokens best, where there is one."""
+        return False
 
     @abstractmethod
     def extent(self, short_queries: bool) -> Extent:
-        """Of the planned options. Loads their kernel; raises where there is none."""
+        """Into `extents`. Loads the kernel; raises where there is none."""
 
-    @abstractmethod
     def launch_planner(self, extent: Any, found: Lengths) -> None:
         """Have the schedule of that extent written on the device; nothing on the CPU."""
+        launch = self._planners.get(extent)
+        if launch is None:
+            launch = self._planners[extent] = self._bind_planner(extent)
+        launch(*found.planner_addresses)
+
+    @abstractmethod
+    def _bind_planner(self, extent: Any) -> Launch:
+        """A launch that takes `Lengths.planner_addresses`."""
 
     @abstractmethod
     def bind(self, call: Call, short_queries: bool) -> BoundRun:
