@@ -255,6 +255,9 @@ class FixedBuffers:
                     f"{op}: {name} is {buffer.dtype} {list(buffer.shape)} on {buffer.device}; expected contiguous "
                     f"int32 of one dimension on {device}"
                 )
+            checks.require_addresses(op, **{name: buffer})
+            if "indptr" in name and buffer.numel() == 0:
+                raise ValueError(f"{op}: {name} is empty; expected batch_size + 1 entries")
             self._buffers[name] = buffer
 
     def require_room(self, names: Sequence[str], given: Sequence[torch.Tensor]) -> None:

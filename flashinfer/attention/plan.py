@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Optional, Protocol
 
 import torch
 
+from flashinfer import dtypes
 from flashinfer.attention.lengths import Lengths
 from flashinfer.attention.variant import Overrides, Variant
 from flashinfer.host import checks, memo, paged_cache
@@ -48,6 +49,14 @@ class Shape(NamedTuple):
         """Of sizes that a caller gave. Raises TypeError or ValueError."""
         lowest = [int(name != "batch_size") for name in Shape._fields]
         return Shape(*map(functools.partial(checks.integer, op), Shape._fields, sizes, lowest))
+
+
+def dtype_of(op: str, name: str, given: object) -> torch.dtype:
+    """A dtype that a caller gave. Raises TypeError or ValueError."""
+    try:
+        return dtypes.torch_dtype(given)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{op}: {name}: {error}") from None
 
 
 class Call(NamedTuple):
@@ -105,12 +114,12 @@ class Plan(ABC):
         op: str,
         device: torch.device,
         shape: Shape,
-        dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+        types: tuple[torch.dtype, torch.dtype, torch.dtype],
         mask: str,
         variant: Variant,
     ) -> None:
         self.op, self.device, self.shape, self.mask, self.variant = op, device, shape, mask, variant
-        self.q_dtype, self.kv_dtype, self.o_dtype = dtypes
+        self.q_dtype, self.kv_dtype, self.o_dtype = types
         self.runs: memo.Memo[BoundRun] = memo.Memo()
         self.extents: dict[bool, Any] = {}  # of the planned options, by short_queries, once asked for
         self._planners: dict[Extent, Launch] = {}
@@ -151,6 +160,7 @@ class Plan(ABC):
                     f"{self.op}: {name} is on {tensor.device}, the workspace on {self.device}; move them to one device"
                 )
         require_rows(self.op, "q", call.q)
+        checks.require_flag(self.op, "enable_pdl", call.pdl)
 
     def out_dtype(self, q_dtype: torch.dtype) -> torch.dtype:
         return self.o_dtype if self.o_dtype != self.q_dtype else q_dtype

@@ -153,7 +153,10 @@ class PlannedAttention(Uncopyable, EngineNames):
         if min(addresses) < LOWEST_ADDRESS:
             checks.require_addresses(op, **dict(zip(names, given)))
         key = (arguments, sizes, self._int_workspace_buffer.data_ptr())  # clients replace the buffer
-        plan = self._plans.get(key)
+        try:
+            plan = self._plans.get(key)
+        except TypeError:
+            plan = None  # of arguments without a hash, which `_describe` refuses
         if plan is None:
             workspaces = (self._int_workspace_buffer, self._float_workspace_buffer)
             plan = self._plans.remember(key, self._describe(self._batch_size(sizes), workspaces, *arguments))
@@ -163,7 +166,10 @@ class PlannedAttention(Uncopyable, EngineNames):
         else:
             known = lengths.check(op, names, given, page_size)
             held = lengths.take(op, names, given, device)
-        extent = self._choose(plan, known[0] if longest is None else longest * plan.shape.batch_size)
+        num_tokens = known[0]
+        if longest is not None:
+            num_tokens = checks.integer(op, "max_token_per_sequence", longest, 0) * plan.shape.batch_size
+        extent = self._choose(plan, num_tokens)
         if self._fixed is not None:
             self._fixed.require_room(names, held)
         found = Lengths(known, held, addresses if held is given else None)

@@ -524,6 +524,60 @@ def test_a_window_longer_than_any_kv_is_none(window: int, kind: str, device: tor
         assert_close(batch.run(window_left=window), batch.expected())
 
 
+@pytest.mark.parametrize("value", ["", "float17", 3, ["float16"], torch.zeros(2)], ids=repr)
+@pytest.mark.parametrize("name", ["q_data_type", "kv_data_type", "o_data_type", "data_type"])
+def test_dtypes_that_are_none(name: str, value: Any, kind: str) -> None:
+    batch = Batch(kind, torch.device("cpu"))
+    options = {"q_data_type": torch.float32, "kv_data_type": torch.float32, name: value}
+    if kind == "decode" or name != "data_type":
+        with pytest.raises((ValueError, TypeError), match=rf"^\w+: {name}"):
+            batch.plan(**options)
+    if kind != "decode" and name == "q_data_type":
+        with pytest.raises(TypeError, match=r"^\w+: q_data_type"):
+            batch.plan(q_data_type=None)
+    batch.plan()
+    batch.check()
+
+
+def test_options_without_a_hash(kind: str) -> None:
+    batch = Batch(kind, torch.device("cpu"))
+    names = ["window_left", "sm_scale", "pos_encoding_mode", *(["disable_split_kv"] if kind != "decode" else [])]
+    for name in names:
+        with pytest.raises((ValueError, TypeError), match=rf"^\w+: {name}"):
+            batch.plan(**{name: [1]})
+    batch.plan()
+    kv = batch.kv if kind == "ragged" else (batch.kv,)
+    for name, value in (("enable_pdl", "no"), ("enable_pdl", [1]), ("v_scale", [1.0])):
+        with pytest.raises((ValueError, TypeError), match=r"^\w+: "):
+            batch.wrapper.run(batch.q, *kv, **{name: value})
+    batch.check()
+
+
+@pytest.mark.parametrize("longest", ["4", 1.5, -1, [4]], ids=repr)
+@pytest.mark.parametrize("kind", ["paged", "ragged"])
+def test_a_longest_request_that_is_no_length(kind: str, longest: Any) -> None:
+    batch = Batch(kind, torch.device("cpu"))
+    with pytest.raises((ValueError, TypeError), match=r"^\w+: max_token_per_sequence"):
+        batch.plan(max_token_per_sequence=longest)
+    batch.plan(max_token_per_sequence=3)
+    batch.check()
+
+
+def test_buffers_for_graphs_that_hold_nothing(kind: str) -> None:
+    roles = {
+        "decode": ("paged_kv_indptr_buffer", "paged_kv_indices_buffer", "paged_kv_last_page_len_buffer"),
+        "paged": ("qo_indptr_buf", "paged_kv_indptr_buf", "paged_kv_indices_buf", "paged_kv_last_page_len_buf"),
+        "ragged": ("qo_indptr_buf", "kv_indptr_buf"),
+    }[kind]
+    make = type(Batch(kind, torch.device("cpu")).wrapper)
+    sound = {name: int32(0) if "indptr" in name else int32() for name in roles}
+    make(torch.empty(0, dtype=torch.uint8), use_cuda_graph=True, **sound)
+    for name in roles:
+        if "indptr" in name:
+            with pytest.raises(ValueError, match=rf"^\w+: {name} is empty; expected batch_size \+ 1 entries"):
+                make(torch.empty(0, dtype=torch.uint8), use_cuda_graph=True, **{**sound, name: int32()})
+
+
 SIZES = {"num_qo_heads": 0, "num_kv_heads": 1, "head_dim": 2, "page_size": 3}
 
 

@@ -6,10 +6,9 @@ from typing import Any, Optional, Union
 
 import torch
 
-from flashinfer import dtypes
 from flashinfer.attention.compat import IndexBuffer, check_later_arguments
 from flashinfer.attention.decode.plan import DecodePlan
-from flashinfer.attention.plan import Scales, Shape
+from flashinfer.attention.plan import Scales, Shape, dtype_of
 from flashinfer.attention.planned import DataType, PlannedAttention, Result
 from flashinfer.attention.variant import Overrides, Variant
 from flashinfer.host.paged_cache import PagedCache
@@ -139,9 +138,10 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
         """sizes: query heads, KV heads, page size and head dimension; types: of q, of KV, of both, and of the output;
         options: arguments of `Variant.of` after head_dim."""
         op, (*counts, head_dim), (q_type, kv_type, type_of_both, o_type) = self._op_name, sizes, types
-        q_dtype = dtypes.torch_dtype(q_type or type_of_both or "float16")
-        kv_dtype = dtypes.torch_dtype(kv_type or type_of_both or q_dtype)
-        o_dtype = q_dtype if o_type is None else dtypes.torch_dtype(o_type)
+        of_both = None if type_of_both is None else dtype_of(op, "data_type", type_of_both)
+        q_dtype = of_both or torch.float16 if q_type is None else dtype_of(op, "q_data_type", q_type)
+        kv_dtype = of_both or q_dtype if kv_type is None else dtype_of(op, "kv_data_type", kv_type)
+        o_dtype = q_dtype if o_type is None else dtype_of(op, "o_data_type", o_type)
         shape = Shape.of(op, batch_size, *counts, head_dim, head_dim)
         variant = Variant.of(op, head_dim, *options)
         return DecodePlan(op, self.device, shape, (q_dtype, kv_dtype, o_dtype), variant, self._kv_layout, workspaces)

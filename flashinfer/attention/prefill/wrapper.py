@@ -7,13 +7,13 @@ from typing import Any, Optional, Union
 
 import torch
 
-from flashinfer import dtypes
 from flashinfer.attention.compat import IndexBuffer
-from flashinfer.attention.plan import Shape
+from flashinfer.attention.plan import Shape, dtype_of
 from flashinfer.attention.planned import DataType, PlannedAttention, Result
 from flashinfer.attention.prefill.plan import PrefillPlan, RaggedKv
 from flashinfer.attention.variant import Variant
 from flashinfer.errors import UnsupportedConfig
+from flashinfer.host import checks
 from flashinfer.host.paged_cache import PagedKv
 
 
@@ -41,9 +41,10 @@ class PrefillWrapper(PlannedAttention):
         """sizes: query heads, KV heads, page size, head dimensions of q and k and of v; types: of q, KV and output;
         options: arguments of `Variant.of` after head_dim."""
         op, (num_qo_heads, num_kv_heads, page_size, head_dim_qk, head_dim_vo) = self._op_name, sizes
-        q_dtype = dtypes.torch_dtype(types[0])
-        kv_dtype = q_dtype if types[1] is None else dtypes.torch_dtype(types[1])
-        if types[2] is not None and dtypes.torch_dtype(types[2]) != q_dtype:
+        checks.boolean(op, "disable_split_kv", disable_split_kv)
+        q_dtype = dtype_of(op, "q_data_type", types[0])
+        kv_dtype = q_dtype if types[1] is None else dtype_of(op, "kv_data_type", types[1])
+        if types[2] is not None and dtype_of(op, "o_data_type", types[2]) != q_dtype:
             raise UnsupportedConfig(
                 f"{op}: o_data_type is {types[2]}; expected that of q, {q_dtype}. Next step: convert the output"
             )
