@@ -553,6 +553,19 @@ def test_options_without_a_hash(kind: str) -> None:
     batch.check()
 
 
+@pytest.mark.parametrize("shape", [(), (2,)], ids=str)
+@pytest.mark.parametrize("name", ["q_scale", "k_scale", "v_scale"])
+def test_a_tensor_that_equals_the_last_scale_is_refused(name: str, shape: tuple[int, ...], kind: str) -> None:
+    batch = Batch(kind, torch.device("cpu"))
+    batch.plan()
+    kv = batch.kv if kind == "ragged" else (batch.kv,)
+    for scale in (0.5, None):
+        batch.wrapper.run(batch.q, *kv, **{name: scale})
+        with pytest.raises(flashinfer.errors.UnsupportedConfig, match="a scale is a tensor"):
+            batch.wrapper.run(batch.q, *kv, **{name: torch.full(shape, 0.5)})
+    batch.check()
+
+
 @pytest.mark.parametrize("longest", ["4", 1.5, -1, [4]], ids=repr)
 @pytest.mark.parametrize("kind", ["paged", "ragged"])
 def test_a_longest_request_that_is_no_length(kind: str, longest: Any) -> None:
