@@ -124,6 +124,8 @@ class MultiLevelCascadeAttentionWrapper(Uncopyable):
         }
         for name, given in tables.items():
             _require_one_a_level(self._op_name, name, given, len(self._levels))
+        for indptr in qo_indptr_arr:
+            checks.require_addresses(self._op_name, qo_indptr_arr=indptr)
         num_tokens = [int(indptr[-1]) for indptr in qo_indptr_arr if _has_entries_on_host(indptr)]
         checks.require(
             len(set(num_tokens)) <= 1,

@@ -12,9 +12,10 @@ from typing import Optional
 
 import torch
 
-from flashinfer.host import indices
-from flashinfer.host.checks import require
+from flashinfer.host import checks, indices
+from flashinfer.host.checks import LOWEST_ADDRESS, require
 
+_address = torch.Tensor.data_ptr
 _DENSE = (1,)  # the strides of one dimension without gaps
 _STAGED_ALIGNMENT = 4  # int32 entries: every staged tensor starts at a multiple of 16 bytes
 
@@ -34,32 +35,46 @@ class Lengths:
         "mask_indptr",
         "num_kv_rows",
         "num_tokens",
+        "planner_addresses",
         "qo_indptr",
         "row_addresses",
     )  # fmt: skip
 
+    qo_indptr: Optional[torch.Tensor]
+    kv_indices: Optional[torch.Tensor]
+    last_page_len: Optional[torch.Tensor]
+
     def __init__(
-        self,
-        known: tuple[int, int],
-        qo_indptr: Optional[torch.Tensor],
-        kv_indptr: torch.Tensor,
-        kv_indices: Optional[torch.Tensor] = None,
-        last_page_len: Optional[torch.Tensor] = None,
+        self, known: tuple[int, int], held: tuple[torch.Tensor, ...], addresses: Optional[tuple[int, ...]] = None
     ) -> None:
-        """known: as `check` returns it."""
-        self.qo_indptr, self.kv_indptr, self.kv_indices, self.last_page_len = (
-            qo_indptr, kv_indptr, kv_indices, last_page_len,
-        )  # fmt: skip
+        """known: as `check` returns it. held: [qo_indptr,] kv_indptr [, kv_indices, last_page_len]; addresses: theirs,
+        where they have been taken."""
         self.mask: Optional[torch.Tensor] = None
         self.mask_indptr: Optional[torch.Tensor] = None
         self.num_tokens, self.num_kv_rows = known  # that q, and the KV in rows or pages, must have; -1 where unknown
-        # In the order of KvIndex and of PrefillRows; the latter is empty for decode, whose request i is token i.
-        self.kv_addresses = (
-            kv_indptr.data_ptr(),
-            0 if last_page_len is None else last_page_len.data_ptr(),
-            0 if kv_indices is None else kv_indices.data_ptr(),
-        )
-        self.row_addresses: tuple[int, ...] = () if qo_indptr is None else (qo_indptr.data_ptr(), 0, 0)
+        if addresses is None:
+            addresses = tuple(map(_address, held))
+        # In the order of PrefillRows, empty for decode, whose request i is token i; in that of KvIndex; and what
+        # planners take.
+        self.row_addresses: tuple[int, ...]
+        self.planner_addresses: tuple[int, ...]
+        if len(held) == 4:
+            qo, kv, pages, last = addresses
+            self.qo_indptr, self.kv_indptr, self.kv_indices, self.last_page_len = held
+            self.row_addresses, self.kv_addresses = (qo, 0, 0), (kv, last, pages)
+            self.planner_addresses = (qo, kv, last)
+        elif len(held) == 3:
+            kv, pages, last = addresses
+            self.kv_indptr, self.kv_indices, self.last_page_len = held
+            self.qo_indptr = None
+            self.row_addresses, self.kv_addresses = (), (kv, last, pages)
+            self.planner_addresses = (kv, last)
+        else:
+            qo, kv = addresses
+            self.qo_indptr, self.kv_indptr = held
+            self.kv_indices = self.last_page_len = None
+            self.row_addresses, self.kv_addresses = (qo, 0, 0), (kv, 0, 0)
+            self.planner_addresses = (qo, kv, 0)
 
     def kv_lens(self, page_size: int) -> torch.Tensor:
         """int32 `[batch_size]`, where the index tensors are."""
@@ -197,15 +212,10 @@ def take(
     return tuple(taken)
 
 
-def are_in_place(given: Sequence[object], device: torch.device) -> bool:
+def are_in_place(given: Sequence[torch.Tensor], device: torch.device) -> bool:
     """Whether all of them can be read where they are: the common case on a GPU, told apart in a microsecond."""
     for tensor in given:
-        if not (
-            isinstance(tensor, torch.Tensor)
-            and tensor.dtype is torch.int32
-            and tensor.device == device
-            and tensor.stride() == _DENSE
-        ):
+        if not (tensor.dtype is torch.int32 and tensor.device == device and tensor.stride() == _DENSE):
             return False
     return True
 
@@ -245,11 +255,16 @@ class FixedBuffers:
                     f"{op}: {name} is {buffer.dtype} {list(buffer.shape)} on {buffer.device}; expected contiguous "
                     f"int32 of one dimension on {device}"
                 )
+            checks.require_addresses(op, **{name: buffer})
+            if "indptr" in name and buffer.numel() == 0:
+                raise ValueError(f"{op}: {name} is empty; expected batch_size + 1 entries")
             self._buffers[name] = buffer
 
     def require_room(self, names: Sequence[str], given: Sequence[torch.Tensor]) -> None:
         """Offsets and lengths fix the batch size, page numbers may be fewer than the buffer holds."""
         for name, tensor, (buffer_name, buffer) in zip(names, given, self._buffers.items()):
+            if buffer.data_ptr() < LOWEST_ADDRESS:
+                checks.require_addresses(self._op, **{buffer_name: buffer})
             if "indices" in name:
                 if tensor.numel() > buffer.numel():
                     raise ValueError(

@@ -32,8 +32,7 @@ def take_mask(
     given, name = (
         (custom_mask, "custom_mask") if packed_custom_mask is None else (packed_custom_mask, "packed_custom_mask")
     )
-    if not isinstance(given, torch.Tensor):
-        checks.require_addresses(op, **{name: given})
+    checks.require_addresses(op, **{name: given})
     assert given is not None
     checks.require(
         given.device == device or given.is_cpu, op, f"{name} is on {given.device}; expected {device} or the CPU"
@@ -101,6 +100,7 @@ def _require_buffers(
         ("custom_mask_buf", mask_buf, torch.uint8),
         ("mask_indptr_buf", indptr_buf, torch.int32),
     ):
+        checks.require_addresses(op, **{name: buffer})
         checks.require(
             buffer.dtype == dtype and buffer.device == device and buffer.dim() == 1 and buffer.is_contiguous(),
             op,

@@ -14,6 +14,7 @@ import torch
 from flashinfer import dtypes, target
 from flashinfer.families.attention import merge as families
 from flashinfer.host import checks, indices, memo, traced
+from flashinfer.host.checks import LOWEST_ADDRESS
 from flashinfer.jit import default_resolver
 from flashinfer.jit.loader import PreparedLaunch
 
@@ -76,7 +77,7 @@ def _merge_in_place(
 
 
 def _row_mask(op: str, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    if not isinstance(mask, torch.Tensor) or not isinstance(v, torch.Tensor) or not mask.data_ptr():
+    if not isinstance(mask, torch.Tensor) or not isinstance(v, torch.Tensor) or mask.data_ptr() < LOWEST_ADDRESS:
         checks.require_addresses(op, v=v, mask=mask)
     if mask.shape != v.shape[:1] or mask.device != v.device:
         raise ValueError(
@@ -161,13 +162,12 @@ def _merge_pair(
     out: Optional[_State] = None,
 ) -> _State:
     try:
-        v_ptr = v.data_ptr() or checks.no_address(op, "v", v)
-        s_ptr = s.data_ptr() or checks.no_address(op, "s", s)
-        v_other_ptr = v_other.data_ptr() or checks.no_address(op, "the other v", v_other)
-        s_other_ptr = s_other.data_ptr() or checks.no_address(op, "the other s", s_other)
+        v_ptr, s_ptr, v_other_ptr, s_other_ptr = v.data_ptr(), s.data_ptr(), v_other.data_ptr(), s_other.data_ptr()
     except (AttributeError, RuntimeError):
         checks.require_addresses(op, v=v, s=s, **{"the other v": v_other, "the other s": s_other})
         raise
+    if min(v_ptr, s_ptr, v_other_ptr, s_other_ptr) < LOWEST_ADDRESS:
+        checks.require_addresses(op, v=v, s=s, **{"the other v": v_other, "the other s": s_other})
     key = (
         v.dtype, v.shape, v.stride(), v.device, v_other.dtype, v_other.shape, v_other.stride(),
         v_other.device, s.dtype, s.shape, s.stride(), s.device, s_other.dtype, s_other.shape,
@@ -199,12 +199,12 @@ def _merge_list(
 ) -> _State:
     """indptr None: every row of v has its states on dim 1; else they lie side by side on dim 0."""
     try:
-        v_ptr = v.data_ptr() or checks.no_address(op, "v", v)
-        s_ptr = s.data_ptr() or checks.no_address(op, "s", s)
-        indptr_ptr = 0 if indptr is None else indptr.data_ptr() or checks.no_address(op, "indptr", indptr)
+        v_ptr, s_ptr, indptr_ptr = v.data_ptr(), s.data_ptr(), 0 if indptr is None else indptr.data_ptr()
     except (AttributeError, RuntimeError):
         checks.require_addresses(op, v=v, s=s, **({} if op == "merge_states" else {"indptr": indptr}))
         raise
+    if v_ptr < LOWEST_ADDRESS or s_ptr < LOWEST_ADDRESS or (indptr is not None and indptr_ptr < LOWEST_ADDRESS):
+        checks.require_addresses(op, v=v, s=s, **({} if indptr is None else {"indptr": indptr}))
     key = (
         v.dtype, v.shape, v.stride(), v.device, s.dtype, s.shape, s.stride(), s.device,
         None if indptr is None else memo.signature(indptr), v_ptr & 15,

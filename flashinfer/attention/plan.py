@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Optional, Protocol
 
 import torch
 
+from flashinfer import dtypes
 from flashinfer.attention.lengths import Lengths
 from flashinfer.attention.variant import Overrides, Variant
 from flashinfer.host import checks, memo, paged_cache
@@ -48,6 +49,14 @@ class Shape(NamedTuple):
         """Of sizes that a caller gave. Raises TypeError or ValueError."""
         lowest = [int(name != "batch_size") for name in Shape._fields]
         return Shape(*map(functools.partial(checks.integer, op), Shape._fields, sizes, lowest))
+
+
+def dtype_of(op: str, name: str, given: object) -> torch.dtype:
+    """A dtype that a caller gave. Raises TypeError or ValueError."""
+    try:
+        return dtypes.torch_dtype(given)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{op}: {name}: {error}") from None
 
 
 class Call(NamedTuple):
@@ -105,22 +114,35 @@ class Plan(ABC):
         op: str,
         device: torch.device,
         shape: Shape,
-        dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+        types: tuple[torch.dtype, torch.dtype, torch.dtype],
         mask: str,
         variant: Variant,
     ) -> None:
         self.op, self.device, self.shape, self.mask, self.variant = op, device, shape, mask, variant
-        self.q_dtype, self.kv_dtype, self.o_dtype = dtypes
+        self.q_dtype, self.kv_dtype, self.o_dtype = types
         self.runs: memo.Memo[BoundRun] = memo.Memo()
+        self.extents: dict[bool, Any] = {}  # of the planned options, by short_queries, once asked for
+        self._planners: dict[Extent, Launch] = {}
         paged_cache.require_heads(op, shape.num_qo_heads, shape.num_kv_heads)
+
+    def is_short(self, num_tokens: int) -> bool:
+        """Whether the tile for short queries serves this many tokens best, where there is one."""
+        return False
 
     @abstractmethod
     def extent(self, short_queries: bool) -> Extent:
-        """Of the planned options. Loads their kernel; raises where there is none."""
+        """Into `extents`. Loads the kernel; raises where there is none."""
 
-    @abstractmethod
     def launch_planner(self, extent: Any, found: Lengths) -> None:
         """Have the schedule of that extent written on the device; nothing on the CPU."""
+        launch = self._planners.get(extent)
+        if launch is None:
+            launch = self._planners[extent] = self._bind_planner(extent)
+        launch(*found.planner_addresses)
+
+    @abstractmethod
+    def _bind_planner(self, extent: Any) -> Launch:
+        """A launch that takes `Lengths.planner_addresses`."""
 
     @abstractmethod
     def bind(self, call: Call, short_queries: bool) -> BoundRun:
@@ -138,6 +160,7 @@ class Plan(ABC):
                     f"{self.op}: {name} is on {tensor.device}, the workspace on {self.device}; move them to one device"
                 )
         require_rows(self.op, "q", call.q)
+        checks.require_flag(self.op, "enable_pdl", call.pdl)
 
     def out_dtype(self, q_dtype: torch.dtype) -> torch.dtype:
         return self.o_dtype if self.o_dtype != self.q_dtype else q_dtype

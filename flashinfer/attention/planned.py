@@ -8,8 +8,9 @@ and launched before the wrapper takes note of it.
 from __future__ import annotations
 
 import itertools
+import operator
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Optional, Union
 
 import torch
@@ -20,7 +21,9 @@ from flashinfer.attention.lengths import FixedBuffers, Lengths
 from flashinfer.attention.mask import take_mask
 from flashinfer.attention.plan import BoundRun, Call, Extent, Plan, Scales
 from flashinfer.attention.variant import TRACED_OVERRIDES, Overrides
+from flashinfer.errors import UnsupportedConfig
 from flashinfer.host import checks, indices, memo, paged_cache, traced
+from flashinfer.host.checks import LOWEST_ADDRESS
 from flashinfer.host.handles import Uncopyable
 from flashinfer.host.paged_cache import PagedCache
 
@@ -31,6 +34,8 @@ Masks = tuple[Optional[torch.Tensor], Optional[torch.Tensor]]  # custom_mask, pa
 
 _MASK_ROLES = ("mask", "mask_indptr")
 _UNKNOWN = (-1, -1)
+_NO_RUN: Any = (None, None)
+_address, _num_entries = torch.Tensor.data_ptr, torch.Tensor.numel
 # Entries that an index tensor has beyond one for each request.
 _EXTRA_ENTRIES = {"qo_indptr": 1, "kv_indptr": 1, "kv_indices": None, "last_page_len": 0}
 
@@ -62,8 +67,8 @@ class PlannedAttention(Uncopyable, EngineNames):
         workspace.require_workspace(op, float_workspace_buffer)
         super().__init__(backend)
         self.device = float_workspace_buffer.device
-        self._extra_entries = tuple(_EXTRA_ENTRIES[role] for role in self._roles)
-        self._sizing = -1 if self._roles[-1] == "last_page_len" else 0  # the tensor that fixes the batch size
+        counted = [i for i, role in enumerate(self._roles) if _EXTRA_ENTRIES[role] is not None]
+        self._counted = operator.itemgetter(*counted)  # of the index tensors, those that the batch size gives a size
         self._may_see_indices = indices.may_be_visible(float_workspace_buffer)
         self._kv_layout = kv_layout
         self._use_cuda_graph = use_cuda_graph
@@ -79,8 +84,8 @@ class PlannedAttention(Uncopyable, EngineNames):
         self._lengths: Optional[Lengths] = None
         self._extent: Optional[Extent] = None  # of the schedule on the device
         self._is_settled = False  # a kernel was launched since the planner
-        self._last_run: Optional[BoundRun] = None
-        self._followed: Optional[BoundRun] = None  # the last run, unless there was a plan since
+        self._was_short = False  # the last run: of its tile
+        self._followed: tuple[Any, BoundRun] = _NO_RUN  # the last run and its signature, unless there was a plan since
         self._seen: Optional[Extent] = None  # under use_cuda_graph: what the runs so far needed
         self._handle = next(_handles)  # names the wrapper in a compiled graph
         _wrappers[self._handle] = self
@@ -107,61 +112,81 @@ class PlannedAttention(Uncopyable, EngineNames):
 
     # ------------------------------------------------------------------------------------------------------------- plan
 
-    def _batch_size(self, *given: torch.Tensor) -> int:
-        """Of index tensors whose shapes agree."""
-        op, names = self._op_name, self._index_names
-        try:
-            sizes = [tensor.numel() for tensor in given]  # of one dimension: `check` sees to that
-        except AttributeError:
-            lengths.check(op, names, given, 1)  # says which
-            raise
-        extras = self._extra_entries
-        batch_size = sizes[self._sizing] - (extras[self._sizing] or 0)
+    def _batch_size(self, sizes: tuple[int, ...]) -> int:
+        """Of index tensors, by the numbers of entries of those that are counted, which must agree."""
+        op, names = self._op_name, self._counted(self._index_names)
+        extras = [_EXTRA_ENTRIES[role] or 0 for role in self._counted(self._roles)]
+        sizing = -1 if self._roles[-1] == "last_page_len" else 0
+        batch_size = sizes[sizing] - extras[sizing]
         for name, size, extra in zip(names, sizes, extras):
-            if extra is not None and size != batch_size + extra:
+            if size != batch_size + extra:
                 raise ValueError(
-                    f"{op}: {name} has shape [{size}], {names[self._sizing]} is for {batch_size} requests; "
+                    f"{op}: {name} has shape [{size}], {names[sizing]} is for {batch_size} requests; "
                     f"expected [{batch_size + extra}]"
                 )
         if batch_size < 0:
             raise ValueError(f"{op}: {names[0]} is empty; expected [batch_size + 1] offsets")
         return batch_size
 
-    def _found(self, held: Sequence[torch.Tensor], known: tuple[int, int]) -> Lengths:
-        """What `_roles` lists, as kernels read it."""
-        return Lengths(known, *held) if self._roles[0] == "qo_indptr" else Lengths(known, None, *held)
+    def _describe(self, batch_size: int, workspaces: tuple[torch.Tensor, torch.Tensor], *arguments: Any) -> Plan:
+        """The plan of these arguments, as plan() hands them on. Raises ValueError, TypeError or UnsupportedConfig."""
+        raise NotImplementedError
 
     def _settle(
-        self, plan: Plan, given: tuple[torch.Tensor, ...], num_tokens: int = -1, masks: Optional[Masks] = None
+        self,
+        given: tuple[torch.Tensor, ...],
+        arguments: tuple[Any, ...],
+        masks: Optional[Masks] = None,
+        longest: Optional[int] = None,
     ) -> None:
         """Plan for the lengths in the index tensors, and only then take note of it.
 
-        num_tokens: of all requests, -1 where the host does not know. masks: of a plan with a custom mask.
+        arguments: of `_describe`. masks: of a plan with a custom mask. longest: no request has more queries.
         """
-        op, names, device, page_size = self._op_name, self._index_names, self.device, plan.shape.page_size
+        op, names, device = self._op_name, self._index_names, self.device
+        try:
+            addresses = tuple(map(_address, given))
+            sizes = tuple(map(_num_entries, self._counted(given)))
+        except (TypeError, RuntimeError):
+            checks.require_addresses(op, **dict(zip(names, given)))  # says which
+            raise
+        if min(addresses) < LOWEST_ADDRESS:
+            checks.require_addresses(op, **dict(zip(names, given)))
+        key = (arguments, sizes, self._int_workspace_buffer.data_ptr())  # clients replace the buffer
+        try:
+            plan = self._plans.get(key)
+        except TypeError:
+            plan = None  # of arguments without a hash, which `_describe` refuses
+        if plan is None:
+            workspaces = (self._int_workspace_buffer, self._float_workspace_buffer)
+            plan = self._plans.remember(key, self._describe(self._batch_size(sizes), workspaces, *arguments))
+        page_size = plan.shape.page_size
         if not (self._may_see_indices and self._sees_indices()) and lengths.are_in_place(given, device):
             known, held = _UNKNOWN, given
         else:
             known = lengths.check(op, names, given, page_size)
             held = lengths.take(op, names, given, device)
-        extent = self._choose(plan, known[0] if num_tokens < 0 else num_tokens)
+        num_tokens = known[0]
+        if longest is not None:
+            num_tokens = checks.integer(op, "max_token_per_sequence", longest, 0) * plan.shape.batch_size
+        extent = self._choose(plan, num_tokens)
         if self._fixed is not None:
             self._fixed.require_room(names, held)
-        found = self._found(held, known)
+        found = Lengths(known, held, addresses if held is given else None)
         if masks is not None:
             buffers = (self._buffers["mask"], self._buffers["mask_indptr"]) if self._use_cuda_graph else None
             on_host = None
             if device.type != "cpu" and all(tensor.is_cpu for tensor in given):
-                on_host = given[0], self._found(given, known).kv_lens(page_size)
+                on_host = given[0], Lengths(known, given).kv_lens(page_size)
             taken = take_mask(op, device, *masks, held[0], found.kv_lens(page_size), buffers, on_host)
             found.take_mask(op, *taken, page_size)
         if self._fixed is not None:
-            found = self._found(self._fixed.fill(held), known).like(found)
+            found = Lengths(known, self._fixed.fill(held)).like(found)
         elif self._buffers:
             self._buffers.clear()  # what an engine assigned since the last plan
         plan.launch_planner(extent, found)
         self._plan, self._lengths = plan, found
-        self._note_planner(extent)
+        self._extent, self._is_settled, self._followed = extent, False, _NO_RUN
 
     def _settled(self) -> tuple[Optional[Plan], Optional[Lengths], Optional[Extent]]:
         """What `_resettle` goes back to."""
@@ -180,11 +205,12 @@ class PlannedAttention(Uncopyable, EngineNames):
         plan, op, names = self._plan, self._op_name, self._index_names
         assert plan is not None
         held, known = tuple(self._buffer(role) for role in self._roles), _UNKNOWN
+        checks.require_addresses(op, **dict(zip(names, held)))
         if self._sees_indices() or not lengths.are_in_place(held, self.device):
             known = lengths.check(op, names, held, plan.shape.page_size)
             held = lengths.take(op, names, held, self.device)
         extent = self._choose(plan, known[0])
-        found = self._found(held, known)
+        found = Lengths(known, held)
         if plan.mask == "custom":
             found.take_mask(op, self._buffer("mask"), self._buffer("mask_indptr"), plan.shape.page_size)
         plan.launch_planner(extent, found)
@@ -195,16 +221,21 @@ class PlannedAttention(Uncopyable, EngineNames):
         return indices.are_visible(self._float_workspace_buffer)
 
     def _note_planner(self, extent: Optional[Extent]) -> None:
-        self._extent, self._is_settled, self._followed = extent, False, None
+        self._extent, self._is_settled, self._followed = extent, False, _NO_RUN
 
     def _choose(self, plan: Plan, num_tokens: int) -> Extent:
-        """What to plan for: what the options ask for, and under use_cuda_graph what any run so far did, as a captured
-        one may be replayed on this schedule."""
-        extent = plan.extent(self._expect_short_queries(plan, num_tokens))
-        return extent if self._seen is None else extent.joined(self._seen)
-
-    def _expect_short_queries(self, plan: Plan, num_tokens: int) -> bool:
-        return False
+        """What to plan for: what the options ask for, and the tile for so many tokens. Where that is unknown (-1), the
+        guess is what the last run had; a run that finds it wrong plans again."""
+        short = self._was_short if num_tokens < 0 else plan.is_short(num_tokens)
+        if not self._use_cuda_graph:
+            return plan.extents.get(short) or plan.extent(short)
+        # Any run so far may have been captured, and be replayed on this schedule: the first decides for all, since a
+        # plan cannot know which of them, of more or fewer tokens, that will be.
+        if self._seen is not None:
+            return plan.extent(self._was_short).joined(self._seen)
+        if num_tokens < 0 and self.device.type == "cuda":
+            plan.extent(not short)  # a capture that plans again needs the other kernel loaded
+        return plan.extent(short)
 
     # -------------------------------------------------------------------------------------------------------------- run
 
@@ -231,45 +262,70 @@ class PlannedAttention(Uncopyable, EngineNames):
         if plan is None or found is None:
             raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's lengths first")
         try:
-            q_ptr, out_ptr, out_key, lse_key = q.data_ptr(), 0, None, None
+            op, out_ptr, lse_ptr, out_key, lse_key = self._op_name, 0, 0, None, None
+            q_ptr = q.data_ptr()
+            if q_ptr < LOWEST_ADDRESS:
+                q_ptr = checks.low_address(op, "q", q)
             if out is not None:
-                out_ptr, out_key = out.data_ptr(), memo.signature(out)
+                out_ptr = out.data_ptr()
+                if out_ptr < LOWEST_ADDRESS:
+                    out_ptr = checks.low_address(op, "out", out)
+                out_key = (out.dtype, out.shape, out.stride(), out.device)
             if lse is not None:
-                lse_key = memo.signature(lse)
+                lse_ptr = lse.data_ptr()
+                if lse_ptr < LOWEST_ADDRESS:
+                    lse_ptr = checks.low_address(op, "lse", lse)
+                lse_key = (lse.dtype, lse.shape, lse.stride(), lse.device)
             if kv.__class__ is not tuple and isinstance(kv, torch.Tensor):
                 k, v_key = kv, None
                 k_ptr = v_ptr = kv.data_ptr()
+                if k_ptr < LOWEST_ADDRESS:
+                    k_ptr = v_ptr = checks.low_address(op, "the KV cache", kv)
             else:
                 k, v = kv
                 k_ptr, v_ptr = k.data_ptr(), v.data_ptr()
-                v_key = memo.signature(v)
+                if k_ptr < LOWEST_ADDRESS or v_ptr < LOWEST_ADDRESS:
+                    k_ptr, v_ptr = checks.low_address(op, "k", k), checks.low_address(op, "v", v)
+                v_key = (v.dtype, v.shape, v.stride(), v.device)
+            # The hash tells a scale from a tensor that equals it, which `factors` refuses and comparing waits for.
             key = (
-                q.__class__, q.dtype, q.shape, q.stride(), q.device, k.__class__, k.dtype, k.shape, k.stride(),
-                k.device, v_key, out_key, lse_key, scales, pdl, overrides, (q_ptr | out_ptr | k_ptr | v_ptr) & 15,
+                hash(scales), q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.device, v_key, out_key, lse_key,
+                scales, pdl, overrides, (q_ptr | out_ptr | k_ptr | v_ptr) & 15,
             )  # fmt: skip
-            run = plan.runs.get(key)
-        except (AttributeError, TypeError, ValueError):
+            followed, run = self._followed
+            is_followed = key == followed
+        except UnsupportedConfig:
+            raise
+        except (AttributeError, RuntimeError, TypeError, ValueError):
             raise self._not_tensors(q, kv, out, lse, scales, overrides) from None
-        if run is None:
-            run = plan.runs.remember(key, self._bind(plan, Call(q, kv, out, lse, scales, pdl, overrides)))
-        if run is not self._followed:
-            self._follow(plan, found, run)
+        if not is_followed:
+            run = self._find(plan, found, key, Call(q, kv, out, lse, scales, pdl, overrides))
         if out is None:
             out = run.new_out()
+            out_ptr = out.data_ptr()
         if return_lse and lse is None:
             lse = run.new_lse()
-        if not run.is_empty:
-            launch = run.settled_launch if self._is_settled else run.launch
-            launch(
-                *found.row_addresses, q_ptr, out.data_ptr(), 0 if lse is None else lse.data_ptr(), k_ptr,
-                v_ptr + run.v_offset, *found.kv_addresses,
-            )  # fmt: skip
-            self._is_settled = True
+            lse_ptr = lse.data_ptr()
+        launch = run.settled_launch if self._is_settled else run.launch
+        launch(*found.row_addresses, q_ptr, out_ptr, lse_ptr, k_ptr, v_ptr + run.v_offset, *found.kv_addresses)
+        self._is_settled = True
         return (out, lse) if return_lse and lse is not None else out
 
+    def _find(self, plan: Plan, found: Lengths, key: Any, call: Call) -> BoundRun:
+        """The launch for a signature other than that of the last run since the plan."""
+        try:
+            run = plan.runs.get(key)
+        except TypeError:
+            raise self._not_tensors(call.q, call.kv, call.out, call.lse, call.scales, call.overrides) from None
+        if run is None:
+            is_short = self._was_short if self._seen is not None else plan.is_short(len(call.q) if call.q.dim() else 0)
+            run = plan.runs.remember(key, plan.bind(call, is_short))
+        self._follow(plan, found, run)
+        self._followed = key, run
+        return run
+
     def _follow(self, plan: Plan, found: Lengths, run: BoundRun) -> None:
-        """The first run since the planner, or another than the last: options given at run time may see other keys than
-        planned. Then plan again, also without waiting."""
+        """Options given at run time may see other keys than planned. Then plan again, also without waiting."""
         if found.num_tokens > run.num_tokens or found.num_kv_rows > run.num_kv_rows:
             raise found.out_of_reach(self._op_name, run.num_tokens, run.num_kv_rows)
         if run.is_empty:
@@ -281,10 +337,7 @@ class PlannedAttention(Uncopyable, EngineNames):
             self._extent, self._is_settled = run.extent, False
         if self._use_cuda_graph and (seen is None or not seen.covers(run.extent)):
             self._seen = run.extent if seen is None else seen.joined(run.extent)
-        self._last_run = self._followed = run
-
-    def _bind(self, plan: Plan, call: Call) -> BoundRun:
-        return plan.bind(call, short_queries=False)
+        self._was_short = run.short_queries
 
     def _run_traced(
         self,

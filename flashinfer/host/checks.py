@@ -86,6 +86,11 @@ def require_flag(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} is {value!r:.60}; expected True, False or None")
 
 
+# Tensors lie above it on a CUDA device, and on the CPU but for executables at fixed addresses. What lies below may have
+# no memory, and is looked at.
+LOWEST_ADDRESS = 1 << 32
+
+
 def require_addresses(op: str, **operands: object) -> None:
     """Each is a tensor in memory, or empty, or on meta. For an operator that failed to read an address: says why."""
     for name, value in operands.items():
@@ -95,19 +100,30 @@ def require_addresses(op: str, **operands: object) -> None:
             address = value.data_ptr()
         except RuntimeError:
             address = 0  # of a sparse tensor
-        if address == 0:
+        if address < LOWEST_ADDRESS:
             no_address(op, name, value)
 
 
 def no_address(op: str, name: str, tensor: torch.Tensor) -> int:
     """0, the address of a tensor that is empty or on meta. Raises UnsupportedConfig for one that has elements: a fake
-    tensor, or one whose storage was freed, has the signature, and so the prepared launches, of a real one."""
-    if tensor.layout == torch.strided and (tensor.numel() == 0 or tensor.is_meta):
-        return 0
+    tensor has the device, and so the prepared launches, of a real one. So has a tensor whose storage was given back."""
+    if tensor.layout == torch.strided:
+        if tensor.numel() == 0 or tensor.is_meta:
+            return 0
+        if not isinstance(tensor, FakeTensor) and tensor.untyped_storage().data_ptr():
+            return tensor.data_ptr()  # low, but there
     raise UnsupportedConfig(
         f"{op}: {name} is a {type(tensor).__name__} of layout {str(tensor.layout)[6:]} without memory; expected a "
         "dense tensor on a cuda or cpu device. Fake tensors are for torch.compile"
     ) from None
+
+
+def low_address(op: str, name: str, tensor: torch.Tensor) -> int:
+    """The address of a tensor in memory, though below LOWEST_ADDRESS; 0 if it is empty. Raises UnsupportedConfig for
+    one that has elements but no memory: on meta, fake, or a view of a storage that was given back, whose address is the
+    offset in it."""
+    require_memory(op, **{name: tensor})
+    return no_address(op, name, tensor)
 
 
 def require_tensors(op: str, **values: object) -> None:

@@ -80,7 +80,6 @@ def softmax(
         TypeError: an argument is of another kind altogether.
         UnsupportedConfig: no kernel for this dtype or device.
     """
-    temperature = 1.0 if temperature is None else temperature
     return normalize("softmax", logits, temperature=temperature, pdl=enable_pdl)
 
 

@@ -196,12 +196,15 @@ def sample(
     if is_dynamo_compiling():
         draw = Draw(indices, generator, check_nan, seed, offset, return_valid, top_k, top_p, min_p, top_k_first)
         return _traced_sample(op, input, draw)
-    is_plain = top_k is _EVERY or (top_k.__class__ is int and 1 <= top_k <= _LARGEST_COUNT)
-    k_value, k_ptr, k_like = (top_k, 0, None) if is_plain else _count(op, top_k)
-    is_part = top_p.__class__ is float and 0.0 <= top_p <= 1.0
-    p_value, p_ptr, p_like = (top_p, 0, None) if is_part else _fraction(op, "top_p", top_p)
-    is_plain = min_p is _NONE or (min_p.__class__ is float and 0.0 <= min_p <= 1.0)
-    m_value, m_ptr, m_like = (min_p, 0, None) if is_plain else _fraction(op, "min_p", min_p)
+    k_value, k_ptr, k_like = top_k, 0, None
+    if top_k is not _EVERY and not (top_k.__class__ is int and 1 <= top_k <= _LARGEST_COUNT):
+        k_value, k_ptr, k_like = _count(op, top_k)
+    p_value, p_ptr, p_like = top_p, 0, None
+    if top_p is not _WHOLE and not (top_p.__class__ is float and 0.0 <= top_p <= 1.0):
+        p_value, p_ptr, p_like = _fraction(op, "top_p", top_p)
+    m_value, m_ptr, m_like = min_p, 0, None
+    if min_p is not _NONE and not (min_p.__class__ is float and 0.0 <= min_p <= 1.0):
+        m_value, m_ptr, m_like = _fraction(op, "min_p", min_p)
     state = words = words_like = None
     if seed is not None or offset is not None:
         state, words_like = randomness.given(op, seed, offset)
@@ -348,7 +351,7 @@ def normalize(
     input: torch.Tensor,
     top_k: PerRow = _EVERY,
     top_p: PerRow = _WHOLE,
-    temperature: PerRow = 1.0,
+    temperature: Optional[PerRow] = None,
     pdl: Optional[bool] = None,
     out: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
@@ -356,12 +359,13 @@ def normalize(
         out = torch.empty(input.shape, dtype=_output_dtype(op, input), device=input.device)
         _normalize_door(op, input, top_k, top_p, temperature, pdl, out)
         return out
-    is_plain = top_k is _EVERY or (top_k.__class__ is int and 1 <= top_k <= _LARGEST_COUNT)
-    k_value, k_ptr, k_like = (top_k, 0, None) if is_plain else _count(op, top_k)
-    is_part = top_p.__class__ is float and 0.0 <= top_p <= 1.0
-    p_value, p_ptr, p_like = (top_p, 0, None) if is_part else _fraction(op, "top_p", top_p)
-    is_plain = temperature.__class__ is float and _LEAST_TEMPERATURE <= temperature <= _LARGEST_TEMPERATURE
-    t_value, t_ptr, t_like = (temperature, 0, None) if is_plain else _temperature(op, temperature)
+    k_value, k_ptr, k_like = top_k, 0, None
+    if top_k is not _EVERY and not (top_k.__class__ is int and 1 <= top_k <= _LARGEST_COUNT):
+        k_value, k_ptr, k_like = _count(op, top_k)
+    p_value, p_ptr, p_like = top_p, 0, None
+    if top_p is not _WHOLE and not (top_p.__class__ is float and 0.0 <= top_p <= 1.0):
+        p_value, p_ptr, p_like = _fraction(op, "top_p", top_p)
+    t_value, t_ptr, t_like = (1.0, 0, None) if temperature is None else _temperature(op, temperature)
     try:
         key = op, pdl, input.dtype, input.shape, input.stride(), input.device, k_like, p_like, t_like
         input_ptr = input.data_ptr() or checks.no_address(op, "the input", input)
@@ -370,7 +374,7 @@ def normalize(
     prepared = _normalizers.get(key)
     if prepared is None:
         num_rows = _check_rows(op, input, None)
-        given = {"top_k": top_k, "top_p": top_p, "temperature": temperature}
+        given: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "temperature": temperature}
         readable = {name: _readable(op, name, value, num_rows, input) for name, value in given.items()}
         if any(readable[name] is not value for name, value in given.items()):
             return normalize(op, input, **readable, pdl=pdl, out=out)

@@ -4,6 +4,7 @@ call, tensors without memory. The right result, or an error that says which argu
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import pickle
 from collections.abc import Callable
@@ -340,6 +341,140 @@ def test_arguments_that_are_no_tensors(which: str, value: Any, kind: str) -> Non
     batch.check()
 
 
+def _give_back(tensor: Tensor, at_offset: bool) -> Tensor:
+    """Shaped like it, of a storage that was given back; from its start, or from an offset that its address then is."""
+    memory = torch.zeros(64 * at_offset + tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    view = memory[64 * at_offset :].view(tensor.shape)
+    memory.untyped_storage().resize_(0)
+    return view
+
+
+WHERE = pytest.mark.parametrize("at_offset", [False, True], ids=["start", "offset"])
+NO_MEMORY = pytest.raises(flashinfer.errors.UnsupportedConfig, match="without memory")
+
+
+@WHERE
+@pytest.mark.parametrize("which", ["q", "k", "v", "cache", "out", "lse"])
+def test_runs_of_tensors_without_storage(which: str, at_offset: bool, kind: str, device: torch.device) -> None:
+    batch = Batch(kind, device)
+    batch.plan()
+    pair = [*batch.kv] if kind == "ragged" else [half.contiguous() for half in batch.kv.unbind(1)]
+    given = {"q": batch.q, "k": pair[0], "v": pair[1]}
+    given |= {"out": torch.empty_like(batch.q), "lse": torch.empty(batch.q.shape[:2], device=device)}
+    for is_warm in (False, True):
+        gone = given if which == "cache" else {**given, which: _give_back(given[which], at_offset)}
+        kv: Any = (gone["k"], gone["v"]) if kind == "ragged" else ((gone["k"], gone["v"]),)
+        if which == "cache":
+            if kind == "ragged":
+                return  # there is none
+            kv = (_give_back(batch.kv, at_offset),)
+        with NO_MEMORY:
+            batch.wrapper.run(gone["q"], *kv, out=gone["out"], lse=gone["lse"], return_lse=True)
+        if not is_warm:
+            good = batch.kv if kind == "ragged" else (batch.kv,) if which == "cache" else (tuple(pair),)
+            batch.wrapper.run(batch.q, *good, out=given["out"], lse=given["lse"], return_lse=True)
+    batch.check()
+
+
+@WHERE
+@pytest.mark.parametrize("graph", [False, True], ids=["plain", "graph"])
+@pytest.mark.parametrize("on_host", [False, True], ids=["on device", "on host"])
+def test_plans_of_tensors_without_storage(
+    on_host: bool, graph: bool, at_offset: bool, kind: str, device: torch.device
+) -> None:
+    batch = Batch(kind, device, graph=graph)
+    batch.plan()
+    index = batch.index if on_host else [tensor.to(device) for tensor in batch.index]
+    for i, tensor in enumerate(index):
+        with NO_MEMORY:
+            batch.plan(*index[:i], _give_back(tensor, at_offset), *index[i + 1 :])
+        batch.check()
+    if kind != "decode":
+        num_bits = sum(q * kv for q, kv in zip(QO_LENS, KV_LENS))
+        mask, packed = torch.ones(num_bits, dtype=torch.bool), torch.zeros(num_bits, dtype=torch.uint8)
+        for given in ({"custom_mask": mask}, {"packed_custom_mask": packed}):
+            ((name, tensor),) = given.items()
+            with NO_MEMORY:
+                batch.plan(*index, **{name: _give_back(tensor.to("cpu" if on_host else device), at_offset)})
+            batch.check()
+
+
+@pytest.mark.parametrize("buffer", range(6))
+def test_buffers_for_graphs_without_storage(buffer: int, kind: str, device: torch.device) -> None:
+    batch = Batch(kind, device, graph=True)
+    mask = {} if kind == "decode" else {"custom_mask": torch.ones(6 * 9 * 3, dtype=torch.bool)}
+    names = [name for name in batch.wrapper._buffers if mask or "mask" not in name]
+    if buffer >= len(names):
+        return
+    batch.plan(**mask)
+    batch.wrapper._buffers[names[buffer]].untyped_storage().resize_(0)
+    with NO_MEMORY:
+        batch.plan(**mask)
+
+
+@WHERE
+@pytest.mark.parametrize("which", "qkv")
+@pytest.mark.parametrize("op", ["single_decode", "single_prefill"])
+def test_single_calls_of_tensors_without_storage(op: str, which: str, at_offset: bool, device: torch.device) -> None:
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    q_shape = (HEADS, HEAD_DIM) if op == "single_decode" else (3, HEADS, HEAD_DIM)
+    given = {"q": torch.zeros(q_shape, dtype=dtype, device=device)}
+    given |= {name: torch.zeros(9, KV_HEADS, HEAD_DIM, dtype=dtype, device=device) for name in "kv"}
+    call = getattr(flashinfer, f"{op}_with_kv_cache")
+    gone = {**given, which: _give_back(given[which], at_offset)}
+    for _ in range(2):
+        with NO_MEMORY:
+            call(**gone)
+        call(**given)  # from here on, the signature is known
+    if op == "single_prefill":
+        for name, dtype in (("custom_mask", torch.bool), ("packed_custom_mask", torch.uint8)):
+            with NO_MEMORY:
+                call(**given, **{name: _give_back(torch.zeros(27, dtype=dtype, device=device), at_offset)})
+
+
+@WHERE
+@pytest.mark.parametrize(
+    "call", ["merge_state", "merge_state_in_place", "merge_states", "variable_length_merge_states"]
+)
+def test_merges_of_tensors_without_storage(call: str, at_offset: bool, device: torch.device) -> None:
+    v, s = torch.zeros(3, 2, HEADS, HEAD_DIM, device=device), torch.zeros(3, 2, HEADS, device=device)
+    given: list[Tensor] = [v[:, 0].contiguous(), s[:, 0].contiguous()] * 2
+    if call == "merge_state_in_place":
+        given.append(torch.ones(3, dtype=torch.bool, device=device))
+    elif call == "merge_states":
+        given = [v, s]
+    elif call == "variable_length_merge_states":
+        given = [v[:, 0].contiguous(), s[:, 0].contiguous(), int32(0, 1, 3).to(device)]
+    merge = getattr(importlib.import_module("flashinfer.cascade"), call)
+    for _ in range(2):
+        for i, tensor in enumerate(given):
+            with NO_MEMORY:
+                merge(*given[:i], _give_back(tensor, at_offset), *given[i + 1 :])
+        merge(*[tensor.clone() for tensor in given])  # from here on, the signature is known
+
+
+@WHERE
+def test_cascades_of_tensors_without_storage(at_offset: bool) -> None:
+    cascade = flashinfer.MultiLevelCascadeAttentionWrapper(2, torch.empty(0, dtype=torch.uint8))
+    index = [[int32(0, 3), int32(0, 1, 2, 3)], [int32(0, 1), int32(0, 1, 2, 3)], [int32(0), int32(1, 2, 3)]]
+    index.append([int32(4), int32(1, 2, 3)])
+    for given in index:
+        for level, tensor in enumerate(given):
+            given[level] = _give_back(tensor, at_offset)
+            with NO_MEMORY:
+                cascade.plan(*index, HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, q_data_type=torch.float32)
+            given[level] = tensor
+    cascade.plan(*index, HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, q_data_type=torch.float32)
+
+
+def test_empty_tensors_need_no_storage(kind: str, device: torch.device) -> None:
+    batch = Batch(kind, device)
+    batch.plan(*[int32(*[0] * ("indptr" in name)) for name in batch.wrapper._index_names])
+    kv = [half[:0] for half in batch.kv] if kind == "ragged" else [batch.kv[:0]]
+    out = batch.wrapper.run(_give_back(batch.q[:0], False), *[_give_back(half, False) for half in kv])
+    assert out.shape == batch.q[:0].shape
+
+
 # --------------------------------------------------------------------------------------------------------------- copies
 
 
@@ -387,6 +522,73 @@ def test_a_window_longer_than_any_kv_is_none(window: int, kind: str, device: tor
     batch.plan()
     if kind != "ragged":
         assert_close(batch.run(window_left=window), batch.expected())
+
+
+@pytest.mark.parametrize("value", ["", "float17", 3, ["float16"], torch.zeros(2)], ids=repr)
+@pytest.mark.parametrize("name", ["q_data_type", "kv_data_type", "o_data_type", "data_type"])
+def test_dtypes_that_are_none(name: str, value: Any, kind: str) -> None:
+    batch = Batch(kind, torch.device("cpu"))
+    options = {"q_data_type": torch.float32, "kv_data_type": torch.float32, name: value}
+    if kind == "decode" or name != "data_type":
+        with pytest.raises((ValueError, TypeError), match=rf"^\w+: {name}"):
+            batch.plan(**options)
+    if kind != "decode" and name == "q_data_type":
+        with pytest.raises(TypeError, match=r"^\w+: q_data_type"):
+            batch.plan(q_data_type=None)
+    batch.plan()
+    batch.check()
+
+
+def test_options_without_a_hash(kind: str) -> None:
+    batch = Batch(kind, torch.device("cpu"))
+    names = ["window_left", "sm_scale", "pos_encoding_mode", *(["disable_split_kv"] if kind != "decode" else [])]
+    for name in names:
+        with pytest.raises((ValueError, TypeError), match=rf"^\w+: {name}"):
+            batch.plan(**{name: [1]})
+    batch.plan()
+    kv = batch.kv if kind == "ragged" else (batch.kv,)
+    for name, value in (("enable_pdl", "no"), ("enable_pdl", [1]), ("v_scale", [1.0])):
+        with pytest.raises((ValueError, TypeError), match=r"^\w+: "):
+            batch.wrapper.run(batch.q, *kv, **{name: value})
+    batch.check()
+
+
+@pytest.mark.parametrize("shape", [(), (2,)], ids=str)
+@pytest.mark.parametrize("name", ["q_scale", "k_scale", "v_scale"])
+def test_a_tensor_that_equals_the_last_scale_is_refused(name: str, shape: tuple[int, ...], kind: str) -> None:
+    batch = Batch(kind, torch.device("cpu"))
+    batch.plan()
+    kv = batch.kv if kind == "ragged" else (batch.kv,)
+    for scale in (0.5, None):
+        batch.wrapper.run(batch.q, *kv, **{name: scale})
+        with pytest.raises(flashinfer.errors.UnsupportedConfig, match="a scale is a tensor"):
+            batch.wrapper.run(batch.q, *kv, **{name: torch.full(shape, 0.5)})
+    batch.check()
+
+
+@pytest.mark.parametrize("longest", ["4", 1.5, -1, [4]], ids=repr)
+@pytest.mark.parametrize("kind", ["paged", "ragged"])
+def test_a_longest_request_that_is_no_length(kind: str, longest: Any) -> None:
+    batch = Batch(kind, torch.device("cpu"))
+    with pytest.raises((ValueError, TypeError), match=r"^\w+: max_token_per_sequence"):
+        batch.plan(max_token_per_sequence=longest)
+    batch.plan(max_token_per_sequence=3)
+    batch.check()
+
+
+def test_buffers_for_graphs_that_hold_nothing(kind: str) -> None:
+    roles = {
+        "decode": ("paged_kv_indptr_buffer", "paged_kv_indices_buffer", "paged_kv_last_page_len_buffer"),
+        "paged": ("qo_indptr_buf", "paged_kv_indptr_buf", "paged_kv_indices_buf", "paged_kv_last_page_len_buf"),
+        "ragged": ("qo_indptr_buf", "kv_indptr_buf"),
+    }[kind]
+    make = type(Batch(kind, torch.device("cpu")).wrapper)
+    sound = {name: int32(0) if "indptr" in name else int32() for name in roles}
+    make(torch.empty(0, dtype=torch.uint8), use_cuda_graph=True, **sound)
+    for name in roles:
+        if "indptr" in name:
+            with pytest.raises(ValueError, match=rf"^\w+: {name} is empty; expected batch_size \+ 1 entries"):
+                make(torch.empty(0, dtype=torch.uint8), use_cuda_graph=True, **{**sound, name: int32()})
 
 
 SIZES = {"num_qo_heads": 0, "num_kv_heads": 1, "head_dim": 2, "page_size": 3}

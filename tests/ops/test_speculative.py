@@ -71,6 +71,14 @@ def _agreeing(device: torch.device, num_rows: int = 4) -> tuple[torch.Tensor, to
     return target[:, :2].clone(), ids, target
 
 
+def test_counts_wrap(device: torch.device) -> None:
+    """As any sum of int32 does: for a sanitizer, which would report a signed overflow."""
+    draft, ids, target = _agreeing(device, 2)
+    counts = [torch.full((2,), 2**31 - 1, dtype=torch.int32, device=device) for _ in range(2)]
+    _, accepted, emitted = sampling.chain_speculative_sampling(draft, ids, target, *counts, seed=0)
+    assert accepted.tolist() == emitted.tolist() == [-(2**31) + ids.shape[1] - 1] * 2
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
 def test_draft_tokens_of_any_integer_type(device: torch.device, dtype: torch.dtype) -> None:
     draft, ids, target = _agreeing(device)

@@ -50,8 +50,9 @@ void chain_speculative(const SpeculativeParams& params) {
     for (int i = 0; i <= num_draft; ++i) {
       output_ids[i] = i < num_emitted ? int32_t(draft_id(i)) : i > num_emitted ? -1 : token_id < 0 ? 0 : token_id;
     }
-    params.num_accepted[row] = (params.adds_accepted ? params.num_accepted[row] : 0) + num_accepted;
-    params.num_emitted[row] = (params.adds_emitted ? params.num_emitted[row] : 0) + num_emitted;
+    // Unsigned, where a count that the caller let run over wraps.
+    params.num_accepted[row] = int32_t((params.adds_accepted ? uint32_t(params.num_accepted[row]) : 0) + num_accepted);
+    params.num_emitted[row] = int32_t((params.adds_emitted ? uint32_t(params.num_emitted[row]) : 0) + num_emitted);
   }
 }
 

@@ -6,10 +6,9 @@ from typing import Any, Optional, Union
 
 import torch
 
-from flashinfer import dtypes
 from flashinfer.attention.compat import IndexBuffer, check_later_arguments
 from flashinfer.attention.decode.plan import DecodePlan
-from flashinfer.attention.plan import Scales, Shape
+from flashinfer.attention.plan import Scales, Shape, dtype_of
 from flashinfer.attention.planned import DataType, PlannedAttention, Result
 from flashinfer.attention.variant import Overrides, Variant
 from flashinfer.host.paged_cache import PagedCache
@@ -117,30 +116,35 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
         """
         if later:
             check_later_arguments(self._op_name, later)
-        batch_size = self._batch_size(indptr, indices, last_page_len)
-        workspaces = (self._int_workspace_buffer, self._float_workspace_buffer)
-        key = (
-            batch_size, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode, window_left,
-            logits_soft_cap, q_data_type, kv_data_type, data_type, o_data_type, sm_scale, rope_scale, rope_theta,
-            workspaces[0].data_ptr(),  # clients replace it
-        )  # fmt: skip
-        plan = self._plans.get(key)
-        if plan is None:
-            q_dtype = dtypes.torch_dtype(q_data_type or data_type or "float16")
-            kv_dtype = dtypes.torch_dtype(kv_data_type or data_type or q_dtype)
-            o_dtype = q_dtype if o_data_type is None else dtypes.torch_dtype(o_data_type)
-            shape = Shape.of(self._op_name, batch_size, num_qo_heads, num_kv_heads, page_size, head_dim, head_dim)
-            variant = Variant.of(
-                self._op_name, head_dim, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale,
-                rope_theta,
-            )  # fmt: skip
-            plan = DecodePlan(
-                self._op_name, self.device, shape, (q_dtype, kv_dtype, o_dtype), variant, self._kv_layout, workspaces
-            )
-            self._plans.remember(key, plan)
-        self._settle(plan, (indptr, indices, last_page_len))
+        self._settle(
+            (indptr, indices, last_page_len),
+            (
+                (num_qo_heads, num_kv_heads, page_size, head_dim),
+                (q_data_type, kv_data_type, data_type, o_data_type),
+                (pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta),
+            ),
+        )
 
     begin_forward = plan
+
+    def _describe(
+        self,
+        batch_size: int,
+        workspaces: tuple[torch.Tensor, torch.Tensor],
+        sizes: tuple[int, int, int, int],
+        types: tuple[Optional[DataType], ...],
+        options: tuple[Any, ...],
+    ) -> DecodePlan:
+        """sizes: query heads, KV heads, page size and head dimension; types: of q, of KV, of both, and of the output;
+        options: arguments of `Variant.of` after head_dim."""
+        op, (*counts, head_dim), (q_type, kv_type, type_of_both, o_type) = self._op_name, sizes, types
+        of_both = None if type_of_both is None else dtype_of(op, "data_type", type_of_both)
+        q_dtype = of_both or torch.float16 if q_type is None else dtype_of(op, "q_data_type", q_type)
+        kv_dtype = of_both or q_dtype if kv_type is None else dtype_of(op, "kv_data_type", kv_type)
+        o_dtype = q_dtype if o_type is None else dtype_of(op, "o_data_type", o_type)
+        shape = Shape.of(op, batch_size, *counts, head_dim, head_dim)
+        variant = Variant.of(op, head_dim, *options)
+        return DecodePlan(op, self.device, shape, (q_dtype, kv_dtype, o_dtype), variant, self._kv_layout, workspaces)
 
     def run(
         self,

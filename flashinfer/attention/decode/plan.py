@@ -8,7 +8,6 @@ import torch
 
 from flashinfer.attention.decode import launch as launches
 from flashinfer.attention.decode.launch import DecodeKernel, Schedule
-from flashinfer.attention.lengths import Lengths
 from flashinfer.attention.plan import BoundRun, Call, Plan, Shape, no_launch
 from flashinfer.attention.variant import Variant, factors
 from flashinfer.errors import UnsupportedConfig
@@ -52,8 +51,7 @@ class DecodePlan(Plan):
         self._workspaces = workspaces  # alive as long as their addresses are in use
         self._kernel = self._load(variant, None)
         self._schedule: Optional[Schedule] = None
-        self._extent = Extent(variant.window_left)
-        self._planners: dict[Extent, PreparedLaunch] = {}
+        self.extents[False] = self.extents[True] = Extent(variant.window_left)
         if device.type == "cuda" and shape.batch_size > 0:
             self._schedule = Schedule.of(
                 op, *workspaces, shape.batch_size, self._kernel, shape.num_qo_heads, shape.head_dim_vo
@@ -67,18 +65,14 @@ class DecodePlan(Plan):
         )  # fmt: skip
 
     def extent(self, short_queries: bool) -> Extent:
-        return self._extent
+        return self.extents[short_queries]
 
-    def launch_planner(self, extent: Extent, found: Lengths) -> None:
+    def _bind_planner(self, extent: Extent) -> PreparedLaunch:
         if self._schedule is None:
-            return
-        launch = self._planners.get(extent)
-        if launch is None:
-            launch = self._planners[extent] = self._schedule.bind_planner(
-                self.device, self.shape.batch_size, self._kernel, self.shape.page_size, extent.window_left
-            )
-        kv_indptr, last_page_len, _ = found.kv_addresses
-        launch(kv_indptr, last_page_len)
+            return no_launch
+        return self._schedule.bind_planner(
+            self.device, self.shape.batch_size, self._kernel, self.shape.page_size, extent.window_left
+        )
 
     def bind(self, call: Call, short_queries: bool) -> BoundRun:
         op, q, shape, schedule = self.op, call.q, self.shape, self._schedule or Schedule()

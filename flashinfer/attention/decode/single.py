@@ -12,7 +12,10 @@ from flashinfer.attention.sequence import check_sequence
 from flashinfer.attention.variant import Variant, factors
 from flashinfer.families.attention.params import ADDRESSES, fast_divisor
 from flashinfer.host import checks, memo, traced
+from flashinfer.host.checks import LOWEST_ADDRESS
 from flashinfer.jit.loader import PreparedLaunch
+
+_OP = "single_decode"
 
 
 def single_decode_with_kv_cache(
@@ -57,10 +60,10 @@ def single_decode_with_kv_cache(
     try:
         if q.dim() != 2 or k.dim() != 3 or v.dim() != 3:
             raise ValueError(
-                f"single_decode: q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions; expected 2, 3 and 3"
+                f"{_OP}: q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions; expected 2, 3 and 3"
             )
     except AttributeError:
-        raise checks.not_tensors("single_decode", q=q, k=k, v=v) from None
+        raise checks.not_tensors(_OP, q=q, k=k, v=v) from None
     options = (
         kv_layout, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, q_scale, k_scale,
         v_scale,
@@ -88,11 +91,12 @@ def _run(
 ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     rows, heads = (0, 1) if options[0] == "NHD" else (1, 0)
     q_ptr, k_ptr, v_ptr, k_shape, v_shape = q.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape, v.shape
+    if q_ptr < LOWEST_ADDRESS or k_ptr < LOWEST_ADDRESS or v_ptr < LOWEST_ADDRESS:
+        q_ptr, k_ptr, v_ptr = (checks.low_address(_OP, name, x) for name, x in {"q": q, "k": k, "v": v}.items())
     kv_len = k_shape[rows]  # no part of the key: it grows from call to call
     key = (
-        q.__class__, q.dtype, q.shape, q.stride(), q.device, k.__class__, k.dtype, k_shape[heads], k_shape[2],
-        k.stride(), k.device, v.__class__, v.dtype, v_shape[heads], v_shape[2], v.stride(), v.device, options,
-        (q_ptr | k_ptr | v_ptr) & 15,
+        q.dtype, q.shape, q.stride(), q.device, k.dtype, k_shape[heads], k_shape[2], k.stride(), k.device, v.dtype,
+        v_shape[heads], v_shape[2], v.stride(), v.device, options, (q_ptr | k_ptr | v_ptr) & 15,
     )  # fmt: skip
     single = _singles.get(key)
     if single is None or v_shape[rows] != kv_len:
@@ -129,7 +133,7 @@ class _BoundSingle:
     """single_decode_with_kv_cache for one signature; the length may differ from call to call."""
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: _Options) -> None:
-        op, (kv_layout, *variant_options), scales = "single_decode", options[:-3], options[-3:]
+        op, (kv_layout, *variant_options), scales = _OP, options[:-3], options[-3:]
         sequence, device = check_sequence(op, q, k, v, kv_layout), q.device
         num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, _, kv_strides = sequence
         variant = Variant.of(op, head_dim_qk, *variant_options)

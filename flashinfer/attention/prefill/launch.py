@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
@@ -120,7 +119,6 @@ class Extent(NamedTuple):
         return other._replace(mask=mask, window_left=window)
 
 
-PlannerLaunch = Callable[[Extent, int, int, int], None]  # addresses of qo_indptr, kv_indptr, last_page_len
 _MAX_COUNTERS = 1 << 15  # query tiles times KV heads that may be split
 
 
@@ -172,16 +170,15 @@ class Schedule:
         self,
         device: torch.device,
         kv_storage: str,
+        extent: Extent,
         page_size: int,
         batch_size: int,
         num_kv_heads: int,
         group_size: int,
         lengths: tuple[int, int] = (0, 0),
-    ) -> PlannerLaunch:
-        """The planner with everything but extent and addresses laid out. `lengths`: qo_len and kv_len of one
-        sequence.
-        """
-        launcher = load_planner(device, kv_storage)
+    ) -> PreparedLaunch:
+        """The planner, which takes the addresses of qo_indptr, kv_indptr and last_page_len. `lengths`: qo_len and
+        kv_len of one sequence."""
         values = {
             "kv.indices": 0,
             "kv.len": lengths[1],
@@ -197,18 +194,10 @@ class Schedule:
             "max_items": self.max_items,
             "max_counters": self.max_counters,
             "max_partial_rows": self.max_partial_rows,
+            **extent._asdict(),
         }
-
-        @functools.cache
-        def prepared(extent: Extent) -> PreparedLaunch:
-            return launcher.prepare(
-                (1, 1, 1), {**values, **extent._asdict()}, varying=("qo_indptr", "kv.indptr", "kv.last_page_len")
-            )
-
-        def launch(extent: Extent, qo_indptr: int, kv_indptr: int, last_page_len: int) -> None:
-            prepared(extent)(qo_indptr, kv_indptr, last_page_len)
-
-        return launch
+        launcher = load_planner(device, kv_storage)
+        return launcher.prepare((1, 1, 1), values, varying=("qo_indptr", "kv.indptr", "kv.last_page_len"))
 
     @property
     def values(self) -> dict[str, int]:

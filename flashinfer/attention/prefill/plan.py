@@ -7,15 +7,15 @@ from typing import Optional, Union
 
 import torch
 
-from flashinfer.attention.lengths import Lengths
 from flashinfer.attention.plan import BoundRun, Call, Plan, Shape, no_launch
 from flashinfer.attention.prefill import launch as launches
-from flashinfer.attention.prefill.launch import Extent, PlannerLaunch, PrefillKernel, Schedule
+from flashinfer.attention.prefill.launch import Extent, PrefillKernel, Schedule
 from flashinfer.attention.sequence import row_strides
 from flashinfer.attention.variant import Variant, factors
 from flashinfer.families.attention.prefill import SHORT_ROWS
 from flashinfer.host import checks
 from flashinfer.host.paged_cache import KvStrides, PagedCache, PagedKv
+from flashinfer.jit.loader import PreparedLaunch
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,10 @@ class PrefillPlan(Plan):
         super().__init__(op, device, shape, dtypes, mask, variant)
         self._kv, self._storage = kv, "ragged" if isinstance(kv, RaggedKv) else "paged"
         self._group_size = shape.num_qo_heads // shape.num_kv_heads
-        self._extents: dict[bool, Extent] = {}
         self._schedule: Optional[Schedule] = None
-        self._planner: Optional[PlannerLaunch] = None
         if device.type == "cuda" and shape.batch_size > 0:
             self._schedule = Schedule.of(
                 op, *workspaces, shape.batch_size, shape.num_kv_heads, shape.head_dim_vo, split=split_kv
-            )
-            self._planner = self._schedule.bind_planner(
-                device, self._storage, shape.page_size, shape.batch_size, shape.num_kv_heads, self._group_size
             )
 
     def _load(
@@ -83,21 +78,23 @@ class PrefillPlan(Plan):
         page_size = self.shape.page_size
         return launches.load_kernel(self.device, types, dims, self._storage, mask, variant, short, page_size, pdl)
 
-    def is_short(self, num_tokens: int, otherwise: bool = False) -> bool:
-        """Whether the tile for short queries serves this many tokens best; `otherwise` where the number is negative."""
-        return otherwise if num_tokens < 0 else num_tokens * self._group_size <= SHORT_ROWS * self.shape.batch_size
+    def is_short(self, num_tokens: int) -> bool:
+        return num_tokens * self._group_size <= SHORT_ROWS * self.shape.batch_size
 
     def extent(self, short_queries: bool) -> Extent:
-        extent = self._extents.get(short_queries)
-        if extent is None:
+        if short_queries not in self.extents:
             types = (self.q_dtype, self.kv_dtype, self.o_dtype)
             kernel = self._load(types, self.mask, self.variant, short_queries, None)
-            extent = self._extents[short_queries] = Extent.of(kernel, self.mask, self.variant)
-        return extent
+            self.extents[short_queries] = Extent.of(kernel, self.mask, self.variant)
+        return self.extents[short_queries]
 
-    def launch_planner(self, extent: Extent, found: Lengths) -> None:
-        if self._planner is not None:
-            self._planner(extent, found.row_addresses[0], found.kv_addresses[0], found.kv_addresses[1])
+    def _bind_planner(self, extent: Extent) -> PreparedLaunch:
+        if self._schedule is None:
+            return no_launch
+        shape = self.shape
+        return self._schedule.bind_planner(
+            self.device, self._storage, extent, shape.page_size, shape.batch_size, shape.num_kv_heads, self._group_size
+        )
 
     def bind(self, call: Call, short_queries: bool) -> BoundRun:
         op, q, shape, kv = self.op, call.q, self.shape, self._kv

@@ -17,6 +17,7 @@ from flashinfer.attention.sequence import check_sequence
 from flashinfer.attention.variant import Variant, factors
 from flashinfer.families.attention import prefill as families
 from flashinfer.host import checks, memo, traced
+from flashinfer.host.checks import LOWEST_ADDRESS
 from flashinfer.host.uploads import upload
 from flashinfer.quantization import packbits
 
@@ -111,10 +112,11 @@ def _run(
         q_ptr, k_ptr, v_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr()
     except AttributeError:
         raise checks.not_tensors(_OP, q=q, k=k, v=v) from None
+    if q_ptr < LOWEST_ADDRESS or k_ptr < LOWEST_ADDRESS or v_ptr < LOWEST_ADDRESS:
+        q_ptr, k_ptr, v_ptr = (checks.low_address(_OP, name, x) for name, x in {"q": q, "k": k, "v": v}.items())
     key = (
-        q.__class__, q.dtype, q.shape, q.stride(), q.device, k.__class__, k.dtype, k.shape, k.stride(), k.device,
-        v.__class__, v.dtype, v.shape, v.stride(), v.device, kv_layout, mask, options, o_dtype,
-        (q_ptr | k_ptr | v_ptr) & 15,
+        q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.device, v.dtype, v.shape, v.stride(),
+        v.device, kv_layout, mask, options, o_dtype, (q_ptr | k_ptr | v_ptr) & 15,
     )  # fmt: skip
     single = _singles.get(key)
     if single is None:
@@ -165,6 +167,7 @@ def _mask_bits(
     if not isinstance(given, torch.Tensor):
         raise checks.not_tensors(_OP, custom_mask=given)
     checks.require_memory(_OP, custom_mask=given)
+    checks.require_addresses(_OP, custom_mask=given)
     if packed is None:
         checks.require(
             given.numel() == num_bits, _OP,
@@ -217,13 +220,13 @@ class _BoundSingle:
             )  # fmt: skip
 
         def bind_planned(schedule: Schedule) -> Launch:
-            plan = schedule.bind_planner(device, "single", 1, 1, num_kv_heads, group_size, lengths)
-            launch = bind(kernel.num_blocks, schedule.values)
             extent = Extent.of(kernel, mask, variant)
+            plan = schedule.bind_planner(device, "single", extent, 1, 1, num_kv_heads, group_size, lengths)
+            launch = bind(kernel.num_blocks, schedule.values)
 
             def plan_and_launch(*addresses: Any) -> None:
                 with _planning:
-                    plan(extent, 0, 0, 0)
+                    plan(0, 0, 0)
                     launch(*addresses)
 
             return plan_and_launch

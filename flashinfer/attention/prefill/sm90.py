@@ -54,6 +54,7 @@ def bind_launch(launcher: Launcher, grid_size: int, values: Mapping[str, Any], p
         return map_at
 
     k_map_at, v_map_at = (maps_of(half, int(constants[f"kHeadDim{of}"])) for half, of in (("k", "Qk"), ("v", "Vo")))
+
     def launch_at(*addresses: int) -> None:
         launch(k_map_at(addresses[_K]), v_map_at(addresses[_V]), *addresses)
 
