@@ -41,10 +41,7 @@ struct Gatherer {
     static_assert(kRows % Lanes::kNumRows == 0);
     const Lanes lanes;
     const int first = warp_idx() * kRows;
-    // More would take more registers than producers have.
-    constexpr int kUnroll =
-        4 * Lanes::kLanesPerRow >= Lanes::kGranulesPerRow ? 4 * Lanes::kLanesPerRow / Lanes::kGranulesPerRow : 1;
-#pragma unroll kUnroll
+#pragma unroll 4  // more would take more registers than producers have
     for (int i = lanes.row; i < kRows; i += Lanes::kNumRows) {
       const T* row_gmem = static_cast<const T*>(src) + __shfl_sync(0xffffffffu, offset, i);
       lanes.copy(tile_smem, Shape::kBlockN, first + i, row_gmem, first + i < num_valid);
@@ -60,23 +57,18 @@ struct Gatherer {
     cp_async_arrive(smem.q_full.at(turn));
   }
 
-  __device__ __forceinline__ KvRow row_of_lane(int tile, int32_t page_idx) const {
+  __device__ __forceinline__ void load_tile(const Work& work, int tile, int32_t page_idx, uint32_t turn) const {
+    const int num_valid = work.item.kv_len - tile * Shape::kBlockN, stage = turn % Shape::kNumStages;
     const FastDivisor& page_size = params.kv.index.page_size;
     const int kv_idx = kv_idx_of_lane(tile);
-    return {page_idx, kv_idx - int32_t(page_size.divide(kv_idx) * page_size.divisor)};
-  }
-  __device__ __forceinline__ void load_keys(const Work& work, int tile, int32_t page_idx, uint32_t turn) const {
+    const KvRow row = {page_idx, kv_idx - int32_t(page_size.divide(kv_idx) * page_size.divisor)};
     smem.k_empty.wait_empty(turn);
-    copy_rows<Shape::kHeadDimQk>(smem_address(smem.k[turn % Shape::kNumStages]), params.kv.k,
-                                 View::k_offset(params.kv, row_of_lane(tile, page_idx), work.kv_head_idx),
-                                 work.item.kv_len - tile * Shape::kBlockN);
+    copy_rows<Shape::kHeadDimQk>(smem_address(smem.k[stage]), params.kv.k,
+                                 View::k_offset(params.kv, row, work.kv_head_idx), num_valid);
     cp_async_arrive(smem.k_full.at(turn));
-  }
-  __device__ __forceinline__ void load_values(const Work& work, int tile, int32_t page_idx, uint32_t turn) const {
     smem.v_empty.wait_empty(turn);
-    copy_rows<Shape::kHeadDimVo>(smem_address(smem.v[turn % Shape::kNumStages]), params.kv.v,
-                                 View::v_offset(params.kv, row_of_lane(tile, page_idx), work.kv_head_idx),
-                                 work.item.kv_len - tile * Shape::kBlockN);
+    copy_rows<Shape::kHeadDimVo>(smem_address(smem.v[stage]), params.kv.v,
+                                 View::v_offset(params.kv, row, work.kv_head_idx), num_valid);
     cp_async_arrive(smem.v_full.at(turn));
   }
 
@@ -88,18 +80,13 @@ struct Gatherer {
     };
     uint32_t kv_turn = 0;
     const auto load = [&](const Work& work, uint32_t turn) {
-      // In the order in which consumers leave the stages: a tile's keys a step before its values.
-      const int end = work.item.tile_end;
-      int32_t next = look_up(work.item, end - 1), page_idx = 0;
+      int32_t next = look_up(work.item, work.item.tile_end - 1);
       load_queries(work, turn);
-      for (int tile = end - 1; tile >= work.item.tile_begin; --tile, ++kv_turn) {
-        const int32_t last_page_idx = page_idx;
-        page_idx = next;
+      for (int tile = work.item.tile_end - 1; tile >= work.item.tile_begin; --tile, ++kv_turn) {
+        const int32_t page_idx = next;
         next = look_up(work.item, tile - 1);
-        load_keys(work, tile, page_idx, kv_turn);
-        if (tile < end - 1) load_values(work, tile + 1, last_page_idx, kv_turn - 1);
+        load_tile(work, tile, page_idx, kv_turn);
       }
-      if (end > work.item.tile_begin) load_values(work, work.item.tile_begin, page_idx, kv_turn - 1);
     };
     for_each_unit(smem, load, prepare);
     if (warp_idx() == 0 && fresh_thread_idx() % 32 == 0) scheduler.close();
