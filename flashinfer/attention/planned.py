@@ -289,8 +289,8 @@ class PlannedAttention(Uncopyable, EngineNames):
                 v_key = (v.dtype, v.shape, v.stride(), v.device)
             # The hash tells a scale from a tensor that equals it, which `factors` refuses and comparing waits for.
             key = (
-                hash(scales), q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.device, v_key, out_key, lse_key,
-                scales, pdl, overrides, (q_ptr | out_ptr | k_ptr | v_ptr) & 15,
+                hash(scales), q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.device, v_key,
+                out_key, lse_key, scales, pdl, overrides, (q_ptr | out_ptr | k_ptr | v_ptr) & 15,
             )  # fmt: skip
             followed, run = self._followed
             is_followed = key == followed
