@@ -50,6 +50,8 @@ CASES = [
     Case("mha", heads=(4, 4)),
     Case("mqa", heads=(8, 1)),
     Case("group_7", heads=(14, 2), storage="ragged"),
+    Case("head_dim_256", **LONG, head_dim=256),
+    Case("head_dim_256_ragged_not_causal", **LONG, head_dim=256, storage="ragged", options={}),
     Case("soft_cap", options={"causal": True, "logits_soft_cap": 8.0}),
     Case("alibi", options={"causal": True, "pos_encoding_mode": "ALIBI"}),
     Case("custom_mask", mask="bool", options={}),
@@ -72,8 +74,8 @@ def check(device: torch.device, batch: Batch, actual: tuple[Tensor, Tensor], **o
     Probabilities are rounded to e4m3, by at most 2^-4 of themselves, those below 2^-14 of the largest by 2^-18 of it;
     sums of products keep about 13 bits below the largest of them, over the scores' dimensions and the keys of a tile.
     So element-wise the output is off by (2^-4 + what the scores' error does) of the sum of p |v|, besides the rounding
-    of the output. Norm-wise, rounding errors are independent: 2^-4 / sqrt(3) for a significand of 1, 0.74 times that over
-    all of them, or 2.7%; 30% more are left to what accumulates.
+    of the output. Norm-wise, rounding errors are independent: 2^-4 / sqrt(3) for a significand of 1, 0.74 times that
+    over all of them, or 2.7%; 30% more are left to what accumulates.
     """
     expected = kit.expect(batch, **options)
     if device.type == "cpu":

@@ -38,11 +38,17 @@ TILES = {
 # Where more happens to a score than a causal mask or a window: three consumers have not the registers for it.
 TILES_OF_CHANGED_SCORES = {(64, 64): Tile(128, 128, 2, 2)}
 
-# fp8 (e4m3) of q, k and v: values are transposed on the way (csrc/attention/sm90/transpose.cuh).
+# fp8 (e4m3) of q, k and v: values are transposed on the way (csrc/attention/sm90/transpose.cuh). Of a KV tile the
+# tensor cores sum as much as its 128 keys: longer ones lose more (TileWalk::step_of_8_bits).
 FP8_TILES = {
+    # 707 to 714 / 788 to 801, of pages of 16 707 / 787; FA3 582 / 667, 544 / 600. 128 x 128: 636 / 696; 128 x 192:
+    # 670 / 733; 128 x 256: 693 / 777; 192 x 96: 690 / 751; one stage of queries and four of KV: 678 / 793. With
+    # everything summed by the tensor cores 805 / 897, and 26% of the mean of 16384 keys lost.
     (128, 128): Tile(192, 128, 2, 2),
+    # 787 / 880, FA3 355 / 384.
+    (256, 256): Tile(128, 128, 2, 1),
 }
-FP8_TILES_OF_CHANGED_SCORES = {(128, 128): Tile(128, 128, 2, 2)}
+FP8_TILES_OF_CHANGED_SCORES = {(128, 128): Tile(128, 128, 2, 2), (256, 256): Tile(128, 96, 2, 1)}
 WHAT_FP8_TAKES = (
     f"fp8 queries take sm_90a, head_dim {' or '.join(str(dims[0]) for dims in FP8_TILES)}, pages of a multiple of "
     f"{MIN_BOX_ROWS} and no RoPE. Next step: convert q to bfloat16, which the cache need not be"
