@@ -50,6 +50,8 @@ CASES = [
     Case("mha", heads=(4, 4)),
     Case("mqa", heads=(8, 1)),
     Case("group_7", heads=(14, 2), storage="ragged"),
+    Case("head_dim_256", **LONG, head_dim=256),
+    Case("head_dim_256_ragged_not_causal", **LONG, head_dim=256, storage="ragged", options={}),
     Case("soft_cap", options={"causal": True, "logits_soft_cap": 8.0}),
     Case("alibi", options={"causal": True, "pos_encoding_mode": "ALIBI"}),
     Case("custom_mask", mask="bool", options={}),

@@ -7,9 +7,9 @@ from typing import NamedTuple
 from flashinfer.dtypes import ITEMSIZE
 from flashinfer.jit.spec import Config, Constants, KernelSpec, Launch
 
-# TMA brings boxes of a page's entries. Of a smaller page, or one that is no multiple, they would be too small: 16 bytes
-# at a time, the copies of the other kernel, are then faster (4 x 4096, page size 1: 338 TFLOP/s, gathering by one warp
-# each of K and V under this kernel 213 to 290).
+# TMA brings boxes of a page's entries. Of a smaller page, or one that is no multiple, they would be too small: all warps
+# of the producers then copy 16 bytes a lane. 4 x 4096 / 1 x 16384 of page size 1: 442 / 473 TFLOP/s, FA3 517 / 573; by
+# one warp each of K and V 213 to 290 / -, by the other kernel 350 / -.
 MIN_BOX_ROWS = 8
 
 
@@ -39,11 +39,17 @@ TILES = {
 # registers for it.
 TILES_OF_TWO_CONSUMERS = {(64, 64): Tile(128, 128, 2, 2)}
 
-# fp8 (e4m3) of q, k and v: values are transposed on the way (csrc/attention/sm90/transpose.cuh).
+# fp8 (e4m3) of q, k and v: values are transposed on the way (csrc/attention/sm90/transpose.cuh). Of a KV tile the
+# tensor cores sum as much as its 128 keys: longer ones lose more (TileWalk::step_of_8_bits).
 FP8_TILES = {
+    # 707 to 714 / 788 to 801, of pages of 16 707 / 787; FA3 582 / 667, 544 / 600. 128 x 128: 636 / 696; 128 x 192:
+    # 670 / 733; 128 x 256: 693 / 777; 192 x 96: 690 / 751; one stage of queries and four of KV: 678 / 793. With
+    # everything summed by the tensor cores 805 / 897, and 26% of the mean of 16384 keys lost.
     (128, 128): Tile(192, 128, 2, 2),
+    # 787 / 880, FA3 355 / 384.
+    (256, 256): Tile(128, 128, 2, 1),
 }
-FP8_TILES_OF_TWO_CONSUMERS = {(128, 128): Tile(128, 128, 2, 2)}
+FP8_TILES_OF_TWO_CONSUMERS = {(128, 128): Tile(128, 128, 2, 2), (256, 256): Tile(128, 96, 2, 1)}
 WHAT_FP8_TAKES = (
     f"fp8 queries take sm_90a, head_dim {' or '.join(str(dims[0]) for dims in FP8_TILES)}, pages of a multiple of "
     f"{MIN_BOX_ROWS} and no RoPE. Next step: convert q to bfloat16, which the cache need not be"
