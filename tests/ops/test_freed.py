@@ -19,7 +19,7 @@ from tests.public_calls import prepared_launches
 
 NAMES = [
     *(name for module in (activation, norm, page, quantization, rope, sampling) for name in module.CASES),
-    *(name for name in attention.CASES if "merge" in name),
+    *attention.CASES,
 ]
 
 
