@@ -1,7 +1,10 @@
-// The operators that merge attention states (merge.cuh): pairs of them, lists of equal and of varying length.
+// The operators that merge attention states by the equations of merge.cuh: a pair, or for every row a list, of equal or
+// of varying length.
 //
-//   v, s: [num_rows, num_states, num_heads, head_dim] and [num_rows, num_states, num_heads] -> [num_rows, num_heads,
-//   ..]
+//   pair:  v, v_other [num_rows, num_heads, head_dim], s, s_other [num_rows, num_heads]
+//   list:  v [states, num_heads, head_dim], s [states, num_heads]; row r has states [indptr[r], indptr[r + 1]), or
+//          num_states of them
+//   ->     v_out [num_rows, num_heads, head_dim], s_out [num_rows, num_heads]
 #pragma once
 
 #include "attention/merge.cuh"

@@ -1,4 +1,12 @@
-// Attention of one query token per request over its KV: single sequence or paged cache.
+// Attention of one query token per request over its KV: single sequence or paged cache. For a request b and a query
+// head h, with g = h / group_size the KV head it shares:
+//
+//   s_j = log2(e) * logit(q[b, h], k[j, g])       logit: score.cuh; j: what its last position sees (visibility.cuh)
+//   lse[b, h] = log2(sum_j 2^s_j)
+//   out[b, h] = v_scale * sum_j 2^(s_j - lse[b, h]) v[j, g]       no key: out = 0, lse = -inf
+//
+//   q [batch_size, num_qo_heads, head_dim_qk], k [keys, num_kv_heads, head_dim_qk], v [keys, num_kv_heads, head_dim_vo]
+//   -> out [batch_size, num_qo_heads, head_dim_vo], lse [batch_size, num_qo_heads] in fp32, if wanted
 //
 // The launch is a fixed grid (query head blocks, chunks); a chunk is an equal share of all KV tiles
 // (decode/schedule.cuh), so every block streams the same number of bytes whatever the lengths are.

@@ -1,4 +1,13 @@
 // The planner of decode: cuts the KV of a batch into chunks of equal length, on the device.
+//
+//   tiles of request b:  t_b = ceil((kv_len_b - kv_begin_b) / tile_len)        kv_begin: what a window hides before it
+//   chunks:              n = min(num_chunks, T) runs of floor(T / n) or ceil(T / n) tiles, of T = sum_b t_b end to end
+//
+//   kv indptr [batch_size + 1] -> requests [batch_size], those with KV in order; empty [batch_size], those without;
+//   chunks [num_chunks], each with the tile it starts at (decode/params.h)
+//
+// One block. It scans the lengths as many at a time as it has threads, then finds the request of each chunk by
+// bisection.
 #pragma once
 
 #include "attention/decode/schedule.cuh"

@@ -1,5 +1,14 @@
 // Attention of many query rows per request over single, ragged or paged KV: prefill, chunked prefill, append,
-// speculative verification. FlashAttention-2 (Dao, 2023) on mma.sync and cp.async, for every GPU from sm_80 up.
+// speculative verification. For a query token i of a request and a query head h, with g = h / group_size:
+//
+//   s_j = log2(e) * logit(q[i, h], k[j, g])       logit: score.cuh; j: the request's keys that i sees (visibility.cuh)
+//   lse[i, h] = log2(sum_j 2^s_j)
+//   out[i, h] = v_scale * sum_j 2^(s_j - lse[i, h]) v[j, g]       no key: out = 0, lse = -inf
+//
+//   q [num_tokens, num_qo_heads, head_dim_qk], k [keys, num_kv_heads, head_dim_qk], v [keys, num_kv_heads, head_dim_vo]
+//   -> out [num_tokens, num_qo_heads, head_dim_vo], lse [num_tokens, num_qo_heads] in fp32, if wanted
+//
+// FlashAttention-2 (Dao, 2023) on mma.sync and cp.async, for every GPU from sm_80 up.
 //
 // A persistent grid takes (item, KV head) pairs from the planner's list, the longest first. One pair: copy the query
 // rows once, then walk the KV tiles from the end to the beginning with the next tiles in flight; per tile S = Q Kᵀ,

@@ -1,5 +1,11 @@
 // The planner of prefill: one block that reads the lengths on the device and writes the list of work items.
 //
+//   query tiles of request b:  ceil(qo_len_b * group_size / block_m), each over the KV tiles that its rows see
+//   items:                     of a query tile of n KV tiles max(1, ceil(n / limit)), runs of about equal length
+//
+//   qo_indptr [batch_size + 1], the KV's lengths -> items [max_items], the longest first, and the head of the schedule
+//   (prefill/params.h)
+//
 // An item's cost is its number of KV tiles. Costs are kept in bins (exact up to 32, then 16 to an octave), and the bins
 // are all that the decisions look at, so that they cost the same for ten query tiles and for a hundred thousand:
 //   1. count the query tiles of every request; sum them up

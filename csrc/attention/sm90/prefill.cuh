@@ -1,5 +1,6 @@
-// Attention of many query rows per request on Hopper (sm_90a): what attention/prefill/kernel.cuh computes, with wgmma
-// and TMA. FlashAttention-3 (Shah et al., 2024) is the model for its two overlaps.
+// Attention of many query rows per request on Hopper (sm_90a): what attention/prefill/kernel.cuh computes, by its
+// equations and on its shapes, with wgmma and TMA. FlashAttention-3 (Shah et al., 2024) is the model for its two
+// overlaps.
 //
 // A persistent block an SM, whose warpgroups have roles. One brings in: a warp fetches units of work, a warp copies
 // query rows, a warp each sends for tiles of K and of V. The others compute, 64 query rows each, so that tensor cores
