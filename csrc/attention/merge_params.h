@@ -12,7 +12,7 @@ struct MergeParams {
   const void* v_other;  // the second operand of a pair, shaped like v; null unless kPair
   const float* s_other;
   const uint8_t* mask;    // [num_rows] rows to merge, or null for all; the others keep v and s. Only kPair
-  const int32_t* indptr;  // [num_rows + 1] the states of each row; null: num_states of each, in order. Only kMany
+  const int32_t* indptr;  // [num_rows + 1] the states of each row; null: num_states of each, in order. Not of a pair
   void* v_out;            // [num_rows, num_heads, head_dim]; may be v of a pair
   float* s_out;           // [num_rows, num_heads]; may be s of a pair; null if not wanted
   int64_t num_rows;
