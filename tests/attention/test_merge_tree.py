@@ -1,4 +1,4 @@
-"""csrc/attention/merge_tree.h: whatever the order in which blocks arrive, each part is merged once, by the last block."""
+"""csrc/attention/merge_tree.h: whatever the order in which blocks arrive, each part is merged once."""
 
 from __future__ import annotations
 

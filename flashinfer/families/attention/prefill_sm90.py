@@ -7,9 +7,9 @@ from typing import NamedTuple
 from flashinfer.dtypes import ITEMSIZE
 from flashinfer.jit.spec import Config, Constants, KernelSpec, Launch
 
-# TMA brings boxes of a page's entries. Of a smaller page, or one that is no multiple, they would be too small: all warps
-# of the producers then copy 16 bytes a lane. 4 x 4096 / 1 x 16384 of page size 1: 442 / 473 TFLOP/s, FA3 517 / 573; by
-# one warp each of K and V 213 to 290 / -, by the other kernel 350 / -.
+# TMA brings boxes of a page's entries. Of a smaller page, or one that is no multiple, they would be too small: all
+# warps of the producers then copy 16 bytes a lane. 4 x 4096 / 1 x 16384 of page size 1: 442 / 473 TFLOP/s, FA3 517 /
+# 573; by one warp each of K and V 213 to 290 / -, by the other kernel 350 / -.
 MIN_BOX_ROWS = 8
 
 
