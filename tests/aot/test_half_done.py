@@ -58,6 +58,7 @@ kv_dtype = "bf16"
 head_dim_qk = 64
 head_dim_vo = 64
 kv_storage = "paged"
+o_dtype = "bf16"
 short_queries = {short}
 large_pages = false
 mask = "{mask}"
