@@ -35,9 +35,9 @@ TILES = {
     # 612 / 712. 128 x 64, in another run: 498, where this tile made 522.
     (256, 256): Tile(128, 80, 2, 1),
 }
-# Where more happens to a score than a causal mask or a window, or KV are gathered: three consumers have not the
-# registers for it.
-TILES_OF_TWO_CONSUMERS = {(64, 64): Tile(128, 128, 2, 2)}
+# Where more happens to a score than a causal mask or a window, or KV are gathered, which takes registers: three
+# consumers have not got them, nor two with tiles of 128 keys beside 256 dimensions.
+SMALLER_TILES = {(64, 64): Tile(128, 128, 2, 2)}
 
 # fp8 (e4m3) of q, k and v: values are transposed on the way (csrc/attention/sm90/transpose.cuh). Of a KV tile the
 # tensor cores sum as much as its 128 keys: longer ones lose more (TileWalk::step_of_8_bits).
@@ -49,7 +49,7 @@ FP8_TILES = {
     # 787 / 880, FA3 355 / 384.
     (256, 256): Tile(128, 128, 2, 1),
 }
-FP8_TILES_OF_TWO_CONSUMERS = {(128, 128): Tile(128, 128, 2, 2), (256, 256): Tile(128, 96, 2, 1)}
+SMALLER_FP8_TILES = {(128, 128): Tile(128, 128, 2, 2), (256, 256): Tile(128, 96, 2, 1)}
 WHAT_FP8_TAKES = (
     f"fp8 queries take sm_90a, head_dim {' or '.join(str(dims[0]) for dims in FP8_TILES)}, pages of a multiple of "
     f"{MIN_BOX_ROWS} and no RoPE. Next step: convert q to bfloat16, which the cache need not be"
@@ -62,10 +62,9 @@ def _is_fp8(spec: KernelSpec) -> bool:
 
 def _tile(spec: KernelSpec) -> Tile:
     dims = spec.arg("head_dim_qk"), spec.arg("head_dim_vo")
-    is_changed = spec.arg("mask") == "custom" or spec.arg("pos_encoding") != "none" or spec.arg("has_soft_cap")
-    takes_registers = is_changed or gathers(spec)
-    plain, changed = (FP8_TILES, FP8_TILES_OF_TWO_CONSUMERS) if _is_fp8(spec) else (TILES, TILES_OF_TWO_CONSUMERS)
-    return changed.get(dims, plain[dims]) if takes_registers else plain[dims]
+    changes_scores = spec.arg("mask") == "custom" or spec.arg("pos_encoding") != "none" or spec.arg("has_soft_cap")
+    tiles, smaller = (FP8_TILES, SMALLER_FP8_TILES) if _is_fp8(spec) else (TILES, SMALLER_TILES)
+    return smaller.get(dims, tiles[dims]) if changes_scores or gathers(spec) else tiles[dims]
 
 
 def gathers(spec: KernelSpec) -> bool:
