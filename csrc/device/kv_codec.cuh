@@ -97,25 +97,27 @@ struct KvCodec<fp16, fp8_e4m3> {
     return y;
   }
 };
-// sm_80 has no bf16 multiply, only the fused one; -0 keeps the sign of zeros.
+// In the upper bytes of a register's halves: exponent and mantissa move down by kShift, to those of a bf16 (kMask), and
+// are scaled. sm_80 has no bf16 multiply, only the fused one; -0 keeps the sign of zeros.
+template <int kShift, uint32_t kMask, uint32_t kFactor>
+__device__ __forceinline__ uint32_t widen_to_bf16(uint32_t upper) {
+  const uint32_t moved = (upper & 0x80008000u) | ((upper >> kShift) & kMask);
+  uint32_t y;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(moved), "r"(kFactor), "r"(0x80008000u));
+  return y;
+}
 template <>
 struct KvCodec<bf16, fp8_e4m3> {
   static constexpr int kPerRegister = 4;
   __device__ __forceinline__ static uint32_t pair(uint32_t x, BytePair bytes) {
-    const uint32_t upper = bytes.upper_of(x), moved = (upper & 0x80008000u) | ((upper >> 4) & 0x07f007f0u);
-    uint32_t y;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(moved), "r"(0x7b807b80u), "r"(0x80008000u));  // 2^120
-    return y;
+    return widen_to_bf16<4, 0x07f007f0u, 0x7b807b80u>(bytes.upper_of(x));  // 2^120
   }
 };
 template <>
 struct KvCodec<bf16, fp8_e5m2> {
   static constexpr int kPerRegister = 4;
   __device__ __forceinline__ static uint32_t pair(uint32_t x, BytePair bytes) {
-    const uint32_t upper = bytes.upper_of(x), moved = (upper & 0x80008000u) | ((upper >> 3) & 0x0fe00fe0u);
-    uint32_t y;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(moved), "r"(0x77807780u), "r"(0x80008000u));  // 2^112
-    return y;
+    return widen_to_bf16<3, 0x0fe00fe0u, 0x77807780u>(bytes.upper_of(x));  // 2^112
   }
 };
 

@@ -8,6 +8,18 @@
 
 namespace flashinfer {
 
+// Over a warp: the sum of this lane's value and those of the lanes before it. By all of its lanes.
+template <class T>
+__device__ __forceinline__ T inclusive_warp_sum(T value) {
+  const int lane_idx = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const T before = __shfl_up_sync(0xffffffffu, value, offset);
+    if (lane_idx >= offset) value += before;
+  }
+  return value;
+}
+
 template <class T>
 struct Scan {
   T before, total;
@@ -18,12 +30,7 @@ template <int kNumThreads, class T>
 __device__ __forceinline__ Scan<T> scan_block(T value, T (&warp_sums)[kWarpSize]) {
   static_assert(kNumThreads <= kWarpSize * kWarpSize);
   const int warp_idx = threadIdx.x / kWarpSize, lane_idx = threadIdx.x % kWarpSize;
-  T inclusive = value;
-#pragma unroll
-  for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const T before = __shfl_up_sync(0xffffffffu, inclusive, offset);
-    if (lane_idx >= offset) inclusive += before;
-  }
+  const T inclusive = inclusive_warp_sum(value);
   __syncthreads();  // the sums of the scan before this one have been read
   if (lane_idx == kWarpSize - 1) warp_sums[warp_idx] = inclusive;
   __syncthreads();

@@ -8,19 +8,14 @@
 #pragma once
 
 #include "device/philox.cuh"
+#include "device/scan.cuh"
 #include "sampling/totals.cuh"
 
 namespace flashinfer {
 
 // The lane to take, by the warp's weights; at least one must be positive. Every lane receives the answer.
 __device__ __forceinline__ int pick_lane(float weight, float uniform) {
-  const int lane_idx = threadIdx.x % kWarpSize;
-  float prefix = weight;
-#pragma unroll
-  for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const float below = __shfl_up_sync(0xffffffffu, prefix, offset);
-    if (lane_idx >= offset) prefix += below;
-  }
+  const float prefix = inclusive_warp_sum(weight);
   const float target = uniform * __shfl_sync(0xffffffffu, prefix, kWarpSize - 1);
   const uint32_t alive = __ballot_sync(0xffffffffu, weight > 0.f);
   const uint32_t hit = alive & __ballot_sync(0xffffffffu, prefix > target);

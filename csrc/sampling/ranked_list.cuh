@@ -3,6 +3,7 @@
 // have a fixed order, whichever way its elements came.
 #pragma once
 
+#include "device/scan.cuh"
 #include "sampling/draw.cuh"
 #include "sampling/order.cuh"
 
@@ -137,12 +138,7 @@ struct RankedList {
   // Of this thread's element: the weight of the elements before it.
   __device__ __forceinline__ float weight_before(float weight) {
     const int warp_idx = threadIdx.x / kWarpSize, lane_idx = threadIdx.x % kWarpSize;
-    float inclusive = weight;
-#pragma unroll
-    for (int offset = 1; offset < kWarpSize; offset *= 2) {
-      const float below = __shfl_up_sync(0xffffffffu, inclusive, offset);
-      if (lane_idx >= offset) inclusive += below;
-    }
+    const float inclusive = inclusive_warp_sum(weight);
     float before = __shfl_up_sync(0xffffffffu, inclusive, 1);
     if (lane_idx == 0) before = 0.f;
     const float* warp_sums = share_sum(__shfl_sync(0xffffffffu, inclusive, kWarpSize - 1));

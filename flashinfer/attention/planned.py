@@ -308,7 +308,8 @@ class PlannedAttention(Uncopyable, EngineNames):
             lse_ptr = lse.data_ptr()
         launch = run.settled_launch if self._is_settled else run.launch
         launch(*found.row_addresses, q_ptr, out_ptr, lse_ptr, k_ptr, v_ptr + run.v_offset, *found.kv_addresses)
-        self._is_settled = True
+        if not run.is_empty:
+            self._is_settled = True
         return (out, lse) if return_lse and lse is not None else out
 
     def _find(self, plan: Plan, found: Lengths, key: Any, call: Call) -> BoundRun:
