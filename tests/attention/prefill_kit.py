@@ -40,6 +40,22 @@ class Case:
     cuda_only: bool = False
 
 
+# What every kernel has to get right, whatever it computes on.
+LENGTHS_AND_HEADS = (
+    Case("long_kv_few_queries", qo_lens=(1, 5, 16), kv_lens=(3000, 5000, 200)),
+    Case("many_splits", qo_lens=(3,), kv_lens=(20000,), heads=(4, 1)),  # merged in two steps
+    Case("many_short", qo_lens=tuple(i % 7 + 1 for i in range(70)), kv_lens=tuple(i % 40 + 7 for i in range(70))),
+    Case("empty_requests", qo_lens=(0, 5, 0, 3, 0), kv_lens=(7, 9, 0, 300, 0)),
+    Case("no_kv", qo_lens=(4, 130, 1), kv_lens=(0, 0, 70)),
+    Case("queries_beyond_kv", qo_lens=(50, 200), kv_lens=(20, 130)),
+    Case("empty_batch", qo_lens=(), kv_lens=()),
+    Case("strided", strided=True),
+    Case("ragged_strided", storage="ragged", strided=True),
+    Case("mha", heads=(4, 4)),
+    Case("mqa", heads=(8, 1)),
+)
+
+
 @dataclass
 class Batch:
     case: Case

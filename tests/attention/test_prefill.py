@@ -23,6 +23,7 @@ from tests.attention.prefill_kit import (
     E5M2,
     FP16,
     FP32,
+    LENGTHS_AND_HEADS,
     Batch,
     Case,
     arguments,
@@ -59,18 +60,8 @@ CASES = [
     Case("page_1", page_size=1),
     Case("page_3", page_size=3),
     Case("last_page_full", qo_lens=(16, 3), kv_lens=(64, 160)),
-    Case("long_kv_few_queries", qo_lens=(1, 5, 16), kv_lens=(3000, 5000, 200)),
-    Case("many_chunks", qo_lens=(3,), kv_lens=(20000,), heads=(4, 1)),  # merged in two steps
+    *LENGTHS_AND_HEADS,
     Case("one_long_request", qo_lens=(700,), kv_lens=(900,)),
-    Case("many_short", qo_lens=tuple(i % 7 + 1 for i in range(70)), kv_lens=tuple(i % 40 + 7 for i in range(70))),
-    Case("empty_requests", qo_lens=(0, 5, 0, 3, 0), kv_lens=(7, 9, 0, 300, 0)),
-    Case("no_kv", qo_lens=(4, 130, 1), kv_lens=(0, 0, 70)),
-    Case("queries_beyond_kv", qo_lens=(50, 200), kv_lens=(20, 130)),
-    Case("empty_batch", qo_lens=(), kv_lens=()),
-    Case("strided", strided=True),
-    Case("ragged_strided", storage="ragged", strided=True),
-    Case("mha", heads=(4, 4)),
-    Case("mqa", heads=(8, 1)),
     # The planner takes 36 heads at a time on an H100, and the other 28 after them.
     Case("many_heads", qo_lens=(500, 700, 300), kv_lens=(500, 900, 300), heads=(64, 64), head_dim=64, cuda_only=True),
     Case("group_5", heads=(10, 2)),
@@ -107,7 +98,7 @@ CASES = [
 ]  # fmt: skip
 
 
-SANITIZED = {"ordinary", "ragged", "page_1", "many_chunks", "many_short", "no_kv", "mla_shapes", "minilm"}
+SANITIZED = {"ordinary", "ragged", "page_1", "many_splits", "many_short", "no_kv", "mla_shapes", "minilm"}
 SANITIZED |= {"many_heads", "head_dim_64", "head_dim_256", "window_soft_cap", "packed_mask", "rope", "fp8_e4m3"}
 
 
