@@ -7,7 +7,7 @@ from typing import NamedTuple, Optional
 import torch
 
 from flashinfer import dtypes, target
-from flashinfer.families.layout import DTYPES, FP8_DTYPES, inside, vec_size
+from flashinfer.families.layout import DTYPES, FP8_DTYPES, fast_divisor, inside, vec_size
 from flashinfer.families.norm import LAYERNORM, RMSNORM, RMSNORM_QUANT
 from flashinfer.host import checks, memo, quant_scale, traced
 from flashinfer.host.quant_scale import Scale
@@ -345,7 +345,7 @@ def _prepare(
         "output_row_stride": output_strides[0],
         "output_group_stride": output_strides[1],
         "num_rows": num_rows,
-        "rows_per_group": rows_per_group,
+        **fast_divisor("rows_per_group", rows_per_group),
         "eps": eps,
     }
     addresses: tuple[str, ...] = ("input", "residual", "weight", "bias", "output")

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common.h"
+#include "fast_divisor.h"
 
 // A function of these shared headers: device code under a CUDA compiler, host code for the CPU target.
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
@@ -12,20 +13,6 @@
 #endif
 
 namespace flashinfer {
-
-// Division of 0 <= n < 2^31 by a run-time constant: one multiply and one shift. The host fills it in:
-// shift = ceil(log2(divisor)), magic = 2^32 * (2^shift - divisor) / divisor + 1.
-struct FastDivisor {
-  uint32_t divisor, magic, shift;
-
-  // As the host computes it.
-  FLASHINFER_FN static FastDivisor of(uint32_t divisor) {
-    uint32_t shift = 0;
-    while ((1u << shift) < divisor) ++shift;
-    return {divisor, uint32_t((((uint64_t(1) << shift) - divisor) << 32) / divisor) + 1, shift};
-  }
-  FLASHINFER_FN uint32_t divide(uint32_t n) const { return (uint32_t((uint64_t(n) * magic) >> 32) + n) >> shift; }
-};
 
 // Where each request's rows of KV are. Without pages a "page" is one row: page_size is 1.
 struct KvIndex {

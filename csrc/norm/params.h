@@ -1,6 +1,7 @@
 #pragma once
 
 #include "common.h"
+#include "fast_divisor.h"
 #include "quant_scale.h"
 
 namespace flashinfer {
@@ -17,7 +18,8 @@ struct NormParams {
   int64_t input_row_stride, input_group_stride;  // elements, as the other strides
   int64_t residual_row_stride, residual_group_stride;
   int64_t output_row_stride, output_group_stride;
-  int32_t num_rows, rows_per_group;
+  int32_t num_rows;
+  FastDivisor rows_per_group;
   float eps;
 };
 
@@ -27,9 +29,10 @@ struct NormQuantParams {
   NormParams norm;
 };
 
-FLASHINFER_HOST_DEVICE constexpr int64_t grouped_row_offset(const NormParams& params, int32_t row, int64_t row_stride,
-                                                            int64_t group_stride) {
-  return row / params.rows_per_group * group_stride + row % params.rows_per_group * row_stride;
+FLASHINFER_HOST_DEVICE inline int64_t grouped_row_offset(const NormParams& params, int32_t row, int64_t row_stride,
+                                                         int64_t group_stride) {
+  const int32_t group = params.rows_per_group.divide(row);
+  return group * group_stride + (row - group * int32_t(params.rows_per_group.divisor)) * row_stride;
 }
 template <class T>
 FLASHINFER_HOST_DEVICE const T* input_row(const NormParams& params, int32_t row) {

@@ -338,6 +338,7 @@ def _compile_and_run(device: Any, target: str) -> str:
     and nothing is written or recorded."""
     import torch
 
+    from flashinfer.families.layout import fast_divisor
     from flashinfer.families.norm import RMSNORM
 
     num_rows, hidden_size, eps = 8, 1024, 1e-6
@@ -360,7 +361,7 @@ def _compile_and_run(device: Any, target: str) -> str:
         **dict.fromkeys(("residual_row_stride", "residual_group_stride"), 0),
         **dict.fromkeys(("input_group_stride", "output_group_stride"), hidden_size),
         "num_rows": num_rows,
-        "rows_per_group": 1,
+        **fast_divisor("rows_per_group", 1),
         "eps": eps,
     }
     run_seconds = []

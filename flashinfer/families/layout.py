@@ -14,6 +14,7 @@ Fields = list[tuple[str, Any]]
 DTYPES = ("fp16", "bf16", "fp32")
 FP8_DTYPES = ("fp8_e4m3", "fp8_e5m2")
 QUANT_SCALE: Fields = [("device_value", P), ("host_value", F32), ("reserved", I32)]  # csrc/quant_scale.h
+FAST_DIVISOR: Fields = [("divisor", U32), ("magic", U32), ("shift", U32)]  # csrc/fast_divisor.h
 
 
 def nested(name: str, fields: Sequence[Any]) -> Fields:
@@ -24,6 +25,13 @@ def nested(name: str, fields: Sequence[Any]) -> Fields:
 def inside(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a struct's fields, as those of that struct inside another."""
     return {f"{name}.{field}": value for field, value in values.items()}
+
+
+def fast_divisor(field: str, divisor: int) -> dict[str, int]:
+    """The values of a FastDivisor (csrc/fast_divisor.h) in a field of that name."""
+    shift = (divisor - 1).bit_length()
+    magic = ((1 << 32) * ((1 << shift) - divisor)) // divisor + 1
+    return {f"{field}.divisor": divisor, f"{field}.magic": magic, f"{field}.shift": shift}
 
 
 def vec_size(dtype: str, length: int, alignment: int = 0) -> int:

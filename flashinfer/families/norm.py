@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from flashinfer.families.layout import DTYPES, FP8_DTYPES, QUANT_SCALE, nested
+from flashinfer.families.layout import DTYPES, FAST_DIVISOR, FP8_DTYPES, QUANT_SCALE, nested
 from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register, twins
 
 VEC_SIZES = (1, 2, 4, 8)
@@ -28,7 +28,7 @@ class NormParams(ctypes.Structure):
         ("output_row_stride", ctypes.c_int64),
         ("output_group_stride", ctypes.c_int64),
         ("num_rows", ctypes.c_int32),
-        ("rows_per_group", ctypes.c_int32),
+        *nested("rows_per_group", FAST_DIVISOR),
         ("eps", ctypes.c_float),
     ]
 

@@ -11,7 +11,8 @@ from flashinfer.attention.decode.launch import DecodeKernel, Schedule
 from flashinfer.attention.plan import BoundRun, Call, Plan, Shape, no_launch
 from flashinfer.attention.variant import Variant, factors
 from flashinfer.errors import UnsupportedConfig
-from flashinfer.families.attention.params import ADDRESSES, fast_divisor
+from flashinfer.families.attention.params import ADDRESSES
+from flashinfer.families.layout import fast_divisor
 from flashinfer.host import checks
 from flashinfer.host.paged_cache import PagedKv
 from flashinfer.jit.loader import PreparedLaunch

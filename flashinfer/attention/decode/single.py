@@ -10,7 +10,8 @@ from flashinfer.attention.decode import launch as launches
 from flashinfer.attention.decode.launch import Schedule
 from flashinfer.attention.sequence import check_sequence
 from flashinfer.attention.variant import Variant, factors
-from flashinfer.families.attention.params import ADDRESSES, fast_divisor
+from flashinfer.families.attention.params import ADDRESSES
+from flashinfer.families.layout import fast_divisor
 from flashinfer.host import checks, memo, traced
 from flashinfer.host.checks import LOWEST_ADDRESS
 from flashinfer.jit.loader import PreparedLaunch

@@ -15,8 +15,8 @@ from flashinfer.attention.prefill import sm90
 from flashinfer.attention.variant import Variant
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.attention import prefill as families
-from flashinfer.families.attention.params import ADDRESSES, MASKS, fast_divisor
-from flashinfer.families.layout import FP8_DTYPES
+from flashinfer.families.attention.params import ADDRESSES, MASKS
+from flashinfer.families.layout import FP8_DTYPES, fast_divisor
 from flashinfer.host import memo
 from flashinfer.host.paged_cache import KvStrides
 from flashinfer.jit import KernelSpec, default_resolver

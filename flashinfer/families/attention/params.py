@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flashinfer.families.layout import DTYPES, F32, FP8_DTYPES, I32, I64, U32, Fields, P, nested
+from flashinfer.families.layout import DTYPES, F32, FAST_DIVISOR, FP8_DTYPES, I32, I64, Fields, P, nested
 
 Q_DTYPES = DTYPES
 KV_DTYPES = (*DTYPES, *FP8_DTYPES)
@@ -17,7 +17,7 @@ POS_ENCODINGS = {"none": 0, "rope": 1, "alibi": 2}
 KV_INDEX: Fields = [
     *[(name, P) for name in ("indptr", "last_page_len", "indices")],
     ("len", I32),
-    *[(f"page_size.{name}", U32) for name in ("divisor", "magic", "shift")],
+    *nested("page_size", FAST_DIVISOR),
 ]
 KV: Fields = [
     *[(name, P) for name in ("k", "v")],
@@ -37,10 +37,3 @@ ADDRESSES = (
     *("q", "out", "lse", "kv.k", "kv.v"),
     *(f"kv.index.{name}" for name in ("indptr", "last_page_len", "indices")),
 )
-
-
-def fast_divisor(field: str, divisor: int) -> dict[str, int]:
-    """The values of a FastDivisor (csrc/attention/params.h) in a field of that name."""
-    shift = (divisor - 1).bit_length()
-    magic = ((1 << 32) * ((1 << shift) - divisor)) // divisor + 1
-    return {f"{field}.divisor": divisor, f"{field}.magic": magic, f"{field}.shift": shift}
