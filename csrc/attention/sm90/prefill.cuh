@@ -46,14 +46,14 @@ __device__ void prefill(const Sm90PrefillParams& params) {
 
   const int warpgroup_idx = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupSize, 0);
   if (warpgroup_idx == Shape::kNumConsumers) {
-    shrink_registers<Shape::kProducerRegisters>();
+    if constexpr (Shape::kMovesRegisters) shrink_registers<Shape::kProducerRegisters>();
     if constexpr (Shape::kGathers) {
       sm90::Gatherer<Config>{params, smem}.run();
     } else {
       sm90::produce<Config>(params, smem);
     }
   } else {
-    grow_registers<Shape::kConsumerRegisters>();
+    if constexpr (Shape::kMovesRegisters) grow_registers<Shape::kConsumerRegisters>();
     sm90::consume<Config>(params, smem);
   }
 }

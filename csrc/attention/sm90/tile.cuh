@@ -21,7 +21,8 @@ struct Shape {
   static constexpr int kNumStages = Config::kNumStages, kNumQueryStages = Config::kNumQueryStages;
 
   // Warpgroups 0 to kNumConsumers - 1 compute 64 rows each, the last one brings in what they need. Two consumers have
-  // the registers to overlap their own products and softmax; three overlap with each other.
+  // the registers to overlap their own products and softmax; three overlap with each other. One is for short queries,
+  // which wait for memory: there are as many stages of KV under way as fit, and nothing is to overlap.
   static constexpr int kNumConsumers = kBlockM / 64, kRowsPerConsumer = 64, kRowsPerWarp = 16;
   static constexpr bool kOverlaps = kNumConsumers == 2 && sizeof(T) == 2;
   static constexpr int kNumConsumerThreads = kNumConsumers * kWarpgroupSize;
@@ -30,9 +31,13 @@ struct Shape {
   static constexpr bool kGathers = Config::kGathersKv;
   static_assert(!kGathers || kNumConsumers == 2, "gathering takes registers");
   static constexpr int kNumGatherers = kWarpgroupSize;
-  // All that the launch leaves to 64 K registers, in steps of 8: those given away must be enough for those taken.
-  static constexpr int kProducerRegisters = kGathers ? 56 : kNumConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kGathers ? 224 : kNumConsumers == 2 ? 232 : 160;
+  // Of a thread, in steps of 8: those that it starts with, and what becomes of them when producers leave theirs to
+  // consumers. Where there are enough, nothing is left.
+  static constexpr int kLaunchRegisters = 65536 / (Config::kNumThreads * Config::kMinBlocksPerSm) / 8 * 8;
+  static constexpr bool kMovesRegisters = kLaunchRegisters < 256;
+  static constexpr int kProducerRegisters = kGathers ? 56 : kNumConsumers <= 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters =
+      (kLaunchRegisters * (kNumConsumers + 1) - kProducerRegisters) / kNumConsumers / 8 * 8;
 
   // The tensor cores take 8-bit values along the keys only: a pair of the producers' warps transposes them.
   static constexpr bool kTransposesValues = sizeof(T) == 1;

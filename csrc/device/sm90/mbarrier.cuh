@@ -44,10 +44,10 @@ __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// A barrier for each stage of a ring. The turn-th use of the ring is that of stage turn % kNumStages.
+// A barrier for each stage of a ring. The turn-th use of the ring is that of stage turn % kNumStages; nobody makes 2^32
+// turns.
 template <int kNumStages>
 struct MbarrierRing {
-  static_assert((kNumStages & (kNumStages - 1)) == 0);
   Mbarrier barriers[kNumStages];
 
   __device__ __forceinline__ void init(int num_arrivals) {

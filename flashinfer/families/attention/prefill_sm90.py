@@ -14,12 +14,13 @@ MIN_BOX_ROWS = 8
 
 
 class Tile(NamedTuple):
-    """Rows of queries, 64 a consumer warpgroup, and of KV; stages of KV, and of queries."""
+    """Rows of queries, 64 a consumer warpgroup, and of KV; stages of KV, and of queries; blocks an SM is to hold."""
 
     block_m: int
     block_n: int
     num_stages: int
     num_query_stages: int
+    blocks_per_sm: int = 1
 
 
 # By head_dim of keys and values. TFLOP/s on an H200, 32 query heads on 8 (head_dim 256: 16 on 4; 192: 128), in one run,
@@ -38,6 +39,13 @@ TILES = {
 # Where more happens to a score than a causal mask or a window, or KV are gathered, which takes registers: three
 # consumers have not got them, nor two with tiles of 128 keys beside 256 dimensions.
 SMALLER_TILES = {(64, 64): Tile(128, 128, 2, 2)}
+# At most 64 query rows a request, which wait for memory: what counts is how much of KV is under way.
+SHORT_TILES = {
+    (64, 64): Tile(64, 128, 3, 1, 2),
+    (128, 128): Tile(64, 64, 3, 1, 2),
+    (192, 128): Tile(64, 64, 2, 1, 2),
+    (256, 256): Tile(64, 64, 3, 1, 1),
+}
 
 # fp8 (e4m3) of q, k and v: values are transposed on the way (csrc/attention/sm90/transpose.cuh). Of a KV tile the
 # tensor cores sum as much as its 128 keys: longer ones lose more (TileWalk::step_of_8_bits).
@@ -62,6 +70,8 @@ def _is_fp8(spec: KernelSpec) -> bool:
 
 def _tile(spec: KernelSpec) -> Tile:
     dims = spec.arg("head_dim_qk"), spec.arg("head_dim_vo")
+    if spec.arg("short_queries"):
+        return SHORT_TILES[dims]
     changes_scores = spec.arg("mask") == "custom" or spec.arg("pos_encoding") != "none" or spec.arg("has_soft_cap")
     tiles, smaller = (FP8_TILES, SMALLER_FP8_TILES) if _is_fp8(spec) else (TILES, SMALLER_TILES)
     return smaller.get(dims, tiles[dims]) if changes_scores or gathers(spec) else tiles[dims]
@@ -77,7 +87,7 @@ def serves(spec: KernelSpec) -> bool:
     return (
         arg("q_dtype") == arg("kv_dtype")
         and (arg("head_dim_qk"), arg("head_dim_vo")) in (FP8_TILES if _is_fp8(spec) else TILES)
-        and not arg("short_queries")
+        and not (arg("short_queries") and (gathers(spec) or (arg("head_dim_qk"), arg("head_dim_vo")) not in SHORT_TILES))
         and arg("pos_encoding") != "rope"
         and not (_is_fp8(spec) and gathers(spec))
     )
@@ -100,4 +110,4 @@ def config(spec: KernelSpec, constants: Constants) -> Config:
     smem_bytes += size * tile.num_stages * tile.block_n * (dim_qk + dim_vo)
     if _is_fp8(spec):  # transposed, in panels of 128 keys
         smem_bytes += tile.num_stages * -(-tile.block_n // 128) * 128 * dim_vo
-    return Config({**constants, **tile_constants}, Launch((tile.block_m // 64 + 1) * 128, 1, smem_bytes))
+    return Config({**constants, **tile_constants}, Launch((tile.block_m // 64 + 1) * 128, tile.blocks_per_sm, smem_bytes))
