@@ -33,6 +33,24 @@ struct RunningState {
       out[i] = out[i] * old_weight + (weight == 0.f ? 0.f : other[i] * weight);
     }
   }
+  // Of several states at a time, which do not wait for each other's weights.
+  template <int kNum>
+  __device__ __forceinline__ void merge(const float (&others)[kNum][kVecSize], const float (&lse)[kNum]) {
+    const float old_max = max;
+#pragma unroll
+    for (int j = 0; j < kNum; ++j) max = fmaxf(max, lse[j]);
+    const float shift = max == kMinusInfinity ? 0.f : max, old_weight = fast_exp2(old_max - shift);
+    sum *= old_weight;
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) out[i] *= old_weight;
+#pragma unroll
+    for (int j = 0; j < kNum; ++j) {
+      const float weight = fast_exp2(lse[j] - shift);
+      sum += weight;
+#pragma unroll
+      for (int i = 0; i < kVecSize; ++i) out[i] += weight == 0.f ? 0.f : others[j][i] * weight;
+    }
+  }
   __device__ __forceinline__ void normalize() {
     const float rcp_sum = sum > 0.f ? 1.f / sum : 0.f;
 #pragma unroll

@@ -38,6 +38,7 @@ from tests.attention.prefill_kit import (
 from tests.oracles.attention import attention
 from tests.tolerances import assert_close
 
+SHORT, SHORT_KV = (16, 1, 5, 0, 9), (1500, 900, 5, 70, 3)
 CASES = [
     Case("ordinary"),
     Case("ragged", storage="ragged"),
@@ -54,6 +55,21 @@ CASES = [
     Case("far_apart_64", (300, 400), (900, 400), head_dim=64, options={"causal": True, "sm_scale": 1.0}),
     *[Case(f"page_{size}", (200, 70), (600, 70), page_size=size) for size in (8, 24, 64, 256)],
     Case("window_long", (700, 300), (900, 300), options={"causal": True, "window_left": 150}),
+    # At most 64 query rows a request, on average: a tile of its own.
+    Case("short", SHORT, SHORT_KV),
+    Case("short_ragged", SHORT, SHORT_KV, storage="ragged"),
+    Case("short_64", SHORT, SHORT_KV, head_dim=64, page_size=1),
+    Case("short_256", SHORT, SHORT_KV, (4, 1), 256, page_size=3),
+    Case("short_192_128", SHORT, SHORT_KV, (4, 4), 192, 128, storage="ragged"),
+    Case("short_64_merged", (3,), (30000,), (4, 1), 64),
+    Case("short_fp16_hnd", SHORT, SHORT_KV, q_dtype=FP16, layout="HND"),
+    Case("short_not_causal_strided", SHORT, SHORT_KV, options={}, strided=True),
+    Case("short_window", SHORT, SHORT_KV, options={"causal": True, "window_left": 150}),
+    Case("short_custom_mask", SHORT, SHORT_KV, mask="packed", options={}),
+    Case("short_alibi", SHORT, SHORT_KV, options={"causal": True, "pos_encoding_mode": "ALIBI"}),
+    Case("short_soft_cap", SHORT, SHORT_KV, storage="ragged", options={"logits_soft_cap": 8.0}),
+    Case("short_far_apart", SHORT, SHORT_KV, options={"causal": True, "sm_scale": 1.0}),
+    Case("short_but_for_one", (150, *[1] * 40), (400, *[50] * 40)),
     Case("fp16", q_dtype=FP16),
     Case("hnd", layout="HND"),
     Case("ragged_hnd", layout="HND", storage="ragged"),

@@ -50,6 +50,11 @@ def header_of(target: str, **axes: Any) -> str:
         FP8,
         {**FP8, "o_dtype": "fp16", "kv_storage": "paged", "page_size": 8, "mask": "none", "has_window": True},
         {**FP8, "short_queries": True},
+        {"short_queries": True},
+        {"short_queries": True, "kv_storage": "paged", "page_size": 16},
+        {"short_queries": True, "kv_storage": "paged", "page_size": 1},
+        {"short_queries": True, "head_dim": 192, "head_dim_vo": 128},
+        {"short_queries": True, "mask": "custom", "pos_encoding": "alibi"},
     ],
 )
 def test_serves(axes: dict[str, Any]) -> None:
@@ -61,11 +66,12 @@ def test_serves(axes: dict[str, Any]) -> None:
     "axes",
     [
         {"kv_dtype": "fp8_e4m3"},
-        {"kv_storage": "paged", "page_size": 16, "short_queries": True},
+        {"kv_dtype": "fp8_e4m3", "short_queries": True},
         {"head_dim": 96},
         {"head_dim": 192},
+        {"head_dim": 96, "short_queries": True},
         {"pos_encoding": "rope"},
-        {"short_queries": True},
+        {"pos_encoding": "rope", "short_queries": True},
     ],
 )
 def test_leaves_to_the_other(axes: dict[str, Any]) -> None:
@@ -98,7 +104,12 @@ def test_length_of_fp8_queries_makes_no_two_kernels() -> None:
 
 def test_the_page_size_makes_no_two_kernels_where_none_minds() -> None:
     paged: dict[str, Any] = {**BF16, "kv_storage": "paged"}
-    for target, axes in (("sm_80", {}), ("sm_90a", {"short_queries": True}), ("x86-64-v3", {})):
+    for target, axes in (
+        ("sm_80", {}),
+        ("sm_90a", {"short_queries": True}),
+        ("sm_90a", {"pos_encoding": "rope"}),
+        ("x86-64-v3", {}),
+    ):
         small, large = (families.prefill(target, **paged, **axes, page_size=size) for size in (1, 16))
         assert small == large, target
 
@@ -121,6 +132,9 @@ def compiled_specs() -> list[KernelSpec]:
         specs.append(families.prefill("sm_90a", **{**BF16, **dims, "kv_storage": "paged"}, page_size=1))
         changed: dict[str, Any] = {"mask": "custom", "pos_encoding": "alibi", "has_soft_cap": True, "has_window": True}
         specs.append(families.prefill("sm_90a", **{**BF16, **dims}, **changed))
+        short = {**BF16, **dims, "short_queries": True}
+        specs.append(families.prefill("sm_90a", **{**short, "kv_storage": "paged"}))
+        specs.append(families.prefill("sm_90a", **short, **changed))
     paged = {"kv_storage": "paged", "page_size": 16}
     specs.append(families.prefill("sm_90a", **{**BF16, "q_dtype": "fp16", "kv_dtype": "fp16", **paged}))
     for dim, _ in prefill_sm90.FP8_TILES:
@@ -139,6 +153,22 @@ def test_products_overlap_and_no_register_spills(spec: KernelSpec) -> None:
         pytest.skip(str(missing))
     assert " 0 bytes spill stores, 0 bytes spill loads" in compiled.log, compiled.log
     assert "C75" not in compiled.log, compiled.log  # ptxas serializes wgmma, or ignores setmaxnreg
+
+
+@pytest.mark.parametrize("spec", compiled_specs(), ids=lambda spec: spec.name)
+def test_an_sm_holds_the_blocks_it_is_meant_to(spec: KernelSpec) -> None:
+    launch = families.PREFILL.implementation(spec).config(spec).launch
+    assert launch.smem_bytes <= 227 << 10
+    assert launch.min_blocks_per_sm * (launch.smem_bytes + 1024) <= 228 << 10
+
+
+@pytest.mark.parametrize("dims", prefill_sm90.TILES)
+def test_short_queries_have_a_tile_of_one_consumer(dims: tuple[int, int]) -> None:
+    """Whose rows are as many as SHORT_ROWS, and of whose keys a tile is more than one load ahead."""
+    spec = families.prefill("sm_90a", **{**BF16, "head_dim": dims[0], "head_dim_vo": dims[1]}, short_queries=True)
+    constants = families.PREFILL.implementation(spec).config(spec).constants
+    assert constants["kBlockM"] == families.SHORT_ROWS
+    assert constants["kGathersKv"] and int(constants["kNumStages"]) >= 2
 
 
 # --------------------------------------------------------------------------------------------------- how it is launched
@@ -225,6 +255,15 @@ def test_a_box_is_within_a_page_and_divides_a_tile(
     assert (dims[:3], box) == ([128, box_rows, 8], [64, box_rows, 1, 1, 1])
     assert strides == [entry * 2, 256, page_size * entry * 2, entry * 2]
     assert fake.launched[0][1].box_rows == box_rows
+
+
+@pytest.mark.parametrize("axes", [{"short_queries": True}, {"kv_storage": "paged"}], ids=str)
+def test_rows_that_are_gathered_need_no_description(monkeypatch: pytest.MonkeyPatch, axes: dict[str, Any]) -> None:
+    launch, fake = bind(monkeypatch, (8 * 128, 8 * 128, 128), **axes)
+    launch(*addresses(1 << 40, 1 << 41))
+    grid, params = fake.launched[0]
+    assert fake.maps == [] and grid == [132, 1, 1]
+    assert (params.q, getattr(params, "kv.k"), getattr(params, "kv.v")) == (0x1000, 1 << 40, 1 << 41)
 
 
 def test_an_address_is_described_once(monkeypatch: pytest.MonkeyPatch) -> None:

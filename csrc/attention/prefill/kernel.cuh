@@ -159,7 +159,7 @@ __device__ void prefill(const PrefillParams& params) {
     finish_softmax<Config>(state, smem, params.v_scale, Score<Config>::scale_log2(params));
     store_output<Config>(out, state, params, smem.work, smem);
     if (smem.work.item.num_splits > 1) {
-      merge_splits<Config, Shape::kNumThreads, 4, 4>(
+      merge_splits<Config, Shape::kNumThreads, 2, 4>(
           params, smem.work, smem.work.group_size, [&](uint32_t* counter, int32_t count) {
             return arrives_last(counter, count, smem.is_last, fresh_thread_idx(), [] { __syncthreads(); });
           });

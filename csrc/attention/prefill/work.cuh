@@ -95,54 +95,67 @@ __device__ __forceinline__ void merge_splits(const PrefillParams& params, const 
   climb(partial.tree, item.split_idx, [&](int32_t group_idx, int32_t count) {
     const int64_t counter_idx = item.counter + int64_t(partial.counter_of(group_idx));
     if (!arrives_last(params.counters + counter_idx * params.num_kv_heads + unit.kv_head_idx, count)) return false;
-    const int64_t slot_stride = int64_t(num_rows) * params.num_kv_heads;
     const int64_t first_row = unit.partial_row(partial.first_slot_in(group_idx), num_rows, params.num_kv_heads);
-#pragma unroll 1
-    for (int i = int(fresh_thread_idx()); i < num_vecs; i += kNumVecs * kNumThreads) {
-      RunningState<4> states[kNumVecs];
-#pragma unroll 1
-      for (int first = 0; first < count; first += kBatch) {
-        float4 x[kNumVecs][kBatch];
-        float lse[kNumVecs][kBatch];
-#pragma unroll
-        for (int v = 0; v < kNumVecs; ++v) {
-          const int vec_idx = min(i + v * kNumThreads, num_vecs - 1);
-#pragma unroll
-          for (int j = 0; j < kBatch; ++j) {
-            const int64_t row = first_row + min(first + j, count - 1) * slot_stride + vec_idx / kVecsPerRow;
-            const float4* row_gmem = reinterpret_cast<const float4*>(params.partial_out) + row * kVecsPerRow;
-            x[v][j] = __ldcg(row_gmem + vec_idx % kVecsPerRow);
-            lse[v][j] = __ldcg(params.partial_lse + row);
-          }
-        }
-#pragma unroll
-        for (int v = 0; v < kNumVecs; ++v) {
-#pragma unroll
-          for (int j = 0; j < kBatch; ++j) {
-            const float out[4] = {x[v][j].x, x[v][j].y, x[v][j].z, x[v][j].w};
-            states[v].merge(out, first + j < count ? lse[v][j] : kMinusInfinity);
-          }
-        }
+    const auto store = [&](int vec_idx, RunningState<4>& state) {
+      if (vec_idx >= num_vecs) return;
+      const int row = vec_idx / kVecsPerRow, column = vec_idx % kVecsPerRow * 4;
+      state.normalize();
+      if (group_idx != kAllGroups) {
+        const int64_t at = unit.partial_row(partial.slot_of_group(group_idx), num_rows, params.num_kv_heads) + row;
+        cast_vec<float>(state.out).store(params.partial_out + at * kHeadDim + column);
+        if (column == 0) params.partial_lse[at] = state.lse();
+        return;
       }
+      const QueryRow query = unit.query_row(group_size, item.q_tile * Config::kBlockM + row);
+      T* row_gmem = static_cast<T*>(params.out) + unit.offset(query, params.out_token_stride, params.out_head_stride);
+      cast_vec<T>(state.out).store(row_gmem + column);
+      if (column == 0 && params.lse != nullptr) {
+        params.lse[int64_t(item.q_begin + query.token_idx) * params.num_qo_heads + query.qo_head_idx] = state.lse();
+      }
+    };
+    const int32_t vecs_per_slot = num_rows * params.num_kv_heads * kVecsPerRow;
+    // kBatch states of kNumVecs vectors each.
+    struct Batch {
+      float x[kNumVecs][kBatch][4], lse[kNumVecs][kBatch];
+    };
+    const auto load = [&](Batch& batch, int first_vec, int first) {
 #pragma unroll
       for (int v = 0; v < kNumVecs; ++v) {
-        const int vec_idx = i + v * kNumThreads, row = vec_idx / kVecsPerRow, column = vec_idx % kVecsPerRow * 4;
-        if (vec_idx >= num_vecs) break;
-        states[v].normalize();
-        if (group_idx != kAllGroups) {
-          const int64_t at = unit.partial_row(partial.slot_of_group(group_idx), num_rows, params.num_kv_heads) + row;
-          cast_vec<float>(states[v].out).store(params.partial_out + at * kHeadDim + column);
-          if (column == 0) params.partial_lse[at] = states[v].lse();
-          continue;
-        }
-        const QueryRow query = unit.query_row(group_size, item.q_tile * Config::kBlockM + row);
-        T* row_gmem = static_cast<T*>(params.out) + unit.offset(query, params.out_token_stride, params.out_head_stride);
-        cast_vec<T>(states[v].out).store(row_gmem + column);
-        if (column == 0 && params.lse != nullptr) {
-          params.lse[int64_t(item.q_begin + query.token_idx) * params.num_qo_heads + query.qo_head_idx] =
-              states[v].lse();
+        const int vec_idx = min(first_vec + v * kNumThreads, num_vecs - 1);
+        const float4* vec_gmem =
+            reinterpret_cast<const float4*>(params.partial_out) + first_row * kVecsPerRow + vec_idx;
+        const float* lse_gmem = params.partial_lse + first_row + vec_idx / kVecsPerRow;
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const int slot = min(first + j, count - 1);
+          const float4 x = __ldcg(vec_gmem + int64_t(slot) * vecs_per_slot);
+          const float lse = __ldcg(lse_gmem + int64_t(slot) * (vecs_per_slot / kVecsPerRow));
+          batch.x[v][j][0] = x.x, batch.x[v][j][1] = x.y, batch.x[v][j][2] = x.z, batch.x[v][j][3] = x.w;
+          batch.lse[v][j] = first + j < count ? lse : kMinusInfinity;
         }
       }
+    };
+    // The next batch is under way while one is merged.
+    Batch batch, next;
+    RunningState<4> states[kNumVecs];
+    int vec = fresh_thread_idx(), first = 0;
+    load(batch, vec, first);
+#pragma unroll 1
+    while (vec < num_vecs) {
+      const bool is_last = first + kBatch >= count;
+      const int next_vec = is_last ? vec + kNumVecs * kNumThreads : vec, next_first = is_last ? 0 : first + kBatch;
+      load(next, next_vec, next_first);
+#pragma unroll
+      for (int v = 0; v < kNumVecs; ++v) states[v].merge(batch.x[v], batch.lse[v]);
+      if (is_last) {
+#pragma unroll
+        for (int v = 0; v < kNumVecs; ++v) {
+          store(vec + v * kNumThreads, states[v]);
+          states[v] = {};
+        }
+      }
+      batch = next;
+      vec = next_vec, first = next_first;
     }
     return true;
   });

@@ -15,11 +15,17 @@ struct Gatherer {
   using T = typename Shape::T;
   using View = KvView<Config::kKvStorage>;
   static constexpr int kNumWarps = Shape::kNumGatherers / 32;
-  static constexpr int kRows = Shape::kBlockN / kNumWarps;  // of a tile, for a warp: a lane looks up one
-  static_assert(Shape::kBlockN % kNumWarps == 0 && kRows <= 32);
+  static constexpr int kRows = Shape::kRowsPerGathererWarp;  // of a tile: a lane looks up one
+  static_assert(kRows * kNumWarps == Shape::kBlockN && kRows <= 32);
 
   const Sm90PrefillParams& params;
   Smem<Config>& smem;
+
+  // What all tiles of a unit need.
+  struct Unit {
+    const T *k, *v;  // of the KV head
+    int32_t kv_begin, kv_len, tile_begin;
+  };
 
   __device__ __forceinline__ static int warp_idx() { return fresh_thread_idx() % kWarpgroupSize / 32; }
   __device__ __forceinline__ static int kv_idx_of_lane(int tile) {
@@ -27,25 +33,43 @@ struct Gatherer {
   }
 
   // The page of this lane's row: a load whose result is needed a tile later.
-  __device__ __forceinline__ int32_t look_up(const PrefillItem& item, int tile) const {
+  __device__ __forceinline__ int32_t look_up(const Unit& unit, int tile) const {
     const int kv_idx = kv_idx_of_lane(tile);
-    if (tile < item.tile_begin || kv_idx >= item.kv_len) return 0;
-    return View{params.kv.index, item.kv_begin, item.kv_len}.locate(kv_idx).page_idx;
+    if (tile < unit.tile_begin || kv_idx >= unit.kv_len) return 0;
+    return View{params.kv.index, unit.kv_begin, unit.kv_len}.locate(kv_idx).page_idx;
   }
 
-  // This warp's rows of a tile of keys or of values, whose offsets its lanes have found. Those at or after num_valid
-  // become zeros.
-  template <int kHeadDim>
-  __device__ __forceinline__ void copy_rows(uint32_t tile_smem, const void* src, int64_t offset, int num_valid) const {
-    using Lanes = RowLanes<T, kHeadDim>;
-    static_assert(kRows % Lanes::kNumRows == 0);
-    const Lanes lanes;
-    const int first = warp_idx() * kRows;
-#pragma unroll 4  // more would take more registers than producers have
-    for (int i = lanes.row; i < kRows; i += Lanes::kNumRows) {
-      const T* row_gmem = static_cast<const T*>(src) + __shfl_sync(0xffffffffu, offset, i);
-      lanes.copy(tile_smem, Shape::kBlockN, first + i, row_gmem, first + i < num_valid);
+  // This warp's rows of a tile of keys or of values, each of which one of its lanes has found: row_gmem. Those at or
+  // after num_valid become zeros. Producers share the issue slots with the consumers, so that every instruction counts:
+  // a lane copies granules 128 bytes apart of every fourth row, which are immediate offsets from few addresses.
+  template <int kHeadDim, class Ring>
+  __device__ __forceinline__ void load_rows(Ring& full, Ring& empty, uint32_t turn, uint8_t* tile, const T* row_gmem,
+                                            int num_valid) const {
+    constexpr int kGranulesPerPanel = kPanelBytes / 16, kStep = 32 / kGranulesPerPanel;  // rows at a time
+    static_assert(kStep == 4 && kRows % kStep == 0);
+    const int lane_idx = fresh_thread_idx() % 32, granule = lane_idx % kGranulesPerPanel;
+    const int row = lane_idx / kGranulesPerPanel, tile_row = warp_idx() * kRows + row;
+    uint64_t* addresses_smem = smem.row_addresses.of_warp[warp_idx()];
+    if (lane_idx < kRows) addresses_smem[lane_idx] = reinterpret_cast<uint64_t>(row_gmem);
+    __syncwarp();
+    uint64_t addresses[kRows / kStep];
+#pragma unroll
+    for (int i = 0; i < kRows / kStep; ++i) addresses[i] = addresses_smem[row + i * kStep];
+    __syncwarp();
+    const uint32_t lane_smem = smem_address(tile) + granule_offset(tile_row, granule, Shape::kBlockN);
+    empty.wait_empty(turn);
+#pragma unroll
+    for (int i = 0; i < kRows / kStep; ++i) {
+      const T* lane_gmem = reinterpret_cast<const T*>(addresses[i] + granule * 16);
+      // Of rows four apart the swizzle differs in one bit.
+      const uint32_t row_smem = (lane_smem ^ (i % 2 * kStep << 4)) + i * kStep * kPanelBytes;
+#pragma unroll
+      for (int panel = 0; panel < kHeadDim / Shape::kPanelColumns; ++panel) {
+        cp_async_16(row_smem + panel * Shape::kBlockN * kPanelBytes, lane_gmem + panel * Shape::kPanelColumns,
+                    i * kStep < num_valid - tile_row);
+      }
     }
+    cp_async_arrive(full.at(turn));
   }
 
   __device__ __forceinline__ void load_queries(const Work& work, uint32_t turn) const {
@@ -57,19 +81,15 @@ struct Gatherer {
     cp_async_arrive(smem.q_full.at(turn));
   }
 
-  __device__ __forceinline__ void load_tile(const Work& work, int tile, int32_t page_idx, uint32_t turn) const {
-    const int num_valid = work.item.kv_len - tile * Shape::kBlockN, stage = turn % Shape::kNumStages;
+  __device__ __forceinline__ void load_tile(const Unit& unit, int tile, int32_t page_idx, uint32_t turn) const {
+    const int num_valid = unit.kv_len - tile * Shape::kBlockN, stage = turn % Shape::kNumStages;
     const FastDivisor& page_size = params.kv.index.page_size;
     const int kv_idx = kv_idx_of_lane(tile);
     const KvRow row = {page_idx, kv_idx - int32_t(page_size.divide(kv_idx) * page_size.divisor)};
-    smem.k_empty.wait_empty(turn);
-    copy_rows<Shape::kHeadDimQk>(smem_address(smem.k[stage]), params.kv.k,
-                                 View::k_offset(params.kv, row, work.kv_head_idx), num_valid);
-    cp_async_arrive(smem.k_full.at(turn));
-    smem.v_empty.wait_empty(turn);
-    copy_rows<Shape::kHeadDimVo>(smem_address(smem.v[stage]), params.kv.v,
-                                 View::v_offset(params.kv, row, work.kv_head_idx), num_valid);
-    cp_async_arrive(smem.v_full.at(turn));
+    load_rows<Shape::kHeadDimQk>(smem.k_full, smem.k_empty, turn, smem.k[stage],
+                                 unit.k + View::k_offset(params.kv, row, 0), num_valid);
+    load_rows<Shape::kHeadDimVo>(smem.v_full, smem.v_empty, turn, smem.v[stage],
+                                 unit.v + View::v_offset(params.kv, row, 0), num_valid);
   }
 
   __device__ __forceinline__ void run() const {
@@ -80,12 +100,16 @@ struct Gatherer {
     };
     uint32_t kv_turn = 0;
     const auto load = [&](const Work& work, uint32_t turn) {
-      int32_t next = look_up(work.item, work.item.tile_end - 1);
+      const PrefillItem& item = work.item;
+      const Unit unit = {static_cast<const T*>(params.kv.k) + work.kv_head_idx * params.kv.k_head_stride,
+                         static_cast<const T*>(params.kv.v) + work.kv_head_idx * params.kv.v_head_stride, item.kv_begin,
+                         item.kv_len, item.tile_begin};
+      int32_t next = look_up(unit, item.tile_end - 1);
       load_queries(work, turn);
-      for (int tile = work.item.tile_end - 1; tile >= work.item.tile_begin; --tile, ++kv_turn) {
+      for (int tile = item.tile_end - 1; tile >= unit.tile_begin; --tile, ++kv_turn) {
         const int32_t page_idx = next;
-        next = look_up(work.item, tile - 1);
-        load_tile(work, tile, page_idx, kv_turn);
+        next = look_up(unit, tile - 1);
+        load_tile(unit, tile, page_idx, kv_turn);
       }
     };
     for_each_unit(smem, load, prepare);

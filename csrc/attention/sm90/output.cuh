@@ -80,14 +80,15 @@ __device__ __forceinline__ void store_reordered_rows(const Sm90PrefillParams& pa
 template <class Config>
 __device__ __forceinline__ void merge_splits(const Sm90PrefillParams& params, Smem<Config>& smem, const Work& work) {
   constexpr int kNumThreads = Shape<Config>::kNumConsumerThreads;
-  constexpr int kNumVecs = Shape<Config>::kNumConsumers == 1 ? 2 : 1;  // fewer threads have as much under way
+  constexpr int kNumVecs = Shape<Config>::kNumConsumers == 1 ? 4 : 2;  // fewer threads have as much under way
   const auto sync = [] { named_barrier_sync(kAllConsumers, kNumThreads); };
   const FastDivisor group_size = smem.group_size;
-  flashinfer::merge_splits<Config, kNumThreads, kNumVecs, 8>(params, work, group_size, [&](uint32_t* counter, int32_t count) {
-    const bool is_last = arrives_last(counter, count, smem.is_last, fresh_thread_idx(), sync);
-    sync();  // read by all before it is written again
-    return is_last;
-  });
+  flashinfer::merge_splits<Config, kNumThreads, kNumVecs, 4>(
+      params, work, group_size, [&](uint32_t* counter, int32_t count) {
+        const bool is_last = arrives_last(counter, count, smem.is_last, fresh_thread_idx(), sync);
+        sync();  // read by all before it is written again
+        return is_last;
+      });
 }
 
 // Normalizes the consumer's rows and writes them, and their LSE, where they belong.

@@ -20,17 +20,17 @@ struct Shape {
   static constexpr int kHeadDimQk = Config::kHeadDimQk, kHeadDimVo = Config::kHeadDimVo;
   static constexpr int kNumStages = Config::kNumStages, kNumQueryStages = Config::kNumQueryStages;
 
-  // Warpgroups 0 to kNumConsumers - 1 compute 64 rows each, the last one brings in what they need. Two consumers have
-  // the registers to overlap their own products and softmax; three overlap with each other. One is for short queries,
-  // which wait for memory: there are as many stages of KV under way as fit, and nothing is to overlap.
+  // Warpgroups 0 to kNumConsumers - 1 compute 64 rows each, the last one brings in what they need. One or two consumers
+  // have the registers to overlap their own products and softmax, and two take turns; three overlap with each other.
   static constexpr int kNumConsumers = kBlockM / 64, kRowsPerConsumer = 64, kRowsPerWarp = 16;
-  static constexpr bool kOverlaps = kNumConsumers == 2 && sizeof(T) == 2;
+  static constexpr bool kOverlaps = kNumConsumers <= 2 && sizeof(T) == 2;
+  static constexpr bool kTakesTurns = kOverlaps && kNumConsumers == 2;
   static constexpr int kNumConsumerThreads = kNumConsumers * kWarpgroupSize;
   static_assert(Config::kNumThreads == kNumConsumerThreads + kWarpgroupSize);
-  // Small pages are gathered by all threads of the producers: gather.cuh.
+  // All threads of the producers copy rows of KV: gather.cuh.
   static constexpr bool kGathers = Config::kGathersKv;
-  static_assert(!kGathers || kNumConsumers == 2, "gathering takes registers");
-  static constexpr int kNumGatherers = kWarpgroupSize;
+  static_assert(!kGathers || kOverlaps, "gathering takes registers");
+  static constexpr int kNumGatherers = kWarpgroupSize, kRowsPerGathererWarp = kBlockN / (kNumGatherers / 32);
   // Of a thread, in steps of 8: those that it starts with, and what becomes of them when producers leave theirs to
   // consumers. Where there are enough, nothing is left.
   static constexpr int kLaunchRegisters = 65536 / (Config::kNumThreads * Config::kMinBlocksPerSm) / 8 * 8;
@@ -80,6 +80,14 @@ struct ValueRows<Shape, true> {
   alignas(1024) uint8_t stages[Shape::kNumStages][Shape::kVBytes];
 };
 
+// Where each warp that gathers finds the rows it copies.
+template <class Shape, bool kExist = Shape::kGathers>
+struct RowAddresses {};
+template <class Shape>
+struct RowAddresses<Shape, true> {
+  uint64_t of_warp[Shape::kNumGatherers / 32][Shape::kRowsPerGathererWarp];
+};
+
 template <class Config>
 struct Smem {
   using Shape = sm90::Shape<Config>;
@@ -92,6 +100,7 @@ struct Smem {
   MbarrierRing<Shape::kNumStages> rows_full, rows_empty;             // likewise; of value_rows, where there are any
   MbarrierRing<kNumWorkSlots> work_full, work_empty;                 // a turn a unit
   Work work[kNumWorkSlots];
+  RowAddresses<Shape> row_addresses;
   FastDivisor group_size;
   uint32_t is_last;  // of the splits of a query tile to be done: merges
 
@@ -110,6 +119,12 @@ struct Smem {
   __device__ __forceinline__ static void await(Ring& full, uint32_t turn) {
     full.wait_full(turn);
     if constexpr (Shape::kGathers) fence_async_proxy();
+  }
+  // Both at once, for one fence.
+  template <class Ring, class OtherRing>
+  __device__ __forceinline__ static void await(Ring& full, uint32_t turn, OtherRing& other_full, uint32_t other_turn) {
+    full.wait_full(turn);
+    await(other_full, other_turn);
   }
 
   // By one thread, before any role starts.

@@ -1,9 +1,9 @@
 // The loop of prefill on Hopper: S = Q Kᵀ, softmax, O += P V for the 64 rows of a consumer, tile after tile of KV.
 //
-// Tensor cores and exponentials take about as long, and are to run at the same time. Two consumers have registers for
-// their own products of one tile and the softmax of the next, and take turns at the tensor cores. Three have not; while
-// one is at its softmax, the others have theirs multiplied, and the products of half a tile's values run during the
-// exponentials of the other half.
+// Tensor cores and exponentials take about as long, and are to run at the same time. Two consumers, or one, have
+// registers for their own products of one tile and the softmax of the next; two take turns at the tensor cores. Three
+// have not; while one is at its softmax, the others have theirs multiplied, and the products of half a tile's values
+// run during the exponentials of the other half.
 //
 // No branch may lie between the start of products and the wait for them: the compiler would wait at the branch.
 #pragma once
@@ -16,10 +16,10 @@ namespace flashinfer::sm90 {
 template <class Shape>
 struct TurnsAtTensorCores {
   __device__ __forceinline__ static void await() {
-    if constexpr (Shape::kOverlaps) named_barrier_sync(kTurnOfConsumer + consumer_idx(), 2 * kWarpgroupSize);
+    if constexpr (Shape::kTakesTurns) named_barrier_sync(kTurnOfConsumer + consumer_idx(), 2 * kWarpgroupSize);
   }
   __device__ __forceinline__ static void pass_on() {
-    if constexpr (Shape::kOverlaps) named_barrier_arrive(kTurnOfConsumer + 1 - consumer_idx(), 2 * kWarpgroupSize);
+    if constexpr (Shape::kTakesTurns) named_barrier_arrive(kTurnOfConsumer + 1 - consumer_idx(), 2 * kWarpgroupSize);
   }
   // The first turn is the first consumer's; the last one is handed back to it.
   __device__ __forceinline__ static void open() {
@@ -155,12 +155,16 @@ struct TileWalk {
   // The tile's scores beside the products of the one before, whose probabilities p are.
   __device__ __forceinline__ void step_overlapped(Probabilities& p, uint32_t turn, int tile, auto needs_mask) {
     Scores scores;
-    smem.await(smem.k_full, turn);
+    if constexpr (Shape::kGathers) {  // the fence is not to prolong the turn
+      smem.await(smem.k_full, turn, smem.v_full, turn - 1);
+    } else {
+      smem.await(smem.k_full, turn);
+    }
     Turns::await();
     pin(out);
     pin(p);
     start_scores(scores, turn);
-    smem.await(smem.v_full, turn - 1);
+    if constexpr (!Shape::kGathers) smem.await(smem.v_full, turn - 1);
     start_output(p, turn - 1);
     Turns::pass_on();
     wait_for_scores<1>(scores, turn);

@@ -242,7 +242,7 @@ def prefill(
         "has_window": has_window,
         "has_soft_cap": has_soft_cap,
     }
-    if kv_storage == "paged" and page_size % prefill_sm90.MIN_BOX_ROWS == 0:
+    if kv_storage == "paged" and page_size % prefill_sm90.MIN_BOX_ROWS == 0 and not axes["short_queries"]:
         spec = PREFILL.spec(target, **axes, large_pages=True)
         if PREFILL.implementation(spec).params is Sm90PrefillParams:  # nobody else minds
             return spec

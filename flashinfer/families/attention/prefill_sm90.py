@@ -42,7 +42,7 @@ SMALLER_TILES = {(64, 64): Tile(128, 128, 2, 2)}
 # At most 64 query rows a request, which wait for memory: what counts is how much of KV is under way.
 SHORT_TILES = {
     (64, 64): Tile(64, 128, 3, 1, 2),
-    (128, 128): Tile(64, 64, 3, 1, 2),
+    (128, 128): Tile(64, 128, 3, 2, 1),
     (192, 128): Tile(64, 64, 2, 1, 2),
     (256, 256): Tile(64, 64, 3, 1, 1),
 }
@@ -78,8 +78,8 @@ def _tile(spec: KernelSpec) -> Tile:
 
 
 def gathers(spec: KernelSpec) -> bool:
-    """Whether rows of KV come one by one and not in boxes of a page (csrc/attention/sm90/gather.cuh)."""
-    return spec.arg("kv_storage") == "paged" and not spec.arg("large_pages")
+    """Whether rows of KV come one by one and not in boxes (csrc/attention/sm90/gather.cuh)."""
+    return bool(spec.arg("short_queries") or (spec.arg("kv_storage") == "paged" and not spec.arg("large_pages")))
 
 
 def serves(spec: KernelSpec) -> bool:
@@ -87,7 +87,6 @@ def serves(spec: KernelSpec) -> bool:
     return (
         arg("q_dtype") == arg("kv_dtype")
         and (arg("head_dim_qk"), arg("head_dim_vo")) in (FP8_TILES if _is_fp8(spec) else TILES)
-        and not (arg("short_queries") and (gathers(spec) or (arg("head_dim_qk"), arg("head_dim_vo")) not in SHORT_TILES))
         and arg("pos_encoding") != "rope"
         and not (_is_fp8(spec) and gathers(spec))
     )
@@ -106,7 +105,8 @@ def config(spec: KernelSpec, constants: Constants) -> Config:
     }
     # sm90::Smem: the tiles, and what is small.
     size = ITEMSIZE[spec.arg("q_dtype")]
-    smem_bytes = size * tile.num_query_stages * tile.block_m * dim_qk + 1024
+    smem_bytes = size * tile.num_query_stages * tile.block_m * dim_qk
+    smem_bytes += -(-(384 + 8 * tile.block_n * gathers(spec)) // 1024) * 1024  # and addresses of rows
     smem_bytes += size * tile.num_stages * tile.block_n * (dim_qk + dim_vo)
     if _is_fp8(spec):  # transposed, in panels of 128 keys
         smem_bytes += tile.num_stages * -(-tile.block_n // 128) * 128 * dim_vo
