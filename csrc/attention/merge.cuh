@@ -22,24 +22,15 @@ struct RunningState {
   float max = kMinusInfinity, sum = 0.f;
   float out[kVecSize] = {};
 
-  // Without a branch, so that the loads of several states can be in flight together.
-  __device__ __forceinline__ void merge(const float (&other)[kVecSize], float lse) {
-    const float new_max = fmaxf(max, lse), shift = new_max == kMinusInfinity ? 0.f : new_max;
-    const float old_weight = fast_exp2(max - shift), weight = fast_exp2(lse - shift);
-    max = new_max;
-    sum = sum * old_weight + weight;
-#pragma unroll
-    for (int i = 0; i < kVecSize; ++i) {  // what weighs nothing may be anything, NaN included
-      out[i] = out[i] * old_weight + (weight == 0.f ? 0.f : other[i] * weight);
-    }
-  }
-  // Of several states at a time, which do not wait for each other's weights.
+  // Without a branch, so that the loads of several states can be in flight together; and their weights do not wait for
+  // each other.
   template <int kNum>
   __device__ __forceinline__ void merge(const float (&others)[kNum][kVecSize], const float (&lse)[kNum]) {
-    const float old_max = max;
+    float new_max = max;
 #pragma unroll
-    for (int j = 0; j < kNum; ++j) max = fmaxf(max, lse[j]);
-    const float shift = max == kMinusInfinity ? 0.f : max, old_weight = fast_exp2(old_max - shift);
+    for (int j = 0; j < kNum; ++j) new_max = fmaxf(new_max, lse[j]);
+    const float shift = new_max == kMinusInfinity ? 0.f : new_max, old_weight = fast_exp2(max - shift);
+    max = new_max;
     sum *= old_weight;
 #pragma unroll
     for (int i = 0; i < kVecSize; ++i) out[i] *= old_weight;
@@ -48,8 +39,16 @@ struct RunningState {
       const float weight = fast_exp2(lse[j] - shift);
       sum += weight;
 #pragma unroll
-      for (int i = 0; i < kVecSize; ++i) out[i] += weight == 0.f ? 0.f : others[j][i] * weight;
+      for (int i = 0; i < kVecSize; ++i) {  // what weighs nothing may be anything, NaN included
+        out[i] += weight == 0.f ? 0.f : others[j][i] * weight;
+      }
     }
+  }
+  __device__ __forceinline__ void merge(const float (&other)[kVecSize], float other_lse) {
+    float others[1][kVecSize];
+#pragma unroll
+    for (int i = 0; i < kVecSize; ++i) others[0][i] = other[i];
+    merge(others, {other_lse});
   }
   __device__ __forceinline__ void normalize() {
     const float rcp_sum = sum > 0.f ? 1.f / sum : 0.f;

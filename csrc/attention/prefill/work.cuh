@@ -82,8 +82,8 @@ struct PartialResults {
 static_assert(kAllGroups == -1, "the first counter is that of the tile");
 
 // Merges the splits of the query tile as far as this block is the one to do it. By kNumThreads threads, each of which
-// has kNumVecs vectors of four columns of kBatch partial results in flight. The order is the same whoever does it.
-// arrives_last(counter, count): that of merge.cuh, by these threads.
+// merges kNumVecs vectors of four columns of kBatch partial results at a time, with as many more under way. The order
+// is the same whoever does it. arrives_last(counter, count): that of merge.cuh, by these threads.
 template <class Config, int kNumThreads, int kNumVecs, int kBatch, class ArrivesLast>
 __device__ __forceinline__ void merge_splits(const PrefillParams& params, const PrefillUnit& unit,
                                              const FastDivisor& group_size, const ArrivesLast& arrives_last) {
@@ -95,6 +95,7 @@ __device__ __forceinline__ void merge_splits(const PrefillParams& params, const 
   climb(partial.tree, item.split_idx, [&](int32_t group_idx, int32_t count) {
     const int64_t counter_idx = item.counter + int64_t(partial.counter_of(group_idx));
     if (!arrives_last(params.counters + counter_idx * params.num_kv_heads + unit.kv_head_idx, count)) return false;
+    if (num_vecs <= 0) return true;  // offsets that are not true
     const int64_t first_row = unit.partial_row(partial.first_slot_in(group_idx), num_rows, params.num_kv_heads);
     const auto store = [&](int vec_idx, RunningState<4>& state) {
       if (vec_idx >= num_vecs) return;
@@ -114,7 +115,6 @@ __device__ __forceinline__ void merge_splits(const PrefillParams& params, const 
       }
     };
     const int32_t vecs_per_slot = num_rows * params.num_kv_heads * kVecsPerRow;
-    // kBatch states of kNumVecs vectors each.
     struct Batch {
       float x[kNumVecs][kBatch][4], lse[kNumVecs][kBatch];
     };
@@ -135,7 +135,6 @@ __device__ __forceinline__ void merge_splits(const PrefillParams& params, const 
         }
       }
     };
-    // The next batch is under way while one is merged.
     Batch batch, next;
     RunningState<4> states[kNumVecs];
     int vec = fresh_thread_idx(), first = 0;

@@ -80,7 +80,7 @@ __device__ __forceinline__ void store_reordered_rows(const Sm90PrefillParams& pa
 template <class Config>
 __device__ __forceinline__ void merge_splits(const Sm90PrefillParams& params, Smem<Config>& smem, const Work& work) {
   constexpr int kNumThreads = Shape<Config>::kNumConsumerThreads;
-  constexpr int kNumVecs = Shape<Config>::kNumConsumers == 1 ? 4 : 2;  // fewer threads have as much under way
+  constexpr int kNumVecs = Shape<Config>::kNumConsumers == 1 ? 4 : 2;  // as much under way with half the threads
   const auto sync = [] { named_barrier_sync(kAllConsumers, kNumThreads); };
   const FastDivisor group_size = smem.group_size;
   flashinfer::merge_splits<Config, kNumThreads, kNumVecs, 4>(

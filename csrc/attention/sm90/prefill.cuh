@@ -9,7 +9,7 @@
 //
 //   scheduler.cuh  which unit of work is next (plan and list are those of attention/prefill)
 //   producer.cuh   how queries, keys and values come in
-//   gather.cuh     the same where pages are small
+//   gather.cuh     the same row by row, where pages are small or queries short
 //   transpose.cuh  and 8-bit values, whose keys the tensor cores want side by side
 //   consumer.cuh   the units of work
 //   walk.cuh       the loop over KV tiles
@@ -43,6 +43,7 @@ __device__ void prefill(const Sm90PrefillParams& params) {
   }
   __syncthreads();
   wait_for_previous_kernel();
+  if constexpr (Shape::kNumConsumers == 1) allow_next_kernel();  // short queries: a launch takes a part of the time
 
   const int warpgroup_idx = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupSize, 0);
   if (warpgroup_idx == Shape::kNumConsumers) {

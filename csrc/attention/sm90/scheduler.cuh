@@ -55,7 +55,7 @@ struct Scheduler {
   __device__ __forceinline__ int32_t num_heads_abreast(int32_t num_items) const {
     constexpr int64_t kCacheBytes = 20 << 20;
     const int32_t num_planned = is_planned() ? params.schedule->num_heads_abreast : params.num_kv_heads;
-    if constexpr (Shape::kNumConsumers == 1) return num_planned;  // short queries: KV are read once
+    if constexpr (Shape::kNumConsumers == 1) return num_planned;  // the tile for short queries: KV are read once
     const KvIndex& index = params.kv.index;
     const int64_t num_rows = Config::kKvStorage == kKvSingle
                                  ? index.len

@@ -31,8 +31,8 @@ struct Shape {
   static constexpr bool kGathers = Config::kGathersKv;
   static_assert(!kGathers || kOverlaps, "gathering takes registers");
   static constexpr int kNumGatherers = kWarpgroupSize, kRowsPerGathererWarp = kBlockN / (kNumGatherers / 32);
-  // Of a thread, in steps of 8: those that it starts with, and what becomes of them when producers leave theirs to
-  // consumers. Where there are enough, nothing is left.
+  // Of a thread, in steps of 8: those that it starts with, and what becomes of them when producers give theirs away.
+  // One block of two warpgroups starts with all that a thread can have.
   static constexpr int kLaunchRegisters = 65536 / (Config::kNumThreads * Config::kMinBlocksPerSm) / 8 * 8;
   static constexpr bool kMovesRegisters = kLaunchRegisters < 256;
   static constexpr int kProducerRegisters = kGathers ? 56 : kNumConsumers <= 2 ? 40 : 32;

@@ -8,8 +8,8 @@ from flashinfer.dtypes import ITEMSIZE
 from flashinfer.jit.spec import Config, Constants, KernelSpec, Launch
 
 # TMA brings boxes of a page's entries. Of a smaller page, or one that is no multiple, they would be too small: all
-# warps of the producers then copy 16 bytes a lane. 4 x 4096 / 1 x 16384 of page size 1: 442 / 473 TFLOP/s, FA3 517 /
-# 573; by one warp each of K and V 213 to 290 / -, by the other kernel 350 / -.
+# warps of the producers then copy 16 bytes a lane. 4 x 4096 / 1 x 16384 of page size 1: 526 / 576 TFLOP/s, FA3 549 /
+# 615; with twice the instructions a copy 434 / 460.
 MIN_BOX_ROWS = 8
 
 
@@ -39,11 +39,19 @@ TILES = {
 # Where more happens to a score than a causal mask or a window, or KV are gathered, which takes registers: three
 # consumers have not got them, nor two with tiles of 128 keys beside 256 dimensions.
 SMALLER_TILES = {(64, 64): Tile(128, 128, 2, 2)}
-# At most 64 query rows a request, which wait for memory: what counts is how much of KV is under way.
+# At most 64 query rows a request, which wait for memory. Microseconds of 64 x 16 on 4096, pages of 16, 32 query heads
+# on 8 (head_dim 256: 16 on 4; 192: 8 x 32, 128 heads). One block an SM has fewer partial results to merge than two.
 SHORT_TILES = {
+    # 138, FA3 160, the kernel for every GPU 204 to 218. One block, 64 x 128, 6 stages: 140 to 152, but 16 x 16 on 1024
+    # 12.4, where this tile takes 16.5 and FA3 17.2.
     (64, 64): Tile(64, 128, 3, 1, 2),
+    # 257, 64 x 4 251, 1 x 16 on 131072 144; FA3 267, 257, 140; the kernel for every GPU 268 to 341, 252 to 257, 169 to
+    # 222. Two blocks, 64 x 64: 257, 252, 161. 64 x 64, 6 stages: 261, 255, 147. By TMA 266 and 263 at best, 165; by TMA
+    # with the tile for long queries 276 to 285, 265 to 272, 154.
     (128, 128): Tile(64, 128, 3, 2, 1),
+    # 618, FA3 736 to 758, the kernel for every GPU 646. One block, 64 x 64, 4 stages: 624.
     (192, 128): Tile(64, 64, 2, 1, 2),
+    # 257, FA3 277, the kernel for every GPU 333.
     (256, 256): Tile(64, 64, 3, 1, 1),
 }
 
@@ -110,4 +118,5 @@ def config(spec: KernelSpec, constants: Constants) -> Config:
     smem_bytes += size * tile.num_stages * tile.block_n * (dim_qk + dim_vo)
     if _is_fp8(spec):  # transposed, in panels of 128 keys
         smem_bytes += tile.num_stages * -(-tile.block_n // 128) * 128 * dim_vo
-    return Config({**constants, **tile_constants}, Launch((tile.block_m // 64 + 1) * 128, tile.blocks_per_sm, smem_bytes))
+    launch = Launch((tile.block_m // 64 + 1) * 128, tile.blocks_per_sm, smem_bytes)
+    return Config({**constants, **tile_constants}, launch)
