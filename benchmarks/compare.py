@@ -12,11 +12,12 @@ from results import Case, Run, Table
 
 SLOWER = 0.99  # times as fast; what is closer to 1 is noise
 ELEMENTWISE = ("norm", "activation", "rope", "append", "fused", "quant", "pack", "merge")
-HOST = ("decode host", "prefill host", "sampling host")
+HOST = ("decode host", "prefill host", "mla host", "sampling host")
 # What the summary tells, and the tables behind it.
 AREAS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Decode", ("decode",)),
     ("Prefill and append", ("prefill",)),
+    ("Latent attention", ("mla",)),
     ("Sampling", ("sampling",)),
     ("Norms, RoPE, cache, …", ELEMENTWISE),
     ("Host time of a call", HOST),

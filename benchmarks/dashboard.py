@@ -183,6 +183,8 @@ def smallest_and_largest(found: Newest, names: Sequence[str]) -> list[str]:
 
 def side_by_side(table: Sequence[str], number_of: int) -> list[str]:
     """The rows of a long and narrow table, several to a line."""
+    if len(table) <= 2:
+        return list(table)
     header, rule, *rows = table
     height = -(-len(rows) // number_of)
     empty = "|" + "  |" * (header.count("|") - 1)
@@ -268,8 +270,11 @@ def page(found: Newest) -> str:
         "Where it is slower": slower(compared),
         "Decode": per_case(found.get("decode", {}), "batch × KV, heads, head_dim, page"),
         "Prefill and append": per_case(found.get("prefill", {}), "batch × lengths, heads, head_dim, KV, mask"),
-        "Sampling, µs": by_shape(found.get("sampling", {}), "vocabulary 128256, fp32"),
-        "Norms, activations, RoPE, cache, packing, merging, µs": smallest_and_largest(found, ELEMENTWISE),
+        "Latent attention": side_by_side(per_case(found.get("mla", {}), "batch × KV, query heads, page"), 2),
+        "Sampling, µs": side_by_side(by_shape(found.get("sampling", {}), "vocabulary 128256, fp32"), 2),
+        "Norms, activations, RoPE, cache, packing, merging, µs": side_by_side(
+            smallest_and_largest(found, ELEMENTWISE), 2
+        ),
         "Host": host(found),
         "How they come about": [METHOD.strip(), "", *provenance(found)],
     }
