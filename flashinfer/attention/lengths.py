@@ -15,7 +15,7 @@ import torch
 from flashinfer.host import checks, indices
 from flashinfer.host.checks import LOWEST_ADDRESS, require
 
-_address = torch.Tensor.data_ptr
+_INT32 = torch.int32
 _DENSE = (1,)  # the strides of one dimension without gaps
 _STAGED_ALIGNMENT = 4  # int32 entries: every staged tensor starts at a multiple of 16 bytes
 
@@ -26,55 +26,76 @@ class Lengths:
     A tensor that the storage or the operator does not have is None.
     """
 
-    __slots__ = (
-        "kv_addresses",
-        "kv_indices",
-        "kv_indptr",
-        "last_page_len",
-        "mask",
-        "mask_indptr",
-        "num_kv_rows",
-        "num_tokens",
-        "planner_addresses",
-        "qo_indptr",
-        "row_addresses",
-    )  # fmt: skip
+    num_tokens = num_kv_rows = -1  # that q, and the KV in rows or pages, must have; -1 where unknown
+    mask: Optional[torch.Tensor] = None
+    mask_indptr: Optional[torch.Tensor] = None
+    sizes: tuple[int, ...]  # of the index tensors that the batch size gives one
+    are_in_place: bool  # kernels can read all of them where they are: the common case on a GPU
+    # Addresses in the order of PrefillRows, empty for decode, whose request i is token i; in that of KvIndex; and what
+    # planners take.
+    row_addresses: tuple[int, ...] = ()
+    kv_addresses: tuple[int, int, int]
+    planner_addresses: tuple[int, ...]
 
-    qo_indptr: Optional[torch.Tensor]
-    kv_indices: Optional[torch.Tensor]
-    last_page_len: Optional[torch.Tensor]
+    def __init__(self, held: tuple[torch.Tensor, ...], device: torch.device) -> None:
+        """held: [qo_indptr,] kv_indptr [, kv_indices, last_page_len]. On the way of every plan, so without loops.
 
-    def __init__(
-        self, known: tuple[int, int], held: tuple[torch.Tensor, ...], addresses: Optional[tuple[int, ...]] = None
-    ) -> None:
-        """known: as `check` returns it. held: [qo_indptr,] kv_indptr [, kv_indices, last_page_len]; addresses: theirs,
-        where they have been taken."""
-        self.mask: Optional[torch.Tensor] = None
-        self.mask_indptr: Optional[torch.Tensor] = None
-        self.num_tokens, self.num_kv_rows = known  # that q, and the KV in rows or pages, must have; -1 where unknown
-        if addresses is None:
-            addresses = tuple(map(_address, held))
-        # In the order of PrefillRows, empty for decode, whose request i is token i; in that of KvIndex; and what
-        # planners take.
-        self.row_addresses: tuple[int, ...]
-        self.planner_addresses: tuple[int, ...]
-        if len(held) == 4:
-            qo, kv, pages, last = addresses
-            self.qo_indptr, self.kv_indptr, self.kv_indices, self.last_page_len = held
-            self.row_addresses, self.kv_addresses = (qo, 0, 0), (kv, last, pages)
-            self.planner_addresses = (qo, kv, last)
-        elif len(held) == 3:
-            kv, pages, last = addresses
-            self.kv_indptr, self.kv_indices, self.last_page_len = held
-            self.qo_indptr = None
-            self.row_addresses, self.kv_addresses = (), (kv, last, pages)
-            self.planner_addresses = (kv, last)
+        Raises AttributeError or RuntimeError for something else than dense tensors.
+        """
+        self.held, num_held = held, len(held)
+        if num_held == 2:
+            kv_indptr = held[1]
+            kv, page, last = kv_indptr.data_ptr(), 0, 0
+            sizes: tuple[int, ...] = (kv_indptr.numel(),)
+            are_in_place = (
+                kv >= LOWEST_ADDRESS
+                and kv_indptr.dtype is _INT32
+                and kv_indptr.stride() == _DENSE
+                and kv_indptr.device == device
+            )
         else:
-            qo, kv = addresses
-            self.qo_indptr, self.kv_indptr = held
-            self.kv_indices = self.last_page_len = None
-            self.row_addresses, self.kv_addresses = (qo, 0, 0), (kv, 0, 0)
-            self.planner_addresses = (qo, kv, 0)
+            kv_indptr, pages, last_page_len = held if num_held == 3 else held[1:]
+            kv, page, last = kv_indptr.data_ptr(), pages.data_ptr(), last_page_len.data_ptr()
+            sizes = (kv_indptr.numel(), last_page_len.numel())
+            are_in_place = (
+                kv >= LOWEST_ADDRESS
+                and page >= LOWEST_ADDRESS
+                and last >= LOWEST_ADDRESS
+                and _INT32 is kv_indptr.dtype is pages.dtype is last_page_len.dtype
+                and _DENSE == kv_indptr.stride() == pages.stride() == last_page_len.stride()
+                and device == kv_indptr.device == pages.device == last_page_len.device
+            )
+        self.kv_addresses = (kv, last, page)
+        if num_held == 3:
+            self.planner_addresses, self.sizes, self.are_in_place = (kv, last), sizes, are_in_place
+        else:
+            qo_indptr = held[0]
+            qo = qo_indptr.data_ptr()
+            self.row_addresses, self.planner_addresses = (qo, 0, 0), (qo, kv, last)
+            self.sizes = (qo_indptr.numel(), *sizes)
+            self.are_in_place = (
+                are_in_place
+                and qo >= LOWEST_ADDRESS
+                and qo_indptr.dtype is _INT32
+                and qo_indptr.stride() == _DENSE
+                and qo_indptr.device == device
+            )
+
+    @property
+    def qo_indptr(self) -> Optional[torch.Tensor]:
+        return None if len(self.held) == 3 else self.held[0]
+
+    @property
+    def kv_indptr(self) -> torch.Tensor:
+        return self.held[1] if len(self.held) == 2 else self.held[-3]
+
+    @property
+    def kv_indices(self) -> Optional[torch.Tensor]:
+        return None if len(self.held) == 2 else self.held[-2]
+
+    @property
+    def last_page_len(self) -> Optional[torch.Tensor]:
+        return None if len(self.held) == 2 else self.held[-1]
 
     def kv_lens(self, page_size: int) -> torch.Tensor:
         """int32 `[batch_size]`, where the index tensors are."""
@@ -99,7 +120,8 @@ class Lengths:
         self._note_mask(mask, mask_indptr)
 
     def like(self, other: Lengths) -> Lengths:
-        """These index tensors with the mask of others."""
+        """These index tensors, with what is known of others, and the mask of those."""
+        self.num_tokens, self.num_kv_rows = other.num_tokens, other.num_kv_rows
         if other.mask is not None and other.mask_indptr is not None:
             self._note_mask(other.mask, other.mask_indptr)
         return self
@@ -119,7 +141,7 @@ class Lengths:
         )
 
 
-def check(op: str, names: Sequence[str], given: Sequence[torch.Tensor], page_size: int) -> tuple[int, int]:
+def _check(op: str, names: Sequence[str], given: Sequence[torch.Tensor], page_size: int) -> tuple[int, int]:
     """Check index tensors as far as the host can look at them.
 
     given, names: [qo_indptr,] kv_indptr [, kv_indices, last_page_len].
@@ -191,9 +213,19 @@ def _check_pages(
 
 
 def take(
-    op: str, names: Sequence[str], given: Sequence[torch.Tensor], device: torch.device
+    op: str, names: Sequence[str], given: tuple[torch.Tensor, ...], device: torch.device, page_size: int
+) -> Lengths:
+    """Index tensors that are checked first, as far as the host can look at them: as contiguous int32 on the device,
+    themselves where they are that, else copies of our own. Raises what `_check` does."""
+    num_tokens, num_kv_rows = _check(op, names, given, page_size)
+    found = Lengths(_on_device(op, names, given, device), device)
+    found.num_tokens, found.num_kv_rows = num_tokens, num_kv_rows
+    return found
+
+
+def _on_device(
+    op: str, names: Sequence[str], given: tuple[torch.Tensor, ...], device: torch.device
 ) -> tuple[torch.Tensor, ...]:
-    """The index tensors as contiguous int32 on the device: themselves where they are that, else copies of our own."""
     if device.type == "cpu":
         for name, tensor in zip(names, given):
             _require_readable(op, name, tensor, device)
@@ -210,14 +242,6 @@ def take(
         for i, copy in zip(staged, _upload([given[i] for i in staged], device)):
             taken[i] = copy
     return tuple(taken)
-
-
-def are_in_place(given: Sequence[torch.Tensor], device: torch.device) -> bool:
-    """Whether all of them can be read where they are: the common case on a GPU, told apart in a microsecond."""
-    for tensor in given:
-        if not (tensor.dtype is torch.int32 and tensor.device == device and tensor.stride() == _DENSE):
-            return False
-    return True
 
 
 def _require_readable(op: str, name: str, tensor: torch.Tensor, device: torch.device) -> None:

@@ -15,6 +15,7 @@ from flashinfer import dtypes, target
 from flashinfer.families.attention import merge as families
 from flashinfer.host import checks, indices, memo, traced
 from flashinfer.host.checks import LOWEST_ADDRESS
+from flashinfer.host.traced import is_dynamo_compiling
 from flashinfer.jit import default_resolver
 from flashinfer.jit.loader import PreparedLaunch
 
@@ -37,7 +38,7 @@ def merge_state(
         TypeError: an argument is no tensor.
         UnsupportedConfig: no kernel for this dtype, device or head_dim.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         out = _new_state(v_a.shape[:-1], v_a)
         _pair_door("merge_state", v_a, s_a, v_b, s_b, None, out)
         return out
@@ -61,7 +62,7 @@ def merge_state_in_place(
 
     Raises: as `merge_state`.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         _in_place_door(v, s, v_other, s_other, mask)
     else:
         _merge_in_place(v, s, v_other, s_other, mask)
@@ -99,7 +100,7 @@ def merge_states(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.
 
     Raises: as `merge_state`.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         out = _new_state((v.shape[0], *v.shape[2:-1]), v)
         _list_door("merge_states", v, s, None, out)
         return out
@@ -124,7 +125,7 @@ def variable_length_merge_states(
         ValueError: indptr begins below zero or descends.
         IndexError: indptr ends past the states.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         out = _new_state((indptr.shape[0] - 1, *v.shape[1:-1]), v)
         _list_door("variable_length_merge_states", v, s, indptr, out)
         return out

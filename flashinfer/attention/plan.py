@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Optional, Protocol
 import torch
 
 from flashinfer import dtypes
-from flashinfer.attention.lengths import Lengths
 from flashinfer.attention.variant import Overrides, Variant
 from flashinfer.host import checks, memo, paged_cache
 from flashinfer.host.paged_cache import PagedCache
@@ -121,7 +120,7 @@ class Plan(ABC):
         self.op, self.device, self.shape, self.mask, self.variant = op, device, shape, mask, variant
         self.q_dtype, self.kv_dtype, self.o_dtype = types
         self.runs: memo.Memo[BoundRun] = memo.Memo()
-        self.extents: dict[bool, Any] = {}  # of the planned options, by short_queries, once asked for
+        self.tiles: dict[bool, tuple[Any, Launch]] = {}  # short queries or not -> what `tile` returned
         self._planners: dict[Extent, Launch] = {}
         paged_cache.require_heads(op, shape.num_qo_heads, shape.num_kv_heads)
 
@@ -129,20 +128,26 @@ class Plan(ABC):
         """Whether the tile for short queries serves this many tokens best, where there is one."""
         return False
 
-    @abstractmethod
-    def extent(self, short_queries: bool) -> Extent:
-        """Into `extents`. Loads the kernel; raises where there is none."""
+    def tile(self, short_queries: bool) -> tuple[Any, Launch]:
+        """The extent of the planned options under one of the two tiles, and its planner. Loads the kernel; raises where
+        there is none."""
+        if short_queries not in self.tiles:
+            extent = self._extent(short_queries)
+            self.tiles[short_queries] = extent, self.planner(extent)
+        return self.tiles[short_queries]
 
-    def launch_planner(self, extent: Any, found: Lengths) -> None:
-        """Have the schedule of that extent written on the device; nothing on the CPU."""
-        launch = self._planners.get(extent)
-        if launch is None:
-            launch = self._planners[extent] = self._bind_planner(extent)
-        launch(*found.planner_addresses)
+    def planner(self, extent: Any) -> Launch:
+        """Has the schedule of that extent written on the device, nothing on the CPU; takes
+        `Lengths.planner_addresses`."""
+        if extent not in self._planners:
+            self._planners[extent] = self._bind_planner(extent)
+        return self._planners[extent]
 
     @abstractmethod
-    def _bind_planner(self, extent: Any) -> Launch:
-        """A launch that takes `Lengths.planner_addresses`."""
+    def _extent(self, short_queries: bool) -> Extent: ...
+
+    @abstractmethod
+    def _bind_planner(self, extent: Any) -> Launch: ...
 
     @abstractmethod
     def bind(self, call: Call, short_queries: bool) -> BoundRun:

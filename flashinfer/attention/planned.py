@@ -19,13 +19,14 @@ from flashinfer.attention import lengths, workspace
 from flashinfer.attention.compat import EngineNames, require_no_jit_args
 from flashinfer.attention.lengths import FixedBuffers, Lengths
 from flashinfer.attention.mask import take_mask
-from flashinfer.attention.plan import BoundRun, Call, Extent, Plan, Scales
+from flashinfer.attention.plan import BoundRun, Call, Extent, Launch, Plan, Scales
 from flashinfer.attention.variant import TRACED_OVERRIDES, Overrides
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.host import checks, indices, memo, paged_cache, traced
 from flashinfer.host.checks import LOWEST_ADDRESS
 from flashinfer.host.handles import Uncopyable
 from flashinfer.host.paged_cache import PagedCache
+from flashinfer.host.traced import is_dynamo_compiling
 
 DataType = Union[str, torch.dtype]
 Result = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
@@ -33,9 +34,8 @@ Masks = tuple[Optional[torch.Tensor], Optional[torch.Tensor]]  # custom_mask, pa
 
 
 _MASK_ROLES = ("mask", "mask_indptr")
-_UNKNOWN = (-1, -1)
 _NO_RUN: Any = (None, None)
-_address, _num_entries = torch.Tensor.data_ptr, torch.Tensor.numel
+_NO_PLAN = (None, None)
 # Entries that an index tensor has beyond one for each request.
 _EXTRA_ENTRIES = {"qo_indptr": 1, "kv_indptr": 1, "kv_indices": None, "last_page_len": 0}
 
@@ -80,6 +80,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         int_bytes = workspace.INT_WORKSPACE_BYTES if self.device.type == "cuda" else 0
         self._int_workspace_buffer = torch.empty(int_bytes, dtype=torch.uint8, device=self.device)
         self._plans: memo.Memo[Plan] = memo.Memo()
+        self._described: tuple[Any, Any] = _NO_PLAN  # the last of them, and its key
         self._plan: Optional[Plan] = None
         self._lengths: Optional[Lengths] = None
         self._extent: Optional[Extent] = None  # of the schedule on the device
@@ -106,6 +107,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         self._float_workspace_buffer = float_workspace_buffer
         self._int_workspace_buffer = int_workspace_buffer
         self._plans.clear()
+        self._described = _NO_PLAN
 
     def end_forward(self) -> None:
         """Kept for compatibility; there is nothing to release."""
@@ -128,7 +130,9 @@ class PlannedAttention(Uncopyable, EngineNames):
             raise ValueError(f"{op}: {names[0]} is empty; expected [batch_size + 1] offsets")
         return batch_size
 
-    def _describe(self, batch_size: int, workspaces: tuple[torch.Tensor, torch.Tensor], *arguments: Any) -> Plan:
+    def _describe(
+        self, batch_size: int, workspaces: tuple[torch.Tensor, torch.Tensor], arguments: tuple[Any, ...]
+    ) -> Plan:
         """The plan of these arguments, as plan() hands them on. Raises ValueError, TypeError or UnsupportedConfig."""
         raise NotImplementedError
 
@@ -143,50 +147,65 @@ class PlannedAttention(Uncopyable, EngineNames):
 
         arguments: of `_describe`. masks: of a plan with a custom mask. longest: no request has more queries.
         """
-        op, names, device = self._op_name, self._index_names, self.device
+        device = self.device
         try:
-            addresses = tuple(map(_address, given))
-            sizes = tuple(map(_num_entries, self._counted(given)))
-        except (TypeError, RuntimeError):
-            checks.require_addresses(op, **dict(zip(names, given)))  # says which
+            found = Lengths(given, device)
+        except (AttributeError, RuntimeError, TypeError):
+            self._require_tensors(given)
             raise
-        if min(addresses) < LOWEST_ADDRESS:
-            checks.require_addresses(op, **dict(zip(names, given)))
-        key = (arguments, sizes, self._int_workspace_buffer.data_ptr())  # clients replace the buffer
+        key = (arguments, found.sizes, self._int_workspace_buffer.data_ptr())  # clients replace the buffer
+        last, plan = self._described  # compared, which takes half as long as to look it up
+        try:
+            is_described = key == last
+        except (RuntimeError, ValueError):
+            is_described = False  # of arguments that do not compare, which `_describe` refuses
+        if not is_described:
+            plan = self._find_plan(key, found.sizes, arguments)
+            self._described = key, plan
+        if not found.are_in_place or (self._may_see_indices and self._sees_indices()):
+            self._require_tensors(given)
+            found = lengths.take(self._op_name, self._index_names, given, device, plan.shape.page_size)
+            self._followed = _NO_RUN  # which may not have what these lengths need
+        num_tokens = found.num_tokens
+        if longest is not None:
+            num_tokens = checks.integer(self._op_name, "max_token_per_sequence", longest, 0) * plan.shape.batch_size
+        extent, planner = self._choose(plan, num_tokens)
+        if self._fixed is not None:
+            self._fixed.require_room(self._index_names, found.held)
+        if masks is not None:
+            self._take_mask(found, masks, given, plan.shape.page_size)
+        if self._fixed is not None:
+            found = Lengths(self._fixed.fill(found.held), device).like(found)
+        elif self._buffers:
+            self._buffers.clear()  # what an engine assigned since the last plan
+        if plan is not self._plan or extent is not self._extent:
+            self._followed = _NO_RUN
+        planner(*found.planner_addresses)
+        self._plan, self._lengths = plan, found
+        self._extent, self._is_settled = extent, False
+
+    def _take_mask(self, found: Lengths, masks: Masks, given: tuple[torch.Tensor, ...], page_size: int) -> None:
+        buffers = (self._buffers["mask"], self._buffers["mask_indptr"]) if self._use_cuda_graph else None
+        on_host = None
+        if self.device.type != "cpu" and all(tensor.is_cpu for tensor in given):
+            on_host = given[0], Lengths(given, given[0].device).kv_lens(page_size)
+        kv_lens = found.kv_lens(page_size)
+        taken = take_mask(self._op_name, self.device, *masks, found.held[0], kv_lens, buffers, on_host)
+        found.take_mask(self._op_name, *taken, page_size)
+
+    def _require_tensors(self, given: tuple[torch.Tensor, ...]) -> None:
+        checks.require_addresses(self._op_name, **dict(zip(self._index_names, given)))
+
+    def _find_plan(self, key: Any, sizes: tuple[int, ...], arguments: tuple[Any, ...]) -> Plan:
+        """For a key other than that of the last call."""
         try:
             plan = self._plans.get(key)
         except TypeError:
             plan = None  # of arguments without a hash, which `_describe` refuses
         if plan is None:
             workspaces = (self._int_workspace_buffer, self._float_workspace_buffer)
-            plan = self._plans.remember(key, self._describe(self._batch_size(sizes), workspaces, *arguments))
-        page_size = plan.shape.page_size
-        if not (self._may_see_indices and self._sees_indices()) and lengths.are_in_place(given, device):
-            known, held = _UNKNOWN, given
-        else:
-            known = lengths.check(op, names, given, page_size)
-            held = lengths.take(op, names, given, device)
-        num_tokens = known[0]
-        if longest is not None:
-            num_tokens = checks.integer(op, "max_token_per_sequence", longest, 0) * plan.shape.batch_size
-        extent = self._choose(plan, num_tokens)
-        if self._fixed is not None:
-            self._fixed.require_room(names, held)
-        found = Lengths(known, held, addresses if held is given else None)
-        if masks is not None:
-            buffers = (self._buffers["mask"], self._buffers["mask_indptr"]) if self._use_cuda_graph else None
-            on_host = None
-            if device.type != "cpu" and all(tensor.is_cpu for tensor in given):
-                on_host = given[0], Lengths(known, given).kv_lens(page_size)
-            taken = take_mask(op, device, *masks, held[0], found.kv_lens(page_size), buffers, on_host)
-            found.take_mask(op, *taken, page_size)
-        if self._fixed is not None:
-            found = Lengths(known, self._fixed.fill(held)).like(found)
-        elif self._buffers:
-            self._buffers.clear()  # what an engine assigned since the last plan
-        plan.launch_planner(extent, found)
-        self._plan, self._lengths = plan, found
-        self._extent, self._is_settled, self._followed = extent, False, _NO_RUN
+            plan = self._plans.remember(key, self._describe(self._batch_size(sizes), workspaces, arguments))
+        return plan
 
     def _settled(self) -> tuple[Optional[Plan], Optional[Lengths], Optional[Extent]]:
         """What `_resettle` goes back to."""
@@ -195,47 +214,44 @@ class PlannedAttention(Uncopyable, EngineNames):
     def _resettle(self, plan: Optional[Plan], found: Optional[Lengths], extent: Optional[Extent]) -> None:
         """Go back to an earlier plan, whose schedule has been overwritten. Not under use_cuda_graph: buffers that have
         been filled since are the caller's."""
-        self._plan, self._lengths = plan, found
-        self._note_planner(extent)
+        self._plan, self._lengths, self._extent, self._followed = plan, found, extent, _NO_RUN
+        self._is_settled = False
         if plan is not None and found is not None:
-            plan.launch_planner(extent, found)
+            plan.planner(extent)(*found.planner_addresses)
 
     def _plan_from_buffers(self) -> None:
         """Plan again what was planned last, for whatever the index buffers hold now."""
         plan, op, names = self._plan, self._op_name, self._index_names
         assert plan is not None
-        held, known = tuple(self._buffer(role) for role in self._roles), _UNKNOWN
+        held = tuple(self._buffer(role) for role in self._roles)
         checks.require_addresses(op, **dict(zip(names, held)))
-        if self._sees_indices() or not lengths.are_in_place(held, self.device):
-            known = lengths.check(op, names, held, plan.shape.page_size)
-            held = lengths.take(op, names, held, self.device)
-        extent = self._choose(plan, known[0])
-        found = Lengths(known, held)
+        found = Lengths(held, self.device)
+        if not found.are_in_place or self._sees_indices():
+            found = lengths.take(op, names, held, self.device, plan.shape.page_size)
+        extent, planner = self._choose(plan, found.num_tokens)
         if plan.mask == "custom":
             found.take_mask(op, self._buffer("mask"), self._buffer("mask_indptr"), plan.shape.page_size)
-        plan.launch_planner(extent, found)
-        self._lengths = found
-        self._note_planner(extent)
+        planner(*found.planner_addresses)
+        self._lengths, self._extent, self._is_settled, self._followed = found, extent, False, _NO_RUN
 
     def _sees_indices(self) -> bool:
         return indices.are_visible(self._float_workspace_buffer)
 
-    def _note_planner(self, extent: Optional[Extent]) -> None:
-        self._extent, self._is_settled, self._followed = extent, False, _NO_RUN
-
-    def _choose(self, plan: Plan, num_tokens: int) -> Extent:
-        """What to plan for: what the options ask for, and the tile for so many tokens. Where that is unknown (-1), the
-        guess is what the last run had; a run that finds it wrong plans again."""
+    def _choose(self, plan: Plan, num_tokens: int) -> tuple[Any, Launch]:
+        """What to plan for, and its planner: what the options ask for, and the tile for so many tokens. Where that is
+        unknown (-1), the guess is what the last run had; a run that finds it wrong plans again."""
         short = self._was_short if num_tokens < 0 else plan.is_short(num_tokens)
         if not self._use_cuda_graph:
-            return plan.extents.get(short) or plan.extent(short)
+            return plan.tiles.get(short) or plan.tile(short)
         # Any run so far may have been captured, and be replayed on this schedule: the first decides for all, since a
         # plan cannot know which of them, of more or fewer tokens, that will be.
         if self._seen is not None:
-            return plan.extent(self._was_short).joined(self._seen)
+            extent, _ = plan.tile(self._was_short)
+            extent = extent.joined(self._seen)
+            return extent, plan.planner(extent)
         if num_tokens < 0 and self.device.type == "cuda":
-            plan.extent(not short)  # a capture that plans again needs the other kernel loaded
-        return plan.extent(short)
+            plan.tile(not short)  # a capture that plans again needs the other kernel loaded
+        return plan.tile(short)
 
     # -------------------------------------------------------------------------------------------------------------- run
 
@@ -256,36 +272,36 @@ class PlannedAttention(Uncopyable, EngineNames):
         pdl: Optional[bool],
         overrides: Optional[Overrides],
     ) -> Result:
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             return self._run_traced(q, kv, out, lse, return_lse, scales, pdl, overrides)
         plan, found = self._plan, self._lengths
         if plan is None or found is None:
             raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's lengths first")
         try:
-            op, out_ptr, lse_ptr, out_key, lse_key = self._op_name, 0, 0, None, None
+            out_ptr, lse_ptr, out_key, lse_key = 0, 0, None, None
             q_ptr = q.data_ptr()
             if q_ptr < LOWEST_ADDRESS:
-                q_ptr = checks.low_address(op, "q", q)
+                q_ptr = self._low_address("q", q)
             if out is not None:
                 out_ptr = out.data_ptr()
                 if out_ptr < LOWEST_ADDRESS:
-                    out_ptr = checks.low_address(op, "out", out)
+                    out_ptr = self._low_address("out", out)
                 out_key = (out.dtype, out.shape, out.stride(), out.device)
             if lse is not None:
                 lse_ptr = lse.data_ptr()
                 if lse_ptr < LOWEST_ADDRESS:
-                    lse_ptr = checks.low_address(op, "lse", lse)
+                    lse_ptr = self._low_address("lse", lse)
                 lse_key = (lse.dtype, lse.shape, lse.stride(), lse.device)
             if kv.__class__ is not tuple and isinstance(kv, torch.Tensor):
                 k, v_key = kv, None
                 k_ptr = v_ptr = kv.data_ptr()
                 if k_ptr < LOWEST_ADDRESS:
-                    k_ptr = v_ptr = checks.low_address(op, "the KV cache", kv)
+                    k_ptr = v_ptr = self._low_address("the KV cache", kv)
             else:
                 k, v = kv
                 k_ptr, v_ptr = k.data_ptr(), v.data_ptr()
                 if k_ptr < LOWEST_ADDRESS or v_ptr < LOWEST_ADDRESS:
-                    k_ptr, v_ptr = checks.low_address(op, "k", k), checks.low_address(op, "v", v)
+                    k_ptr, v_ptr = self._low_address("k", k), self._low_address("v", v)
                 v_key = (v.dtype, v.shape, v.stride(), v.device)
             # The hash tells a scale from a tensor that equals it, which `factors` refuses and comparing waits for.
             key = (
@@ -299,7 +315,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         except (AttributeError, RuntimeError, TypeError, ValueError):
             raise self._not_tensors(q, kv, out, lse, scales, overrides) from None
         if not is_followed:
-            run = self._find(plan, found, key, Call(q, kv, out, lse, scales, pdl, overrides))
+            run = self._find(plan, found, key, (q, kv, out, lse, scales, pdl, overrides))
         if out is None:
             out = run.new_out()
             out_ptr = out.data_ptr()
@@ -312,13 +328,18 @@ class PlannedAttention(Uncopyable, EngineNames):
             self._is_settled = True
         return (out, lse) if return_lse and lse is not None else out
 
-    def _find(self, plan: Plan, found: Lengths, key: Any, call: Call) -> BoundRun:
-        """The launch for a signature other than that of the last run since the plan."""
+    def _low_address(self, name: str, tensor: torch.Tensor) -> int:
+        return checks.low_address(self._op_name, name, tensor)
+
+    def _find(self, plan: Plan, found: Lengths, key: Any, given: tuple[Any, ...]) -> BoundRun:
+        """The launch for a signature other than that of the last run since the plan. given: fields of `Call`."""
         try:
             run = plan.runs.get(key)
         except TypeError:
-            raise self._not_tensors(call.q, call.kv, call.out, call.lse, call.scales, call.overrides) from None
+            q, kv, out, lse, scales, _, overrides = given
+            raise self._not_tensors(q, kv, out, lse, scales, overrides) from None
         if run is None:
+            call = Call(*given)
             is_short = self._was_short if self._seen is not None else plan.is_short(len(call.q) if call.q.dim() else 0)
             run = plan.runs.remember(key, plan.bind(call, is_short))
         self._follow(plan, found, run)
@@ -334,7 +355,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         extent, seen = self._extent, self._seen
         assert extent is not None
         if not extent.suits(run.extent, self._use_cuda_graph):
-            plan.launch_planner(run.extent, found)
+            plan.planner(run.extent)(*found.planner_addresses)
             self._extent, self._is_settled = run.extent, False
         if self._use_cuda_graph and (seen is None or not seen.covers(run.extent)):
             self._seen = run.extent if seen is None else seen.joined(run.extent)

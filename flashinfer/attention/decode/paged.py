@@ -116,34 +116,24 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
         """
         if later:
             check_later_arguments(self._op_name, later)
-        self._settle(
-            (indptr, indices, last_page_len),
-            (
-                (num_qo_heads, num_kv_heads, page_size, head_dim),
-                (q_data_type, kv_data_type, data_type, o_data_type),
-                (pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta),
-            ),
-        )
+        arguments = (
+            num_qo_heads, num_kv_heads, page_size, head_dim, q_data_type, kv_data_type, data_type, o_data_type,
+            pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta,
+        )  # fmt: skip
+        self._settle((indptr, indices, last_page_len), arguments)
 
     begin_forward = plan
 
     def _describe(
-        self,
-        batch_size: int,
-        workspaces: tuple[torch.Tensor, torch.Tensor],
-        sizes: tuple[int, int, int, int],
-        types: tuple[Optional[DataType], ...],
-        options: tuple[Any, ...],
+        self, batch_size: int, workspaces: tuple[torch.Tensor, torch.Tensor], arguments: tuple[Any, ...]
     ) -> DecodePlan:
-        """sizes: query heads, KV heads, page size and head dimension; types: of q, of KV, of both, and of the output;
-        options: arguments of `Variant.of` after head_dim."""
-        op, (*counts, head_dim), (q_type, kv_type, type_of_both, o_type) = self._op_name, sizes, types
+        op, (*counts, head_dim, q_type, kv_type, type_of_both, o_type) = self._op_name, arguments[:8]
         of_both = None if type_of_both is None else dtype_of(op, "data_type", type_of_both)
         q_dtype = of_both or torch.float16 if q_type is None else dtype_of(op, "q_data_type", q_type)
         kv_dtype = of_both or q_dtype if kv_type is None else dtype_of(op, "kv_data_type", kv_type)
         o_dtype = q_dtype if o_type is None else dtype_of(op, "o_data_type", o_type)
         shape = Shape.of(op, batch_size, *counts, head_dim, head_dim)
-        variant = Variant.of(op, head_dim, *options)
+        variant = Variant.of(op, head_dim, *arguments[8:])
         return DecodePlan(op, self.device, shape, (q_dtype, kv_dtype, o_dtype), variant, self._kv_layout, workspaces)
 
     def run(

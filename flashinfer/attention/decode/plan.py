@@ -52,7 +52,6 @@ class DecodePlan(Plan):
         self._workspaces = workspaces  # alive as long as their addresses are in use
         self._kernel = self._load(variant, None)
         self._schedule: Optional[Schedule] = None
-        self.extents[False] = self.extents[True] = Extent(variant.window_left)
         if device.type == "cuda" and shape.batch_size > 0:
             self._schedule = Schedule.of(
                 op, *workspaces, shape.batch_size, self._kernel, shape.num_qo_heads, shape.head_dim_vo
@@ -65,8 +64,8 @@ class DecodePlan(Plan):
             (shape.num_qo_heads, shape.num_kv_heads), "paged", variant, pdl,
         )  # fmt: skip
 
-    def extent(self, short_queries: bool) -> Extent:
-        return self.extents[short_queries]
+    def _extent(self, short_queries: bool) -> Extent:
+        return Extent(self.variant.window_left)
 
     def _bind_planner(self, extent: Extent) -> PreparedLaunch:
         if self._schedule is None:

@@ -14,6 +14,7 @@ from flashinfer.families.attention.params import ADDRESSES
 from flashinfer.families.layout import fast_divisor
 from flashinfer.host import checks, memo, traced
 from flashinfer.host.checks import LOWEST_ADDRESS
+from flashinfer.host.traced import is_dynamo_compiling
 from flashinfer.jit.loader import PreparedLaunch
 
 _OP = "single_decode"
@@ -69,7 +70,7 @@ def single_decode_with_kv_cache(
         kv_layout, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, q_scale, k_scale,
         v_scale,
     )  # fmt: skip
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         out = torch.empty((q.shape[0], v.shape[2]), dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:1], dtype=torch.float32, device=q.device) if return_lse else None
         _door(q, k, v, out, lse, options)

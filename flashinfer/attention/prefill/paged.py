@@ -134,19 +134,15 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         """
         if later:
             check_later_arguments(self._op_name, later)
-        is_custom = custom_mask is not None or packed_custom_mask is not None
-        self._settle(
-            (qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len),
-            (
-                "custom" if is_custom else "causal" if causal else "none",
-                (num_qo_heads, num_kv_heads, page_size, head_dim_qk, head_dim_vo),
-                (q_data_type, kv_data_type, o_data_type),
-                (pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta),
-                disable_split_kv,
-            ),
-            (custom_mask, packed_custom_mask) if is_custom else None,
-            later.get("max_token_per_sequence"),
-        )
+        masks = None if custom_mask is None and packed_custom_mask is None else (custom_mask, packed_custom_mask)
+        mask = "custom" if masks is not None else "causal" if causal else "none"
+        arguments = (
+            mask, num_qo_heads, num_kv_heads, page_size, head_dim_qk, head_dim_vo, q_data_type, kv_data_type,
+            o_data_type, disable_split_kv,
+            pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta,
+        )  # fmt: skip
+        given = (qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
+        self._settle(given, arguments, masks, later.get("max_token_per_sequence"))
 
     begin_forward = plan
 

@@ -81,12 +81,10 @@ class PrefillPlan(Plan):
     def is_short(self, num_tokens: int) -> bool:
         return num_tokens * self._group_size <= SHORT_ROWS * self.shape.batch_size
 
-    def extent(self, short_queries: bool) -> Extent:
-        if short_queries not in self.extents:
-            types = (self.q_dtype, self.kv_dtype, self.o_dtype)
-            kernel = self._load(types, self.mask, self.variant, short_queries, None)
-            self.extents[short_queries] = Extent.of(kernel, self.mask, self.variant)
-        return self.extents[short_queries]
+    def _extent(self, short_queries: bool) -> Extent:
+        types = (self.q_dtype, self.kv_dtype, self.o_dtype)
+        kernel = self._load(types, self.mask, self.variant, short_queries, None)
+        return Extent.of(kernel, self.mask, self.variant)
 
     def _bind_planner(self, extent: Extent) -> PreparedLaunch:
         if self._schedule is None:

@@ -18,6 +18,7 @@ from flashinfer.attention.variant import Variant, factors
 from flashinfer.families.attention import prefill as families
 from flashinfer.host import checks, memo, traced
 from flashinfer.host.checks import LOWEST_ADDRESS
+from flashinfer.host.traced import is_dynamo_compiling
 from flashinfer.host.uploads import upload
 from flashinfer.quantization import packbits
 
@@ -83,7 +84,7 @@ def single_prefill_with_kv_cache(
         custom_mask, packed_custom_mask, causal, kv_layout, pos_encoding_mode, window_left, logits_soft_cap, sm_scale,
         rope_scale, rope_theta, scale_q, scale_k, scale_v, k_scale, v_scale,
     )  # fmt: skip
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         out_dtype = q.dtype if o_dtype is None else dtypes.torch_dtype(o_dtype)
         out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype, device=q.device)
         lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None

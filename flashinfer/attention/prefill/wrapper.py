@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 import torch
 
 from flashinfer.attention.compat import IndexBuffer
 from flashinfer.attention.plan import Shape, dtype_of
-from flashinfer.attention.planned import DataType, PlannedAttention, Result
+from flashinfer.attention.planned import PlannedAttention, Result
 from flashinfer.attention.prefill.plan import PrefillPlan, RaggedKv
 from flashinfer.attention.variant import Variant
 from flashinfer.errors import UnsupportedConfig
@@ -29,28 +29,20 @@ class PrefillWrapper(PlannedAttention):
         return self._plan.mask == "causal"
 
     def _describe(
-        self,
-        batch_size: int,
-        workspaces: tuple[torch.Tensor, torch.Tensor],
-        mask: str,
-        sizes: tuple[int, int, int, int, Optional[int]],
-        types: tuple[DataType, Optional[DataType], Optional[DataType]],
-        options: tuple[Any, ...],
-        disable_split_kv: bool,
+        self, batch_size: int, workspaces: tuple[torch.Tensor, torch.Tensor], arguments: tuple[Any, ...]
     ) -> PrefillPlan:
-        """sizes: query heads, KV heads, page size, head dimensions of q and k and of v; types: of q, KV and output;
-        options: arguments of `Variant.of` after head_dim."""
-        op, (num_qo_heads, num_kv_heads, page_size, head_dim_qk, head_dim_vo) = self._op_name, sizes
+        op, (mask, *counts, head_dim_qk, head_dim_vo) = self._op_name, arguments[:6]
+        q_type, kv_type, o_type, disable_split_kv, *options = arguments[6:]
         checks.boolean(op, "disable_split_kv", disable_split_kv)
-        q_dtype = dtype_of(op, "q_data_type", types[0])
-        kv_dtype = q_dtype if types[1] is None else dtype_of(op, "kv_data_type", types[1])
-        o_dtype = q_dtype if types[2] is None else dtype_of(op, "o_data_type", types[2])
+        q_dtype = dtype_of(op, "q_data_type", q_type)
+        kv_dtype = q_dtype if kv_type is None else dtype_of(op, "kv_data_type", kv_type)
+        o_dtype = q_dtype if o_type is None else dtype_of(op, "o_data_type", o_type)
         if o_dtype != q_dtype and q_dtype.itemsize > 1:
             raise UnsupportedConfig(
-                f"{op}: o_data_type is {types[2]}; expected that of q, {q_dtype}. Next step: convert the output"
+                f"{op}: o_data_type is {o_type}; expected that of q, {q_dtype}. Next step: convert the output"
             )
         head_dims = (head_dim_qk, head_dim_qk if head_dim_vo is None else head_dim_vo)
-        shape = Shape.of(op, batch_size, num_qo_heads, num_kv_heads, page_size, *head_dims)
+        shape = Shape.of(op, batch_size, *counts, *head_dims)
         return PrefillPlan(
             op, self.device, shape, (q_dtype, kv_dtype, o_dtype), mask, Variant.of(op, head_dim_qk, *options),
             self._kv(shape, kv_dtype), workspaces, split_kv=not disable_split_kv,
