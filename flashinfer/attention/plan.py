@@ -86,15 +86,16 @@ class Call(NamedTuple):
         return paged_cache.v_offset(self.kv)
 
 
-Launch = Callable[..., None]  # takes the addresses of Lengths.row_addresses, q, out, lse, k, v, Lengths.kv_addresses
+# Takes Lengths.row_addresses, addresses of q, out, lse, k, v, and Lengths.kv_addresses.
+BoundLaunch = Callable[..., None]
 
 
 @dataclass(frozen=True)
 class BoundRun:
     """One signature of run() under one plan: checked, laid out but for the addresses."""
 
-    launch: Launch
-    settled_launch: Launch  # once a kernel was launched since the planner
+    launch: BoundLaunch
+    settled_launch: BoundLaunch  # once a kernel was launched since the planner
     new_out: memo.Allocate
     new_lse: memo.Allocate
     extent: Extent
@@ -120,15 +121,15 @@ class Plan(ABC):
         self.op, self.device, self.shape, self.mask, self.variant = op, device, shape, mask, variant
         self.q_dtype, self.kv_dtype, self.o_dtype = types
         self.runs: memo.Memo[BoundRun] = memo.Memo()
-        self.tiles: dict[bool, tuple[Any, Launch]] = {}  # short queries or not -> what `tile` returned
-        self._planners: dict[Extent, Launch] = {}
+        self.tiles: dict[bool, tuple[Any, BoundLaunch]] = {}  # short queries or not -> what `tile` returned
+        self._planners: dict[Extent, BoundLaunch] = {}
         paged_cache.require_heads(op, shape.num_qo_heads, shape.num_kv_heads)
 
     def is_short(self, num_tokens: int) -> bool:
         """Whether the tile for short queries serves this many tokens best, where there is one."""
         return False
 
-    def tile(self, short_queries: bool) -> tuple[Any, Launch]:
+    def tile(self, short_queries: bool) -> tuple[Any, BoundLaunch]:
         """The extent of the planned options under one of the two tiles, and its planner. Loads the kernel; raises where
         there is none."""
         if short_queries not in self.tiles:
@@ -136,7 +137,7 @@ class Plan(ABC):
             self.tiles[short_queries] = extent, self.planner(extent)
         return self.tiles[short_queries]
 
-    def planner(self, extent: Any) -> Launch:
+    def planner(self, extent: Any) -> BoundLaunch:
         """Has the schedule of that extent written on the device, nothing on the CPU; takes
         `Lengths.planner_addresses`."""
         if extent not in self._planners:
@@ -147,7 +148,7 @@ class Plan(ABC):
     def _extent(self, short_queries: bool) -> Extent: ...
 
     @abstractmethod
-    def _bind_planner(self, extent: Any) -> Launch: ...
+    def _bind_planner(self, extent: Any) -> BoundLaunch: ...
 
     @abstractmethod
     def bind(self, call: Call, short_queries: bool) -> BoundRun:

@@ -19,7 +19,7 @@ from flashinfer.attention import lengths, workspace
 from flashinfer.attention.compat import EngineNames, require_no_jit_args
 from flashinfer.attention.lengths import FixedBuffers, Lengths
 from flashinfer.attention.mask import take_mask
-from flashinfer.attention.plan import BoundRun, Call, Extent, Launch, Plan, Scales
+from flashinfer.attention.plan import BoundLaunch, BoundRun, Call, Extent, Plan, Scales
 from flashinfer.attention.variant import TRACED_OVERRIDES, Overrides
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.host import checks, indices, memo, paged_cache, traced
@@ -237,7 +237,7 @@ class PlannedAttention(Uncopyable, EngineNames):
     def _sees_indices(self) -> bool:
         return indices.are_visible(self._float_workspace_buffer)
 
-    def _choose(self, plan: Plan, num_tokens: int) -> tuple[Any, Launch]:
+    def _choose(self, plan: Plan, num_tokens: int) -> tuple[Any, BoundLaunch]:
         """What to plan for, and its planner: what the options ask for, and the tile for so many tokens. Where that is
         unknown (-1), the guess is what the last run had; a run that finds it wrong plans again."""
         short = self._was_short if num_tokens < 0 else plan.is_short(num_tokens)

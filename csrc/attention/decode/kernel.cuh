@@ -253,8 +253,8 @@ template <class Config>
 __device__ __forceinline__ DecodeChunk load_chunk(const DecodeParams& params) {
   if constexpr (Config::kKvStorage == kKvSingle) {
     const int32_t kv_len = params.kv.index.len,
-                  kv_begin = Visibility::of<Config>(params).keys_of(kv_len - 1, kv_len).begin;
-    return single_chunk(kv_len, kv_begin, DecodeTile<Config>::kTileRows, gridDim.y, blockIdx.y);
+                  first_key = Visibility::of<Config>(params).keys_of(kv_len - 1, kv_len).begin;
+    return single_chunk(kv_len, first_key, DecodeTile<Config>::kTileRows, gridDim.y, blockIdx.y);
   } else {
     return params.chunks[blockIdx.y];
   }
@@ -302,7 +302,7 @@ __device__ void decode(const DecodeParams& params) {
         __syncwarp();
         const auto& arrived = smem.stages[warp_idx][stage];
         if (tile == first_tile) state.take_query(arrived, request.kv_len);
-        state.attend(arrived, request.kv_begin + tile * Tile::kTileRows + warp_idx * Tile::kWarpRows, request.kv_len);
+        state.attend(arrived, request.first_key + tile * Tile::kTileRows + warp_idx * Tile::kWarpRows, request.kv_len);
         __syncwarp();
         free_stage = stage;
         stage = stage + 1 == Config::kNumStages ? 0 : stage + 1;

@@ -13,7 +13,7 @@ namespace flashinfer {
 struct DecodeRequest {
   int32_t request_idx;
   int32_t kv_len;
-  int32_t kv_begin;     // first row read: beyond zero where a sliding window hides the rows before
+  int32_t first_key;    // first row read: beyond zero where a sliding window hides the rows before
   int32_t page_begin;   // kv.indptr[request_idx]
   int32_t first_chunk;  // the chunks that hold a part of it: [first_chunk, first_chunk + num_chunks)
   int32_t num_chunks;

@@ -1,6 +1,6 @@
 // The planner of decode: cuts the KV of a batch into chunks of equal length, on the device.
 //
-//   tiles of request b:  t_b = ceil((kv_len_b - kv_begin_b) / tile_len)        kv_begin: what a window hides before it
+//   tiles of request b:  t_b = ceil((kv_len_b - first_key_b) / tile_len)       first_key: what a window hides before it
 //   chunks:              n = min(num_chunks, T) runs of floor(T / n) or ceil(T / n) tiles, of T = sum_b t_b end to end
 //
 //   kv indptr [batch_size + 1] -> requests [batch_size], those with KV in order; empty [batch_size], those without;
@@ -37,8 +37,8 @@ __device__ __forceinline__ DecodeRequest read_request(const DecodePlanParams& pa
       num_pages > 0 ? int64_t(num_pages - 1) * params.page_size + params.last_page_len[request_idx] : 0;
   const int32_t kv_len = int32_t(max(min(num_rows, min(max_len, kMaxLen)), int64_t(0)));
   const Visibility visibility{kMaskNone, params.window_left >= 0, params.window_left};
-  const int32_t kv_begin = visibility.keys_of(kv_len - 1, kv_len).begin;
-  return {request_idx, kv_len, kv_begin, begin, 0, 0, ceil_div(kv_len - kv_begin, params.tile_len), 0};
+  const int32_t first_key = visibility.keys_of(kv_len - 1, kv_len).begin;
+  return {request_idx, kv_len, first_key, begin, 0, 0, ceil_div(kv_len - first_key, params.tile_len), 0};
 }
 
 // Grid: one block. Two passes over the requests: how many tiles there are, then who owns which.

@@ -31,11 +31,11 @@ FLASHINFER_FN int32_t partial_slot(int32_t chunk_idx, bool request_starts_here) 
 }
 
 // The chunk of a single sequence needs no plan: it follows from the length alone.
-FLASHINFER_FN DecodeChunk single_chunk(int32_t kv_len, int32_t kv_begin, int32_t tile_len, int32_t max_chunks,
+FLASHINFER_FN DecodeChunk single_chunk(int32_t kv_len, int32_t first_key, int32_t tile_len, int32_t max_chunks,
                                        int32_t chunk_idx) {
-  const int32_t num_tiles = ceil_div(kv_len - kv_begin, tile_len);
+  const int32_t num_tiles = ceil_div(kv_len - first_key, tile_len);
   const ChunkSplit split = ChunkSplit::make(num_tiles, max_chunks);
-  const DecodeRequest request{0, kv_len, kv_begin, 0, 0, split.num_chunks, num_tiles, 0};
+  const DecodeRequest request{0, kv_len, first_key, 0, 0, split.num_chunks, num_tiles, 0};
   const int32_t num_empty = kv_len == 0 ? 1 : 0;
   if (chunk_idx >= split.num_chunks) return {0, 0, 0, num_empty, request};
   const int32_t first_tile = split.first_tile(chunk_idx);
@@ -65,7 +65,7 @@ struct TileWalk {
     const int32_t rest = request.num_tiles - tile;
     return rest < num_left ? rest : num_left;
   }
-  FLASHINFER_FN int32_t first_row(int32_t tile_len) const { return request.kv_begin + tile * tile_len; }
+  FLASHINFER_FN int32_t first_row(int32_t tile_len) const { return request.first_key + tile * tile_len; }
 
   FLASHINFER_FN void advance(int32_t num_tiles = 1) {
     tile += num_tiles;

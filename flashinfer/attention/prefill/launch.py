@@ -10,7 +10,7 @@ import torch
 
 from flashinfer import dtypes, target
 from flashinfer.attention import workspace
-from flashinfer.attention.plan import Launch
+from flashinfer.attention.plan import BoundLaunch
 from flashinfer.attention.prefill import sm90
 from flashinfer.attention.variant import Variant
 from flashinfer.errors import UnsupportedConfig
@@ -227,7 +227,7 @@ def bind_launch(
     num_heads: tuple[int, int],
     page_size: int = 1,
     lengths: tuple[int, int] = (0, 0),
-) -> Launch:
+) -> BoundLaunch:
     """A launch with everything but the addresses laid out.
 
     row_strides: of q's tokens and heads, of those of the output; num_tokens: rows of both; num_heads: of queries and

@@ -9,7 +9,7 @@ from typing import Any, Optional, Union
 import torch
 
 from flashinfer import dtypes
-from flashinfer.attention.plan import Launch, no_launch
+from flashinfer.attention.plan import BoundLaunch, no_launch
 from flashinfer.attention.planned import DataType
 from flashinfer.attention.prefill import launch as launches
 from flashinfer.attention.prefill.launch import Extent, Schedule
@@ -214,13 +214,13 @@ class _BoundSingle:
         options = variant.values(num_qo_heads, head_dim_qk, device, *scales)
         lengths, group_size = (qo_len, kv_len), sequence.group_size
 
-        def bind(grid_size: int, schedule: dict[str, int]) -> Launch:
+        def bind(grid_size: int, schedule: dict[str, int]) -> BoundLaunch:
             return launches.bind_launch(
                 kernel, grid_size, strides, kv_strides, schedule, options,
                 batch_size=1, num_tokens=qo_len, num_heads=(num_qo_heads, num_kv_heads), lengths=lengths,
             )  # fmt: skip
 
-        def bind_planned(schedule: Schedule) -> Launch:
+        def bind_planned(schedule: Schedule) -> BoundLaunch:
             extent = Extent.of(kernel, mask, variant)
             plan = schedule.bind_planner(device, "single", extent, 1, 1, num_kv_heads, group_size, lengths)
             launch = bind(kernel.num_blocks, schedule.values)
@@ -233,7 +233,7 @@ class _BoundSingle:
             return plan_and_launch
 
         self.bind_planned = bind_planned
-        self.planned: dict[int, Launch] = {}  # by stream
+        self.planned: dict[int, BoundLaunch] = {}  # by stream
         self.is_planned = False
         num_tiles = 1
         if device.type == "cuda" and qo_len > 0:
@@ -255,7 +255,7 @@ class _BoundSingle:
             launch = self.planned.get(stream) or self.bind_on(stream)
         launch(0, mask_bits, 0, q, out, lse, k, v, 0, 0, 0)
 
-    def bind_on(self, stream: int) -> Launch:
+    def bind_on(self, stream: int) -> BoundLaunch:
         kernel = self.kernel
         key = (self.device.index, stream, self.num_kv_heads, self.head_dim_vo, kernel.block_m, kernel.num_blocks)
         schedule = _schedules.get(key) or _schedules.setdefault(key, self.make_schedule())
