@@ -125,12 +125,6 @@ def check_sizes(op: str, num_rows: int, vocab_size: int) -> None:
     )
 
 
-def not_tensors(op: str, values: Mapping[str, object]) -> TypeError:
-    """The error for values of which one is not a tensor."""
-    name, value = next(item for item in values.items() if not isinstance(item[1], torch.Tensor))
-    return TypeError(f"{op}: {name} is a {type(value).__name__}; expected a tensor")
-
-
 def _check_rows(op: str, input: torch.Tensor, indices: Optional[torch.Tensor]) -> int:
     """The number of output rows."""
     check_dtype(op, "the input", input)
@@ -216,7 +210,8 @@ def sample(
         input_ptr = input.data_ptr() or checks.no_address(op, "the input", input)
         indices_ptr = 0 if indices is None else indices.data_ptr() or checks.no_address(op, "indices", indices)
     except AttributeError:
-        raise not_tensors(op, {"the input": input, **({} if indices is None else {"indices": indices})}) from None
+        given = {"the input": input} if indices is None else {"the input": input, "indices": indices}
+        raise checks.not_tensors(op, **given) from None
     prepared = _samplers.get(key)
     if prepared is None:
         num_rows = _check_rows(op, input, indices)
@@ -370,7 +365,7 @@ def normalize(
         key = op, pdl, input.dtype, input.shape, input.stride(), input.device, k_like, p_like, t_like
         input_ptr = input.data_ptr() or checks.no_address(op, "the input", input)
     except AttributeError:
-        raise not_tensors(op, {"the input": input}) from None
+        raise checks.not_tensors(op, **{"the input": input}) from None
     prepared = _normalizers.get(key)
     if prepared is None:
         num_rows = _check_rows(op, input, None)

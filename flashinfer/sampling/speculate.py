@@ -11,7 +11,7 @@ from flashinfer.host import checks, memo, traced
 from flashinfer.host.traced import is_dynamo_compiling
 from flashinfer.jit.loader import PreparedLaunch
 from flashinfer.sampling import randomness
-from flashinfer.sampling.launch import check_dtype, check_sizes, kernel, not_tensors, nothing
+from flashinfer.sampling.launch import check_dtype, check_sizes, kernel, nothing
 from flashinfer.sampling.randomness import Seed
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -85,7 +85,7 @@ def speculate(
     except AttributeError:
         rows = {"draft_probs": draft_probs, "draft_token_ids": draft_token_ids, "target_probs": target_probs}
         counts = zip(_PUBLIC_NAMES.values(), (accepted, emitted))
-        raise not_tensors(op, {**rows, **{name: count for name, count in counts if count is not None}}) from None
+        raise checks.not_tensors(op, **rows, **{name: count for name, count in counts if count is not None}) from None
     prepared = _speculators.get(key)
     if prepared is None:
         chain = Chain(draft_probs, draft_token_ids, target_probs, accepted, emitted, generator, seed, offset)

@@ -318,10 +318,10 @@ def test_no_tensor_where_one_belongs(device: torch.device) -> None:
     for wrong in ([[0.5, 0.5]], "text", None, np.ones((2, 2), np.float32)):
         kind = type(wrong).__name__
         for function in (sampling.softmax, sampling.sampling_from_probs):
-            with pytest.raises(TypeError, match=f"the input is a {kind}; expected a tensor"):
+            with pytest.raises(TypeError, match=f"the input is {kind}; expected a tensor"):
                 function(wrong)
         if wrong is not None:
-            with pytest.raises(TypeError, match=f"indices is a {kind}; expected a tensor"):
+            with pytest.raises(TypeError, match=f"indices is {kind}; expected a tensor"):
                 sampling.sampling_from_probs(probs, wrong)
 
 

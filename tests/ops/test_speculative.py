@@ -121,7 +121,7 @@ def test_arguments_that_do_not_fit(device: torch.device) -> None:
     with pytest.raises(ValueError, match="contiguous"):
         chain(draft, ids, target.mT.contiguous().mT)
     for name, values in {"draft_probs": (None, ids, target), "draft_token_ids": (draft, [[5, 6]], target)}.items():
-        with pytest.raises(TypeError, match=f"{name} is a (NoneType|list); expected a tensor"):
+        with pytest.raises(TypeError, match=f"{name} is (NoneType|list); expected a tensor"):
             chain(*values)
     with pytest.raises(ValueError, match="draft_token_ids is on meta, draft_probs on"):
         chain(draft, ids.to("meta"), target)
@@ -144,7 +144,7 @@ def test_counts_that_do_not_fit(device: torch.device) -> None:
                 chain(*arguments, *pair)
     with pytest.raises(ValueError, match="expected contiguous int32"):
         chain(*arguments, counts[:1].expand(4))
-    with pytest.raises(TypeError, match="maybe_output_emitted_draft_token_num is a list; expected a tensor"):
+    with pytest.raises(TypeError, match="maybe_output_emitted_draft_token_num is list; expected a tensor"):
         chain(*arguments, None, [0, 0, 0, 0])
     for first, second in ((0, 0), (0, 3), (3, 0), (1, 2)):
         with pytest.raises(ValueError, match="share memory; expected a place for each count"):
