@@ -281,8 +281,8 @@ class CpuKernel:
         share_openmp()
         function = getattr(ctypes.CDLL(str(library_path)), source.entry)
         function.argtypes = [ctypes.c_char_p]
-        function.restype = None
-        self._launcher = CpuLauncher(source.config, source.implementation.params, function)
+        function.restype = ctypes.c_bool
+        self._launcher = CpuLauncher(source.spec.name, source.config, source.implementation.params, function)
 
     def on(self, device_index: int | None, *, pdl: bool | None = None) -> CpuLauncher:
         return self._launcher
@@ -293,21 +293,32 @@ class CpuLauncher:
 
     is_dependent = False
 
-    def __init__(self, config: Config, params: type[ctypes.Structure], function: Callable[[bytes], None]) -> None:
-        self.config, self.params = config, params
+    def __init__(
+        self, name: str, config: Config, params: type[ctypes.Structure], function: Callable[[bytes], bool]
+    ) -> None:
+        """function: returns whether it had the memory it takes."""
+        self._name, self.config, self.params = name, config, params
         self._function, self._pack = function, _packer(params).pack
 
     def __call__(self, grid: Grid, stream: int, values: Values) -> None:
-        self._function(self._pack(*_in_order(self.params, values)))
+        if not self._function(self._pack(*_in_order(self.params, values))):
+            raise self._no_memory()
 
     def prepare(self, grid: Grid, values: Values, *, varying: Sequence[str]) -> PreparedLaunch:
         function, pack = self._function, self._pack
         fixed_values = _in_order(self.params, values, varying)[len(varying) :]
 
         def launch(*first_values: Value) -> None:
-            function(pack(*first_values, *fixed_values))
+            if not function(pack(*first_values, *fixed_values)):
+                raise self._no_memory()
 
         return launch
+
+    def _no_memory(self) -> MemoryError:
+        return MemoryError(
+            f"{self._name}: no memory for what the kernel writes down on its way; the result is not complete. Next "
+            "step: free memory, or use fewer threads, each of which takes some (OMP_NUM_THREADS)"
+        )
 
     def max_blocks_per_sm(self) -> int:
         return 1

@@ -71,7 +71,8 @@ def render(spec: KernelSpec) -> Source:
     implementation = family.implementation(spec)
     config = implementation.config(spec)
     kind, header, params = targets.kind(spec.target), implementation.header, implementation.params
-    lines = [f"// {spec.name}", f'#include "{header}"', "", "struct Config {", *_constants(config), "};", ""]
+    standard = ["#include <type_traits>"] if kind == "cpu" else []
+    lines = [f"// {spec.name}", *standard, f'#include "{header}"', "", "struct Config {", *_constants(config), "};", ""]
     lines += _layout_asserts(params)
     lines += ["", *(_cuda_entry if kind == "cuda" else _cpu_entry)(family.name, f"flashinfer::{params.__name__}"), ""]
     text = "\n".join(lines)
@@ -122,9 +123,17 @@ def _cuda_entry(name: str, params: str) -> list[str]:
 
 
 def _cpu_entry(name: str, params: str) -> list[str]:
+    """Returns whether the kernel had the memory it takes (csrc/cpu/scratch.h)."""
     return [
-        f'extern "C" __attribute__((visibility("default"))) void {name}(const {params}* params) {{',
-        f"  flashinfer::cpu::{name}<Config>(*params);",
+        f'extern "C" __attribute__((visibility("default"))) bool {name}(const {params}* params) {{',
+        "  return [](const auto& given) {",
+        f"    if constexpr (std::is_void_v<decltype(flashinfer::cpu::{name}<Config>(given))>) {{",
+        f"      flashinfer::cpu::{name}<Config>(given);",
+        "      return true;",
+        "    } else {",
+        f"      return flashinfer::cpu::{name}<Config>(given);",
+        "    }",
+        "  }(*params);",
         "}",
     ]
 

@@ -33,7 +33,7 @@ for target, header in headers.items():
         rendered = source.render(specs.family("scale").spec(target, dtype=dtype))
         expected = "toy/scale.cuh" if (target, dtype) == ("sm_90a", "fp32") else header
         assert rendered.implementation.header == expected, (target, dtype, rendered.implementation.header)
-        launcher = loader.CpuLauncher(rendered.config, rendered.implementation.params, lambda packed: None)
+        launcher = loader.CpuLauncher("", rendered.config, rendered.implementation.params, lambda packed: True)
         launcher((1, 1, 1), 0, scope["values"](launcher, 0, 0, 2.0))  # every field by its name
         if target.startswith("sm_"):
             assert toolchain.Nvrtc().compile(rendered).machine_code.startswith(b"\\x7fELF")

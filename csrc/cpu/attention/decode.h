@@ -7,14 +7,13 @@
 
 #include <omp.h>
 
-#include <cstdlib>
-
 #include "attention/decode/params.h"
 #include "attention/kv_view.cuh"
 #include "attention/score.cuh"
 #include "attention/visibility.cuh"
 #include "cpu/math.h"
 #include "cpu/rotary.h"
+#include "cpu/scratch.h"
 #include "cpu/types.h"
 
 namespace flashinfer::cpu {
@@ -269,25 +268,23 @@ struct DecodeItems {
 };
 
 template <class Config>
-void decode(const DecodeParams& params) {
+bool decode(const DecodeParams& params) {
   using View = KvView<Config::kKvStorage>;
   using Partial = DecodePartial<Config>;
-  if (params.batch_size == 0) return;
+  if (params.batch_size == 0) return true;
   const int32_t group = params.num_qo_heads / params.num_kv_heads, blocks_per_kv_head = ceil_div(group, kDecodeGroup);
-  DecodeItems<Config> items{0, params.num_kv_heads * blocks_per_kv_head, nullptr};
-  items.range_indptr = static_cast<int32_t*>(std::malloc((params.batch_size + 1) * sizeof(int32_t)));
-  if (items.range_indptr == nullptr) std::abort();
+  const Scratch<int32_t> range_indptr(params.batch_size + 1);
+  if (range_indptr.data == nullptr) return false;
+  DecodeItems<Config> items{0, params.num_kv_heads * blocks_per_kv_head, range_indptr.data};
   items.cut(params, omp_get_max_threads());
   const int32_t num_ranges = items.range_indptr[params.batch_size];
   const int64_t num_items = int64_t(num_ranges) * items.num_head_blocks;
-  Partial* partials = nullptr;  // ranges of one request and head block side by side
-  if (num_ranges > params.batch_size) {
-    partials = static_cast<Partial*>(std::malloc(num_items * sizeof(Partial)));
-    if (partials == nullptr) std::abort();
-  }
+  const bool is_split = num_ranges > params.batch_size;
+  const Scratch<Partial> partials(is_split ? num_items : 0);  // ranges of one request and head block side by side
+  if (partials.data == nullptr) return false;
   const auto partial_of = [&](int32_t request_idx, int32_t block, int32_t range) -> Partial& {
     const int32_t first = items.range_indptr[request_idx], count = items.range_indptr[request_idx + 1] - first;
-    return partials[int64_t(first) * items.num_head_blocks + int64_t(block) * count + range - first];
+    return partials.data[int64_t(first) * items.num_head_blocks + int64_t(block) * count + range - first];
   };
   const auto head_block = [&](int32_t block, int32_t& first_head, int& num_heads) {
     const int32_t first = block % blocks_per_kv_head * kDecodeGroup;
@@ -322,7 +319,7 @@ void decode(const DecodeParams& params) {
     if (whole) store_decode<Config>(params, result, request_idx, first_head, num_heads);
   }
 
-  if (partials != nullptr) {
+  if (is_split) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < int64_t(params.batch_size) * items.num_head_blocks; ++i) {
       const int32_t request_idx = int32_t(i / items.num_head_blocks), block = int32_t(i % items.num_head_blocks);
@@ -337,8 +334,7 @@ void decode(const DecodeParams& params) {
       store_decode<Config>(params, merged, request_idx, first_head, num_heads);
     }
   }
-  std::free(partials);
-  std::free(items.range_indptr);
+  return true;
 }
 
 }  // namespace flashinfer::cpu

@@ -199,11 +199,12 @@ struct PrefillState {
 };
 
 template <class Config>
-void prefill(const PrefillParams& params) {
+bool prefill(const PrefillParams& params) {
   using State = PrefillState<Config>;
   const int32_t group_size = params.num_qo_heads / params.num_kv_heads;
-  int64_t* tile_indptr = static_cast<int64_t*>(std::malloc((params.batch_size + 1) * sizeof(int64_t)));
-  if (tile_indptr == nullptr) std::abort();
+  const Scratch<int64_t> starts(params.batch_size + 1);
+  int64_t* const tile_indptr = starts.data;
+  if (tile_indptr == nullptr) return false;
   tile_indptr[0] = 0;
   for (int32_t i = 0; i < params.batch_size; ++i) {
     const int64_t qo_len = params.qo_indptr != nullptr ? params.qo_indptr[i + 1] - params.qo_indptr[i] : params.qo_len;
@@ -211,23 +212,24 @@ void prefill(const PrefillParams& params) {
   }
   const int64_t num_tiles = tile_indptr[params.batch_size];
 
-#pragma omp parallel if (num_tiles * params.num_kv_heads > 1)
+  bool fits = true;
+#pragma omp parallel if (num_tiles * params.num_kv_heads > 1) reduction(&& : fits)
   {
-    State* state = static_cast<State*>(std::aligned_alloc(64, ceil_div(sizeof(State), size_t(64)) * 64));
-    if (state == nullptr) std::abort();
+    const Scratch<State> state;
+    fits = state.data != nullptr;
 #pragma omp for schedule(dynamic)
     for (int64_t unit = num_tiles * params.num_kv_heads - 1; unit >= 0; --unit) {
+      if (!fits) continue;
       const int64_t tile = unit / params.num_kv_heads;
       int32_t low = 0, high = params.batch_size;  // tile_indptr[low] <= tile < tile_indptr[high]
       while (high - low > 1) {
         const int32_t middle = (low + high) / 2;
         (tile_indptr[middle] <= tile ? low : high) = middle;
       }
-      state->attend(params, low, int32_t(tile - tile_indptr[low]), int32_t(unit % params.num_kv_heads));
+      state.data->attend(params, low, int32_t(tile - tile_indptr[low]), int32_t(unit % params.num_kv_heads));
     }
-    std::free(state);
   }
-  std::free(tile_indptr);
+  return fits;
 }
 
 }  // namespace flashinfer::cpu

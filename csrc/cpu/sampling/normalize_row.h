@@ -7,15 +7,18 @@
 namespace flashinfer::cpu {
 
 template <class Config>
-void normalize_row(const NormalizeParams& params) {
+bool normalize_row(const NormalizeParams& params) {
   using T = typename Config::T;
   using TOut = typename Config::TOut;
   const int vocab_size = params.vocab_size;
-#pragma omp parallel
+  bool fits = true;
+#pragma omp parallel reduction(&& : fits)
   {
     RowBuffer row(vocab_size);
+    fits = row.scores != nullptr;
 #pragma omp for
     for (int row_idx = 0; row_idx < params.num_rows; ++row_idx) {
+      if (!fits) continue;
       // What is not positive makes the row NaN; the smallest numbers leave the largest element alone.
       float temperature = params.temperature ? params.temperature[row_idx] : params.temperature_value;
       temperature = temperature > 0.f ? std::fmax(temperature, 0x1p-126f) : NAN;
@@ -44,6 +47,7 @@ void normalize_row(const NormalizeParams& params) {
       }
     }
   }
+  return fits;
 }
 
 }  // namespace flashinfer::cpu

@@ -2,8 +2,7 @@
 // sampling/threshold.cuh; sums are taken in double. Every filter is a threshold here, and the draw an inverse CDF.
 #pragma once
 
-#include <cstdlib>
-
+#include "cpu/scratch.h"
 #include "cpu/types.h"
 #include "sampling/params.h"
 
@@ -58,17 +57,16 @@ inline RandomWords random_words(const Params& params, int64_t row, int i) {
 
 // One row's scores as floats, its weights, and space to search in.
 struct RowBuffer {
-  float* scores;   // [vocab_size]
+  Scratch<float> memory;
+  float* scores;   // [vocab_size]; null where there is no memory
   float* weights;  // [vocab_size]
   float* search;   // [vocab_size]
 
   explicit RowBuffer(int64_t vocab_size)
-      : scores(static_cast<float*>(std::malloc(3 * vocab_size * sizeof(float)))),
-        weights(scores + vocab_size),
-        search(weights + vocab_size) {}
-  ~RowBuffer() { std::free(scores); }
-  RowBuffer(const RowBuffer&) = delete;
-  RowBuffer& operator=(const RowBuffer&) = delete;
+      : memory(3 * vocab_size),
+        scores(memory.data),
+        weights(scores != nullptr ? scores + vocab_size : nullptr),
+        search(scores != nullptr ? scores + 2 * vocab_size : nullptr) {}
 };
 
 struct RowTotals {

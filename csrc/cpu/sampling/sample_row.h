@@ -7,14 +7,17 @@
 namespace flashinfer::cpu {
 
 template <class Config>
-void sample_row(const SampleParams& params) {
+bool sample_row(const SampleParams& params) {
   using T = typename Config::T;
   const int vocab_size = params.vocab_size;
-#pragma omp parallel
+  bool fits = true;
+#pragma omp parallel reduction(&& : fits)
   {
     RowBuffer row(vocab_size);
+    fits = row.scores != nullptr;
 #pragma omp for
     for (int row_idx = 0; row_idx < params.num_rows; ++row_idx) {
+      if (!fits) continue;
       const int64_t input_row =
           params.row_indices ? load_index(params.row_indices, params.row_indices_are_int64, row_idx) : row_idx;
       const T* input = static_cast<const T*>(params.input) + input_row * params.input_stride;
@@ -29,6 +32,7 @@ void sample_row(const SampleParams& params) {
       if (params.valid) params.valid[row_idx] = token_id >= 0;
     }
   }
+  return fits;
 }
 
 }  // namespace flashinfer::cpu
