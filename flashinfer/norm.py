@@ -219,7 +219,7 @@ def _normalize(
             bias_like = memo.signature(bias)
         key = (
             op, pdl, eps, (input_ptr | weight_ptr | output_ptr | residual_ptr) & 15, dtype, shape, input.stride(),
-            device, weight.dtype, weight.shape, weight.stride(), weight.device == device,
+            device, weight.dtype, weight.shape, weight.is_contiguous(), weight.device == device,
             output_like, residual_like, bias_like,
         )  # fmt: skip
     except (AttributeError, RuntimeError):
@@ -269,7 +269,7 @@ def _normalize_quant(
         key = (
             op, pdl, eps, (input_ptr | weight_ptr | output_ptr | residual_ptr) & 15,
             input.dtype, input.shape, input.stride(), device,
-            weight.dtype, weight.shape, weight.stride(), weight.device == device,
+            weight.dtype, weight.shape, weight.is_contiguous(), weight.device == device,
             output.dtype, output.shape, output.stride(), output.device == device,
             residual_like, quant_scale.signature(scale),
         )  # fmt: skip
