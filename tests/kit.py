@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from flashinfer import target
+from flashinfer.families.layout import fast_divisor
 from flashinfer.families.norm import RMSNORM
 from flashinfer.jit import KernelSpec
 from flashinfer.jit.loader import Kernel
@@ -41,7 +42,7 @@ def rmsnorm_values(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> 
         **{"input": x.data_ptr(), "residual": 0, "weight": weight.data_ptr(), "bias": 0, "output": out.data_ptr()},
         **dict.fromkeys(("input_row_stride", "residual_row_stride", "output_row_stride"), hidden_size),
         **dict.fromkeys(("input_group_stride", "residual_group_stride", "output_group_stride"), hidden_size),
-        **{"num_rows": num_rows, "rows_per_group": 1, "eps": 1e-6},
+        **{"num_rows": num_rows, **fast_divisor("rows_per_group", 1), "eps": 1e-6},
     }
 
 
