@@ -9,7 +9,8 @@
 
 namespace flashinfer {
 
-enum KvStorage : int { kKvSingle = 0, kKvRagged = 1, kKvPaged = 2 };
+// Of kKvPagedLens, the caller gives the requests' lengths and not those of their last pages.
+enum KvStorage : int { kKvSingle = 0, kKvRagged = 1, kKvPaged = 2, kKvPagedLens = 3 };
 
 // Where a row is: page page_idx, entry entry_idx within it.
 struct KvRow {
@@ -28,11 +29,16 @@ struct KvView {
     const int32_t begin = index.indptr[request_idx], end = index.indptr[request_idx + 1];
     if constexpr (kStorage == kKvRagged) return {index, begin, end - begin};
     if (end <= begin) return {index, begin, 0};
+    if constexpr (kStorage == kKvPagedLens) {  // no longer than its pages
+      const int64_t num_rows = int64_t(end - begin) * index.page_size.divisor;
+      const int32_t len = index.last_page_len[request_idx];
+      return {index, begin, len < num_rows ? len : int32_t(num_rows)};
+    }
     return {index, begin, (end - begin - 1) * int32_t(index.page_size.divisor) + index.last_page_len[request_idx]};
   }
 
   FLASHINFER_FN KvRow locate(int32_t kv_idx) const {
-    if constexpr (kStorage != kKvPaged) return {begin + kv_idx, 0};
+    if constexpr (kStorage < kKvPaged) return {begin + kv_idx, 0};
     const int32_t page = int32_t(index.page_size.divide(uint32_t(kv_idx)));
     return {index.indices[begin + page], kv_idx - page * int32_t(index.page_size.divisor)};
   }

@@ -17,8 +17,9 @@ namespace flashinfer {
 // Where each request's rows of KV are. Without pages a "page" is one row: page_size is 1.
 struct KvIndex {
   const int32_t* indptr;  // [batch_size + 1]: into indices if paged, into rows if ragged; null if single
-  const int32_t*
-      last_page_len;       // [batch_size] 1..page_size, no matter what where there are no pages; null unless paged
+  // [batch_size] 1..page_size, no matter what where there are no pages; kKvPagedLens: rows of the whole request. Null
+  // unless paged.
+  const int32_t* last_page_len;
   const int32_t* indices;  // [>= indptr[batch_size]] page numbers; null unless paged
   int32_t len;             // rows of a single sequence; otherwise unused
   FastDivisor page_size;

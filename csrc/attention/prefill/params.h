@@ -60,13 +60,16 @@ struct PrefillRows {
   const int32_t* mask_indptr;  // [batch_size + 1] bytes: where each request's bits start; null if single
 };
 
-struct PrefillParams : PrefillRows, AttentionParams {
-  // The planner's schedule and scratch memory. Null in a launch without a plan, whose blocks are one query tile each.
+// The planner's schedule and scratch memory. Null in a launch without a plan, whose blocks are one query tile each.
+struct PrefillScratch {
   const PrefillItem* items;
   PrefillSchedule* schedule;
   uint32_t* counters;  // of blocks that have left partial results; zero before and after every launch
   float* partial_out;  // unmerged outputs: see PartialResults
   float* partial_lse;  // their LSE
+};
+
+struct PrefillParams : PrefillRows, AttentionParams, PrefillScratch {
   int32_t qo_len;      // queries of a single sequence; otherwise unused
   int32_t num_tokens;  // rows of q and out
 };

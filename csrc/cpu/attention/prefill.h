@@ -52,62 +52,29 @@ inline void multiply(const float* a, int a_stride, const float* b, float* c, int
   }
 }
 
-// Everything one unit works on; too large for the stack.
-template <class Config>
-struct PrefillState {
-  static constexpr int kDimQk = Config::kHeadDimQk, kDimVo = Config::kHeadDimVo;
+// Up to kM query rows and kN keys of one unit as floats, and its running softmax; too large for the stack.
+template <int kDimQk, int kDimVo>
+struct TileState {
   static constexpr int kM = kPrefillBlockM, kN = kPrefillBlockN;
-  using Q = typename Config::Q;
-  using Kv = typename Config::Kv;
-  using Out = typename Config::Out;
-  using S = Score<Config>;
-  using View = KvView<Config::kKvStorage>;
-
   alignas(64) float q[kM][kDimQk];
   alignas(64) float out[kM][kDimVo];
   alignas(64) float scores[kM][kN];
   alignas(64) float k_transposed[kDimQk][kN];
   alignas(64) float v[kN][kDimVo];
-  float max[kM], sum[kM], slope[kM];
-  int32_t token[kM];
+  float max[kM], sum[kM];
+  int32_t token[kM];  // of a row, within the request
   int32_t qo_head[kM];
   int num_rows;
 
-  void attend(const PrefillParams& params, int32_t request_idx, int32_t q_tile, int32_t kv_head) {
-    const int32_t q_begin = params.qo_indptr != nullptr ? params.qo_indptr[request_idx] : 0;
-    const int32_t qo_len = params.qo_indptr != nullptr ? params.qo_indptr[request_idx + 1] - q_begin : params.qo_len;
-    const View view = View::of_request(params.kv.index, request_idx);
-    const int32_t group_size = params.num_qo_heads / params.num_kv_heads;
-    load_q(params, q_begin, qo_len, view.len, q_tile, kv_head, group_size);
-
-    const Range blocks = Visibility::of<Config>(params).tiles_of(q_tile, kM, group_size, qo_len, view.len, kN);
-    const float scale = S::scale_log2(params);
-    for (int32_t block = blocks.begin; block < blocks.end; ++block) {
-      const int32_t first_key = block * kN, num_keys = view.len - first_key < kN ? view.len - first_key : kN;
-      load_kv(params, view, kv_head, first_key, num_keys);
-      multiply<kN>(q[0], kDimQk, k_transposed[0], scores[0], num_rows, kDimQk, false);
-      for (int row = 0; row < num_rows; ++row) {
-        mask(params, row, request_idx, first_key, num_keys, qo_len, view.len);
-        softmax(row, scale);
-      }
-      multiply<kDimVo>(scores[0], kN, v[0], out[0], num_rows, kN, true);
-    }
-    store(params, q_begin, scale);
-  }
-
- private:
-  void load_q(const PrefillParams& params, int32_t q_begin, int32_t qo_len, int32_t kv_len, int32_t q_tile,
-              int32_t kv_head, int32_t group_size) {
+  // The rows of a query tile, token by token; load(row) fills q[row].
+  template <class Load>
+  void begin(int32_t q_tile, int32_t kv_head, int32_t group_size, int32_t qo_len, const Load& load) {
     const int32_t first_row = q_tile * kM, num_left = qo_len * group_size - first_row;
     num_rows = num_left < kM ? num_left : kM;
     for (int row = 0; row < num_rows; ++row) {
       token[row] = (first_row + row) / group_size;
       qo_head[row] = kv_head * group_size + (first_row + row) % group_size;
-      slope[row] = S::alibi_slope(params, qo_head[row]);
-      const Q* src = static_cast<const Q*>(params.q) + int64_t(q_begin + token[row]) * params.q_token_stride +
-                     qo_head[row] * params.q_head_stride;
-      for (int d = 0; d < kDimQk; ++d) q[row][d] = to_float(src[d]);
-      if constexpr (S::kHasRope) rotate_row<kDimQk>(params, q[row], position_of(token[row], qo_len, kv_len));
+      load(row);
       max[row] = -INFINITY;
       sum[row] = 0.f;
       std::memset(out[row], 0, sizeof(out[row]));
@@ -118,6 +85,102 @@ struct PrefillState {
       std::memset(out[row], 0, sizeof(out[row]));
       std::memset(scores[row], 0, sizeof(scores[row]));
     }
+  }
+
+  // What lies beyond the last key may be NaN, and 0 x NaN is NaN.
+  void clear_keys_from(int num_keys) {
+    for (int j = num_keys; j < kN; ++j) {
+      for (int d = 0; d < kDimQk; ++d) k_transposed[d][j] = 0.f;
+      std::memset(v[j], 0, sizeof(v[j]));
+    }
+  }
+
+  // The keys from first_key on that were loaded; mask(row) hides scores of a row.
+  template <class Mask>
+  void attend_block(float scale, const Mask& mask) {
+    multiply<kN>(q[0], kDimQk, k_transposed[0], scores[0], num_rows, kDimQk, false);
+    for (int row = 0; row < num_rows; ++row) {
+      mask(row);
+      softmax(row, scale);
+    }
+    multiply<kDimVo>(scores[0], kN, v[0], out[0], num_rows, kN, true);
+  }
+
+  template <class Out>
+  void store_row(int row, Out* dst, float* lse, float scale, float v_scale) const {
+    const float factor = sum[row] > 0.f ? v_scale / sum[row] : 0.f;
+    for (int d = 0; d < kDimVo; ++d) dst[d] = from_float<Out>(out[row][d] * factor);
+    if (lse != nullptr) *lse = sum[row] > 0.f ? max[row] * scale + std::log2(sum[row]) : -INFINITY;
+  }
+
+ private:
+  // Scores become weights; the sums and the output so far are rescaled to the new maximum.
+  void softmax(int row, float scale) {
+    float* row_scores = scores[row];
+    float new_max = max[row];
+#pragma omp simd reduction(max : new_max)
+    for (int j = 0; j < kN; ++j) new_max = row_scores[j] > new_max ? row_scores[j] : new_max;
+    const float shift = new_max == -INFINITY ? 0.f : new_max * scale;
+    float block_sum = 0.f;
+#pragma omp simd reduction(+ : block_sum)
+    for (int j = 0; j < kN; ++j) {
+      row_scores[j] = fast_exp2(row_scores[j] * scale - shift);
+      block_sum += row_scores[j];
+    }
+    if (new_max != max[row]) {
+      const float decay = fast_exp2(max[row] * scale - shift);
+      sum[row] *= decay;
+      for (int d = 0; d < kDimVo; ++d) out[row][d] *= decay;
+      max[row] = new_max;
+    }
+    sum[row] += block_sum;
+  }
+};
+
+// What one unit works on.
+template <class Config>
+struct PrefillState : TileState<Config::kHeadDimQk, Config::kHeadDimVo> {
+  static constexpr int kDimQk = Config::kHeadDimQk, kDimVo = Config::kHeadDimVo;
+  using Base = TileState<kDimQk, kDimVo>;
+  using Q = typename Config::Q;
+  using Kv = typename Config::Kv;
+  using Out = typename Config::Out;
+  using S = Score<Config>;
+  using View = KvView<Config::kKvStorage>;
+  using Base::kM, Base::kN, Base::q, Base::scores, Base::k_transposed, Base::v, Base::token, Base::qo_head;
+  float slope[kPrefillBlockM];
+
+  void attend(const PrefillParams& params, int32_t request_idx, int32_t q_tile, int32_t kv_head) {
+    const int32_t q_begin = params.qo_indptr != nullptr ? params.qo_indptr[request_idx] : 0;
+    const int32_t qo_len = params.qo_indptr != nullptr ? params.qo_indptr[request_idx + 1] - q_begin : params.qo_len;
+    const View view = View::of_request(params.kv.index, request_idx);
+    const int32_t group_size = params.num_qo_heads / params.num_kv_heads;
+    this->begin(q_tile, kv_head, group_size, qo_len, [&](int row) { load_q(params, row, q_begin, qo_len, view.len); });
+
+    const Range blocks = Visibility::of<Config>(params).tiles_of(q_tile, kM, group_size, qo_len, view.len, kN);
+    const float scale = S::scale_log2(params);
+    for (int32_t block = blocks.begin; block < blocks.end; ++block) {
+      const int32_t first_key = block * kN, num_keys = view.len - first_key < kN ? view.len - first_key : kN;
+      load_kv(params, view, kv_head, first_key, num_keys);
+      this->attend_block(scale,
+                         [&](int row) { mask(params, row, request_idx, first_key, num_keys, qo_len, view.len); });
+    }
+    for (int row = 0; row < this->num_rows; ++row) {
+      const int64_t token_idx = q_begin + token[row];
+      Out* dst =
+          static_cast<Out*>(params.out) + token_idx * params.out_token_stride + qo_head[row] * params.out_head_stride;
+      float* lse = params.lse != nullptr ? params.lse + token_idx * params.num_qo_heads + qo_head[row] : nullptr;
+      this->store_row(row, dst, lse, scale, params.v_scale);
+    }
+  }
+
+ private:
+  void load_q(const PrefillParams& params, int row, int32_t q_begin, int32_t qo_len, int32_t kv_len) {
+    slope[row] = S::alibi_slope(params, qo_head[row]);
+    const Q* src = static_cast<const Q*>(params.q) + int64_t(q_begin + token[row]) * params.q_token_stride +
+                   qo_head[row] * params.q_head_stride;
+    for (int d = 0; d < kDimQk; ++d) q[row][d] = to_float(src[d]);
+    if constexpr (S::kHasRope) rotate_row<kDimQk>(params, q[row], position_of(token[row], qo_len, kv_len));
   }
 
   void load_kv(const PrefillParams& params, const View& view, int32_t kv_head, int32_t first_key, int num_keys) {
@@ -131,10 +194,7 @@ struct PrefillState {
       for (int d = 0; d < kDimQk; ++d) k_transposed[d][j] = row[d];
       for (int d = 0; d < kDimVo; ++d) v[j][d] = to_float(v_src[d]);
     }
-    for (int j = num_keys; j < kN; ++j) {  // what lies beyond the last key may be NaN, and 0 x NaN is NaN
-      for (int d = 0; d < kDimQk; ++d) k_transposed[d][j] = 0.f;
-      std::memset(v[j], 0, sizeof(v[j]));
-    }
+    this->clear_keys_from(num_keys);
   }
 
   void mask(const PrefillParams& params, int row, int32_t request_idx, int32_t first_key, int num_keys, int32_t qo_len,
@@ -160,76 +220,51 @@ struct PrefillState {
       }
     }
   }
-
-  // Scores become weights; the sums and the output so far are rescaled to the new maximum.
-  void softmax(int row, float scale) {
-    float* row_scores = scores[row];
-    float new_max = max[row];
-#pragma omp simd reduction(max : new_max)
-    for (int j = 0; j < kN; ++j) new_max = row_scores[j] > new_max ? row_scores[j] : new_max;
-    const float shift = new_max == -INFINITY ? 0.f : new_max * scale;
-    float block_sum = 0.f;
-#pragma omp simd reduction(+ : block_sum)
-    for (int j = 0; j < kN; ++j) {
-      row_scores[j] = fast_exp2(row_scores[j] * scale - shift);
-      block_sum += row_scores[j];
-    }
-    if (new_max != max[row]) {
-      const float decay = fast_exp2(max[row] * scale - shift);
-      sum[row] *= decay;
-      for (int d = 0; d < kDimVo; ++d) out[row][d] *= decay;
-      max[row] = new_max;
-    }
-    sum[row] += block_sum;
-  }
-
-  void store(const PrefillParams& params, int32_t q_begin, float scale) const {
-    for (int row = 0; row < num_rows; ++row) {
-      const int64_t token_idx = q_begin + token[row];
-      const float factor = sum[row] > 0.f ? params.v_scale / sum[row] : 0.f;
-      Out* dst =
-          static_cast<Out*>(params.out) + token_idx * params.out_token_stride + qo_head[row] * params.out_head_stride;
-      for (int d = 0; d < kDimVo; ++d) dst[d] = from_float<Out>(out[row][d] * factor);
-      if (params.lse != nullptr) {
-        params.lse[token_idx * params.num_qo_heads + qo_head[row]] =
-            sum[row] > 0.f ? max[row] * scale + std::log2(sum[row]) : -INFINITY;
-      }
-    }
-  }
 };
 
-template <class Config>
-bool prefill(const PrefillParams& params) {
-  using State = PrefillState<Config>;
-  const int32_t group_size = params.num_qo_heads / params.num_kv_heads;
-  const Scratch<int64_t> starts(params.batch_size + 1);
+// attend(state, request_idx, q_tile, kv_head) for every unit, by the threads, which have a state each. False: there was
+// no memory for that.
+template <class State, class Attend>
+inline bool for_each_unit(int32_t batch_size, int32_t num_kv_heads, int32_t group_size, const int32_t* qo_indptr,
+                          int32_t single_qo_len, const Attend& attend) {
+  const Scratch<int64_t> starts(batch_size + 1);
   int64_t* const tile_indptr = starts.data;
   if (tile_indptr == nullptr) return false;
   tile_indptr[0] = 0;
-  for (int32_t i = 0; i < params.batch_size; ++i) {
-    const int64_t qo_len = params.qo_indptr != nullptr ? params.qo_indptr[i + 1] - params.qo_indptr[i] : params.qo_len;
+  for (int32_t i = 0; i < batch_size; ++i) {
+    const int64_t qo_len = qo_indptr != nullptr ? qo_indptr[i + 1] - qo_indptr[i] : single_qo_len;
     tile_indptr[i + 1] = tile_indptr[i] + ceil_div(qo_len * group_size, int64_t(kPrefillBlockM));
   }
-  const int64_t num_tiles = tile_indptr[params.batch_size];
+  const int64_t num_tiles = tile_indptr[batch_size];
 
   bool fits = true;
-#pragma omp parallel if (num_tiles * params.num_kv_heads > 1) reduction(&& : fits)
+#pragma omp parallel if (num_tiles * num_kv_heads > 1) reduction(&& : fits)
   {
     const Scratch<State> state;
     fits = state.data != nullptr;
 #pragma omp for schedule(dynamic)
-    for (int64_t unit = num_tiles * params.num_kv_heads - 1; unit >= 0; --unit) {
+    for (int64_t unit = num_tiles * num_kv_heads - 1; unit >= 0; --unit) {
       if (!fits) continue;
-      const int64_t tile = unit / params.num_kv_heads;
-      int32_t low = 0, high = params.batch_size;  // tile_indptr[low] <= tile < tile_indptr[high]
+      const int64_t tile = unit / num_kv_heads;
+      int32_t low = 0, high = batch_size;  // tile_indptr[low] <= tile < tile_indptr[high]
       while (high - low > 1) {
         const int32_t middle = (low + high) / 2;
         (tile_indptr[middle] <= tile ? low : high) = middle;
       }
-      state.data->attend(params, low, int32_t(tile - tile_indptr[low]), int32_t(unit % params.num_kv_heads));
+      attend(*state.data, low, int32_t(tile - tile_indptr[low]), int32_t(unit % num_kv_heads));
     }
   }
   return fits;
+}
+
+template <class Config>
+bool prefill(const PrefillParams& params) {
+  using State = PrefillState<Config>;
+  return for_each_unit<State>(params.batch_size, params.num_kv_heads, params.num_qo_heads / params.num_kv_heads,
+                              params.qo_indptr, params.qo_len,
+                              [&](State& state, int32_t request_idx, int32_t q_tile, int32_t kv_head) {
+                                state.attend(params, request_idx, q_tile, kv_head);
+                              });
 }
 
 }  // namespace flashinfer::cpu

@@ -19,7 +19,7 @@ from flashinfer.families.attention.params import (
     POS_ENCODINGS,
     Q_DTYPES,
 )
-from flashinfer.families.layout import DTYPES, FP8_DTYPES, I32, P, nested
+from flashinfer.families.layout import DTYPES, FP8_DTYPES, I32, Fields, P, nested
 from flashinfer.jit.spec import Config, Constants, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
 
 # sizeof of the structs in csrc/attention/prefill/params.h.
@@ -33,13 +33,16 @@ SHORT_ROWS = 64
 ROWS = ("qo_indptr", "mask", "mask_indptr")
 
 
+SCRATCH: Fields = [(name, P) for name in ("items", "schedule", "counters", "partial_out", "partial_lse")]
+
+
 class PrefillParams(ctypes.Structure):
     """Mirror of csrc/attention/prefill/params.h."""
 
     _fields_ = [
         *[(name, P) for name in ROWS],
         *ATTENTION,
-        *[(name, P) for name in ("items", "schedule", "counters", "partial_out", "partial_lse")],
+        *SCRATCH,
         ("qo_len", I32),
         ("num_tokens", I32),
     ]
@@ -191,7 +194,7 @@ PREFILL = Family(
         "o_dtype": DTYPES,
         "head_dim_qk": HEAD_DIMS,
         "head_dim_vo": HEAD_DIMS,
-        "kv_storage": tuple(KV_STORAGE),
+        "kv_storage": ("single", "ragged", "paged"),
         "short_queries": (False, True),
         "large_pages": (False, True),
         "mask": tuple(MASKS),

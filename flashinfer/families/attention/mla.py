@@ -1,0 +1,116 @@
+"""Multi-head latent attention: legal axes, tile table. Its planner is that of prefill."""
+
+from __future__ import annotations
+
+import ctypes
+
+from flashinfer import target as targets
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.families.attention.params import KV_INDEX, KV_STORAGE, MASKS
+from flashinfer.families.attention.prefill import PREFILL_PLAN, ROWS, SCRATCH
+from flashinfer.families.attention.prefill_sm90 import MIN_BOX_ROWS
+from flashinfer.families.layout import DTYPES, F32, I32, I64, Fields, P, nested
+from flashinfer.jit.spec import Config, Constants, CxxType, Family, Implementation, KernelSpec, register
+
+STORAGE = "paged_lens"  # of the KV, to the planner and to the kernels
+HEAD_DIMS_CKV = (512, 256)
+HEAD_DIMS_KPE = (64, 0)
+
+# Mirrors of the structs in csrc/attention/mla/params.h, nested ones laid out flat.
+_LATENT_KV: Fields = [
+    *[(name, P) for name in ("ckv", "kpe")],
+    *nested("index", KV_INDEX),
+    *[(f"{part}_{axis}_stride", I64) for part in ("ckv", "kpe") for axis in ("page", "entry")],
+]
+_LATENT_ATTENTION: Fields = [
+    *[(name, P) for name in ("q_pe", "q_nope", "out", "lse")],
+    *nested("kv", _LATENT_KV),
+    *[(f"{name}_{axis}_stride", I64) for name in ("q_nope", "q_pe", "out") for axis in ("token", "head")],
+    *[(name, I32) for name in ("batch_size", "num_qo_heads")],
+    *[(name, F32) for name in ("sm_scale", "v_scale")],
+]
+# What changes from call to call.
+ADDRESSES = (
+    *(*ROWS, "q_pe", "q_nope", "out", "lse", "kv.ckv", "kv.kpe"),
+    *(f"kv.index.{name}" for name in ("indptr", "last_page_len", "indices")),
+)
+
+
+class MlaParams(ctypes.Structure):
+    """Mirror of csrc/attention/mla/params.h."""
+
+    _fields_ = [*[(name, P) for name in ROWS], *_LATENT_ATTENTION, *SCRATCH, ("num_tokens", I32)]
+
+
+def _constants(spec: KernelSpec) -> Constants:
+    """What the compiler is told of a spec on every target."""
+    q_dtype, kv_dtype = spec.arg("q_dtype"), spec.arg("kv_dtype")
+    dim_ckv, dim_kpe = spec.arg("head_dim_ckv"), spec.arg("head_dim_kpe")
+    if targets.kind(spec.target) == "cuda" and q_dtype == "fp32":
+        raise UnsupportedConfig("mla: fp32 is supported on the CPU alone; use float16 or bfloat16 on CUDA")
+    if kv_dtype not in (q_dtype, "fp8_e4m3"):
+        raise UnsupportedConfig(f"mla: q is {q_dtype} and the cache {kv_dtype}; expected the same dtype, or fp8_e4m3")
+    return {
+        "Q": CxxType(q_dtype),
+        "Kv": CxxType(kv_dtype),
+        "Out": CxxType(q_dtype),
+        "kHeadDimCkv": dim_ckv,
+        "kHeadDimKpe": dim_kpe,
+        "kHeadDimQk": dim_ckv + dim_kpe,
+        "kHeadDimVo": dim_ckv,
+        "kKvStorage": KV_STORAGE[STORAGE],
+        "kMask": MASKS[spec.arg("mask")],
+    }
+
+
+def _cpu_config(spec: KernelSpec) -> Config:
+    return Config(_constants(spec))
+
+
+MLA = Family(
+    name="mla",
+    axes={
+        "q_dtype": DTYPES,
+        "kv_dtype": (*DTYPES, "fp8_e4m3"),
+        "head_dim_ckv": HEAD_DIMS_CKV,
+        "head_dim_kpe": HEAD_DIMS_KPE,
+        "large_pages": (False, True),
+        "mask": ("none", "causal"),
+    },
+    # A kernel of an architecture is a row before these. Of its Config, the host asks kBlockM, the query rows of a tile,
+    # and kBlockN, those of the KV.
+    implementations=(Implementation("cpu", "cpu/attention/mla.h", MlaParams, _cpu_config),),
+)
+
+
+def mla(
+    target: str,
+    *,
+    q_dtype: str,
+    kv_dtype: str = "",
+    head_dim_ckv: int = 512,
+    head_dim_kpe: int = 64,
+    page_size: int = 1,
+    mask: str = "causal",
+) -> KernelSpec:
+    """Queries over a paged cache of latent rows. `kv_dtype` "": that of q; `page_size` picks the kernel that reads
+    pages of that size fastest."""
+    axes: dict[str, str | int | bool] = {
+        "q_dtype": q_dtype,
+        "kv_dtype": kv_dtype or q_dtype,
+        "head_dim_ckv": head_dim_ckv,
+        "head_dim_kpe": head_dim_kpe,
+        "mask": mask,
+    }
+    if page_size % MIN_BOX_ROWS == 0:
+        spec = MLA.spec(target, **axes, large_pages=True)
+        if MLA.implementation(spec).params is not MlaParams:  # nobody else minds
+            return spec
+    return MLA.spec(target, **axes, large_pages=False)
+
+
+def mla_plan(target: str) -> KernelSpec:
+    return PREFILL_PLAN.spec(target, kv_storage=STORAGE)
+
+
+register(MLA)
