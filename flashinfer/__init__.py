@@ -30,6 +30,7 @@ _EXPORTS = {
             "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
             "fast_decode_plan",
         ),
+        "mla": ("BatchMLAPagedAttentionWrapper",),
         "norm": (
             "rmsnorm",
             "fused_add_rmsnorm",

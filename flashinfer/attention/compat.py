@@ -55,6 +55,7 @@ _REQUESTS = {
         None, "attention sinks", "merge a state of zeros with the LSE sink * log2(e) into the result (merge_state)"
     ),
     "kv_cache_sf": _Request(None, "a cache with block scales", "use a cache of fp8 or 16 bits"),
+    "ckv_scale_arr": _Request(None, "a scale for each token of the cache", "scale rows before they are appended"),
     "skip_softmax_threshold_scale_factor": _Request(None, "an approximate softmax", "leave it out"),
     "use_fp16_softmax": _Request(False, "an approximate softmax", "leave it out"),
     "uses_spcompress": _Request(False, "compressed scores", "leave it out"),
@@ -144,14 +145,13 @@ class _CachedModule:
         """Launch the planner on the wrapper's index buffers, in stream order behind whatever fills them. Of the
         arguments, which are those of upstream's fa2 planner, shapes are compared with those of the plan; the others
         repeat what is in the buffers or concern upstream's schedule."""
-        op, shape = self._wrapper._op_name, self._plan.shape
-        expected = (*shape[:4], self._wrapper._use_cuda_graph, *shape[4:])
-        given = arguments[7 : 7 + len(expected)]
+        op = self._wrapper._op_name
+        first, what, expected = self._wrapper._planner_arguments(self._plan)
+        given = arguments[first : first + len(expected)]
         if given != expected:
             raise UnsupportedConfig(
-                f"{op}: _cached_module.plan() plans anew what plan() described; expected batch size, query heads, KV "
-                f"heads, page size, use_cuda_graph and head dimensions as arguments 7 to 13 to be {list(expected)}, "
-                f"got {list(given)}. Next step: call plan()"
+                f"{op}: _cached_module.plan() plans anew what plan() described; expected {what} as arguments {first} "
+                f"to {first + len(expected) - 1} to be {list(expected)}, got {list(given)}. Next step: call plan()"
             )
         check_later_arguments(op, dict(zip(("fixed_split_size", "disable_split_kv"), arguments[16:18])))
         self._wrapper._plan_from_buffers()
@@ -181,6 +181,11 @@ class EngineNames(ABC):
 
     def _buffer(self, role: str) -> Any:
         return self._buffers[role] if role in self._buffers else getattr(self._lengths, role, None)
+
+    def _planner_arguments(self, plan: Plan) -> tuple[int, str, tuple[Any, ...]]:
+        """Arguments of upstream's planner that must agree with the plan: place of the first, what they are, values."""
+        what = "batch size, query heads, KV heads, page size, use_cuda_graph and head dimensions"
+        return 7, what, (*plan.shape[:4], self._use_cuda_graph, *plan.shape[4:])
 
     @property
     def _fixed_batch_size(self) -> int:

@@ -141,10 +141,12 @@ class Lengths:
         )
 
 
-def _check(op: str, names: Sequence[str], given: Sequence[torch.Tensor], page_size: int) -> tuple[int, int]:
+def _check(
+    op: str, names: Sequence[str], given: Sequence[torch.Tensor], page_size: int, whole_lengths: bool = False
+) -> tuple[int, int]:
     """Check index tensors as far as the host can look at them.
 
-    given, names: [qo_indptr,] kv_indptr [, kv_indices, last_page_len].
+    given, names: [qo_indptr,] kv_indptr [, kv_indices, last_page_len]. whole_lengths: the last are those of requests.
 
     Returns:
         How many tokens and how many KV rows (ragged) or pages (paged) they reach; -1 where the host does not know.
@@ -167,7 +169,9 @@ def _check(op: str, names: Sequence[str], given: Sequence[torch.Tensor], page_si
     num_tokens = offsets[0][-1] if len(offsets) == 2 and offsets[0] else -1
     if kv_offsets is None:
         return num_tokens, -1
-    return num_tokens, _check_pages(op, names[-3:], given[-2:], kv_offsets, page_size) if is_paged else kv_offsets[-1]
+    if not is_paged:
+        return num_tokens, kv_offsets[-1]
+    return num_tokens, _check_pages(op, names[-3:], given[-2:], kv_offsets, page_size, whole_lengths)
 
 
 def _offsets(op: str, name: str, indptr: torch.Tensor) -> Optional[list[int]]:
@@ -183,10 +187,15 @@ def _offsets(op: str, name: str, indptr: torch.Tensor) -> Optional[list[int]]:
 
 
 def _check_pages(
-    op: str, names: Sequence[str], given: Sequence[torch.Tensor], offsets: list[int], page_size: int
+    op: str,
+    names: Sequence[str],
+    given: Sequence[torch.Tensor],
+    offsets: list[int],
+    page_size: int,
+    whole_lengths: bool,
 ) -> int:
     """The pages that a cache must have; -1 where unknown."""
-    pages, last_page_len = given
+    pages, last = given
     begin, end = offsets[0], offsets[-1]
     if end > pages.shape[0]:
         raise IndexError(
@@ -197,27 +206,43 @@ def _check_pages(
         require(
             longest * page_size < 1 << 31, op, f"a request has {longest} pages of {page_size}; expected below 2^31 rows"
         )
-    if indices.are_visible(last_page_len) and last_page_len.shape[0] == len(offsets) - 1:
-        lengths: list[int] = last_page_len.tolist()
-        if lengths and not (min(lengths) >= 1 and max(lengths) <= page_size):
+    named, sees_pages = pages[begin:end], indices.are_visible(pages)
+    if indices.are_visible(last) and last.shape[0] == len(offsets) - 1:
+        lengths: list[int] = last.tolist()
+        if whole_lengths:
+            for i, (length, before, after) in enumerate(zip(lengths, offsets, offsets[1:])):
+                most = (after - before) * page_size
+                require(
+                    0 <= length <= most, op, f"{names[2]}[{i}] is {length}; expected 0 to {most}, what its pages hold"
+                )
+            if sees_pages:  # those beyond may be any number
+                counts = [-(-length // page_size) for length in lengths]
+                named = torch.cat([pages[:0], *(pages[at : at + count] for at, count in zip(offsets, counts))])
+        elif lengths and not (min(lengths) >= 1 and max(lengths) <= page_size):
             for i, (length, before, after) in enumerate(zip(lengths, offsets, offsets[1:])):
                 if after > before and not 1 <= length <= page_size:
                     raise ValueError(f"{op}: {names[2]}[{i}] is {length}; expected 1 to {page_size}, the page size")
-    if end == begin:
-        return 0
-    if not indices.are_visible(pages):
+    elif whole_lengths:
         return -1
-    named = pages[begin:end]
+    if named.numel() == 0:
+        return 0
+    if not sees_pages:
+        return -1
     indices.require_within(op, names[1], named, 0, 1 << 31, "a page number")
     return int(named.max()) + 1
 
 
 def take(
-    op: str, names: Sequence[str], given: tuple[torch.Tensor, ...], device: torch.device, page_size: int
+    op: str,
+    names: Sequence[str],
+    given: tuple[torch.Tensor, ...],
+    device: torch.device,
+    page_size: int,
+    whole_lengths: bool = False,
 ) -> Lengths:
     """Index tensors that are checked first, as far as the host can look at them: as contiguous int32 on the device,
     themselves where they are that, else copies of our own. Raises what `_check` does."""
-    num_tokens, num_kv_rows = _check(op, names, given, page_size)
+    num_tokens, num_kv_rows = _check(op, names, given, page_size, whole_lengths)
     found = Lengths(_on_device(op, names, given, device), device)
     found.num_tokens, found.num_kv_rows = num_tokens, num_kv_rows
     return found

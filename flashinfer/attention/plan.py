@@ -68,6 +68,7 @@ class Call(NamedTuple):
     scales: Scales
     pdl: Optional[bool]
     overrides: Optional[Overrides]
+    q_pe: Optional[torch.Tensor] = None  # where a query has a second part
 
     @property
     def _k(self) -> torch.Tensor:
@@ -86,7 +87,7 @@ class Call(NamedTuple):
         return paged_cache.v_offset(self.kv)
 
 
-# Takes Lengths.row_addresses, addresses of q, out, lse, k, v, and Lengths.kv_addresses.
+# Takes Lengths.row_addresses, addresses [of q_pe,] of q, out, lse, k, v, and Lengths.kv_addresses.
 BoundLaunch = Callable[..., None]
 
 
@@ -108,6 +109,8 @@ class BoundRun:
 
 class Plan(ABC):
     """What a plan settled, but for where the index tensors are, and the runs seen under it."""
+
+    names = ("q", "the K cache", "the V cache")  # in messages
 
     def __init__(
         self,
@@ -157,7 +160,8 @@ class Plan(ABC):
     def require_tensors(self, call: Call) -> None:
         """What every call must bring: tensors of dense rows on the wrapper's device."""
         pair = (call.kv,) if isinstance(call.kv, torch.Tensor) else call.kv
-        given = {"q": call.q, "out": call.out, "lse": call.lse, **dict(zip(("the K cache", "the V cache"), pair))}
+        q_name, *kv_names = self.names
+        given = {q_name: call.q, "q_pe": call.q_pe, "out": call.out, "lse": call.lse, **dict(zip(kv_names, pair))}
         for name, tensor in given.items():
             if tensor is not None:
                 checks.require_memory(self.op, **{name: tensor})
@@ -165,7 +169,7 @@ class Plan(ABC):
                 raise ValueError(
                     f"{self.op}: {name} is on {tensor.device}, the workspace on {self.device}; move them to one device"
                 )
-        require_rows(self.op, "q", call.q)
+        require_rows(self.op, q_name, call.q)
         checks.require_flag(self.op, "enable_pdl", call.pdl)
 
     def out_dtype(self, q_dtype: torch.dtype) -> torch.dtype:

@@ -50,6 +50,8 @@ class PlannedAttention(Uncopyable, EngineNames):
     _op_name: str
     _index_names: tuple[str, ...]  # as plan() calls them
     _roles: tuple[str, ...]  # what they are: attributes of Lengths
+    _whole_lengths = False  # the last of them are lengths of requests, not of their last pages
+    _operands = ("q", "k", "v")  # as run() calls them
 
     def __init__(
         self,
@@ -164,7 +166,9 @@ class PlannedAttention(Uncopyable, EngineNames):
             self._described = key, plan
         if not found.are_in_place or (self._may_see_indices and self._sees_indices()):
             self._require_tensors(given)
-            found = lengths.take(self._op_name, self._index_names, given, device, plan.shape.page_size)
+            found = lengths.take(
+                self._op_name, self._index_names, given, device, plan.shape.page_size, self._whole_lengths
+            )
             self._followed = _NO_RUN  # which may not have what these lengths need
         num_tokens = found.num_tokens
         if longest is not None:
@@ -227,7 +231,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         checks.require_addresses(op, **dict(zip(names, held)))
         found = Lengths(held, self.device)
         if not found.are_in_place or self._sees_indices():
-            found = lengths.take(op, names, held, self.device, plan.shape.page_size)
+            found = lengths.take(op, names, held, self.device, plan.shape.page_size, self._whole_lengths)
         extent, planner = self._choose(plan, found.num_tokens)
         if plan.mask == "custom":
             found.take_mask(op, self._buffer("mask"), self._buffer("mask_indptr"), plan.shape.page_size)
@@ -271,17 +275,18 @@ class PlannedAttention(Uncopyable, EngineNames):
         scales: Scales,
         pdl: Optional[bool],
         overrides: Optional[Overrides],
+        q_pe: Optional[torch.Tensor] = None,
     ) -> Result:
         if is_dynamo_compiling():
-            return self._run_traced(q, kv, out, lse, return_lse, scales, pdl, overrides)
+            return self._run_traced(q, kv, out, lse, return_lse, scales, pdl, overrides, q_pe)
         plan, found = self._plan, self._lengths
         if plan is None or found is None:
             raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's lengths first")
         try:
-            out_ptr, lse_ptr, out_key, lse_key = 0, 0, None, None
+            out_ptr, lse_ptr, pe_key, out_key, lse_key = 0, 0, None, None, None
             q_ptr = q.data_ptr()
             if q_ptr < LOWEST_ADDRESS:
-                q_ptr = self._low_address("q", q)
+                q_ptr = self._low_address(self._operands[0], q)
             if out is not None:
                 out_ptr = out.data_ptr()
                 if out_ptr < LOWEST_ADDRESS:
@@ -301,21 +306,28 @@ class PlannedAttention(Uncopyable, EngineNames):
                 k, v = kv
                 k_ptr, v_ptr = k.data_ptr(), v.data_ptr()
                 if k_ptr < LOWEST_ADDRESS or v_ptr < LOWEST_ADDRESS:
-                    k_ptr, v_ptr = self._low_address("k", k), self._low_address("v", v)
+                    k_ptr, v_ptr = (self._low_address(*named) for named in zip(self._operands[1:], (k, v)))
                 v_key = (v.dtype, v.shape, v.stride(), v.device)
+            rows, alignment = found.row_addresses, q_ptr | out_ptr | k_ptr | v_ptr
+            if q_pe is not None:
+                pe_ptr = q_pe.data_ptr()
+                if pe_ptr < LOWEST_ADDRESS:
+                    pe_ptr = self._low_address("q_pe", q_pe)
+                pe_key = (q_pe.dtype, q_pe.shape, q_pe.stride(), q_pe.device)
+                rows, alignment = (*rows, pe_ptr), alignment | pe_ptr
             # The hash tells a scale from a tensor that equals it, which `factors` refuses and comparing waits for.
             key = (
                 hash(scales), q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.device, v_key,
-                out_key, lse_key, scales, pdl, overrides, (q_ptr | out_ptr | k_ptr | v_ptr) & 15,
+                pe_key, out_key, lse_key, scales, pdl, overrides, alignment & 15,
             )  # fmt: skip
             followed, run = self._followed
             is_followed = key == followed
         except UnsupportedConfig:
             raise
         except (AttributeError, RuntimeError, TypeError, ValueError):
-            raise self._not_tensors(q, kv, out, lse, scales, overrides) from None
+            raise self._not_tensors(q, kv, out, lse, scales, overrides, q_pe) from None
         if not is_followed:
-            run = self._find(plan, found, key, (q, kv, out, lse, scales, pdl, overrides))
+            run = self._find(plan, found, key, (q, kv, out, lse, scales, pdl, overrides, q_pe))
         if out is None:
             out = run.new_out()
             out_ptr = out.data_ptr()
@@ -323,7 +335,7 @@ class PlannedAttention(Uncopyable, EngineNames):
             lse = run.new_lse()
             lse_ptr = lse.data_ptr()
         launch = run.settled_launch if self._is_settled else run.launch
-        launch(*found.row_addresses, q_ptr, out_ptr, lse_ptr, k_ptr, v_ptr + run.v_offset, *found.kv_addresses)
+        launch(*rows, q_ptr, out_ptr, lse_ptr, k_ptr, v_ptr + run.v_offset, *found.kv_addresses)
         if not run.is_empty:
             self._is_settled = True
         return (out, lse) if return_lse and lse is not None else out
@@ -336,8 +348,8 @@ class PlannedAttention(Uncopyable, EngineNames):
         try:
             run = plan.runs.get(key)
         except TypeError:
-            q, kv, out, lse, scales, _, overrides = given
-            raise self._not_tensors(q, kv, out, lse, scales, overrides) from None
+            q, kv, out, lse, scales, _, overrides, q_pe = given
+            raise self._not_tensors(q, kv, out, lse, scales, overrides, q_pe) from None
         if run is None:
             call = Call(*given)
             is_short = self._was_short if self._seen is not None else plan.is_short(len(call.q) if call.q.dim() else 0)
@@ -371,6 +383,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         scales: Scales,
         pdl: Optional[bool],
         overrides: Optional[Overrides],
+        q_pe: Optional[torch.Tensor],
     ) -> Result:
         plan = self._plan
         if out is None:  # without a plan of any shape: the operator raises what an eager call does
@@ -381,7 +394,7 @@ class PlannedAttention(Uncopyable, EngineNames):
             )
         if return_lse and lse is None:
             lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-        _run_door(self._handle, q, kv, out, lse, *scales, pdl, overrides)
+        _run_door(self._handle, q, kv, out, lse, *scales, pdl, overrides, q_pe)
         return (out, lse) if return_lse and lse is not None else out
 
     def _head_dim_of(self, q: Any) -> int:
@@ -391,14 +404,20 @@ class PlannedAttention(Uncopyable, EngineNames):
             raise ValueError(f"{self._op_name}: q has shape []; expected three dimensions")
         return q.shape[-1]
 
-    def _not_tensors(self, q: Any, kv: Any, out: Any, lse: Any, scales: Scales, overrides: Any) -> Exception:
+    def _not_tensors(self, q: Any, kv: Any, out: Any, lse: Any, scales: Scales, overrides: Any, q_pe: Any) -> Exception:
         """What is wrong with arguments whose signature could not be taken."""
         op, pair = self._op_name, kv if isinstance(kv, (tuple, list)) else (kv,)
         if len(pair) > 2 or not pair or (len(pair) == 1 and pair is kv):
             return ValueError(f"{op}: the KV is a {type(kv).__name__} of {len(pair)}; expected a tensor or (k, v)")
-        names = ("k", "v") if len(pair) == 2 else ("the KV cache",)
-        for name, value in {"q": q, **dict(zip(names, pair)), "out": out, "lse": lse}.items():
-            if not isinstance(value, torch.Tensor) and not (value is None and name in ("out", "lse")):
+        names = self._operands[1:] if len(pair) == 2 else ("the KV cache",)
+        for name, value in {
+            self._operands[0]: q,
+            "q_pe": q_pe,
+            **dict(zip(names, pair)),
+            "out": out,
+            "lse": lse,
+        }.items():
+            if not isinstance(value, torch.Tensor) and not (value is None and name in ("q_pe", "out", "lse")):
                 return TypeError(f"{op}: {name} is {type(value).__name__}; expected a tensor")
         return TypeError(f"{op}: scales {scales!r:.60} or options {overrides!r:.100} are not numbers")
 
@@ -418,8 +437,9 @@ def _run_by_handle(
     v_scale: Optional[float],
     pdl: Optional[bool],
     overrides: Optional[Overrides],
+    q_pe: Optional[torch.Tensor],
 ) -> None:
-    _wrappers[handle]._run(q, kv, out, lse, False, (q_scale, k_scale, v_scale), pdl, overrides)
+    _wrappers[handle]._run(q, kv, out, lse, False, (q_scale, k_scale, v_scale), pdl, overrides, q_pe)
 
 
 _run_door = traced.door(
@@ -436,5 +456,6 @@ _run_door = traced.door(
         "v_scale": "float?",
         "pdl": "bool?",
         "overrides": TRACED_OVERRIDES,
+        "q_pe": "Tensor?",
     },
 )

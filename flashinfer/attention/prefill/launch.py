@@ -17,7 +17,7 @@ from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.attention import prefill as families
 from flashinfer.families.attention.params import ADDRESSES, MASKS
 from flashinfer.families.layout import FP8_DTYPES, fast_divisor
-from flashinfer.host import memo
+from flashinfer.host import checks, memo
 from flashinfer.host.paged_cache import KvStrides
 from flashinfer.jit import KernelSpec, default_resolver
 from flashinfer.jit.loader import Launcher, PreparedLaunch
@@ -65,11 +65,12 @@ def load_kernel(
         mask=mask,
         **variant.spec_args,
     )
-    return _load(device, spec, pdl)
+    return load_spec(device, spec, pdl)
 
 
 @functools.cache
-def _load(device: torch.device, spec: KernelSpec, pdl: Optional[bool]) -> PrefillKernel:
+def load_spec(device: torch.device, spec: KernelSpec, pdl: Optional[bool]) -> PrefillKernel:
+    """Of a kernel that takes its work from a plan of prefill."""
     kernel = default_resolver().load(spec)
     if device.type == "cpu":
         return PrefillKernel(kernel.on(-1), 0, 0, 0)
@@ -199,9 +200,19 @@ class Schedule:
         launcher = load_planner(device, kv_storage)
         return launcher.prepare((1, 1, 1), values, varying=("qo_indptr", "kv.indptr", "kv.last_page_len"))
 
+    def require_items(self, op: str, num_rows: int, kernel: PrefillKernel, batch_size: int) -> None:
+        """Room for a batch of so many query rows of each KV head."""
+        needed = -(-num_rows // kernel.block_m) + batch_size
+        checks.require(
+            needed <= self.max_items,
+            op,
+            f"the int workspace holds {self.max_items} work items, {num_rows} query rows may need {needed}; pass a "
+            "larger one to reset_workspace_buffer()",
+        )
+
     @property
     def values(self) -> dict[str, int]:
-        """The fields of PrefillParams."""
+        """The fields of PrefillScratch."""
         return {
             "items": self.items,
             "schedule": self.header,

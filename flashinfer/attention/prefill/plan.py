@@ -117,7 +117,7 @@ class PrefillPlan(Plan):
         )
         kernel = self._load((q.dtype, call.kv_dtype, out.dtype), mask, variant, short_queries, call.pdl)
         if self._schedule is not None:
-            self._require_items(q.shape[0], kernel.block_m, self._schedule)
+            self._schedule.require_items(op, q.shape[0] * self._group_size, kernel, shape.batch_size)
         is_empty = q.shape[0] == 0 or shape.batch_size == 0
         launch = no_launch
         if not is_empty:
@@ -138,13 +138,4 @@ class PrefillPlan(Plan):
             call.num_pages if isinstance(kv, PagedKv) else kv.num_rows(call.kv[0]),
             is_empty,
             short_queries,
-        )
-
-    def _require_items(self, num_tokens: int, block_m: int, schedule: Schedule) -> None:
-        needed = -(-num_tokens * self._group_size // block_m) + self.shape.batch_size
-        checks.require(
-            needed <= schedule.max_items,
-            self.op,
-            f"the int workspace holds {schedule.max_items} work items, {num_tokens} tokens may need {needed}; pass a "
-            "larger one to reset_workspace_buffer()",
         )

@@ -1,0 +1,1 @@
+"""Queries over a latent cache (multi-head latent attention)."""

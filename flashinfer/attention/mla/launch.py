@@ -1,0 +1,71 @@
+"""The kernel for a device, and a bound launch. Schedules are those of prefill."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+
+from flashinfer import dtypes, target
+from flashinfer.attention.plan import BoundLaunch
+from flashinfer.attention.prefill import launch as prefill
+from flashinfer.attention.prefill.launch import PrefillKernel
+from flashinfer.families.attention import mla as families
+from flashinfer.families.layout import fast_divisor
+
+
+def load_kernel(
+    device: torch.device,
+    types: tuple[torch.dtype, torch.dtype],
+    head_dims: tuple[int, int],
+    page_size: int,
+    mask: str,
+    pdl: Optional[bool] = None,
+) -> PrefillKernel:
+    """types: of q and of the cache; head_dims: of ckv and kpe. Raises UnsupportedConfig where there is no kernel, or
+    what `Resolver.load` does."""
+    q_dtype, kv_dtype = map(dtypes.short_name, types)
+    spec = families.mla(
+        target.of_device(device),
+        q_dtype=q_dtype,
+        kv_dtype=kv_dtype,
+        head_dim_ckv=head_dims[0],
+        head_dim_kpe=head_dims[1],
+        page_size=page_size,
+        mask=mask,
+    )
+    return prefill.load_spec(device, spec, pdl)
+
+
+def bind_launch(
+    kernel: PrefillKernel,
+    rows: dict[str, torch.Tensor],
+    caches: dict[str, torch.Tensor],
+    schedule: dict[str, int],
+    options: dict[str, float],
+    *,
+    batch_size: int,
+    page_size: int,
+) -> BoundLaunch:
+    """A launch with everything but the addresses laid out.
+
+    rows: q_nope, q_pe and out, `[num_tokens, num_heads, head_dim]`; caches: ckv and kpe, `[num_pages, page_size,
+    head_dim]`; options: sm_scale and v_scale.
+    """
+    num_tokens, num_heads, _ = rows["q_nope"].shape
+    values = {
+        "kv.index.len": 0,
+        **fast_divisor("kv.index.page_size", page_size),
+        **_strides(rows, ("token", "head")),
+        **_strides({f"kv.{name}": cache for name, cache in caches.items()}, ("page", "entry")),
+        "batch_size": batch_size,
+        "num_qo_heads": num_heads,
+        "num_tokens": num_tokens,
+        **options,
+        **schedule,
+    }
+    return kernel.launcher.prepare((kernel.num_blocks or 1, 1, 1), values, varying=families.ADDRESSES)
+
+
+def _strides(tensors: dict[str, torch.Tensor], axes: tuple[str, ...]) -> dict[str, int]:
+    return {f"{name}_{axis}_stride": x.stride(i) for name, x in tensors.items() for i, axis in enumerate(axes)}

@@ -1,0 +1,115 @@
+"""What a plan of latent attention settles: the kernel, where the schedule lies, each signature of run() laid out."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+
+from flashinfer.attention.mla import launch as launches
+from flashinfer.attention.plan import BoundRun, Call, Plan, Shape, no_launch
+from flashinfer.attention.prefill.launch import NO_SCHEDULE, Extent, PrefillKernel, Schedule
+from flashinfer.attention.variant import Variant, factors
+from flashinfer.families.attention.mla import STORAGE
+from flashinfer.host import checks, paged_cache
+from flashinfer.host.rows import require_rows
+from flashinfer.jit.loader import PreparedLaunch
+
+
+class MlaPlan(Plan):
+    names = ("q_nope", "ckv_cache", "kpe_cache")
+
+    def __init__(
+        self,
+        op: str,
+        device: torch.device,
+        shape: Shape,
+        types: tuple[torch.dtype, torch.dtype],
+        mask: str,
+        variant: Variant,
+        workspaces: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        """shape: of one KV head, with head dimensions of whole rows and of ckv. types: of q and of the cache.
+        workspaces: of integers and of floats."""
+        super().__init__(op, device, shape, (*types, types[0]), mask, variant)
+        self._head_dims = shape.head_dim_vo, shape.head_dim_qk - shape.head_dim_vo
+        self._only_extent = Extent.of(self._load(None), mask, variant)
+        self._schedule: Optional[Schedule] = None
+        if device.type == "cuda" and shape.batch_size > 0:
+            self._schedule = Schedule.of(op, *workspaces, shape.batch_size, 1, shape.head_dim_vo)
+
+    def _load(self, pdl: Optional[bool]) -> PrefillKernel:
+        types = self.q_dtype, self.kv_dtype
+        return launches.load_kernel(self.device, types, self._head_dims, self.shape.page_size, self.mask, pdl)
+
+    def _extent(self, short_queries: bool) -> Extent:
+        return self._only_extent
+
+    def _bind_planner(self, extent: Extent) -> PreparedLaunch:
+        if self._schedule is None:
+            return no_launch
+        shape = self.shape
+        return self._schedule.bind_planner(
+            self.device, STORAGE, extent, shape.page_size, shape.batch_size, 1, shape.num_qo_heads
+        )
+
+    def bind(self, call: Call, short_queries: bool) -> BoundRun:
+        q_pe, batch_size, num_tokens = self._require_queries(call), self.shape.batch_size, len(call.q)
+        self.require_tensors(call)
+        caches = self._caches(call)
+        out, new_out, new_lse = self.outputs(call)
+        q_scale, k_scale, v_scale = call.scales
+        qk_scale, v_factor = factors(self.op, (q_scale, k_scale), (v_scale,))
+        kernel = self._load(call.pdl)
+        if self._schedule is not None:
+            self._schedule.require_items(self.op, num_tokens * self.shape.num_qo_heads, kernel, batch_size)
+        is_empty = num_tokens == 0 or batch_size == 0
+        launch = no_launch
+        if not is_empty:
+            launch = launches.bind_launch(
+                kernel,
+                {"q_nope": call.q, "q_pe": q_pe, "out": out},
+                caches,
+                NO_SCHEDULE if self._schedule is None else self._schedule.values,
+                {"sm_scale": self.variant.sm_scale * qk_scale, "v_scale": v_factor},
+                batch_size=batch_size,
+                page_size=self.shape.page_size,
+            )
+        return BoundRun(
+            launch, launch, new_out, new_lse, self._only_extent, 0, num_tokens, call.num_pages, is_empty, short_queries
+        )
+
+    def _require_queries(self, call: Call) -> torch.Tensor:
+        """q_pe."""
+        op, q_nope, q_pe, num_heads = self.op, call.q, call.q_pe, self.shape.num_qo_heads
+        if q_pe is None:
+            raise TypeError(f"{op}: q_pe is None; expected a tensor, of no columns where head_dim_kpe is 0")
+        for name, q, dim in (("q_nope", q_nope, self._head_dims[0]), ("q_pe", q_pe, self._head_dims[1])):
+            if q.dim() != 3 or q.shape[1:] != (num_heads, dim):
+                raise ValueError(
+                    f"{op}: {name} has shape {list(q.shape)}; planned for [num_tokens, {num_heads}, {dim}] "
+                    "([num_tokens, num_heads, head_dim])"
+                )
+            checks.require(q.dtype == self.q_dtype, op, f"{name} is {q.dtype}; planned with q_data_type {self.q_dtype}")
+        checks.require(
+            len(q_nope) == len(q_pe), op, f"q_nope has {len(q_nope)} tokens, q_pe {len(q_pe)}; they must be equal"
+        )
+        require_rows(op, "q_pe", q_pe)
+        return q_pe
+
+    def _caches(self, call: Call) -> dict[str, torch.Tensor]:
+        """ckv and kpe, `[num_pages, page_size, head_dim]` in any strides over dense rows."""
+        op, axes = self.op, ("pages", "page_size", "head_dim")
+        ckv, kpe = call.kv
+        sizes: dict[str, tuple[int, str]] = {"page_size": (self.shape.page_size, "the plan says")}
+        for name, cache, dim in (("ckv_cache", ckv, self._head_dims[0]), ("kpe_cache", kpe, self._head_dims[1])):
+            of_row = {**sizes, "head_dim": (dim, "the plan says")}
+            paged_cache.require_sizes(
+                op, name, cache, axes, of_row, "pass a cache that matches the plan, or plan again"
+            )
+            sizes["pages"] = (cache.shape[0], "ckv_cache has")
+            checks.require(
+                cache.dtype == self.kv_dtype, op, f"{name} is {cache.dtype}; planned with kv_data_type {self.kv_dtype}"
+            )
+            require_rows(op, name, cache)
+        return {"ckv": ckv, "kpe": kpe}
