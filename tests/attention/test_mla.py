@@ -1,0 +1,417 @@
+"""Latent attention on both targets against the FP64 oracle: lengths, pages, head counts, dtypes, graphs, bad input."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashinfer
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.families.attention import mla as families
+from flashinfer.jit import default_resolver
+from tests.attention.mla_kit import Batch, Case, check, expect, make_batch, make_wrapper, plan, run
+from tests.attention.named_cases import named
+from tests.attention.prefill_kit import BF16, E4M3, FP16, FP32
+from tests.tolerances import assert_close
+
+APPEND = (3, 1, 70, 2)  # queries of the four requests
+
+CASES = [
+    Case("decode"),
+    Case("not_causal", qo_lens=APPEND, causal=False),
+    *[Case(f"heads_{count}", num_heads=count) for count in (1, 3, 20, 32, 64, 128)],
+    *[Case(f"page_{size}", page_size=size) for size in (1, 3, 8, 16, 32, 48, 128)],
+    Case("page_1_heads_128", num_heads=128, page_size=1),
+    Case("last_page_full", kv_lens=(64, 128, 320, 1)),
+    # Several tokens a request, which see each other causally.
+    Case("two_tokens", qo_lens=(2, 2, 2, 2), num_heads=128),
+    Case("draft", qo_lens=(5, 4, 1, 3), num_heads=20, page_size=1),
+    Case("append", qo_lens=APPEND, num_heads=20),
+    Case("append_heads_128", qo_lens=(9, 40), kv_lens=(300, 40), num_heads=128),
+    Case("queries_beyond_kv", qo_lens=(50, 9), kv_lens=(20, 3), num_heads=3),
+    # Long KV under few rows, whose splits are merged, many of them in two steps.
+    Case("long_kv", qo_lens=(1, 2, 1), kv_lens=(3000, 5000, 200)),
+    Case("many_splits", qo_lens=(1,), kv_lens=(20000,), num_heads=4),
+    Case("many_splits_page_1", qo_lens=(2,), kv_lens=(20000,), num_heads=4, page_size=1),
+    Case("many_short", qo_lens=(1,) * 70, kv_lens=tuple(i % 40 + 7 for i in range(70)), page_size=16),
+    Case("empty_requests", qo_lens=(0, 1, 0, 3, 1), kv_lens=(7, 9, 0, 300, 0)),
+    Case("no_kv", qo_lens=(4, 1), kv_lens=(0, 0)),
+    Case("no_queries", qo_lens=(0, 0), kv_lens=(5, 70)),
+    Case("empty_batch", qo_lens=(), kv_lens=()),
+    Case("far_apart", qo_lens=(1, 3), kv_lens=(900, 400), sm_scale=1.0),
+    # Memory.
+    Case("two_caches", rows="two"),
+    Case("wide_rows", qo_lens=APPEND, rows="wide"),
+    Case("wide_rows_page_1", rows="wide", page_size=1, num_heads=128),
+    Case("shared_pages", num_shared_pages=3, kv_lens=(200, 193, 400, 192), qo_lens=(1, 2, 1, 1)),
+    Case("spare_pages", spare_pages=2, kv_lens=(33, 0, 64, 517)),
+    Case("spare_pages_1", spare_pages=5, page_size=1),
+    # Dimensions and dtypes.
+    Case("dims_256_64", dims=(256, 64), qo_lens=APPEND),
+    Case("dims_512_0", dims=(512, 0), qo_lens=APPEND),
+    Case("dims_512_0_page_1", dims=(512, 0), page_size=1, num_heads=64),
+    Case("dims_256_0", dims=(256, 0), rows="two"),
+    Case("fp16", q_dtype=FP16, qo_lens=APPEND),
+    Case("fp16_heads_128", q_dtype=FP16, num_heads=128),
+    Case("fp8", kv_dtype=E4M3, qo_lens=APPEND),
+    Case("fp8_heads_128", kv_dtype=E4M3, num_heads=128),
+    Case("fp8_page_1_fp16", kv_dtype=E4M3, q_dtype=FP16, page_size=1),
+    Case("fp8_dims_256_64", kv_dtype=E4M3, dims=(256, 64), page_size=16),
+]
+SANITIZED = {"decode", "heads_128", "page_1", "page_3", "append", "many_splits", "no_kv", "spare_pages_1", "wide_rows"}
+SANITIZED |= {"dims_512_0", "dims_256_64", "fp8", "fp8_page_1_fp16"}
+
+
+@pytest.mark.parametrize("case", named(CASES, sanitized=SANITIZED))
+def test_against_the_oracle(device: torch.device, case: Case) -> None:
+    batch = make_batch(case, device)
+    wrapper = make_wrapper(device)
+    plan(wrapper, batch)
+    check(run(wrapper, batch), expect(batch))
+
+
+@pytest.mark.parametrize("dims", [(512, 64), (512, 0)], ids=str)
+def test_fp32_on_the_cpu(dims: tuple[int, int]) -> None:
+    batch = make_batch(Case("fp32", qo_lens=APPEND, q_dtype=FP32, dims=dims, page_size=3), torch.device("cpu"))
+    wrapper = make_wrapper(torch.device("cpu"))
+    plan(wrapper, batch)
+    out, lse = run(wrapper, batch)
+    expected = expect(batch)
+    assert_close(out, expected[0], scale=2.0)  # sums of 500 products in fp32
+    assert_close(lse, expected[1], scale=2.0)
+
+
+@pytest.mark.parametrize("given", [{"ckv_scale": 0.7}, {"ckv_scale": 1.7, "kpe_scale": 1.7}], ids=str)
+def test_scale_of_a_quantized_cache(device: torch.device, given: dict[str, float]) -> None:
+    batch = make_batch(Case("scale", qo_lens=(1, 2, 1, 5), kv_dtype=E4M3), device)
+    wrapper = make_wrapper(device)
+    plan(wrapper, batch)
+    check(run(wrapper, batch, **given), expect(batch, given["ckv_scale"]))
+    check(run(wrapper, batch), expect(batch))
+
+
+def test_two_plans_and_another_signature(device: torch.device) -> None:
+    """What a run keeps belongs to its plan, and to the strides, dtypes and scales it was bound for."""
+    wrapper = make_wrapper(device)
+    cases = [Case("a"), Case("b", rows="two", num_heads=20), Case("c", page_size=1, qo_lens=APPEND), Case("a")]
+    for seed, case in enumerate(cases):
+        batch, other = make_batch(case, device, seed), make_batch(replace(case, rows="wide"), device, seed)
+        plan(wrapper, batch)
+        for each in (batch, other, batch):
+            check(run(wrapper, each), expect(each))
+
+
+def test_allocated_outputs(device: torch.device) -> None:
+    batch = make_batch(Case("allocated"), device)
+    wrapper = make_wrapper(device)
+    plan(wrapper, batch)
+    out = wrapper.run(*batch.q, *batch.caches)
+    both = wrapper.run_return_lse(*batch.q, *batch.caches)
+    assert isinstance(out, Tensor) and torch.equal(out, both[0])
+    check((both[0], both[1]), expect(batch))
+
+
+def test_rows_between_tokens_are_kept(device: torch.device) -> None:
+    """Tokens of no request, in front of the first and behind the last, keep what out and lse held."""
+    case = Case("between", qo_lens=(2, 1), kv_lens=(40, 70))
+    batch = make_batch(replace(case, qo_lens=(5, 4)), device)
+    wrapper = make_wrapper(device)
+    qo_indptr = torch.tensor([3, 5, 6], dtype=torch.int32)
+    plan(wrapper, replace(batch, indices=(qo_indptr, *batch.indices[1:])))
+    out, lse = run(wrapper, batch)
+    inner = replace(batch, case=case, q=(batch.q[0][3:6], batch.q[1][3:6]))
+    check((out[3:6], lse[3:6]), expect(inner))
+    for rows in (slice(0, 3), slice(6, 9)):
+        assert out[rows].isnan().all() and lse[rows].isnan().all()
+
+
+def test_same_result_every_time(device: torch.device) -> None:
+    """Whichever block takes an item or merges it last, the sums run in one order."""
+    batch = make_batch(Case("repeat", qo_lens=(1, 3), kv_lens=(6000, 3000)), device)
+    wrapper = make_wrapper(device)
+    plan(wrapper, batch)
+    first = run(wrapper, batch)
+    for _ in range(5):
+        again = run(wrapper, batch)
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+@pytest.mark.parametrize("num_heads", [16, 128])
+def test_shared_prefix_by_merging_states(device: torch.device, num_heads: int) -> None:
+    """A cascade: every token over the prefix, which is one request of many queries, then over what is its own."""
+    case = Case("cascade", (1, 1, 2), (500, 300, 257), num_heads, num_shared_pages=4)
+    batch = make_batch(case, device)
+    prefix_len, prefix_pages = case.num_shared_pages * case.page_size, batch.indices[2][: case.num_shared_pages]
+    indptr, own_pages = batch.indices[1].tolist(), []
+    for begin, end in itertools.pairwise(indptr):
+        own_pages.append(batch.indices[2][begin + case.num_shared_pages : end])
+
+    def int32(*values: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    of_prefix = (int32(0, sum(case.qo_lens)), int32(0, len(prefix_pages)), prefix_pages, int32(prefix_len))
+    own_lens = [length - prefix_len for length in case.kv_lens]
+    ends = torch.tensor([len(pages) for pages in own_pages]).cumsum(0).tolist()
+    of_own = (batch.indices[0], int32(0, *ends), torch.cat(own_pages), int32(*own_lens))
+    states = []
+    for indices, causal in ((of_prefix, False), (of_own, True)):
+        wrapper = make_wrapper(device)
+        plan(wrapper, replace(batch, indices=indices), causal=causal)
+        states += run(wrapper, batch)
+    check(flashinfer.merge_state(*states), expect(batch))
+
+
+# --------------------------------------------------------------------------------------------------------------- graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_heads, page_size", [(16, 64), (128, 64), (128, 1)])
+def test_graph_captured_short_and_replayed_long(num_heads: int, page_size: int) -> None:
+    """Plan outside, run captured; then plan and run captured together. Padding requests have neither tokens nor KV."""
+    device = torch.device("cuda")
+    long = Case("long", (1, 2, 0, 3), (4000, 700, 0, 90), num_heads, page_size=page_size)
+    short = replace(long, name="short", qo_lens=(2, 2, 1, 1), kv_lens=(16, 17, 18, 19))
+    num_pages = 4900 // page_size + 8
+    batches = {case.name: make_batch(case, device, seed=3, num_pages=num_pages) for case in (short, long)}
+    q = tuple(x.clone() for x in batches["short"].q)
+    cache = torch.zeros(num_pages, page_size, 576, dtype=BF16, device=device)
+    views = cache[..., :512], cache[..., 512:]
+    buffers = {name: torch.zeros(5, dtype=torch.int32, device=device) for name in ("qo_indptr", "kv_indptr")}
+    buffers["kv_indices"] = torch.zeros(num_pages + 8, dtype=torch.int32, device=device)
+    buffers["kv_len_arr"] = torch.zeros(4, dtype=torch.int32, device=device)
+    wrapper = make_wrapper(device, use_cuda_graph=True, **buffers)
+
+    def load(batch: Batch) -> None:
+        for target, source in zip((*q, *views), (*batch.q, *batch.caches)):
+            target[: len(source)].copy_(source)
+
+    def launch() -> tuple[Tensor, Tensor]:
+        out, lse = wrapper.run(*q, *views, return_lse=True)
+        return out, lse
+
+    load(batches["short"])
+    plan(wrapper, batches["short"])
+    launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = launch()
+    for name in ("long", "short", "long"):
+        load(batches[name])
+        plan(wrapper, batches[name])
+        graph.replay()
+        check(result, expect(batches[name]))
+
+    on_device = tuple(torch.zeros(size, dtype=torch.int32, device=device) for size in (5, 5, num_pages + 8, 4))
+    captured = replace(batches["short"], indices=on_device)
+
+    def load_indices(batch: Batch) -> None:
+        for target, source in zip(on_device, batch.indices):
+            target[: len(source)].copy_(source)
+
+    load_indices(batches["short"])
+    plan(wrapper, captured)
+    both = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(both):
+        plan(wrapper, captured)
+        result = launch()
+    for name in ("long", "short"):
+        load(batches[name])
+        load_indices(batches[name])
+        both.replay()
+        check(result, expect(batches[name]))
+
+
+@pytest.mark.gpu
+def test_plan_does_not_wait() -> None:
+    device = torch.device("cuda")
+    batch = make_batch(Case("plan"), device)
+    batch = replace(batch, indices=tuple(x.to(device) for x in batch.indices))
+    wrapper = make_wrapper(device)
+    plan(wrapper, batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plan(wrapper, batch)
+        result = wrapper.run(*batch.q, *batch.caches, return_lse=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    check((result[0], result[1]), expect(batch))
+
+
+def test_torch_compile(device: torch.device) -> None:
+    """Traced without a graph break, with the same result; a new plan needs no new trace."""
+    wrapper = make_wrapper(device)
+
+    def layer(q_nope: Tensor, q_pe: Tensor, ckv: Tensor, kpe: Tensor) -> tuple[Tensor, ...]:
+        out, lse = wrapper.run(q_nope * 2, q_pe, ckv, kpe, return_lse=True)
+        return out + 1, lse
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for seed in (0, 1):
+        batch = make_batch(Case("compiled"), device, seed)
+        plan(wrapper, batch)
+        for ours, eager in zip(compiled(*batch.q, *batch.caches), layer(*batch.q, *batch.caches)):
+            assert torch.equal(ours, eager)
+
+
+# -------------------------------------------------------------------------------------------------- as engines call it
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["plain", "graph"])
+def test_planning_through_the_cached_module(device: torch.device, graph: bool) -> None:
+    """As SGLang plans a captured decode: it fills the index buffers, then calls upstream's planner with host copies."""
+    buffers: dict[str, Tensor] = {}
+    if graph:
+        sizes = {"qo_indptr": 5, "kv_indptr": 5, "kv_indices": 1024, "kv_len_arr": 4}
+        buffers = {name: torch.zeros(size, dtype=torch.int32, device=device) for name, size in sizes.items()}
+    wrapper = make_wrapper(device, use_cuda_graph=graph, **buffers)
+    first, second = (
+        make_batch(Case("sglang", kv_lens=lens, page_size=1), device) for lens in ((5,) * 4, (3, 70, 9, 8))
+    )
+    plan(wrapper, first)
+    check(run(wrapper, first), expect(first))
+    for name, tensor in zip(("_qo_indptr_buf", "_kv_indptr_buf", "_kv_indices_buf", "_kv_len_arr_buf"), second.indices):
+        if graph:
+            getattr(wrapper, name)[: len(tensor)].copy_(tensor)
+        else:
+            setattr(wrapper, name, tensor.to(device))
+    wrapper._causal, wrapper._page_size, wrapper._sm_scale = True, 1, second.case.sm_scale
+    workspaces = (
+        wrapper._float_workspace_buffer,
+        wrapper._int_workspace_buffer,
+        wrapper._pin_memory_int_workspace_buffer,
+    )
+    qo_indptr, kv_indptr, _, kv_len = second.indices
+    wrapper._cached_module.plan(*workspaces, qo_indptr, kv_indptr, kv_len, 16, 512, True)
+    check(run(wrapper, second), expect(second))
+    for other in ((20, 512, True), (16, 256, True), (16, 512, False)):
+        with pytest.raises(UnsupportedConfig, match=r"call plan\(\)"):
+            wrapper._cached_module.plan(*workspaces, qo_indptr, kv_indptr, kv_len, *other)
+    with pytest.raises(UnsupportedConfig, match="_causal was planned as True"):
+        wrapper._causal = False
+    with pytest.raises(UnsupportedConfig, match="_sm_scale was planned"):
+        wrapper._sm_scale = 0.5
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def test_errors_name_the_argument(device: torch.device) -> None:
+    batch = make_batch(Case("errors", kv_dtype=E4M3), device)
+    wrapper = make_wrapper(device)
+    (q_nope, q_pe), (ckv, kpe) = batch.q, batch.caches
+    with pytest.raises(ValueError, match=r"run\(\) before plan"):
+        wrapper.run(q_nope, q_pe, ckv, kpe)
+    plan(wrapper, batch)
+    expected = expect(batch)
+    bad_runs = {
+        r"q_nope has shape \[4, 8, 512\]": (q_nope[:, :8], q_pe, ckv, kpe),
+        r"q_pe has shape \[4, 16, 512\]": (q_nope, q_nope, ckv, kpe),
+        "q_nope has 4 tokens, q_pe 3": (q_nope, q_pe[:3], ckv, kpe),
+        r"q_pe is torch\.float32": (q_nope, q_pe.float(), ckv, kpe),
+        r"ckv_cache dim 1 \(page_size\) is 8": (q_nope, q_pe, ckv[:, :8], kpe),
+        r"kpe_cache dim 0 \(pages\)": (q_nope, q_pe, ckv, kpe[:-1]),
+        r"kpe_cache dim 2 \(head_dim\) is 512": (q_nope, q_pe, ckv, ckv),
+        r"ckv_cache has shape": (q_nope, q_pe, ckv[:, :, None], kpe),
+        r"ckv_cache is torch\.bfloat16": (q_nope, q_pe, ckv.to(BF16), kpe),
+        "kpe_cache has stride": (q_nope, q_pe, ckv, kpe.transpose(1, 2).contiguous().transpose(1, 2)),
+        "q_pe is NoneType|q_pe is None": (q_nope, None, ckv, kpe),
+        "kpe_cache is NoneType": (q_nope, q_pe, ckv, None),
+        "q_nope is list": ([1.0], q_pe, ckv, kpe),
+    }
+    for message, given in bad_runs.items():
+        with pytest.raises((ValueError, TypeError), match=message):
+            wrapper.run(*given)
+    bad_options = {
+        "out is": {"out": q_nope[:2]},
+        "elements of out overlap": {"out": q_nope[:1].expand(4, 16, 512)},
+        r"lse is torch\.bfloat16": {"lse": q_nope[..., 0].contiguous(), "return_lse": True},
+        "profile": {"profiler_buffer": torch.zeros(4)},
+        "kv_len_arr": {"kv_len": torch.zeros(4)},
+        "kv_indptr": {"page_table": torch.zeros(4)},
+        "base 2": {"return_lse_base_on_e": True},
+        "o_scale": {"o_scale": 2.0},
+        "multiply q_pe by": {"ckv_scale": 0.5, "kpe_scale": 0.25},
+        "kpe_scale 0.5": {"kpe_scale": 0.5},
+        "a scale is a tensor": {"ckv_scale": torch.ones(())},
+        "scale for each token": {"ckv_scale_arr": torch.ones(4)},
+        "expected a positive number": {"ckv_scale": 0.0},
+        "enable_pdl": {"enable_pdl": "yes"},
+        "unexpected argument 'query'": {"query": q_nope},
+    }
+    for message, options in bad_options.items():
+        with pytest.raises((ValueError, TypeError), match=message):
+            wrapper.run(q_nope, q_pe, ckv, kpe, **options)
+    bad_plans = {
+        "use_profiler": {"use_profiler": True},
+        "sm_scale": {"sm_scale": -1.0},
+        "num_qo_heads": {"num_heads": 0},
+        "head_dim_ckv": {"head_dim_ckv": 500},
+        "head_dim_kpe": {"head_dim_kpe": -1},
+        "page_size": {"page_size": 0},
+        "causal": {"causal": "yes"},
+        "q_dtype": {"q_data_type": "int8"},
+        "cache": {"kv_data_type": FP16},
+        "float8_e5m2|fp8_e5m2": {"kv_data_type": torch.float8_e5m2},
+        "attention sinks": {"sinks": torch.zeros(16)},
+    }
+    for message, options in bad_plans.items():
+        with pytest.raises((ValueError, TypeError), match=message):
+            plan(wrapper, batch, **options)
+    if device.type == "cuda":
+        with pytest.raises(ValueError, match="kpe_cache is on cpu"):
+            wrapper.run(q_nope, q_pe, ckv, kpe.cpu())
+        with pytest.raises(ValueError, match="start at multiples of 16 bytes"):
+            shifted = torch.zeros(*ckv.shape[:2], 584, dtype=torch.uint8, device=device).view(E4M3)
+            wrapper.run(q_nope, q_pe, shifted[..., 8:520], kpe)
+    check(run(wrapper, batch), expected)
+
+
+# -------------------------------------------------------------------------------------------------------------- compile
+
+
+@pytest.mark.slow
+def test_random_sweep(device: torch.device) -> None:
+    """Legal combinations of lengths, shapes and dtypes, drawn with a fixed seed."""
+    draw = random.Random(7)
+    for i in range(60 if device.type == "cuda" else 20):
+        batch_size = draw.randint(1, 9)
+        kv_lens = tuple(draw.choice((0, 1, 15, 64, 65, 200, 1500)) + draw.randint(0, 3) for _ in range(batch_size))
+        qo_lens = tuple(draw.choice((0, 1, 1, 1, 2, 4, 17)) for _ in range(batch_size))
+        case = Case(
+            f"sweep {i}", qo_lens, kv_lens, draw.choice((1, 7, 16, 20, 64, 128)),
+            draw.choice(((512, 64), (512, 64), (256, 64), (512, 0))), draw.choice((1, 5, 16, 64, 128)),
+            draw.choice((BF16, FP16)), draw.choice((None, None, E4M3)), draw.random() < 0.7,
+            draw.choice(("one", "two", "wide")), spare_pages=draw.choice((0, 0, 3)),
+        )  # fmt: skip
+        batch = make_batch(case, device, seed=i)
+        wrapper = make_wrapper(device)
+        plan(wrapper, batch)
+        try:
+            check(run(wrapper, batch), expect(batch))
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a"])
+def test_every_option_compiles(target: str) -> None:
+    if not families.MLA.runs_on(target):
+        pytest.skip(f"no kernel for {target}")
+    for case in CASES:
+        q_dtype = "bf16" if case.q_dtype == BF16 else "fp16"
+        spec = families.mla(
+            target,
+            q_dtype=q_dtype,
+            kv_dtype=q_dtype if case.kv_dtype is None else "fp8_e4m3",
+            head_dim_ckv=case.dims[0],
+            head_dim_kpe=case.dims[1],
+            page_size=case.page_size,
+            mask="causal" if case.causal else "none",
+        )
+        default_resolver().load(spec)
