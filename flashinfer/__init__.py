@@ -24,6 +24,7 @@ _EXPORTS = {
             "BatchDecodeWithSharedPrefixPagedKVCacheWrapper",
             "BatchPrefillWithSharedPrefixPagedKVCacheWrapper",
         ),
+        "concat_ops": ("concat_mla_k",),
         "decode": (
             "single_decode_with_kv_cache",
             "BatchDecodeWithPagedKVCacheWrapper",

@@ -8,8 +8,10 @@ from flashinfer.attention.decode.paged import (
     fast_decode_plan,
 )
 from flashinfer.attention.decode.single import single_decode_with_kv_cache
+from flashinfer.mla import BatchDecodeMlaWithPagedKVCacheWrapper
 
 __all__ = [
+    "BatchDecodeMlaWithPagedKVCacheWrapper",
     "BatchDecodeWithPagedKVCacheWrapper",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
     "fast_decode_plan",
