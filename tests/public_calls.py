@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import flashinfer
-from flashinfer import cascade, quantization, sampling, utils
+from flashinfer import cascade, decode, quantization, sampling, utils
 from flashinfer.host.memo import Memo
 
 TOKENS, HEADS, KV_HEADS, DIM, PAGE = 5, 4, 2, 64, 4
@@ -53,6 +53,8 @@ class Inputs:
         self.mask = random(3 * 7 + 2 * 9) > 0
         self.shared = [index(0, 5), index(0, 1), index(5), index(4)]  # one page for all queries
         self.latent = random(6, PAGE, 96)
+        self.latent_rows, self.latent_q = random(6, PAGE, 576), random(TOKENS, HEADS, 576)
+        self.kv_lens = index(7, 9)
         self.logits = random(TOKENS, VOCAB, dtype=torch.float32)
         self.probs = torch.softmax(self.logits, dim=-1)
         self.per_row = torch.full((TOKENS,), 0.7, dtype=torch.float32, device=device)
@@ -195,6 +197,14 @@ CALLS["get_batch_indices_positions"] = lambda i: flashinfer.get_batch_indices_po
 )
 CALLS["get_seq_lens"] = lambda i: flashinfer.get_seq_lens(i.kv_indptr, i.last_page_len, PAGE)
 
+
+@call("concat_mla_k")
+def _concat_mla_k(i: Inputs) -> Any:
+    k = i.q.new_zeros(TOKENS, HEADS, 96)
+    flashinfer.concat_mla_k(k, i.q, i.k[:, :1, :32])
+    return k
+
+
 # ----------------------------------------------------------------------------------------------------------------- rope
 
 for _name in ("apply_rope", "apply_llama31_rope"):
@@ -324,6 +334,29 @@ def _ragged_prefill(i: Inputs) -> Any:
     return wrapper.run(i.q, *i.kv, return_lse=True)
 
 
+def _latent(i: Inputs, num_queries: int) -> tuple[Tensor, ...]:
+    """Queries and cache in two parts."""
+    q, rows = i.latent_q[:num_queries], i.latent_rows
+    return q[..., :512], q[..., 512:], rows[..., :512], rows[..., 512:]
+
+
+@call("BatchMLAPagedAttentionWrapper")
+def _mla(i: Inputs) -> Any:
+    wrapper = flashinfer.BatchMLAPagedAttentionWrapper(i.workspace)
+    shapes, dtypes = (HEADS, 512, 64, PAGE, True, 0.07), (torch.bfloat16, torch.bfloat16)
+    wrapper.plan(i.qo_indptr, i.kv_indptr, i.pages, i.kv_lens, *shapes, *dtypes)
+    results = [wrapper.run(*_latent(i, TOKENS)), wrapper.run(*_latent(i, TOKENS), return_lse=True)]
+    wrapper.plan(i.qo_indptr.cpu(), i.kv_indptr.cpu(), i.pages.cpu(), i.kv_lens.cpu(), *shapes, "bfloat16", "bfloat16")
+    return [*results, wrapper.run_return_lse(*_latent(i, TOKENS))]
+
+
+@call("decode.BatchDecodeMlaWithPagedKVCacheWrapper")
+def _mla_decode(i: Inputs) -> Any:
+    wrapper = decode.BatchDecodeMlaWithPagedKVCacheWrapper(i.workspace)
+    wrapper.plan(*i.paged, HEADS, 512, PAGE, 0.07, data_type=torch.bfloat16)
+    return [wrapper.run(*_latent(i, 2)), wrapper.run_return_lse(*_latent(i, 2))]
+
+
 @call("MultiLevelCascadeAttentionWrapper")
 def _cascade(i: Inputs) -> Any:
     wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, i.workspace)
@@ -356,10 +389,15 @@ CALLS["utils.get_indptr"] = lambda i: utils.get_indptr(i.last_page_len)
 def public_names() -> frozenset[str]:
     """What the package exports, and what its modules export besides."""
     names = set(flashinfer._EXPORTS)
-    for module in ("cascade", "decode", "prefill", "norm", "activation", "page", "quantization", "rope", "sampling"):
+    attention = ("cascade", "decode", "mla", "prefill")
+    for module in (*attention, "norm", "activation", "concat_ops", "page", "quantization", "rope", "sampling"):
         exported = getattr(flashinfer, module).__all__
         names |= {f"{module}.{name}" for name in exported if name not in flashinfer._EXPORTS}
     return frozenset(names)
 
 
-ALIASES = {"sampling.top_p_renorm_prob", "sampling.top_k_renorm_prob"}  # upstream's older names
+ALIASES = {
+    "mla.BatchDecodeMlaWithPagedKVCacheWrapper",
+    "sampling.top_p_renorm_prob",
+    "sampling.top_k_renorm_prob",
+}  # upstream's older names

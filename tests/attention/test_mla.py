@@ -320,7 +320,7 @@ def test_errors_name_the_argument(device: torch.device) -> None:
         r"ckv_cache has shape": (q_nope, q_pe, ckv[:, :, None], kpe),
         r"ckv_cache is torch\.bfloat16": (q_nope, q_pe, ckv.to(BF16), kpe),
         "kpe_cache has stride": (q_nope, q_pe, ckv, kpe.transpose(1, 2).contiguous().transpose(1, 2)),
-        "q_pe is NoneType|q_pe is None": (q_nope, None, ckv, kpe),
+        "q_pe is NoneType": (q_nope, None, ckv, kpe),
         "kpe_cache is NoneType": (q_nope, q_pe, ckv, None),
         "q_nope is list": ([1.0], q_pe, ckv, kpe),
     }

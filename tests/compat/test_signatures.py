@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from flashinfer import cascade, decode, prefill
+from flashinfer import cascade, concat_ops, decode, mla, prefill
 
 _FORWARD = """
     self, q, paged_kv_cache, pos_encoding_mode="NONE", q_scale=None, k_scale=None, v_scale=None, window_left=-1,
@@ -102,6 +102,34 @@ SIGNATURES: dict[Any, str] = {
         self, q, k, v, causal=False, pos_encoding_mode="NONE", use_fp16_qk_reduction=False, window_left=-1,
         logits_soft_cap=None, sm_scale=None, rope_scale=None, rope_theta=None, *, return_lse=False
     """,
+    decode.BatchDecodeMlaWithPagedKVCacheWrapper.__init__: """
+        self, float_workspace_buffer, use_cuda_graph=False, use_tensor_cores=False, paged_kv_indptr_buffer=None,
+        paged_kv_indices_buffer=None, paged_kv_last_page_len_buffer=None
+    """,
+    decode.BatchDecodeMlaWithPagedKVCacheWrapper.reset_workspace_buffer: _RESET,
+    decode.BatchDecodeMlaWithPagedKVCacheWrapper.plan: """
+        self, indptr, indices, last_page_len, num_qo_heads, head_dim_compressed_kv, page_size, sm_scale, window_left=-1,
+        logits_soft_cap=None, data_type="float16", q_data_type=None, rope_scale=None, rope_theta=None
+    """,
+    decode.BatchDecodeMlaWithPagedKVCacheWrapper.run: """
+        self, q_nope, q_pe, paged_ckv_cache, paged_kpe_cache, q_scale=None, k_scale=None, v_scale=None, out=None,
+        lse=None, return_lse=False, enable_pdl=None
+    """,
+    mla.BatchMLAPagedAttentionWrapper.__init__: """
+        self, float_workspace_buffer, use_cuda_graph=False, qo_indptr=None, kv_indptr=None, kv_indices=None,
+        kv_len_arr=None, backend="auto"
+    """,
+    mla.BatchMLAPagedAttentionWrapper.reset_workspace_buffer: _RESET,
+    mla.BatchMLAPagedAttentionWrapper.plan: """
+        self, qo_indptr, kv_indptr, kv_indices, kv_len_arr, num_heads, head_dim_ckv, head_dim_kpe, page_size, causal,
+        sm_scale, q_data_type, kv_data_type, use_profiler=False, **later
+    """,
+    mla.BatchMLAPagedAttentionWrapper.run: """
+        self, q_nope, q_pe, ckv_cache, kpe_cache, out=None, lse=None, return_lse=False, profiler_buffer=None,
+        kv_len=None, page_table=None, return_lse_base_on_e=False, o_scale=None,
+        *, ckv_scale=None, kpe_scale=None, enable_pdl=None, **later
+    """,
+    concat_ops.concat_mla_k: 'k, k_nope, k_rope, *, backend="default"',
     cascade.merge_state: "v_a, s_a, v_b, s_b",
     cascade.merge_state_in_place: "v, s, v_other, s_other, mask=None",
     cascade.merge_states: "v, s",

@@ -83,7 +83,7 @@ class MlaPlan(Plan):
         """q_pe."""
         op, q_nope, q_pe, num_heads = self.op, call.q, call.q_pe, self.shape.num_qo_heads
         if q_pe is None:
-            raise TypeError(f"{op}: q_pe is None; expected a tensor, of no columns where head_dim_kpe is 0")
+            raise TypeError(f"{op}: q_pe is NoneType; expected a tensor, of no columns where head_dim_kpe is 0")
         for name, q, dim in (("q_nope", q_nope, self._head_dims[0]), ("q_pe", q_pe, self._head_dims[1])):
             if q.dim() != 3 or q.shape[1:] != (num_heads, dim):
                 raise ValueError(
