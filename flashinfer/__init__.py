@@ -31,7 +31,7 @@ _EXPORTS = {
             "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
             "fast_decode_plan",
         ),
-        "mla": ("BatchMLAPagedAttentionWrapper",),
+        "mla": ("BatchMLAPagedAttentionWrapper", "sparse_mla_decode", "sparse_mla_prefill"),
         "norm": (
             "rmsnorm",
             "fused_add_rmsnorm",

@@ -9,6 +9,7 @@ from typing import Any, Optional
 import torch
 
 from flashinfer.attention.mla.paged import BatchMLAPagedAttentionWrapper
+from flashinfer.attention.mla.sparse import sparse_mla_decode, sparse_mla_prefill
 from flashinfer.attention.planned import DataType, Result
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.host import checks, traced
@@ -17,7 +18,12 @@ from flashinfer.host.uploads import upload
 from flashinfer.page import get_seq_lens
 from flashinfer.rope import apply_rope_pos_ids
 
-__all__ = ["BatchDecodeMlaWithPagedKVCacheWrapper", "BatchMLAPagedAttentionWrapper"]
+__all__ = [
+    "BatchDecodeMlaWithPagedKVCacheWrapper",
+    "BatchMLAPagedAttentionWrapper",
+    "sparse_mla_decode",
+    "sparse_mla_prefill",
+]
 
 
 class BatchDecodeMlaWithPagedKVCacheWrapper(Uncopyable):

@@ -54,7 +54,7 @@ class Inputs:
         self.shared = [index(0, 5), index(0, 1), index(5), index(4)]  # one page for all queries
         self.latent = random(6, PAGE, 96)
         self.latent_rows, self.latent_q = random(6, PAGE, 576), random(TOKENS, HEADS, 576)
-        self.kv_lens = index(7, 9)
+        self.kv_lens, self.rows = index(7, 9), index(*[(7 * row) % 25 - 1 for row in range(TOKENS * 6)]).view(TOKENS, 6)
         self.logits = random(TOKENS, VOCAB, dtype=torch.float32)
         self.probs = torch.softmax(self.logits, dim=-1)
         self.per_row = torch.full((TOKENS,), 0.7, dtype=torch.float32, device=device)
@@ -355,6 +355,19 @@ def _mla_decode(i: Inputs) -> Any:
     wrapper = decode.BatchDecodeMlaWithPagedKVCacheWrapper(i.workspace)
     wrapper.plan(*i.paged, HEADS, 512, PAGE, 0.07, data_type=torch.bfloat16)
     return [wrapper.run(*_latent(i, 2)), wrapper.run_return_lse(*_latent(i, 2))]
+
+
+@call("sparse_mla_prefill")
+def _sparse_mla_prefill(i: Inputs) -> Any:
+    rows, given = i.latent_rows.flatten(0, 1), (i.rows, 0.07)
+    out = flashinfer.sparse_mla_prefill(i.latent_q, rows, *given, out=torch.empty_like(i.latent_q[..., :512]))
+    return [out, flashinfer.sparse_mla_prefill(i.latent_q, rows, *given, return_lse=True)]
+
+
+@call("sparse_mla_decode")
+def _sparse_mla_decode(i: Inputs) -> Any:
+    given = i.latent_rows, i.rows[:, None], 0.07
+    return flashinfer.sparse_mla_decode(i.latent_q[:, None], *given, return_lse=True)
 
 
 @call("MultiLevelCascadeAttentionWrapper")

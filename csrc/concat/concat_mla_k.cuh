@@ -2,7 +2,8 @@
 //
 //   k_nope [num_tokens, num_heads, kNopeDim]   k_rope [num_tokens, kRopeDim]   k [num_tokens, num_heads, both]
 //
-// A thread moves one vector of kHeadsPerThread heads: the loads of k_nope overlap, that of k_rope is one for all of them.
+// A thread moves one vector of kHeadsPerThread heads: the loads of k_nope overlap, that of k_rope is one for all of
+// them.
 #pragma once
 
 #include "concat/params.h"
@@ -31,9 +32,9 @@ __device__ __forceinline__ void concat_mla_k(const ConcatParams& params) {
   if (threadIdx.x >= kGroupsPerBlock * kNumLanes || token_idx >= params.num_tokens) return;
 
   const bool is_nope = lane < kNumNope;
-  const T* src_gmem = is_nope ? static_cast<const T*>(params.k_nope) + token_idx * params.k_nope_strides.token + column
-                              : static_cast<const T*>(params.k_rope) + token_idx * params.k_rope_stride + column -
-                                    Config::kNopeDim;
+  const T* src_gmem =
+      is_nope ? static_cast<const T*>(params.k_nope) + token_idx * params.k_nope_strides.token + column
+              : static_cast<const T*>(params.k_rope) + token_idx * params.k_rope_stride + column - Config::kNopeDim;
   const int64_t head_stride = is_nope ? params.k_nope_strides.head : 0;
   T* dst_gmem = static_cast<T*>(params.k) + token_idx * params.k_strides.token + column;
   Vector x[kHeads];

@@ -10,7 +10,7 @@ from flashinfer.families.attention.params import KV_INDEX, KV_STORAGE, MASKS
 from flashinfer.families.attention.prefill import PREFILL_PLAN, ROWS, SCRATCH
 from flashinfer.families.attention.prefill_sm90 import MIN_BOX_ROWS
 from flashinfer.families.layout import DTYPES, F32, I32, I64, Fields, P, nested
-from flashinfer.jit.spec import Config, Constants, CxxType, Family, Implementation, KernelSpec, register
+from flashinfer.jit.spec import Config, Constants, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
 
 STORAGE = "paged_lens"  # of the KV, to the planner and to the kernels
 HEAD_DIMS_CKV = (512, 256)
@@ -113,4 +113,24 @@ def mla_plan(target: str) -> KernelSpec:
     return PREFILL_PLAN.spec(target, kv_storage=STORAGE)
 
 
-register(MLA)
+class CompactIndicesParams(ctypes.Structure):
+    """Mirror of csrc/attention/mla/compact_params.h."""
+
+    _fields_ = [
+        *[(name, P) for name in ("indices", "qo_indptr", "kv_indptr", "compacted", "lengths")],
+        ("list_stride", I64),
+        *[(name, I32) for name in ("num_lists", "max_len", "num_rows")],
+    ]
+
+
+COMPACT_INDICES = Family(
+    name="compact_indices",
+    axes={},
+    implementations=twins(
+        CompactIndicesParams,
+        lambda spec: Config({}, Launch(num_threads=512)),
+        cuda="attention/mla/compact_indices.cuh",
+        cpu="cpu/attention/compact_indices.h",
+    ),
+)
+register(MLA, COMPACT_INDICES)

@@ -1,0 +1,19 @@
+#pragma once
+
+#include "common.h"
+
+namespace flashinfer {
+
+// A list of rows for each query, some of which are none, becomes one without gaps: a request for each query.
+struct CompactIndicesParams {
+  const int32_t* indices;  // [num_lists, max_len] rows; what is no row of the cache is left out
+  int32_t* qo_indptr;      // [num_lists + 1] 0, 1, 2, ...
+  int32_t* kv_indptr;      // [num_lists + 1] 0, max_len, 2 * max_len, ...
+  int32_t* compacted;      // [num_lists, max_len] the others, in order; what follows them is left as it is
+  int32_t* lengths;        // [num_lists] how many
+  int64_t list_stride;     // entries between lists of indices
+  int32_t num_lists, max_len;
+  int32_t num_rows;  // of the cache
+};
+
+}  // namespace flashinfer

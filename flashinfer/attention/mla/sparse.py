@@ -1,0 +1,291 @@
+"""Latent attention in which every query has its own list of rows (DeepSeek-V3.2): without a plan by the caller."""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple, Optional
+
+import torch
+
+from flashinfer import target
+from flashinfer.attention.mla.paged import BatchMLAPagedAttentionWrapper
+from flashinfer.attention.planned import Result
+from flashinfer.families.attention.mla import COMPACT_INDICES
+from flashinfer.host import checks, indices, memo, traced
+from flashinfer.jit import default_resolver
+from flashinfer.jit.loader import PreparedLaunch
+
+
+def sparse_mla_prefill(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    sm_scale: float,
+    head_dim_ckv: int = 512,
+    *,
+    kv_scale: Optional[float] = None,
+    out: Optional[torch.Tensor] = None,
+    lse: Optional[torch.Tensor] = None,
+    return_lse: bool = False,
+) -> Result:
+    """Attention of every token over the rows that its list names: `softmax(sm_scale * q · kv[list]) kv[list, :ckv]`.
+
+    Args:
+        q: `[num_tokens, num_heads, head_dim_ckv + head_dim_kpe]`, fp16 or bf16 (fp32 on the CPU).
+        kv: `[num_rows, head_dim_ckv + head_dim_kpe]`, or with an axis of one head in between: latent rows, in the dtype
+            of q or fp8 e4m3. Rows may lie apart.
+        indices: int32 `[num_tokens, top_k]`, or with an axis of one head in between: rows of kv in any order. A
+            negative number, anywhere in the list, is none; a row that is named twice counts twice.
+        sm_scale: factor of the logits.
+        head_dim_ckv: elements of a row that are values: 512 or 256, of rows that have 64 more or none.
+        kv_scale: factor of a quantized cache.
+        out: `[num_tokens, num_heads, head_dim_ckv]`, dtype of q; allocated when None.
+        lse: fp32 `[num_tokens, num_heads]`; allocated when None and return_lse.
+        return_lse: also return the base-2 logarithm of the sum of exponentials.
+
+    Returns:
+        out, or (out, lse). A token whose list names no row gives zeros and -inf.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride does not fit.
+        IndexError: on the CPU, an index past the rows; a GPU takes it for none.
+        UnsupportedConfig: no kernel for this dtype or these dimensions.
+    """
+    return _call("sparse_mla_prefill", q, kv, indices, sm_scale, head_dim_ckv, kv_scale, out, lse, return_lse)
+
+
+def sparse_mla_decode(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    indices: torch.Tensor,
+    sm_scale: float,
+    head_dim_ckv: int = 512,
+    *,
+    kv_scale: Optional[float] = None,
+    out: Optional[torch.Tensor] = None,
+    lse: Optional[torch.Tensor] = None,
+    return_lse: bool = False,
+) -> Result:
+    """`sparse_mla_prefill` of a batch over a paged cache.
+
+    Args:
+        q: `[batch_size, q_len, num_heads, head_dim_ckv + head_dim_kpe]`.
+        kv_cache: `[num_pages, page_size, head_dim_ckv + head_dim_kpe]`, or with an axis of one head before the last.
+            All rows lie evenly apart, as those of one tensor do.
+        indices: int32 `[batch_size, q_len, top_k]`: row `page * page_size + entry`.
+        out, lse: `[batch_size, q_len, num_heads, head_dim_ckv]` and `[batch_size, q_len, num_heads]`, dense.
+        sm_scale, head_dim_ckv, kv_scale, return_lse: as there.
+
+    Returns, Raises: as there.
+    """
+    return _call("sparse_mla_decode", q, kv_cache, indices, sm_scale, head_dim_ckv, kv_scale, out, lse, return_lse)
+
+
+# ------------------------------------------------------------------------------------------------------------- one call
+
+
+def _call(
+    op: str,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    sm_scale: float,
+    head_dim_ckv: int,
+    kv_scale: Optional[float],
+    out: Optional[torch.Tensor],
+    lse: Optional[torch.Tensor],
+    return_lse: bool,
+) -> Result:
+    if not traced.is_dynamo_compiling():
+        return _run(op, q, kv, indices, sm_scale, head_dim_ckv, kv_scale, out, lse, return_lse)
+    if out is None:
+        out = q.new_empty((*q.shape[:-1], head_dim_ckv))
+    if return_lse and lse is None:
+        lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    _door(op, q, kv, indices, sm_scale, head_dim_ckv, kv_scale, out, lse)
+    return (out, lse) if return_lse and lse is not None else out
+
+
+def _run(
+    op: str,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    sm_scale: float,
+    head_dim_ckv: int,
+    kv_scale: Optional[float],
+    out: Optional[torch.Tensor],
+    lse: Optional[torch.Tensor],
+    return_lse: bool,
+) -> Result:
+    checks.require_tensors(op, q=q, kv=kv, indices=indices)
+    dim = checks.integer(op, "head_dim_ckv", head_dim_ckv, 1)
+    is_batch = op == "sparse_mla_decode"
+    rows, lists = _rows(op, kv, is_batch), _lists(op, q, indices, is_batch)
+    checks.require(
+        q.shape[-1] == rows.shape[1] >= dim,
+        op,
+        f"q has rows of {q.shape[-1]}, kv of {rows.shape[1]}; expected equal ones of at least head_dim_ckv {dim}",
+    )
+    for name, tensor in (("kv", kv), ("indices", indices)):
+        checks.require_device(op, name, tensor, q, "q")
+    flat_q = q.flatten(0, 1) if is_batch else q
+    flat_out, flat_lse = (_flat(op, name, x, q, is_batch) for name, x in (("out", out), ("lse", lse)))
+    num_heads, dim_qk = flat_q.shape[1:]
+
+    attention = _attention_here(q.device)
+    attention._op_name = op
+    planned = _compact(op, lists, rows.shape[0])
+    attention.plan(*planned, num_heads, dim, dim_qk - dim, 1, False, sm_scale, q.dtype, kv.dtype)
+    caches = rows[:, None, :dim], rows[:, None, dim:]
+    result = attention._run(
+        flat_q[..., :dim], caches, flat_out, flat_lse, return_lse, (None, kv_scale, kv_scale), None, None,
+        flat_q[..., dim:],
+    )  # fmt: skip
+    if not is_batch:
+        return result
+    new_out, new_lse = result if isinstance(result, tuple) else (result, None)
+    if out is None:
+        out = new_out.view(*q.shape[:-1], dim)
+    if new_lse is None:
+        return out
+    return out, new_lse.view(q.shape[:-1]) if lse is None else lse
+
+
+def _rows(op: str, kv: torch.Tensor, is_paged: bool) -> torch.Tensor:
+    """`[num_rows, dim]`."""
+    rank = 3 if is_paged else 2
+    if kv.dim() == rank + 1 and kv.shape[-2] == 1:
+        kv = kv.squeeze(-2)
+    shape = "[num_pages, page_size, dim]" if is_paged else "[num_rows, dim]"
+    checks.require(kv.dim() == rank, op, f"kv has shape {list(kv.shape)}; expected {shape}")
+    if not is_paged:
+        return kv
+    num_pages, page_size, _ = kv.shape
+    is_even = num_pages <= 1 or page_size == 0 or kv.stride(0) == page_size * kv.stride(1) or page_size == 1
+    checks.require(
+        is_even,
+        op,
+        f"the pages of kv_cache lie {kv.stride(0)} elements apart, their {page_size} rows {kv.stride(1)}; expected "
+        "rows evenly apart. Next step: BatchMLAPagedAttentionWrapper, or a cache of its own",
+    )
+    return kv.flatten(0, 1) if page_size != 1 else kv[:, 0]
+
+
+def _lists(op: str, q: torch.Tensor, given: torch.Tensor, is_batch: bool) -> torch.Tensor:
+    """`[num_tokens, top_k]`."""
+    rank = 3 if is_batch else 2
+    shape = "[batch_size, q_len, num_heads, dim]" if is_batch else "[num_tokens, num_heads, dim]"
+    checks.require(q.dim() == rank + 1, op, f"q has shape {list(q.shape)}; expected {shape}")
+    if given.dim() == rank + 1 and given.shape[-2] == 1:
+        given = given.squeeze(-2)
+    checks.require(
+        given.dim() == rank and given.shape[:-1] == q.shape[:-2],
+        op,
+        f"indices has shape {list(given.shape)}; expected {[*q.shape[:-2]]} lists for q of shape {list(q.shape)}",
+    )
+    checks.require(given.dtype == torch.int32, op, f"indices is {given.dtype}; expected torch.int32")
+    checks.require_unit_stride(op, "indices", given)
+    return given.flatten(0, 1) if is_batch else given
+
+
+def _flat(
+    op: str, name: str, tensor: Optional[torch.Tensor], q: torch.Tensor, is_batch: bool
+) -> Optional[torch.Tensor]:
+    """An output without the axis of q_len."""
+    if tensor is None or not is_batch:
+        return tensor
+    checks.require_tensors(op, **{name: tensor})
+    checks.require(
+        tensor.shape[: 2 if name == "out" else 3] == q.shape[: 2 if name == "out" else 3] and tensor.is_contiguous(),
+        op,
+        f"{name} has shape {list(tensor.shape)} and strides {list(tensor.stride())}; expected dense "
+        f"{[*q.shape[:-1]]}{', head_dim_ckv' if name == 'out' else ''}",
+    )
+    return tensor.flatten(0, 1)
+
+
+class _Planned(NamedTuple):
+    """What plan() of the wrapper takes."""
+
+    qo_indptr: torch.Tensor
+    kv_indptr: torch.Tensor
+    kv_indices: torch.Tensor
+    kv_len_arr: torch.Tensor
+
+
+def _compact(op: str, lists: torch.Tensor, num_rows: int) -> _Planned:
+    """Every token a request, of the rows in its list that are any."""
+    if indices.are_visible(lists):
+        indices.require_within(op, "indices", lists, -(1 << 31), num_rows, f"kv's {num_rows} rows, or below 0 for none")
+    (num_lists, max_len), device = lists.shape, lists.device
+    checks.require(num_lists * max_len < 1 << 31, op, f"indices has {num_lists * max_len} entries; expected 32 bits")
+    sizes = num_lists + 1, num_lists + 1, num_lists * max_len, num_lists
+    starts = [sum(-(-size // 4) * 4 for size in sizes[:i]) for i in range(len(sizes) + 1)]
+    memory = torch.empty(starts[-1], dtype=torch.int32, device=device)
+    parts = _Planned(*[memory[start : start + size] for start, size in zip(starts, sizes)])
+    if num_lists == 0:
+        parts.qo_indptr.zero_()
+        parts.kv_indptr.zero_()
+        return parts
+    key = lists.shape, lists.stride(0), num_rows, device
+    launch = _compactions.get(key)
+    if launch is None:
+        launch = _compactions.remember(key, _prepare_compaction(lists, num_rows))
+    launch(lists.data_ptr(), *(part.data_ptr() for part in parts))
+    return parts
+
+
+_compactions: memo.Memo[PreparedLaunch] = memo.Memo()
+
+
+def _prepare_compaction(lists: torch.Tensor, num_rows: int) -> PreparedLaunch:
+    launcher = default_resolver().load(COMPACT_INDICES.spec(target.of_device(lists.device))).on(lists.get_device())
+    values = {
+        "list_stride": lists.stride(0),
+        "num_lists": lists.shape[0],
+        "max_len": lists.shape[1],
+        "num_rows": num_rows,
+    }
+    varying = ("indices", "qo_indptr", "kv_indptr", "compacted", "lengths")
+    return launcher.prepare((lists.shape[0], 1, 1), values, varying=varying)
+
+
+class _OfThread(threading.local):
+    """Wrappers of one thread, by device and stream: no other thread's plan comes between a plan and its run."""
+
+    def __init__(self) -> None:
+        self.wrappers: dict[tuple[int, int], BatchMLAPagedAttentionWrapper] = {}
+
+
+_of_thread = _OfThread()
+_WORKSPACE_BYTES = 64 << 20  # of partial results: two of 128 rows for each block of a large GPU
+
+
+def _attention_here(device: torch.device) -> BatchMLAPagedAttentionWrapper:
+    """A wrapper for the current stream. A captured graph has one of its own, so that a replay disturbs no other run."""
+    is_cuda = device.type == "cuda"
+
+    def make() -> BatchMLAPagedAttentionWrapper:
+        workspace = torch.empty(_WORKSPACE_BYTES if is_cuda else 0, dtype=torch.uint8, device=device)
+        return BatchMLAPagedAttentionWrapper(workspace)
+
+    if is_cuda and torch.cuda.is_current_stream_capturing():
+        return make()
+    index = device.index if is_cuda else -1
+    key = index, memo.current_stream(index)
+    return _of_thread.wrappers.get(key) or _of_thread.wrappers.setdefault(key, make())
+
+
+_door = traced.door(
+    "sparse_mla",
+    lambda op, q, kv, lists, sm_scale, dim, kv_scale, out, lse: _run(
+        op, q, kv, lists, sm_scale, dim, kv_scale, out, lse, lse is not None
+    ),
+    {
+        "op": "str",
+        **dict.fromkeys(("q", "kv", "indices"), "Tensor"),
+        **{"sm_scale": "float", "head_dim_ckv": "int", "kv_scale": "float?"},
+        **{"out": "Tensor(!)", "lse": "Tensor(!)?"},
+    },
+)
