@@ -35,7 +35,9 @@ from flashinfer.errors import FlashInferError, UnsupportedConfig
 from flashinfer.jit import spec as specs
 from flashinfer.jit.spec import KernelSpec
 
-_SHAPE = ("name", "hidden_size", "num_qo_heads", "num_kv_heads", "head_dim", "intermediate_sizes")
+_SHAPE = ("name", "hidden_size", "num_qo_heads", "intermediate_sizes")
+_ORDINARY = ("num_kv_heads", "head_dim")  # of rows without latent attention, and these of rows with it
+_LATENT = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 _DTYPES = ("fp16", "bf16", "fp32")
 
 
@@ -216,13 +218,20 @@ def _tables(path: Path, text: str, data: dict[str, Any], kind: str) -> Iterator[
 
 _TYPES: dict[str, Any] = typing.get_type_hints(Model)
 _MODEL_KEYS = frozenset(field.name for field in dataclasses.fields(Model))
-_DEFAULTS = _MODEL_KEYS - set(_SHAPE)
+_DEFAULTS = _MODEL_KEYS - {*_SHAPE, *_ORDINARY, *_LATENT, "q_lora_rank"}
 
 
 def _model(where: str, table: dict[str, Any]) -> Model:
-    missing = [key for key in _SHAPE if key not in table]
+    is_latent = "kv_lora_rank" in table
+    missing = [key for key in (*_SHAPE, *(_LATENT if is_latent else _ORDINARY)) if key not in table]
     if missing:
         raise ConfigError(f"{where}: {', '.join(missing)} is missing")
+    strange = [key for key in (_ORDINARY if is_latent else (*_LATENT, "q_lora_rank")) if key in table]
+    if strange:
+        kind = "with" if is_latent else "without"
+        raise ConfigError(f"{where}: {', '.join(strange)} is given; a model {kind} kv_lora_rank has none")
+    if is_latent:
+        table = {**table, "num_kv_heads": 1, "head_dim": table["qk_nope_head_dim"] + table["qk_rope_head_dim"]}
     model = Model(**table)
     if model.num_qo_heads % model.num_kv_heads:
         raise ConfigError(

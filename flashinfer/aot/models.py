@@ -6,13 +6,14 @@ family, write one and add it to the list. What two models share comes out equal 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from flashinfer import target as targets
-from flashinfer.families import activation, layout, norm, page, rope, sampling
-from flashinfer.families.attention import decode, merge, prefill
+from flashinfer.families import activation, concat, layout, norm, page, rope, sampling
+from flashinfer.families.attention import decode, merge, mla, prefill
 from flashinfer.jit.spec import ArgValue, KernelSpec
 
 
@@ -23,11 +24,16 @@ class Model:
     name: str
     hidden_size: int
     num_qo_heads: int
-    num_kv_heads: int
-    head_dim: int
+    num_kv_heads: int  # of latent attention: 1
+    head_dim: int  # of latent attention: qk_nope_head_dim + qk_rope_head_dim
     intermediate_sizes: tuple[int, ...]  # of each gated MLP: dense, expert, shared expert
     vocab_size: int = 0  # 0: tokens are sampled by something else
     qk_norm: bool = False  # RMSNorm over the head_dim of queries and keys
+    kv_lora_rank: int = 0  # latent attention: the part of a cached row that is values too; 0: ordinary attention
+    q_lora_rank: int = 0  # the latent part of queries; 0: they have none
+    qk_rope_head_dim: int = 0  # the other part of a cached row
+    qk_nope_head_dim: int = 0  # of a head's queries and keys, where these are not absorbed, the part without positions
+    v_head_dim: int = 0  # of a head's values, likewise
     tensor_parallel: tuple[int, ...] = (1,)  # degrees to serve; heads and intermediate sizes are divided by them
     dtypes: tuple[str, ...] = ("bf16", "fp16")  # on CUDA targets
     cpu_dtypes: tuple[str, ...] = ("fp32", "bf16")
@@ -66,6 +72,8 @@ def _norms(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
     yield rmsnorm(model.hidden_size, add_residual=True)
     if model.qk_norm:
         yield rmsnorm(model.head_dim, add_residual=False)
+    for rank in filter(None, (model.q_lora_rank, model.kv_lora_rank)):
+        yield rmsnorm(rank, add_residual=False)
 
 
 def _activations(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
@@ -98,6 +106,8 @@ def _kv_dtypes(dtype: str, target: str) -> tuple[str, ...]:
 
 
 def _attention(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
+    if model.kv_lora_rank:
+        return
     for kv_dtype in _kv_dtypes(dtype, target):
         common: dict[str, Any] = {"q_dtype": dtype, "kv_dtype": kv_dtype, "head_dim": model.head_dim}
         for group_size in model.group_sizes:
@@ -118,38 +128,78 @@ def _attention(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
             yield prefill.PREFILL_PLAN.spec(target, kv_storage=kv_storage)
 
 
+def _latent_attention(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
+    """Absorbed over the cache, dense and sparse, and prefill of what is not; both leave states to be merged."""
+    if not model.kv_lora_rank:
+        return
+    is_cuda, head_dims = targets.kind(target) == "cuda", (model.head_dim, model.v_head_dim)
+    if mla.MLA.runs_on(target):
+        for kv_dtype in _kv_dtypes(dtype, target):
+            for mask in ("causal", "none"):  # none: one query a request, a shared prefix, lists of rows
+                for page_size in (1, 64):  # one for each kernel that there may be
+                    yield mla.mla(
+                        target,
+                        q_dtype=dtype,
+                        kv_dtype=kv_dtype,
+                        head_dim_ckv=model.kv_lora_rank,
+                        head_dim_kpe=model.qk_rope_head_dim,
+                        page_size=page_size,
+                        mask=mask,
+                    )
+        yield mla.COMPACT_INDICES.spec(target)
+        if is_cuda:
+            yield mla.mla_plan(target)
+    for mask in ("causal", "none"):  # none: a part of the prompt that is in the cache
+        yield prefill.prefill(
+            target, q_dtype=dtype, kv_dtype=dtype, head_dim=head_dims[0], head_dim_vo=head_dims[1], kv_storage="ragged",
+            mask=mask,
+        )  # fmt: skip
+    parts = model.qk_nope_head_dim, model.qk_rope_head_dim
+    vec_size = layout.vec_size(dtype, math.gcd(*parts)) if is_cuda else 1
+    yield concat.CONCAT_MLA_K.spec(target, dtype=dtype, nope_dim=parts[0], rope_dim=parts[1], vec_size=vec_size)
+    for head_dim in (model.kv_lora_rank, model.v_head_dim):
+        for pair in (False, True):
+            yield merge.MERGE_STATES.spec(target, dtype=dtype, head_dim=head_dim, pair=pair)
+    if is_cuda:
+        yield prefill.PREFILL_PLAN.spec(target, kv_storage="ragged")
+
+
 def _paged_cache(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
     is_cuda = targets.kind(target) == "cuda"
     indices = {"token_index": "int32", "page_index": "int32"}
+    is_latent = model.kv_lora_rank > 0
+    dims = (model.kv_lora_rank, model.qk_rope_head_dim) if is_latent else (model.head_dim,) * 2
     for cache_dtype in _kv_dtypes(dtype, target):
         for num_kv_heads in model.kv_heads if is_cuda else (1,):
             yield page.APPEND_PAGED_KV.spec(
                 target,
                 dtype=dtype,
                 cache_dtype=cache_dtype,
-                key_dim=model.head_dim,
-                value_dim=model.head_dim,
-                vec_size=layout.vec_size(dtype, model.head_dim) if is_cuda else 1,
+                key_dim=dims[0],
+                value_dim=dims[1],
+                vec_size=layout.vec_size(dtype, math.gcd(*dims)) if is_cuda else 1,
                 heads_per_thread=page.heads_per_thread(num_kv_heads) if is_cuda else 1,
                 **indices,
             )
-        rotary = _rotary_axes(model, dtype, target, "computed", "int32")
-        yield rope.ROPE_APPEND.spec(target, **rotary, cache_dtype=cache_dtype, **indices)
+        if not is_latent:
+            rotary = _rotary_axes(model, dtype, target, "computed", "int32")
+            yield rope.ROPE_APPEND.spec(target, **rotary, cache_dtype=cache_dtype, **indices)
     for index in ("int32", "int64"):
         yield page.TOKEN_POSITIONS.spec(target, index=index)
         yield page.SEQ_LENS.spec(target, index=index)
 
 
 def _rotary_axes(model: Model, dtype: str, target: str, cos_sin: str, position_index: str) -> dict[str, ArgValue]:
-    is_cuda = targets.kind(target) == "cuda"
+    is_cuda, is_latent = targets.kind(target) == "cuda", model.kv_lora_rank > 0
+    head_dim = model.qk_rope_head_dim if is_latent else model.head_dim
     return {
         "dtype": dtype,
-        "head_dim": model.head_dim,
-        "rotary_dim": model.head_dim,
-        "interleave": False,
+        "head_dim": head_dim,
+        "rotary_dim": head_dim,
+        "interleave": is_latent,
         "cos_sin": cos_sin,
         "position_index": position_index,
-        "vec_size": layout.vec_size(dtype, model.head_dim // 2) if is_cuda else 1,
+        "vec_size": layout.vec_size(dtype, head_dim // 2) if is_cuda else 1,
     }
 
 
@@ -192,6 +242,7 @@ EXPANSIONS: tuple[Callable[[Model, str, str], Iterator[KernelSpec]], ...] = (
     _activations,
     _fp8_outputs,
     _attention,
+    _latent_attention,
     _paged_cache,
     _rotary,
     _sampling,

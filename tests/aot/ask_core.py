@@ -15,6 +15,7 @@ import flashinfer
 from flashinfer import prefill, rope
 from flashinfer.aot.config import find_config, read_config
 from flashinfer.aot.models import Model
+from flashinfer.attention.mla import sparse
 from flashinfer.jit import spec as specs
 from flashinfer.jit.loader import Grid, Values
 from flashinfer.jit.resolver import Resolver
@@ -50,16 +51,32 @@ def int32(*values: int) -> torch.Tensor:
 
 def serve(model: Model, rank: int, dtype: torch.dtype) -> None:
     """One layer of one prefill step and one decode step, on one of `rank` GPUs, and the sampling of a token."""
+    x = torch.zeros(3, model.hidden_size, dtype=dtype)
+    flashinfer.rmsnorm(x, x[0])
+    flashinfer.fused_add_rmsnorm(x, x.clone(), x[0].clone())
+    for size in model.intermediate_sizes:
+        flashinfer.silu_and_mul(torch.zeros(3, 2 * size // rank, dtype=dtype))
+    (attend_latent if model.kv_lora_rank else attend)(model, rank, dtype)
+
+    probs = torch.zeros(2, model.vocab_size)
+    flashinfer.sampling.softmax(probs)
+    for sample in (flashinfer.sampling_from_probs, flashinfer.sampling_from_logits):
+        sample(probs)
+    flashinfer.top_p_sampling_from_probs(probs, 0.9)
+    flashinfer.top_k_sampling_from_probs(probs, 50)
+    flashinfer.min_p_sampling_from_probs(probs, 0.1)
+    flashinfer.top_k_top_p_sampling_from_probs(probs, 50, 0.9)
+    flashinfer.top_k_top_p_sampling_from_logits(probs, 50, 0.9)
+    flashinfer.top_p_renorm_probs(probs, 0.9)
+    flashinfer.top_k_renorm_probs(probs, 50)
+    flashinfer.top_k_mask_logits(probs, 50)
+
+
+def attend(model: Model, rank: int, dtype: torch.dtype) -> None:
     num_qo, num_kv, dim = model.num_qo_heads // rank, max(1, model.num_kv_heads // rank), model.head_dim
 
     def tensor(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=of)
-
-    x = tensor(3, model.hidden_size)
-    flashinfer.rmsnorm(x, x[0])
-    flashinfer.fused_add_rmsnorm(x, x.clone(), x[0].clone())
-    for size in model.intermediate_sizes:
-        flashinfer.silu_and_mul(tensor(3, 2 * size // rank))
 
     qkv = tensor(3, num_qo + 2 * num_kv, dim)
     q, k, v = qkv.split([num_qo, num_kv, num_kv], dim=1)
@@ -102,18 +119,56 @@ def serve(model: Model, rank: int, dtype: torch.dtype) -> None:
     flashinfer.merge_state(*state, *state)
     flashinfer.merge_states(tensor(3, 2, num_qo, dim), tensor(3, 2, num_qo, of=torch.float32))
 
-    probs = torch.zeros(2, model.vocab_size)
-    flashinfer.sampling.softmax(probs)
-    for sample in (flashinfer.sampling_from_probs, flashinfer.sampling_from_logits):
-        sample(probs)
-    flashinfer.top_p_sampling_from_probs(probs, 0.9)
-    flashinfer.top_k_sampling_from_probs(probs, 50)
-    flashinfer.min_p_sampling_from_probs(probs, 0.1)
-    flashinfer.top_k_top_p_sampling_from_probs(probs, 50, 0.9)
-    flashinfer.top_k_top_p_sampling_from_logits(probs, 50, 0.9)
-    flashinfer.top_p_renorm_probs(probs, 0.9)
-    flashinfer.top_k_renorm_probs(probs, 50)
-    flashinfer.top_k_mask_logits(probs, 50)
+
+def attend_latent(model: Model, rank: int, dtype: torch.dtype) -> None:
+    num_heads, dims = model.num_qo_heads // rank, (model.kv_lora_rank, model.qk_rope_head_dim)
+
+    def tensor(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=of)
+
+    for latent in filter(None, (model.q_lora_rank, model.kv_lora_rank)):
+        flashinfer.rmsnorm(tensor(3, latent), tensor(latent))
+    row, q = tensor(3, sum(dims)), tensor(3, num_heads, model.qk_nope_head_dim + dims[1])
+    q_pe, kpe = q[..., model.qk_nope_head_dim :], row[:, None, dims[0] :]
+    for positions in (int32(0, 1, 2), int32(0, 1, 2).long()):
+        flashinfer.apply_rope_pos_ids(q_pe, kpe, positions, interleave=True)
+        for table in (tensor(8, dims[1], of=torch.float32), tensor(8, dims[1])):
+            flat = q_pe.flatten(1), kpe.flatten(1)
+            flashinfer.apply_rope_with_cos_sin_cache(positions, *flat, dims[1], table, is_neox=False)
+    flashinfer.apply_rope(q_pe, kpe, int32(0, 3), int32(0), interleave=True)
+
+    cache, qo_indptr, kv_indptr, pages, last = (
+        tensor(2, PAGE_SIZE, sum(dims)),
+        int32(0, 3),
+        int32(0, 1),
+        int32(1),
+        int32(3),
+    )
+    caches = cache[..., : dims[0]], cache[..., dims[0] :]
+    flashinfer.get_seq_lens(kv_indptr, last, PAGE_SIZE)
+    flashinfer.get_batch_indices_positions(qo_indptr, int32(3), 3)
+    rows = row[:, : dims[0]], row[:, dims[0] :]
+    flashinfer.append_paged_mla_kv_cache(*rows, int32(0, 0, 0), int32(0, 1, 2), *caches, pages, kv_indptr, last)
+
+    workspace = torch.empty(1 << 20, dtype=torch.uint8)
+    absorbed = flashinfer.BatchMLAPagedAttentionWrapper(workspace)
+    for causal in (True, False):
+        shape = (num_heads, *dims, PAGE_SIZE, causal, 0.1, dtype, dtype)
+        absorbed.plan(qo_indptr, kv_indptr, pages, last, *shape)
+        absorbed.run(tensor(3, num_heads, dims[0]), q_pe, *caches)
+    sparse._compact("sparse_mla_prefill", int32(0, 1, 2)[:, None], 32)  # an idle kernel leaves no lengths to plan for
+
+    k, projected = torch.empty_like(q), tensor(3, num_heads, model.qk_nope_head_dim + model.v_head_dim)
+    flashinfer.concat_mla_k(k, projected[..., : model.qk_nope_head_dim], kpe)
+    ragged = prefill.BatchPrefillWithRaggedKVCacheWrapper(workspace)
+    for causal in (True, False):
+        heads = (num_heads, num_heads, model.head_dim, model.v_head_dim)
+        ragged.plan(qo_indptr, qo_indptr, *heads, causal=causal, q_data_type=dtype)
+        ragged.run(q, k, projected[..., model.qk_nope_head_dim :])
+    for dim in (dims[0], model.v_head_dim):
+        state = tensor(3, num_heads, dim), tensor(3, num_heads, of=torch.float32)
+        flashinfer.merge_state(*state, *state)
+        flashinfer.merge_states(tensor(3, 2, num_heads, dim), tensor(3, 2, num_heads, of=torch.float32))
 
 
 def main() -> None:

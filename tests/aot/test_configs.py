@@ -44,6 +44,32 @@ intermediate_sizes = [512]
 """
 
 
+LATENT = """[[model]]
+name = "latent"
+hidden_size = 256
+num_qo_heads = 16
+q_lora_rank = 96
+kv_lora_rank = 512
+qk_rope_head_dim = 64
+qk_nope_head_dim = 128
+v_head_dim = 128
+intermediate_sizes = [256]
+"""
+
+
+def test_a_model_with_latent_attention(tmp_path: Path) -> None:
+    found = read_specs([write_config(tmp_path, LATENT)], [HOST])
+    args = {spec.family: dict(spec.args) for spec in found}
+    assert args["mla"] | {"head_dim_ckv": 512, "head_dim_kpe": 64} == args["mla"]
+    assert args["prefill"] | {"head_dim_qk": 192, "head_dim_vo": 128, "kv_storage": "ragged"} == args["prefill"]
+    assert args["append_paged_kv"] | {"key_dim": 512, "value_dim": 64} == args["append_paged_kv"]
+    assert args["concat_mla_k"] | {"nope_dim": 128, "rope_dim": 64} == args["concat_mla_k"]
+    assert args["rope"] | {"head_dim": 64, "interleave": True} == args["rope"]
+    assert {spec.arg("head_dim") for spec in found if spec.family == "merge_states"} == {512, 128}
+    assert {spec.arg("hidden_size") for spec in found if spec.family == "rmsnorm"} == {256, 96, 512}
+    assert not {"decode", "rope_append"} & args.keys()
+
+
 def test_model_expands_to_its_kernels_once(tmp_path: Path) -> None:
     twice = write_config(tmp_path, MODEL + MODEL.replace("tiny", "twin"))
     found = read_specs([twice], ["sm_90a", "x86-64-v3"])
@@ -73,6 +99,14 @@ def test_defaults_hold_where_a_row_is_silent(tmp_path: Path) -> None:
             "config.toml:8: [[model]] row 2 (tiny): unknown key 'hiden_size'",
         ),
         (MODEL.replace("head_dim = 64\n", ""), "config.toml:1: [[model]] row 1 (tiny): head_dim is missing"),
+        (
+            LATENT.replace("v_head_dim = 128\n", "").replace("qk_rope_head_dim = 64\n", ""),
+            "row 1 (latent): qk_rope_head_dim, v_head_dim is missing",
+        ),
+        (LATENT + "head_dim = 192\n", "row 1 (latent): head_dim is given; a model with kv_lora_rank has none"),
+        (MODEL + "q_lora_rank = 64\n", "row 1 (tiny): q_lora_rank is given; a model without kv_lora_rank has none"),
+        (LATENT.replace("512", "500"), "row 1 (latent): mla: head_dim_ckv=500 is not supported"),
+        ("[defaults]\nkv_lora_rank = 512\n" + LATENT, "config.toml: [defaults]: unknown key 'kv_lora_rank'"),
         (MODEL.replace("256", "'256'"), "row 1 (tiny): hidden_size is '256'; expected int"),
         (MODEL.replace("256", "true"), "row 1 (tiny): hidden_size is True; expected int"),
         (MODEL.replace("256", "0"), "row 1 (tiny): hidden_size is 0; expected a positive number"),
