@@ -2,8 +2,10 @@
 
 Requests of different lengths arrive, are prefilled into a paged KV cache, decode together, and leave. Two layers of
 each model run through flashinfer's normalization, rotary embedding, paged cache, attention and gated activation; the
-projections are torch's. Where a precompiled set is installed, no kernel is compiled. At the end one model outside the
-core set shows what a miss looks like. Runs on a GPU where there is one, and on any CPU.
+projections are torch's. Models with latent attention (DeepSeek, Kimi) prefill whole prompts with keys and values of
+every head, and decode in the latent space; both are compared with the equations as published. Where a precompiled set
+is installed, no kernel is compiled. At the end one model outside the core set shows what a miss looks like. Runs on a
+GPU where there is one, and on any CPU.
 
     python examples/serve_shapes.py [--device cpu|cuda] [--config core] [--model NAME …]
 """
@@ -31,6 +33,7 @@ MAX_BATCH = 3
 REQUESTS = [(0, 5, 4), (0, 19, 2), (1, 3, 3), (2, 7, 2)]
 # Phi-3-mini: head_dim 96 is in no core model.
 OUTSIDE_CORE = Model("Phi-3-mini (outside the core set)", 3072, 32, 32, 96, (8192,))
+MOST_OFF = 0.02  # relative difference from the equations that bf16 explains
 
 
 # ------------------------------------------------------------------------------------------------------------ requests
@@ -65,6 +68,8 @@ class Batch:
     kv_indptr: torch.Tensor  # [batch_size + 1], into kv_indices
     kv_indices: torch.Tensor  # pages of every request
     kv_last_page_len: torch.Tensor  # [batch_size]
+    kv_lens: torch.Tensor  # [batch_size], with the tokens of this step
+    is_new: bool  # no request has anything in the cache yet
 
     @staticmethod
     def of(requests: list[Request], device: str) -> Batch:
@@ -84,6 +89,8 @@ class Batch:
             kv_indptr=indptr([len(request.pages) for request in requests]),
             kv_indices=tensor([page for request in requests for page in request.pages]),
             kv_last_page_len=tensor([(kv_len - 1) % PAGE_SIZE + 1 for kv_len in kv_lens]),
+            kv_lens=tensor(kv_lens),
+            is_new=all(request.num_cached == 0 for request in requests),
         )
 
 
@@ -139,52 +146,39 @@ class Weights:
         return torch.ones(size, device=self._device, dtype=self._dtype)
 
 
-class Decoder:
-    """A Llama-style decoder: RMSNorm, rotary grouped-query attention over a paged cache, SwiGLU."""
+class GroupedQueryAttention:
+    """Rotary attention of query heads in groups that share keys and values."""
 
     def __init__(self, model: Model, weights: Weights, num_pages: int, device: str, dtype: torch.dtype) -> None:
-        ranks = model.tensor_parallel[0]  # the share of one GPU, where a model needs several
-        self.model = model
+        ranks = model.tensor_parallel[0]
+        self.model, self.dtype = model, dtype
         self.num_qo_heads, self.num_kv_heads = model.num_qo_heads // ranks, max(1, model.num_kv_heads // ranks)
-        self.intermediate_size = model.intermediate_sizes[0] // ranks
         hidden_size, head_dim = model.hidden_size, model.head_dim
-        self.embedding = weights.matrix(VOCABULARY, hidden_size)
         self.qkv = weights.matrix((self.num_qo_heads + 2 * self.num_kv_heads) * head_dim, hidden_size)
-        self.attention_output = weights.matrix(hidden_size, self.num_qo_heads * head_dim)
-        self.gate_up = weights.matrix(2 * self.intermediate_size, hidden_size)
-        self.down = weights.matrix(hidden_size, self.intermediate_size)
-        self.norm, self.head_norm = weights.vector(hidden_size), weights.vector(head_dim)
+        self.output = weights.matrix(hidden_size, self.num_qo_heads * head_dim)
+        self.head_norm = weights.vector(head_dim)
         cache_shape = (num_pages, 2, PAGE_SIZE, self.num_kv_heads, head_dim)
         self.caches = [torch.zeros(cache_shape, device=device, dtype=dtype) for _ in range(NUM_LAYERS)]
         workspace = torch.empty(32 << 20, dtype=torch.uint8, device=device)
         self.prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace)
         self.decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace)
+        self.planned: object = None
 
-    def step(self, batch: Batch) -> list[int]:
-        """Compute a batch; returns the next token of every request."""
-        attention = self._plan(batch)
-        residual = functional.embedding(batch.tokens, self.embedding)
-        x = flashinfer.rmsnorm(residual, self.norm)
-        for cache in self.caches:
-            x = self._attention(x, cache, batch, attention)
-            flashinfer.fused_add_rmsnorm(x, residual, self.norm)
-            x = functional.linear(flashinfer.silu_and_mul(functional.linear(x, self.gate_up)), self.down)
-            flashinfer.fused_add_rmsnorm(x, residual, self.norm)
-        last = x[batch.qo_indptr[1:].long() - 1]
-        return self._sample(functional.linear(last, self.embedding).float())
+    def __str__(self) -> str:
+        return f"{self.num_qo_heads}/{self.num_kv_heads} heads x {self.model.head_dim}"
 
-    def _plan(self, batch: Batch) -> flashinfer.BatchDecodeWithPagedKVCacheWrapper:
+    def plan(self, batch: Batch) -> None:
         heads = (self.num_qo_heads, self.num_kv_heads, self.model.head_dim, PAGE_SIZE)
-        dtype = self.caches[0].dtype
         pages = (batch.kv_indptr, batch.kv_indices, batch.kv_last_page_len)
         if batch.tokens.numel() == batch.kv_last_page_len.numel():  # one token each
-            self.decode.plan(*pages, *heads, q_data_type=dtype)
-            return self.decode
-        self.prefill.plan(batch.qo_indptr, *pages, *heads, causal=True, q_data_type=dtype)
-        return self.prefill
+            self.decode.plan(*pages, *heads, q_data_type=self.dtype)
+            self.planned = self.decode
+        else:
+            self.prefill.plan(batch.qo_indptr, *pages, *heads, causal=True, q_data_type=self.dtype)
+            self.planned = self.prefill
 
-    def _attention(self, x: torch.Tensor, cache: torch.Tensor, batch: Batch, attention: object) -> torch.Tensor:
-        head_dim = self.model.head_dim
+    def run(self, x: torch.Tensor, layer: int, batch: Batch) -> torch.Tensor:
+        head_dim, cache = self.model.head_dim, self.caches[layer]
         qkv = functional.linear(x, self.qkv).unflatten(-1, (-1, head_dim))
         q, k, v = qkv.split([self.num_qo_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.model.qk_norm:
@@ -193,7 +187,118 @@ class Decoder:
         flashinfer.apply_rope_pos_ids_inplace(q, k, batch.positions, rope_theta=5e5)
         pages = (batch.kv_indices, batch.kv_indptr, batch.kv_last_page_len)
         flashinfer.append_paged_kv_cache(k, v, batch.batch_indices, batch.positions, cache, *pages)
-        return functional.linear(attention.run(q, cache).flatten(1), self.attention_output)
+        return functional.linear(self.planned.run(q, cache).flatten(1), self.output)
+
+
+class LatentAttention:
+    """Multi-head latent attention: the cache holds one row a token, of which keys and values of all heads are made.
+
+    Where nothing is cached yet they are made, and every head attends by itself. Over the cache that would be too much
+    work: there the projection of keys is absorbed into the queries, and that of values into the output.
+    """
+
+    def __init__(self, model: Model, weights: Weights, num_pages: int, device: str, dtype: torch.dtype) -> None:
+        self.model, self.dtype, self.num_heads = model, dtype, model.num_qo_heads // model.tensor_parallel[0]
+        hidden_size, latent, nope = model.hidden_size, model.kv_lora_rank, model.qk_nope_head_dim
+        self.row_dims, self.scale = (latent, model.qk_rope_head_dim), model.head_dim**-0.5
+        self.q_down = weights.matrix(model.q_lora_rank, hidden_size) if model.q_lora_rank else None
+        self.q_up = weights.matrix(self.num_heads * model.head_dim, model.q_lora_rank or hidden_size)
+        self.kv_down = weights.matrix(sum(self.row_dims), hidden_size)
+        self.kv_up = weights.matrix(self.num_heads * (nope + model.v_head_dim), latent)
+        of_heads = self.kv_up.view(self.num_heads, nope + model.v_head_dim, latent)
+        self.key_up, self.value_up = of_heads.split([nope, model.v_head_dim], dim=1)  # [num_heads, dim, latent]
+        self.output = weights.matrix(hidden_size, self.num_heads * model.v_head_dim)
+        self.q_norm, self.kv_norm = weights.vector(model.q_lora_rank or 1), weights.vector(latent)
+        cache_shape = (num_pages, PAGE_SIZE, sum(self.row_dims))
+        self.caches = [torch.zeros(cache_shape, device=device, dtype=dtype) for _ in range(NUM_LAYERS)]
+        workspace = torch.empty(32 << 20, dtype=torch.uint8, device=device)
+        self.unabsorbed = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace)
+        self.absorbed = flashinfer.BatchMLAPagedAttentionWrapper(workspace)
+        self.most_off = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.num_heads} heads on {self.row_dims[0]} + {self.row_dims[1]}"
+
+    def plan(self, batch: Batch) -> None:
+        if batch.is_new:
+            heads = (self.num_heads, self.num_heads, self.model.head_dim, self.model.v_head_dim)
+            options = {"causal": True, "sm_scale": self.scale, "q_data_type": self.dtype}
+            self.unabsorbed.plan(batch.qo_indptr, batch.qo_indptr, *heads, **options)
+        else:
+            pages = (batch.qo_indptr, batch.kv_indptr, batch.kv_indices, batch.kv_lens)
+            shape = (self.num_heads, *self.row_dims, PAGE_SIZE)
+            self.absorbed.plan(*pages, *shape, True, self.scale, self.dtype, self.dtype)
+
+    def run(self, x: torch.Tensor, layer: int, batch: Batch) -> torch.Tensor:
+        x_of_q = x
+        if self.q_down is not None:
+            x_of_q = flashinfer.rmsnorm(functional.linear(x, self.q_down), self.q_norm)
+        q = functional.linear(x_of_q, self.q_up).unflatten(-1, (self.num_heads, -1))
+        row = functional.linear(x, self.kv_down)
+        ckv, kpe = row.split(self.row_dims, dim=-1)
+        flashinfer.rmsnorm(ckv, self.kv_norm, out=ckv)
+        q_nope, q_pe = q.split([self.model.qk_nope_head_dim, self.row_dims[1]], dim=-1)
+        flashinfer.apply_rope_pos_ids_inplace(q_pe, kpe[:, None], batch.positions, interleave=True)
+        caches = self.caches[layer].split(self.row_dims, dim=-1)
+        pages = (batch.kv_indices, batch.kv_indptr, batch.kv_last_page_len)
+        flashinfer.append_paged_mla_kv_cache(ckv, kpe, batch.batch_indices, batch.positions, *caches, *pages)
+        if batch.is_new:
+            k_nope, v = self._keys_and_values(ckv)
+            k = torch.empty_like(q)
+            flashinfer.concat_mla_k(k, k_nope, kpe[:, None])
+            out = self.unabsorbed.run(q, k, v)
+        else:
+            q_latent = torch.einsum("thd,hdl->thl", q_nope, self.key_up)
+            out = torch.einsum("thl,hdl->thd", self.absorbed.run(q_latent, q_pe, *caches), self.value_up)
+        self._compare(out, q, layer, batch)
+        return functional.linear(out.flatten(1), self.output)
+
+    def _keys_and_values(self, ckv: torch.Tensor) -> list[torch.Tensor]:
+        both = functional.linear(ckv, self.kv_up.to(ckv.dtype)).unflatten(-1, (self.num_heads, -1))
+        return list(both.split([self.model.qk_nope_head_dim, self.model.v_head_dim], dim=-1))
+
+    def _compare(self, out: torch.Tensor, q: torch.Tensor, layer: int, batch: Batch) -> None:
+        """With softmax(q [k_nope, k_pe]) v of every head, in fp32 from the rows of the cache."""
+        for b, kv_len in enumerate(batch.kv_lens.tolist()):
+            (begin, end), (first, last) = (indptr[b : b + 2].tolist() for indptr in (batch.qo_indptr, batch.kv_indptr))
+            rows = self.caches[layer][batch.kv_indices[first:last].long()].flatten(0, 1)[:kv_len].float()
+            k_nope, v = self._keys_and_values(rows[:, : self.row_dims[0]])
+            k_pe = rows[:, None, self.row_dims[0] :].expand(-1, self.num_heads, -1)
+            logits = torch.einsum("ihd,jhd->hij", q[begin:end].float(), torch.cat([k_nope, k_pe], -1)) * self.scale
+            visible = torch.ones_like(logits[0]).tril(kv_len - (end - begin)).bool()
+            weights = torch.softmax(logits.masked_fill(~visible, -torch.inf), dim=-1)
+            expected = torch.einsum("hij,jhd->ihd", weights, v)
+            off = float((out[begin:end].float() - expected).norm() / expected.norm())
+            self.most_off = max(self.most_off, off)
+        if not self.most_off < MOST_OFF:
+            sys.exit(f"{self.model.name}: attention is {self.most_off:.1%} off the equations")
+
+
+class Decoder:
+    """A decoder in Llama's style: RMSNorm, attention over a paged cache, SwiGLU."""
+
+    def __init__(self, model: Model, weights: Weights, num_pages: int, device: str, dtype: torch.dtype) -> None:
+        ranks = model.tensor_parallel[0]  # the share of one GPU, where a model needs several
+        kind = LatentAttention if model.kv_lora_rank else GroupedQueryAttention
+        self.attention = kind(model, weights, num_pages, device, dtype)
+        intermediate_size, hidden_size = model.intermediate_sizes[0] // ranks, model.hidden_size
+        self.embedding = weights.matrix(VOCABULARY, hidden_size)
+        self.gate_up = weights.matrix(2 * intermediate_size, hidden_size)
+        self.down = weights.matrix(hidden_size, intermediate_size)
+        self.norm = weights.vector(hidden_size)
+
+    def step(self, batch: Batch) -> list[int]:
+        """Compute a batch; returns the next token of every request."""
+        self.attention.plan(batch)
+        residual = functional.embedding(batch.tokens, self.embedding)
+        x = flashinfer.rmsnorm(residual, self.norm)
+        for layer in range(NUM_LAYERS):
+            x = self.attention.run(x, layer, batch)
+            flashinfer.fused_add_rmsnorm(x, residual, self.norm)
+            x = functional.linear(flashinfer.silu_and_mul(functional.linear(x, self.gate_up)), self.down)
+            flashinfer.fused_add_rmsnorm(x, residual, self.norm)
+        last = x[batch.qo_indptr[1:].long() - 1]
+        return self._sample(functional.linear(last, self.embedding).float())
 
     def _sample(self, logits: torch.Tensor) -> list[int]:
         probs = torch.softmax(logits, dim=-1)
@@ -218,8 +323,11 @@ def serve(model: Model, weights: Weights, device: str, dtype: torch.dtype) -> No
     seconds = time.perf_counter() - started
     stores = Counter(store for spec, store in answered.items() if spec not in known)
     new = ", ".join(f"{count} from {store}" for store, count in sorted(stores.items())) or "none new"
-    shape = f"{model.hidden_size} wide, {decoder.num_qo_heads}/{decoder.num_kv_heads} heads x {model.head_dim}"
-    print(f"{model.name:34} {shape:34} {num_tokens:3} tokens in {seconds:5.1f} s   kernels: {new}", flush=True)
+    shape = f"{model.hidden_size} wide, {decoder.attention}"
+    line = f"{model.name:34} {shape:34} {num_tokens:3} tokens in {seconds:5.1f} s   kernels: {new}"
+    if isinstance(decoder.attention, LatentAttention):
+        line += f"   off the equations: {decoder.attention.most_off:.2%}"
+    print(line, flush=True)
 
 
 def core_models(config: str, names: list[str]) -> list[Model]:

