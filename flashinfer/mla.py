@@ -8,6 +8,8 @@ from typing import Any, Optional
 
 import torch
 
+from flashinfer.attention import workspace
+from flashinfer.attention.lengths import FixedBuffers
 from flashinfer.attention.mla.paged import BatchMLAPagedAttentionWrapper
 from flashinfer.attention.mla.sparse import sparse_mla_decode, sparse_mla_prefill
 from flashinfer.attention.planned import DataType, Result
@@ -57,14 +59,15 @@ class BatchDecodeMlaWithPagedKVCacheWrapper(Uncopyable):
         self._last_page_len_buffer = paged_kv_last_page_len_buffer
         buffers: dict[str, Any] = {}
         if use_cuda_graph:
-            like = paged_kv_last_page_len_buffer
-            if not isinstance(like, torch.Tensor):
-                raise ValueError(f"{self._op_name}: use_cuda_graph=True needs paged_kv_last_page_len_buffer")
+            workspace.require_workspace(self._op_name, float_workspace_buffer)
+            device, like = float_workspace_buffer.device, paged_kv_last_page_len_buffer
+            FixedBuffers(self._op_name, device, {"paged_kv_last_page_len_buffer": like})  # checks it
+            batch_size = 0 if like is None else like.numel()
             buffers = {
-                "qo_indptr": torch.empty(like.numel() + 1, dtype=torch.int32, device=like.device),
+                "qo_indptr": torch.empty(batch_size + 1, dtype=torch.int32, device=device),
                 "kv_indptr": paged_kv_indptr_buffer,
                 "kv_indices": paged_kv_indices_buffer,
-                "kv_len_arr": torch.empty(like.numel(), dtype=torch.int32, device=like.device),
+                "kv_len_arr": torch.empty(batch_size, dtype=torch.int32, device=device),
             }
         self._attention = _Attention(float_workspace_buffer, use_cuda_graph, **buffers)
         self._positions: Optional[torch.Tensor] = None

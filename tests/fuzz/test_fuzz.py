@@ -40,7 +40,8 @@ def test_a_campaign_finds_nothing() -> None:
 
 
 def test_every_public_function_has_a_case() -> None:
-    modules = ("activation", "cascade", "decode", "norm", "page", "prefill", "quantization", "rope", "sampling")
+    attention = ("cascade", "decode", "mla", "prefill")
+    modules = (*attention, "activation", "concat_ops", "norm", "page", "quantization", "rope", "sampling")
     public = {name for module in modules for name in importlib.import_module(f"flashinfer.{module}").__all__}
     public |= {name for name, value in vars(utils).items() if getattr(value, "__module__", "") == utils.__name__}
     aliases = {"top_p_renorm_prob", "top_k_renorm_prob"}

@@ -60,6 +60,7 @@ class Model:
     batch_size: Optional[int] = None  # that of a wrapper for CUDA graphs
     capacity: int = LARGEST  # entries of its buffer of pages
     buffers: tuple[torch.Tensor, ...] = ()  # which its plans fill
+    is_planned_by_engines: bool = True  # through upstream's private names
     given: list[torch.Tensor] = field(default_factory=list)  # index tensors of the last plan()
 
     def settle_plan(
@@ -306,6 +307,8 @@ def life(d: Draw, model: Model, make: Any, plan: Any, run: Any) -> Iterator[Any]
             yield _copied(d, model)
         elif what == "reset":
             yield _reset(d, model)
+        elif not model.is_planned_by_engines:
+            continue
         elif model.batch_size is not None and model.plan is not None and model.plan.page_size and not model.doubts:
             yield _planned_by_engine(d, model)
 
@@ -434,7 +437,7 @@ def planned(model: Model, name: str, function: Any, arguments: dict[str, Any], d
 def draw_buffers(d: Draw, model: Model, names: tuple[str, ...]) -> dict[str, Any]:
     """Index buffers of a wrapper for CUDA graphs, which on the CPU keeps its plans in them alike."""
     model.batch_size, model.capacity = d.random.randint(1, 3), 30
-    sizes = {"indices": model.capacity, "last_page_len": model.batch_size}
+    sizes = {"indices": model.capacity, "last_page_len": model.batch_size, "kv_len_arr": model.batch_size}
     size_of = lambda name: next((size for part, size in sizes.items() if part in name), model.batch_size + 1)  # noqa: E731
     buffers = {name: d.blank(size_of(name), dtype=I32) for name in names}
     model.buffers = tuple(buffers.values())
