@@ -1,6 +1,9 @@
-// k[t, h, :] = k_nope[t, h, :] and, behind it, k_rope[t, :].
+// Keys of latent attention that is not absorbed, from their two parts:
 //
-//   k_nope [num_tokens, num_heads, kNopeDim]   k_rope [num_tokens, kRopeDim]   k [num_tokens, num_heads, both]
+//   k[t, h, :kNopeDim] = k_nope[t, h, :]      k[t, h, kNopeDim:] = k_rope[t, :]
+//
+//   k_nope [num_tokens, num_heads, kNopeDim]      k [num_tokens, num_heads, kNopeDim + kRopeDim]
+//   k_rope [num_tokens, kRopeDim]
 //
 // A thread moves one vector of kHeadsPerThread heads: the loads of k_nope overlap, that of k_rope is one for all of
 // them.

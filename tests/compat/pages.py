@@ -14,6 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 _FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+def programs(page: str) -> list[str]:
+    """Its blocks of Python, in order."""
+    return [block for kind, block in _FENCE.findall((ROOT / "docs" / page).read_text()) if kind == "python"]
+
+
 def sections(page: str) -> dict[str, list[str]]:
     """Heading -> its blocks of code."""
     text = (ROOT / "docs" / page).read_text()

@@ -130,7 +130,7 @@ COMPACT_INDICES = Family(
         CompactIndicesParams,
         lambda spec: Config({}, Launch(num_threads=512)),
         cuda="attention/mla/compact_indices.cuh",
-        cpu="cpu/attention/compact_indices.h",
+        cpu="cpu/attention/mla/compact_indices.h",
     ),
 )
 register(MLA, COMPACT_INDICES)
