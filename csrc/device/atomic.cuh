@@ -27,4 +27,14 @@ __device__ __forceinline__ uint32_t atomic_inc_acq_rel(uint32_t* address_gmem, u
   return before;
 }
 
+// What this thread wrote, or saw written before a barrier, is visible to whoever then reads the sum by load_acquire.
+__device__ __forceinline__ void atomic_add_release(uint32_t* address_gmem, uint32_t value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address_gmem), "r"(value) : "memory");
+}
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* address_gmem) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address_gmem) : "memory");
+  return value;
+}
+
 }  // namespace flashinfer

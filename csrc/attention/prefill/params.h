@@ -33,10 +33,11 @@ struct PrefillItem {
 struct PrefillSchedule {
   int32_t num_items;
   int32_t num_heads_abreast;
-  int32_t reserved[30];
-  uint32_t next_unit;  // (item, KV head) pairs handed out beyond the first of each block; zero between launches
+  int32_t has_splits;  // whether there is an item with num_splits > 1
+  int32_t reserved[29];
+  uint32_t next_unit;  // (item, KV head) pairs handed out, but for those a block takes unasked; zero between launches
   uint32_t num_done;   // blocks that have left; zero between launches
-  int32_t reserved_too[30];
+  uint32_t taken[30];  // a bit for each unit that a block takes unasked, where that is marked; zero between launches
 };
 
 // Which item and KV head a unit of work is. The whole list is taken for the first num_heads_abreast KV heads, then for
@@ -74,6 +75,13 @@ struct PrefillParams : PrefillRows, AttentionParams, PrefillScratch {
   int32_t num_tokens;  // rows of q and out
 };
 
+// What costs time besides the KV tiles themselves, in those of a tile.
+struct PlanCosts {
+  float of_item;      // to start one
+  float of_partial;   // to write and to merge a partial result
+  int32_t min_split;  // KV tiles; a shorter split is not worth it
+};
+
 struct PrefillPlanParams {
   const int32_t* qo_indptr;  // [batch_size + 1]; null if single
   KvIndex kv;                // but for the page numbers
@@ -90,6 +98,7 @@ struct PrefillPlanParams {
   int32_t block_m, block_n;  // rows of a query tile and of a KV tile
   int32_t mask;              // MaskKind
   int32_t window_left;       // -1: no window
+  PlanCosts costs;
 };
 
 }  // namespace flashinfer

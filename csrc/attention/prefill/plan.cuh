@@ -42,11 +42,6 @@ struct CostBins {
   }
 };
 
-// Costs beyond the KV tiles themselves, in tiles of time: the start of an item, and writing and merging of partial
-// results. A split shorter than kMinSplit is not worth its overhead.
-constexpr float kItemOverhead = 1.5f, kPartialOverhead = 3.f;
-constexpr int32_t kMinSplit = 2;
-
 constexpr int32_t kMaxKvLen = 1 << 30;  // of a request that can be true
 
 struct PrefillPlanSmem {
@@ -159,7 +154,7 @@ struct PrefillPlanner {
       const int32_t cost = bin_cost(bin), num_splits = num_splits_of(cost, limit);
       const float count = float(smem.num_tiles_of_cost[bin]) * float(params.num_kv_heads);
       const float split_cost =
-          float(ceil_div(cost, num_splits)) + kItemOverhead + (num_splits > 1 ? kPartialOverhead : 0.f);
+          float(ceil_div(cost, num_splits)) + params.costs.of_item + (num_splits > 1 ? params.costs.of_partial : 0.f);
       num_units += count * float(num_splits);
       load += count * float(num_splits) * split_cost;
       longest = fmaxf(longest, split_cost);
@@ -194,7 +189,8 @@ struct PrefillPlanner {
 
   // The choices: cut the longest item into 1, 2, ..., kNumThreads splits, and the others into splits no longer.
   __device__ __forceinline__ int32_t choose_limit() const {
-    const int32_t num_splits = threadIdx.x + 1, limit = max(ceil_div(smem.max_cost, num_splits), kMinSplit);
+    const int32_t num_splits = threadIdx.x + 1,
+                  limit = max(ceil_div(smem.max_cost, num_splits), params.costs.min_split);
     Estimate estimate = {};
     if (threadIdx.x == 0 || ceil_div(smem.max_cost, limit) == num_splits) {
       estimate = this->estimate(limit);
@@ -204,7 +200,7 @@ struct PrefillPlanner {
     __syncthreads();
     const int32_t best = int32_t(smem.best_choice & 0xffffffffu);
     if (num_splits == best) params.schedule->num_heads_abreast = num_heads_abreast(estimate);
-    return max(ceil_div(max(smem.max_cost, 1), best), kMinSplit);
+    return max(ceil_div(max(smem.max_cost, 1), best), params.costs.min_split);
   }
 
   // Where the items of each cost start in the list, the longest first.
@@ -250,7 +246,10 @@ struct PrefillPlanner {
     });
     __syncthreads();
     for (int i = threadIdx.x; i < smem.num_counters * params.num_kv_heads; i += kNumThreads) params.counters[i] = 0;
-    if (threadIdx.x == 0) params.schedule->next_unit = params.schedule->num_done = 0;
+    if (threadIdx.x < sizeof(params.schedule->taken) / 4) params.schedule->taken[threadIdx.x] = 0;
+    if (threadIdx.x != 0) return;
+    params.schedule->has_splits = smem.num_counters > 0;
+    params.schedule->next_unit = params.schedule->num_done = 0;
   }
 };
 

@@ -78,8 +78,8 @@ struct Scheduler {
 
 // visit(work, turn) for the units of this block, one after the other, and prepare(turn) ahead of each. By a warp, one
 // of those counted by work_empty.
-template <class Config, class Visit, class Prepare>
-__device__ __forceinline__ void for_each_unit(Smem<Config>& smem, const Visit& visit, const Prepare& prepare) {
+template <class Smem, class Visit, class Prepare>
+__device__ __forceinline__ void for_each_unit(Smem& smem, const Visit& visit, const Prepare& prepare) {
   for (uint32_t turn = 0;; ++turn) {
     prepare(turn);
     smem.work_full.wait_full(turn);
@@ -90,8 +90,8 @@ __device__ __forceinline__ void for_each_unit(Smem<Config>& smem, const Visit& v
     if (elect_lane()) smem.work_empty.at(turn).arrive();
   }
 }
-template <class Config, class Visit>
-__device__ __forceinline__ void for_each_unit(Smem<Config>& smem, const Visit& visit) {
+template <class Smem, class Visit>
+__device__ __forceinline__ void for_each_unit(Smem& smem, const Visit& visit) {
   for_each_unit(smem, visit, [](uint32_t) {});
 }
 

@@ -73,9 +73,10 @@ __device__ __forceinline__ void pin(uint32_t (&registers)[kNum]) {
   for (int i = 0; i < kNum; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
-// Wgmma<T, kN>::multiply  d (+)= A Bᵀ, both depth-major in shared memory
-//                         d (+)= A B, A in registers, B in shared memory: column-major of 16-bit elements; of 8-bit
-//                         ones Bᵀ is there, depth-major
+// Wgmma<T, kN>::multiply        d (+)= A Bᵀ, both depth-major in shared memory
+//               multiply<true>  d (+)= A B, of 16-bit elements, A depth-major and B column-major in shared memory
+//               multiply        d (+)= A B, A in registers, B in shared memory: column-major of 16-bit elements; of
+//                               8-bit ones Bᵀ is there, depth-major
 template <class T, int kN>
 struct Wgmma;
 
@@ -117,18 +118,19 @@ struct Wgmma;
 #define FLASHINFER_REGS_128(d) FLASHINFER_REGS_120(d), FLASHINFER_EIGHT(d, 120)
 // clang-format on
 
-// num_regs = kN / 2; a0 to a5 are the numbers of the operands after those of d. depth_type: of A and B. majors: how A
-// and B lie in shared memory, of multiply and of accumulate; 8-bit operands have no choice.
+// num_regs = kN / 2; a0 to a5 are the numbers of the operands after those of d. depth_type: of A and B. majors,
+// b_major: how A and B lie in shared memory, which 8-bit operands have no choice of.
 #define FLASHINFER_WGMMA_OF(T, depth_type, majors, b_major, kN, num_regs, a0, a1, a2, a3, a4, a5)                  \
   template <>                                                                                                      \
   struct Wgmma<T, kN> {                                                                                            \
+    template <bool kColumnMajor = false>                                                                           \
     __device__ __forceinline__ static void multiply(float (&d)[num_regs], Operand a, Operand b, bool accumulate) { \
       asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" a2                                       \
                    ", 0;\n"                                                                                        \
                    "wgmma.mma_async.sync.aligned.m64n" #kN depth_type " {" FLASHINFER_TEXT_##num_regs              \
-                   "}, %" a0 ", %" a1 ", accumulate, 1, 1" majors ";\n}\n"                                         \
+                   "}, %" a0 ", %" a1 ", accumulate, 1, 1" majors(a3) ";\n}\n"                                     \
                    : FLASHINFER_REGS_##num_regs(d)                                                                 \
-                   : "l"(a.descriptor()), "l"(b.descriptor()), "r"(int(accumulate)));                              \
+                   : "l"(a.descriptor()), "l"(b.descriptor()), "r"(int(accumulate)), "n"(int(kColumnMajor)));      \
     }                                                                                                              \
     __device__ __forceinline__ static void multiply(float (&d)[num_regs], const uint32_t* a, Operand b,            \
                                                     bool accumulate) {                                             \
@@ -140,10 +142,12 @@ struct Wgmma;
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(int(accumulate)));       \
     }                                                                                                              \
   };
-#define FLASHINFER_WGMMA(...)                                                  \
-  FLASHINFER_WGMMA_OF(bf16, "k16.f32.bf16.bf16", ", 0, 0", ", 1", __VA_ARGS__) \
-  FLASHINFER_WGMMA_OF(fp16, "k16.f32.f16.f16", ", 0, 0", ", 1", __VA_ARGS__)   \
-  FLASHINFER_WGMMA_OF(fp8_e4m3, "k32.f32.e4m3.e4m3", "", "", __VA_ARGS__)
+#define FLASHINFER_MAJORS(b_major) ", 0, %" b_major
+#define FLASHINFER_NO_MAJORS(b_major) ""
+#define FLASHINFER_WGMMA(...)                                                           \
+  FLASHINFER_WGMMA_OF(bf16, "k16.f32.bf16.bf16", FLASHINFER_MAJORS, ", 1", __VA_ARGS__) \
+  FLASHINFER_WGMMA_OF(fp16, "k16.f32.f16.f16", FLASHINFER_MAJORS, ", 1", __VA_ARGS__)   \
+  FLASHINFER_WGMMA_OF(fp8_e4m3, "k32.f32.e4m3.e4m3", FLASHINFER_NO_MAJORS, "", __VA_ARGS__)
 
 FLASHINFER_WGMMA(64, 32, "32", "33", "34", "35", "36", "37")
 FLASHINFER_WGMMA(80, 40, "40", "41", "42", "43", "44", "45")

@@ -7,6 +7,7 @@ from typing import Optional
 import torch
 
 from flashinfer import dtypes, target
+from flashinfer.attention.mla import sm90
 from flashinfer.attention.plan import BoundLaunch
 from flashinfer.attention.prefill import launch as prefill
 from flashinfer.attention.prefill.launch import PrefillKernel
@@ -64,6 +65,8 @@ def bind_launch(
         **options,
         **schedule,
     }
+    if kernel.launcher.params is families.Sm90MlaParams:
+        return sm90.bind_launch(kernel.launcher, kernel.num_blocks, values, page_size)
     return kernel.launcher.prepare((kernel.num_blocks or 1, 1, 1), values, varying=families.ADDRESSES)
 
 

@@ -10,7 +10,7 @@ from flashinfer.attention.mla import launch as launches
 from flashinfer.attention.plan import BoundRun, Call, Plan, Shape, no_launch
 from flashinfer.attention.prefill.launch import NO_SCHEDULE, Extent, PrefillKernel, Schedule
 from flashinfer.attention.variant import Variant, factors
-from flashinfer.families.attention.mla import STORAGE
+from flashinfer.families.attention.mla import COSTS, STORAGE
 from flashinfer.host import checks, paged_cache
 from flashinfer.host.rows import require_rows
 from flashinfer.jit.loader import PreparedLaunch
@@ -50,7 +50,7 @@ class MlaPlan(Plan):
             return no_launch
         shape = self.shape
         return self._schedule.bind_planner(
-            self.device, STORAGE, extent, shape.page_size, shape.batch_size, 1, shape.num_qo_heads
+            self.device, STORAGE, extent, shape.page_size, shape.batch_size, 1, shape.num_qo_heads, costs=COSTS
         )
 
     def bind(self, call: Call, short_queries: bool) -> BoundRun:

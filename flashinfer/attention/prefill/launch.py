@@ -16,7 +16,7 @@ from flashinfer.attention.variant import Variant
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.attention import prefill as families
 from flashinfer.families.attention.params import ADDRESSES, MASKS
-from flashinfer.families.layout import FP8_DTYPES, fast_divisor
+from flashinfer.families.layout import FP8_DTYPES, fast_divisor, inside
 from flashinfer.host import checks, memo
 from flashinfer.host.paged_cache import KvStrides
 from flashinfer.jit import KernelSpec, default_resolver
@@ -177,6 +177,7 @@ class Schedule:
         num_kv_heads: int,
         group_size: int,
         lengths: tuple[int, int] = (0, 0),
+        costs: families.PlanCosts = families.COSTS,
     ) -> PreparedLaunch:
         """The planner, which takes the addresses of qo_indptr, kv_indptr and last_page_len. `lengths`: qo_len and
         kv_len of one sequence."""
@@ -196,6 +197,7 @@ class Schedule:
             "max_counters": self.max_counters,
             "max_partial_rows": self.max_partial_rows,
             **extent._asdict(),
+            **inside("costs", costs._asdict()),
         }
         launcher = load_planner(device, kv_storage)
         return launcher.prepare((1, 1, 1), values, varying=("qo_indptr", "kv.indptr", "kv.last_page_len"))

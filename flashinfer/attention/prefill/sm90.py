@@ -7,15 +7,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flashinfer.attention.tma import maps_of_rows
 from flashinfer.dtypes import ITEMSIZE
 from flashinfer.families.attention import prefill as families
 from flashinfer.families.attention.params import ADDRESSES, KV_STORAGE
-from flashinfer.jit import driver
 from flashinfer.jit.loader import Launcher
 
-_PANEL_BYTES = 128  # that the swizzle permutes
-_UNBOUNDED = 1 << 31  # of an axis whose bounds the kernel keeps itself
-_MAX_MAPS = 256  # addresses a launch remembers: a serving process has a KV cache per layer
 _K, _V = (len(families.ROWS) + ADDRESSES.index(name) for name in ("kv.k", "kv.v"))
 
 
@@ -38,20 +35,8 @@ def bind_launch(launcher: Launcher, grid_size: int, values: Mapping[str, Any], p
 
     def maps_of(half: str, head_dim: int) -> Callable[[int], bytes]:
         page, entry, head = (itemsize * values[f"kv.{half}_{axis}_stride"] for axis in ("page", "entry", "head"))
-        row = entry if is_paged else page
-        axes = (
-            (head_dim * itemsize // 2, 2), (box_rows, row), (num_heads, head),
-            (_UNBOUNDED if is_paged else 1, page if is_paged else 0), (_UNBOUNDED, row),
-        )  # fmt: skip
-
-        @functools.lru_cache(_MAX_MAPS)
-        def map_at(address: int) -> bytes:
-            # Elements of 8 bits in pairs. Before the first row: see csrc/attention/sm90/params.h. Of an empty tensor
-            # nothing is read.
-            start = max(address - box_rows * row, 16)
-            return driver.tensor_map_of_16_bit(start, axes, (_PANEL_BYTES // 2, box_rows, 1, 1, 1))
-
-        return map_at
+        row, pages = (entry, page) if is_paged else (page, 0)
+        return maps_of_rows(head_dim * itemsize, box_rows, row, (num_heads, head), pages)
 
     k_map_at, v_map_at = (maps_of(half, int(constants[f"kHeadDim{of}"])) for half, of in (("k", "Qk"), ("v", "Vo")))
 

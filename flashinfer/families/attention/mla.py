@@ -6,12 +6,14 @@ import ctypes
 
 from flashinfer import target as targets
 from flashinfer.errors import UnsupportedConfig
+from flashinfer.families.attention import mla_sm90
 from flashinfer.families.attention.params import KV_INDEX, KV_STORAGE, MASKS
-from flashinfer.families.attention.prefill import PREFILL_PLAN, ROWS, SCRATCH
-from flashinfer.families.attention.prefill_sm90 import MIN_BOX_ROWS
+from flashinfer.families.attention.prefill import PREFILL_PLAN, ROWS, SCRATCH, PlanCosts
 from flashinfer.families.layout import DTYPES, F32, I32, I64, Fields, P, nested
 from flashinfer.jit.spec import Config, Constants, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
 
+# A tile of KV takes longer than in prefill.
+COSTS = PlanCosts(0.6, 1.2, 1)
 STORAGE = "paged_lens"  # of the KV, to the planner and to the kernels
 HEAD_DIMS_CKV = (512, 256)
 HEAD_DIMS_KPE = (64, 0)
@@ -42,6 +44,17 @@ class MlaParams(ctypes.Structure):
     _fields_ = [*[(name, P) for name in ROWS], *_LATENT_ATTENTION, *SCRATCH, ("num_tokens", I32)]
 
 
+class Sm90MlaParams(ctypes.Structure):
+    """Mirror of csrc/attention/sm90/mla/params.h. The descriptors of ckv and kpe hold their addresses."""
+
+    _fields_ = [
+        ("ckv_map", ctypes.c_uint8 * 128),
+        ("kpe_map", ctypes.c_uint8 * 128),
+        *MlaParams._fields_,
+        ("box_rows", I32),
+    ]
+
+
 def _constants(spec: KernelSpec) -> Constants:
     """What the compiler is told of a spec on every target."""
     q_dtype, kv_dtype = spec.arg("q_dtype"), spec.arg("kv_dtype")
@@ -67,6 +80,10 @@ def _cpu_config(spec: KernelSpec) -> Config:
     return Config(_constants(spec))
 
 
+def _sm90_config(spec: KernelSpec) -> Config:
+    return mla_sm90.config(spec, _constants(spec))
+
+
 MLA = Family(
     name="mla",
     axes={
@@ -79,7 +96,10 @@ MLA = Family(
     },
     # A kernel of an architecture is a row before these. Of its Config, the host asks kBlockM, the query rows of a tile,
     # and kBlockN, those of the KV.
-    implementations=(Implementation("cpu", "cpu/attention/mla.h", MlaParams, _cpu_config),),
+    implementations=(
+        Implementation("sm_90a", "attention/sm90/mla/mla.cuh", Sm90MlaParams, _sm90_config, serves=mla_sm90.serves),
+        Implementation("cpu", "cpu/attention/mla.h", MlaParams, _cpu_config),
+    ),
 )
 
 
@@ -102,7 +122,7 @@ def mla(
         "head_dim_kpe": head_dim_kpe,
         "mask": mask,
     }
-    if page_size % MIN_BOX_ROWS == 0:
+    if page_size % mla_sm90.MIN_BOX_ROWS == 0:
         spec = MLA.spec(target, **axes, large_pages=True)
         if MLA.implementation(spec).params is not MlaParams:  # nobody else minds
             return spec

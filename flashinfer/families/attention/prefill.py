@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 from flashinfer import target as targets
 from flashinfer.dtypes import ITEMSIZE
@@ -19,7 +20,7 @@ from flashinfer.families.attention.params import (
     POS_ENCODINGS,
     Q_DTYPES,
 )
-from flashinfer.families.layout import DTYPES, FP8_DTYPES, I32, Fields, P, nested
+from flashinfer.families.layout import DTYPES, F32, FP8_DTYPES, I32, Fields, P, nested
 from flashinfer.jit.spec import Config, Constants, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
 
 # sizeof of the structs in csrc/attention/prefill/params.h.
@@ -70,7 +71,19 @@ class PrefillPlanParams(ctypes.Structure):
         *[(name, I32) for name in ("batch_size", "qo_len", "num_kv_heads", "group_size", "num_blocks")],
         *[(name, I32) for name in ("max_items", "max_counters", "max_partial_rows", "block_m", "block_n")],
         *[(name, I32) for name in ("mask", "window_left")],
+        *nested("costs", [("of_item", F32), ("of_partial", F32), ("min_split", I32)]),
     ]
+
+
+class PlanCosts(NamedTuple):
+    """What the planner weighs against the KV tiles of an item, in tiles of time: csrc/attention/prefill/params.h."""
+
+    of_item: float
+    of_partial: float
+    min_split: int
+
+
+COSTS = PlanCosts(1.5, 3.0, 2)
 
 
 # A tile: query rows, KV rows, threads, stages of KV, blocks an SM is meant to hold. By head_dim, the first that fits.

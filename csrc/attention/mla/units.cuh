@@ -1,0 +1,61 @@
+// How a block of latent attention comes by its work.
+#pragma once
+
+#include "attention/mla/params.h"
+#include "attention/prefill/work.cuh"
+
+namespace flashinfer {
+
+// The planner's list, of which a block takes one unit by its place in the grid, then whatever is next. So blocks that
+// are neighbours on the chip begin with rows of one request, and share what they read of its cache.
+//
+// Blocks wait for each other's splits in the end (mla/merge.cuh), which must not be those of a block that has not
+// started: another kernel, waiting in turn, may have its place. So units by place are marked as taken, and those of
+// blocks that are late are done by others. By one thread.
+struct LatentUnits {
+  const MlaParams& params;
+
+  // The first, which is read while it is taken, or the next; false: there are no more.
+  __device__ __forceinline__ bool find(bool is_first, PrefillUnit& unit) const {
+    PrefillSchedule& schedule = *params.schedule;
+    const uint32_t num_items = schedule.num_items;
+    unit.kv_head_idx = 0;
+    if (is_first && blockIdx.x < num_items) {
+      unit.item = params.items[blockIdx.x];
+      if (take(blockIdx.x)) return confine(unit);
+    }
+    const uint32_t idx = gridDim.x + atomicAdd(&schedule.next_unit, 1u);
+    if (idx < num_items) {
+      unit.item = params.items[idx];
+      return confine(unit);
+    }
+    for (uint32_t i = 0; i < min(gridDim.x, num_items); ++i) {
+      const uint32_t word = *const_cast<volatile uint32_t*>(&schedule.taken[i / 32]);
+      if (word == ~0u) i |= 31;
+      if (word >> i % 32 & 1 || !take(i)) continue;
+      unit.item = params.items[i];
+      return confine(unit);
+    }
+    return false;
+  }
+
+  // The last block to leave resets the list for the next launch.
+  __device__ __forceinline__ void close() const {
+    PrefillSchedule& schedule = *params.schedule;
+    if (atomicAdd(&schedule.num_done, 1u) != gridDim.x - 1) return;
+    for (uint32_t& word : schedule.taken) word = 0;
+    schedule.next_unit = schedule.num_done = 0;
+  }
+
+ private:
+  __device__ __forceinline__ bool take(uint32_t idx) const {
+    const uint32_t bit = 1u << idx % 32;
+    return !(atomicOr(&params.schedule->taken[idx / 32], bit) & bit);
+  }
+  __device__ __forceinline__ bool confine(PrefillUnit& unit) const {
+    unit.item.confine_to(params.num_tokens);
+    return true;
+  }
+};
+
+}  // namespace flashinfer

@@ -1,0 +1,110 @@
+// Multi-head latent attention on Hopper (sm_90a): what attention/mla/params.h says, with wgmma and TMA.
+//
+// A persistent block an SM takes units off the planner's list: 64 rows, (token, head) pairs with the head innermost,
+// against a run of KV tiles. Two warpgroups compute and share the output's columns (walk.cuh), a third brings in
+// queries and the cache. All that is passed on goes through rings in shared memory, as in attention/sm90/prefill.cuh.
+//
+//   producer.cuh  how queries and the cache come in
+//   gather.cuh    the same where pages are small
+//   walk.cuh      the loop over KV tiles
+//   output.cuh    the end of a unit: normalize, store, merge
+//   tile.cuh      geometry, shared memory
+#pragma once
+
+#include "attention/mla/units.cuh"
+#include "attention/sm90/mla/gather.cuh"
+#include "attention/sm90/mla/output.cuh"
+#include "device/pdl.cuh"
+
+namespace flashinfer {
+
+namespace sm90::mla {
+
+// By one thread.
+template <class Config>
+__device__ __forceinline__ void publish(const LatentUnits& units, Smem<Config>& smem, uint32_t turn) {
+  smem.work_empty.wait_empty(turn);
+  Work& work = smem.work[turn % kNumWorkSlots];
+  work.is_end = !units.find(turn == 0, work);
+  smem.work_full.at(turn).arrive();
+}
+
+// A warp has the cache, unless it is gathered by all; the others have the queries, and the first of them the schedule.
+// A unit is published before its queries are loaded: that needs room for them, as does the next unit.
+template <class Config>
+__device__ __forceinline__ void produce(const Sm90MlaParams& params, Smem<Config>& smem) {
+  using Shape = mla::Shape<Config>;
+  const int warp_idx = fresh_thread_idx() % kWarpgroupSize / 32;
+  if (warp_idx == Shape::kNumQueryProducers) {
+    KvProducer<Config>{params, smem}.run();
+    return;
+  }
+  const LatentUnits units{params};
+  const bool is_scheduler = warp_idx == 0 && fresh_thread_idx() % 32 == 0;
+  const auto prepare = [&](uint32_t turn) {
+    if (is_scheduler) publish(units, smem, turn);
+    __syncwarp();
+  };
+  uint32_t kv_turn = 0;
+  const auto load = [&](const Work& work, uint32_t turn) {
+    load_queries<Config>(params, smem, work, turn, warp_idx);
+    if constexpr (Shape::kGathers) KvGatherer<Config>{params, smem, warp_idx}.run(work.item, kv_turn);
+  };
+  for_each_unit(smem, load, prepare);
+  if (is_scheduler) units.close();
+  cp_async_wait_all();  // a block may not end with copies under way
+}
+
+template <class Config, int kConsumer>
+__device__ __forceinline__ void consume(const Sm90MlaParams& params, Smem<Config>& smem) {
+  uint32_t kv_turn = 0;  // KV tiles so far
+  for_each_unit(smem, [&](const Work& work, uint32_t turn) {
+    float out[Shape<Config>::kNumOutputs] = {};
+    TileWalk<Config, kConsumer> walk{params, smem, work, params.sm_scale * kLog2E, out};
+    smem.await(smem.q_full, turn);
+    walk.run(kv_turn);
+    __syncwarp();
+    if (elect_lane()) smem.q_empty.at(turn).arrive();
+    finish_unit(walk);
+  });
+}
+
+}  // namespace sm90::mla
+
+// Config: Q (of q, ckv and kpe), Out, kHeadDimCkv, kHeadDimKpe, kHeadDimVo (the former), kKvStorage, kMask,
+// kGathersKv, and the tile: kBlockM, kBlockN, kNumStages, kNumThreads, kSmemBytes. Grid: as many blocks as the planner
+// was told.
+template <class Config>
+__device__ void mla(const Sm90MlaParams& params) {
+  using Shape = sm90::mla::Shape<Config>;
+  extern __shared__ __align__(1024) uint8_t smem_bytes[];
+  static_assert(sizeof(sm90::mla::Smem<Config>) <= Config::kSmemBytes);
+  auto& smem = *reinterpret_cast<sm90::mla::Smem<Config>*>(smem_bytes);
+  if (threadIdx.x == 0) {
+    smem.init(params);
+    if constexpr (!Shape::kGathers) {
+      prefetch_tensor_map(params.ckv_map);
+      if constexpr (Shape::kPePanels > 0) prefetch_tensor_map(params.kpe_map);
+    }
+  }
+  __syncthreads();
+  wait_for_previous_kernel();
+
+  const int warpgroup_idx = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupSize, 0);
+  if (warpgroup_idx == Shape::kNumConsumers) {
+    shrink_registers<Shape::kProducerRegisters>();
+    sm90::mla::produce<Config>(params, smem);
+    return;
+  }
+  grow_registers<Shape::kConsumerRegisters>();
+  if (warpgroup_idx == 0) {
+    sm90::mla::consume<Config, 0>(params, smem);
+  } else {
+    sm90::mla::consume<Config, 1>(params, smem);
+  }
+  constexpr int kNumThreads = Shape::kNumConsumerThreads;
+  const auto sync = [] { named_barrier_sync(sm90::mla::kBothConsumers, kNumThreads); };
+  merge_shares<Config, kNumThreads>(params, smem.group_size, sync);
+}
+
+}  // namespace flashinfer
