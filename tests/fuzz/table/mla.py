@@ -152,7 +152,7 @@ def _run(d: Draw, model: Model, shape: Shape, dim_kpe: int) -> Call:
 
 def _wrapper(d: Draw) -> Iterator[Any]:
     shape, dim_kpe = _draw_shape(d)
-    model, is_graph = Model("NHD", is_planned_by_engines=False), d.chance(0.25)
+    model, is_graph = Model("NHD"), d.chance(0.25)
     arguments: dict[str, Any] = {
         "float_workspace_buffer": torch.zeros(8, dtype=torch.uint8),
         "use_cuda_graph": is_graph,
@@ -180,7 +180,19 @@ def _wrapper(d: Draw) -> Iterator[Any]:
         return call
 
     yield from planned.life(
-        d, model, made, lambda: _plan(d, model, shape, dim_kpe), lambda: _run(d, model, shape, dim_kpe)
+        d, model, made, lambda: _plan(d, model, shape, dim_kpe), lambda: _run(d, model, shape, dim_kpe),
+        _planned_by_engine,
+    )  # fmt: skip
+
+
+def _planned_by_engine(d: Draw, model: Model) -> Call:
+    plan, wrapper = model.plan, model.wrapper
+    assert plan is not None
+    kv_lens = planned.draw_lengths(d, model)
+    indptr, indices, _ = planned.draw_page_table(d, kv_lens, plan.page_size, is_exact=True)
+    table, shape = (indptr, indices, d.index(kv_lens, I32)), (plan.num_qo_heads, plan.head_dims[1], plan.causal)
+    return planned.planned_by_engine(
+        d, model, table, _read_pages, lambda: wrapper._cached_module.plan(*[None] * 6, *shape)
     )
 
 
@@ -247,7 +259,7 @@ def _decode_run(d: Draw, model: Model, shape: Shape) -> Call:
 
 def _decode_wrapper(d: Draw) -> Iterator[Any]:
     shape, _ = _draw_shape(d, dims=d.kernel((512, 64), (256, 64)))
-    model, is_graph = Model("NHD", is_planned_by_engines=False), d.chance(0.25)
+    model, is_graph = Model("NHD"), d.chance(0.25)
     arguments: dict[str, Any] = {
         "float_workspace_buffer": torch.zeros(8, dtype=torch.uint8),
         "use_cuda_graph": is_graph,
@@ -264,7 +276,7 @@ def _decode_wrapper(d: Draw) -> Iterator[Any]:
     name, function = "BatchDecodeMlaWithPagedKVCacheWrapper", BatchDecodeMlaWithPagedKVCacheWrapper
     yield from planned.life(
         d, model, lambda: planned.made(model, name, function, arguments, expect),
-        lambda: _decode_plan(d, model, shape), lambda: _decode_run(d, model, shape),
+        lambda: _decode_plan(d, model, shape), lambda: _decode_run(d, model, shape), lambda d, model: [],
     )  # fmt: skip
 
 

@@ -60,7 +60,6 @@ class Model:
     batch_size: Optional[int] = None  # that of a wrapper for CUDA graphs
     capacity: int = LARGEST  # entries of its buffer of pages
     buffers: tuple[torch.Tensor, ...] = ()  # which its plans fill
-    is_planned_by_engines: bool = True  # through upstream's private names
     given: list[torch.Tensor] = field(default_factory=list)  # index tensors of the last plan()
 
     def settle_plan(
@@ -280,8 +279,9 @@ def paged_halves(plan: Plan, cache: Any, layout: str) -> tuple[torch.Tensor, tor
 # --------------------------------------------------------------------------------------------------------- what happens
 
 
-def life(d: Draw, model: Model, make: Any, plan: Any, run: Any) -> Iterator[Any]:
-    """A wrapper's. `make`, `plan` and `run` draw a call."""
+def life(d: Draw, model: Model, make: Any, plan: Any, run: Any, engine: Any = None) -> Iterator[Any]:
+    """A wrapper's. `make`, `plan` and `run` draw a call; so does `engine`, of what engines do with a wrapper for CUDA
+    graphs: fill its buffers, then call upstream's planner."""
     made = make()
     steps = d.maybe_hostile(made) if d.chance(0.2) else [made]
     yield steps
@@ -307,10 +307,8 @@ def life(d: Draw, model: Model, make: Any, plan: Any, run: Any) -> Iterator[Any]
             yield _copied(d, model)
         elif what == "reset":
             yield _reset(d, model)
-        elif not model.is_planned_by_engines:
-            continue
         elif model.batch_size is not None and model.plan is not None and model.plan.page_size and not model.doubts:
-            yield _planned_by_engine(d, model)
+            yield (engine or _planned_by_engine)(d, model)
 
 
 def _reset(d: Draw, model: Model) -> Call:
@@ -337,10 +335,19 @@ def _reset(d: Draw, model: Model) -> Call:
 
 
 def _planned_by_engine(d: Draw, model: Model) -> Call:
-    """What engines do with a wrapper for CUDA graphs: fill its buffers, then call upstream's planner."""
     plan, wrapper = model.plan, model.wrapper
     assert plan is not None
     table = draw_page_table(d, draw_lengths(d, model), plan.page_size, is_exact=True)
+    shape = (len(plan.pages), plan.num_qo_heads, plan.num_kv_heads, plan.page_size, True, *plan.head_dims)
+    return planned_by_engine(d, model, table, read_page_table, lambda: wrapper._cached_module.plan(*[None] * 7, *shape))
+
+
+def planned_by_engine(
+    d: Draw, model: Model, table: tuple[torch.Tensor, torch.Tensor, torch.Tensor], read: Any, function: Any
+) -> Call:
+    """table: what the last three buffers are filled with, or something hostile; read: pages and lengths of them."""
+    plan = model.plan
+    assert plan is not None
     change = ""
     if d.chance(0.5):
         at = d.random.randrange(3)
@@ -350,12 +357,11 @@ def _planned_by_engine(d: Draw, model: Model) -> Call:
     kept = model.buffers[-3:]
     for buffer, tensor in zip(kept, table):
         buffer[: tensor.numel()] = tensor[: buffer.numel()].to(I32)
-    shape = (len(plan.pages), plan.num_qo_heads, plan.num_kv_heads, plan.page_size, True, *plan.head_dims)
     described: list[Optional[Plan]] = [None]
 
     def expect() -> Mapping[str, Check]:
         described[0] = None
-        pages, lens, _ = read_page_table(*kept, plan.page_size)
+        pages, lens, _ = read(*kept, plan.page_size)
         described[0] = replace(plan, pages=pages, kv_lens=lens)
         return {}
 
@@ -364,10 +370,6 @@ def _planned_by_engine(d: Draw, model: Model) -> Call:
 
     too_much = table[1].numel() > len(kept[1])
     changes = (f"a buffer whose {change}",) if change else ("too much for its buffers",) if too_much else ()
-
-    def function() -> None:
-        wrapper._cached_module.plan(*[None] * 7, *shape)
-
     return Call("wrapper._cached_module.plan", function, {}, expect, changes=changes, settle=settle)
 
 
