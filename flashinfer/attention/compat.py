@@ -144,7 +144,8 @@ class _CachedModule:
     def plan(self, *arguments: Any) -> None:
         """Launch the planner on the wrapper's index buffers, in stream order behind whatever fills them. Of the
         arguments, which are those of upstream's fa2 planner, shapes are compared with those of the plan; the others
-        repeat what is in the buffers or concern upstream's schedule."""
+        repeat what is in the buffers, or concern upstream's schedule. Engines fill all buffers but for latent
+        attention, which takes offsets and lengths from the arguments."""
         op = self._wrapper._op_name
         first, what, expected = self._wrapper._planner_arguments(self._plan)
         given = arguments[first : first + len(expected)]
@@ -154,7 +155,7 @@ class _CachedModule:
                 f"to {first + len(expected) - 1} to be {list(expected)}, got {list(given)}. Next step: call plan()"
             )
         check_later_arguments(op, dict(zip(("fixed_split_size", "disable_split_kv"), arguments[16:18])))
-        self._wrapper._plan_from_buffers()
+        self._wrapper._plan_by_engine(arguments)
 
 
 class EngineNames(ABC):
@@ -186,6 +187,10 @@ class EngineNames(ABC):
         """Arguments of upstream's planner that must agree with the plan: place of the first, what they are, values."""
         what = "batch size, query heads, KV heads, page size, use_cuda_graph and head dimensions"
         return 7, what, (*plan.shape[:4], self._use_cuda_graph, *plan.shape[4:])
+
+    def _plan_by_engine(self, arguments: tuple[Any, ...]) -> None:
+        """Plan again what was planned last; arguments: of upstream's planner."""
+        self._plan_from_buffers()
 
     @property
     def _fixed_batch_size(self) -> int:

@@ -26,7 +26,7 @@ OTHER_HEAD_DIMS = [
 def attention_specs() -> list[KernelSpec]:
     """Of bf16 queries; fp16 takes the same registers."""
     core = config.read_specs(["core"], TARGETS)
-    specs = [spec for spec in core if spec.family in ("decode", "prefill") and spec.arg("q_dtype") == "bf16"]
+    specs = [spec for spec in core if spec.family in ("decode", "prefill", "mla") and spec.arg("q_dtype") == "bf16"]
     for target in TARGETS:
         specs += [prefill.prefill(target, **BF16, **axes) for axes in OTHER_HEAD_DIMS]
         specs.append(decode.decode(target, **BF16, head_dim=256, group_size=4))

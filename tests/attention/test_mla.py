@@ -264,7 +264,8 @@ def test_torch_compile(device: torch.device) -> None:
 
 @pytest.mark.parametrize("graph", [False, True], ids=["plain", "graph"])
 def test_planning_through_the_cached_module(device: torch.device, graph: bool) -> None:
-    """As SGLang plans a captured decode: it fills the index buffers, then calls upstream's planner with host copies."""
+    """As SGLang plans a captured decode: it fills the buffer of pages, then calls upstream's planner with offsets and
+    lengths on the host, which no buffer holds."""
     buffers: dict[str, Tensor] = {}
     if graph:
         sizes = {"qo_indptr": 5, "kv_indptr": 5, "kv_indices": 1024, "kv_len_arr": 4}
@@ -275,19 +276,24 @@ def test_planning_through_the_cached_module(device: torch.device, graph: bool) -
     )
     plan(wrapper, first)
     check(run(wrapper, first), expect(first))
-    for name, tensor in zip(("_qo_indptr_buf", "_kv_indptr_buf", "_kv_indices_buf", "_kv_len_arr_buf"), second.indices):
-        if graph:
-            getattr(wrapper, name)[: len(tensor)].copy_(tensor)
-        else:
-            setattr(wrapper, name, tensor.to(device))
+    qo_indptr, kv_indptr, kv_indices, kv_len = second.indices
+    if graph:
+        wrapper._kv_indices_buf[: len(kv_indices)].copy_(kv_indices)
+    else:
+        wrapper._kv_indices_buf = kv_indices.to(device)
     wrapper._causal, wrapper._page_size, wrapper._sm_scale = True, 1, second.case.sm_scale
     workspaces = (
         wrapper._float_workspace_buffer,
         wrapper._int_workspace_buffer,
         wrapper._pin_memory_int_workspace_buffer,
     )
-    qo_indptr, kv_indptr, _, kv_len = second.indices
-    wrapper._cached_module.plan(*workspaces, qo_indptr, kv_indptr, kv_len, 16, 512, True)
+    wrapper._cached_module.plan(*workspaces, qo_indptr, kv_indptr, kv_len.long(), 16, 512, True)
+    check(run(wrapper, second), expect(second))
+    if graph:
+        for name, tensor in (("_qo_indptr_buf", qo_indptr), ("_kv_indptr_buf", kv_indptr), ("_kv_len_arr_buf", kv_len)):
+            assert torch.equal(getattr(wrapper, name).cpu(), tensor)
+    with pytest.raises(ValueError, match=r"kv_len_arr\[0\] is 70"):
+        wrapper._cached_module.plan(*workspaces, qo_indptr, kv_indptr, kv_len.flip(0) + 62, 16, 512, True)
     check(run(wrapper, second), expect(second))
     for other in ((20, 512, True), (16, 256, True), (16, 512, False)):
         with pytest.raises(UnsupportedConfig, match=r"call plan\(\)"):

@@ -44,6 +44,7 @@ class BatchMLAPagedAttentionWrapper(PlannedAttention):
     _roles = ("qo_indptr", "kv_indptr", "kv_indices", "last_page_len")
     _whole_lengths = True
     _operands = ("q_nope", "ckv_cache", "kpe_cache")
+    _planned_arguments: tuple[Any, ...] = ()  # of `_describe`, by the last plan
     _qo_indptr_buf = IndexBuffer("qo_indptr")
     _kv_indptr_buf = IndexBuffer("kv_indptr")
     _kv_indices_buf = IndexBuffer("kv_indices")
@@ -109,10 +110,9 @@ class BatchMLAPagedAttentionWrapper(PlannedAttention):
                 f"{self._op_name}: use_profiler is {use_profiler!r:.60}; expected False, these kernels record no "
                 "profile. Next step: torch.profiler, or Nsight"
             )
-        self._settle(
-            (qo_indptr, kv_indptr, kv_indices, kv_len_arr),
-            ((num_heads, head_dim_ckv, head_dim_kpe, page_size), causal, sm_scale, (q_data_type, kv_data_type)),
-        )
+        arguments = (num_heads, head_dim_ckv, head_dim_kpe, page_size), causal, sm_scale, (q_data_type, kv_data_type)
+        self._settle((qo_indptr, kv_indptr, kv_indices, kv_len_arr), arguments)
+        self._planned_arguments = arguments
 
     begin_forward = plan
 
@@ -122,8 +122,7 @@ class BatchMLAPagedAttentionWrapper(PlannedAttention):
         workspaces: tuple[torch.Tensor, torch.Tensor],
         arguments: tuple[tuple[int, int, int, int], bool, float, tuple[DataType, DataType]],
     ) -> MlaPlan:
-        """arguments: query heads, head dimensions of ckv and kpe, and page size; causal, sm_scale; types of q and of the
-        cache."""
+        """arguments: query heads, head dimensions of ckv and kpe, page size; causal, sm_scale; types of q and cache."""
         sizes, causal, sm_scale, types = arguments
         op, (num_heads, head_dim_ckv, head_dim_kpe, page_size) = self._op_name, sizes
         dim_ckv = checks.integer(op, "head_dim_ckv", head_dim_ckv, 1)
@@ -211,6 +210,10 @@ class BatchMLAPagedAttentionWrapper(PlannedAttention):
 
     def _planner_arguments(self, plan: Plan) -> tuple[int, str, tuple[Any, ...]]:
         return 6, "heads, head_dim_ckv and causal", (plan.shape.num_qo_heads, plan.shape.head_dim_vo, self._causal)
+
+    def _plan_by_engine(self, arguments: tuple[Any, ...]) -> None:
+        qo_indptr, kv_indptr, kv_len_arr = arguments[3:6]  # on the host; of the buffers only that of pages is filled
+        self._settle((qo_indptr, kv_indptr, self._buffer("kv_indices"), kv_len_arr), self._planned_arguments)
 
 
 _BACKEND_ARGUMENTS = {

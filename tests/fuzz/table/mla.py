@@ -191,9 +191,11 @@ def _planned_by_engine(d: Draw, model: Model) -> Call:
     kv_lens = planned.draw_lengths(d, model)
     indptr, indices, _ = planned.draw_page_table(d, kv_lens, plan.page_size, is_exact=True)
     table, shape = (indptr, indices, d.index(kv_lens, I32)), (plan.num_qo_heads, plan.head_dims[1], plan.causal)
+    qo_indptr, kv_indptr, _, lengths = model.buffers  # filled here, which an engine does with copies on the host
     return planned.planned_by_engine(
-        d, model, table, _read_pages, lambda: wrapper._cached_module.plan(*[None] * 6, *shape)
-    )
+        d, model, table, _read_pages,
+        lambda: wrapper._cached_module.plan(*[None] * 3, qo_indptr, kv_indptr, lengths, *shape),
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------- decode that rotates

@@ -345,7 +345,8 @@ def _planned_by_engine(d: Draw, model: Model) -> Call:
 def planned_by_engine(
     d: Draw, model: Model, table: tuple[torch.Tensor, torch.Tensor, torch.Tensor], read: Any, function: Any
 ) -> Call:
-    """table: what the last three buffers are filled with, or something hostile; read: pages and lengths of them."""
+    """table: what the last three buffers are filled with, or something hostile; read: pages and lengths of them.
+    function: upstream's planner."""
     plan = model.plan
     assert plan is not None
     change = ""
