@@ -133,22 +133,20 @@ def _latent_attention(model: Model, dtype: str, target: str) -> Iterator[KernelS
     if not model.kv_lora_rank:
         return
     is_cuda, head_dims = targets.kind(target) == "cuda", (model.head_dim, model.v_head_dim)
-    if mla.MLA.runs_on(target):
-        for kv_dtype in _kv_dtypes(dtype, target):
-            for mask in ("causal", "none"):  # none: one query a request, a shared prefix, lists of rows
-                for page_size in (1, 64):  # one for each kernel that there may be
-                    yield mla.mla(
-                        target,
-                        q_dtype=dtype,
-                        kv_dtype=kv_dtype,
-                        head_dim_ckv=model.kv_lora_rank,
-                        head_dim_kpe=model.qk_rope_head_dim,
-                        page_size=page_size,
-                        mask=mask,
-                    )
-        yield mla.COMPACT_INDICES.spec(target)
-        if is_cuda:
-            yield mla.mla_plan(target)
+    for kv_dtype in _kv_dtypes(dtype, target):
+        common: dict[str, Any] = {
+            "q_dtype": dtype,
+            "kv_dtype": kv_dtype,
+            "head_dim_ckv": model.kv_lora_rank,
+            "head_dim_kpe": model.qk_rope_head_dim,
+        }
+        for mask in ("causal", "none"):  # none: one query a request, a shared prefix, lists of rows
+            for page_size in (1, 64):  # one for each kernel that there may be
+                for short_queries in (False, True):
+                    yield mla.mla(target, **common, short_queries=short_queries, page_size=page_size, mask=mask)
+    yield mla.COMPACT_INDICES.spec(target)
+    if is_cuda:
+        yield mla.mla_plan(target)
     for mask in ("causal", "none"):  # none: a part of the prompt that is in the cache
         yield prefill.prefill(
             target, q_dtype=dtype, kv_dtype=dtype, head_dim=head_dims[0], head_dim_vo=head_dims[1], kv_storage="ragged",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 import flashinfer
+from flashinfer import target as targets
+from flashinfer.attention.mla import launch
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.attention import mla as families
 from flashinfer.jit import default_resolver
@@ -65,6 +68,17 @@ CASES = [
 ]
 SANITIZED = {"decode", "heads_128", "page_1", "page_3", "append", "many_splits", "no_kv", "spare_pages_1", "wide_rows"}
 SANITIZED |= {"dims_512_0", "dims_256_64", "fp8", "fp8_page_1_fp16"}
+
+
+@pytest.fixture(params=["cpu", *[pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "cuda_any")]])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Each target in turn, and on Hopper the kernel of all other GPUs besides its own: machine code of sm_90."""
+    device = torch.device(str(request.param).removesuffix("_any"))
+    if request.param == "cuda_any":
+        if targets.of_device(device) != "sm_90a":
+            pytest.skip("there is one kernel for this GPU")
+        monkeypatch.setattr(launch, "target", SimpleNamespace(of_device=lambda device: "sm_90"))
+    return device
 
 
 @pytest.mark.parametrize("case", named(CASES, sanitized=SANITIZED))
@@ -407,9 +421,7 @@ def test_random_sweep(device: torch.device) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a"])
 def test_every_option_compiles(target: str) -> None:
-    if not families.MLA.runs_on(target):
-        pytest.skip(f"no kernel for {target}")
-    for case in CASES:
+    for case, short_queries in itertools.product(CASES, (False, True)):
         q_dtype = "bf16" if case.q_dtype == BF16 else "fp16"
         spec = families.mla(
             target,
@@ -417,6 +429,7 @@ def test_every_option_compiles(target: str) -> None:
             kv_dtype=q_dtype if case.kv_dtype is None else "fp8_e4m3",
             head_dim_ckv=case.dims[0],
             head_dim_kpe=case.dims[1],
+            short_queries=short_queries,
             page_size=case.page_size,
             mask="causal" if case.causal else "none",
         )

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device/cp_async.cuh"
+#include "device/named_barrier.cuh"
 
 namespace flashinfer {
 
@@ -29,15 +30,6 @@ __device__ __forceinline__ bool elect_lane() {
       "}\n"
       : "=r"(is_elected));
   return is_elected != 0;
-}
-
-// Barriers 1 to 15 (0 is that of __syncthreads) of num_threads, whole warps: who syncs waits for all, who arrives does
-// not.
-__device__ __forceinline__ void named_barrier_sync(int barrier, int num_threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
-}
-__device__ __forceinline__ void named_barrier_arrive(int barrier, int num_threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
 
 // What this thread wrote to shared memory by ordinary stores and cp.async that have completed is visible to wgmma and

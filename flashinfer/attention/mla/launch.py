@@ -19,6 +19,7 @@ def load_kernel(
     device: torch.device,
     types: tuple[torch.dtype, torch.dtype],
     head_dims: tuple[int, int],
+    short_queries: bool,
     page_size: int,
     mask: str,
     pdl: Optional[bool] = None,
@@ -32,6 +33,7 @@ def load_kernel(
         kv_dtype=kv_dtype,
         head_dim_ckv=head_dims[0],
         head_dim_kpe=head_dims[1],
+        short_queries=short_queries,
         page_size=page_size,
         mask=mask,
     )

@@ -10,7 +10,7 @@ from flashinfer.attention.mla import launch as launches
 from flashinfer.attention.plan import BoundRun, Call, Plan, Shape, no_launch
 from flashinfer.attention.prefill.launch import NO_SCHEDULE, Extent, PrefillKernel, Schedule
 from flashinfer.attention.variant import Variant, factors
-from flashinfer.families.attention.mla import COSTS, STORAGE
+from flashinfer.families.attention.mla import SHORT_ROWS, STORAGE, costs
 from flashinfer.host import checks, paged_cache
 from flashinfer.host.rows import require_rows
 from flashinfer.jit.loader import PreparedLaunch
@@ -33,25 +33,28 @@ class MlaPlan(Plan):
         workspaces: of integers and of floats."""
         super().__init__(op, device, shape, (*types, types[0]), mask, variant)
         self._head_dims = shape.head_dim_vo, shape.head_dim_qk - shape.head_dim_vo
-        self._only_extent = Extent.of(self._load(None), mask, variant)
         self._schedule: Optional[Schedule] = None
         if device.type == "cuda" and shape.batch_size > 0:
             self._schedule = Schedule.of(op, *workspaces, shape.batch_size, 1, shape.head_dim_vo)
 
-    def _load(self, pdl: Optional[bool]) -> PrefillKernel:
-        types = self.q_dtype, self.kv_dtype
-        return launches.load_kernel(self.device, types, self._head_dims, self.shape.page_size, self.mask, pdl)
+    def _load(self, short_queries: bool, pdl: Optional[bool]) -> PrefillKernel:
+        types, page_size = (self.q_dtype, self.kv_dtype), self.shape.page_size
+        return launches.load_kernel(self.device, types, self._head_dims, short_queries, page_size, self.mask, pdl)
+
+    def is_short(self, num_tokens: int) -> bool:
+        return num_tokens * self.shape.num_qo_heads <= SHORT_ROWS * self.shape.batch_size
 
     def _extent(self, short_queries: bool) -> Extent:
-        return self._only_extent
+        return Extent.of(self._load(short_queries, None), self.mask, self.variant)
 
     def _bind_planner(self, extent: Extent) -> PreparedLaunch:
         if self._schedule is None:
             return no_launch
         shape = self.shape
         return self._schedule.bind_planner(
-            self.device, STORAGE, extent, shape.page_size, shape.batch_size, 1, shape.num_qo_heads, costs=COSTS
-        )
+            self.device, STORAGE, extent, shape.page_size, shape.batch_size, 1, shape.num_qo_heads,
+            costs=costs(extent.block_m),
+        )  # fmt: skip
 
     def bind(self, call: Call, short_queries: bool) -> BoundRun:
         q_pe, batch_size, num_tokens = self._require_queries(call), self.shape.batch_size, len(call.q)
@@ -60,7 +63,7 @@ class MlaPlan(Plan):
         out, new_out, new_lse = self.outputs(call)
         q_scale, k_scale, v_scale = call.scales
         qk_scale, v_factor = factors(self.op, (q_scale, k_scale), (v_scale,))
-        kernel = self._load(call.pdl)
+        kernel = self._load(short_queries, call.pdl)
         if self._schedule is not None:
             self._schedule.require_items(self.op, num_tokens * self.shape.num_qo_heads, kernel, batch_size)
         is_empty = num_tokens == 0 or batch_size == 0
@@ -75,8 +78,9 @@ class MlaPlan(Plan):
                 batch_size=batch_size,
                 page_size=self.shape.page_size,
             )
+        extent = Extent.of(kernel, self.mask, self.variant)
         return BoundRun(
-            launch, launch, new_out, new_lse, self._only_extent, 0, num_tokens, call.num_pages, is_empty, short_queries
+            launch, launch, new_out, new_lse, extent, 0, num_tokens, call.num_pages, is_empty, short_queries
         )
 
     def _require_queries(self, call: Call) -> torch.Tensor:

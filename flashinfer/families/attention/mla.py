@@ -5,15 +5,17 @@ from __future__ import annotations
 import ctypes
 
 from flashinfer import target as targets
+from flashinfer.dtypes import ITEMSIZE
 from flashinfer.errors import UnsupportedConfig
+from flashinfer.families.arch import arch
 from flashinfer.families.attention import mla_sm90
 from flashinfer.families.attention.params import KV_INDEX, KV_STORAGE, MASKS
 from flashinfer.families.attention.prefill import PREFILL_PLAN, ROWS, SCRATCH, PlanCosts
 from flashinfer.families.layout import DTYPES, F32, I32, I64, Fields, P, nested
 from flashinfer.jit.spec import Config, Constants, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
 
-# A tile of KV takes longer than in prefill.
-COSTS = PlanCosts(0.6, 1.2, 1)
+# In KV tiles: one takes longer than in prefill, or, in those for short queries, not so long.
+_COSTS, _SHORT_COSTS = PlanCosts(0.6, 1.2, 1), PlanCosts(2.0, 2.5, 4)
 STORAGE = "paged_lens"  # of the KV, to the planner and to the kernels
 HEAD_DIMS_CKV = (512, 256)
 HEAD_DIMS_KPE = (64, 0)
@@ -76,8 +78,55 @@ def _constants(spec: KernelSpec) -> Constants:
     }
 
 
-def _cpu_config(spec: KernelSpec) -> Config:
-    return Config(_constants(spec))
+# Query rows of a request (tokens times heads) up to which the tile for short queries is faster.
+SHORT_ROWS = 16
+# A tile: query rows, KV rows, stages of KV, whether the queries are kept in registers. The first that fits; of 256
+# threads, eight warps, since that is how many hold 64 rows of an output of 512 columns.
+Tile = tuple[int, int, int, bool]
+_TILES: tuple[Tile, ...] = (
+    (64, 64, 3, False),
+    (64, 64, 2, False),
+    (32, 32, 3, False),
+    (32, 32, 2, False),
+    (32, 32, 2, True),
+)
+_SHORT_TILES: tuple[Tile, ...] = ((16, 64, 4, False), (16, 64, 3, False), (16, 64, 2, False), (16, 32, 2, False))
+_NUM_THREADS = 256
+
+
+def _suits(spec: KernelSpec, tile: Tile) -> bool:
+    """Whether eight warps can share out its scores (MlaSplit): a load of fp8 keys is of 32 rows."""
+    return tile[0] > 16 or tile[1] == 64 or ITEMSIZE[spec.arg("kv_dtype")] == 2
+
+
+def costs(block_m: int) -> PlanCosts:
+    """Of the kernel of that tile."""
+    return _SHORT_COSTS if block_m <= SHORT_ROWS else _COSTS
+
+
+def _smem_bytes(spec: KernelSpec, tile: Tile) -> int:
+    """MlaSmem in csrc/attention/mla/tile.cuh."""
+    block_m, block_n, num_stages, keeps_q = tile
+    dim, itemsize = spec.arg("head_dim_ckv") + spec.arg("head_dim_kpe"), ITEMSIZE[spec.arg("kv_dtype")]
+    size = 128 if keeps_q else block_m * dim * 2
+    size += num_stages * block_n * dim * itemsize
+    size += 8 << 10 if block_m == 64 else 12 * min(block_m * block_n, 1024)  # exchange
+    return int(size + 256 + block_m * 8 + 512)
+
+
+def _config(spec: KernelSpec) -> Config:
+    constants = _constants(spec)
+    if targets.kind(spec.target) == "cpu":
+        return Config(constants)
+    per_block = arch(spec.target).smem_per_block
+    for tile in (*(_SHORT_TILES if spec.arg("short_queries") else ()), *_TILES):
+        smem_bytes = _smem_bytes(spec, tile)
+        if smem_bytes <= per_block and _suits(spec, tile):
+            break
+    else:
+        raise UnsupportedConfig(f"mla: {spec.name} needs {smem_bytes} bytes of shared memory on {spec.target}")
+    sizes = dict(zip(("kBlockM", "kBlockN", "kNumStages", "kKeepsQ"), tile))
+    return Config({**constants, **sizes}, Launch(_NUM_THREADS, 1, smem_bytes))
 
 
 def _sm90_config(spec: KernelSpec) -> Config:
@@ -91,6 +140,7 @@ MLA = Family(
         "kv_dtype": (*DTYPES, "fp8_e4m3"),
         "head_dim_ckv": HEAD_DIMS_CKV,
         "head_dim_kpe": HEAD_DIMS_KPE,
+        "short_queries": (False, True),
         "large_pages": (False, True),
         "mask": ("none", "causal"),
     },
@@ -98,7 +148,7 @@ MLA = Family(
     # and kBlockN, those of the KV.
     implementations=(
         Implementation("sm_90a", "attention/sm90/mla/mla.cuh", Sm90MlaParams, _sm90_config, serves=mla_sm90.serves),
-        Implementation("cpu", "cpu/attention/mla.h", MlaParams, _cpu_config),
+        *twins(MlaParams, _config, cuda="attention/mla/kernel.cuh", cpu="cpu/attention/mla.h"),
     ),
 )
 
@@ -110,16 +160,21 @@ def mla(
     kv_dtype: str = "",
     head_dim_ckv: int = 512,
     head_dim_kpe: int = 64,
+    short_queries: bool = False,
     page_size: int = 1,
     mask: str = "causal",
 ) -> KernelSpec:
-    """Queries over a paged cache of latent rows. `kv_dtype` "": that of q; `page_size` picks the kernel that reads
-    pages of that size fastest."""
+    """Queries over a paged cache of latent rows. `kv_dtype` "": that of q.
+
+    `short_queries` picks the tile for requests of at most SHORT_ROWS query rows on average, `page_size` the kernel that
+    reads pages of that size fastest; the results are the same up to rounding.
+    """
     axes: dict[str, str | int | bool] = {
         "q_dtype": q_dtype,
         "kv_dtype": kv_dtype or q_dtype,
         "head_dim_ckv": head_dim_ckv,
         "head_dim_kpe": head_dim_kpe,
+        "short_queries": short_queries and targets.kind(target) == "cuda",
         "mask": mask,
     }
     if page_size % mla_sm90.MIN_BOX_ROWS == 0:

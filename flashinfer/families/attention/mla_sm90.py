@@ -11,7 +11,7 @@ NUM_STAGES = {512: 1, 256: 2}
 
 
 def serves(spec: KernelSpec) -> bool:
-    return bool(spec.arg("q_dtype") == spec.arg("kv_dtype") != "fp32")
+    return bool(spec.arg("q_dtype") == spec.arg("kv_dtype") != "fp32") and not spec.arg("short_queries")
 
 
 def config(spec: KernelSpec, constants: Constants) -> Config:

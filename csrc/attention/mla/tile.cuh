@@ -1,0 +1,247 @@
+// A tile of latent attention on mma.sync: its geometry, the shared memory of a block, and the two products.
+//
+// Geometry. A block owns kBlockM query rows and all columns of their output, which fill the registers of its warps: a
+// warp has all rows of kNumColumns columns. Scores are shared out otherwise (MlaSplit): a product of a few rows with a
+// few keys over a part of the columns, so that shared memory is read less. The parts are added up in shared memory, and
+// there the probabilities become known to all. Keys are values: a KV tile comes in once.
+#pragma once
+
+#include "attention/mla/params.h"
+#include "attention/prefill/load.cuh"
+#include "device/named_barrier.cuh"
+
+namespace flashinfer {
+
+template <class Config>
+struct MlaShape {
+  using Q = typename Config::Q;
+  using Kv = typename Config::Kv;
+  using T = typename CheapestOperand<Q, Kv>::Type;  // what is multiplied
+  using Codec = KvCodec<T, Kv>;
+  static constexpr bool kPacksV = Codec::kPerRegister == 4;
+  static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kNumStages = Config::kNumStages;
+  static constexpr int kNumAhead = kNumStages - 1;  // KV tiles in flight
+  static constexpr int kNumThreads = Config::kNumThreads, kNumWarps = kNumThreads / 32;
+  static constexpr int kHeadDimCkv = Config::kHeadDimCkv, kHeadDimKpe = Config::kHeadDimKpe;
+  static constexpr bool kKeepsQ = Config::kKeepsQ;  // the queries stay in registers
+
+  static constexpr int kNumColumns = kHeadDimCkv / kNumWarps;  // of the output, of a warp
+  static constexpr int kFragsM = kBlockM / 16, kFragsD = kNumColumns / 8;
+  // Scores are made of panels of 64 columns.
+  static constexpr int kCkvPanels = kHeadDimCkv / 64, kPePanels = kHeadDimKpe / 64, kPanels = kCkvPanels + kPePanels;
+  static_assert(kNumColumns % 32 == 0 && kHeadDimCkv % 64 == 0 && kHeadDimKpe % 64 == 0);
+
+  using QRows = SwizzledRows<kHeadDimCkv * 2>;
+  using QPeRows = SwizzledRows<128>;
+  using KvRows = SwizzledRows<kHeadDimCkv* int(sizeof(Kv))>;
+  using KpeRows = SwizzledRows<64 * int(sizeof(Kv))>;
+  static constexpr int kQBytes = kBlockM * kHeadDimCkv * 2, kQPeBytes = kBlockM * kHeadDimKpe * 2;
+  static constexpr int kCkvBytes = kBlockN * kHeadDimCkv * int(sizeof(Kv)),
+                       kKpeBytes = kBlockN * kHeadDimKpe * int(sizeof(Kv));
+  static constexpr int kStageBytes = kCkvBytes + kKpeBytes;
+};
+
+// How scores are shared out: warps by rows, by keys, and by columns of queries and keys. Those that differ in the
+// latter alone are a group. Of its fragments of 8 keys, each warp in the end owns kNumOwned, or, where there are too
+// few, none.
+template <class Config>
+struct MlaSplit {
+  using Shape = MlaShape<Config>;
+  static constexpr int kWarpsM = Shape::kBlockM < 32 ? 1 : 2, kWarpsK = Shape::kBlockM < 64 ? 4 : 2,
+                       kWarpsN = Shape::kNumWarps / (kWarpsM * kWarpsK);
+  static constexpr int kFragsM = Shape::kBlockM / 16 / kWarpsM, kFragsN = Shape::kBlockN / 8 / kWarpsN;
+  static constexpr int kNumFrags = kFragsM * kFragsN, kNumOwned = ceil_div(kNumFrags, kWarpsK);
+  static constexpr int kNumOwners = kNumFrags / kNumOwned;  // of a group
+  static constexpr int kSteps = 4 / kWarpsK;                // of 16 columns, of a panel
+  static_assert(kFragsM >= 1 && kFragsN % kNumOwned == 0, "what a warp owns is of 16 rows");
+  static_assert(kNumOwners * kNumOwned == kNumFrags && kFragsN % (Shape::kPacksV ? 4 : 2) == 0);
+
+  // The fragments that a group passes on at a time, then its probabilities.
+  static constexpr int kNumRounds = kNumOwned >= 4 ? 2 : 1, kNumPassed = kNumOwned / kNumRounds;
+  using PRows = SwizzledRows<kFragsN * 16>;
+  static constexpr int kFragBytes = 32 * 16, kSlotsBytes = kNumOwners * kNumPassed * (kWarpsK - 1) * kFragBytes,
+                       kPBytes = kFragsM * 16 * PRows::kNumBytes;
+  static constexpr int kGroupBytes = kSlotsBytes > kPBytes ? kSlotsBytes : kPBytes;
+  static constexpr int kBytes = kWarpsM * kWarpsN * kGroupBytes;
+  // Warps that own keys of one row.
+  static constexpr int kNumParts = Shape::kBlockN / (8 * kNumOwned);
+
+  int m, n, k;  // of this warp
+
+  __device__ __forceinline__ static MlaSplit of(int warp_idx) {
+    return {warp_idx / (kWarpsN * kWarpsK), warp_idx / kWarpsK % kWarpsN, warp_idx % kWarpsK};
+  }
+  __device__ __forceinline__ int group() const { return m * kWarpsN + n; }
+  __device__ __forceinline__ bool is_owner() const { return kNumOwners == kWarpsK || k < kNumOwners; }
+  // Where what this warp owns begins: among the group's fragments of 16 rows and of 8 keys.
+  __device__ __forceinline__ int owned_m() const { return k * kNumOwned / kFragsN; }
+  __device__ __forceinline__ int owned_n() const { return k * kNumOwned % kFragsN; }
+  // In the tile.
+  __device__ __forceinline__ int owned_row() const { return (m * kFragsM + owned_m()) * 16; }
+  __device__ __forceinline__ int owned_key() const { return (n * kFragsN + owned_n()) * 8; }
+  __device__ __forceinline__ int part() const { return owned_key() / (8 * kNumOwned); }
+};
+
+template <class Config>
+struct MlaSmem {
+  using Shape = MlaShape<Config>;
+  using Split = MlaSplit<Config>;
+
+  alignas(128) uint8_t q[Shape::kKeepsQ ? 128 : Shape::kQBytes + Shape::kQPeBytes];  // ckv's columns, then kpe's
+  alignas(128) uint8_t kv[Shape::kNumStages][Shape::kStageBytes];                    // likewise
+  alignas(128) uint8_t exchange[Split::kBytes];
+  PrefillUnit work, next_work;
+  FastDivisor group_size;
+  uint32_t has_work, has_next;
+  float max_of_row[Shape::kBlockM];     // of the unscaled scores; lags behind
+  float factor_of_row[Shape::kBlockM];  // of the output
+  float stats[Split::kNumParts * Shape::kBlockM];
+
+  __device__ __forceinline__ uint8_t* stage(int tile) { return kv[uint32_t(tile) % Shape::kNumStages]; }
+  // Where the queries come in. Before they are kept in registers, they have the place of the first tile that is sent
+  // for in the loop.
+  __device__ __forceinline__ uint8_t* queries(int last_tile) {
+    static_assert(!Shape::kKeepsQ || Shape::kQBytes + Shape::kQPeBytes <= Shape::kStageBytes);
+    return Shape::kKeepsQ ? stage(last_tile + 1) : q;
+  }
+};
+
+// Of the queries, what a warp multiplies: of all panels, where they are kept.
+template <class Config, class Shape = MlaShape<Config>, class Split = MlaSplit<Config>>
+struct MlaQueries {
+  static constexpr int kNumKept = Shape::kKeepsQ ? Shape::kPanels * Split::kSteps : 1;
+  uint32_t kept[kNumKept][Split::kFragsM][4];
+
+  __device__ __forceinline__ static void load(uint32_t (&q)[Split::kFragsM][4], uint32_t q_smem, const Split& split,
+                                              int panel, int step) {
+    const int lane_idx = int(fresh_thread_idx() % 32), row = split.m * Split::kFragsM * 16 + lane_idx % 16;
+    const int granule = split.k * Split::kSteps * 2 + lane_idx / 16;
+#pragma unroll
+    for (int m = 0; m < Split::kFragsM; ++m) {
+      if (panel < Shape::kCkvPanels) {
+        using Rows = typename Shape::QRows;
+        ldmatrix_x4(
+            q[m], Rows::advance(q_smem + Rows::offset(row, granule), panel * 8 + step * 2) + m * 16 * Rows::kNumBytes);
+      } else {
+        using Rows = typename Shape::QPeRows;
+        ldmatrix_x4(q[m], Rows::advance(q_smem + Shape::kQBytes + Rows::offset(row, granule), step * 2) +
+                              m * 16 * Rows::kNumBytes);
+      }
+    }
+  }
+  __device__ __forceinline__ void keep(uint32_t q_smem, const Split& split) {
+#pragma unroll
+    for (int i = 0; i < kNumKept; ++i) load(kept[i], q_smem, split, i / Split::kSteps, i % Split::kSteps);
+  }
+};
+
+// scores = Q Kᵀ of the warp's rows, keys and columns.
+template <class Config, class Shape = MlaShape<Config>, class Split = MlaSplit<Config>>
+__device__ __forceinline__ void compute_latent_scores(float (&scores)[Split::kNumFrags][4],
+                                                      const MlaQueries<Config>& queries, uint32_t q_smem,
+                                                      uint32_t kv_smem, const Split& split) {
+  using T = typename Shape::T;
+  constexpr int kGranulesPerStep = Shape::kPacksV ? 1 : 2;
+  const int lane_idx = int(fresh_thread_idx() % 32);
+  const int key = split.n * Split::kFragsN * 8 + (Shape::kPacksV ? lane_idx : lane_idx % 8 + lane_idx / 16 * 8);
+  const int granule = split.k * Split::kSteps * kGranulesPerStep + (Shape::kPacksV ? 0 : lane_idx / 8 % 2);
+  const uint32_t ckv_lane_smem = kv_smem + Shape::KvRows::offset(key, granule);
+  const uint32_t kpe_lane_smem = kv_smem + Shape::kCkvBytes + Shape::KpeRows::offset(key, granule);
+#pragma unroll
+  for (int i = 0; i < Split::kNumFrags; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) scores[i][j] = 0.f;
+  }
+  const auto load_keys = [&](uint32_t (&k)[4], int panel, int step, int n) {
+    const int distance = step * kGranulesPerStep;
+    if (panel < Shape::kCkvPanels) {
+      using Rows = typename Shape::KvRows;
+      ldmatrix_x4(k, Rows::advance(ckv_lane_smem, panel * 4 * kGranulesPerStep + distance) + n * 8 * Rows::kNumBytes);
+    } else {
+      using Rows = typename Shape::KpeRows;
+      ldmatrix_x4(k, Rows::advance(kpe_lane_smem, distance) + n * 8 * Rows::kNumBytes);
+    }
+  };
+#pragma unroll
+  for (int i = 0; i < Shape::kPanels * Split::kSteps; ++i) {
+    const int panel = i / Split::kSteps, step = i % Split::kSteps;
+    uint32_t q[Split::kFragsM][4];
+    if constexpr (!Shape::kKeepsQ) MlaQueries<Config>::load(q, q_smem, split, panel, step);
+    const auto& a = Shape::kKeepsQ ? queries.kept[Shape::kKeepsQ ? i : 0] : q;
+    const auto multiply = [&](int n, uint32_t b0, uint32_t b1) {
+#pragma unroll
+      for (int m = 0; m < Split::kFragsM; ++m) mma_m16n8k16<T>(scores[m * Split::kFragsN + n], a[m], b0, b1);
+    };
+    if constexpr (Shape::kPacksV) {
+#pragma unroll
+      for (int n = 0; n < Split::kFragsN; n += 4) {
+        uint32_t k[4];
+        load_keys(k, panel, step, n);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          multiply(n + j, Shape::Codec::pair(k[j], kBytes02), Shape::Codec::pair(k[j], kBytes13));
+        }
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < Split::kFragsN; n += 2) {
+        uint32_t k[4];
+        load_keys(k, panel, step, n);
+        multiply(n, k[0], k[1]);
+        multiply(n + 1, k[2], k[3]);
+      }
+    }
+  }
+}
+
+// out += P V of the warp's columns.
+template <class Config, class Shape = MlaShape<Config>>
+__device__ __forceinline__ void accumulate_latent_output(float (&out)[Shape::kFragsM][Shape::kFragsD][4],
+                                                         uint32_t p_smem, uint32_t kv_smem) {
+  using T = typename Shape::T;
+  using Split = MlaSplit<Config>;
+  using PRows = typename Split::PRows;
+  using VRows = typename Shape::KvRows;
+  const int thread_idx = int(fresh_thread_idx()), lane_idx = thread_idx % 32;
+  const int first_granule = thread_idx / 32 * (VRows::kNumGranules / Shape::kNumWarps);
+  const uint32_t p_lane_smem = p_smem + PRows::offset(lane_idx % 16, lane_idx / 16);
+  const uint32_t v_lane_smem = kv_smem + VRows::offset(lane_idx % 16, first_granule + lane_idx / 16);
+#pragma unroll
+  for (int step = 0; step < Shape::kBlockN / 16; ++step) {
+    constexpr int kStepsOfGroup = Split::kFragsN / 2;
+    uint32_t p[Shape::kFragsM][4];
+#pragma unroll
+    for (int m = 0; m < Shape::kFragsM; ++m) {
+      const int group = m / Split::kFragsM * Split::kWarpsN + step / kStepsOfGroup;
+      ldmatrix_x4(p[m], PRows::advance(p_lane_smem, step % kStepsOfGroup * 2) + group * Split::kGroupBytes +
+                            m % Split::kFragsM * 16 * PRows::kNumBytes);
+    }
+    const uint32_t step_smem = v_lane_smem + step * 16 * VRows::kNumBytes;
+    const auto multiply = [&](int d, uint32_t b0, uint32_t b1) {
+#pragma unroll
+      for (int m = 0; m < Shape::kFragsM; ++m) mma_m16n8k16<T>(out[m][d], p[m], b0, b1);
+    };
+    if constexpr (Shape::kPacksV) {  // as in prefill/tile.cuh
+#pragma unroll
+      for (int d = 0; d < Shape::kFragsD; d += 4) {
+        uint32_t v[4];
+        ldmatrix_x4_trans(v, VRows::advance(step_smem, d / 2));
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+          multiply(d + i, Shape::Codec::pair(v[i], kBytes02), Shape::Codec::pair(v[i + 1], kBytes02));
+          multiply(d + i + 1, Shape::Codec::pair(v[i], kBytes13), Shape::Codec::pair(v[i + 1], kBytes13));
+        }
+      }
+    } else {
+#pragma unroll
+      for (int d = 0; d < Shape::kFragsD; d += 2) {
+        uint32_t v[4];
+        ldmatrix_x4_trans(v, VRows::advance(step_smem, d));
+        multiply(d, v[0], v[1]);
+        multiply(d + 1, v[2], v[3]);
+      }
+    }
+  }
+}
+
+}  // namespace flashinfer
