@@ -12,6 +12,8 @@ The command `flashinfer aot build` by itself; docs/packaging.md tells how a fold
 import sys
 from pathlib import Path
 
+if sys.hexversion < 0x030A0000:
+    sys.exit(f"Python is {sys.version.split()[0]}; expected 3.10 or newer. Next step: python3.12 {sys.argv[0]} …")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from flashinfer.cli import main

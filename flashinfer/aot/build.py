@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from flashinfer import families
-from flashinfer.aot import verify, worker
+from flashinfer.aot import tools, verify, worker
 from flashinfer.aot.kernel_set import Built, Failure, KernelSet, Key, results, sole_writer, unwritable, write_notes
 from flashinfer.errors import FlashInferError, ToolchainMissing, UnsupportedConfig
 from flashinfer.jit.source import render
@@ -169,11 +168,13 @@ def build(
         on_plan: called with the plan before anything is compiled.
 
     Raises:
-        FlashInferError: ninja or tqdm is missing, another build is writing to the set, or the folder cannot be used.
+        ToolchainMissing: a compiler, ninja or tqdm is missing; the message names all that is.
+        FlashInferError: another build is writing to the set, or the folder cannot be used.
         SetTooLarge: see max_bytes.
     """
     started = time.perf_counter()
     todo = plan(specs, out, exact=exact, refresh=refresh)
+    tools.check({spec.target for spec in todo.to_compile})
     if todo.is_done:  # a set that is complete may be read-only
         on_plan(todo)
         check_size(todo, todo.known, max_bytes)
@@ -263,7 +264,7 @@ def _compile(todo: Plan, num_jobs: int, lock: int) -> tuple[list[Built], list[Fa
     out = todo.held.root
     if not todo.to_compile:
         return [], []
-    ninja, bar = _ninja(), _progress_bar(len(todo.to_compile))
+    bar = _progress_bar(len(todo.to_compile))
     try:
         write_notes(out, todo.held.noted)  # whole lines only, and none of failures long past
         notes = out / worker.RESULTS
@@ -279,7 +280,7 @@ def _compile(todo: Plan, num_jobs: int, lock: int) -> tuple[list[Built], list[Fa
         _write_ninja(scratch / "build.ninja", plan_file, theirs.fileno(), len(batches))
         # Batches write no file that ninja could look at: what has to be built is decided by content in `plan`.
         process = subprocess.Popen(
-            [ninja, "-C", str(scratch), "-j", str(num_jobs), "-k", "0", "--quiet"],
+            [tools.ninja() or "ninja", "-C", str(scratch), "-j", str(num_jobs), "-k", "0", "--quiet"],
             stdin=subprocess.DEVNULL,
             stdout=log_file,
             stderr=subprocess.STDOUT,
@@ -324,19 +325,9 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
 
 
-def _ninja() -> str:
-    beside = Path(sys.executable).with_name("ninja")
-    found = str(beside) if beside.exists() else shutil.which("ninja")
-    if found is None:
-        raise FlashInferError("ninja was not found; pip install 'flashinfer[build]'")
-    return found
-
-
 def _progress_bar(num_kernels: int) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise FlashInferError("tqdm was not found; pip install 'flashinfer[build]'") from None
+    from tqdm import tqdm
+
     interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
     return tqdm(total=num_kernels, desc="compiling", unit="kernel", mininterval=interval)
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from flashinfer import packages
 from flashinfer.aot.config import ConfigError
 from flashinfer.errors import FlashInferError, InvalidSetting, UnsupportedConfig
 from flashinfer.version import __version__
@@ -38,6 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         return _fail(error, 1)
+    except ModuleNotFoundError as error:  # of an environment with a part of what the library needs
+        needed = packages.requirement(error.name or "")
+        if needed is None:
+            raise
+        return _fail(f"{packages.names([needed])} is not installed; next step: {packages.pip_install([needed])}", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
 

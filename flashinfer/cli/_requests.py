@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from flashinfer import target as targets
+from flashinfer.cli import UsageError
 from flashinfer.jit.spec import KernelSpec
 
 
@@ -37,7 +38,12 @@ def _targets(chosen: Sequence[str] | None, cpu: bool) -> list[str]:
     if chosen:
         names = targets.named(",".join(chosen))
     else:
-        names = gpu_targets()
+        try:
+            names = gpu_targets()
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise UsageError("torch, which sees the GPUs, is not installed; name a --target or install torch") from None
         cpu = cpu or not names
     return list(dict.fromkeys([*names, targets.host()] if cpu else names))
 

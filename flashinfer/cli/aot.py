@@ -10,8 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashinfer import packages
 from flashinfer import target as targets
 from flashinfer.cli import UsageError, _text
+from flashinfer.errors import ToolchainMissing
 
 if TYPE_CHECKING:
     from flashinfer.aot.build import Plan
@@ -98,6 +100,7 @@ def build(args: argparse.Namespace) -> int:
             print(_summary(todo.known, to_compile=todo.to_compile))
             _print_removed("would remove", todo.removed, todo.dropped)
             _print_unusable(args.out, todo)
+            _print_lacking(todo.to_compile)
             aot_build.check_size(todo, todo.known, max_bytes)
             return 0
         report = aot_build.build(specs, args.out, **how, num_jobs=num_jobs, max_bytes=max_bytes, on_plan=announce)
@@ -124,6 +127,7 @@ def build(args: argparse.Namespace) -> int:
 
 def _requested(args: argparse.Namespace) -> list[KernelSpec]:
     """The kernels of configs and records. Raises UsageError, ConfigError or UnsupportedConfig when there is none."""
+    from flashinfer.aot import tools
     from flashinfer.aot.config import read_specs
 
     if not args.config and not args.add:
@@ -134,7 +138,10 @@ def _requested(args: argparse.Namespace) -> list[KernelSpec]:
         return []
     if args.target is None:
         raise UsageError("--target is missing; expected for example sm_80,sm_90a,x86-64-v3")
-    return read_specs(args.config, targets.named(args.target), args.add)
+    target_names = targets.named(args.target)
+    if packages.requirement("tomli") and packages.is_missing("tomli"):
+        tools.check(target_names)  # which names it among all that is missing
+    return read_specs(args.config, target_names, args.add)
 
 
 def _print_removed(verb: str, removed: Sequence[Built], dropped: Sequence[Built]) -> None:
@@ -155,6 +162,15 @@ def _print_unusable(out: Path, todo: Plan) -> None:
         print(f"  {name} ({target}): {todo.unusable[name, target]}")
     if len(todo.unusable) > _MAX_LISTED:
         print(f"  ... and {len(todo.unusable) - _MAX_LISTED} more: flashinfer aot verify {shlex.quote(str(out))}")
+
+
+def _print_lacking(to_compile: Iterable[KernelSpec]) -> None:
+    from flashinfer.aot import tools
+
+    try:
+        tools.check({spec.target for spec in to_compile})
+    except ToolchainMissing as error:
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def _positive(option: str, text: str) -> int:

@@ -114,7 +114,7 @@ def _clear(args: argparse.Namespace) -> int:
 def _cache() -> JitCache:
     folder = cache_dir.preferred()
     if folder is None:
-        raise UsageError("there is no home directory with a cache; name one in FLASHINFER_CACHE_DIR")
+        raise UsageError("the cache directory is unknown: {}; next step: {}".format(*cache_dir.unknown()))
     return JitCache(folder / "jit")
 
 

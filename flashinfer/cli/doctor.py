@@ -14,13 +14,14 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flashinfer import env, families
+from flashinfer import env, families, packages
 from flashinfer import target as targets
+from flashinfer.aot import tools
 from flashinfer.cli._text import count, size, table
 from flashinfer.errors import FlashInferError, ToolchainMissing, UnsupportedConfig
 from flashinfer.jit import cache_dir, driver, loader, toolchain
@@ -123,6 +124,21 @@ def _versions() -> Iterator[Finding]:
         return
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     yield Finding("torch", OK, f"{torch.__version__} ({build})")
+
+
+def _packages() -> Iterator[Finding]:
+    """What the library imports but torch, of which _versions speaks; and what building sets takes."""
+    needed = {module: text for module, text in packages.RUNTIME.items() if module != "torch"}
+    missing = [text for module, text in needed.items() if packages.is_missing(module)]
+    yield _installed("packages", FAILURE, missing, needed.values())
+    yield _installed("building sets", NOTE, tools.missing(), packages.BUILD.values())
+
+
+def _installed(name: str, status: str, missing: list[str], needed: Iterable[str]) -> Finding:
+    if not missing:
+        return Finding(name, OK, packages.names(needed))
+    verb = "is" if len(missing) == 1 else "are"
+    return Finding(name, status, f"{packages.names(missing)} {verb} not installed", packages.pip_install(missing))
 
 
 def _upstream() -> Iterator[Finding]:
@@ -246,7 +262,7 @@ def _nvrtc() -> Iterator[Finding]:
     try:
         library = toolchain.nvrtc_library()
     except ToolchainMissing as error:
-        yield Finding("NVRTC", needed, str(error).partition(";")[0], toolchain.CUDA_HELP)
+        yield _missing("NVRTC", needed, error)
     else:
         supports = _driver_version()
         how = "loaded by torch" if library.found_via.startswith("was-already-loaded") else library.found_via
@@ -259,12 +275,17 @@ def _nvrtc() -> Iterator[Finding]:
     try:
         yield Finding("CUDA headers", OK, str(toolchain.cuda_include()))
     except ToolchainMissing as error:
-        yield Finding("CUDA headers", needed, str(error).partition(";")[0], toolchain.CUDA_HELP)
+        yield _missing("CUDA headers", needed, error)
     if env.CUDA_TOOLCHAIN.get() == "nvcc":
         try:
             yield Finding("nvcc", OK, toolchain.Nvcc().identity)
         except ToolchainMissing as error:
             yield Finding("nvcc", FAILURE, str(error))
+
+
+def _missing(name: str, status: str, error: ToolchainMissing) -> Finding:
+    what, _, fix = str(error).partition("; ")
+    return Finding(name, status, what, fix)
 
 
 def _host_compiler() -> Iterator[Finding]:
@@ -273,7 +294,7 @@ def _host_compiler() -> Iterator[Finding]:
         compiler = toolchain.HostCxx(env.CXX.get())
         yield Finding("host C++", OK, f"{compiler.identity}, {compiler.executable()}")
     except ToolchainMissing as error:
-        yield Finding("host C++", needed, str(error).partition(";")[0], toolchain.HOST_HELP)
+        yield _missing("host C++", needed, error)
     if _torch() is not None:
         try:
             yield Finding("OpenMP", OK, loader.share_openmp())
@@ -284,7 +305,7 @@ def _host_compiler() -> Iterator[Finding]:
 def _cache() -> Iterator[Finding]:
     folder = cache_dir.preferred()
     if folder is None:
-        yield Finding("cache", WARNING, "no home directory", f"set {env.CACHE_DIR.name} to a writable folder")
+        yield Finding("cache", WARNING, *cache_dir.unknown())
         return
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     cache = JitCache(folder / "jit")
@@ -383,6 +404,7 @@ def _compile_and_run(device: Any, target: str) -> str:
 _CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     _settings,
     _versions,
+    _packages,
     _upstream,
     _precompiled_kernels,
     _gpus,

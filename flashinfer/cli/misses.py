@@ -129,7 +129,8 @@ def _clear(args: argparse.Namespace) -> int:
 def _default_paths() -> list[Path]:
     folder = cache_dir.preferred()
     if folder is None:
-        raise UsageError("there is no home directory to look for records in; name files or folders of records")
+        why, _ = cache_dir.unknown()
+        raise UsageError(f"the folder of records is unknown: {why}; name files or folders of records")
     return [folder / "misses"]
 
 

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from flashinfer import env, log
+from flashinfer import env, log, packages
 
 
 def preferred() -> Path | None:
@@ -26,12 +26,22 @@ def preferred() -> Path | None:
     return chosen if chosen.is_absolute() else None  # "~/.cache" stays as it is for a user unknown to the system
 
 
+def unknown() -> tuple[str, str]:
+    """Why there is no preferred cache directory, and the next step."""
+    name = env.CACHE_DIR.name
+    if packages.is_missing("platformdirs"):
+        why = "platformdirs, which knows where users' caches are, is not installed"
+        return why, f"pip install platformdirs, or set {name} to a writable folder"
+    return "there is no home directory", f"set {name} to a writable folder"
+
+
 def usable() -> Path:
     """The preferred cache directory, created; a private temporary one when it cannot be written. Never fails: where
     nothing at all can be written, kernels that need no compiling must still load."""
     chosen = preferred()
     if chosen is None:
-        return _temporary("the user's cache directory is unknown (no home directory, or no platformdirs)")
+        why, step = unknown()
+        return _temporary(f"the user's cache directory is unknown: {why}", step)
     try:
         chosen.mkdir(parents=True, exist_ok=True)
         if not os.access(chosen, os.W_OK | os.X_OK):
@@ -42,17 +52,17 @@ def usable() -> Path:
 
 
 @functools.cache
-def _temporary(why: str) -> Path:
+def _temporary(why: str, step: str = f"set {env.CACHE_DIR.name} to a writable folder") -> Path:
     try:
         folder = Path(tempfile.mkdtemp(prefix="flashinfer-cache-"))
     except OSError:
         return Path(os.devnull, "flashinfer-cache")  # every write below a file fails, with a warning of its own
     atexit.register(_discard, folder, os.getpid())
     log.logger().warning(
-        "%s; kernels compiled now are kept in %s for this process only. Next step: set %s to a writable folder",
+        "%s; kernels compiled now are kept in %s for this process only. Next step: %s",
         why,
         folder,
-        env.CACHE_DIR.name,
+        step,
     )
     return folder
 

@@ -23,13 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from flashinfer import env
+from flashinfer import env, packages
 from flashinfer.errors import CompileError, ToolchainMissing
 from flashinfer.jit.source import Source, include_root
 
 CUDA_HELP = (
     "install a CUDA build of torch, or NVIDIA's compiler packages: pip install 'flashinfer[cu13]' (driver >= 580) "
     "or 'flashinfer[cu12]'"
+)
+_PATHFINDER_MISSING = (
+    "cuda-pathfinder, which finds NVRTC, its headers and nvcc, is not installed; "
+    f"{packages.pip_install([packages.RUNTIME['cuda.pathfinder']])}, and {CUDA_HELP}"
 )
 HOST_HELP = f"install g++ or clang++ with OpenMP (apt-get install g++), or name a compiler in {env.CXX.name}"
 
@@ -130,7 +134,9 @@ def nvrtc_library() -> _NvrtcLibrary:
         from cuda.pathfinder import load_nvidia_dynamic_lib
 
         found = load_nvidia_dynamic_lib("nvrtc")
-    except (ImportError, RuntimeError, OSError) as error:  # pathfinder's own errors are RuntimeErrors
+    except ImportError as error:
+        raise ToolchainMissing(_PATHFINDER_MISSING) from error
+    except (RuntimeError, OSError) as error:  # pathfinder's own errors are RuntimeErrors
         raise ToolchainMissing(f"NVRTC, the compiler of CUDA kernels, was not found; {CUDA_HELP}") from error
     return _NvrtcLibrary(found.abs_path, found.found_via)
 
@@ -142,7 +148,9 @@ def cuda_include() -> Path:
         from cuda.pathfinder import locate_nvidia_header_directory
 
         found = locate_nvidia_header_directory("cudart")
-    except (ImportError, RuntimeError, OSError):
+    except ImportError as error:
+        raise ToolchainMissing(_PATHFINDER_MISSING) from error
+    except (RuntimeError, OSError):
         found = None
     if found is None or not (Path(found.abs_path) / "cuda_fp16.h").is_file():
         raise ToolchainMissing(f"the CUDA headers (cuda_fp16.h) were not found; {CUDA_HELP}")
@@ -166,8 +174,10 @@ class Nvcc:
 
     @staticmethod
     def executable() -> str:
-        from cuda.pathfinder import find_nvidia_binary_utility
-
+        try:
+            from cuda.pathfinder import find_nvidia_binary_utility
+        except ImportError as error:
+            raise ToolchainMissing(_PATHFINDER_MISSING) from error
         found = find_nvidia_binary_utility("nvcc") or shutil.which("nvcc")
         if found is None:
             raise ToolchainMissing(f"nvcc was not found; unset {env.CUDA_TOOLCHAIN.name} to compile with NVRTC")

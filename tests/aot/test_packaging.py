@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 
+from flashinfer import packages
 from flashinfer.version import __version__
 from tests.aot.kit import (
     BOTH,
@@ -30,6 +31,7 @@ from tests.aot.kit import (
     artifacts,
     change_registry,
     copy_set,
+    has_nvrtc,
     kernels_of,
     made_once,
     registry_of,
@@ -132,6 +134,10 @@ def test_front_metadata(front_wheel: Path) -> None:
     required = metadata.get_all("Requires-Dist", [])
     assert "torch" in required, "no pin"
     assert f"flashinfer-aot=={__version__}; extra == 'aot'" in required
+    for text in (*packages.RUNTIME.values(), *packages.BUILD.values(), packages.NVRTC, packages.CUDA_HEADERS):
+        names = {re.split(r"[ ;<>=]", line)[0]: line.split(";")[0].strip() for line in required}
+        name = packages.names([text])
+        assert set(re.split("[<>=,]+", names[name])) == set(re.split("[<>=,]+", text)), "what messages tell to install"
     assert set(metadata.get_all("Provides-Extra", [])) == {"aot", "build", "cu12", "cu13", "examples", "test"}
 
 
@@ -278,13 +284,13 @@ class Environment:
     def site(self) -> Path:
         return next((self.borrowed.parent / "lib").glob("python*/site-packages"))
 
-    def make(self) -> None:
+    def make(self, borrows: bool = True) -> None:
         folder = self.borrowed.parent
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=60)
         # What the outer environment has, torch above all, but nothing of ours that may be installed there.
         self.borrowed.mkdir()
         for entry in Path(sysconfig.get_path("purelib")).iterdir():
-            if "flashinfer" not in entry.name:
+            if "flashinfer" not in entry.name and borrows:
                 (self.borrowed / entry.name).symlink_to(entry)
 
     def install(self, *args: str | Path) -> None:
@@ -346,6 +352,25 @@ def test_installed_package_compiles_and_builds(installed: Environment, tmp_path:
     assert "1 compiled" in installed.run("-m", "flashinfer", "aot", "build", *options, cwd=tmp_path)
     dry = ["--config", "core", "--target", "sm_90a", "--out", tmp_path / "core", "--dry-run"]
     assert "decode" in installed.run("-m", "flashinfer", "aot", "build", *dry, cwd=tmp_path)
+
+
+def test_the_builder_alone_needs_no_torch(front_wheel: Path, tmp_path: Path) -> None:
+    """As docs/packaging.md installs it: nothing of what the library needs at run time."""
+    if not has_nvrtc():
+        pytest.skip("needs NVRTC")
+    brought = ("ninja", "tqdm", "cuda", "nvidia", "tomli")
+    environment = Environment(tmp_path / "venv")
+    environment.make(borrows=False)
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if entry.name.startswith(brought):
+            (environment.site / entry.name).symlink_to(entry)
+    environment.install("--no-deps", front_wheel)
+    config = write_config(tmp_path, rmsnorm_rows(64))
+    options = ["--config", config, "--target", f"{HOST},sm_90a", "--out", tmp_path / "set"]
+    assert "2 compiled" in environment.run("-m", "flashinfer", "aot", "build", *options, cwd=tmp_path)
+    code = "import importlib.util as u; print([n for n in ('torch', 'platformdirs', 'filelock') if u.find_spec(n)])"
+    assert environment.run("-c", code, cwd=tmp_path).strip() == "[]"
+    assert "all sound" in environment.run("-m", "flashinfer", "aot", "verify", tmp_path / "set", cwd=tmp_path)
 
 
 def test_adding_to_an_installed_companion_keeps_it(installed: Environment, tmp_path: Path) -> None:
