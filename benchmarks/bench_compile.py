@@ -1,17 +1,26 @@
 """Cold compile time of every kernel family, one by one, as a first request at run time meets it.
 
-python benchmarks/bench_compile.py [--target sm_90a] [--config aot_configs/smoke.toml] [--limit 8] [--json]
+    python benchmarks/bench_compile.py [--target sm_90a] [--config aot_configs/smoke.toml] [--limit 8] [--json]
+
+Or what a build of a whole config takes, kernel by kernel, for flashinfer/aot/figures.json, from which
+`flashinfer aot build --dry-run` estimates. SET is the folder that it builds in; what lies there is not compiled again.
+
+    python benchmarks/bench_compile.py --figures SET --target sm_80,sm_90a,sm_100f,sm_120f,x86-64-v3
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import sys
 import time
 from collections import defaultdict
+from pathlib import Path
 
-from common import environment, parse, print_table, table, write_results
+from common import environment, git_commit, parse, print_table, table, write_results
 
 from flashinfer import target as targets
+from flashinfer.aot import build, estimate
 from flashinfer.aot.config import read_specs
 from flashinfer.jit.source import render
 from flashinfer.jit.toolchain import toolchain
@@ -22,7 +31,11 @@ def main() -> None:
     parser.add_argument("--target", default="sm_90a")
     parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--limit", type=int, default=8, help="kernels per family (default 8)")
+    parser.add_argument("--figures", type=Path, metavar="SET", help="build in this folder, and write the figures")
     args = parse(parser)
+    if args.figures is not None:
+        write_figures(args)
+        return
     compiler = toolchain(targets.kind(args.target))
     print("compiler:", compiler.identity)
     by_family: dict[str, list[tuple[float, int, str]]] = defaultdict(list)
@@ -49,6 +62,39 @@ def main() -> None:
         for word, pick in (("fastest", min), ("slowest", max))
     }
     write_results(args, tables, device="cpu", compiler=compiler.identity)
+
+
+def write_figures(args: argparse.Namespace) -> None:
+    """Replace the figures of the targets, and say how far they would be off for a kernel that is not among them."""
+    specs = read_specs(args.config or ["core"], targets.named(args.target))
+    report = build.build(specs, args.figures)
+    if report.failures:
+        sys.exit(f"{len(report.failures)} kernels failed, the first: {report.failures[0].error}")
+    for target in targets.named(args.target):
+        built = [one for one in report.built if one.entry.target == target]
+        about = {"compiler": built[0].entry.compiler, "commit": git_commit() or "unknown"}
+        estimate.write_figures(built, about)
+        print(f"{target}: {len(built)} kernels, {sum(one.seconds for one in built):.0f} s of a processor")
+    rows = []
+    for target, families in sorted(estimate.figures().items()):
+        for family, measured in sorted(families.items()):
+            if len(measured) > 1:
+                rows.append([target, family, len(measured), *_left_out(list(measured.values()))])
+    print_table(
+        "bytes of each kernel, were it not measured but its most alike one, off by (fraction)",
+        ["target", "family", "kernels", "in all", "median", "worst"],
+        rows,
+    )
+
+
+def _left_out(measured: list[estimate.Measured]) -> tuple[float, float, float]:
+    guessed = [
+        estimate.most_alike(axes, [*measured[:index], *measured[index + 1 :]])[1].bytes
+        for index, (axes, _) in enumerate(measured)
+    ]
+    true = [one.bytes for _, one in measured]
+    errors = [abs(guess - size) / size for guess, size in zip(guessed, true)]
+    return sum(guessed) / sum(true) - 1, statistics.median(errors), max(errors)
 
 
 if __name__ == "__main__":

@@ -4,5 +4,6 @@ models.py  model -> kernels it needs     config.py      TOML files and miss reco
 build.py   specs -> a set of them        kernel_set.py  the folder of a set, and how it changes without losing anything
 worker.py  one compile process           verify.py      registry -> problems
 elf.py     what a cubin or shared library says about itself
+estimate.py  seconds and bytes beforehand; shards   merge.py  sets of several machines -> one
 tools.py   what compiling takes, and what of it is missing here
 """

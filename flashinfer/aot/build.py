@@ -11,7 +11,9 @@ stopped goes on where it was when run again. Nothing here needs a GPU or torch.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import heapq
 import json
 import os
 import shlex
@@ -19,13 +21,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
 from flashinfer import families
 from flashinfer.aot import tools, verify, worker
+from flashinfer.aot.estimate import DOUBT, Forecast, forecast
 from flashinfer.aot.kernel_set import Built, Failure, KernelSet, Key, results, sole_writer, unwritable, write_notes
 from flashinfer.errors import FlashInferError, ToolchainMissing, UnsupportedConfig
 from flashinfer.jit.source import render
@@ -40,6 +43,7 @@ _BYTES_PER_JOB = 1 << 30
 _BATCHES_PER_JOB, _MAX_BATCH = 6, 16
 _POLL_SECONDS = 0.1
 _LOG_LINES = 20
+_LARGEST = 5  # kernels that are named where a set is too large
 _KILL_SECONDS = 10.0  # processes that were sent SIGKILL are gone in milliseconds, unless the kernel itself hangs
 
 
@@ -63,6 +67,11 @@ class Plan:
     @property
     def num_requested(self) -> int:
         return len(self.fresh) + len(self.to_compile)
+
+    @functools.cached_property
+    def forecast(self) -> Forecast:
+        """What compiling will take."""
+        return forecast(self.to_compile, [*self.held.noted, *self.held.held.values()])
 
     @property
     def is_done(self) -> bool:
@@ -99,7 +108,9 @@ class Report:
         return _bytes(self.built)
 
 
-def plan(specs: Iterable[KernelSpec], out: Path, *, exact: bool = False, refresh: bool = False) -> Plan:
+def plan(
+    specs: Iterable[KernelSpec], out: Path, *, exact: bool = False, refresh: bool = False, is_part: bool = False
+) -> Plan:
     """Compare what is asked for with what the folder holds: digest, compiler and sha256 must agree.
 
     Args:
@@ -107,6 +118,7 @@ def plan(specs: Iterable[KernelSpec], out: Path, *, exact: bool = False, refresh
         out: the folder of the set; need not exist.
         exact: the set shall hold nothing else. Otherwise whatever it holds besides is kept as it is.
         refresh: ask also for every kernel that the set holds and this version knows.
+        is_part: these are one machine's part of what is asked for, which may be none.
 
     Raises:
         FlashInferError: nothing is asked for, `out` is no folder, or its registry cannot be read.
@@ -116,7 +128,7 @@ def plan(specs: Iterable[KernelSpec], out: Path, *, exact: bool = False, refresh
     wanted = dict.fromkeys(specs)
     if refresh:
         wanted.update(dict.fromkeys(filter(None, map(_request, held.held.values()))))
-    if not wanted:
+    if not wanted and not is_part:
         raise FlashInferError(
             f"nothing to build: {out} holds no kernel that this version has" if refresh else "nothing to build"
         )
@@ -152,6 +164,7 @@ def build(
     *,
     exact: bool = False,
     refresh: bool = False,
+    is_part: bool = False,
     num_jobs: Optional[int] = None,
     max_bytes: Optional[int] = None,
     on_plan: Callable[[Plan], None] = lambda plan: None,
@@ -162,9 +175,10 @@ def build(
     Nothing is removed then.
 
     Args:
-        specs, out, exact, refresh: see `plan`.
+        specs, out, exact, refresh, is_part: see `plan`.
         num_jobs: compile processes at a time; None for as many as cores and memory allow.
-        max_bytes: fail when the machine code of the whole set is larger; the registry is then left as it was.
+        max_bytes: fail when the machine code of the whole set is larger, before compiling where an estimate says so;
+            the registry is then left as it was.
         on_plan: called with the plan before anything is compiled.
 
     Raises:
@@ -173,16 +187,19 @@ def build(
         SetTooLarge: see max_bytes.
     """
     started = time.perf_counter()
-    todo = plan(specs, out, exact=exact, refresh=refresh)
+    todo = plan(specs, out, exact=exact, refresh=refresh, is_part=is_part)
     tools.check({spec.target for spec in todo.to_compile})
     if todo.is_done:  # a set that is complete may be read-only
         on_plan(todo)
         check_size(todo, todo.known, max_bytes)
         return Report(todo, todo.known, seconds=time.perf_counter() - started)
     with sole_writer(out) as lock:
-        todo = plan(specs, out, exact=exact, refresh=refresh)  # again: another build may have ended meanwhile
+        todo = plan(
+            specs, out, exact=exact, refresh=refresh, is_part=is_part
+        )  # again: another build may have ended meanwhile
         on_plan(todo)
         check_size(todo, todo.known, max_bytes)
+        check_forecast(todo, max_bytes)
         built, failures = _compile(todo, num_jobs or default_jobs(), lock)
         held = todo.held.held
         remains = [*todo.known, *built, *(held[one.key] for one in failures if one.key in held)]
@@ -190,7 +207,7 @@ def build(
         if failures:
             report.built += todo.removed
         check_size(todo, report.built, max_bytes)
-        if report.built:
+        if report.built or not failures:  # nothing is what some shards of a small set hold
             unfinished = [*todo.unfinished, *(todo.dropped if failures else [])]
             KernelSet(out).replace(version_of(todo, report.built), report.built, unfinished)
     report.seconds = time.perf_counter() - started
@@ -208,13 +225,27 @@ def version_of(todo: Plan, built: Iterable[Built]) -> str:
 
 def check_size(todo: Plan, built: Sequence[Built], max_bytes: Optional[int]) -> None:
     """Raises SetTooLarge when the machine code of these is more."""
-    size = _bytes(built)
-    if max_bytes is None or size <= max_bytes:
-        return
+    if max_bytes is not None and _bytes(built) > max_bytes:
+        raise _too_large(todo, f"{_bytes(built)} bytes", max_bytes, {one.key: one.entry.bytes for one in built})
+
+
+def check_forecast(todo: Plan, max_bytes: Optional[int]) -> None:
+    """Raises SetTooLarge when the machine code of the set will be more, by an estimate that may be off by DOUBT."""
+    ahead, known = todo.forecast, _bytes(todo.known)
+    if max_bytes is not None and known + ahead.bytes * (1 - DOUBT) > max_bytes:
+        sizes = {one.key: one.entry.bytes for one in todo.known}
+        sizes.update({(spec.name, spec.target): one.bytes for spec, one in ahead.estimates.items()})
+        raise _too_large(todo, f"about {known + ahead.bytes} bytes", max_bytes, sizes)
+
+
+def _too_large(todo: Plan, size: str, max_bytes: int, sizes: Mapping[Key, int]) -> SetTooLarge:
     others = f", {_bytes(todo.kept)} of it of kernels that were not asked for" if todo.kept else ""
-    raise SetTooLarge(
-        f"the set would hold {size} bytes of machine code{others}; --max-bytes allows {max_bytes}. The registry was "
-        f"not written. Drop rows or targets, raise the limit{', or let the set be --exact' if others else ''}"
+    largest = heapq.nlargest(_LARGEST, sizes, key=lambda key: (sizes[key], key))
+    lines = "".join(f"\n  {sizes[key]:>8} bytes  {key[0]} ({key[1]})" for key in largest)
+    return SetTooLarge(
+        f"the set would hold {size} of machine code{others}; --max-bytes allows {max_bytes}. The registry was "
+        f"not written. Drop rows or targets, raise the limit{', or let the set be --exact' if others else ''}. "
+        f"Largest are:{lines}"
     )
 
 

@@ -38,7 +38,7 @@ class Built:
     """A kernel that lies in the folder."""
 
     entry: Entry
-    seconds: float = 0.0  # its compile took, in whichever build that was; 0 where no note tells
+    seconds: float = 0.0  # of a processor that its compile took, in whichever build; 0 where no note tells
     spill_bytes: int = 0  # of registers to memory; a kernel that spills is slow
 
     @property

@@ -1,13 +1,15 @@
-"""`flashinfer aot build | list | verify`: sets of precompiled kernels."""
+"""`flashinfer aot build | merge | list | verify`: sets of precompiled kernels."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from flashinfer import packages
@@ -17,6 +19,7 @@ from flashinfer.errors import ToolchainMissing
 
 if TYPE_CHECKING:
     from flashinfer.aot.build import Plan
+    from flashinfer.aot.estimate import Estimate
     from flashinfer.aot.kernel_set import Built, Failure
     from flashinfer.jit.spec import KernelSpec
 
@@ -24,10 +27,16 @@ _MAX_LISTED = 10  # of kernels that nobody uses; verify lists all
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("aot", help="build, list and verify precompiled kernels")
+    parser = subparsers.add_parser("aot", help="build, merge, list and verify precompiled kernels")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     build = commands.add_parser("build", help="compile the kernels that configs ask for into a folder")
     _add_build_arguments(build)
+    merge = commands.add_parser("merge", help="join sets of several machines: shards of a config, or targets")
+    merge.add_argument("paths", nargs="+", type=_path, metavar="SET", help="folders with a registry.json")
+    merge.add_argument(
+        "--out", required=True, type=_path, metavar="DIR", help="folder of the joint set; what it holds stays there"
+    )
+    merge.set_defaults(run=merge_sets)
     for name, run, text in (
         ("list", list_kernels, "what the registries hold"),
         ("verify", verify, "check files, machine code and digests against the registry and this package"),
@@ -66,7 +75,12 @@ def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--jobs", default="auto", help="compile processes at a time (default: by cores and memory)")
     parser.add_argument("--max-bytes", metavar="N", help="fail when the machine code of the set is larger (50M, 2G)")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be compiled and removed, and stop")
+    parser.add_argument(
+        "--shard", metavar="I/N", help="build the I-th of N parts that take equally long; `aot merge` joins them"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be compiled and removed and what it would take, and stop"
+    )
     parser.set_defaults(run=build)
 
 
@@ -83,25 +97,30 @@ def build(args: argparse.Namespace) -> int:
     num_jobs = aot_build.default_jobs() if args.jobs == "auto" else _positive("--jobs", args.jobs)
     max_bytes = None if args.max_bytes is None else _text.parse_size(args.max_bytes)
     specs = _requested(args)
+    if args.shard is not None:
+        specs = _shard(args.shard, specs)
 
     def announce(todo: aot_build.Plan) -> None:
         others = f"; {_text.count(len(todo.kept), 'other')} kept" if todo.kept else ""
+        part = f" of shard {args.shard}" if args.shard else ""
         print(
-            f"{_text.count(todo.num_requested, 'kernel')}: {len(todo.fresh)} up to date, "
-            f"{len(todo.to_compile)} to compile with {_text.count(num_jobs, 'job')}{others}",
+            f"{_text.count(todo.num_requested, 'kernel')}{part}: {len(todo.fresh)} up to date, "
+            f"{len(todo.to_compile)} to compile with {_text.count(num_jobs, 'job')}{_outlook(todo, num_jobs)}{others}",
             flush=True,
         )
 
-    how = {"exact": args.exact, "refresh": args.refresh}
+    how = {"exact": args.exact, "refresh": args.refresh, "is_part": args.shard is not None}
     try:
         if args.dry_run:
             todo = aot_build.plan(specs, args.out, **how)
             announce(todo)
-            print(_summary(todo.known, to_compile=todo.to_compile))
+            print(_summary(todo.known, ahead=todo.forecast.estimates))
+            _print_origins(todo)
             _print_removed("would remove", todo.removed, todo.dropped)
             _print_unusable(args.out, todo)
             _print_lacking(todo.to_compile)
             aot_build.check_size(todo, todo.known, max_bytes)
+            aot_build.check_forecast(todo, max_bytes)
             return 0
         report = aot_build.build(specs, args.out, **how, num_jobs=num_jobs, max_bytes=max_bytes, on_plan=announce)
     except aot_build.SetTooLarge as error:
@@ -130,6 +149,8 @@ def _requested(args: argparse.Namespace) -> list[KernelSpec]:
     from flashinfer.aot import tools
     from flashinfer.aot.config import read_specs
 
+    if args.shard is not None and args.refresh:
+        raise UsageError("--shard is for --config and --add; --refresh is about what the set of one machine holds")
     if not args.config and not args.add:
         if not args.refresh:
             raise UsageError("nothing to build: name a --config (core, smoke or a file) or miss records with --add")
@@ -142,6 +163,37 @@ def _requested(args: argparse.Namespace) -> list[KernelSpec]:
     if packages.requirement("tomli") and packages.is_missing("tomli"):
         tools.check(target_names)  # which names it among all that is missing
     return read_specs(args.config, target_names, args.add)
+
+
+def _outlook(todo: Plan, num_jobs: int) -> str:
+    if not todo.to_compile:
+        return ""
+    seconds = todo.forecast.seconds / num_jobs
+    took = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    return f", about {took} and {_text.size(todo.forecast.bytes)}"
+
+
+_ORIGINS = {
+    "last build": "from their last build here",
+    "measured": "measured elsewhere",
+    "alike": "from the most alike kernel that was measured",
+    "guess": "guessed, since their family was not measured",
+}
+
+
+def _print_origins(todo: Plan) -> None:
+    origins = [f"{count} {_ORIGINS[origin]}" for origin, count in todo.forecast.origins()]
+    if origins:
+        print(f"~ estimates, seconds of a processor and bytes: {', '.join(origins)}")
+
+
+def _shard(text: str, specs: list[KernelSpec]) -> list[KernelSpec]:
+    from flashinfer.aot import estimate
+
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UsageError(f"--shard is {text!r}; expected I/N with I from 1 to N, such as 2/8")
+    return estimate.shard(specs, int(match[1]), int(match[2]))
 
 
 def _print_removed(verb: str, removed: Sequence[Built], dropped: Sequence[Built]) -> None:
@@ -179,27 +231,50 @@ def _positive(option: str, text: str) -> int:
     return int(text)
 
 
-def _summary(built: Iterable[Built], to_compile: Iterable[KernelSpec] = (), failures: Iterable[Failure] = ()) -> str:
-    """A row per family and target."""
+def _summary(
+    built: Iterable[Built],
+    ahead: Mapping[KernelSpec, Estimate] = MappingProxyType({}),
+    failures: Iterable[Failure] = (),
+) -> str:
+    """A row per family and target; with what is ahead, what that will take and what there will be."""
     rows: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0, 0.0, 0])
     for one in built:
         row = rows[one.entry.target, one.entry.family]
         row[0] += 1
-        row[3] += one.seconds
+        row[3] += 0.0 if ahead else one.seconds
         row[4] += one.entry.bytes
-    for spec in to_compile:
-        rows[spec.target, spec.family][1] += 1
+    for spec, estimate in ahead.items():
+        row = rows[spec.target, spec.family]
+        row[1] += 1
+        row[3] += estimate.seconds
+        row[4] += estimate.bytes
     for failure in failures:
         rows[failure.target, failure.name.split("-")[0]][2] += 1
     total = [sum(row[i] for row in rows.values()) for i in range(5)]
-    lines = [
-        (*key, f"{row[0]:.0f}", f"{row[1]:.0f}", f"{row[2]:.0f}", f"{row[3]:.1f}", _text.size(row[4]))
-        for key, row in [*sorted(rows.items()), (("total", ""), total)]
-    ]
+    lines = []
+    for key, row in [*sorted(rows.items()), (("total", ""), total)]:
+        about = "~" if row[1] else ""
+        lines.append((*key, *(f"{count:.0f}" for count in row[:3]), f"{about}{row[3]:.1f}", about + _text.size(row[4])))
     columns = ("target", "family", "kernels", "to compile", "failed", "seconds", "bytes")
     shown = [0, 1, 2, *([3] if total[1] else []), *([4] if total[2] else []), 5, 6]
     header, cells = [columns[i] for i in shown], [[line[i] for i in shown] for line in lines]
     return _text.table(header, cells, right=",".join(columns[2:]))
+
+
+# --------------------------------------------------------------------------------------------------------------- merge
+
+
+def merge_sets(args: argparse.Namespace) -> int:
+    """Join sets. Exit status 1, and nothing is changed, where two of them contradict each other."""
+    from flashinfer.aot import merge
+
+    merged = merge.merge(args.paths, args.out)
+    print(_summary(merged.built))
+    for root, count in merged.brought.items():
+        print(f"{_text.count(count, 'kernel')} of {root}")
+    size = _text.size(sum(one.entry.bytes for one in merged.built))
+    print(f"{_text.count(len(merged.built), 'kernel')}, {size}, in {args.out}")
+    return 0
 
 
 # --------------------------------------------------------------------------------------------------------- list, verify
