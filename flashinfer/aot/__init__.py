@@ -5,5 +5,6 @@ build.py   specs -> a set of them        kernel_set.py  the folder of a set, and
 worker.py  one compile process           verify.py      registry -> problems
 elf.py     what a cubin or shared library says about itself
 estimate.py  seconds and bytes beforehand; shards   merge.py  sets of several machines -> one
+hf.py      a model's config.json -> a [[model]] row
 tools.py   what compiling takes, and what of it is missing here
 """

@@ -26,7 +26,7 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 from flashinfer import families, log
 from flashinfer import target as targets
@@ -158,6 +158,17 @@ def _legal_specs(row: Row, target_names: Sequence[str]) -> list[KernelSpec]:
     return legal
 
 
+def why_unbuildable(text: str) -> Optional[str]:
+    """What is wrong with the text of a config, or which kernel of it no GPU can have; None when it builds."""
+    families.register_all()
+    try:
+        for row in _rows(Path("this row"), text):
+            _legal_specs(row, ["sm_80", "sm_90a"])
+    except (ConfigError, UnsupportedConfig) as error:
+        return str(error)
+    return None
+
+
 def find_config(name: Union[str, Path]) -> Path:
     """The path itself when it is one, else the config of that name this library brings. Raises ConfigError."""
     path = Path(name)
@@ -176,8 +187,15 @@ def read_config(path: Path) -> list[Row]:
     """The rows of one config file. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
-        data = _parse_toml(text)
     except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return _rows(path, text)
+
+
+def _rows(path: Path, text: str) -> list[Row]:
+    try:
+        data = _parse_toml(text)
+    except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     unknown = data.keys() - {"defaults", "model", "kernel"}
     if unknown:

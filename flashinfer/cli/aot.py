@@ -1,4 +1,4 @@
-"""`flashinfer aot build | merge | list | verify`: sets of precompiled kernels."""
+"""`flashinfer aot build | merge | config | list | verify`: sets of precompiled kernels."""
 
 from __future__ import annotations
 
@@ -37,6 +37,13 @@ def add_parser(subparsers: Any) -> None:
         "--out", required=True, type=_path, metavar="DIR", help="folder of the joint set; what it holds stays there"
     )
     merge.set_defaults(run=merge_sets)
+    config = commands.add_parser("config", help="write the [[model]] row of a model's config.json")
+    config.add_argument(
+        "--from-hf", required=True, type=_path, metavar="PATH", help="a config.json of Hugging Face, or its folder"
+    )
+    config.add_argument("--tp", default="1", metavar="N,N", help="degrees of tensor parallelism to serve (default: 1)")
+    config.add_argument("--name", help="of the row (default: as the file or its folder is called)")
+    config.set_defaults(run=write_row)
     for name, run, text in (
         ("list", list_kernels, "what the registries hold"),
         ("verify", verify, "check files, machine code and digests against the registry and this package"),
@@ -274,6 +281,29 @@ def merge_sets(args: argparse.Namespace) -> int:
         print(f"{_text.count(count, 'kernel')} of {root}")
     size = _text.size(sum(one.entry.bytes for one in merged.built))
     print(f"{_text.count(len(merged.built), 'kernel')}, {size}, in {args.out}")
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------------- config
+
+
+def write_row(args: argparse.Namespace) -> int:
+    """Print a row for a config; what it does not say goes to stderr too. Exit status 1 where the model has no row."""
+    from flashinfer.aot import hf
+    from flashinfer.aot.config import why_unbuildable
+
+    degrees = list(dict.fromkeys(_positive("--tp", text) for text in args.tp.split(",")))
+    config, name = hf.read(args.from_hf)
+    translation = hf.translate(config, args.name or name, degrees)
+    text = hf.toml(translation)
+    why = why_unbuildable(text)
+    if why is not None:
+        print(text, file=sys.stderr)
+        print(f"flashinfer: a build of this row fails: {why}", file=sys.stderr)
+        return 1
+    print(text, end="")
+    for note in translation.notes:
+        print(f"not in this row: {note}", file=sys.stderr)
     return 0
 
 

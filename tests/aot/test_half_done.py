@@ -343,6 +343,7 @@ def test_rebuilding_leaves_the_files_of_the_registry_alone(
     """Also where another compiler makes other machine code of the same source: until the registry says so, what it
     names is there."""
     monkeypatch.setenv("FLASHINFER_CXX", str(other_compiler(host_copy.parent)))
+    monkeypatch.setattr(build, "check_forecast", lambda *_: None)  # too large only in the end
     before = tree(host_copy / "kernels")
     with pytest.raises(build.SetTooLarge):
         build_set(rows(64, 128), host_copy, max_bytes=1)
