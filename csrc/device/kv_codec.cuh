@@ -46,6 +46,7 @@ struct BytePair {
   uint32_t first, second;
 
   __device__ __forceinline__ uint16_t adjacent_in(uint32_t x) const {
+    if (second == first + 1 && first % 2 == 0) return uint16_t(x >> 8 * first);  // an operand as it is
     return uint16_t(__byte_perm(x, 0, 0x4400 | second << 4 | first));
   }
   __device__ __forceinline__ uint32_t spread_from(uint32_t x) const {

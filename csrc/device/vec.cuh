@@ -54,5 +54,15 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address_smem) {
                : "memory");
   return vec;
 }
+__device__ __forceinline__ uint2 load_shared_8(uint32_t address_smem) {
+  uint2 vec;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(vec.x), "=r"(vec.y) : "r"(address_smem) : "memory");
+  return vec;
+}
+__device__ __forceinline__ void store_shared_16(uint32_t address_smem, const uint4& vec) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address_smem), "r"(vec.x), "r"(vec.y), "r"(vec.z),
+               "r"(vec.w)
+               : "memory");
+}
 
 }  // namespace flashinfer

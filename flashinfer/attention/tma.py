@@ -13,11 +13,17 @@ _MAX_MAPS = 256  # addresses a launch remembers: a serving process has a KV cach
 
 
 def maps_of_rows(
-    row_bytes: int, box_rows: int, row_stride: int, heads: tuple[int, int], page_stride: int = 0
+    row_bytes: int,
+    box_rows: int,
+    row_stride: int,
+    heads: tuple[int, int],
+    page_stride: int = 0,
+    swizzled: bool = True,
 ) -> Callable[[int], bytes]:
     """From the address of K or V to its descriptor (csrc/attention/sm90/params.h), of boxes of box_rows rows.
 
-    heads: how many, and their stride. Strides in bytes; page_stride 0: one page.
+    heads: how many, and their stride. Strides in bytes; page_stride 0: one page. swizzled: 128 bytes of the rows, for
+    wgmma; else whole rows, as they are.
     """
     axes = (
         (row_bytes // 2, 2), (box_rows, row_stride), heads, (_UNBOUNDED if page_stride else 1, page_stride),
@@ -29,6 +35,7 @@ def maps_of_rows(
         # Elements of 8 bits in pairs. Before the first row: see csrc/attention/sm90/params.h. Of an empty tensor
         # nothing is read.
         start = max(address - box_rows * row_stride, 16)
-        return driver.tensor_map_of_16_bit(start, axes, (_PANEL_BYTES // 2, box_rows, 1, 1, 1))
+        box_bytes = _PANEL_BYTES if swizzled else row_bytes
+        return driver.tensor_map_of_16_bit(start, axes, (box_bytes // 2, box_rows, 1, 1, 1), swizzled)
 
     return map_at

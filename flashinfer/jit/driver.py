@@ -30,7 +30,8 @@ LAUNCH_PROGRAMMATIC_SERIALIZATION = 6
 CAPTURE_MODE_RELAXED = 2
 
 TENSOR_MAP_BYTES, TENSOR_MAP_ALIGNMENT = 128, 64  # CUtensorMap
-TENSOR_MAP_UINT16, TENSOR_MAP_NO_INTERLEAVE, TENSOR_MAP_SWIZZLE_128B = 1, 0, 3
+TENSOR_MAP_UINT16, TENSOR_MAP_NO_INTERLEAVE = 1, 0
+TENSOR_MAP_NO_SWIZZLE, TENSOR_MAP_SWIZZLE_128B = 0, 3
 TENSOR_MAP_L2_PROMOTION_256B, TENSOR_MAP_FILL_ZEROS = 3, 0
 
 
@@ -155,9 +156,11 @@ def is_whole_elf(machine_code: bytes) -> bool:
     return True
 
 
-def tensor_map_of_16_bit(address: int, axes: Sequence[tuple[int, int]], box: Sequence[int]) -> bytes:
-    """The descriptor by which TMA (sm_90) copies boxes of a tensor of 16-bit elements into shared memory, in rows of
-    128 bytes, swizzled.
+def tensor_map_of_16_bit(
+    address: int, axes: Sequence[tuple[int, int]], box: Sequence[int], swizzled: bool = True
+) -> bytes:
+    """The descriptor by which TMA (sm_90) copies boxes of a tensor of 16-bit elements into shared memory: in rows of
+    128 bytes, swizzled, or in rows of any length as they are.
 
     axes: (size, stride in bytes) of each, the innermost, contiguous one first. An axis of one element may have any
     stride. box: elements along each axis.
@@ -177,7 +180,7 @@ def tensor_map_of_16_bit(address: int, axes: Sequence[tuple[int, int]], box: Seq
         (ctypes.c_uint32 * rank)(*box),
         (ctypes.c_uint32 * rank)(*[1] * rank),
         TENSOR_MAP_NO_INTERLEAVE,
-        TENSOR_MAP_SWIZZLE_128B,
+        TENSOR_MAP_SWIZZLE_128B if swizzled else TENSOR_MAP_NO_SWIZZLE,
         TENSOR_MAP_L2_PROMOTION_256B,
         TENSOR_MAP_FILL_ZEROS,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -185,3 +186,83 @@ def tolerance_of(case: Case, device: torch.device) -> float:
     """Rotated queries and keys are rounded to 16 bits for the tensor cores: one more rounding of either operand."""
     rope = case.options.get("pos_encoding_mode") == "ROPE_LLAMA"
     return (12.0 if case.q_dtype == BF16 else 3.0) if rope and device.type == "cuda" else 1.0
+
+
+def graph_wrapper(case: Case, device: torch.device, max_pages: int) -> Any:
+    batch_size = len(case.qo_lens)
+    buffers = {name: torch.zeros(batch_size + 1, dtype=torch.int32, device=device) for name in ("qo", "kv")}
+    return make_wrapper(
+        case, device, use_cuda_graph=True, qo_indptr_buf=buffers["qo"], paged_kv_indptr_buf=buffers["kv"],
+        paged_kv_indices_buf=torch.zeros(max_pages, dtype=torch.int32, device=device),
+        paged_kv_last_page_len_buf=torch.zeros(batch_size, dtype=torch.int32, device=device),
+    )  # fmt: skip
+
+
+def replay_other_lengths(case: Case, check: Callable[[Batch, tuple[Tensor, Tensor]], None]) -> None:
+    """Plan outside, run captured; then plan and run captured together. Padding requests have no tokens and no pages.
+
+    Of the case, dtypes and heads count.
+    """
+    device = torch.device("cuda")
+    long = replace(case, qo_lens=(5, 40, 0, 19), kv_lens=(4000, 700, 0, 90))
+    short = replace(case, qo_lens=(16, 16, 16, 16), kv_lens=(16, 17, 18, 19))
+    batches = {"short": make_batch(short, device, seed=3), "long": make_batch(long, device, seed=3)}
+    q = batches["short"].q.clone()
+    max_pages = 600
+    size = (max_pages, 2, case.page_size, case.heads[1], case.head_dim)
+    cache = torch.zeros(size, device=device).to(case.kv_dtype or case.q_dtype)
+    wrapper = graph_wrapper(long, device, max_pages)
+
+    def load(batch: Batch) -> None:
+        assert isinstance(batch.kv, Tensor)
+        q.copy_(batch.q)
+        cache[: len(batch.kv)].copy_(batch.kv)
+
+    def launch() -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = wrapper.run(q, cache, return_lse=True)
+        return result
+
+    def replay(graph: torch.cuda.CUDAGraph, result: tuple[Tensor, Tensor], batch: Batch) -> None:
+        for poisoned in result:
+            poisoned.fill_(math.nan)
+        graph.replay()
+        check(batch, result)
+
+    load(batches["short"])
+    plan(wrapper, batches["short"])
+    launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = launch()
+    for name in ("long", "short", "long"):
+        load(batches[name])
+        plan(wrapper, batches[name])
+        replay(graph, result, batches[name])
+
+    on_device = tuple(torch.zeros(size, dtype=torch.int32, device=device) for size in (5, 5, max_pages, 4))
+    captured = replace(batches["short"], indices=on_device)
+
+    def load_indices(batch: Batch) -> None:
+        for target, source in zip(on_device, batch.indices):
+            target[: len(source)].copy_(source)
+
+    load_indices(batches["short"])
+    plan(wrapper, captured)
+    both = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(both):
+        plan(wrapper, captured)
+        result = launch()
+    for name in ("long", "short"):
+        load(batches[name])
+        load_indices(batches[name])
+        replay(both, result, batches[name])
+
+
+def surround(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The rows of a ragged batch's KV between rows of NaN, as views of larger tensors."""
+    wide = [torch.full((len(half) + 512, *half.shape[1:]), math.nan).to(half.device, half.dtype) for half in batch.kv]
+    k, v = (half[256:-256] for half in wide)
+    for inner, half in zip((k, v), batch.kv):
+        inner.copy_(half)
+    return k, v

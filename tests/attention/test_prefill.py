@@ -24,7 +24,6 @@ from tests.attention.prefill_kit import (
     FP16,
     FP32,
     LENGTHS_AND_HEADS,
-    Batch,
     Case,
     arguments,
     check,
@@ -32,6 +31,7 @@ from tests.attention.prefill_kit import (
     make_batch,
     make_wrapper,
     plan,
+    replay_other_lengths,
     run,
     tolerance_of,
 )
@@ -39,6 +39,7 @@ from tests.oracles.attention import attention
 from tests.tolerances import assert_close
 
 SHORT, SHORT_KV = (16, 1, 5, 0, 9), (1500, 900, 5, 70, 3)
+LONG = ((700, 1, 300), (900, 1000, 300))
 CASES = [
     Case("ordinary"),
     Case("ragged", storage="ragged"),
@@ -46,7 +47,7 @@ CASES = [
     Case("ragged_not_causal", storage="ragged", options={}),
     # Several tiles of queries and of KV each, the last of both partly filled.
     *[
-        Case(f"long_{storage}_{dim}", (700, 1, 300), (900, 1000, 300), (4, 2), dim, storage=storage, options=options)
+        Case(f"long_{storage}_{dim}", *LONG, (4, 2), dim, storage=storage, options=options)
         for dim in (64, 128, 256)
         for storage, options in (("paged", CAUSAL), ("ragged", {}))
     ],
@@ -111,11 +112,32 @@ CASES = [
     Case("fp8_e5m2_d96", kv_dtype=E5M2, head_dim=96),
     Case("fp8_rope", kv_dtype=E4M3, options={"causal": True, "pos_encoding_mode": "ROPE_LLAMA"}),
     Case("fp8_d256", kv_dtype=E4M3, head_dim=256),
+    # On Hopper, keys and values are widened on the way to the tensor cores.
+    *[
+        Case(f"fp8_long_{storage}_{dim}", *LONG, (4, 2), dim, storage=storage, options=options, kv_dtype=E4M3)
+        for dim in (64, 128, 256)
+        for storage, options in (("paged", CAUSAL), ("ragged", {}))
+    ],
+    Case("fp8_far_apart", (300, 400), (900, 400), options={"causal": True, "sm_scale": 1.0}, kv_dtype=E4M3),
+    *[Case(f"fp8_page_{size}", (200, 70), (600, 70), page_size=size, kv_dtype=E4M3) for size in (1, 3, 8, 24, 64, 256)],
+    Case("fp8_page_1_head_dim_64", *LONG, (4, 2), 64, page_size=1, kv_dtype=E4M3),
+    Case("fp8_page_1_head_dim_256", *LONG, (4, 2), 256, page_size=1, kv_dtype=E4M3),
+    Case("fp8_page_1_alibi", page_size=1, options={"causal": True, "pos_encoding_mode": "ALIBI"}, kv_dtype=E4M3),
+    Case("fp8_window", (700, 300), (900, 300), options={"causal": True, "window_left": 150}, kv_dtype=E4M3),
+    Case("fp8_hnd", layout="HND", kv_dtype=E4M3),
+    Case("fp8_ragged_hnd", layout="HND", storage="ragged", kv_dtype=E4M3),
+    Case("fp8_e5m2", kv_dtype=E5M2),
+    Case("fp8_e5m2_long", *LONG, (4, 2), q_dtype=FP16, kv_dtype=E5M2),
+    Case("fp8_soft_cap", options={"causal": True, "logits_soft_cap": 8.0}, kv_dtype=E4M3),
+    Case("fp8_alibi", options={"causal": True, "pos_encoding_mode": "ALIBI"}, kv_dtype=E4M3),
+    Case("fp8_custom_mask", mask="bool", options={}, kv_dtype=E4M3),
+    *[replace(case, name=f"fp8_{case.name}", kv_dtype=E4M3) for case in LENGTHS_AND_HEADS],
 ]  # fmt: skip
 
 
 SANITIZED = {"ordinary", "ragged", "page_1", "many_splits", "many_short", "no_kv", "mla_shapes", "minilm"}
-SANITIZED |= {"many_heads", "head_dim_64", "head_dim_256", "window_soft_cap", "packed_mask", "rope", "fp8_e4m3"}
+SANITIZED |= {"many_heads", "head_dim_64", "head_dim_256", "window_soft_cap", "packed_mask", "rope"}
+SANITIZED |= {"fp8_e4m3", "fp8_e5m2", "fp8_page_1"}
 
 
 @pytest.mark.parametrize("case", named(CASES, sanitized=SANITIZED))
@@ -262,69 +284,11 @@ def test_window_wider_than_any_sequence(device: torch.device, lengths: tuple[int
 # --------------------------------------------------------------------------------------------------------------- graphs
 
 
-def graph_wrapper(case: Case, device: torch.device, max_pages: int) -> Any:
-    batch_size = len(case.qo_lens)
-    buffers = {name: torch.zeros(batch_size + 1, dtype=torch.int32, device=device) for name in ("qo", "kv")}
-    if case.storage == "ragged":
-        return make_wrapper(case, device, use_cuda_graph=True, qo_indptr_buf=buffers["qo"], kv_indptr_buf=buffers["kv"])
-    return make_wrapper(
-        case, device, use_cuda_graph=True, qo_indptr_buf=buffers["qo"], paged_kv_indptr_buf=buffers["kv"],
-        paged_kv_indices_buf=torch.zeros(max_pages, dtype=torch.int32, device=device),
-        paged_kv_last_page_len_buf=torch.zeros(batch_size, dtype=torch.int32, device=device),
-    )  # fmt: skip
-
-
 @pytest.mark.gpu
-def test_graph_captured_short_and_replayed_long() -> None:
-    """Plan outside, run captured; then plan and run captured together. Padding requests have no tokens and no pages."""
-    device = torch.device("cuda")
-    long = Case("long", qo_lens=(5, 40, 0, 19), kv_lens=(4000, 700, 0, 90))
-    short = replace(long, qo_lens=(16, 16, 16, 16), kv_lens=(16, 17, 18, 19))
-    batches = {case.name: make_batch(case, device, seed=3) for case in (replace(short, name="short"), long)}
-    q = batches["short"].q.clone()
-    max_pages = 600
-    cache = torch.zeros((max_pages, 2, 16, 2, 128), dtype=BF16, device=device)
-    wrapper = graph_wrapper(long, device, max_pages)
-
-    def load(batch: Batch) -> None:
-        assert isinstance(batch.kv, Tensor)
-        q.copy_(batch.q)
-        cache[: len(batch.kv)].copy_(batch.kv)
-
-    def launch() -> tuple[Tensor, Tensor]:
-        return wrapper.run(q, cache, return_lse=True)
-
-    load(batches["short"])
-    plan(wrapper, batches["short"])
-    launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = launch()
-    for name in ("long", "short", "long"):
-        load(batches[name])
-        plan(wrapper, batches[name])
-        graph.replay()
-        check(result, expect(batches[name]))
-
-    on_device = tuple(torch.zeros(size, dtype=torch.int32, device=device) for size in (5, 5, max_pages, 4))
-    captured = replace(batches["short"], indices=on_device)
-
-    def load_indices(batch: Batch) -> None:
-        for target, source in zip(on_device, batch.indices):
-            target[: len(source)].copy_(source)
-
-    load_indices(batches["short"])
-    plan(wrapper, captured)
-    both = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(both):
-        plan(wrapper, captured)
-        result = launch()
-    for name in ("long", "short"):
-        load(batches[name])
-        load_indices(batches[name])
-        both.replay()
-        check(result, expect(batches[name]))
+@pytest.mark.parametrize(("kv_dtype", "heads"), [(None, (8, 2)), (E4M3, (16, 2))], ids=["bf16", "fp8 KV"])
+def test_graph_captured_short_and_replayed_long(kv_dtype: torch.dtype | None, heads: tuple[int, int]) -> None:
+    case = Case("graph", heads=heads, kv_dtype=kv_dtype)
+    replay_other_lengths(case, lambda batch, actual: check(actual, expect(batch)))
 
 
 @pytest.mark.gpu

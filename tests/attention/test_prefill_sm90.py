@@ -55,6 +55,10 @@ def header_of(target: str, **axes: Any) -> str:
         {"short_queries": True, "kv_storage": "paged", "page_size": 1},
         {"short_queries": True, "head_dim": 192, "head_dim_vo": 128},
         {"short_queries": True, "mask": "custom", "pos_encoding": "alibi"},
+        {"kv_dtype": "fp8_e4m3"},
+        {"kv_dtype": "fp8_e4m3", "kv_storage": "paged", "page_size": 1},
+        {"kv_dtype": "fp8_e4m3", "head_dim": 64, "mask": "custom", "pos_encoding": "alibi"},
+        {"q_dtype": "fp16", "kv_dtype": "fp8_e5m2", "head_dim": 256, "kv_storage": "paged", "page_size": 16},
     ],
 )
 def test_serves(axes: dict[str, Any]) -> None:
@@ -65,7 +69,7 @@ def test_serves(axes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "axes",
     [
-        {"kv_dtype": "fp8_e4m3"},
+        {"kv_dtype": "fp8_e4m3", "head_dim": 192, "head_dim_vo": 128},
         {"kv_dtype": "fp8_e4m3", "short_queries": True},
         {"head_dim": 96},
         {"head_dim": 192},
@@ -142,6 +146,12 @@ def compiled_specs() -> list[KernelSpec]:
         specs.append(families.prefill("sm_90a", **fp8))
         specs.append(families.prefill("sm_90a", **{**fp8, **paged}, mask="none", has_window=True))
         specs.append(families.prefill("sm_90a", **fp8, **changed))
+    for dim, _ in prefill_sm90.WIDENING_TILES:
+        widened = {**BF16, "kv_dtype": "fp8_e4m3", "head_dim": dim}
+        specs.append(families.prefill("sm_90a", **{**widened, **paged}))
+        specs.append(families.prefill("sm_90a", **{**widened, "q_dtype": "fp16", "kv_dtype": "fp8_e5m2"}, mask="none"))
+        specs.append(families.prefill("sm_90a", **{**widened, **paged}, **changed))
+        specs.append(families.prefill("sm_90a", **{**widened, **paged, "page_size": 1}, **changed))
     return specs
 
 
@@ -178,12 +188,13 @@ class FakeDriver:
     """Keeps what cuTensorMapEncodeTiled and cuLaunchKernelEx are given."""
 
     def __init__(self, params: type[ctypes.Structure]) -> None:
-        self.params, self.maps, self.launched = params, [], []  # type: ignore[var-annotated]
+        self.params, self.maps, self.swizzles, self.launched = params, [], [], []  # type: ignore[var-annotated]
 
     def cuTensorMapEncodeTiled(  # noqa: N802
         self, storage: Any, dtype: int, rank: int, address: Any, dims: Any, strides: Any, box: Any, *rest: Any
     ) -> int:
         self.maps.append((address.value, list(dims), list(strides), list(box)))
+        self.swizzles.append(rest[2])
         ctypes.memset(storage, len(self.maps), driver.TENSOR_MAP_BYTES)
         return 0
 
@@ -241,6 +252,20 @@ def test_bytes_are_described_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (dims, strides, box) == (
         [64, block_n, 8, 1, 1 << 31], [row, 128, 16, row], [64, block_n, 1, 1, 1],
     )  # fmt: skip
+
+
+def test_bytes_that_are_widened_come_in_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of a tile at a time, not swizzled."""
+    launch, fake = bind(monkeypatch, (8 * 128, 0, 128), kv_dtype="fp8_e4m3")
+    launch(*addresses(1 << 40, 1 << 41))
+    box_rows, row = prefill_sm90.WIDENING_TILES[128, 128].block_n // 4, 8 * 128
+    start, dims, strides, box = fake.maps[0]
+    assert start == (1 << 40) - box_rows * row
+    assert (dims, strides, box) == (
+        [64, box_rows, 8, 1, 1 << 31], [row, 128, 16, row], [64, box_rows, 1, 1, 1],
+    )  # fmt: skip
+    assert fake.swizzles == [driver.TENSOR_MAP_NO_SWIZZLE] * 2
+    assert fake.launched[0][1].box_rows == box_rows
 
 
 @pytest.mark.parametrize(("page_size", "box_rows"), [(8, 8), (16, 16), (48, 16), (128, 128), (256, 128)])

@@ -4,6 +4,7 @@
 #include "attention/sm90/output.cuh"
 #include "attention/sm90/scheduler.cuh"
 #include "attention/sm90/walk.cuh"
+#include "attention/sm90/widen.cuh"
 
 namespace flashinfer::sm90 {
 
@@ -17,6 +18,7 @@ __device__ __forceinline__ void consume(const Sm90PrefillParams& params, Smem<Co
     softmax.reset();
     smem.await(smem.q_full, turn);
     if (work.item.tile_begin < work.item.tile_end) {
+      if constexpr (Shape::kWidens) narrow_queries<Config>(smem, turn);
       TileWalk<Config>::of(params, smem, work, turn, out, softmax).run(kv_turn);
     }
     finish_unit<Config>(params, smem, work, turn, out, softmax);

@@ -15,12 +15,8 @@ struct Gatherer {
   using Shape = sm90::Shape<Config>;
   using T = typename Shape::T;
   using View = KvView<Config::kKvStorage>;
-  static constexpr int kNumWarps = Shape::kNumGatherers / 32;
-  static constexpr int kRows = Shape::kRowsPerGathererWarp;  // of a tile: a lane looks up one
-  static_assert(kRows * kNumWarps == Shape::kBlockN && kRows <= 32);
-
-  const Sm90PrefillParams& params;
-  Smem<Config>& smem;
+  static constexpr int kRows = Shape::kRowsPerPart;  // of a tile: a lane looks up one
+  static_assert(kRows * kNumProducerWarps == Shape::kBlockN && kRows <= 32);
 
   // What all tiles of a unit need.
   struct Unit {
@@ -28,13 +24,17 @@ struct Gatherer {
     int32_t kv_begin, kv_len, tile_begin;
   };
 
-  __device__ __forceinline__ static int warp_idx() { return fresh_thread_idx() % kWarpgroupSize / 32; }
+  const Sm90PrefillParams& params;
+  Smem<Config>& smem;
+  Unit unit = {};
+  int32_t next_page = 0;  // of this lane's row
+
   __device__ __forceinline__ static int kv_idx_of_lane(int tile) {
-    return tile * Shape::kBlockN + warp_idx() * kRows + int(fresh_thread_idx() % 32);
+    return tile * Shape::kBlockN + producer_warp_idx() * kRows + int(fresh_thread_idx() % 32);
   }
 
   // The page of this lane's row: a load whose result is needed a tile later.
-  __device__ __forceinline__ int32_t look_up(const Unit& unit, int tile) const {
+  __device__ __forceinline__ int32_t look_up(int tile) const {
     const int kv_idx = kv_idx_of_lane(tile);
     if (tile < unit.tile_begin || kv_idx >= unit.kv_len) return 0;
     return View{params.kv.index, unit.kv_begin, unit.kv_len}.locate(kv_idx).page_idx;
@@ -43,14 +43,14 @@ struct Gatherer {
   // This warp's rows of a tile of keys or of values, each of which one of its lanes has found: row_gmem. Those at or
   // after num_valid become zeros. Producers take issue slots from consumers, so that every instruction counts: a lane
   // copies from every fourth row, whose places in shared memory are at constant distances from two addresses.
-  template <int kHeadDim, class Ring>
-  __device__ __forceinline__ void load_rows(Ring& full, Ring& empty, uint32_t turn, uint8_t* tile, const T* row_gmem,
-                                            int num_valid) const {
+  template <int kHeadDim, class Wait>
+  __device__ __forceinline__ void copy_rows(uint8_t* tile, const T* row_gmem, int num_valid,
+                                            const Wait& wait_for_room) const {
     constexpr int kGranulesPerPanel = kPanelBytes / 16, kStep = 32 / kGranulesPerPanel;  // rows at a time
     static_assert(kStep == 4 && kRows % kStep == 0);
     const int lane_idx = fresh_thread_idx() % 32, granule = lane_idx % kGranulesPerPanel;
-    const int row = lane_idx / kGranulesPerPanel, tile_row = warp_idx() * kRows + row;
-    uint64_t* addresses_smem = smem.row_addresses.of_warp[warp_idx()];
+    const int row = lane_idx / kGranulesPerPanel, tile_row = producer_warp_idx() * kRows + row;
+    uint64_t* addresses_smem = smem.row_addresses.of_warp[producer_warp_idx()];
     if (lane_idx < kRows) addresses_smem[lane_idx] = reinterpret_cast<uint64_t>(row_gmem);
     __syncwarp();
     uint64_t addresses[kRows / kStep];
@@ -58,7 +58,7 @@ struct Gatherer {
     for (int i = 0; i < kRows / kStep; ++i) addresses[i] = addresses_smem[row + i * kStep];
     __syncwarp();
     const uint32_t lane_smem = smem_address(tile) + granule_offset(tile_row, granule, Shape::kBlockN);
-    empty.wait_empty(turn);
+    wait_for_room();
 #pragma unroll
     for (int i = 0; i < kRows / kStep; ++i) {
       const T* lane_gmem = reinterpret_cast<const T*>(addresses[i] + granule * 16);
@@ -70,52 +70,38 @@ struct Gatherer {
                     i * kStep < num_valid - tile_row);
       }
     }
-    cp_async_arrive(full.at(turn));
   }
 
-  __device__ __forceinline__ void load_queries(const Work& work, uint32_t turn) const {
-    smem.q_empty.wait_empty(turn);
-#pragma unroll 1
-    for (int first = warp_idx() * 32; first < Shape::kBlockM; first += kNumWarps * 32) {
-      copy_query_rows<Config>(params, smem, work, turn, first);
-    }
-    cp_async_arrive(smem.q_full.at(turn));
+  __device__ __forceinline__ void begin(const Work& work, uint32_t) {
+    const PrefillItem& item = work.item;
+    unit = {static_cast<const T*>(params.kv.k) + work.kv_head_idx * params.kv.k_head_stride,
+            static_cast<const T*>(params.kv.v) + work.kv_head_idx * params.kv.v_head_stride, item.kv_begin, item.kv_len,
+            item.tile_begin};
+    next_page = look_up(item.tile_end - 1);
   }
 
-  __device__ __forceinline__ void load_tile(const Unit& unit, int tile, int32_t page_idx, uint32_t turn) const {
+  __device__ __forceinline__ void bring(const Work&, int tile, uint32_t turn) {
     const int num_valid = unit.kv_len - tile * Shape::kBlockN, stage = turn % Shape::kNumStages;
-    const FastDivisor& page_size = params.kv.index.page_size;
-    const int kv_idx = kv_idx_of_lane(tile);
-    const KvRow row = {page_idx, kv_idx - int32_t(page_size.divide(kv_idx) * page_size.divisor)};
-    load_rows<Shape::kHeadDimQk>(smem.k_full, smem.k_empty, turn, smem.k[stage],
-                                 unit.k + View::k_offset(params.kv, row, 0), num_valid);
-    load_rows<Shape::kHeadDimVo>(smem.v_full, smem.v_empty, turn, smem.v[stage],
-                                 unit.v + View::v_offset(params.kv, row, 0), num_valid);
+    const KvRow row = find_row(tile);
+    copy_keys(row, turn, num_valid);
+    copy_rows<Shape::kHeadDimVo>(smem.v[stage], unit.v + View::v_offset(params.kv, row, 0), num_valid,
+                                 [&] { smem.v_empty.wait_empty(turn); });
+    cp_async_arrive(smem.v_full.at(turn));
   }
 
-  __device__ __forceinline__ void run() const {
-    Scheduler<Config> scheduler{params, smem};
-    const auto prepare = [&](uint32_t turn) {
-      if (warp_idx() == 0 && fresh_thread_idx() % 32 == 0) scheduler.publish(turn);
-      __syncwarp();
-    };
-    uint32_t kv_turn = 0;
-    const auto load = [&](const Work& work, uint32_t turn) {
-      const PrefillItem& item = work.item;
-      const Unit unit = {static_cast<const T*>(params.kv.k) + work.kv_head_idx * params.kv.k_head_stride,
-                         static_cast<const T*>(params.kv.v) + work.kv_head_idx * params.kv.v_head_stride, item.kv_begin,
-                         item.kv_len, item.tile_begin};
-      int32_t next = look_up(unit, item.tile_end - 1);
-      load_queries(work, turn);
-      for (int tile = item.tile_end - 1; tile >= unit.tile_begin; --tile, ++kv_turn) {
-        const int32_t page_idx = next;
-        next = look_up(unit, tile - 1);
-        load_tile(unit, tile, page_idx, kv_turn);
-      }
-    };
-    for_each_unit(smem, load, prepare);
-    if (warp_idx() == 0 && fresh_thread_idx() % 32 == 0) scheduler.close();
-    cp_async_wait_all();  // a block may not end with copies under way
+  // This lane's; the page of the next tile is looked up.
+  __device__ __forceinline__ KvRow find_row(int tile) {
+    const FastDivisor& page_size = params.kv.index.page_size;
+    const int32_t page = next_page;
+    next_page = look_up(tile - 1);
+    const int kv_idx = kv_idx_of_lane(tile);
+    return {page, kv_idx - int32_t(page_size.divide(kv_idx) * page_size.divisor)};
+  }
+
+  __device__ __forceinline__ void copy_keys(const KvRow& row, uint32_t turn, int num_valid) const {
+    copy_rows<Shape::kHeadDimQk>(smem.k[turn % Shape::kNumStages], unit.k + View::k_offset(params.kv, row, 0),
+                                 num_valid, [&] { smem.k_empty.wait_empty(turn); });
+    cp_async_arrive(smem.k_full.at(turn));
   }
 };
 

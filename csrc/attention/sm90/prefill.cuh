@@ -9,7 +9,9 @@
 //
 //   scheduler.cuh  which unit of work is next (plan and list are those of attention/prefill)
 //   producer.cuh   how queries, keys and values come in
+//   rows.cuh       which copies bring rows
 //   gather.cuh     the same row by row, where pages are small or queries short
+//   widen.cuh      and where 8-bit keys and values have 16-bit queries
 //   transpose.cuh  and 8-bit values, whose keys the tensor cores want side by side
 //   consumer.cuh   the units of work
 //   walk.cuh       the loop over KV tiles
@@ -20,12 +22,12 @@
 
 #include "attention/sm90/consumer.cuh"
 #include "attention/sm90/gather.cuh"
-#include "attention/sm90/producer.cuh"
+#include "attention/sm90/widen.cuh"
 #include "device/pdl.cuh"
 
 namespace flashinfer {
 
-// Config: Q (of q, k and v), Out, kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kPosEncoding,
+// Config: Q, Kv, Out, kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kPosEncoding,
 // kGathersKv, and the tile: kBlockM, kBlockN, kNumStages, kNumQueryStages, kNumThreads, kSmemBytes. Grid: as many
 // blocks as the planner was told; without a plan, any.
 template <class Config>
@@ -48,8 +50,10 @@ __device__ void prefill(const Sm90PrefillParams& params) {
   const int warpgroup_idx = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupSize, 0);
   if (warpgroup_idx == Shape::kNumConsumers) {
     if constexpr (Shape::kMovesRegisters) shrink_registers<Shape::kProducerRegisters>();
-    if constexpr (Shape::kGathers) {
-      sm90::Gatherer<Config>{params, smem}.run();
+    if constexpr (Shape::kWidens) {
+      sm90::produce_together<Config>(params, smem, sm90::Widener<Config>{params, smem});
+    } else if constexpr (Shape::kGathers) {
+      sm90::produce_together<Config>(params, smem, sm90::Gatherer<Config>{params, smem});
     } else {
       sm90::produce<Config>(params, smem);
     }

@@ -2,30 +2,11 @@
 // are (token, head) pairs at any distance, keys and values by TMA.
 #pragma once
 
+#include "attention/sm90/rows.cuh"
 #include "attention/sm90/scheduler.cuh"
 #include "attention/sm90/transpose.cuh"
 
 namespace flashinfer::sm90 {
-
-// How a warp copies rows of kHeadDim elements: kNumRows at a time, neighbouring lanes take neighbouring granules of
-// one.
-template <class T, int kHeadDim>
-struct RowLanes {
-  static constexpr int kGranuleLen = 16 / sizeof(T), kGranulesPerRow = kHeadDim / kGranuleLen,
-                       kLanesPerRow = kGranulesPerRow % 16 == 0 ? 16 : 8;
-  static constexpr int kNumRows = 32 / kLanesPerRow;
-  const int row = fresh_thread_idx() % 32 / kLanesPerRow, granule = fresh_thread_idx() % kLanesPerRow;
-
-  // Row `row` of a tile, num_rows high. One that does not exist becomes zeros.
-  __device__ __forceinline__ void copy(uint32_t tile_smem, int num_rows, int row, const T* row_gmem,
-                                       bool exists) const {
-#pragma unroll
-    for (int i = 0; i < kGranulesPerRow; i += kLanesPerRow) {
-      cp_async_16(tile_smem + granule_offset(row, granule + i, num_rows), row_gmem + (granule + i) * kGranuleLen,
-                  exists);
-    }
-  }
-};
 
 // Rows [first, first + 32) of a unit's query tile, by a warp. Rows that do not exist become zeros.
 template <class Config, class Shape = sm90::Shape<Config>>
@@ -77,67 +58,38 @@ struct QueryProducer {
 template <class Config, bool kSendsKeys, bool kSendsValues>
 struct KvProducer {
   using Shape = sm90::Shape<Config>;
-  using T = typename Shape::T;
-  static constexpr bool kIsPaged = Config::kKvStorage == kKvPaged;
   const Sm90PrefillParams& params;
   Smem<Config>& smem;
 
-  // Rows [shift, shift + box_rows) of a page, of which the first num_valid exist.
-  struct Box {
-    int32_t page_idx, shift, num_valid;
-  };
-
-  __device__ __forceinline__ Box find_box(const PrefillItem& item, int tile, int row) const {
-    const int kv_idx = tile * Shape::kBlockN + row;
-    if constexpr (!kIsPaged) return {0, item.kv_begin + kv_idx, min(item.kv_len - kv_idx, Shape::kBlockN)};
-    if (tile < item.tile_begin || row >= Shape::kBlockN) return {0, 0, 0};
-    // Where all of a box is beyond the end, it brings the last row once, which nobody sees there: boxes without any row
-    // to read were seen to fault, as the tensor starts before its memory.
-    const KvView<Config::kKvStorage> view = {params.kv.index, item.kv_begin, item.kv_len};
-    const KvRow found = view.locate(min(kv_idx, item.kv_len - 1));
-    return {found.page_idx, found.entry_idx, max(min(item.kv_len - kv_idx, params.box_rows), 1)};
-  }
-
-  // Without pages a copy brings a whole tile of a panel's columns; of paged KV each lane has its box, whose page it
-  // looks up a tile ahead.
+  // A page is looked up a tile ahead.
   __device__ __forceinline__ void run() const {
-    const int lane_idx = fresh_thread_idx() % 32, box_rows = kIsPaged ? params.box_rows : Shape::kBlockN;
-    const int row = lane_idx * box_rows;
+    const BoxLane<Config> lane{params};
     uint32_t turn = 0;
     for_each_unit(smem, [&](const Work& work, uint32_t) {
-      Box next = find_box(work.item, work.item.tile_end - 1, row);
+      Box next = lane.find(work.item, work.item.tile_end - 1);
       for (int tile = work.item.tile_end - 1; tile >= work.item.tile_begin; --tile, ++turn) {
         const Box box = next;
-        next = find_box(work.item, tile - 1, row);
+        next = lane.find(work.item, tile - 1);
         const int stage = turn % Shape::kNumStages;
         if constexpr (kSendsKeys) {
-          send<Shape::kQkPanels>(params.k_map, smem.k[stage], smem.k_full, smem.k_empty, turn, work, box, row,
-                                 box_rows);
+          send<Shape::kQkPanels>(lane, params.k_map, smem.k[stage], smem.k_full, smem.k_empty, turn, work, box);
         }
         if constexpr (kSendsValues && Shape::kTransposesValues) {
-          send<Shape::kVoPanels>(params.v_map, smem.value_rows.stages[stage], smem.rows_full, smem.rows_empty, turn,
-                                 work, box, row, box_rows);
+          send<Shape::kVoPanels>(lane, params.v_map, smem.value_rows.stages[stage], smem.rows_full, smem.rows_empty,
+                                 turn, work, box);
         } else if constexpr (kSendsValues) {
-          send<Shape::kVoPanels>(params.v_map, smem.v[stage], smem.v_full, smem.v_empty, turn, work, box, row,
-                                 box_rows);
+          send<Shape::kVoPanels>(lane, params.v_map, smem.v[stage], smem.v_full, smem.v_empty, turn, work, box);
         }
       }
     });
   }
 
   template <int kNumPanels, class Ring>
-  __device__ __forceinline__ void send(const TensorMap& map, uint8_t* tile_smem, Ring& full, Ring& empty, uint32_t turn,
-                                       const Work& work, const Box& box, int row, int box_rows) const {
+  __device__ __forceinline__ static void send(const BoxLane<Config>& lane, const TensorMap& map, uint8_t* tile_smem,
+                                              Ring& full, Ring& empty, uint32_t turn, const Work& work,
+                                              const Box& box) {
     empty.wait_empty(turn);
-    if (fresh_thread_idx() % 32 == 0) full.at(turn).arrive_expecting(kNumPanels * Shape::kBlockN * kPanelBytes);
-    __syncwarp();
-    if (row >= Shape::kBlockN) return;
-#pragma unroll
-    for (int panel = 0; panel < kNumPanels; ++panel) {
-      tma_load_5d(smem_address(tile_smem) + (panel * Shape::kBlockN + row) * kPanelBytes, map, full.at(turn),
-                  panel * (kPanelBytes / 2), box_rows - box.num_valid, work.kv_head_idx, box.page_idx,
-                  box.shift + box.num_valid);
-    }
+    lane.template send<kNumPanels, kPanelBytes>(map, smem_address(tile_smem), full.at(turn), work.kv_head_idx, box);
   }
 };
 
@@ -173,6 +125,38 @@ __device__ __forceinline__ void produce(const Sm90PrefillParams& params, Smem<Co
   } else if (elect_lane()) {
     Scheduler<Config>{params, smem}.run();
   }
+}
+
+__device__ __forceinline__ int producer_warp_idx() {
+  return fresh_thread_idx() % kWarpgroupSize / 32;
+}
+
+// The same where tiles of KV take all of these warps: each brings in a part of everything, and one of them has the
+// schedule too. Of kv: begin(work, turn) ahead of a unit's tiles, bring(work, tile, turn) from the last to the first.
+template <class Config, class Kv>
+__device__ __forceinline__ void produce_together(const Sm90PrefillParams& params, Smem<Config>& smem, Kv&& kv) {
+  Scheduler<Config> scheduler{params, smem};
+  const auto prepare = [&](uint32_t turn) {
+    if (fresh_thread_idx() % kWarpgroupSize == 0) scheduler.publish(turn);
+    __syncwarp();
+  };
+  uint32_t kv_turn = 0;
+  const auto load = [&](const Work& work, uint32_t turn) {
+    const int32_t tile_begin = work.item.tile_begin;
+    kv.begin(work, kv_turn);
+    smem.q_empty.wait_empty(turn);
+#pragma unroll 1
+    for (int first = producer_warp_idx() * 32; first < Shape<Config>::kBlockM; first += kNumProducerWarps * 32) {
+      copy_query_rows<Config>(params, smem, work, turn, first);
+    }
+    cp_async_arrive(smem.q_full.at(turn));
+    for (int tile = work.item.tile_end - 1; tile >= tile_begin; --tile, ++kv_turn) {
+      kv.bring(work, tile, kv_turn);
+    }
+  };
+  for_each_unit(smem, load, prepare);
+  if (fresh_thread_idx() % kWarpgroupSize == 0) scheduler.close();
+  cp_async_wait_all();  // a block may not end with copies under way
 }
 
 }  // namespace flashinfer::sm90

@@ -60,7 +60,7 @@ struct Scheduler {
     const int64_t num_rows = Config::kKvStorage == kKvSingle
                                  ? index.len
                                  : int64_t(index.indptr[params.batch_size]) * index.page_size.divisor;
-    const int64_t head_bytes = num_rows * (Shape::kHeadDimQk + Shape::kHeadDimVo) * sizeof(typename Shape::T);
+    const int64_t head_bytes = num_rows * (Shape::kHeadDimQk + Shape::kHeadDimVo) * sizeof(typename Shape::Kv);
     const int32_t num_cached =
         head_bytes * params.num_kv_heads > kCacheBytes ? kCacheBytes / head_bytes : params.num_kv_heads;
     const int32_t num_busy = ceil_div(2 * int32_t(gridDim.x), max(num_items, 1));

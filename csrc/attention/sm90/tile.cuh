@@ -6,15 +6,28 @@
 #include "attention/score.cuh"
 #include "attention/sm90/params.h"
 #include "attention/visibility.cuh"
+#include "device/kv_codec.cuh"
 #include "device/sm90/mbarrier.cuh"
 #include "device/sm90/warpgroup.cuh"
 #include "device/sm90/wgmma.cuh"
 
 namespace flashinfer::sm90 {
 
+// What the tensor cores multiply: 8 bits if all of q, k and v have them, else 16.
+template <class Q, class Kv>
+struct OperandOf : CheapestOperand<Q, Kv> {};
+template <>
+struct OperandOf<fp8_e4m3, fp8_e4m3> {
+  using Type = fp8_e4m3;
+};
+
+constexpr int kNumProducerWarps = kWarpgroupSize / 32;
+
 template <class Config>
 struct Shape {
-  using T = typename Config::Q;  // of q, k and v
+  using Q = typename Config::Q;
+  using Kv = typename Config::Kv;
+  using T = typename OperandOf<Q, Kv>::Type;
   using Out = typename Config::Out;
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
   static constexpr int kHeadDimQk = Config::kHeadDimQk, kHeadDimVo = Config::kHeadDimVo;
@@ -27,21 +40,29 @@ struct Shape {
   static constexpr bool kTakesTurns = kOverlaps && kNumConsumers == 2;
   static constexpr int kNumConsumerThreads = kNumConsumers * kWarpgroupSize;
   static_assert(Config::kNumThreads == kNumConsumerThreads + kWarpgroupSize);
-  // All threads of the producers copy rows of KV: gather.cuh.
-  static constexpr bool kGathers = Config::kGathersKv;
-  static_assert(!kGathers || kOverlaps, "gathering takes registers");
-  static constexpr int kNumGatherers = kWarpgroupSize, kRowsPerGathererWarp = kBlockN / (kNumGatherers / 32);
-  // Of a thread, in steps of 8: those that it starts with, and what becomes of them when producers give theirs away.
-  // One block of two warpgroups starts with all that a thread can have.
-  static constexpr int kLaunchRegisters = 65536 / (Config::kNumThreads * Config::kMinBlocksPerSm) / 8 * 8;
-  static constexpr bool kMovesRegisters = kLaunchRegisters < 256;
-  static constexpr int kProducerRegisters = kGathers ? 56 : kNumConsumers <= 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters =
-      (kLaunchRegisters * (kNumConsumers + 1) - kProducerRegisters) / kNumConsumers / 8 * 8;
-
   // The tensor cores take 8-bit values along the keys only: a pair of the producers' warps transposes them.
   static constexpr bool kTransposesValues = sizeof(T) == 1;
   static constexpr int kNumTransposers = 2;
+  // All of the producers' warps gather rows of KV (gather.cuh), or widen 8-bit keys and values under 16-bit queries
+  // (widen.cuh), each its part of a tile.
+  static constexpr bool kGathers = Config::kGathersKv, kWidens = sizeof(Kv) < sizeof(T);
+  static constexpr bool kTogether = kGathers || kWidens;
+  static constexpr int kRowsPerPart = kBlockN / kNumProducerWarps;
+  static_assert(!kTogether || kNumConsumers <= 2, "it takes registers");
+  static_assert(!kWidens || kRowsPerPart % 8 == 0);
+  // Whether consumers read what cp.async wrote.
+  static constexpr bool kReadsCopies = kGathers && !kWidens;
+
+  // Of a thread, in steps of 8: those that it starts with, and what becomes of them when producers give theirs away.
+  // One block of two warpgroups starts with all that a thread can have. Widening takes what a short output leaves it.
+  static constexpr int kLaunchRegisters = 65536 / (Config::kNumThreads * Config::kMinBlocksPerSm) / 8 * 8;
+  static constexpr bool kMovesRegisters = kLaunchRegisters < 256;
+  static constexpr int kProducerRegisters = kWidens && kHeadDimVo <= 128 ? 72
+                                            : kTogether                  ? 56
+                                            : kNumConsumers <= 2         ? 40
+                                                                         : 32;
+  static constexpr int kConsumerRegisters =
+      (kLaunchRegisters * (kNumConsumers + 1) - kProducerRegisters) / kNumConsumers / 8 * 8;
 
   static constexpr int kPanelColumns = kPanelBytes / sizeof(T), kProductDepth = 32 / sizeof(T);
   static constexpr int kQkPanels = kHeadDimQk / kPanelColumns, kVoPanels = kHeadDimVo / kPanelColumns;
@@ -72,20 +93,20 @@ struct Work : PrefillUnit {
 
 constexpr int kNumWorkSlots = 2;  // the unit at hand and the next one
 
-// Values as they come in, where they are transposed before the consumers see them.
-template <class Shape, bool kExist = Shape::kTransposesValues>
-struct ValueRows {};
-template <class Shape>
-struct ValueRows<Shape, true> {
-  alignas(1024) uint8_t stages[Shape::kNumStages][Shape::kVBytes];
+// Keys or values as they come in, where they are widened or transposed before the consumers see them.
+template <int kNumStages, int kNumBytes>
+struct Rows {
+  alignas(1024) uint8_t stages[kNumStages][kNumBytes];
 };
+template <int kNumBytes>
+struct Rows<0, kNumBytes> {};
 
 // Where each warp that gathers finds the rows it copies.
-template <class Shape, bool kExist = Shape::kGathers>
+template <class Shape, bool kExist = Shape::kReadsCopies>
 struct RowAddresses {};
 template <class Shape>
 struct RowAddresses<Shape, true> {
-  uint64_t of_warp[Shape::kNumGatherers / 32][Shape::kRowsPerGathererWarp];
+  uint64_t of_warp[kNumProducerWarps][Shape::kRowsPerPart];
 };
 
 template <class Config>
@@ -94,19 +115,21 @@ struct Smem {
   alignas(1024) uint8_t q[Shape::kNumQueryStages][Shape::kNumConsumers][Shape::kQBytes];  // later the output rows
   alignas(1024) uint8_t k[Shape::kNumStages][Shape::kKBytes];
   alignas(1024) uint8_t v[Shape::kNumStages][Shape::kTransposesValues ? Shape::kTransposedBytes : Shape::kVBytes];
-  ValueRows<Shape> value_rows;
+  Rows<Shape::kTransposesValues ? Shape::kNumStages : Shape::kWidens, Shape::kBlockN * Shape::kHeadDimVo> value_rows;
+  Rows<Shape::kWidens, Shape::kBlockN * Shape::kHeadDimQk> key_rows;
   MbarrierRing<Shape::kNumQueryStages> q_full, q_empty;              // a turn a unit
   MbarrierRing<Shape::kNumStages> k_full, k_empty, v_full, v_empty;  // a turn a KV tile
-  MbarrierRing<Shape::kNumStages> rows_full, rows_empty;             // likewise; of value_rows, where there are any
+  MbarrierRing<Shape::kNumStages> rows_full, rows_empty;             // likewise; of values that are transposed
   MbarrierRing<kNumWorkSlots> work_full, work_empty;                 // a turn a unit
   Work work[kNumWorkSlots];
   RowAddresses<Shape> row_addresses;
   FastDivisor group_size;
   uint32_t is_last;  // of the splits of a query tile to be done: merges
+  Mbarrier key_part_full[kNumProducerWarps], value_part_full[kNumProducerWarps];  // a turn a KV tile, if it is widened
 
   // The producers' warps that go through the units: of queries, keys and values; or of queries, of keys and values, and
-  // those that transpose.
-  static constexpr int kNumUnitProducers = Shape::kGathers            ? Shape::kNumGatherers / 32
+  // those that transpose; or all.
+  static constexpr int kNumUnitProducers = Shape::kTogether           ? kNumProducerWarps
                                            : Shape::kTransposesValues ? 2 + Shape::kNumTransposers
                                                                       : 3;
 
@@ -118,7 +141,7 @@ struct Smem {
   template <class Ring>
   __device__ __forceinline__ static void await(Ring& full, uint32_t turn) {
     full.wait_full(turn);
-    if constexpr (Shape::kGathers) fence_async_proxy();
+    if constexpr (Shape::kReadsCopies) fence_async_proxy();
   }
   // Both at once, for one fence.
   template <class Ring, class OtherRing>
@@ -131,11 +154,16 @@ struct Smem {
   __device__ __forceinline__ void init(const Sm90PrefillParams& params) {
     constexpr int kNumConsumerWarps = Shape::kNumConsumers * 4;
     work_full.init(1);
-    q_full.init(Shape::kGathers ? Shape::kNumGatherers : 1);
-    k_full.init(Shape::kGathers ? Shape::kNumGatherers : 1);
-    v_full.init(Shape::kGathers ? Shape::kNumGatherers : Shape::kTransposesValues ? Shape::kNumTransposers : 1);
+    q_full.init(Shape::kTogether ? kWarpgroupSize : 1);
+    constexpr int kNumKeyWriters = Shape::kWidens ? kNumProducerWarps : Shape::kGathers ? kWarpgroupSize : 1;
+    k_full.init(kNumKeyWriters);
+    v_full.init(Shape::kTransposesValues ? Shape::kNumTransposers : kNumKeyWriters);
     rows_full.init(1);
     rows_empty.init(Shape::kNumTransposers);
+    for (int i = 0; Shape::kWidens && i < kNumProducerWarps; ++i) {
+      key_part_full[i].init(Shape::kGathers ? 32 : 1);
+      value_part_full[i].init(Shape::kGathers ? 32 : 1);
+    }
     q_empty.init(kNumConsumerWarps);
     k_empty.init(kNumConsumerWarps);
     v_empty.init(kNumConsumerWarps);

@@ -155,7 +155,7 @@ struct TileWalk {
   // The tile's scores beside the products of the one before, whose probabilities p are.
   __device__ __forceinline__ void step_overlapped(Probabilities& p, uint32_t turn, int tile, auto needs_mask) {
     Scores scores;
-    if constexpr (Shape::kGathers) {  // the fence is not to prolong the turn
+    if constexpr (Shape::kReadsCopies) {  // the fence is not to prolong the turn
       smem.await(smem.k_full, turn, smem.v_full, turn - 1);
     } else {
       smem.await(smem.k_full, turn);
@@ -164,7 +164,7 @@ struct TileWalk {
     pin(out);
     pin(p);
     start_scores(scores, turn);
-    if constexpr (!Shape::kGathers) smem.await(smem.v_full, turn - 1);
+    if constexpr (!Shape::kReadsCopies) smem.await(smem.v_full, turn - 1);
     start_output(p, turn - 1);
     Turns::pass_on();
     wait_for_scores<1>(scores, turn);

@@ -72,8 +72,30 @@ WHAT_FP8_TAKES = (
 )
 
 
+# 16-bit queries over fp8 KV, which are widened to fp16 on the way (csrc/attention/sm90/widen.cuh). Pages of 16.
+WIDENING_TILES = {
+    # 371 / 423; 128 x 128, with two stages or four, 341 / 385 (the kernel for every GPU 135 / -). bf16 KV 451 / 528.
+    (64, 64): Tile(128, 192, 2, 2),
+    # 496 / 556, 8 x 512 on 8192: 532; by the kernel for every GPU 170 / 179, 173. Three stages of values and one of
+    # queries 483 / 548, of 128 x 96 440 / 484. Widened to bf16: 418 / 460; by two warps instead of four: 379 to 413 /
+    # 395 to 439. Without the work of widening 592 / 686; bf16 KV 639 / 706. Pages of 1: 461 / 511, by the kernel for
+    # every GPU 169 / -, bf16 KV 470 / 511.
+    (128, 128): Tile(128, 128, 2, 2),
+    # 554 / -, by the kernel for every GPU 190 / -.
+    (256, 256): Tile(128, 64, 2, 1),
+}
+
+
 def _is_fp8(spec: KernelSpec) -> bool:
     return ITEMSIZE[spec.arg("q_dtype")] == 1
+
+
+def _widens(spec: KernelSpec) -> bool:
+    return ITEMSIZE[spec.arg("kv_dtype")] < ITEMSIZE[spec.arg("q_dtype")]
+
+
+def _tiles(spec: KernelSpec) -> dict[tuple[int, int], Tile]:
+    return FP8_TILES if _is_fp8(spec) else WIDENING_TILES if _widens(spec) else TILES
 
 
 def _tile(spec: KernelSpec) -> Tile:
@@ -81,7 +103,7 @@ def _tile(spec: KernelSpec) -> Tile:
     if spec.arg("short_queries"):
         return SHORT_TILES[dims]
     changes_scores = spec.arg("mask") == "custom" or spec.arg("pos_encoding") != "none" or spec.arg("has_soft_cap")
-    tiles, smaller = (FP8_TILES, SMALLER_FP8_TILES) if _is_fp8(spec) else (TILES, SMALLER_TILES)
+    tiles, smaller = _tiles(spec), SMALLER_FP8_TILES if _is_fp8(spec) else SMALLER_TILES
     return smaller.get(dims, tiles[dims]) if changes_scores or gathers(spec) else tiles[dims]
 
 
@@ -93,8 +115,8 @@ def gathers(spec: KernelSpec) -> bool:
 def serves(spec: KernelSpec) -> bool:
     arg = spec.arg
     return (
-        arg("q_dtype") == arg("kv_dtype")
-        and (arg("head_dim_qk"), arg("head_dim_vo")) in (FP8_TILES if _is_fp8(spec) else TILES)
+        (arg("q_dtype") == arg("kv_dtype") or (_widens(spec) and not arg("short_queries")))
+        and (arg("head_dim_qk"), arg("head_dim_vo")) in _tiles(spec)
         and arg("pos_encoding") != "rope"
         and not (_is_fp8(spec) and gathers(spec))
     )
@@ -114,9 +136,11 @@ def config(spec: KernelSpec, constants: Constants) -> Config:
     # sm90::Smem: the tiles, and what is small.
     size = ITEMSIZE[spec.arg("q_dtype")]
     smem_bytes = size * tile.num_query_stages * tile.block_m * dim_qk
-    smem_bytes += -(-(384 + 8 * tile.block_n * gathers(spec)) // 1024) * 1024  # and addresses of rows
+    smem_bytes += -(-(448 + 8 * tile.block_n * gathers(spec)) // 1024) * 1024  # and addresses of rows
     smem_bytes += size * tile.num_stages * tile.block_n * (dim_qk + dim_vo)
     if _is_fp8(spec):  # transposed, in panels of 128 keys
         smem_bytes += tile.num_stages * -(-tile.block_n // 128) * 128 * dim_vo
+    if _widens(spec):  # as they come in
+        smem_bytes += tile.block_n * (dim_qk + dim_vo)
     launch = Launch((tile.block_m // 64 + 1) * 128, tile.blocks_per_sm, smem_bytes)
     return Config({**constants, **tile_constants}, launch)
