@@ -89,9 +89,17 @@ struct TileWalk {
       begin_overlapped(p, kv_turn, work.item.tile_end - 1);
       ++kv_turn;
     }
-    walk_down_to(whole.end, Constant<true>{});
-    if (!visibility.has_holes()) walk_down_to(whole.begin, Constant<false>{});
-    if (visibility.has_begin()) walk_down_to(0, Constant<true>{});
+    if (visibility.has_holes()) {
+      walk_down_to(0, Constant<true>{});
+    } else {
+      // The tiles at the begin of a window take the same loop as those at the end: twice the code, twice the compile.
+#pragma unroll 1
+      for (Range clean = whole;; clean = {0, 0}) {
+        walk_down_to(clean.end, Constant<true>{});
+        walk_down_to(clean.begin, Constant<false>{});
+        if (!visibility.has_begin() || clean.end == 0) break;
+      }
+    }
     if constexpr (Shape::kOverlaps) end_overlapped(p, kv_turn - 1);
   }
 
@@ -119,7 +127,7 @@ struct TileWalk {
   // want of registers, and O = O rescale + P V is done in fp32.
   __device__ __forceinline__ void step_of_8_bits(Probabilities& p, uint32_t turn, int tile, auto needs_mask) {
     Scores scores;
-    smem.k_full.wait_full(turn);
+    smem.await(smem.k_full, turn);
     start_scores(scores, turn);
     wait_for_scores<0>(scores, turn);
     float rescale[2];
