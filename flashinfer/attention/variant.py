@@ -162,9 +162,12 @@ def factors(op: str, qk_scales: tuple[object, ...], v_scales: tuple[object, ...]
     launch would read once, or where the first is not positive."""
     for scale in (*qk_scales, *v_scales):
         if isinstance(scale, torch.Tensor):
+            next_step = "pass scale.item() once, ahead of a capture"
+            if scale.dim() > 0 and scale.shape.numel() > 1:
+                next_step = "fold the scales of heads into q or its norm, those of values into the output"
             raise UnsupportedConfig(
-                f"{op}: a scale is a tensor; expected a number, which a launch keeps without asking the device. Next "
-                "step: pass scale.item() once, ahead of a capture"
+                f"{op}: a scale is a tensor of shape {list(scale.shape)}; expected a number for all heads, which a "
+                f"launch keeps without asking the device. Next step: {next_step}"
             )
     qk = math.prod(1.0 if scale is None else _number(op, "q_scale * k_scale", scale) for scale in qk_scales)
     v = math.prod(1.0 if scale is None else checks.real(op, "v_scale", scale) for scale in v_scales)

@@ -95,6 +95,17 @@ def test_a_tensor_that_equals_the_last_scale_is_refused(name: str, shape: tuple[
     batch.check()
 
 
+@pytest.mark.parametrize("kind", ["paged", "ragged"])
+def test_scales_by_position_are_refused(kind: str) -> None:
+    """Upstream's per-head scales of fp8, which it takes after q, k and v."""
+    batch = Batch(kind, torch.device("cpu"))
+    batch.plan()
+    kv = batch.kv if kind == "ragged" else (batch.kv,)
+    with pytest.raises(TypeError, match=r"got 3 more.*the numbers q_scale, k_scale and v_scale"):
+        batch.wrapper.run(batch.q, *kv, *(torch.ones(2) for _ in range(3)))
+    batch.check()
+
+
 @pytest.mark.parametrize("longest", ["4", 1.5, -1, [4]], ids=repr)
 @pytest.mark.parametrize("kind", ["paged", "ragged"])
 def test_a_longest_request_that_is_no_length(kind: str, longest: Any) -> None:

@@ -188,7 +188,10 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             ValueError: nothing is planned, or a shape, dtype, device or stride does not fit.
         """
         if args:
-            raise TypeError(f"{self._op_name}: run() takes q and paged_kv_cache; give the rest by keyword")
+            raise TypeError(
+                f"{self._op_name}: run() takes q and paged_kv_cache, got {len(args)} more; give the rest by keyword, "
+                "scales of quantized tensors as the numbers q_scale, k_scale and v_scale"
+            )
         if later:
             check_later_arguments(self._op_name, later)
         overrides = None if window_left is None else Overrides(window_left=window_left)

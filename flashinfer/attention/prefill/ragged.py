@@ -121,7 +121,10 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         Returns and raises: as there.
         """
         if args:
-            raise TypeError(f"{self._op_name}: run() takes q, k and v; give the rest by keyword")
+            raise TypeError(
+                f"{self._op_name}: run() takes q, k and v, got {len(args)} more; give the rest by keyword, "
+                "scales of quantized tensors as the numbers q_scale, k_scale and v_scale"
+            )
         if later:
             check_later_arguments(self._op_name, later)
         if o_scale is not None:
