@@ -3,7 +3,6 @@ tensor cores multiply in 8 bits."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +31,11 @@ CASES = [
     Case("long_ragged_not_causal", **LONG, storage="ragged", options={}),
     # Logits far apart: the running maximum rises all the time, and the output is rescaled.
     Case("far_apart", (300, 400), (900, 400), options={"causal": True, "sm_scale": 0.5}),
-    *[Case(f"page_{size}", (200, 70), (600, 70), page_size=size) for size in (8, 24, 64, 256)],
+    *[Case(f"page_{size}", (200, 70), (600, 70), page_size=size) for size in (1, 3, 8, 24, 64, 256)],
+    Case("page_1_head_dim_64", **LONG, head_dim=64, page_size=1),
+    Case("page_1_mla_shapes", **LONG, head_dim=192, head_dim_vo=128, page_size=1),
+    Case("page_1_many_splits", (3,), (20000,), (4, 1), page_size=1),
+    Case("page_1_alibi", page_size=1, options={"causal": True, "pos_encoding_mode": "ALIBI"}),
     Case("window", (700, 300), (900, 300), options={"causal": True, "window_left": 150}),
     Case("window_0", storage="ragged", options={"causal": True, "window_left": 0}),
     Case("fp16", o_dtype=FP16),
@@ -42,10 +45,17 @@ CASES = [
     Case("group_7", heads=(14, 2), storage="ragged"),
     Case("head_dim_256", **LONG, head_dim=256),
     Case("head_dim_256_ragged_not_causal", **LONG, head_dim=256, storage="ragged", options={}),
+    Case("head_dim_64", **LONG, head_dim=64),
+    Case("head_dim_64_ragged_not_causal", **LONG, head_dim=64, storage="ragged", options={}),
+    Case("head_dim_64_many_splits", (3,), (20000,), (4, 1), head_dim=64),
+    Case("mla_shapes", **LONG, head_dim=192, head_dim_vo=128),
+    Case("mla_shapes_ragged", head_dim=192, head_dim_vo=128, heads=(4, 4), storage="ragged"),
     Case("soft_cap", options={"causal": True, "logits_soft_cap": 8.0}),
     Case("alibi", options={"causal": True, "pos_encoding_mode": "ALIBI"}),
     Case("custom_mask", mask="bool", options={}),
 ]
+
+SANITIZED = {"ordinary", "ragged", "many_splits", "no_kv", "head_dim_64", "head_dim_256", "mla_shapes_ragged", "page_1"}
 
 
 def expect_refusal(device: torch.device, case: kit.Case) -> bool:
@@ -58,8 +68,14 @@ def expect_refusal(device: torch.device, case: kit.Case) -> bool:
     return True
 
 
-def check(device: torch.device, batch: Batch, actual: tuple[Tensor, Tensor], **options: Any) -> None:
-    """On the CPU, as any other prefill. On Hopper:
+def check(
+    device: torch.device,
+    batch: Batch,
+    actual: tuple[Tensor, Tensor],
+    expected: tuple[Tensor, Tensor] | None = None,
+    **options: Any,
+) -> None:
+    """On the CPU and of 16-bit queries, as any other prefill. On Hopper:
 
     Probabilities are rounded to e4m3, by at most 2^-4 of themselves, those below 2^-14 of the largest by 2^-18 of it;
     sums of products keep about 13 bits below the largest of them, over the scores' dimensions and the keys of a tile.
@@ -67,8 +83,8 @@ def check(device: torch.device, batch: Batch, actual: tuple[Tensor, Tensor], **o
     of the output. Norm-wise, rounding errors are independent: 2^-4 / sqrt(3) for a significand of 1, 0.74 times that
     over all of them, or 2.7%; 30% more are left to what accumulates.
     """
-    expected = kit.expect(batch, **options)
-    if device.type == "cpu":
+    expected = kit.expect(batch, **options) if expected is None else expected
+    if device.type == "cpu" or batch.case.q_dtype != E4M3:
         kit.check(actual, expected)
         return
     absolute, _ = kit.expect(replace(batch, v=[v.float().abs() for v in batch.v]), **options)
@@ -91,7 +107,7 @@ def check(device: torch.device, batch: Batch, actual: tuple[Tensor, Tensor], **o
     torch.testing.assert_close(lse[~infinite], expected[1][~infinite], atol=1e-3 + score_error, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", named(CASES, sanitized={"ordinary", "ragged", "many_splits", "no_kv"}))
+@pytest.mark.parametrize("case", named(CASES, sanitized=SANITIZED))
 def test_against_the_oracle(device: torch.device, case: kit.Case) -> None:
     if expect_refusal(device, case):
         return
@@ -110,13 +126,7 @@ def test_scales(device: torch.device, storage: str) -> None:
     wrapper = kit.make_wrapper(case, device)
     kit.plan(wrapper, batch)
     scales = {"q_scale": 0.5, "k_scale": 0.7, "v_scale": 1.7}
-    if storage == "paged":
-        actual = kit.run(wrapper, batch, **scales)
-    else:  # has no arguments for them: they are part of sm_scale and of the caller's output
-        kit.plan(wrapper, batch, sm_scale=0.35 * 128**-0.5)
-        out, lse = kit.run(wrapper, batch)
-        actual = (out * 1.7, lse)
-    check(device, batch, actual, **scales)
+    check(device, batch, kit.run(wrapper, batch, **scales), **scales)
 
 
 @pytest.mark.parametrize("lengths", [(77, 150), (3, 4000), (1, 1), (0, 5), (6, 0)], ids=str)
@@ -154,29 +164,40 @@ def test_what_accumulates_over_long_kv() -> None:
 @pytest.mark.gpu
 def test_plan_and_run_in_one_graph() -> None:
     device = torch.device("cuda")
-    case = Case("graph", (300, 5), (600, 2000))
-    if expect_refusal(device, case):
+    case = Case("graph")
+    if not expect_refusal(device, case):
+        kit.replay_other_lengths(case, lambda batch, actual: check(device, batch, actual))
+
+
+@pytest.mark.gpu
+def test_agrees_with_the_cpu() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    case = Case("twins", (100, 7), (300, 900))
+    if expect_refusal(cuda, case):
+        return
+    results = []
+    for device in (cpu, cuda):
+        batch = kit.make_batch(case, device)
+        wrapper = kit.make_wrapper(case, device)
+        kit.plan(wrapper, batch)
+        results.append(kit.run(wrapper, batch))
+    expected, lse = (x.double() for x in results[0])
+    check(cuda, batch, results[1], expected=(expected, lse))
+
+
+@pytest.mark.parametrize("lengths", [((200, 70), (600, 70)), ((3, 1), (130, 1))], ids=["long", "short"])
+@pytest.mark.parametrize("q_dtype", [E4M3, BF16], ids=["fp8", "bf16"])
+def test_rows_around_those_of_the_batch_are_not_read(
+    device: torch.device, q_dtype: torch.dtype, lengths: tuple[tuple[int, ...], tuple[int, ...]]
+) -> None:
+    case = Case("surrounded", *lengths, storage="ragged", q_dtype=q_dtype, kv_dtype=E4M3)
+    if q_dtype == E4M3 and expect_refusal(device, case):
         return
     batch = kit.make_batch(case, device)
-    buffers = {
-        "qo_indptr_buf": batch.indices[0].to(device),
-        "paged_kv_indptr_buf": batch.indices[1].to(device),
-        "paged_kv_indices_buf": batch.indices[2].to(device),
-        "paged_kv_last_page_len_buf": batch.indices[3].to(device),
-    }
-    wrapper = kit.make_wrapper(case, device, use_cuda_graph=True, **buffers)
+    batch.kv = kit.surround(batch)
+    wrapper = kit.make_wrapper(case, device)
     kit.plan(wrapper, batch)
-    out = torch.full((*batch.q.shape[:2], 128), math.nan, dtype=BF16, device=device)
-    lse = torch.full(batch.q.shape[:2], math.nan, device=device)
-    wrapper.run(batch.q, batch.kv, out=out, lse=lse, return_lse=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        wrapper.run(batch.q, batch.kv, out=out, lse=lse, return_lse=True)
-    for _ in range(2):
-        out.fill_(math.nan)
-        lse.fill_(math.nan)
-        graph.replay()
-        check(device, batch, (out, lse))
+    check(device, batch, kit.run(wrapper, batch))
 
 
 def test_the_output_needs_a_dtype(device: torch.device) -> None:

@@ -55,6 +55,9 @@ def header_of(target: str, **axes: Any) -> str:
         {"short_queries": True, "kv_storage": "paged", "page_size": 1},
         {"short_queries": True, "head_dim": 192, "head_dim_vo": 128},
         {"short_queries": True, "mask": "custom", "pos_encoding": "alibi"},
+        {**FP8, "kv_storage": "paged", "page_size": 1},
+        {**FP8, "head_dim": 64},
+        {**FP8, "head_dim": 192, "head_dim_vo": 128},
         {"kv_dtype": "fp8_e4m3"},
         {"kv_dtype": "fp8_e4m3", "kv_storage": "paged", "page_size": 1},
         {"kv_dtype": "fp8_e4m3", "head_dim": 64, "mask": "custom", "pos_encoding": "alibi"},
@@ -87,8 +90,8 @@ def test_leaves_to_the_other(axes: dict[str, Any]) -> None:
     [
         ("sm_80", {}),
         ("sm_100a", {}),
-        ("sm_90a", {"kv_storage": "paged", "page_size": 1}),
-        ("sm_90a", {"kv_storage": "paged", "page_size": 12}),
+        ("sm_90a", {"kv_storage": "paged", "page_size": 1, "head_dim": 256}),
+        ("sm_90a", {"kv_storage": "paged", "page_size": 12, "head_dim": 256}),
         ("sm_90a", {"pos_encoding": "rope"}),
         ("sm_90a", {"head_dim": 96}),
         ("sm_90a", {"kv_dtype": "bf16"}),
@@ -141,11 +144,13 @@ def compiled_specs() -> list[KernelSpec]:
         specs.append(families.prefill("sm_90a", **short, **changed))
     paged = {"kv_storage": "paged", "page_size": 16}
     specs.append(families.prefill("sm_90a", **{**BF16, "q_dtype": "fp16", "kv_dtype": "fp16", **paged}))
-    for dim, _ in prefill_sm90.FP8_TILES:
-        fp8 = {**BF16, **FP8, "head_dim": dim}
+    for dim_qk, dim_vo in prefill_sm90.FP8_TILES:
+        fp8 = {**BF16, **FP8, "head_dim": dim_qk, "head_dim_vo": dim_vo}
         specs.append(families.prefill("sm_90a", **fp8))
         specs.append(families.prefill("sm_90a", **{**fp8, **paged}, mask="none", has_window=True))
         specs.append(families.prefill("sm_90a", **fp8, **changed))
+        if dim_qk != 256:
+            specs.append(families.prefill("sm_90a", **{**fp8, **paged, "page_size": 1}, **changed))
     for dim, _ in prefill_sm90.WIDENING_TILES:
         widened = {**BF16, "kv_dtype": "fp8_e4m3", "head_dim": dim}
         specs.append(families.prefill("sm_90a", **{**widened, **paged}))

@@ -65,9 +65,10 @@ struct Gatherer {
       // Of rows four apart the swizzle differs in one bit.
       const uint32_t row_smem = (lane_smem ^ (i % 2 * kStep << 4)) + i * kStep * kPanelBytes;
 #pragma unroll
-      for (int panel = 0; panel < kHeadDim / Shape::kPanelColumns; ++panel) {
+      for (int panel = 0; panel < ceil_div(kHeadDim, Shape::kPanelColumns); ++panel) {
+        const bool is_whole = (panel + 1) * Shape::kPanelColumns <= kHeadDim;  // else half of it
         cp_async_16(row_smem + panel * Shape::kBlockN * kPanelBytes, lane_gmem + panel * Shape::kPanelColumns,
-                    i * kStep < num_valid - tile_row);
+                    i * kStep < num_valid - tile_row && (is_whole || granule < kGranulesPerPanel / 2));
       }
     }
   }
@@ -102,6 +103,38 @@ struct Gatherer {
     copy_rows<Shape::kHeadDimQk>(smem.k[turn % Shape::kNumStages], unit.k + View::k_offset(params.kv, row, 0),
                                  num_valid, [&] { smem.k_empty.wait_empty(turn); });
     cp_async_arrive(smem.k_full.at(turn));
+  }
+};
+
+// 8-bit values are transposed as well: a warp does so with the rows that it has copied, while those of the next tile
+// are under way.
+template <class Config>
+struct TransposingGatherer : Gatherer<Config> {
+  using Base = Gatherer<Config>;
+  using Shape = sm90::Shape<Config>;
+
+  __device__ __forceinline__ void bring(const Work& work, int tile, uint32_t turn) {
+    const int num_valid = this->unit.kv_len - tile * Shape::kBlockN;
+    const KvRow row = this->find_row(tile);
+    this->copy_keys(row, turn, num_valid);
+    this->template copy_rows<Shape::kHeadDimVo>(this->smem.value_rows.stages[turn % Shape::kNumStages],
+                                                this->unit.v + Base::View::v_offset(this->params.kv, row, 0), num_valid,
+                                                [] {});
+    cp_async_commit();
+    if (tile < work.item.tile_end - 1) transpose<1>(turn - 1);
+    if (tile == work.item.tile_begin) transpose<0>(turn);
+  }
+
+  // kNumPending: tiles whose copies are under way.
+  template <int kNumPending>
+  __device__ __forceinline__ void transpose(uint32_t turn) const {
+    cp_async_wait<kNumPending>();
+    __syncwarp();
+    this->smem.v_empty.wait_empty(turn);
+    Transposer<Config>{this->smem, 0, 1}.transpose(turn, producer_warp_idx() * Base::kRows, Base::kRows);
+    fence_async_proxy();
+    __syncwarp();
+    if (elect_lane()) this->smem.v_full.at(turn).arrive();
   }
 };
 

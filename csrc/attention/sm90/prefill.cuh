@@ -52,6 +52,8 @@ __device__ void prefill(const Sm90PrefillParams& params) {
     if constexpr (Shape::kMovesRegisters) shrink_registers<Shape::kProducerRegisters>();
     if constexpr (Shape::kWidens) {
       sm90::produce_together<Config>(params, smem, sm90::Widener<Config>{params, smem});
+    } else if constexpr (Shape::kGathers && Shape::kTransposesValues) {
+      sm90::produce_together<Config>(params, smem, sm90::TransposingGatherer<Config>{{params, smem}});
     } else if constexpr (Shape::kGathers) {
       sm90::produce_together<Config>(params, smem, sm90::Gatherer<Config>{params, smem});
     } else {

@@ -119,7 +119,7 @@ __device__ __forceinline__ void produce(const Sm90PrefillParams& params, Smem<Co
       QueryProducer<Config>{params, smem}.run([](uint32_t) {});
     }
   } else if constexpr (kTransposesValues) {
-    Transposer<Config>{smem, warp_idx / 2}.run();
+    Transposer<Config>{smem, warp_idx / 2, Shape<Config>::kNumTransposers}.run();
   } else if (warp_idx == 1) {
     KvProducer<Config, false, true>{params, smem}.run();
   } else if (elect_lane()) {

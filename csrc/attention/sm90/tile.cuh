@@ -49,6 +49,7 @@ struct Shape {
   static constexpr bool kTogether = kGathers || kWidens;
   static constexpr int kRowsPerPart = kBlockN / kNumProducerWarps;
   static_assert(!kTogether || kNumConsumers <= 2, "it takes registers");
+  static_assert(!(kGathers && kTransposesValues) || kRowsPerPart % 32 == 0);
   static_assert(!kWidens || kRowsPerPart % 8 == 0);
   // Whether consumers read what cp.async wrote.
   static constexpr bool kReadsCopies = kGathers && !kWidens;
@@ -65,14 +66,16 @@ struct Shape {
       (kLaunchRegisters * (kNumConsumers + 1) - kProducerRegisters) / kNumConsumers / 8 * 8;
 
   static constexpr int kPanelColumns = kPanelBytes / sizeof(T), kProductDepth = 32 / sizeof(T);
-  static constexpr int kQkPanels = kHeadDimQk / kPanelColumns, kVoPanels = kHeadDimVo / kPanelColumns;
-  static constexpr int kQBytes = kRowsPerConsumer * kHeadDimQk * sizeof(T);  // of one consumer
-  static constexpr int kKBytes = kBlockN * kHeadDimQk * sizeof(T), kVBytes = kBlockN * kHeadDimVo * sizeof(T);
+  // Of 8-bit elements the last panel may be half empty: TMA fills it with zeros, which nobody multiplies.
+  static constexpr int kQkPanels = ceil_div(kHeadDimQk, kPanelColumns);
+  static constexpr int kVoPanels = ceil_div(kHeadDimVo, kPanelColumns);
+  static constexpr int kQBytes = kRowsPerConsumer * kQkPanels * kPanelBytes;  // of one consumer
+  static constexpr int kKBytes = kBlockN * kQkPanels * kPanelBytes, kVBytes = kBlockN * kVoPanels * kPanelBytes;
   static constexpr int kTransposedBytes = ceil_div(kBlockN, kPanelColumns) * kHeadDimVo * kPanelBytes;
   static constexpr int kNumScores = kBlockN / 2, kNumOutputs = kHeadDimVo / 2;  // of a thread
   static constexpr int kNumProbabilityRegisters = kNumScores * sizeof(T) / 4;
   static_assert(kBlockM % 64 == 0 && kBlockN % kProductDepth == 0);
-  static_assert(kHeadDimQk % kPanelColumns == 0 && kHeadDimVo % kPanelColumns == 0);
+  static_assert(kHeadDimQk % 64 == 0 && kHeadDimVo % 64 == 0);
   static_assert(!Score<Config>::kHasRope);
   static_assert(kHeadDimVo <= kHeadDimQk || kTransposesValues, "the output is staged where the queries were");
 };
@@ -115,7 +118,9 @@ struct Smem {
   alignas(1024) uint8_t q[Shape::kNumQueryStages][Shape::kNumConsumers][Shape::kQBytes];  // later the output rows
   alignas(1024) uint8_t k[Shape::kNumStages][Shape::kKBytes];
   alignas(1024) uint8_t v[Shape::kNumStages][Shape::kTransposesValues ? Shape::kTransposedBytes : Shape::kVBytes];
-  Rows<Shape::kTransposesValues ? Shape::kNumStages : Shape::kWidens, Shape::kBlockN * Shape::kHeadDimVo> value_rows;
+  Rows<Shape::kTransposesValues ? Shape::kNumStages : Shape::kWidens,
+       Shape::kTransposesValues ? Shape::kVBytes : Shape::kBlockN * Shape::kHeadDimVo>
+      value_rows;
   Rows<Shape::kWidens, Shape::kBlockN * Shape::kHeadDimQk> key_rows;
   MbarrierRing<Shape::kNumQueryStages> q_full, q_empty;              // a turn a unit
   MbarrierRing<Shape::kNumStages> k_full, k_empty, v_full, v_empty;  // a turn a KV tile
@@ -156,8 +161,9 @@ struct Smem {
     work_full.init(1);
     q_full.init(Shape::kTogether ? kWarpgroupSize : 1);
     constexpr int kNumKeyWriters = Shape::kWidens ? kNumProducerWarps : Shape::kGathers ? kWarpgroupSize : 1;
+    constexpr int kNumTransposers = Shape::kGathers ? kNumProducerWarps : Shape::kNumTransposers;
     k_full.init(kNumKeyWriters);
-    v_full.init(Shape::kTransposesValues ? Shape::kNumTransposers : kNumKeyWriters);
+    v_full.init(Shape::kTransposesValues ? kNumTransposers : kNumKeyWriters);
     rows_full.init(1);
     rows_empty.init(Shape::kNumTransposers);
     for (int i = 0; Shape::kWidens && i < kNumProducerWarps; ++i) {

@@ -17,14 +17,14 @@
 
 namespace flashinfer::sm90 {
 
-// A warp's share of every tile of values.
+// A warp's share of every tile of values: of `step` times 32 dimensions the idx-th 32.
 template <class Config>
 struct Transposer {
   using Shape = sm90::Shape<Config>;
   static constexpr int kBatch = 2;  // 16 keys each, of 32 dimensions, in flight
-  static_assert(Shape::kBlockN % (16 * kBatch) == 0 && Shape::kHeadDimVo % (32 * Shape::kNumTransposers) == 0);
+  static_assert(Shape::kHeadDimVo % (32 * Shape::kNumTransposers) == 0);
   Smem<Config>& smem;
-  int idx;  // of kNumTransposers
+  int idx, step;
 
   __device__ __forceinline__ void run() const {
     uint32_t turn = 0;
@@ -33,8 +33,7 @@ struct Transposer {
       for (int tile = work.item.tile_end - 1; tile >= work.item.tile_begin; --tile, ++turn) {
         smem.rows_full.wait_full(turn);
         smem.v_empty.wait_empty(turn);
-        transpose(smem_address(smem.value_rows.stages[turn % Shape::kNumStages]),
-                  smem_address(smem.v[turn % Shape::kNumStages]));
+        transpose(turn, 0, Shape::kBlockN);
         fence_async_proxy();
         __syncwarp();
         if (elect_lane()) {
@@ -45,15 +44,18 @@ struct Transposer {
     });
   }
 
-  __device__ __forceinline__ void transpose(uint32_t rows_smem, uint32_t columns_smem) const {
+  // Keys [first_key, first_key + num_keys).
+  __device__ __forceinline__ void transpose(uint32_t turn, int first_key, int num_keys) const {
+    const uint32_t rows_smem = smem_address(smem.value_rows.stages[turn % Shape::kNumStages]);
+    const uint32_t columns_smem = smem_address(smem.v[turn % Shape::kNumStages]);
     const int lane_idx = fresh_thread_idx() % 32;
     // Of ldmatrix: 16 keys, two granules of 16 dimensions; of stmatrix: 32 dimensions.
     const int key = lane_idx % 16, granule = lane_idx / 16;
 #pragma unroll 1
-    for (int dims = idx; dims < Shape::kHeadDimVo / 32; dims += Shape::kNumTransposers) {
+    for (int dims = idx; dims < Shape::kHeadDimVo / 32; dims += step) {
       const uint32_t from = rows_smem + granule_offset(key, 2 * dims + granule, Shape::kBlockN);
 #pragma unroll 1
-      for (int first = 0; first < Shape::kBlockN / 16; first += kBatch) {
+      for (int first = first_key / 16; first < (first_key + num_keys) / 16; first += kBatch) {
         uint32_t pairs[kBatch][4];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) ldmatrix_x4_trans(pairs[i], from + (first + i) * 16 * kPanelBytes);

@@ -11,6 +11,7 @@ from flashinfer.jit.spec import Config, Constants, KernelSpec, Launch
 # warps of the producers then copy 16 bytes a lane. 4 x 4096 / 1 x 16384 of page size 1: 526 / 576 TFLOP/s, FA3 549 /
 # 615; with twice the instructions a copy 434 / 460.
 MIN_BOX_ROWS = 8
+_PANEL_BYTES = 128  # of a row of a tile
 
 
 class Tile(NamedTuple):
@@ -58,17 +59,27 @@ SHORT_TILES = {
 # fp8 (e4m3) of q, k and v: values are transposed on the way (csrc/attention/sm90/transpose.cuh). Of a KV tile the
 # tensor cores sum as much as its 128 keys: longer ones lose more (TileWalk::step_of_8_bits).
 FP8_TILES = {
+    # Pages of 16: 465 / 506, bf16 451 / 528.
+    (64, 64): Tile(192, 128, 2, 2),
     # 707 to 714 / 788 to 801, of pages of 16 707 / 787; FA3 582 / 667, 544 / 600. 128 x 128: 636 / 696; 128 x 192:
     # 670 / 733; 128 x 256: 693 / 777; 192 x 96: 690 / 751; one stage of queries and four of KV: 678 / 793. With
     # everything summed by the tensor cores 805 / 897, and 26% of the mean of 16384 keys lost.
     (128, 128): Tile(192, 128, 2, 2),
+    # 832 / -, bf16 682 / -.
+    (192, 128): Tile(192, 128, 2, 2),
     # 787 / 880, FA3 355 / 384.
     (256, 256): Tile(128, 128, 2, 1),
 }
-SMALLER_FP8_TILES = {(128, 128): Tile(128, 128, 2, 2), (256, 256): Tile(128, 96, 2, 1)}
+# Of pages of 1, by the gather before 4fdadd9, (128, 128) made 618 / 670, bf16 470 / 511.
+SMALLER_FP8_TILES = {
+    (64, 64): Tile(128, 128, 2, 2),
+    (128, 128): Tile(128, 128, 2, 2),
+    (192, 128): Tile(128, 128, 2, 2),
+    (256, 256): Tile(128, 96, 2, 1),  # whose quarters are too short to be gathered and transposed
+}
 WHAT_FP8_TAKES = (
-    f"fp8 queries take sm_90a, head_dim {' or '.join(str(dims[0]) for dims in FP8_TILES)}, pages of a multiple of "
-    f"{MIN_BOX_ROWS} and no RoPE. Next step: convert q to bfloat16, which the cache need not be"
+    "fp8 queries take sm_90a, head_dim 64, 128, 256 (and pages of a multiple of 8), or 192 with values of 128, and no "
+    "RoPE. Next step: convert q to bfloat16, which the cache need not be"
 )
 
 
@@ -118,7 +129,7 @@ def serves(spec: KernelSpec) -> bool:
         (arg("q_dtype") == arg("kv_dtype") or (_widens(spec) and not arg("short_queries")))
         and (arg("head_dim_qk"), arg("head_dim_vo")) in _tiles(spec)
         and arg("pos_encoding") != "rope"
-        and not (_is_fp8(spec) and gathers(spec))
+        and not (_is_fp8(spec) and gathers(spec) and arg("head_dim_qk") == 256)
     )
 
 
@@ -135,9 +146,10 @@ def config(spec: KernelSpec, constants: Constants) -> Config:
     }
     # sm90::Smem: the tiles, and what is small.
     size = ITEMSIZE[spec.arg("q_dtype")]
-    smem_bytes = size * tile.num_query_stages * tile.block_m * dim_qk
+    row_qk, row_vo = (-(-dim * size // _PANEL_BYTES) * _PANEL_BYTES for dim in (dim_qk, dim_vo))
+    smem_bytes = tile.num_query_stages * tile.block_m * row_qk
     smem_bytes += -(-(448 + 8 * tile.block_n * gathers(spec)) // 1024) * 1024  # and addresses of rows
-    smem_bytes += size * tile.num_stages * tile.block_n * (dim_qk + dim_vo)
+    smem_bytes += tile.num_stages * tile.block_n * (row_qk + row_vo)
     if _is_fp8(spec):  # transposed, in panels of 128 keys
         smem_bytes += tile.num_stages * -(-tile.block_n // 128) * 128 * dim_vo
     if _widens(spec):  # as they come in
