@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import base64
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -14,7 +16,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -142,22 +144,77 @@ def _installed(name: str, status: str, missing: list[str], needed: Iterable[str]
 
 
 def _upstream() -> Iterator[Finding]:
-    installed = [f"{name} {version}" for name in _UPSTREAM if (version := _installed_version(name))]
-    if installed:
-        names = " ".join(entry.split()[0] for entry in installed)
-        yield Finding(
-            "upstream",
-            WARNING,
-            f"{', '.join(installed)} installed beside this library; both provide the module flashinfer",
-            f"pip uninstall {names}, then pip install --force-reinstall --no-deps flashinfer=={__version__}",
-        )
+    """What is installed under upstream's names: stand-ins of this version, or upstream itself."""
+    foreign = []
+    for name in _UPSTREAM:
+        distribution = _distribution(name)
+        if distribution is None:
+            continue
+        installed = f"{name} {distribution.version}"
+        public, _, ours = distribution.version.partition("+")
+        if any(_is_module(file) for file in distribution.files or ()):
+            foreign.append(installed)
+        elif ours == _LABEL:
+            yield Finding("upstream", OK, f"{installed} stands in for {name} {public}")
+        else:
+            text = f"{installed} has no modules, and is no stand-in of flashinfer {__version__}"
+            yield Finding("upstream", WARNING, text, f"pip install --no-deps {name}=={public}+{_LABEL}, from our index")
+    if foreign:
+        text = f"{', '.join(foreign)} installed beside this library, which engines take for it"
+        names = " ".join(entry.split()[0] for entry in foreign)
+        yield Finding("upstream", WARNING, text, f"pip uninstall {names}, then {_REINSTALL}")
 
 
-def _installed_version(distribution: str) -> str | None:
+_LABEL = __version__.replace("+", ".")  # of a stand-in, as scripts/build_index.py writes it
+_REINSTALL = f"pip install --force-reinstall --no-deps flashinfer=={__version__}"
+
+
+def _distribution(name: str) -> importlib.metadata.Distribution | None:
     try:
-        return importlib.metadata.version(distribution)
+        return importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _is_module(file: importlib.metadata.PackagePath) -> bool:
+    return not file.parts[0].endswith((".dist-info", ".egg-info"))
+
+
+def _files() -> Iterator[Finding]:
+    """Whether the installed folder holds what was installed and nothing else: upstream has the same one."""
+    distribution = _distribution("flashinfer")
+    recorded = {Path(str(file.locate())).resolve(): file for file in (distribution and distribution.files) or ()}
+    ours = {path: file for path, file in recorded.items() if path.is_relative_to(_PACKAGE) and path.suffix != ".pyc"}
+    if not ours:  # a checkout
+        return
+    damaged = [path for path, file in ours.items() if not _is_as_recorded(path, file)]
+    found = (path for path in _PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    foreign = sorted({path.relative_to(_PACKAGE).parts[0] for path in found if path not in ours})
+    if damaged:
+        text = f"{count(len(damaged), 'file')} of {len(ours)} missing or of something else, {_some(damaged)} among them"
+        yield Finding("files", FAILURE, text, _REINSTALL)
+    if foreign:
+        text = f"{_PACKAGE} holds what is not of this library, and engines find it: {_some(foreign)}"
+        fix = f"pip uninstall {_UPSTREAM[0]} flashinfer, rm -r {_PACKAGE}, then {_REINSTALL}"
+        yield Finding("files", WARNING, text, fix)
+    if not damaged and not foreign:
+        yield Finding("files", OK, f"{count(len(ours), 'file')}, all as installed")
+
+
+_PACKAGE = Path(families.__file__).resolve().parent.parent
+
+
+def _is_as_recorded(path: Path, file: importlib.metadata.PackagePath) -> bool:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
+    return file.hash is None or file.hash.mode != "sha256" or file.hash.value == digest
+
+
+def _some(names: Sequence[object]) -> str:
+    return ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _precompiled_kernels() -> Iterator[Finding]:
@@ -406,6 +463,7 @@ _CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     _versions,
     _packages,
     _upstream,
+    _files,
     _precompiled_kernels,
     _gpus,
     _nvrtc,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import re
@@ -202,13 +204,61 @@ def test_doctor_with_a_compiler_that_miscompiles(call: Call, monkeypatch: pytest
     assert "result is off by" in findings(out)["kernel on cpu"]["text"]
 
 
-def test_doctor_sees_upstream_beside_us(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_installed_version", {"flashinfer-python": "0.7.2", "flashinfer-cubin": "0.7.2"}.get)
+def install(site: Path, name: str, version: str, *files: str) -> None:
+    """What pip leaves of a wheel: its files, and their list with a hash of each."""
+    lines = []
+    for file in files:
+        (site / file).parent.mkdir(parents=True, exist_ok=True)
+        (site / file).write_text(file)
+        digest = base64.urlsafe_b64encode(hashlib.sha256(file.encode()).digest()).decode().rstrip("=")
+        lines.append(f"{file},sha256={digest},{len(file)}")
+    info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "RECORD").write_text("\n".join([*lines, f"{info.name}/METADATA,,", f"{info.name}/RECORD,,"]) + "\n")
+
+
+def test_doctor_sees_upstream_beside_us(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "flashinfer-python", "0.7.2", "flashinfer/__init__.py", "flashinfer/fused_moe/__init__.py")
+    install(tmp_path, "flashinfer-cubin", "0.7.2", "flashinfer_cubin/__init__.py")
+    monkeypatch.syspath_prepend(tmp_path)
     code, out, _ = call("doctor", "--json")
     upstream = findings(out)["upstream"]
     assert code == 0 and upstream["status"] == "warning"
     assert "flashinfer-python 0.7.2, flashinfer-cubin 0.7.2" in upstream["text"]
     assert upstream["fix"].startswith("pip uninstall flashinfer-python flashinfer-cubin, then")
+
+
+@pytest.mark.parametrize("ours, status", [(__version__, "ok"), ("0.0.1", "warning"), ("", "warning")])
+def test_doctor_knows_stand_ins(
+    ours: str, status: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, "flashinfer-python", f"0.7.2.post1+{ours}" if ours else "0.7.2.post1")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, _ = call("doctor", "--json")
+    upstream = findings(out)["upstream"]
+    assert (code, upstream["status"]) == (0, status)
+    if status == "warning":
+        assert f"pip install --no-deps flashinfer-python==0.7.2.post1+{__version__}" in upstream["fix"]
+
+
+def test_doctor_sees_files_of_others_in_our_folder(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "flashinfer", __version__, "flashinfer/__init__.py", "flashinfer/norm.py", "flashinfer/page/x.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(doctor, "_PACKAGE", tmp_path / "flashinfer")
+    code, out, _ = call("doctor", "--json")
+    assert (code, findings(out)["files"]["text"]) == (0, "3 files, all as installed")
+    install(tmp_path, "flashinfer-python", "0.7.2", "flashinfer/fused_moe/core.py", "flashinfer/topk.py")
+    code, out, _ = call("doctor", "--json")
+    assert (code, findings(out)["files"]["status"]) == (0, "warning")
+    assert findings(out)["files"]["text"].endswith("engines find it: fused_moe, topk.py")
+    (tmp_path / "flashinfer/norm.py").write_text("of somebody else")
+    (tmp_path / "flashinfer/page/x.py").unlink()
+    code, out, _ = call("doctor", "--json")
+    damaged, foreign = (entry for entry in json.loads(out)["findings"] if entry["name"] == "files")
+    assert code == 1 and (damaged["status"], foreign["status"]) == ("FAILED", "warning")
+    assert damaged["text"].startswith("2 files of 3 missing or of something else")
+    assert f"pip install --force-reinstall --no-deps flashinfer=={__version__}" in damaged["fix"]
 
 
 def test_doctor_sees_an_unusable_cache_and_setting(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
