@@ -92,7 +92,7 @@ def __getattr__(name: str) -> Any:
         except ModuleNotFoundError as error:
             if error.name != f"flashinfer.{name}":
                 raise
-            raise AttributeError(f"module 'flashinfer' has no attribute {name!r}") from None
+            value = importlib.import_module("flashinfer.absent").names_of("flashinfer")(name)
     globals()[name] = value
     return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flashinfer import absent
 from flashinfer.attention.decode.paged import (
     BatchDecodeWithPagedKVCacheWrapper,
     CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
@@ -17,3 +18,5 @@ __all__ = [
     "fast_decode_plan",
     "single_decode_with_kv_cache",
 ]
+
+__getattr__ = absent.names_of(__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flashinfer import absent
 from flashinfer.attention.prefill.paged import BatchPrefillWithPagedKVCacheWrapper
 from flashinfer.attention.prefill.ragged import BatchPrefillWithRaggedKVCacheWrapper
 from flashinfer.attention.prefill.single import single_prefill_with_kv_cache, single_prefill_with_kv_cache_return_lse
@@ -12,3 +13,5 @@ __all__ = [
     "single_prefill_with_kv_cache",
     "single_prefill_with_kv_cache_return_lse",
 ]
+
+__getattr__ = absent.names_of(__name__)

@@ -7,7 +7,7 @@ from typing import Optional, Union
 
 import torch
 
-from flashinfer import dtypes
+from flashinfer import absent, dtypes
 from flashinfer.host import checks, indices
 
 
@@ -80,6 +80,14 @@ def get_compute_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device.index)
 
 
+def get_device_sm_count(device: torch.device) -> int:
+    """The number of multiprocessors of a CUDA device. Raises ValueError for another kind of device."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        raise ValueError(f"get_device_sm_count: device is {device}; expected a CUDA device")
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def is_sm90a_supported(device: torch.device) -> bool:
     """Whether the device runs kernels built for sm_90a (Hopper)."""
     return torch.device(device).type == "cuda" and get_compute_capability(device)[0] == 9
@@ -122,3 +130,6 @@ def determine_gemm_backend(device: torch.device) -> str:
 def determine_mla_backend(device: torch.device) -> str:
     """As `determine_attention_backend`."""
     return "fa2"
+
+
+__getattr__ = absent.names_of(__name__)

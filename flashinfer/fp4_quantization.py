@@ -1,0 +1,7 @@
+"""No fp4. The names that engines import as they start: flashinfer/absent.py."""
+
+from __future__ import annotations
+
+from flashinfer import absent
+
+__getattr__ = absent.names_of(__name__)

@@ -1,0 +1,7 @@
+"""As the package: names that engines import as they start."""
+
+from __future__ import annotations
+
+from flashinfer import absent
+
+__getattr__ = absent.names_of(__name__)

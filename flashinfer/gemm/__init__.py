@@ -1,0 +1,7 @@
+"""Matrix products are PyTorch's. The names that engines import as they start: flashinfer/absent.py."""
+
+from __future__ import annotations
+
+from flashinfer import absent
+
+__getattr__ = absent.names_of(__name__)
