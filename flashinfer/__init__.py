@@ -76,6 +76,7 @@ _EXPORTS = {
             "top_k_mask_logits",
             "chain_speculative_sampling",
         ),
+        "topk": ("top_k", "TopKTieBreak"),
     }.items()
     for name in names
 }

@@ -264,6 +264,7 @@ CALLS |= {
     "top_p_renorm_probs": lambda i: [flashinfer.top_p_renorm_probs(i.probs, top_p) for top_p in (0.5, i.per_row)],
     "top_k_renorm_probs": lambda i: flashinfer.top_k_renorm_probs(i.probs, 5),
     "top_k_mask_logits": lambda i: flashinfer.top_k_mask_logits(i.logits, 5),
+    "top_k": lambda i: [*flashinfer.top_k(i.logits, 5, sorted=True), *flashinfer.top_k(i.logits, 5, True, tie_break=1)],
     "sampling_from_probs": lambda i: flashinfer.sampling_from_probs(i.probs, **STATE),
     "sampling_from_logits": lambda i: flashinfer.sampling_from_logits(i.logits, **STATE),
     "top_p_sampling_from_probs": lambda i: flashinfer.top_p_sampling_from_probs(i.probs, 0.5, **STATE),
@@ -403,10 +404,10 @@ def public_names() -> frozenset[str]:
     """What the package exports, and what its modules export besides."""
     names = set(flashinfer._EXPORTS)
     attention = ("cascade", "decode", "mla", "prefill")
-    for module in (*attention, "norm", "activation", "concat_ops", "page", "quantization", "rope", "sampling"):
+    for module in (*attention, "norm", "activation", "concat_ops", "page", "quantization", "rope", "sampling", "topk"):
         exported = getattr(flashinfer, module).__all__
         names |= {f"{module}.{name}" for name in exported if name not in flashinfer._EXPORTS}
-    return frozenset(names)
+    return frozenset(names - {"TopKTieBreak"})
 
 
 ALIASES = {

@@ -106,6 +106,7 @@ CASES: dict[str, Case] = {
     "canonicalize_torch_dtype": _canonicalize,
     "is_float8": _is_float8,
     "get_compute_capability": functools.partial(_of_device, "get_compute_capability", None),
+    "get_device_sm_count": functools.partial(_of_device, "get_device_sm_count", None),
     "is_sm90a_supported": functools.partial(_of_device, "is_sm90a_supported", False),
     "determine_gemm_backend": functools.partial(_of_device, "determine_gemm_backend", "sm80"),
     "determine_mla_backend": functools.partial(_of_device, "determine_mla_backend", "fa2"),

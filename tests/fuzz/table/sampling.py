@@ -219,6 +219,44 @@ def _check_renormed(ours: torch.Tensor, row: Row, filters: dict[str, Any]) -> No
     near((exact / exact.sum())[None], ours.dtype)(ours[None])
 
 
+def _top_k(d: Draw) -> Iterator[Call]:
+    rows = _draw_rows(d, "logits", d.size())
+    arguments = {
+        "input": rows, "k": d.random.randint(1, rows.shape[1]), "sorted": d.chance(0.5), "deterministic": d.chance(0.5),
+        "tie_break": d.choice((0, 1, 2)), "dsa_graph_safe": d.chance(0.5),
+    }  # fmt: skip
+
+    def expect(input: Any, k: Any, sorted: Any, tie_break: Any, **_: Any) -> Mapping[str, Check]:
+        _require_rows(input)
+        k, tie_break = whole("k", k), whole("tie_break", tie_break)
+        if not 1 <= k <= input.shape[1] or tie_break not in (0, 1, 2):
+            raise Refused("more than there are, or an unknown preference")
+
+        def check(result: Any) -> None:
+            values, indices = result
+            require_tensor(values, torch.Size([len(input), k]), input.dtype)
+            require_tensor(indices, values.shape, torch.int64)
+            for row, kept, at in zip(input.detach(), values, indices):
+                equal(row[at].nan_to_num(3.0))(kept.nan_to_num(3.0))  # a NaN may change its payload
+                _check_largest(row.tolist(), at.tolist(), bool(sorted), tie_break)
+
+        return {"return": check}
+
+    yield from d.maybe_hostile(Call("top_k", flashinfer.top_k, arguments, expect))
+
+
+def _check_largest(row: list[float], taken: list[int], in_order: bool, tie_break: int) -> None:
+    rank = [(x != x, 0.0 if x != x else x) for x in row]  # NaN above all
+    largest = sorted(range(len(row)), key=lambda i: (rank[i], i if tie_break == 2 else -i), reverse=True)[: len(taken)]
+    ranks = [rank[i] for i in taken]
+    if len(set(taken)) != len(taken) or sorted(ranks, reverse=True) != [rank[i] for i in largest]:
+        raise Wrong(f"{taken} are not the {len(taken)} largest, each once")
+    if tie_break and set(taken) != set(largest):
+        raise Wrong(f"{taken}; of equal elements expected those of {largest}")
+    if in_order and ranks != sorted(ranks, reverse=True):
+        raise Wrong(f"{taken} do not descend")
+
+
 # ---------------------------------------------------------------------------------------------------------- speculative
 
 
@@ -322,4 +360,5 @@ CASES: dict[str, Case] = {
     "top_k_renorm_probs": functools.partial(_normalize, "top_k_renorm_probs", "probs", "top_k"),
     "top_k_mask_logits": functools.partial(_normalize, "top_k_mask_logits", "logits", "top_k"),
     "chain_speculative_sampling": _speculative,
+    "top_k": _top_k,
 }
