@@ -127,12 +127,15 @@ def test_front_wheel_is_pure_and_whole(front_wheel: Path) -> None:
     headers = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cuh")}
     assert {f"flashinfer/{name}" for name in headers} <= held
     assert {"flashinfer/aot_configs/core.toml", "flashinfer/aot_configs/smoke.toml"} <= held
+    assert {"flashinfer/py.typed", "flashinfer/__init__.pyi", "flashinfer/aot/figures.json"} <= held
     assert not [name for name in held if not name.startswith(("flashinfer/", f"flashinfer-{__version__}.dist-info/"))]
 
 
 def test_front_metadata(front_wheel: Path) -> None:
     metadata = metadata_of(front_wheel)
     assert metadata["Version"] == __version__
+    assert metadata["License-Expression"] == "Apache-2.0" and metadata["Author"]
+    assert "Typing :: Typed" in metadata.get_all("Classifier", [])
     required = metadata.get_all("Requires-Dist", [])
     assert "torch" in required, "no pin"
     assert f"flashinfer-aot=={__version__}; extra == 'aot'" in required
@@ -148,7 +151,13 @@ def test_front_wheel_of_the_sdist_is_the_same(front_wheel: Path, tmp_path: Path)
     assert names_in(wheel_of(sdist, tmp_path / "wheel")) == names_in(front_wheel)
     with tarfile.open(sdist) as file:
         held = {name.partition("/")[2] for name in file.getnames()}
-    assert {"scripts/build_aot.py", "flashinfer_aot/pyproject.toml", "flashinfer_aot/hatch_build.py"} <= held
+    assert {
+        "CHANGELOG.md",
+        "SECURITY.md",
+        "scripts/build_aot.py",
+        "flashinfer_aot/pyproject.toml",
+        "flashinfer_aot/hatch_build.py",
+    } <= held
     assert not [name for name in held if name.endswith((".cubin", ".so", ".pyc", "registry.json"))]
 
 
