@@ -2,7 +2,9 @@
 
 from flashinfer import activation as activation
 from flashinfer import cascade as cascade
+from flashinfer import concat_ops as concat_ops
 from flashinfer import decode as decode
+from flashinfer import mla as mla
 from flashinfer import norm as norm
 from flashinfer import page as page
 from flashinfer import prefill as prefill
@@ -23,10 +25,14 @@ from flashinfer.cascade import MultiLevelCascadeAttentionWrapper as MultiLevelCa
 from flashinfer.cascade import merge_state as merge_state
 from flashinfer.cascade import merge_state_in_place as merge_state_in_place
 from flashinfer.cascade import merge_states as merge_states
+from flashinfer.concat_ops import concat_mla_k as concat_mla_k
 from flashinfer.decode import BatchDecodeWithPagedKVCacheWrapper as BatchDecodeWithPagedKVCacheWrapper
 from flashinfer.decode import CUDAGraphBatchDecodeWithPagedKVCacheWrapper as CUDAGraphBatchDecodeWithPagedKVCacheWrapper
 from flashinfer.decode import fast_decode_plan as fast_decode_plan
 from flashinfer.decode import single_decode_with_kv_cache as single_decode_with_kv_cache
+from flashinfer.mla import BatchMLAPagedAttentionWrapper as BatchMLAPagedAttentionWrapper
+from flashinfer.mla import sparse_mla_decode as sparse_mla_decode
+from flashinfer.mla import sparse_mla_prefill as sparse_mla_prefill
 from flashinfer.norm import fused_add_rmsnorm as fused_add_rmsnorm
 from flashinfer.norm import fused_add_rmsnorm_quant as fused_add_rmsnorm_quant
 from flashinfer.norm import gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 import pytest
 
 from flashinfer.aot import hf
-from flashinfer.aot.config import find_config, read_config, read_specs
+from flashinfer.aot.config import find_config, read_config, read_specs, why_unbuildable
 from flashinfer.aot.models import Model
 from tests.aot.kit import run_cli
 
-KNOWS_LATENT = any(field.name == "kv_lora_rank" for field in dataclasses.fields(Model))
 COMMON = {
     "architectures": ["SomeForCausalLM"],
     "attention_bias": False,
@@ -319,26 +317,25 @@ def test_rows_are_those_of_the_core_set() -> None:
     ],
     ids=["DeepSeek-V3", "DeepSeek-V2-Lite", "DeepSeek-V3.2", "Kimi-K2"],
 )  # fmt: skip
-def test_latent_attention(changes: dict[str, Any], expected: dict[str, Any], notes: list[str]) -> None:
+def test_latent_attention(changes: dict[str, Any], expected: dict[str, Any], notes: list[str], tmp_path: Path) -> None:
     row = hf.translate({**DEEPSEEK_V3, **changes}, "m", [1, 8])
     assert {key: row.values.get(key) for key in expected} == expected
     assert ("q_lora_rank" in row.values) == ("q_lora_rank" in expected)
     assert not {"num_kv_heads", "head_dim"} & row.values.keys()
-    unknown = [] if KNOWS_LATENT else ["rows of this version have no such key"]
-    assert_notes(row.notes, [*notes, r"quantization_config \(fp8\)", *unknown])
+    assert_notes(row.notes, [*notes, r"quantization_config \(fp8\)"])
+    (tmp_path / "row.toml").write_text(hf.toml(row))
+    (read,) = read_config(tmp_path / "row.toml")
+    assert isinstance(read.content, Model) and read.content.kv_lora_rank == 512 and read.content.num_kv_heads == 1
+    assert why_unbuildable(hf.toml(row)) is None
 
 
 def test_a_row_that_cannot_be_built_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is shown, with what it does not say, but on stderr: nobody appends it to a config."""
-    cases = {"head_dim": (config("llama", 4096, 32, 8, 14336, 128256, head_dim=80), "head_dim")}
-    if not KNOWS_LATENT:
-        cases["latent"] = DEEPSEEK_V3, "num_kv_heads, head_dim is missing"
-    for name, (published, message) in cases.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(published))
-        assert run_cli("aot", "config", "--from-hf", tmp_path / f"{name}.json") == 1
-        out, err = capsys.readouterr()
-        assert out == "" and "[[model]]" in err
-        assert message in err.partition("a build of this row fails: ")[2]
+    (tmp_path / "config.json").write_text(json.dumps(config("llama", 4096, 32, 8, 14336, 128256, head_dim=80)))
+    assert run_cli("aot", "config", "--from-hf", tmp_path) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "[[model]]" in err
+    assert "head_dim" in err.partition("a build of this row fails: ")[2]
 
 
 # --------------------------------------------------------------------------------------------------- nothing is dropped
