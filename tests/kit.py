@@ -17,10 +17,12 @@ import pytest
 import torch
 
 from flashinfer import target
+from flashinfer.aot.records import Rows
 from flashinfer.families.layout import fast_divisor
 from flashinfer.families.norm import RMSNORM
 from flashinfer.jit import KernelSpec
 from flashinfer.jit.loader import Kernel
+from flashinfer.jit.misses import Miss
 from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.source import Source
 from flashinfer.jit.stores import AotStore
@@ -72,6 +74,14 @@ class CountingCxx(HostCxx):
 def cpu_resolver(cache: Path, compiler: HostCxx | None = None) -> Resolver:
     """A resolver of its own: no AOT registry, the given cache directory."""
     return Resolver(AotStore(roots=[]), cache, lambda kind: compiler or HostCxx())
+
+
+def miss_records(cache: Path) -> list[Miss]:
+    """What processes recorded below a folder, in the order of its files. Every line has to be a record."""
+    rows = Rows([cache])
+    found = [Miss(**row) for row, _ in rows]
+    assert rows.broken == 0
+    return found
 
 
 def only_artifact(cache: Path) -> Path:

@@ -19,7 +19,6 @@ A row says what to build, never for which machine: targets are named where the s
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import sys
 import typing
@@ -30,6 +29,7 @@ from typing import Any, Optional, Union
 
 from flashinfer import families, log
 from flashinfer import target as targets
+from flashinfer.aot import records
 from flashinfer.aot.models import Model, expand
 from flashinfer.errors import FlashInferError, UnsupportedConfig
 from flashinfer.jit import spec as specs
@@ -79,8 +79,9 @@ def read_specs(
     Args:
         configs: paths, or names of the files this library brings (`"core"`, `"smoke"`).
         target_names: e.g. `["sm_80", "sm_90a", "x86-64-v3"]`.
-        misses: records of `flashinfer misses`, files or folders. A record of a GPU is wanted for every CUDA target, one
-            of a CPU for every CPU target; records this version has no kernel for are skipped with a warning.
+        misses: records of `flashinfer misses`, files or folders, compacted or not. A record of a GPU is wanted for
+            every CUDA target, one of a CPU for every CPU target; records this version has no kernel for are skipped
+            with a warning.
 
     Raises:
         ConfigError: a file is missing or wrong, in which case the message names file, line and row; or no kernel is
@@ -307,11 +308,12 @@ def _read_misses(path: Path) -> Iterator[tuple[Row, str]]:
     """A row for each record of a file or folder, and the target it is of."""
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder of miss records")
-    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    seen = set()  # a fleet has few kernels and many records
+    for file in records.files(path):
+        for number, data in enumerate(records.lines(file), 1):
             where = f"{file}:{number}"
             try:
-                spec = json.loads(line)["spec"]
+                spec = data["spec"]
                 family, target = spec["family"], spec["target"]
                 if not isinstance(family, str):
                     raise TypeError
@@ -319,4 +321,7 @@ def _read_misses(path: Path) -> Iterator[tuple[Row, str]]:
             except (ValueError, KeyError, TypeError):
                 log.warn_once(f"{where} is not a miss record and is skipped")
                 continue
-            yield Row(row, where), target
+            kernel = repr(spec)
+            if kernel not in seen:
+                seen.add(kernel)
+                yield Row(row, where), target

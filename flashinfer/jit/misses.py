@@ -1,4 +1,4 @@
-"""What the AOT registries could not answer: recorded once per process and spec, and summed up over a fleet.
+"""What the AOT registries could not answer: recorded once per process and spec. aot/records.py sums records up.
 
 A record is one JSON line in `<cache>/misses/<host>-<pid>-<start>.jsonl`. Files of many machines merge by
 concatenation. A warm JIT cache does not hide a hole in the core set: `resolved_by` tells which of the two a process
@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,64 +94,6 @@ def _caller() -> str:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-# -------------------------------------------------------------------------------------------------------------- reports
-
-
-@dataclass
-class Hole:
-    """One kernel missing from the core set, over all processes that asked for it."""
-
-    spec: dict[str, Any]
-    name: str
-    seconds: float = 0.0
-    bytes: int = 0
-    processes: set[str] = field(default_factory=set)
-    reasons: set[str] = field(default_factory=set)
-    resolved_by: set[str] = field(default_factory=set)
-    callers: set[str] = field(default_factory=set)
-
-
-def read(paths: Iterable[Path]) -> tuple[list[Miss], int]:
-    """Records from files and folders, and the number of lines that are not records (a process killed while writing)."""
-    misses, broken = [], 0
-    for path in paths:
-        for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    misses.append(_parse(line))
-                except (ValueError, TypeError, KeyError):
-                    broken += 1
-    return misses, broken
-
-
-def _parse(line: str) -> Miss:
-    """A record of this version, or of a later one with more fields."""
-    data = json.loads(line)
-    miss = Miss(**{entry.name: data[entry.name] for entry in fields(Miss)})
-    if not all(isinstance(getattr(miss, entry.name), _TYPES[str(entry.type)]) for entry in fields(Miss)):
-        raise TypeError("a field has another type")
-    if not isinstance(miss.spec["args"], dict) or not {"family", "target"} <= miss.spec.keys():
-        raise TypeError("not a kernel")
-    return miss
-
-
-_TYPES: dict[str, Any] = {"dict[str, Any]": dict, "str": str, "int": int, "float": (int, float)}
-
-
-def aggregate(misses: Iterable[Miss]) -> list[Hole]:
-    """Holes of the core set, costliest first."""
-    holes: dict[tuple[str, str], Hole] = {}
-    for miss in misses:
-        hole = holes.setdefault((miss.name, miss.spec["target"]), Hole(miss.spec, miss.name))
-        hole.seconds += miss.seconds
-        hole.bytes = max(hole.bytes, miss.bytes)
-        hole.processes.add(miss.process)
-        hole.reasons.add(miss.reason)
-        hole.resolved_by.add(miss.resolved_by)
-        hole.callers.add(miss.caller)
-    return sorted(holes.values(), key=lambda hole: (-hole.seconds, hole.name))
 
 
 def to_toml(specs: Iterable[dict[str, Any]]) -> str:

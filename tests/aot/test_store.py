@@ -12,7 +12,7 @@ from typing import ClassVar
 import pytest
 
 from flashinfer import env
-from flashinfer.jit import driver, misses
+from flashinfer.jit import driver
 from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.source import Source
 from flashinfer.jit.stores import AotStore, Hit, Registry, Rejected
@@ -23,7 +23,7 @@ from tests.aot.kit import (
     change_registry,
     registry_of,
 )
-from tests.kit import CountingCxx, rmsnorm_spec, run_rmsnorm
+from tests.kit import CountingCxx, miss_records, rmsnorm_spec, run_rmsnorm
 
 OTHER_SHA = "0" * 64
 
@@ -64,7 +64,7 @@ def assert_compiles_instead(root: Path, cache: Path) -> None:
     resolver = Resolver(AotStore([root]), cache, lambda kind: compiler)
     run_rmsnorm(resolver.load(rmsnorm_spec()))
     assert compiler.num_compiles == 1
-    (miss,), _ = misses.read([cache / "misses"])
+    (miss,) = miss_records(cache / "misses")
     assert miss.reason == reason(root)
     assert miss.resolved_by == "jit-compile"
 
@@ -146,7 +146,7 @@ def test_machine_code_this_machine_cannot_load(kernels: Path, tmp_path: Path) ->
     change_entries(kernels, sha256=hashlib.sha256(b"no machine code").hexdigest())
     compiler = RememberingCxx()
     run_rmsnorm(Resolver(AotStore([kernels]), tmp_path, lambda kind: compiler).load(rmsnorm_spec()))
-    (miss,), _ = misses.read([tmp_path / "misses"])
+    (miss,) = miss_records(tmp_path / "misses")
     assert miss.reason.startswith("not loadable: ")
 
 

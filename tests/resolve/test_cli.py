@@ -107,6 +107,11 @@ def test_without_a_command_it_tells_which_there_are(call: Call) -> None:
         (["warmup", "--config", "smoke", "--jobs", "-1"], "--jobs is -1; expected a positive number"),
         (["misses", "report", "/no/such/file"], "/no/such/file does not exist; expected a .jsonl file"),
         (["misses", "report", "--format", "xml"], "invalid choice: 'xml'"),
+        (
+            ["misses", "compact", ".", "--out", "x.csv"],
+            "expected a name that ends in .jsonl or .parquet",
+        ),
+        (["misses", "compact", "docs", "--out", "docs/x.jsonl"], "lies in docs, whose records would then count twice"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(argv: list[str], expected: str, call: Call) -> None:
@@ -444,7 +449,15 @@ def test_records_of_a_fleet_merge_by_naming_them(call: Call, tmp_path: Path) -> 
     files[1].write_text(text)
     _, out, _ = call("misses", "report", str(tmp_path / "a"), str(files[1]), "--format", "json")
     (hole,) = json.loads(out)["misses"]
-    assert len(hole["processes"]) == 2
+    assert hole["processes"] == 2
+
+
+def test_a_fleet_is_compacted(call: Call, tmp_path: Path) -> None:
+    cpu_resolver(tmp_path / "a").load(rmsnorm_spec())
+    code, out, _ = call("misses", "compact", str(tmp_path / "a"), "--out", str(tmp_path / "fleet.jsonl"))
+    assert code == 0 and re.match(r"1 record in 1 row of \S+/fleet.jsonl: \d+ B -> \d+ B\n", out)
+    report = [call("misses", "report", str(path), "--format", "json")[1] for path in tmp_path.iterdir()]
+    assert len(set(report)) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------- cache

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from flashinfer.errors import ToolchainMissing
-from flashinfer.jit import cache_dir, loader, misses, stores, toolchain
+from flashinfer.jit import cache_dir, loader, stores, toolchain
 from flashinfer.jit import resolver as resolver_module
 from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.source import render
@@ -25,6 +25,7 @@ from tests.kit import (
     compiler_script,
     cpu_resolver,
     finish,
+    miss_records,
     mounted_tmpfs,
     only_artifact,
     read_only,
@@ -235,8 +236,7 @@ def test_several_processes_on_one_cold_cache(tmp_path: Path) -> None:
     only_artifact(cache)
     assert len(uses.read_text().split()) == 1, "one process compiles, the others wait for it"
     assert sum("compiled" in text for text in logs) == 1
-    records, broken = misses.read([cache / "misses"])
-    assert broken == 0
+    records = miss_records(cache / "misses")
     assert sorted(record.resolved_by for record in records) == ["jit-cache"] * 3 + ["jit-compile"]
 
 
@@ -304,8 +304,7 @@ def test_fork_keeps_records_apart_and_does_not_hang(tmp_path: Path) -> None:
     """
     process = spawn(code, FLASHINFER_CXX=script, FLASHINFER_CACHE_DIR=cache)
     out, _ = finish(process)
-    records, broken = misses.read([cache / "misses"])
-    assert broken == 0
+    records = miss_records(cache / "misses")
     by_process: dict[str, list[int]] = {}
     for record in records:
         by_process.setdefault(record.process.split("-")[-2], []).append(record.spec["args"]["hidden_size"])
@@ -408,7 +407,7 @@ def test_no_nvrtc_and_no_companion(tmp_path: Path) -> None:
         "pip install 'flashinfer[aot]'",
     ):
         assert part in message, message
-    (record,), _ = misses.read([tmp_path / "misses"])
+    (record,) = miss_records(tmp_path / "misses")
     assert record.resolved_by == "failed"
 
 

@@ -1,11 +1,9 @@
-"""What is recorded when AOT has no answer, and what a report makes of it."""
+"""What is recorded when AOT has no answer. What becomes of the records: tests/aot/test_records.py."""
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -14,32 +12,8 @@ from flashinfer import target
 from flashinfer.aot.config import read_specs
 from flashinfer.errors import KernelMissing
 from flashinfer.jit import misses
-from flashinfer.jit.misses import Miss, MissLog
-from tests.kit import cpu_resolver, rmsnorm_spec
-
-
-def records(cache: Path) -> list[Miss]:
-    found, broken = misses.read([cache / "misses"])
-    assert broken == 0
-    return found
-
-
-def miss(hidden_size: int = 64, **changes: object) -> Miss:
-    spec = rmsnorm_spec(hidden_size)
-    plain = {
-        "spec": spec.to_dict(),
-        "name": spec.name,
-        "reason": "not in registry",
-        "resolved_by": "jit-compile",
-        "seconds": 0.25,
-        "bytes": 1000,
-        "caller": "serve.py:12",
-        "time": 1.0,
-        "process": "host-1-1",
-        "version": "0.1.0",
-    }
-    return Miss(**{**plain, **changes})  # type: ignore[arg-type]
-
+from flashinfer.jit.misses import MissLog
+from tests.kit import cpu_resolver, miss_records, rmsnorm_spec
 
 # ------------------------------------------------------------------------------------------------------------ recording
 
@@ -51,7 +25,7 @@ def test_a_compile_and_a_cache_hit_are_both_recorded(tmp_path: Path) -> None:
         resolver = cpu_resolver(tmp_path)
         resolver.load(spec)
         resolver.load(spec)  # once per process and kernel
-    compiled, cached = records(tmp_path)
+    compiled, cached = miss_records(tmp_path / "misses")
     assert (compiled.resolved_by, cached.resolved_by) == ("jit-compile", "jit-cache")
     assert compiled.seconds > cached.seconds
     assert compiled.bytes == cached.bytes > 1000
@@ -70,7 +44,7 @@ def test_a_failure_that_repeats_is_recorded_once(tmp_path: Path, monkeypatch: py
             resolver.load(rmsnorm_spec())
     monkeypatch.delenv("FLASHINFER_DISABLE_JIT")
     resolver.load(rmsnorm_spec())
-    assert [record.resolved_by for record in records(tmp_path)] == ["failed", "jit-compile"]
+    assert [record.resolved_by for record in miss_records(tmp_path / "misses")] == ["failed", "jit-compile"]
 
 
 def test_recording_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,52 +67,8 @@ def test_a_package_whose_name_begins_like_ours_is_a_caller(tmp_path: Path) -> No
     log = MissLog(tmp_path)
     neighbour = str(Path(misses.__file__).parent.parent) + "_serving/model.py"
     exec(compile("log.record(spec, 'why', 'failed', 0.0, 0)", neighbour, "exec"), {"log": log, "spec": rmsnorm_spec()})
-    (record,), _ = misses.read([tmp_path])
+    (record,) = miss_records(tmp_path)
     assert record.caller == f"{neighbour}:1"
-
-
-# -------------------------------------------------------------------------------------------------------------- reading
-
-
-def test_broken_lines_are_counted_and_left_out(tmp_path: Path) -> None:
-    good = json.dumps(asdict(miss()))
-    later_version = json.dumps({**asdict(miss(128)), "field of a later version": 1})
-    broken = [
-        good[: len(good) // 2],
-        "",
-        "null",
-        "[]",
-        '{"spec": {}}',
-        json.dumps({**asdict(miss()), "seconds": "long"}),
-        json.dumps({**asdict(miss()), "spec": {"family": "rmsnorm", "args": 1, "target": "x86-64"}}),
-        "\x00\x00\x00",
-    ]
-    (tmp_path / "host-1-1.jsonl").write_text("\n".join([good, *broken, later_version]) + "\n")
-    (tmp_path / "host-2-1.jsonl").write_bytes(b"\xff\xfe\n" + good.encode())
-    found, num_broken = misses.read([tmp_path])
-    assert found == [miss(), miss(128), miss()]
-    assert num_broken == len(broken) + 1
-
-
-def test_every_field_has_a_checked_type() -> None:
-    assert {str(field.type) for field in fields(Miss)} <= misses._TYPES.keys()
-
-
-def test_costliest_first_over_processes_and_machines(tmp_path: Path) -> None:
-    fleet = [
-        miss(64, seconds=0.5, process="a-1-1"),
-        miss(64, seconds=0.25, process="b-7-2", reason="version 0.0.9 ≠ 0.1.0", resolved_by="jit-cache"),
-        miss(128, seconds=0.6, process="a-1-1"),
-        miss(256, seconds=0.1, process="c-1-1"),
-        miss(256, seconds=0.1, process="c-1-1", resolved_by="failed"),
-    ]
-    first, second, third = misses.aggregate(fleet)
-    assert [hole.spec["args"]["hidden_size"] for hole in (first, second, third)] == [64, 128, 256]
-    assert first.seconds == 0.75
-    assert first.processes == {"a-1-1", "b-7-2"}
-    assert first.reasons == {"not in registry", "version 0.0.9 ≠ 0.1.0"}
-    assert first.resolved_by == {"jit-cache", "jit-compile"}
-    assert len(third.processes) == 1
 
 
 def test_toml_rows_come_back_as_the_same_kernels(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from flashinfer import target
 from flashinfer.errors import FlashInferError, KernelMissing
-from flashinfer.jit import KernelSpec, driver, loader, misses
+from flashinfer.jit import KernelSpec, driver, loader
 from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.source import Source, render
 from flashinfer.jit.stores import AotStore, Entry, Registry
@@ -19,6 +19,7 @@ from flashinfer.jit.toolchain import Compiled, Nvrtc
 from tests.kit import (
     CountingCxx,
     cpu_resolver,
+    miss_records,
     only_artifact,
     rmsnorm_spec,
     rmsnorm_values,
@@ -46,7 +47,7 @@ def test_a_cached_library_that_does_not_load(tmp_path: Path, warnings: Callable[
     assert compiler.num_compiles == 2 and resolver.answered_by[spec] == "jit-compile"
     (warning,) = warnings()
     assert f"{folder / 'kernel.so'} does not load and is ignored: " in warning
-    (miss,), _ = misses.read([tmp_path / "misses"])
+    (miss,) = miss_records(tmp_path / "misses")
     assert miss.resolved_by == "jit-compile"
     run_rmsnorm(cpu_resolver(tmp_path, compiler).load(spec))
     assert compiler.num_compiles == 2, "it has been replaced"
@@ -120,7 +121,7 @@ def test_a_cubin_that_the_driver_refuses(
     assert resolver.answered_by[spec] == "jit-compile"
     (warning,) = warnings()
     assert "does not load and is ignored: cuda:0: " in warning
-    *_, miss = misses.read([tmp_path / "cache" / "misses"])[0]
+    *_, miss = miss_records(tmp_path / "cache" / "misses")
     assert miss.resolved_by == "jit-compile"
     assert miss.reason.startswith("not loadable: cuda:0: " if store == "aot" else "flashinfer_aot is not installed")
 
