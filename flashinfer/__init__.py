@@ -31,6 +31,7 @@ _EXPORTS = {
             "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
             "fast_decode_plan",
         ),
+        "events": ("tag",),
         "mla": ("BatchMLAPagedAttentionWrapper", "sparse_mla_decode", "sparse_mla_prefill"),
         "norm": (
             "rmsnorm",

@@ -86,6 +86,9 @@ DISABLE_JIT = Setting("FLASHINFER_DISABLE_JIT", _boolean, False, "Never compile:
 RECORD_MISSES = Setting(
     "FLASHINFER_RECORD_MISSES", _boolean, True, "Write a record of each request AOT did not answer."
 )
+TAG = Setting(
+    "FLASHINFER_TAG", str, "", "Which model this process serves, such as llama-3-8b/prefill: noted in miss records."
+)
 LOG_LEVEL = Setting(
     "FLASHINFER_LOG_LEVEL", _choice("debug", "info", "warning", "error"), "info", "Level of the `flashinfer` logger."
 )

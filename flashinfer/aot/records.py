@@ -30,6 +30,7 @@ from flashinfer.errors import FlashInferError
 
 SUFFIXES = (".jsonl", ".parquet")
 _DAY = 86400
+_SUMS = ("seconds", "compiled", "waited")
 # Of names that may come in any number, such as files that a compiler of Python wrote: what is beyond goes together.
 _MAX_NAMES, _OTHERS = 1000, "(others)"
 _MAX_KERNELS = 10000
@@ -93,12 +94,23 @@ class Rows:
                     if (name, spec["target"]) not in kernels:
                         kernels[name, spec["target"]] = _checked(name, spec)
                     row["spec"] = kernels[name, spec["target"]]  # one for all, so that memory is needed once
-                    for text in (row["reason"], row["resolved_by"], row["caller"], row["version"]):
-                        if type(text) is not str:
-                            raise TypeError("not a text")
+                    if not (
+                        type(row["reason"]) is type(row["resolved_by"]) is type(row["caller"]) is str
+                        and type(row["version"]) is type(row.get("model", "")) is str
+                    ):
+                        raise TypeError("not a text")
                     # NaN fails too: one would spoil every sum.
-                    if not (0 <= row["seconds"] < 1e12 and 0 <= row["bytes"] < 1e12 and 0 <= time < 1e12):
+                    if not (
+                        0 <= row["seconds"] < 1e12
+                        and 0 <= row["bytes"] < 1e12
+                        and 0 <= time < 1e12
+                        and 0 <= row.get("compiled", 0) < 1e12
+                        and 0 <= row.get("waited", 0) < 1e12
+                    ):
                         raise ValueError("a number out of range")
+                    if "model" not in row:  # of an earlier version
+                        compiled = row["seconds"] if row["resolved_by"] == "jit-compile" else 0.0
+                        row.update(model="", compiled=compiled, waited=0.0)
                     if "process" not in row:
                         processes, time = _processes(row), row["until"]
                     else:
@@ -171,17 +183,23 @@ class Tally:
     spec: dict[str, Any] = field(default_factory=dict)  # of a kernel
     records: int = 0
     seconds: float = 0.0
+    compiled: float = 0.0  # of these seconds
+    waited: float = 0.0
     bytes: int = 0  # of machine code
     processes: Distinct = field(default_factory=Distinct)
+    kernels: set[tuple[str, str]] = field(default_factory=set)
     # seconds by
     reasons: dict[str, float] = field(default_factory=dict)
     resolved_by: dict[str, float] = field(default_factory=dict)
     callers: dict[str, float] = field(default_factory=dict)
+    models: dict[str, float] = field(default_factory=dict)
 
     def add(self, row: dict[str, Any], processes: Sequence[int]) -> None:
         seconds = row["seconds"]
         self.records += row.get("records", 1)
         self.seconds += seconds
+        self.compiled += row["compiled"]
+        self.waited += row["waited"]
         if row["bytes"] > self.bytes:
             self.bytes = row["bytes"]
         self.processes.add(processes)
@@ -189,6 +207,7 @@ class Tally:
             (self.reasons, row["reason"]),
             (self.resolved_by, row["resolved_by"]),
             (self.callers, row["caller"]),
+            (self.models, row["model"]),
         ):
             if name in sums:
                 sums[name] += seconds
@@ -199,10 +218,10 @@ class Tally:
     def as_json(self) -> dict[str, Any]:
         """Names in the order of their seconds."""
         data = {name: getattr(self, name) for name in ("name", "spec", "records", "bytes")}
-        data["seconds"] = round(self.seconds, 4)
-        data["processes"] = len(self.processes)
-        for name in ("reasons", "resolved_by", "callers"):
-            data[name] = costliest(getattr(self, name))
+        data |= {name: round(getattr(self, name), 4) for name in _SUMS}
+        data |= {"processes": len(self.processes), "kernels": len(self.kernels)}
+        for name in ("reasons", "resolved_by", "callers", "models"):
+            data[name] = [text for text in costliest(getattr(self, name)) if text]
         return data
 
 
@@ -210,17 +229,29 @@ def costliest(sums: dict[str, float]) -> list[str]:
     return sorted(sums, key=lambda name: (-sums[name], name))
 
 
+GROUPINGS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "model": lambda row: str(row["model"]),
+    "caller": lambda row: str(row["caller"]),
+    "target": lambda row: str(row["spec"]["target"]),
+    "family": lambda row: str(row["spec"]["family"]),
+}
+
+
 @dataclass
 class Summary:
     kernels: list[Tally]  # costliest first
+    groups: list[Tally]  # the same records in another way
     processes: Distinct
     seconds: float
+    hours: dict[int, float]  # hour of Unix time -> seconds
     broken: int  # lines that are no records
 
 
-def summarize(paths: Iterable[Path], since: float = 0.0) -> Summary:
-    """Sum up the records of files and folders."""
+def summarize(paths: Iterable[Path], since: float = 0.0, by: str | None = None) -> Summary:
+    """Sum up the records of files and folders by kernel, and also by a key of GROUPINGS."""
     rows = Rows(paths, since)
+    groups: dict[str, Tally] = {}
+    hours: dict[int, float] = {}
     kernels: dict[tuple[str, str], Tally] = {}
     everyone = Distinct()
     for row, processes in rows:
@@ -231,8 +262,17 @@ def summarize(paths: Iterable[Path], since: float = 0.0) -> Summary:
             tally = kernels[key] = Tally(row["name"], spec)
         tally.add(row, processes)
         everyone.add(processes)
+        hour = int(row["time"]) // 3600
+        hours[hour] = hours.get(hour, 0.0) + row["seconds"]
+        if by is not None:
+            group = GROUPINGS[by](row)
+            if group not in groups:
+                group = group if len(groups) < _MAX_NAMES else _OTHERS
+                groups.setdefault(group, Tally(group))
+            groups[group].add(row, processes)
+            groups[group].kernels.add(key)
     seconds = sum(tally.seconds for tally in kernels.values())
-    return Summary(ranked(kernels.values()), everyone, seconds, rows.broken)
+    return Summary(ranked(kernels.values()), ranked(groups.values()), everyone, seconds, hours, rows.broken)
 
 
 def ranked(tallies: Iterable[Tally]) -> list[Tally]:
@@ -243,8 +283,7 @@ def ranked(tallies: Iterable[Tally]) -> list[Tally]:
 # ----------------------------------------------------------------------------------------------------------- compacting
 
 # What the records of one row of `compact` have in common, besides the kernel and the day.
-_COMMON = ("name", "reason", "resolved_by", "caller", "version")
-_SUMS = ("seconds",)
+_COMMON = ("name", "reason", "resolved_by", "caller", "version", "model")
 
 
 @dataclass(frozen=True)
@@ -322,6 +361,7 @@ def _write_jsonl(rows: Iterable[dict[str, Any]], out: Path) -> None:
 _COLUMNS = {
     **{"spec": "JSON", "name": "VARCHAR", "reason": "VARCHAR", "resolved_by": "VARCHAR", "seconds": "DOUBLE"},
     **{"bytes": "BIGINT", "caller": "VARCHAR", "time": "DOUBLE", "version": "VARCHAR"},
+    **{"model": "VARCHAR", "compiled": "DOUBLE", "waited": "DOUBLE"},
     **{"records": "BIGINT", "until": "DOUBLE", "processes": "BIGINT[]"},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Sequence
 
@@ -44,6 +45,23 @@ def parse_size(text: str) -> int:
     if match is None:
         raise UsageError(f"size {text!r} is not understood; expected a number with K, M, G or T, such as 500M")
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+def parse_since(text: str, now: float) -> float:
+    """`30min`, `2h`, `7d` before now, or `2026-11-29`, `2026-11-29T03:00` in local time -> Unix time.
+
+    Raises UsageError.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(min|h|d)", text.strip())
+    if match is not None:
+        return now - float(match[1]) * {"min": 60, "h": 3600, "d": 86400}[match[2]]
+    try:
+        return datetime.datetime.fromisoformat(text.strip()).timestamp()
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(
+            f"time {text!r} is not understood; expected an age such as 30min, 2h or 7d, or a date such as "
+            "2026-11-29T03:00"
+        ) from None
 
 
 def ago(seconds: float) -> str:

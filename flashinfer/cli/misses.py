@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flashinfer import env
-from flashinfer.aot import records
+from flashinfer.aot import advice, records
 from flashinfer.aot.records import Summary, Tally
 from flashinfer.cli import UsageError
-from flashinfer.cli._text import count, size, table
+from flashinfer.cli._text import count, parse_since, size, table
 from flashinfer.jit import cache_dir, misses
+
+_TOP = 20
 
 
 def add_parser(subparsers: Any) -> None:
@@ -32,6 +35,14 @@ def add_parser(subparsers: Any) -> None:
     )
     report.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="record files or folders of them")
     report.add_argument("--format", choices=("table", "json", "toml"), default="table")
+    report.add_argument("--by", choices=tuple(records.GROUPINGS), help="sum up by this instead of by kernel")
+    report.add_argument("--since", metavar="WHEN", help="only what is newer: 30min, 2h, 7d, 2026-11-29T03:00")
+    report.add_argument(
+        "--top",
+        type=int,
+        metavar="N",
+        help=f"only the costliest; 0 for all (default: {_TOP} in a table, all elsewhere)",
+    )
     report.set_defaults(run=_report)
     compact = commands.add_parser(
         "compact",
@@ -50,50 +61,135 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
+    if args.top is not None and args.top < 0:
+        raise UsageError(f"--top is {args.top}; expected a number of rows, or 0 for all")
+    if args.by is not None and args.format == "toml":
+        raise UsageError(f"--format toml is a row for each kernel; expected table or json with --by {args.by}")
     paths = args.paths or _default_paths()
-    _require_existing(args.paths)
-    summary = records.summarize(path for path in paths if path.exists())
+    summary = _summary(args)
+    top = args.top or None
     if args.format == "json":
-        misses_ = [tally.as_json() for tally in summary.kernels]
-        print(json.dumps({"misses": misses_, "broken_lines": summary.broken}, indent=1))
+        rows = (summary.kernels if args.by is None else summary.groups)[:top]
+        data = {"misses" if args.by is None else args.by: [tally.as_json() for tally in rows]}
+        print(json.dumps({**data, "broken_lines": summary.broken}, indent=1))
     elif args.format == "toml":
-        print(_as_toml(summary))
+        print(_as_toml(summary, top))
     else:
-        _print_table(summary, paths)
+        _print_report(summary, args, paths, _TOP if args.top is None else top)
     return 0
 
 
-def _print_table(summary: Summary, paths: Sequence[Path]) -> None:
-    where = " ".join(shlex.quote(str(path)) for path in paths)
+def _summary(args: argparse.Namespace) -> Summary:
+    _require_existing(args.paths)
+    paths = [path for path in args.paths or _default_paths() if path.exists()]
+    since = 0.0 if args.since is None else parse_since(args.since, time.time())
+    return records.summarize(paths, since, getattr(args, "by", None))
+
+
+def _print_report(summary: Summary, args: argparse.Namespace, paths: Sequence[Path], top: int | None) -> None:
     if not summary.kernels:
-        print(f"no misses recorded in {where}")
-    else:
-        rows = [
-            [
-                f"{tally.seconds:.2f}",
-                str(len(tally.processes)),
-                size(tally.bytes),
-                tally.spec["target"],
-                ", ".join(sorted(tally.resolved_by)),
-                "; ".join(sorted(tally.reasons)),
-                tally.name,
-            ]
-            for tally in summary.kernels
-        ]
-        header = ["seconds", "processes", "size", "target", "resolved by", "why not precompiled", "kernel"]
-        print(table(header, rows, right="seconds,processes,size") + "\n")
-        kernels, processes = count(len(summary.kernels), "kernel"), count(len(summary.processes), "process")
-        print(f"{kernels}, {processes}, {summary.seconds:.2f} s lost in all")
+        newer = "" if args.since is None else f" since {args.since}"
+        print(f"no misses recorded in {_quoted(paths)}{newer}")
+        _say_broken(summary.broken)
+        return
+    rows = summary.kernels if args.by is None else summary.groups
+    print(_kernel_table(rows[:top]) if args.by is None else _group_table(rows[:top], args.by))
+    if left := rows[len(rows[:top]) :]:
+        lost = sum(tally.seconds for tally in left)
+        print(f"and {len(left)} more, {lost:.2f} s (--top 0 shows all)")
+    kernels, processes = count(len(summary.kernels), "kernel"), count(len(summary.processes), "process")
+    waited = sum(tally.waited for tally in summary.kernels)
+    waiting = f", {waited:.2f} s of them waiting for another process to compile" if waited >= 0.01 else ""
+    print(f"\n{kernels}, {processes}, {summary.seconds:.2f} s lost in all{waiting}")
     _say_broken(summary.broken)
-    if summary.kernels:
-        names = shlex.quote(",".join(sorted({tally.spec["target"] for tally in summary.kernels})))
-        add = " ".join(f"--add {shlex.quote(str(path))}" for path in paths)
-        in_use = env.AOT_PATH.get()
-        out = shlex.quote(str(in_use[0])) if in_use else "my_kernels"
-        then = "" if in_use else f"; then package it, or let processes find it with {env.AOT_PATH.name}={out}"
-        print("\nTo have them precompiled (without a checkout: `flashinfer aot build` with the same arguments):")
-        print(f"  python scripts/build_aot.py {add} --target {names} --out {out}")
-        print(f"which adds them to whatever the folder holds{then}")
+    _print_steps(summary, paths)
+
+
+def _kernel_table(kernels: Sequence[Tally]) -> str:
+    header = [
+        "seconds",
+        "compile",
+        "waiting",
+        "processes",
+        "size",
+        "target",
+        "resolved by",
+        "model",
+        "caller",
+        "kernel",
+    ]
+    rows = [
+        [
+            f"{kernel.seconds:.2f}",
+            f"{kernel.compiled:.2f}",
+            f"{kernel.waited:.2f}",
+            str(len(kernel.processes)),
+            size(kernel.bytes),
+            kernel.spec["target"],
+            ", ".join(sorted(kernel.resolved_by)),
+            _first(kernel.models),
+            _first(kernel.callers).rpartition("/")[2],
+            kernel.name,
+        ]
+        for kernel in kernels
+    ]
+    empty = {header[column] for column in (2, 7) if all(row[column] in ("", "0.00") for row in rows)}
+    kept = [column for column, name in enumerate(header) if name not in empty]
+    cells = [[row[column] for column in kept] for row in rows]
+    return table([header[column] for column in kept], cells, right="seconds,compile,waiting,processes,size")
+
+
+def _group_table(groups: Sequence[Tally], by: str) -> str:
+    header = ["seconds", "compile", "waiting", "processes", "kernels", by]
+    rows = [
+        [
+            f"{group.seconds:.2f}",
+            f"{group.compiled:.2f}",
+            f"{group.waited:.2f}",
+            str(len(group.processes)),
+            str(len(group.kernels)),
+            group.name or "(no tag)",
+        ]
+        for group in groups
+    ]
+    return table(header, rows, right="seconds,compile,waiting,processes,kernels")
+
+
+def _first(sums: dict[str, float]) -> str:
+    """The costliest of some names, and how many more there are."""
+    names = [name for name in records.costliest(sums) if name]
+    return "" if not names else names[0] + (f" +{len(names) - 1}" if len(names) > 1 else "")
+
+
+def _print_steps(summary: Summary, paths: Sequence[Path]) -> None:
+    print("\nWhat to do, most seconds first:")
+    in_set: list[Tally] = []
+    found = advice.steps(summary.kernels)
+    for number, step in enumerate(found, 1):
+        share = f" ({100 * step.seconds / summary.seconds:.0f} %)" if summary.seconds else ""
+        more = f", and {len(step.reasons) - 1} like it" if len(step.reasons) > 1 else ""
+        print(f"{number}. {step.what}")
+        print(f"   {step.seconds:.2f} s{share}, {count(len(step.kernels), 'kernel')}: {step.reasons[0]}{more}")
+        if step.what == advice.INSTALL:
+            in_set = advice.in_core(step.kernels)
+            lost = sum(kernel.reasons[advice.NOT_INSTALLED] for kernel in in_set)
+            print(f"   its core set has {len(in_set)} of these {len(step.kernels)}, {lost:.2f} s")
+    covered = {id(kernel) for kernel in in_set if set(kernel.reasons) == {advice.NOT_INSTALLED}}
+    missing = [kernel for kernel in summary.kernels if id(kernel) not in covered]
+    if not missing:
+        return
+    names = shlex.quote(",".join(sorted({kernel.spec["target"] for kernel in missing})))
+    add = " ".join(f"--add {shlex.quote(str(path))}" for path in paths)
+    in_use = env.AOT_PATH.get()
+    out = shlex.quote(str(in_use[0])) if in_use else "my_kernels"
+    then = "" if in_use else f"; then package it, or let processes find it with {env.AOT_PATH.name}={out}"
+    print("\nTo have them precompiled (without a checkout: `flashinfer aot build` with the same arguments):")
+    print(f"  python scripts/build_aot.py {add} --target {names} --out {out}")
+    print(f"which adds them to whatever the folder holds{then}")
+
+
+def _quoted(paths: Sequence[Path]) -> str:
+    return " ".join(shlex.quote(str(path)) for path in paths)
 
 
 def _say_broken(broken: int) -> None:
@@ -105,13 +201,13 @@ def _is(number: int) -> str:
     return "is" if number == 1 else "are"
 
 
-def _as_toml(summary: Summary) -> str:
+def _as_toml(summary: Summary, top: int | None) -> str:
     """Rows for a file of aot_configs/, each under a comment that says what it would save."""
     merged: dict[str, list[Tally]] = {}
     for tally in summary.kernels:
         merged.setdefault(tally.name, []).append(tally)  # a row is for every target
     lines = [f"# {count(summary.broken, 'unreadable line')} left out"] if summary.broken else []
-    for same in merged.values():
+    for same in list(merged.values())[:top]:
         processes = records.Distinct()
         for tally in same:
             processes.add(list(tally.processes.as_set()))

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flashinfer import log
+from flashinfer import events, log
 from flashinfer.jit.spec import KernelSpec
 from flashinfer.version import __version__
 
@@ -30,12 +30,24 @@ class Miss:
     name: str
     reason: str  # why AOT did not answer
     resolved_by: str  # "jit-cache", "jit-compile" or "failed"
-    seconds: float  # lost to it: lookup and compile
+    seconds: float  # lost to it: lookup, compile, waiting, loading
     bytes: int  # of machine code
     caller: str  # first frame outside this library, "file.py:123"
     time: float  # Unix time
     process: str  # unique over a fleet
     version: str = __version__
+    model: str = ""  # flashinfer.tag
+    compiled: float = 0.0  # seconds of a compile in this process
+    waited: float = 0.0  # seconds of waiting for a compile in another one
+
+
+@dataclass
+class Spent:
+    """Where the time of a request goes."""
+
+    seconds: float = 0.0  # in all
+    compiled: float = 0.0
+    waited: float = 0.0  # for another process
 
 
 class MissLog:
@@ -48,29 +60,32 @@ class MissLog:
         self._lock = threading.Lock()
         self._recorded: set[tuple[int, KernelSpec, str]] = set()
 
-    def record(self, spec: KernelSpec, reason: str, resolved_by: str, seconds: float, num_bytes: int) -> None:
+    def record(self, spec: KernelSpec, reason: str, resolved_by: str, spent: Spent, num_bytes: int) -> None:
         with self._lock:
             key = (os.getpid(), spec, resolved_by)  # a request that fails may be repeated at every step of a server
             if self._writable and key not in self._recorded:
                 self._recorded.add(key)
-                self._append(spec, reason, resolved_by, seconds, num_bytes)
+                self._append(spec, reason, resolved_by, spent, num_bytes)
 
     def after_fork(self) -> None:
         """Forget a lock that a thread of the parent process may have held."""
         self._lock = threading.Lock()
 
-    def _append(self, spec: KernelSpec, reason: str, resolved_by: str, seconds: float, num_bytes: int) -> None:
+    def _append(self, spec: KernelSpec, reason: str, resolved_by: str, spent: Spent, num_bytes: int) -> None:
         process = _process_name(os.getpid())
         miss = Miss(
             spec.to_dict(),
             spec.name,
             reason,
             resolved_by,
-            round(seconds, 4),
+            round(spent.seconds, 4),
             num_bytes,
             _caller(),
             time.time(),
             process,
+            model=events.current_tag(),
+            compiled=round(spent.compiled, 4),
+            waited=round(spent.waited, 4),
         )
         try:
             self._root.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from flashinfer import target as targets
 from flashinfer.errors import CompileError, FlashInferError, KernelMissing, ToolchainMissing
 from flashinfer.jit import cache_dir, loader, misses
 from flashinfer.jit.loader import Kernel
+from flashinfer.jit.misses import Spent
 from flashinfer.jit.source import Source, render
 from flashinfer.jit.spec import KernelSpec
 from flashinfer.jit.stores import Answer, AotStore, Hit, JitCache
@@ -66,7 +67,7 @@ class Resolver:
         """Have a kernel in a store, compiling it if none has it. Neither loads it nor counts it as a miss. Raises like
         `load`."""
         answer = self.aot.find(spec)
-        return answer if isinstance(answer, Hit) else self._find_or_compile(spec, answer.reason)
+        return answer if isinstance(answer, Hit) else self._find_or_compile(spec, answer.reason, Spent())
 
     def explain(self, spec: KernelSpec) -> list[tuple[str, Answer]]:
         """What each store would answer, in order. Compiles and records nothing."""
@@ -91,15 +92,16 @@ class Resolver:
 
     def _resolve_miss(self, spec: KernelSpec, reason: str) -> Kernel:
         started = time.perf_counter()
-        resolved_by, num_bytes = "failed", 0
+        resolved_by, num_bytes, spent = "failed", 0, Spent()
         try:
-            hit = self._find_or_compile(spec, reason)
+            hit = self._find_or_compile(spec, reason, spent)
             kernel = self._use(spec, hit, reason)
             resolved_by, num_bytes = self.answered_by[spec], len(hit.machine_code)  # the hit may have been refused
             return kernel
         finally:
+            spent.seconds = time.perf_counter() - started
             if env.RECORD_MISSES.get():
-                self.misses.record(spec, reason, resolved_by, time.perf_counter() - started, num_bytes)
+                self.misses.record(spec, reason, resolved_by, spent, num_bytes)
 
     def _use(self, spec: KernelSpec, hit: Hit, reason: str) -> Kernel:
         """`reason`: why AOT did not answer, if it did not."""
@@ -122,7 +124,7 @@ class Resolver:
         self.jit.refuse(refused.path.parent, f"not loadable: {why}")
         return self._resolve_miss(spec, reason)
 
-    def _find_or_compile(self, spec: KernelSpec, reason: str) -> Hit:
+    def _find_or_compile(self, spec: KernelSpec, reason: str, spent: Spent) -> Hit:
         source = render(spec)
         compiler = self._compiler(source.kind)
         cached = self.jit.find(source, compiler)
@@ -130,9 +132,9 @@ class Resolver:
             log.logger().info("%s %s: from the JIT cache; AOT: %s", spec.name, spec.target, reason)
             return cached
         self._require_jit(spec, reason, cached.reason)
-        with self._compile_lock(spec, source):
+        with self._compile_lock(spec, source, spent):
             cached = self.jit.find(source, compiler)  # another process may have been faster
-            return cached if isinstance(cached, Hit) else self._compile(source, reason)
+            return cached if isinstance(cached, Hit) else self._compile(source, reason, spent)
 
     def _compiler(self, kind: str) -> str | None:
         try:
@@ -156,7 +158,7 @@ class Resolver:
             f"or `scripts/build_aot.py --config FILE` (an AOT set):\n{row}"
         )
 
-    def _compile(self, source: Source, reason: str) -> Hit:
+    def _compile(self, source: Source, reason: str, spent: Spent) -> Hit:
         spec = source.spec
         compiler = self._find_toolchain(source.kind)
         try:
@@ -174,9 +176,11 @@ class Resolver:
                 compiled = compiler.compile(source)
             except CompileError as error:
                 raise self._with_log_path(error, source) from None
-        seconds = time.perf_counter() - started
+            finally:
+                spent.compiled = time.perf_counter() - started
         path = self._publish(source, identity, compiler.suffix, compiled)
-        say("compiled %s for %s in %.2f s, %d bytes", spec.name, spec.target, seconds, len(compiled.machine_code))
+        num_bytes = len(compiled.machine_code)
+        say("compiled %s for %s in %.2f s, %d bytes", spec.name, spec.target, spent.compiled, num_bytes)
         return Hit(source, compiled.machine_code, path, "jit-compile")
 
     def _publish(self, source: Source, compiler: str, suffix: str, compiled: Compiled) -> Path | None:
@@ -201,7 +205,7 @@ class Resolver:
         return CompileError("\n".join([*report, f"source and log: {folder}", first_error]))
 
     @contextlib.contextmanager
-    def _compile_lock(self, spec: KernelSpec, source: Source) -> Iterator[None]:
+    def _compile_lock(self, spec: KernelSpec, source: Source, spent: Spent) -> Iterator[None]:
         """Keep other processes from compiling the same kernel meanwhile. Only saves work: failing to lock is no
         error."""
         import filelock
@@ -215,7 +219,11 @@ class Resolver:
                     held.enter_context(lock.acquire(timeout=0))
                 except filelock.Timeout:
                     log.logger().info("waiting for another process to compile %s for %s", spec.name, spec.target)
-                    held.enter_context(lock.acquire(timeout=_LOCK_TIMEOUT_SECONDS))
+                    started = time.perf_counter()
+                    try:
+                        held.enter_context(lock.acquire(timeout=_LOCK_TIMEOUT_SECONDS))
+                    finally:
+                        spent.waited = time.perf_counter() - started
             except (OSError, NotImplementedError):  # Timeout is an OSError; some file systems have no locks
                 pass
             yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from flashinfer import target
-from flashinfer.aot import records
+from flashinfer.aot import advice, records
 from flashinfer.aot.config import read_specs
 from flashinfer.errors import FlashInferError
 from flashinfer.jit.misses import Miss
@@ -147,7 +148,7 @@ def test_memory_does_not_grow_with_records(tmp_path: Path) -> None:
     code = """
 import sys, tracemalloc
 from pathlib import Path
-from flashinfer.aot import records
+from flashinfer.aot import advice, records
 tracemalloc.start()
 summary = records.summarize([Path(sys.argv[1])])
 print(len(summary.kernels), len(summary.processes), tracemalloc.get_traced_memory()[1])
@@ -157,6 +158,78 @@ print(len(summary.kernels), len(summary.processes), tracemalloc.get_traced_memor
     num_kernels, num_processes, peak = map(int, done.stdout.split())
     assert (num_kernels, num_processes) == (20, 5000)
     assert peak < 6e6, "8 bytes for each pair of kernel and process, a set at a time of the processes of one kernel"
+
+
+def test_records_of_an_earlier_version(tmp_path: Path) -> None:
+    """Which knew no model, and did not tell waiting from compiling."""
+    lines = [asdict(miss()), asdict(miss(process="b-1-1", resolved_by="jit-cache"))]
+    for line in lines:
+        for name in ("model", "compiled", "waited"):
+            del line[name]
+    (tmp_path / "old.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (kernel,) = records.summarize([tmp_path / "old.jsonl"]).kernels
+    assert (kernel.seconds, kernel.compiled, kernel.waited) == (0.5, 0.25, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [
+        ("model", {"llama/decode": (3.0, 2, 2), "": (1.5, 1, 1)}),
+        ("caller", {"b.py:2": (2.5, 2, 3), "a.py:1": (2.0, 1, 1)}),
+        ("target", {target.host(): (2.5, 1, 2), "sm_90a": (2.0, 1, 1)}),
+        ("family", {"rmsnorm": (4.5, 2, 3)}),
+    ],
+)
+def test_sums_by_something_else(by: str, expected: dict[str, tuple[float, int, int]], tmp_path: Path) -> None:
+    fleet = [
+        miss(64, seconds=1.0, process="p", caller="b.py:2", model="llama/decode"),
+        miss(64, "sm_90a", seconds=2.0, process="q", caller="a.py:1", model="llama/decode"),
+        miss(128, seconds=1.5, process="p", caller="b.py:2"),
+        miss(64, "sm_90a", seconds=0.0, process="q", caller="b.py:2", model="llama/decode"),
+    ]
+    groups = records.summarize([write(tmp_path / "a.jsonl", *fleet)], by=by).groups
+    found = {group.name: (group.seconds, len(group.processes), len(group.kernels)) for group in groups}
+    assert list(found.items()) == list(expected.items())
+
+
+# -------------------------------------------------------------------------------------------------------------- advice
+
+
+def tally(spec_of: Miss, **reasons: float) -> records.Tally:
+    found = records.Tally(spec_of.name, spec_of.spec)
+    found.seconds = sum(reasons.values())
+    found.reasons = dict(reasons)
+    return found
+
+
+def test_every_reason_that_the_documentation_knows_has_a_step_of_its_own() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    section = page.partition("REASON, and the next step:")[2].partition("## ")[0]
+    cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    reasons = [reason for cell in cells for reason in re.findall("`(.*?)`", cell)]
+    assert len(reasons) >= 8
+    wanted = {reason for reason in reasons if reason.startswith(("not in registry", "no machine code"))}
+    assert {reason for reason in reasons if advice._step(reason) == advice.ADD} == wanted
+
+
+def test_steps_come_by_seconds() -> None:
+    both = tally(miss(64), **{"not in registry": 1.0, "flashinfer_aot is not installed": 5.0})
+    stale = tally(
+        miss(128), **{"not in registry; version 0.0.9 ≠ 0.1.0": 2.0, "digest differs (built from other sources)": 1.5}
+    )
+    first, second, third = advice.steps([both, stale])
+    assert (first.what, first.seconds, first.kernels) == (advice.INSTALL, 5.0, [both])
+    assert second.what.startswith("pip install 'flashinfer-aot==") and second.kernels == [stale]
+    assert second.reasons[0].startswith("not in registry; version") and second.seconds == 3.5
+    assert (third.what, third.seconds) == (advice.ADD, 1.0)
+
+
+def test_what_the_core_set_has() -> None:
+    known = read_specs(["core"], ["sm_90a"])[0]
+    held = records.Tally(known.name, known.to_dict())
+    other, unknown = tally(miss(72, "sm_90a")), tally(miss(64, "sm_90a"))
+    unknown.spec = {**unknown.spec, "target": "sm_of_later"}
+    assert advice.in_core([other, held, unknown]) == [held]
 
 
 # ----------------------------------------------------------------------------------------------------------- compacting

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from flashinfer import env, target
+from flashinfer.aot.config import read_specs
 from flashinfer.cli import _text, doctor, main, warmup
 from flashinfer.jit import misses
 from flashinfer.jit.stores import PARTIAL, Entry, JitCache, Registry
@@ -107,6 +108,9 @@ def test_without_a_command_it_tells_which_there_are(call: Call) -> None:
         (["warmup", "--config", "smoke", "--jobs", "-1"], "--jobs is -1; expected a positive number"),
         (["misses", "report", "/no/such/file"], "/no/such/file does not exist; expected a .jsonl file"),
         (["misses", "report", "--format", "xml"], "invalid choice: 'xml'"),
+        (["misses", "report", "--since", "lately"], "time 'lately' is not understood; expected an age such as 30min"),
+        (["misses", "report", "--top", "-1"], "--top is -1; expected a number of rows, or 0 for all"),
+        (["misses", "report", "--by", "model", "--format", "toml"], "--format toml is a row for each kernel"),
         (
             ["misses", "compact", ".", "--out", "x.csv"],
             "expected a name that ends in .jsonl or .parquet",
@@ -150,7 +154,7 @@ def test_a_reader_that_stops_early_is_no_error(cache: Path) -> None:
     resolver = cpu_resolver(cache)
     for _ in range(2000):
         resolver.misses._recorded.clear()
-        resolver.misses.record(rmsnorm_spec(), "why " * 20, "failed", 0.0, 0)
+        resolver.misses.record(rmsnorm_spec(), "why " * 20, "failed", misses.Spent(), 0)
     command = f"{sys.executable} -m flashinfer misses report --format json | head -n 1; exit ${{PIPESTATUS[0]}}"
     process = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.stderr == ""
@@ -411,8 +415,8 @@ def test_misses_report(call: Call, cache: Path, tmp_path: Path) -> None:
     code, out, _ = call("misses", "report")
     assert code == 0
     header, _, first, _, _, summary, broken = out.splitlines()[:7]
-    assert header.split()[:4] == ["seconds", "processes", "size", "target"]
-    assert "jit-cache, jit-compile" in out and "flashinfer_aot is not installed" in first
+    assert header.split()[:5] == ["seconds", "compile", "processes", "size", "target"], "nobody waited"
+    assert "jit-cache, jit-compile" in out and "test_cli.py:" in first
     assert re.fullmatch(r"2 kernels, 1 process, \d\.\d\d s lost in all", summary)
     assert broken.startswith("1 line could not be read")
 
@@ -450,6 +454,28 @@ def test_records_of_a_fleet_merge_by_naming_them(call: Call, tmp_path: Path) -> 
     _, out, _ = call("misses", "report", str(tmp_path / "a"), str(files[1]), "--format", "json")
     (hole,) = json.loads(out)["misses"]
     assert hole["processes"] == 2
+
+
+def test_a_report_says_what_to_do(call: Call, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHINFER_TAG", "llama-3-8b/prefill")
+    resolver = cpu_resolver(cache)
+    core = next(spec for spec in read_specs(["core"], [target.host()]) if spec.family == "rmsnorm")
+    for spec in (rmsnorm_spec(64), rmsnorm_spec(72), core):
+        resolver.load(spec)
+    code, out, _ = call("misses", "report", "--top", "1")
+    assert code == 0
+    lines = out.splitlines()
+    assert "llama-3-8b/prefill" in lines[2]
+    assert re.fullmatch(r"and 2 more, \d\.\d\d s \(--top 0 shows all\)", lines[3])
+    assert '1. pip install "flashinfer[aot]"' in lines
+    assert re.search(r"its core set has 1 of these 3, \d\.\d\d s", out)
+    by_model = call("misses", "report", "--by", "model")[1]
+    assert re.search(r" 1 +3  llama-3-8b/prefill$", by_model, re.MULTILINE)
+    groups = json.loads(call("misses", "report", "--by", "family", "--format", "json")[1])
+    assert [group["name"] for group in groups["family"]] == ["rmsnorm"]
+    assert call("misses", "report", "--format", "toml", "--top", "2")[1].count("[[kernel]]") == 2
+    assert call("misses", "report", "--since", "1h")[1].count("rmsnorm-") == 3
+    assert "since 2999-01-01" in call("misses", "report", "--since", "2999-01-01")[1]
 
 
 def test_a_fleet_is_compacted(call: Call, tmp_path: Path) -> None:

@@ -238,6 +238,13 @@ def test_several_processes_on_one_cold_cache(tmp_path: Path) -> None:
     assert sum("compiled" in text for text in logs) == 1
     records = miss_records(cache / "misses")
     assert sorted(record.resolved_by for record in records) == ["jit-cache"] * 3 + ["jit-compile"]
+    for record in records:  # the time of those who wait is not that of the compiler
+        if record.resolved_by == "jit-compile":
+            assert record.compiled >= 1.0 and record.waited == 0.0
+        else:
+            assert record.compiled == 0.0
+        assert record.compiled + record.waited <= record.seconds + 0.001
+    assert any(record.waited > 0.1 for record in records)
 
 
 def test_processes_without_locks_still_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

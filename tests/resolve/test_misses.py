@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+import flashinfer
 from flashinfer import target
 from flashinfer.aot.config import read_specs
 from flashinfer.errors import KernelMissing
@@ -63,10 +65,39 @@ def test_a_file_that_cannot_be_written_costs_one_warning(tmp_path: Path, caplog:
     assert len(warnings) == 1 and str(tmp_path / "misses") in warnings[0]
 
 
+def test_the_model_is_that_of_the_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolver = cpu_resolver(tmp_path)
+    resolver.load(rmsnorm_spec(64))
+    monkeypatch.setenv("FLASHINFER_TAG", "the process")
+    resolver.load(rmsnorm_spec(72))
+    with flashinfer.tag("outer"):
+        with flashinfer.tag("llama-3-8b/prefill"):
+            resolver.load(rmsnorm_spec(80))
+        with pytest.raises(RuntimeError, match="on the way"), flashinfer.tag("inner"):
+            raise RuntimeError("on the way")
+        resolver.load(rmsnorm_spec(88))
+    thread = threading.Thread(target=resolver.load, args=(rmsnorm_spec(96),))
+    with flashinfer.tag("of another thread"):
+        thread.start()
+        thread.join()
+    tags = [record.model for record in miss_records(tmp_path / "misses")]
+    assert tags == ["", "the process", "llama-3-8b/prefill", "outer", "the process"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [(7, "name is a int; expected a str"), ("", "name is ''"), ("a\nb", "printable"), ("x" * 201, "1 to 200")],
+)
+def test_tags_that_are_none(name: object, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message), flashinfer.tag(name):  # type: ignore[arg-type]
+        pass
+
+
 def test_a_package_whose_name_begins_like_ours_is_a_caller(tmp_path: Path) -> None:
     log = MissLog(tmp_path)
+    known = {"log": log, "spec": rmsnorm_spec(), "spent": misses.Spent()}
     neighbour = str(Path(misses.__file__).parent.parent) + "_serving/model.py"
-    exec(compile("log.record(spec, 'why', 'failed', 0.0, 0)", neighbour, "exec"), {"log": log, "spec": rmsnorm_spec()})
+    exec(compile("log.record(spec, 'why', 'failed', spent, 0)", neighbour, "exec"), known)
     (record,) = miss_records(tmp_path)
     assert record.caller == f"{neighbour}:1"
 
