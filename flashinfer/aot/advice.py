@@ -48,7 +48,7 @@ def steps(kernels: Iterable[Tally]) -> list[Step]:
     by_reason: dict[str, float] = {}
     for kernel in kernels:
         for reason, seconds in kernel.reasons.items():
-            step = found.setdefault(_step(reason), Step(_step(reason), [], 0.0, []))
+            step = found.setdefault(next_step(reason), Step(next_step(reason), [], 0.0, []))
             step.seconds += seconds
             by_reason[reason] = by_reason.get(reason, 0.0) + seconds
             if reason not in step.reasons:
@@ -60,7 +60,7 @@ def steps(kernels: Iterable[Tally]) -> list[Step]:
     return sorted(found.values(), key=lambda step: -step.seconds)
 
 
-def _step(reason: str) -> str:
+def next_step(reason: str) -> str:
     for pattern, step in _STEPS:
         if re.search(rf"(?:^|; )(?:{pattern})", reason):
             return step

@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flashinfer import env
-from flashinfer.aot import advice, records
+from flashinfer import target as targets
+from flashinfer.aot import advice, records, suggest
 from flashinfer.aot.records import Summary, Tally
+from flashinfer.aot.suggest import Candidate, Suggestion
 from flashinfer.cli import UsageError
-from flashinfer.cli._text import count, parse_since, size, table
+from flashinfer.cli._text import count, parse_since, parse_size, size, table
 from flashinfer.jit import cache_dir, misses
+from flashinfer.jit.spec import KernelSpec
 
 _TOP = 20
 
@@ -44,6 +48,25 @@ def add_parser(subparsers: Any) -> None:
         help=f"only the costliest; 0 for all (default: {_TOP} in a table, all elsewhere)",
     )
     report.set_defaults(run=_report)
+    _add_html(report)
+    suggesting = commands.add_parser(
+        "suggest",
+        help="what to add to the precompiled set within a budget",
+        description="The kernels that save the fleet most seconds (or processes) within a budget of bytes, as rows for "
+        "`flashinfer aot build --config`. Misses that another step mends, such as installing flashinfer_aot, do not "
+        "count.",
+    )
+    suggesting.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="record files or folders of them")
+    suggesting.add_argument(
+        "--budget", required=True, metavar="SIZE", help="of machine code, over all targets: 5MB, 500K"
+    )
+    suggesting.add_argument("--target", metavar="T,T", help="of the build (default: those that the records are of)")
+    suggesting.add_argument("--save", choices=("seconds", "processes"), default="seconds", help="what counts")
+    suggesting.add_argument("--all", action="store_true", help="count misses too that another step mends")
+    suggesting.add_argument("--since", metavar="WHEN", help="only what is newer: 30min, 2h, 7d, 2026-11-29T03:00")
+    suggesting.add_argument("--out", type=Path, metavar="FILE", help="write the rows there, and a table here")
+    _add_html(suggesting)
+    suggesting.set_defaults(run=_suggest)
     compact = commands.add_parser(
         "compact",
         help="many records into one small file",
@@ -60,6 +83,10 @@ def add_parser(subparsers: Any) -> None:
     clear.set_defaults(run=_clear)
 
 
+def _add_html(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--html", type=Path, metavar="FILE", help="a page with charts as well, all in one file")
+
+
 def _report(args: argparse.Namespace) -> int:
     if args.top is not None and args.top < 0:
         raise UsageError(f"--top is {args.top}; expected a number of rows, or 0 for all")
@@ -68,6 +95,8 @@ def _report(args: argparse.Namespace) -> int:
     paths = args.paths or _default_paths()
     summary = _summary(args)
     top = args.top or None
+    if args.html is not None:
+        _write_page(args.html, summary, suggest.suggest(summary, 0, (), every_reason=True, cache=_cache()))
     if args.format == "json":
         rows = (summary.kernels if args.by is None else summary.groups)[:top]
         data = {"misses" if args.by is None else args.by: [tally.as_json() for tally in rows]}
@@ -174,6 +203,10 @@ def _print_steps(summary: Summary, paths: Sequence[Path]) -> None:
             in_set = advice.in_core(step.kernels)
             lost = sum(kernel.reasons[advice.NOT_INSTALLED] for kernel in in_set)
             print(f"   its core set has {len(in_set)} of these {len(step.kernels)}, {lost:.2f} s")
+        if step.what == advice.ADD:
+            print(
+                "   all of them: the command below; those worth their bytes: `flashinfer misses suggest --budget 5MB`"
+            )
     covered = {id(kernel) for kernel in in_set if set(kernel.reasons) == {advice.NOT_INSTALLED}}
     missing = [kernel for kernel in summary.kernels if id(kernel) not in covered]
     if not missing:
@@ -186,6 +219,104 @@ def _print_steps(summary: Summary, paths: Sequence[Path]) -> None:
     print("\nTo have them precompiled (without a checkout: `flashinfer aot build` with the same arguments):")
     print(f"  python scripts/build_aot.py {add} --target {names} --out {out}")
     print(f"which adds them to whatever the folder holds{then}")
+
+
+# -------------------------------------------------------------------------------------------------------------- suggest
+
+
+def _suggest(args: argparse.Namespace) -> int:
+    budget = parse_size(args.budget)
+    names = () if args.target is None else targets.named(args.target)
+    summary = _summary(args)
+    if not summary.kernels:
+        raise UsageError(f"no misses recorded in {_quoted(args.paths or _default_paths())}: nothing to suggest from")
+    by_processes = args.save == "processes"
+    found = suggest.suggest(summary, budget, names, by_processes=by_processes, every_reason=args.all, cache=_cache())
+    said = _said(found, summary, args)
+    toml = "".join(f"# {line}\n" for line in said) + "\n" + _suggested_rows(found, summary)
+    if args.html is not None:
+        _write_page(args.html, summary, found, budget)
+    if args.out is None:
+        print(toml.rstrip("\n"))
+        return 0
+    args.out.write_text(toml, encoding="utf-8")
+    if found.chosen:
+        print(_suggested_table(found.chosen[:_TOP]))
+        if len(found.chosen) > _TOP:
+            print(f"and {len(found.chosen) - _TOP} more")
+        print()
+    print("\n".join(said))
+    if found.chosen:
+        out = shlex.quote(str(args.out))
+        print(f"\nNext: flashinfer aot build --config {out} --target {','.join(found.targets)} --out my_kernels")
+    return 0
+
+
+def _said(found: Suggestion, summary: Summary, args: argparse.Namespace) -> list[str]:
+    of = f"{count(len(found.chosen), 'kernel')} of {len(found.all)}"
+    saved = _percent(found.seconds, summary.seconds)
+    lines = [
+        f"{of}, {size(found.bytes)} of {size(parse_size(args.budget))}, for {','.join(found.targets)}",
+        f"saved: {found.seconds:.2f} of {summary.seconds:.2f} s of cold starts ({saved:.1f} %), "
+        f"{100 - saved:.1f} % remain",
+        f"{found.processes_without_misses} of {count(len(summary.processes), 'process')} would miss nothing",
+    ]
+    more = _percent(found.bound - found.value, found.value)
+    if found.bound > found.value * (1 + 1e-6):
+        lines.append(f"no choice within the budget saves {more:.2g} % more {args.save}")
+    else:
+        lines.append(f"no choice within the budget saves more {args.save}")
+    if found.unaffected >= 0.01:
+        lines.append(f"{found.unaffected:.2f} s are not for a set to save: see flashinfer misses report, or --all")
+    if found.unknown:
+        lines.append(f"{count(found.unknown, 'kernel')} left out, which this version does not have for these targets")
+    if summary.broken:
+        lines.append(f"{count(summary.broken, 'unreadable line')} left out")
+    return lines
+
+
+def _suggested_rows(found: Suggestion, summary: Summary) -> str:
+    rows, saved = [], 0.0
+    for one in found.chosen:
+        saved += one.seconds
+        remain = 100 - _percent(saved, summary.seconds)
+        about = "about " if one.is_estimate else ""
+        processes = count(len(one.processes), "process")
+        rows.append(f"# {one.seconds:.2f} s of {processes}, {about}{size(one.bytes)}; {remain:.1f} % remain then\n")
+        rows.append(misses.to_toml([one.spec]) + "\n")
+    return "".join(rows)
+
+
+def _suggested_table(chosen: Sequence[Candidate]) -> str:
+    rows = [
+        [
+            f"{one.seconds:.2f}",
+            str(len(one.processes)),
+            ("~" if one.is_estimate else "") + size(one.bytes),
+            KernelSpec(one.spec["family"], tuple(one.spec["args"].items()), "").name,
+        ]
+        for one in chosen
+    ]
+    return table(["seconds", "processes", "size", "kernel"], rows, right="seconds,processes,size")
+
+
+def _percent(part: float, whole: float) -> float:
+    return 100 * part / whole if whole else 0.0
+
+
+def _cache() -> Path | None:
+    folder = cache_dir.preferred()
+    return None if folder is None else folder / "jit"
+
+
+def _write_page(file: Path, summary: Summary, found: Suggestion, budget: int | None = None) -> None:
+    from flashinfer.cli import _misses_page
+
+    file.write_text(_misses_page.page(summary, found, budget), encoding="utf-8")
+    print(f"charts: {file}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------------------ all
 
 
 def _quoted(paths: Sequence[Path]) -> str:

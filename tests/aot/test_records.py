@@ -209,7 +209,7 @@ def test_every_reason_that_the_documentation_knows_has_a_step_of_its_own() -> No
     reasons = [reason for cell in cells for reason in re.findall("`(.*?)`", cell)]
     assert len(reasons) >= 8
     wanted = {reason for reason in reasons if reason.startswith(("not in registry", "no machine code"))}
-    assert {reason for reason in reasons if advice._step(reason) == advice.ADD} == wanted
+    assert {reason for reason in reasons if advice.next_step(reason) == advice.ADD} == wanted
 
 
 def test_steps_come_by_seconds() -> None:
