@@ -1,16 +1,35 @@
-"""What this library tells an application about itself."""
+"""What this library tells an application about itself: where its kernels came from and what that cost.
+
+Everything here happens once per kernel and process, when it is asked for first. A kernel in use reports nothing, counts
+nothing and looks nothing up.
+
+    events.counters()               # {"hits": 31, "misses": 2, "compiles": 1, "seconds": 0.4, …}
+    stop = events.subscribe(print)  # every Event from now on; stop() ends it
+
+Where the application has imported `opentelemetry.trace`, a miss is also a span, `flashinfer.miss`, with its compile in
+it, `flashinfer.compile`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
 
-from flashinfer import env
+from flashinfer import env, log
+from flashinfer.version import __version__
 
 _MAX_TAG = 200
 
 _tag: ContextVar[str] = ContextVar("flashinfer_tag", default="")
+
+
+# ---------------------------------------------------------------------------------------------------------------- tags
 
 
 @contextlib.contextmanager
@@ -21,7 +40,7 @@ def tag(name: str) -> Iterator[None]:
             model(batch)
 
     The innermost name counts. It holds in this thread, or asyncio task, alone; FLASHINFER_TAG names a whole process.
-    Nothing reads it but a request that no precompiled kernel answers, once per kernel and process.
+    Nothing reads it but a request for a kernel that the process does not have yet.
 
     Raises:
         TypeError: the name is no str.
@@ -41,3 +60,120 @@ def tag(name: str) -> Iterator[None]:
 def current_tag() -> str:
     """The tag in force; "" without one."""
     return _tag.get() or env.TAG.get()
+
+
+# -------------------------------------------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True)
+class Event:
+    """A kernel that the process did not have yet was asked for.
+
+    kind     "hit": it was precompiled. "miss": it was not. "compile": one has ended, of a miss or of `flashinfer
+             warmup`; the miss follows
+    store    where it came from: "aot", "jit-cache" or "jit-compile"; "failed": an exception follows
+    seconds  of a hit or a miss all that it took; of a compile those of the compiler
+    """
+
+    kind: str
+    kernel: str  # name, as commands print it
+    target: str
+    store: str
+    seconds: float
+    reason: str = ""  # why it was not precompiled
+    compiled: float = 0.0  # seconds of a miss in the compiler
+    waited: float = 0.0  # seconds of a miss until another process had compiled it
+    bytes: int = 0  # of machine code
+    model: str = ""  # flashinfer.tag
+
+
+Callback = Callable[[Event], None]
+
+_COUNTERS = ("hits", "misses", "compiles", "failures", "seconds", "compile_seconds", "wait_seconds", "compiled_bytes")
+_lock = threading.Lock()
+_counts: dict[str, float] = dict.fromkeys(_COUNTERS, 0)
+_callbacks: tuple[Callback, ...] = ()
+
+
+def subscribe(callback: Callback) -> Callable[[], None]:
+    """Have a function called with every event from now on, in the thread that asked for the kernel and before it gets
+    it. Returns a function that ends this. An exception of the callback is logged, once, and goes no further.
+
+    Raises:
+        TypeError: the callback cannot be called.
+    """
+    global _callbacks
+    if not callable(callback):
+        raise TypeError(f"subscribe: callback is a {type(callback).__name__}; expected a function of one Event")
+
+    def call(event: Event) -> None:  # of its own, so that one callback may be subscribed twice
+        callback(event)
+
+    with _lock:
+        _callbacks = (*_callbacks, call)
+
+    def unsubscribe() -> None:
+        global _callbacks
+        with _lock:
+            _callbacks = tuple(other for other in _callbacks if other is not call)
+
+    return unsubscribe
+
+
+def counters() -> dict[str, float]:
+    """Sums of this process; none ever falls.
+
+    hits, misses      kernels that were precompiled, and that were not
+    compiles          those of this process, of misses and of `flashinfer warmup`, failed ones included
+    failures          misses that ended in an exception
+    seconds           lost to misses; compile_seconds in the compiler, wait_seconds waiting for another process
+    compiled_bytes    of machine code
+    """
+    with _lock:
+        return dict(_counts)
+
+
+def emit(event: Event) -> None:
+    """Count an event and call the callbacks."""
+    with _lock:
+        if event.kind == "hit":
+            _counts["hits"] += 1
+        elif event.kind == "miss":
+            _counts["misses"] += 1
+            _counts["failures"] += event.store == "failed"
+            _counts["seconds"] += event.seconds
+            _counts["wait_seconds"] += event.waited
+        else:
+            _counts["compiles"] += 1
+            _counts["compile_seconds"] += event.seconds
+            _counts["compiled_bytes"] += event.bytes
+        callbacks = _callbacks
+    for callback in callbacks:
+        try:
+            callback(event)
+        except Exception as error:
+            log.warn_once(f"a callback of flashinfer.events failed: {type(error).__name__}: {error}")
+
+
+def after_fork() -> None:
+    """A child counts from zero, and forgets a lock that a thread of the parent process may have held."""
+    global _lock
+    _lock = threading.Lock()
+    _counts.update(dict.fromkeys(_COUNTERS, 0))
+
+
+def span(name: str, **attributes: str) -> AbstractContextManager[Any]:
+    """A span of OpenTelemetry around a block, current in it, that notes an exception; its value is None where the
+    application has not imported `opentelemetry.trace`."""
+    trace = sys.modules.get("opentelemetry.trace")
+    if trace is None:  # whoever collects spans has imported it; importing it for others would cost them its time
+        return contextlib.nullcontext()
+    noted = {f"flashinfer.{key}": value for key, value in attributes.items() if value}
+    try:
+        started: AbstractContextManager[Any] = trace.get_tracer("flashinfer", __version__).start_as_current_span(
+            name, attributes=noted
+        )
+        return started
+    except Exception as error:
+        log.warn_once(f"no span of OpenTelemetry: {type(error).__name__}: {error}")
+        return contextlib.nullcontext()

@@ -1,8 +1,8 @@
 """Which kernels to add to the precompiled set: those that save most within a budget of bytes.
 
 A 0/1 knapsack. `choose` walks through the items by value per byte and keeps, for each weight worth having, the best
-choice so far, less those that cannot beat the best known. That is exact unless more than `_MAX_STATES` of them are in
-the race; then the most promising go on, and what the others could have reached bounds what was missed.
+choice so far, less those that cannot beat the best known by a millionth. That is exact unless more than `_MAX_STATES`
+of them are in the race; then the most promising go on, and what the others could have reached bounds what was missed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from flashinfer.jit.spec import KernelSpec
 from flashinfer.jit.stores import JitCache
 
 _MAX_STATES = 4000
+_TIE = 1e-6  # of the value, which a better choice does not matter by
 _TYPICAL_BYTES = 20000  # of a kernel that nothing is known of
 
 Size = tuple[int, bool]  # bytes, and whether they are an estimate
@@ -213,7 +214,7 @@ class _State:
 
 def choose(values: Sequence[float], weights: Sequence[int], budget: int) -> tuple[list[int], float]:
     """The indices of items of the highest value within a budget, ascending, and a bound that no choice exceeds; it
-    equals the value of the choice where that is known to be the best (up to rounding)."""
+    equals the value of the choice where that is known to be the best, but for a millionth."""
     order = [index for index in range(len(values)) if weights[index] <= budget and values[index] > 0]
     order.sort(key=lambda index: -values[index] / max(weights[index], 1))
     value_before = [0.0, *itertools.accumulate(values[index] for index in order)]
@@ -248,7 +249,7 @@ def choose(values: Sequence[float], weights: Sequence[int], budget: int) -> tupl
             if state.value + whole > best:
                 best, best_state, best_run = state.value + whole, state, (place + 1, end)
             worth.append((state.value + part, state))
-        worth = [(reach, state) for reach, state in worth if reach > best * (1 + 1e-9)]
+        worth = [(reach, state) for reach, state in worth if reach > best * (1 + _TIE)]
         if len(worth) > _MAX_STATES:
             worth.sort(key=lambda one: -one[0])
             missed = max(missed, worth[_MAX_STATES][0])

@@ -15,10 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from flashinfer import env, log
+from flashinfer import env, events, log
 from flashinfer import target as targets
 from flashinfer.errors import CompileError, FlashInferError, KernelMissing, ToolchainMissing
+from flashinfer.events import Event
 from flashinfer.jit import cache_dir, loader, misses
 from flashinfer.jit.loader import Kernel
 from flashinfer.jit.misses import Spent
@@ -78,6 +80,7 @@ class Resolver:
         """Forget locks that threads of the parent process, which do not exist in this one, may have held."""
         self._locks = {}
         self.misses.after_fork()
+        events.after_fork()
 
     # ---------------------------------------------------------------------------------------------------- once per spec
 
@@ -87,21 +90,44 @@ class Resolver:
             return kernel if kernel is not None else self._resolve(spec)
 
     def _resolve(self, spec: KernelSpec) -> Kernel:
+        started = time.perf_counter()
         answer = self.aot.find(spec)
-        return self._use(spec, answer, "") if isinstance(answer, Hit) else self._resolve_miss(spec, answer.reason)
+        if not isinstance(answer, Hit):
+            return self._resolve_miss(spec, answer.reason)
+        kernel = self._use(spec, answer, "")
+        if self.answered_by[spec] == "aot":  # the hit may have been refused
+            seconds, num_bytes = time.perf_counter() - started, len(answer.machine_code)
+            tag = events.current_tag()
+            events.emit(Event("hit", spec.name, spec.target, "aot", seconds, bytes=num_bytes, model=tag))
+        return kernel
 
     def _resolve_miss(self, spec: KernelSpec, reason: str) -> Kernel:
         started = time.perf_counter()
         resolved_by, num_bytes, spent = "failed", 0, Spent()
-        try:
-            hit = self._find_or_compile(spec, reason, spent)
-            kernel = self._use(spec, hit, reason)
-            resolved_by, num_bytes = self.answered_by[spec], len(hit.machine_code)  # the hit may have been refused
-            return kernel
-        finally:
-            spent.seconds = time.perf_counter() - started
-            if env.RECORD_MISSES.get():
-                self.misses.record(spec, reason, resolved_by, spent, num_bytes)
+        with self._span("flashinfer.miss", spec, reason) as span:
+            try:
+                hit = self._find_or_compile(spec, reason, spent)
+                kernel = self._use(spec, hit, reason)
+                resolved_by, num_bytes = self.answered_by[spec], len(hit.machine_code)  # the hit may have been refused
+                return kernel
+            finally:
+                spent.seconds = time.perf_counter() - started
+                if span is not None:
+                    span.set_attribute("flashinfer.resolved_by", resolved_by)
+                if env.RECORD_MISSES.get():
+                    self.misses.record(spec, reason, resolved_by, spent, num_bytes)
+                self._tell("miss", spec, reason, resolved_by, spent.seconds, num_bytes, spent)
+
+    def _span(self, name: str, spec: KernelSpec, reason: str) -> contextlib.AbstractContextManager[Any]:
+        model = events.current_tag()
+        return events.span(name, kernel=spec.name, target=spec.target, reason=reason, model=model)
+
+    def _tell(
+        self, kind: str, spec: KernelSpec, reason: str, store: str, seconds: float, num_bytes: int, spent: Spent
+    ) -> None:
+        of_miss = {"compiled": spent.compiled, "waited": spent.waited} if kind == "miss" else {}
+        tag = events.current_tag()
+        events.emit(Event(kind, spec.name, spec.target, store, seconds, reason, bytes=num_bytes, model=tag, **of_miss))
 
     def _use(self, spec: KernelSpec, hit: Hit, reason: str) -> Kernel:
         """`reason`: why AOT did not answer, if it did not."""
@@ -171,15 +197,17 @@ class Resolver:
         say = log.logger().info
         say("compiling %s for %s%s; AOT: %s", spec.name, spec.target, self._progress, reason)
         started = time.perf_counter()
-        with _heartbeat(spec.name, started):
+        store, num_bytes = "failed", 0
+        with self._span("flashinfer.compile", spec, reason), _heartbeat(spec.name, started):
             try:
                 compiled = compiler.compile(source)
+                store, num_bytes = "jit-compile", len(compiled.machine_code)
             except CompileError as error:
                 raise self._with_log_path(error, source) from None
             finally:
                 spent.compiled = time.perf_counter() - started
+                self._tell("compile", spec, reason, store, spent.compiled, num_bytes, spent)
         path = self._publish(source, identity, compiler.suffix, compiled)
-        num_bytes = len(compiled.machine_code)
         say("compiled %s for %s in %.2f s, %d bytes", spec.name, spec.target, spent.compiled, num_bytes)
         return Hit(source, compiled.machine_code, path, "jit-compile")
 

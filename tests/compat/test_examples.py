@@ -41,6 +41,15 @@ def test_minilm(device: object) -> None:
     assert "largest difference from plain PyTorch" in run("examples/minilm.py", "--device", str(device))
 
 
+def test_export_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("prometheus_client", reason="needs flashinfer[examples]")
+    monkeypatch.setenv("FLASHINFER_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FLASHINFER_DISABLE_AOT", "1")
+    output = run("examples/export_metrics.py", "--port", "0", "--once")
+    assert "flashinfer_misses_total 1.0\n" in output and "flashinfer_compiles_total 1.0\n" in output
+    assert 'flashinfer_compile_duration_seconds_count{model="demo",target="' in output
+
+
 def test_transformers_llama(device: object) -> None:
     pytest.importorskip("transformers", reason="needs flashinfer[examples]")
     output = run("examples/transformers_llama.py", "--device", str(device))
