@@ -3,7 +3,7 @@
 Everything here happens once per kernel and process, when it is asked for first. A kernel in use reports nothing, counts
 nothing and looks nothing up.
 
-    events.counters()               # {"hits": 31, "misses": 2, "compiles": 1, "seconds": 0.4, …}
+    events.counters()               # {"hits": 31, "misses": 2, "compiles": 1, "miss_seconds": 0.4, …}
     stop = events.subscribe(print)  # every Event from now on; stop() ends it
 
 Where the application has imported `opentelemetry.trace`, a miss is also a span, `flashinfer.miss`, with its compile in
@@ -89,7 +89,7 @@ class Event:
 
 Callback = Callable[[Event], None]
 
-_COUNTERS = ("hits", "misses", "compiles", "failures", "seconds", "compile_seconds", "wait_seconds", "compiled_bytes")
+_COUNTERS = ("hits", "misses", "compiles", "failures", "miss_seconds", "compile_seconds", "wait_seconds", "compiled_bytes")
 _lock = threading.Lock()
 _counts: dict[str, float] = dict.fromkeys(_COUNTERS, 0)
 _callbacks: tuple[Callback, ...] = ()
@@ -126,7 +126,7 @@ def counters() -> dict[str, float]:
     hits, misses      kernels that were precompiled, and that were not
     compiles          those of this process, of misses and of `flashinfer warmup`, failed ones included
     failures          misses that ended in an exception
-    seconds           lost to misses; compile_seconds in the compiler, wait_seconds waiting for another process
+    miss_seconds      lost to misses; compile_seconds in the compiler, wait_seconds waiting for another process
     compiled_bytes    of machine code
     """
     with _lock:
@@ -141,7 +141,7 @@ def emit(event: Event) -> None:
         elif event.kind == "miss":
             _counts["misses"] += 1
             _counts["failures"] += event.store == "failed"
-            _counts["seconds"] += event.seconds
+            _counts["miss_seconds"] += event.seconds
             _counts["wait_seconds"] += event.waited
         else:
             _counts["compiles"] += 1

@@ -58,7 +58,7 @@ def test_a_compile_a_cache_hit_and_no_more(tmp_path: Path, heard: list[Event], m
     assert before == {
         "misses": 1,
         "compiles": 1,
-        "seconds": missed.seconds,
+        "miss_seconds": missed.seconds,
         "compile_seconds": compiled.seconds,
         "compiled_bytes": compiled.bytes,
     }
