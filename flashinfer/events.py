@@ -89,7 +89,10 @@ class Event:
 
 Callback = Callable[[Event], None]
 
-_COUNTERS = ("hits", "misses", "compiles", "failures", "miss_seconds", "compile_seconds", "wait_seconds", "compiled_bytes")
+_COUNTERS = (
+    *("hits", "misses", "compiles", "failures"),
+    *("miss_seconds", "compile_seconds", "wait_seconds", "compiled_bytes"),
+)
 _lock = threading.Lock()
 _counts: dict[str, float] = dict.fromkeys(_COUNTERS, 0)
 _callbacks: tuple[Callback, ...] = ()
