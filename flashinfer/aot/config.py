@@ -30,14 +30,16 @@ from typing import Any, Optional, Union
 from flashinfer import families, log
 from flashinfer import target as targets
 from flashinfer.aot import records
-from flashinfer.aot.models import Model, expand
+from flashinfer.aot.models import WINDOWED_LAYERS, Model, expand
 from flashinfer.errors import FlashInferError, UnsupportedConfig
+from flashinfer.families import activation
 from flashinfer.jit import spec as specs
 from flashinfer.jit.spec import KernelSpec
 
 _SHAPE = ("name", "hidden_size", "num_qo_heads", "intermediate_sizes")
 _ORDINARY = ("num_kv_heads", "head_dim")  # of rows without latent attention, and these of rows with it
 _LATENT = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+_OF_ORDINARY = ("rotary_dim", "interleave", "windowed_layers", "soft_cap")  # and may be left out
 _DTYPES = ("fp16", "bf16", "fp32")
 
 
@@ -237,7 +239,7 @@ def _tables(path: Path, text: str, data: dict[str, Any], kind: str) -> Iterator[
 
 _TYPES: dict[str, Any] = typing.get_type_hints(Model)
 _MODEL_KEYS = frozenset(field.name for field in dataclasses.fields(Model))
-_DEFAULTS = _MODEL_KEYS - {*_SHAPE, *_ORDINARY, *_LATENT, "q_lora_rank"}
+_DEFAULTS = _MODEL_KEYS - {*_SHAPE, *_ORDINARY, *_OF_ORDINARY, *_LATENT, "q_lora_rank"}
 
 
 def _model(where: str, table: dict[str, Any]) -> Model:
@@ -252,6 +254,17 @@ def _model(where: str, table: dict[str, Any]) -> Model:
     if is_latent:
         table = {**table, "num_kv_heads": 1, "head_dim": table["qk_nope_head_dim"] + table["qk_rope_head_dim"]}
     model = Model(**table)
+    for key, value, legal in (
+        ("activation", model.activation, activation.GATES),
+        ("windowed_layers", model.windowed_layers, WINDOWED_LAYERS),
+    ):
+        if value not in legal:
+            raise ConfigError(f"{where}: {key} is {value!r}; expected {', '.join(legal)}")
+    if model.rotary_dim > model.head_dim:
+        raise ConfigError(f"{where}: rotary_dim is {model.rotary_dim}; expected at most head_dim {model.head_dim}")
+    unused = [key for key in _OF_ORDINARY if is_latent and key in table]
+    if unused:
+        raise ConfigError(f"{where}: {', '.join(unused)} is given; a model with kv_lora_rank has none")
     if model.num_qo_heads % model.num_kv_heads:
         raise ConfigError(
             f"{where}: num_qo_heads is {model.num_qo_heads}; expected a multiple of num_kv_heads {model.num_kv_heads}"

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from flashinfer.aot.models import Model
 from flashinfer.errors import FlashInferError
 
-ROW_KEYS = frozenset(field.name for field in dataclasses.fields(Model))
 _LATENT = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 
 
@@ -30,36 +28,41 @@ class Kind:
     """What the code of a kind of model does and its config.json does not say."""
 
     qk_norm: Optional[bool] = False  # None: where `use_qk_norm` says so
+    gemma_norm: bool = False
+    interleave: bool = False
+    alternates: bool = False  # some of its layers have the window, where the file does not tell which
     notes: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of keys that published files leave out
 
 
-_GEMMA_NORM = "RMSNorm is Gemma's, by 1 + weight: the row has the plain kernels"
-_GEMMA_QK_NORM = "queries and keys are normalised by Gemma's RMSNorm: the row has no fused qk_norm_rope, which is plain"
-_INTERLEAVED = "rotary pairs are neighbours (interleave): the row has halves"
 _LAYER_NORM = "norms are LayerNorm with a bias: the row has RMSNorm"
 _NO_GATE = "MLPs have no gate: the row's act_and_mul serves none of them"
 _OUTPUT_GATE = "attention's output is gated by a sigmoid: no kernel of this library"
 
 _PLAIN = Kind()
-_QWEN_NEXT = Kind(notes=(_GEMMA_NORM, _GEMMA_QK_NORM, _OUTPUT_GATE))
+_QWEN_NEXT = Kind(qk_norm=True, gemma_norm=True, notes=(_OUTPUT_GATE,))
 # By model_type, that of the language model where there are several.
 _KINDS: Mapping[str, Kind] = {
-    **dict.fromkeys(("llama", "mistral", "mixtral", "ministral", "ministral3", "phi3", "qwen2", "qwen2_moe"), _PLAIN),
-    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), _PLAIN),
-    **dict.fromkeys(("qwen3", "qwen3_moe", "qwen3_vl_text", "qwen3_vl_moe_text"), Kind(qk_norm=True)),
+    **dict.fromkeys(("llama", "mistral", "mixtral", "ministral", "ministral3", "phi3"), _PLAIN),
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen2_vl_text", "qwen2_5_vl_text"), Kind(alternates=True)),
+    **dict.fromkeys(("qwen3", "qwen3_moe", "qwen3_vl_text", "qwen3_vl_moe_text"), Kind(qk_norm=True, alternates=True)),
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _QWEN_NEXT),
-    "llama4_text": Kind(notes=(_INTERLEAVED,)),
+    "llama4_text": Kind(
+        notes=("rotary pairs are neighbours in its code: the row has halves, for which engines permute the weights",)
+    ),
     # Latent attention: rows take interleaved rotary pairs for granted.
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm4_moe_lite", "glm_moe_dsa"), _PLAIN),
-    **dict.fromkeys(("glm", "glm4", "chatglm"), Kind(notes=(_INTERLEAVED,))),
+    **dict.fromkeys(("glm", "glm4", "chatglm"), Kind(interleave=True)),
     "glm4_moe": Kind(qk_norm=None),
     "gemma2": Kind(
-        notes=(_GEMMA_NORM,),
+        gemma_norm=True,
+        alternates=True,
         defaults={"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4096},
     ),
     "gemma3_text": Kind(
-        notes=(_GEMMA_NORM, _GEMMA_QK_NORM),
+        qk_norm=True,
+        gemma_norm=True,
+        alternates=True,
         defaults={
             "num_attention_heads": 8,
             "num_key_value_heads": 4,
@@ -129,15 +132,11 @@ def translate(config: Mapping[str, Any], name: str, degrees: Sequence[int] = (1,
         values["head_dim"] = _head_dim(keys, values)
     values["intermediate_sizes"] = list(dict.fromkeys(_intermediate_sizes(keys)))
     values["vocab_size"] = keys.size("vocab_size", "padded_vocab_size")
-    if _qk_norm(keys):
-        values["qk_norm"] = True
+    values.update(_variants(keys, values))
     values["tensor_parallel"] = _degrees(keys, values, degrees)
     for note in _NOTES:
         note(keys, values)
     keys.note_the_rest()
-    unknown = [key for key in values if key not in ROW_KEYS]
-    if unknown:
-        keys.note(f"{', '.join(f'{key} = {values[key]}' for key in unknown)}: rows of this version have no such key")
     return Translation(values, keys.notes)
 
 
@@ -277,15 +276,81 @@ def _intermediate_sizes(keys: _Keys) -> Iterator[int]:
         yield _positive("shared_expert_intermediate_size", shared)
 
 
+def _variants(keys: _Keys, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys of the row that are other than in most models."""
+    if _qk_norm(keys):
+        yield "qk_norm", True
+    if keys.kind.gemma_norm:
+        yield "gemma_norm", True
+    gate = _gate(keys)
+    if gate != "silu":
+        yield "activation", gate
+    windows = _windowed_layers(keys)
+    if "head_dim" not in values:
+        if windows != "none":
+            keys.note("sliding_window: latent attention has no kernels with one")
+        keys.ignore("rope_parameters", "rope_scaling")
+        return
+    rotary_dim = _rotary_dim(keys, values["head_dim"])
+    if rotary_dim != values["head_dim"]:
+        yield "rotary_dim", rotary_dim
+    if keys.kind.interleave:
+        yield "interleave", True
+    if windows != "none":
+        yield "windowed_layers", windows
+    if keys.get("attn_logit_softcapping"):
+        yield "soft_cap", True
+
+
 def _qk_norm(keys: _Keys) -> bool:
     given = keys.get("use_qk_norm", "qk_layernorm")
     if keys.kind.qk_norm is None:
         return bool(given)
     if given and not keys.kind.qk_norm:
-        keys.note(
-            "queries and keys are normalised, not by RMSNorm over head_dim: no kernel of this library is told of it"
-        )
+        keys.note("queries and keys are normalised, not by RMSNorm with a weight over head_dim: no such kernel here")
     return keys.kind.qk_norm
+
+
+_GATES: Mapping[Optional[str], str] = {
+    **dict.fromkeys((None, "silu", "swish"), "silu"),
+    "gelu": "gelu",
+    **dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_tanh"), "gelu_tanh"),
+}
+
+
+def _gate(keys: _Keys) -> str:
+    name = keys.get("hidden_activation", "hidden_act")
+    keys.ignore("swiglu", "swiglu_limit", "swiglu_limits")  # see the kinds that have it
+    gate = _GATES.get(name)
+    if gate is None:
+        keys.note(f"hidden_act = {name}: no kernel of this library; the row has that of silu")
+    return gate or "silu"
+
+
+def _windowed_layers(keys: _Keys) -> str:
+    layer_types = keys.get("layer_types") or []
+    pattern = keys.get("sliding_window_pattern", "_sliding_window_pattern")
+    window, is_used = keys.get("sliding_window"), keys.get("use_sliding_window")
+    keys.ignore("max_window_layers")
+    if window is None or is_used is False or pattern == 1:
+        return "none"
+    if layer_types:
+        count = layer_types.count("sliding_attention")
+        return "none" if count == 0 else "all" if count == len(layer_types) else "some"
+    return "some" if keys.kind.alternates or pattern else "all"
+
+
+def _rotary_dim(keys: _Keys, head_dim: int) -> int:
+    scaling = keys.get("rope_parameters", "rope_scaling") or {}
+    parts = [scaling, *(part for part in scaling.values() if isinstance(part, dict))]  # by kind of layer, in some
+    if any("mrope_section" in part for part in parts):
+        keys.note("positions have three parts (mrope): the engine makes the table of cos and sin, or turns by itself")
+    factors = [part["partial_rotary_factor"] for part in parts if part.get("partial_rotary_factor") is not None]
+    factor, given = keys.get("partial_rotary_factor"), keys.get("rotary_dim")
+    factors = list(dict.fromkeys([*factors, *([] if factor is None else [factor])]))
+    if len(factors) > 1:
+        keys.note(f"partial_rotary_factor is {' or '.join(map(str, factors))}: the row has the first")
+    return int(head_dim * factors[0]) if factors else int(given or head_dim)
 
 
 def _degrees(keys: _Keys, values: Mapping[str, Any], degrees: Sequence[int]) -> list[int]:
@@ -314,51 +379,13 @@ def _uneven(values: Mapping[str, Any], degree: int) -> Optional[str]:
 # ---------------------------------------------------------------------------------------------------------------- notes
 
 
-def _window(keys: _Keys, values: Mapping[str, Any]) -> None:
-    layer_types, every = keys.get("layer_types") or [], keys.get("sliding_window_pattern", "_sliding_window_pattern")
-    window, is_used = keys.get("sliding_window"), keys.get("use_sliding_window")
-    keys.ignore("max_window_layers")
-    if window is not None and is_used is not False and (not layer_types or "sliding_attention" in layer_types):
-        where = ""
-        if layer_types:
-            where = f" in {layer_types.count('sliding_attention')} of {len(layer_types)} layers"
-        elif isinstance(every, int):
-            where = f" in all layers but each {every}th"
-        keys.note(f"sliding_window = {window}{where}: the row has attention without a window")
+def _masks(keys: _Keys, values: Mapping[str, Any]) -> None:
     chunk = keys.get("attention_chunk_size")
     if chunk is not None:
         keys.note(f"attention_chunk_size = {chunk}: no kernel of this library attends within chunks")
     no_rope = keys.get("no_rope_layers", "no_rope_layer_interval")
     if no_rope:
         keys.note(f"no_rope_layers = {_short(no_rope)}: layers without positions need no other kernels")
-
-
-def _soft_cap(keys: _Keys, values: Mapping[str, Any]) -> None:
-    cap = keys.get("attn_logit_softcapping")
-    if cap:
-        keys.note(f"attn_logit_softcapping = {cap}: the row has attention without a soft cap")
-
-
-def _activation(keys: _Keys, values: Mapping[str, Any]) -> None:
-    name = keys.get("hidden_activation", "hidden_act", "swiglu")
-    keys.ignore("swiglu_limit", "swiglu_limits")  # see the kinds that have it
-    if name not in (None, True, "silu", "swish"):
-        keys.note(f"hidden_act = {name}: the row's act_and_mul is that of silu")
-
-
-def _rotary(keys: _Keys, values: Mapping[str, Any]) -> None:
-    scaling = keys.get("rope_parameters", "rope_scaling") or {}
-    parts = [scaling, *(part for part in scaling.values() if isinstance(part, dict))]  # by kind of layer, in some
-    factors = {part["partial_rotary_factor"] for part in parts if "partial_rotary_factor" in part}
-    factors |= {factor for factor in (keys.get("partial_rotary_factor"),) if factor is not None}
-    head_dim, rotary_dim = values.get("head_dim"), keys.get("rotary_dim")
-    for factor in sorted(factors - {1}):
-        if head_dim is not None:
-            rotary_dim = int(head_dim * factor)
-    if rotary_dim and head_dim and rotary_dim != head_dim:
-        keys.note(f"positions are in {rotary_dim} of {head_dim} dimensions: the row rotates all")
-    if any("mrope_section" in part for part in parts):
-        keys.note("positions have three parts (mrope): cos and sin come from a table that the engine makes")
 
 
 def _other_layers(keys: _Keys, values: Mapping[str, Any]) -> None:
@@ -389,14 +416,7 @@ def _numbers(keys: _Keys, values: Mapping[str, Any]) -> None:
         keys.note(f"dtype = {dtype}: the row is built for bf16 and fp16 on GPUs unless it says dtypes")
 
 
-_NOTES: tuple[Callable[[_Keys, Mapping[str, Any]], None], ...] = (
-    _window,
-    _soft_cap,
-    _activation,
-    _rotary,
-    _other_layers,
-    _numbers,
-)
+_NOTES: tuple[Callable[[_Keys, Mapping[str, Any]], None], ...] = (_masks, _other_layers, _numbers)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -428,8 +448,7 @@ def toml(translation: Translation) -> str:
     """The row, and below it as comments what it does not say."""
     lines = ["[[model]]"]
     for key, value in translation.values.items():
-        if key in ROW_KEYS:
-            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+        lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
     if translation.notes:
         lines += ["# Not in this row:", *(f"# - {note}" for note in translation.notes)]
     return "\n".join(lines) + "\n"

@@ -16,6 +16,8 @@ from flashinfer.families import activation, concat, layout, norm, page, rope, sa
 from flashinfer.families.attention import decode, merge, mla, prefill
 from flashinfer.jit.spec import ArgValue, KernelSpec
 
+WINDOWED_LAYERS = {"none": (False,), "some": (False, True), "all": (True,)}
+
 
 @dataclass(frozen=True)
 class Model:
@@ -29,6 +31,12 @@ class Model:
     intermediate_sizes: tuple[int, ...]  # of each gated MLP: dense, expert, shared expert
     vocab_size: int = 0  # 0: tokens are sampled by something else
     qk_norm: bool = False  # RMSNorm over the head_dim of queries and keys
+    gemma_norm: bool = False  # norms multiply by 1 + weight
+    activation: str = "silu"  # of the gate of MLPs: silu, gelu or gelu_tanh
+    rotary_dim: int = 0  # the part of a head that positions turn; 0: all of it
+    interleave: bool = False  # rotary pairs are neighbours, as they always are in latent attention
+    windowed_layers: str = "none"  # which layers attend to a sliding window alone: none, some or all
+    soft_cap: bool = False  # of attention's logits
     kv_lora_rank: int = 0  # latent attention: the part of a cached row that is values too; 0: ordinary attention
     q_lora_rank: int = 0  # the latent part of queries; 0: they have none
     qk_rope_head_dim: int = 0  # the other part of a cached row
@@ -65,7 +73,7 @@ def _norms(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
             hidden_size=hidden_size,
             vec_size=layout.vec_size(dtype, hidden_size),
             add_residual=add_residual,
-            gemma=False,
+            gemma=model.gemma_norm,
         )
 
     yield rmsnorm(model.hidden_size, add_residual=False)
@@ -80,14 +88,14 @@ def _activations(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
     for degree in model.tensor_parallel:
         for size in model.intermediate_sizes:
             vec_size = layout.vec_size(dtype, size // degree)
-            yield activation.ACT_AND_MUL.spec(target, dtype=dtype, gate="silu", vec_size=vec_size)
+            yield activation.ACT_AND_MUL.spec(target, dtype=dtype, gate=model.activation, vec_size=vec_size)
 
 
 def _fp8_outputs(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
     """Norms and activations that write the fp8 input of the next projection."""
     if targets.kind(target) == "cpu":
         return
-    for add_residual in (False, True):
+    for add_residual in () if model.gemma_norm else (False, True):  # no kernel writes fp8 of Gemma's
         yield norm.RMSNORM_QUANT.spec(
             target,
             dtype=dtype,
@@ -108,18 +116,29 @@ def _kv_dtypes(dtype: str, target: str) -> tuple[str, ...]:
 def _attention(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
     if model.kv_lora_rank:
         return
+    windows = WINDOWED_LAYERS[model.windowed_layers]
+    # none: the shared prefix of a cascade, which is no window
+    masks: list[tuple[str, dict[str, Any]]] = [
+        *(("causal", {"has_window": has_window}) for has_window in windows),
+        ("none", {}),
+    ]
+    logits = {"has_soft_cap": model.soft_cap}
     for kv_dtype in _kv_dtypes(dtype, target):
-        common: dict[str, Any] = {"q_dtype": dtype, "kv_dtype": kv_dtype, "head_dim": model.head_dim}
+        common: dict[str, Any] = {"q_dtype": dtype, "kv_dtype": kv_dtype, "head_dim": model.head_dim, **logits}
         for group_size in model.group_sizes:
             for kv_storage in ("paged", "single"):
-                yield decode.decode(target, **common, group_size=group_size, kv_storage=kv_storage)
+                for has_window in windows:
+                    shape: dict[str, Any] = {"group_size": group_size, "kv_storage": kv_storage}
+                    yield decode.decode(target, **common, **shape, has_window=has_window)
         for short_queries in (False, True) if targets.kind(target) == "cuda" else (False,):
-            for mask in ("causal", "none"):  # none: the shared prefix of a cascade
+            for mask, window in masks:
                 for page_size in (1, 16):  # one for each kernel that there may be
-                    yield prefill.prefill(target, **common, mask=mask, short_queries=short_queries, page_size=page_size)
+                    pages: dict[str, Any] = {"short_queries": short_queries, "page_size": page_size}
+                    yield prefill.prefill(target, **common, mask=mask, **pages, **window)
     for kv_storage in ("ragged", "single"):
-        own: dict[str, Any] = {"q_dtype": dtype, "kv_dtype": dtype, "head_dim": model.head_dim}
-        yield prefill.prefill(target, **own, kv_storage=kv_storage, mask="causal")
+        for has_window in windows:
+            own: dict[str, Any] = {"q_dtype": dtype, "kv_dtype": dtype, "head_dim": model.head_dim, **logits}
+            yield prefill.prefill(target, **own, kv_storage=kv_storage, mask="causal", has_window=has_window)
     for pair in (False, True):
         yield merge.MERGE_STATES.spec(target, dtype=dtype, head_dim=model.head_dim, pair=pair)
     if targets.kind(target) == "cuda":
@@ -187,31 +206,40 @@ def _paged_cache(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
         yield page.SEQ_LENS.spec(target, index=index)
 
 
-def _rotary_axes(model: Model, dtype: str, target: str, cos_sin: str, position_index: str) -> dict[str, ArgValue]:
+def _rotary_axes(
+    model: Model, dtype: str, target: str, cos_sin: str, position_index: str, *, part_only: bool = False
+) -> dict[str, ArgValue]:
+    """`part_only`: what is not turned is not touched either, in place."""
     is_cuda, is_latent = targets.kind(target) == "cuda", model.kv_lora_rank > 0
     head_dim = model.qk_rope_head_dim if is_latent else model.head_dim
+    rotary_dim = model.rotary_dim or head_dim
+    touched = rotary_dim if part_only else head_dim
     return {
         "dtype": dtype,
         "head_dim": head_dim,
-        "rotary_dim": head_dim,
-        "interleave": is_latent,
+        "rotary_dim": rotary_dim,
+        "interleave": is_latent or model.interleave,
         "cos_sin": cos_sin,
         "position_index": position_index,
-        "vec_size": layout.vec_size(dtype, head_dim // 2) if is_cuda else 1,
+        "vec_size": layout.vec_size(dtype, math.gcd(rotary_dim // 2, touched // 2)) if is_cuda else 1,
     }
 
 
 def _rotary(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
     """Angles computed, or from a table in fp32 or the model's dtype, as serving engines pass them; positions of both
     widths."""
+    parts = (False, True) if model.rotary_dim not in (0, model.head_dim) else (False,)
     for cos_sin in dict.fromkeys(("computed", "fp32", dtype)):
         for position_index in ("int32", "int64"):
-            rotary = _rotary_axes(model, dtype, target, cos_sin, position_index)
-            yield rope.ROPE.spec(target, **rotary, ragged=False, rotary_part_only=False)
+            for part_only in parts:
+                rotary = _rotary_axes(model, dtype, target, cos_sin, position_index, part_only=part_only)
+                yield rope.ROPE.spec(target, **rotary, ragged=False, rotary_part_only=part_only)
             if model.qk_norm:
-                yield rope.QK_NORM_ROPE.spec(target, **rotary)
-    ragged = _rotary_axes(model, dtype, target, "computed", "int32")
-    yield rope.ROPE.spec(target, **ragged, ragged=True, rotary_part_only=False)
+                fused = _rotary_axes(model, dtype, target, cos_sin, position_index)
+                yield rope.QK_NORM_ROPE.spec(target, **fused)
+    for part_only in parts:
+        ragged = _rotary_axes(model, dtype, target, "computed", "int32", part_only=part_only)
+        yield rope.ROPE.spec(target, **ragged, ragged=True, rotary_part_only=part_only)
 
 
 def _sampling(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:

@@ -1,4 +1,4 @@
-"""What operators ask for when they serve the core models on a CPU; `main` prints one JSON array of specs.
+"""What operators ask for when they serve the models of a config on a CPU; `main` prints one JSON array of specs.
 
 Kernels do nothing here, so that only the asking takes time. Run it in a process of its own: operators remember what
 they launch.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 import flashinfer
 from flashinfer import prefill, rope
 from flashinfer.aot.config import find_config, read_config
-from flashinfer.aot.models import Model
+from flashinfer.aot.models import WINDOWED_LAYERS, Model
 from flashinfer.attention.mla import sparse
 from flashinfer.jit import spec as specs
 from flashinfer.jit.loader import Grid, Values
@@ -52,10 +53,12 @@ def int32(*values: int) -> torch.Tensor:
 def serve(model: Model, rank: int, dtype: torch.dtype) -> None:
     """One layer of one prefill step and one decode step, on one of `rank` GPUs, and the sampling of a token."""
     x = torch.zeros(3, model.hidden_size, dtype=dtype)
-    flashinfer.rmsnorm(x, x[0])
-    flashinfer.fused_add_rmsnorm(x, x.clone(), x[0].clone())
+    rmsnorm(model)(x, x[0])
+    add_rmsnorm = flashinfer.gemma_fused_add_rmsnorm if model.gemma_norm else flashinfer.fused_add_rmsnorm
+    add_rmsnorm(x, x.clone(), x[0].clone())
     for size in model.intermediate_sizes:
-        flashinfer.silu_and_mul(torch.zeros(3, 2 * size // rank, dtype=dtype))
+        act_and_mul = getattr(flashinfer, f"{model.activation}_and_mul")
+        act_and_mul(torch.zeros(3, 2 * size // rank, dtype=dtype))
     (attend_latent if model.kv_lora_rank else attend)(model, rank, dtype)
 
     probs = torch.zeros(2, model.vocab_size)
@@ -72,6 +75,10 @@ def serve(model: Model, rank: int, dtype: torch.dtype) -> None:
     flashinfer.top_k_mask_logits(probs, 50)
 
 
+def rmsnorm(model: Model) -> Callable[..., torch.Tensor]:
+    return flashinfer.gemma_rmsnorm if model.gemma_norm else flashinfer.rmsnorm
+
+
 def attend(model: Model, rank: int, dtype: torch.dtype) -> None:
     num_qo, num_kv, dim = model.num_qo_heads // rank, max(1, model.num_kv_heads // rank), model.head_dim
 
@@ -80,16 +87,22 @@ def attend(model: Model, rank: int, dtype: torch.dtype) -> None:
 
     qkv = tensor(3, num_qo + 2 * num_kv, dim)
     q, k, v = qkv.split([num_qo, num_kv, num_kv], dim=1)
+    rotary_dim = model.rotary_dim or dim
+    turns: dict[str, Any] = {"rotary_dim": rotary_dim, "interleave": model.interleave}
     if model.qk_norm:
-        flashinfer.rmsnorm(q, tensor(dim))
-        flashinfer.rmsnorm(k, tensor(dim))
-        rope.fused_qk_rmsnorm_rope(qkv.flatten(1), tensor(dim), tensor(dim), int32(0, 1, 2), num_qo, num_kv)
+        rmsnorm(model)(q, tensor(dim))
+        rmsnorm(model)(k, tensor(dim))
+        heads_of = (num_qo, num_kv)
+        rope.fused_qk_rmsnorm_rope(qkv.flatten(1), tensor(dim), tensor(dim), int32(0, 1, 2), *heads_of, **turns)
     for positions in (int32(0, 1, 2), int32(0, 1, 2).long()):
-        flashinfer.apply_rope_pos_ids(q, k, positions)
-        flashinfer.apply_llama31_rope_pos_ids_inplace(q, k, positions)
-        for table in (tensor(8, dim, of=torch.float32), tensor(8, dim)):
-            flashinfer.apply_rope_with_cos_sin_cache(positions, q.flatten(1), k.flatten(1), dim, table)
-    flashinfer.apply_rope(q, k, int32(0, 3), int32(0))
+        flashinfer.apply_rope_pos_ids(q, k, positions, **turns)
+        flashinfer.apply_llama31_rope_pos_ids_inplace(q, k, positions, **turns)
+        for table in (tensor(8, rotary_dim, of=torch.float32), tensor(8, rotary_dim)):
+            with_table = (positions, q.flatten(1), k.flatten(1), dim, table, not model.interleave)
+            flashinfer.apply_rope_with_cos_sin_cache(*with_table)
+            flashinfer.apply_rope_with_cos_sin_cache_inplace(*with_table)
+    flashinfer.apply_rope(q, k, int32(0, 3), int32(0), **turns)
+    flashinfer.apply_rope_inplace(q, k, int32(0, 3), int32(0), **turns)
 
     cache = tensor(2, 2, PAGE_SIZE, num_kv, dim)
     qo_indptr, kv_indptr, kv_indices, last_page_len = int32(0, 3), int32(0, 1), int32(1), int32(3)
@@ -97,23 +110,29 @@ def attend(model: Model, rank: int, dtype: torch.dtype) -> None:
     flashinfer.get_batch_indices_positions(qo_indptr, int32(3), 3)  # what an idle kernel leaves there is no index
     slots = (int32(0, 0, 0), int32(0, 1, 2), cache, kv_indices, kv_indptr, last_page_len)
     flashinfer.append_paged_kv_cache(k, v, *slots)
-    rope.rope_append_paged_kv_cache(q, k, v, *slots)
+    rope.rope_append_paged_kv_cache(q, k, v, *slots, **turns)
 
     workspace = torch.empty(1 << 20, dtype=torch.uint8)
     heads = (num_qo, num_kv, dim)
-    decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace)
-    decode.plan(kv_indptr, kv_indices, last_page_len, *heads, PAGE_SIZE, q_data_type=dtype)
-    decode.run(tensor(1, num_qo, dim), cache)
-    paged = prefill.BatchPrefillWithPagedKVCacheWrapper(workspace)
-    for causal in (True, False):
-        shape = (*heads, PAGE_SIZE)
-        paged.plan(qo_indptr, kv_indptr, kv_indices, last_page_len, *shape, causal=causal, q_data_type=dtype)
-        paged.run(q.contiguous(), cache)
-    ragged = prefill.BatchPrefillWithRaggedKVCacheWrapper(workspace)
-    ragged.plan(qo_indptr, qo_indptr, *heads, causal=True, q_data_type=dtype)
-    ragged.run(q.contiguous(), k.contiguous(), v.contiguous())
-    flashinfer.single_decode_with_kv_cache(q[0].contiguous(), k.contiguous(), v.contiguous())
-    flashinfer.single_prefill_with_kv_cache(q.contiguous(), k.contiguous(), v.contiguous(), causal=True)
+    for has_window in WINDOWED_LAYERS[model.windowed_layers]:
+        score: dict[str, Any] = {
+            "window_left": 1024 if has_window else -1,
+            "logits_soft_cap": 50.0 if model.soft_cap else 0.0,
+        }
+        batch = {"q_data_type": dtype, **score}
+        decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace)
+        decode.plan(kv_indptr, kv_indices, last_page_len, *heads, PAGE_SIZE, **batch)
+        decode.run(tensor(1, num_qo, dim), cache)
+        paged = prefill.BatchPrefillWithPagedKVCacheWrapper(workspace)
+        for causal in (True,) if has_window else (True, False):
+            shape = (*heads, PAGE_SIZE)
+            paged.plan(qo_indptr, kv_indptr, kv_indices, last_page_len, *shape, causal=causal, **batch)
+            paged.run(q.contiguous(), cache)
+        ragged = prefill.BatchPrefillWithRaggedKVCacheWrapper(workspace)
+        ragged.plan(qo_indptr, qo_indptr, *heads, causal=True, **batch)
+        ragged.run(q.contiguous(), k.contiguous(), v.contiguous())
+        flashinfer.single_decode_with_kv_cache(q[0].contiguous(), k.contiguous(), v.contiguous(), **score)
+        flashinfer.single_prefill_with_kv_cache(q.contiguous(), k.contiguous(), v.contiguous(), causal=True, **score)
 
     state = tensor(3, num_qo, dim), tensor(3, num_qo, of=torch.float32)
     flashinfer.merge_state(*state, *state)
@@ -171,7 +190,7 @@ def attend_latent(model: Model, rank: int, dtype: torch.dtype) -> None:
         flashinfer.merge_states(tensor(3, 2, num_heads, dim), tensor(3, 2, num_heads, of=torch.float32))
 
 
-def main() -> None:
+def main(config: str = "core") -> None:
     asked: dict[KernelSpec, None] = {}
 
     def load(resolver: Resolver, spec: KernelSpec) -> Idle:
@@ -179,7 +198,7 @@ def main() -> None:
         return Idle(spec)
 
     Resolver.load = load  # type: ignore[assignment, method-assign]
-    for row in read_config(find_config("core")):
+    for row in read_config(find_config(config)):
         assert isinstance(row.content, Model)
         for rank in row.content.tensor_parallel:
             for dtype in (torch.float32, torch.bfloat16):

@@ -115,6 +115,10 @@ def test_defaults_hold_where_a_row_is_silent(tmp_path: Path) -> None:
         (MODEL + "tensor_parallel = [3]\n", "row 1 (tiny): num_qo_heads [4] is not divisible by tensor_parallel 3"),
         (MODEL + "dtypes = ['bfloat']\n", "row 1 (tiny): dtypes has bfloat; expected fp16, bf16, fp32"),
         (MODEL.replace("64", "60"), "row 1 (tiny): decode: head_dim_qk=60 is not supported"),
+        (MODEL + "activation = 'relu'\n", "row 1 (tiny): activation is 'relu'; expected silu, gelu, gelu_tanh"),
+        (MODEL + "windowed_layers = 'few'\n", "row 1 (tiny): windowed_layers is 'few'; expected none, some, all"),
+        (MODEL + "rotary_dim = 128\n", "row 1 (tiny): rotary_dim is 128; expected at most head_dim 64"),
+        (LATENT + "soft_cap = true\n", "row 1 (latent): soft_cap is given; a model with kv_lora_rank has none"),
         ("[defaults]\nname = 'x'\n", "config.toml: [defaults]: unknown key 'name'"),
         ("[[kernel]]\ndtype = 'fp32'\n", "config.toml:1: [[kernel]] row 1 (?): family is missing"),
         ("\n[[kernel]]\nfamily = 'nrom'\n", "config.toml:2: [[kernel]] row 1 (nrom): kernel family 'nrom' is unknown"),
@@ -147,6 +151,48 @@ def test_core_answers_what_operators_ask_for() -> None:
     core = set(read_specs(["core"], [HOST]))
     assert not sorted(spec.name for spec in asked - core)
     assert {spec.family for spec in core} <= {spec.family for spec in asked}, "families nobody asks for"
+
+
+VARIANTS = {
+    "Gemma 2": """windowed_layers = "some"
+soft_cap = true
+gemma_norm = true
+activation = "gelu_tanh"
+""",
+    "Gemma 3": """windowed_layers = "some"
+gemma_norm = true
+qk_norm = true
+activation = "gelu"
+""",
+    "Mistral": 'windowed_layers = "all"\n',
+    "Phi 4": "rotary_dim = 48\n",
+    "GLM 4": "rotary_dim = 32\ninterleave = true\nqk_norm = true\n",
+    "Llama 4": "interleave = true\n",
+}
+
+
+def variant_row(name: str) -> str:
+    return f"{MODEL}vocab_size = 512\n{VARIANTS.get(name, '')}"
+
+
+def test_rows_answer_what_operators_ask_for(tmp_path: Path) -> None:
+    """Of each key that a row may have, on models as they have them."""
+    config = write_config(tmp_path, "\n".join(map(variant_row, VARIANTS)))
+    out, _ = finish(spawn(f"from tests.aot import ask_core; ask_core.main({str(config)!r})"))
+    asked = {KernelSpec.from_dict(spec) for spec in json.loads(out)}
+    assert not sorted(spec.name for spec in asked - set(read_specs([config], [HOST])))
+    plain = set(read_specs([write_config(tmp_path, variant_row("plain"))], [HOST]))
+    for name in VARIANTS:
+        own = set(read_specs([write_config(tmp_path, variant_row(name))], [HOST])) - plain
+        assert own, f"{name}: its keys make no difference"
+        assert {spec.family for spec in own - asked} <= {"qk_norm_rope"}, f"{name}: kernels nobody asks for"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
+def test_every_key_has_kernels_on_gpus(variant: str, target: str, tmp_path: Path) -> None:
+    for spec in read_specs([write_config(tmp_path, variant_row(variant))], [target]):
+        specs.family(spec.family).config(spec)
 
 
 def test_core_holds_every_placement_of_a_row_of_the_vocabulary() -> None:

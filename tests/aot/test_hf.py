@@ -102,46 +102,47 @@ CHATGLM = {
     "seq_length": 131072, "torch_dtype": "bfloat16",
 }  # fmt: skip
 
-# config; hidden_size, num_qo_heads, num_kv_heads, head_dim, intermediate_sizes, vocab_size, qk_norm; notes, in order
+GEMMA = {"gemma_norm": True, "activation": "gelu_tanh", "windowed_layers": "some"}
+# config; hidden_size, num_qo_heads, num_kv_heads, head_dim, intermediate_sizes, vocab_size, other keys; notes, in order
 ROWS: dict[str, tuple[dict[str, Any], tuple[Any, ...], list[str]]] = {
-    "Llama-2-7B": (config("llama", 4096, 32, 32, 11008, 32000), (4096, 32, 32, 128, [11008], 32000, False), []),
-    "Llama-3-8B": (LLAMA_31_8B, (4096, 32, 8, 128, [14336], 128256, False), []),
+    "Llama-2-7B": (config("llama", 4096, 32, 32, 11008, 32000), (4096, 32, 32, 128, [11008], 32000, {}), []),
+    "Llama-3-8B": (LLAMA_31_8B, (4096, 32, 8, 128, [14336], 128256, {}), []),
     "Llama-3.2-1B": (
         config("llama", 2048, 32, 8, 8192, 128256, head_dim=64, tie_word_embeddings=True),
-        (2048, 32, 8, 64, [8192], 128256, False),
+        (2048, 32, 8, 64, [8192], 128256, {}),
         [],
     ),
     "Llama-4-Scout": (
         {"model_type": "llama4", "text_config": SCOUT, "vision_config": {"hidden_size": 1408}, "boi_token_index": 20},
-        (5120, 40, 8, 128, [8192], 202048, False),
+        (5120, 40, 8, 128, [8192], 202048, {}),
         ["vision_config: .*language model", "neighbours", "normalised, not by RMSNorm", "chunk_size = 8192"],
     ),
     "Llama-4-Maverick": (
         {**SCOUT, "interleave_moe_layer_step": 2, "num_local_experts": 128, "use_qk_norm": False},
-        (5120, 40, 8, 128, [16384, 8192], 202048, False),
+        (5120, 40, 8, 128, [16384, 8192], 202048, {}),
         ["neighbours", "chunk_size = 8192"],
     ),
     "Mistral-7B-v0.1": (
         config("mistral", 4096, 32, 8, 14336, 32000, sliding_window=4096),
-        (4096, 32, 8, 128, [14336], 32000, False),
-        ["sliding_window = 4096: the row has attention without"],
+        (4096, 32, 8, 128, [14336], 32000, {"windowed_layers": "all"}),
+        [],
     ),
     "Mistral-Small-3.1-24B": (
         {
             "model_type": "mistral3", "image_token_index": 10, "projector_hidden_act": "gelu", "vision_config": {},
             "text_config": config("mistral", 5120, 32, 8, 32768, 131072, head_dim=128, sliding_window=None),
         },
-        (5120, 32, 8, 128, [32768], 131072, False),
+        (5120, 32, 8, 128, [32768], 131072, {}),
         ["vision_config"],
     ),
     "Mixtral-8x7B": (
         config("mixtral", 4096, 32, 8, 14336, 32000, num_local_experts=8, num_experts_per_tok=2, sliding_window=None),
-        (4096, 32, 8, 128, [14336], 32000, False),
+        (4096, 32, 8, 128, [14336], 32000, {}),
         [],
     ),
     "Qwen2.5-7B": (
         config("qwen2", 3584, 28, 4, 18944, 152064, use_sliding_window=False, sliding_window=131072),
-        (3584, 28, 4, 128, [18944], 152064, False),
+        (3584, 28, 4, 128, [18944], 152064, {}),
         [],
     ),
     "Qwen2-57B-A14B": (
@@ -150,12 +151,12 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[Any, ...], list[str]]] = {
             shared_expert_intermediate_size=20480, decoder_sparse_step=1, norm_topk_prob=False,
             use_sliding_window=False, sliding_window=65536, max_window_layers=28, router_aux_loss_coef=0.001,
         ),
-        (3584, 28, 4, 128, [2560, 20480], 151936, False),
+        (3584, 28, 4, 128, [2560, 20480], 151936, {}),
         [],
     ),
     "Qwen3-8B": (
         config("qwen3", 4096, 32, 8, 12288, 151936, head_dim=128, use_sliding_window=False, sliding_window=None),
-        (4096, 32, 8, 128, [12288], 151936, True),
+        (4096, 32, 8, 128, [12288], 151936, {"qk_norm": True}),
         [],
     ),
     "Qwen3-30B-A3B": (
@@ -163,24 +164,24 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[Any, ...], list[str]]] = {
             "qwen3_moe", 2048, 32, 4, 6144, 151936, head_dim=128, num_experts=128, moe_intermediate_size=768,
             decoder_sparse_step=1, mlp_only_layers=[], num_experts_per_tok=8, norm_topk_prob=True,
         ),
-        (2048, 32, 4, 128, [768], 151936, True),
+        (2048, 32, 4, 128, [768], 151936, {"qk_norm": True}),
         [],
     ),
     "Qwen3-Next-80B-A3B": (
         QWEN3_NEXT,
-        (2048, 16, 2, 256, [512], 151936, False),
-        ["Gemma's, by 1", "queries and keys", "gated", "in 64 of 256", "all layers but each 4th of linear"],
+        (2048, 16, 2, 256, [512], 151936, {"qk_norm": True, "gemma_norm": True, "rotary_dim": 64}),
+        ["gated", "all layers but each 4th of linear"],
     ),
     "Qwen3.5-35B-A3B": (
         {"model_type": "qwen3_5_moe", "text_config": QWEN35_35B, "vision_config": {}, "vision_end_token_id": 5},
-        (2048, 16, 2, 256, [512], 248320, False),
-        ["vision", "Gemma's, by 1", "queries and keys", "gated", "in 64 of 256", "mrope", "30 layers of linear"],
+        (2048, 16, 2, 256, [512], 248320, {"qk_norm": True, "gemma_norm": True, "rotary_dim": 64}),
+        ["vision", "gated", "mrope", "30 layers of linear"],
     ),
-    "GLM-4-9B": (CHATGLM, (4096, 32, 2, 128, [13696], 151552, False), ["neighbours"]),
+    "GLM-4-9B": (CHATGLM, (4096, 32, 2, 128, [13696], 151552, {"interleave": True}), []),
     "GLM-4-9B-0414": (
         config("glm4", 4096, 32, 2, 13696, 151552, head_dim=128, partial_rotary_factor=0.5),
-        (4096, 32, 2, 128, [13696], 151552, False),
-        ["neighbours", "in 64 of 128"],
+        (4096, 32, 2, 128, [13696], 151552, {"rotary_dim": 64, "interleave": True}),
+        [],
     ),
     "GLM-4.5": (
         config(
@@ -188,8 +189,8 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[Any, ...], list[str]]] = {
             n_routed_experts=160, n_shared_experts=1, moe_intermediate_size=1536, first_k_dense_replace=3, n_group=1,
             topk_group=1, num_experts_per_tok=8, routed_scaling_factor=2.5, num_nextn_predict_layers=1,
         ),
-        (5120, 96, 8, 128, [12288, 1536], 151552, True),
-        ["in 64 of 128"],
+        (5120, 96, 8, 128, [12288, 1536], 151552, {"qk_norm": True, "rotary_dim": 64}),
+        [],
     ),
     "Gemma-2-9B": (
         config(
@@ -197,16 +198,13 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[Any, ...], list[str]]] = {
             final_logit_softcapping=30.0, hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh",
             sliding_window=4096, query_pre_attn_scalar=256, cache_implementation="hybrid",
         ),
-        (3584, 16, 8, 256, [14336], 256000, False),
-        ["Gemma's, by 1", "sliding_window = 4096", "attn_logit_softcapping = 50", "hidden_act = gelu_pytorch_tanh"],
+        (3584, 16, 8, 256, [14336], 256000, {**GEMMA, "soft_cap": True}),
+        [],
     ),
     "Gemma-3-27B": (
         {"model_type": "gemma3", "text_config": GEMMA_3_27B, "vision_config": {}, "mm_tokens_per_image": 256},
-        (5376, 32, 16, 128, [21504], 262208, False),
-        [
-            "vision", "Gemma's, by 1", "queries and keys", "1024 in all layers but each 6th",
-            "hidden_activation is not in the file; gelu_pytorch_tanh", "hidden_act = gelu_pytorch_tanh",
-        ],
+        (5376, 32, 16, 128, [21504], 262208, {**GEMMA, "qk_norm": True}),
+        ["vision", "hidden_activation is not in the file; gelu_pytorch_tanh"],
     ),
     "Gemma-3-4B": (  # which leaves out most
         {
@@ -217,28 +215,28 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[Any, ...], list[str]]] = {
             },
             "vision_config": {},
         },
-        (2560, 8, 4, 256, [10240], 262208, False),
+        (2560, 8, 4, 256, [10240], 262208, {**GEMMA, "qk_norm": True}),
         [
-            "vision", "Gemma's, by 1", "queries and keys", "num_attention_heads is not in the file; 8", "num_key_value",
-            "head_dim is not", "vocab_size is not", "sliding_window = 1024", "hidden_activation is not", "hidden_act =",
+            "vision", "num_attention_heads is not in the file; 8", "num_key_value_heads is not", "head_dim is not",
+            "vocab_size is not", "hidden_activation is not",
         ],
     ),
     "Phi-4": (
         config("phi3", 5120, 40, 10, 17920, 100352, embd_pdrop=0.0, resid_pdrop=0.0, sliding_window=None),
-        (5120, 40, 10, 128, [17920], 100352, False),
+        (5120, 40, 10, 128, [17920], 100352, {}),
         [],
     ),
     "Phi-4-mini": (
         config("phi3", 3072, 24, 8, 8192, 200064, partial_rotary_factor=0.75, sliding_window=262144),
-        (3072, 24, 8, 128, [8192], 200064, False),
-        ["sliding_window = 262144", "in 96 of 128"],
+        (3072, 24, 8, 128, [8192], 200064, {"rotary_dim": 96, "windowed_layers": "all"}),
+        [],
     ),
-    "Phi-3.5-mini": (config("phi3", 3072, 32, 32, 8192, 32064), (3072, 32, 32, 96, [8192], 32064, False), []),
+    "Phi-3.5-mini": (config("phi3", 3072, 32, 32, 8192, 32064), (3072, 32, 32, 96, [8192], 32064, {}), []),
     "gpt-oss-20b": (
         GPT_OSS_20B,
-        (2880, 64, 8, 64, [2880], 201088, False),
+        (2880, 64, 8, 64, [2880], 201088, {"windowed_layers": "some"}),
         [
-            "sink", "clamped SwiGLU", "sliding_window = 128 in 12 of 24 layers", r"quantization_config \(mxfp4\)",
+            "sink", "clamped SwiGLU", r"quantization_config \(mxfp4\)",
             "initial_context_length = 4096: unknown here",
         ],
     ),
@@ -255,10 +253,9 @@ def assert_notes(notes: list[str], patterns: list[str]) -> None:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_row_of_a_published_model(name: str) -> None:
-    published, (*numbers, qk_norm), notes = ROWS[name]
+    published, (*numbers, others), notes = ROWS[name]
     row = hf.translate(published, name)
-    assert [row.values[key] for key in KEYS] == numbers
-    assert row.values.get("qk_norm", False) is qk_norm
+    assert row.values == {"name": name, **dict(zip(KEYS, numbers)), **others, "tensor_parallel": [1]}
     assert_notes(row.notes, notes)
 
 
@@ -348,12 +345,14 @@ def test_a_row_that_cannot_be_built_is_an_error(tmp_path: Path, capsys: pytest.C
         ({"new_tricks": {"a": list(range(100))}}, r"new_tricks = .*\.\.\.: unknown here"),
         ({"model_type": "nameless"}, "model_type nameless is unknown here"),
         ({"torch_dtype": "float32"}, "dtype = float32"),
-        ({"hidden_act": "gelu"}, "hidden_act = gelu"),
+        ({"hidden_act": "relu2"}, "hidden_act = relu2"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention = true: unknown here"),
         ({"cross_attention_layers": [3, 8]}, r"cross_attention_layers = \[3, 8\]"),
-        ({"rotary_dim": 64}, "in 64 of 128"),
+        (
+            {"rope_parameters": {"full": {"partial_rotary_factor": 0.5}, "sliding": {"partial_rotary_factor": 1}}},
+            "0.5 or 1",
+        ),
         ({"use_qk_norm": True}, "normalised"),
-        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 7}, "sliding_window = 7 in 2 of 2 layers"),
     ],
 )
 def test_what_the_row_cannot_say_is_said(more: dict[str, Any], note: str) -> None:
@@ -374,6 +373,24 @@ def test_what_the_row_cannot_say_is_said(more: dict[str, Any], note: str) -> Non
 )
 def test_what_changes_nothing_is_not_said(more: dict[str, Any]) -> None:
     assert hf.translate({**LLAMA_31_8B, **more}, "m").notes == []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more", "windowed"),
+    [
+        ("mistral", {"sliding_window": 7}, "all"),
+        ("qwen2", {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 20}, "some"),
+        ("qwen2", {"sliding_window": 7, "use_sliding_window": False}, None),
+        ("gemma3_text", {"sliding_window": 7, "sliding_window_pattern": 6}, "some"),
+        ("gemma3_text", {"sliding_window": 7, "sliding_window_pattern": 1}, None),
+        ("llama", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 7}, "all"),
+        ("llama", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}, "some"),
+        ("llama", {"layer_types": ["full_attention"] * 2, "sliding_window": 7}, None),
+    ],
+)
+def test_which_layers_have_a_window(model_type: str, more: dict[str, Any], windowed: str | None) -> None:
+    row = hf.translate({**LLAMA_31_8B, "model_type": model_type, **more}, "m")
+    assert row.values.get("windowed_layers") == windowed
 
 
 def test_degrees_that_divide_unevenly_are_left_out() -> None:
