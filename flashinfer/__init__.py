@@ -32,6 +32,7 @@ _EXPORTS = {
             "fast_decode_plan",
         ),
         "events": ("tag",),
+        "gemm": ("bmm_fp8",),
         "mla": ("BatchMLAPagedAttentionWrapper", "sparse_mla_decode", "sparse_mla_prefill"),
         "norm": (
             "rmsnorm",

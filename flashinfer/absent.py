@@ -22,7 +22,6 @@ _SINKS = "attention sinks", "vLLM: --attention-backend FLASH_ATTN or TRITON_ATTN
 _FP4_CACHE = "a KV cache in fp4", "vLLM: --kv-cache-dtype auto or fp8"
 _FP4_OUTPUT = "attention with its output in fp4", "vLLM: --compilation-config.pass_config.fuse_attn_quant=false"
 _FP8_GEMM = "matrix products in fp8", "SGLang: --fp8-gemm-backend triton or deep_gemm"
-_FP8_BMM = "matrix products in fp8", "SGLang: SGLANG_IS_FLASHINFER_AVAILABLE=false, which leaves out all of flashinfer"
 _MOE = "mixture-of-experts kernels", "SGLang: --moe-runner-backend triton or marlin"
 _MNNVL = "communication over multi-node NVLink", "vLLM: another --all2all-backend; SGLang: another --moe-a2a-backend"
 
@@ -30,7 +29,6 @@ _MNNVL = "communication over multi-node NVLink", "vLLM: another --all2all-backen
 ROWS: dict[str, tuple[str, str]] = {
     "flashinfer.BatchAttentionWithAttentionSinkWrapper": _SINKS,
     "flashinfer.SfLayout": _FP8_GEMM,
-    "flashinfer.bmm_fp8": _FP8_BMM,
     "flashinfer.comm.mnnvl.CommBackend": _MNNVL,
     "flashinfer.decode.trtllm_batch_decode_with_kv_cache": _TRTLLM,
     "flashinfer.decode.xqa_batch_decode_with_kv_cache": _TRTLLM,

@@ -258,6 +258,11 @@ def _fused_qk_rmsnorm_rope(i: Inputs) -> Any:
 
 # ------------------------------------------------------------------------------------------------------------- sampling
 
+CALLS["bmm_fp8"] = lambda i: flashinfer.bmm_fp8(
+    i.x.to(torch.float8_e4m3fn)[None], i.table[:, :32].contiguous().to(torch.float8_e4m3fn).mT[None], i.scale, i.scale,
+    torch.bfloat16,
+)  # fmt: skip
+
 STATE = {"seed": 3, "offset": 0}
 CALLS |= {
     "sampling.softmax": lambda i: [sampling.softmax(i.logits), sampling.softmax(i.logits, temperature=i.per_row)],
@@ -404,7 +409,8 @@ def public_names() -> frozenset[str]:
     """What the package exports, and what its modules export besides."""
     names = set(flashinfer._EXPORTS)
     attention = ("cascade", "decode", "mla", "prefill")
-    for module in (*attention, "norm", "activation", "concat_ops", "page", "quantization", "rope", "sampling", "topk"):
+    rows = ("activation", "gemm", "norm", "quantization", "rope", "sampling", "topk")
+    for module in (*attention, *rows, "concat_ops", "page"):
         exported = getattr(flashinfer, module).__all__
         names |= {f"{module}.{name}" for name in exported if name not in flashinfer._EXPORTS}
     return frozenset(names - {"TopKTieBreak"})

@@ -41,7 +41,18 @@ def test_a_campaign_finds_nothing() -> None:
 
 def test_every_public_function_has_a_case() -> None:
     attention = ("cascade", "decode", "mla", "prefill")
-    modules = (*attention, "activation", "concat_ops", "norm", "page", "quantization", "rope", "sampling", "topk")
+    modules = (
+        *attention,
+        "activation",
+        "concat_ops",
+        "gemm",
+        "norm",
+        "page",
+        "quantization",
+        "rope",
+        "sampling",
+        "topk",
+    )
     public = {name for module in modules for name in importlib.import_module(f"flashinfer.{module}").__all__}
     public |= {name for name, value in vars(utils).items() if getattr(value, "__module__", "") == utils.__name__}
     aliases = {"top_p_renorm_prob", "top_k_renorm_prob"}
