@@ -413,7 +413,7 @@ def public_names() -> frozenset[str]:
     for module in (*attention, *rows, "concat_ops", "page"):
         exported = getattr(flashinfer, module).__all__
         names |= {f"{module}.{name}" for name in exported if name not in flashinfer._EXPORTS}
-    return frozenset(names - {"TopKTieBreak"})
+    return frozenset(names - {"TopKTieBreak", "autotune_v2"})
 
 
 ALIASES = {

@@ -39,6 +39,18 @@ def test_the_autotune_pass_of_an_engine(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_autotune_pass_of_another_engine(tmp_path: Path) -> None:
+    from flashinfer import autotune_v2
+
+    path, ran = tmp_path / "tp0.json", []
+    with autotuner.autotune(True, cache=None, skip_ops=set()), autotune_v2(mode="tune", persistent_cache=False):
+        ran.append(True)
+    tuner = autotuner.AutoTuner.get()
+    tuner.save_configs(str(path))
+    assert ran and tuner.load_configs(str(path))
+    assert not hasattr(flashinfer, "autotune_v2_reload"), "vLLM would take this way"
+
+
 def test_an_exception_leaves_the_autotune_pass() -> None:
     with pytest.raises(RuntimeError, match="out of memory"), autotuner.autotune():
         raise RuntimeError("out of memory")
