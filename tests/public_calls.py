@@ -404,6 +404,9 @@ CALLS["utils.get_alibi_slopes"] = lambda i: [utils.get_alibi_slopes(6), utils.ge
 CALLS["utils.get_indptr"] = lambda i: utils.get_indptr(i.last_page_len)
 
 
+NO_OPERATORS = {"TopKTieBreak", "autotune_v2", "tag"}  # an enumeration, contexts
+
+
 @functools.cache
 def public_names() -> frozenset[str]:
     """What the package exports, and what its modules export besides."""
@@ -413,7 +416,7 @@ def public_names() -> frozenset[str]:
     for module in (*attention, *rows, "concat_ops", "page"):
         exported = getattr(flashinfer, module).__all__
         names |= {f"{module}.{name}" for name in exported if name not in flashinfer._EXPORTS}
-    return frozenset(names - {"TopKTieBreak", "autotune_v2"})
+    return frozenset(names - NO_OPERATORS)
 
 
 ALIASES = {

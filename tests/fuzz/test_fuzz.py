@@ -21,6 +21,7 @@ from tests.fuzz.call import Call, Check, Refused, equal, judge
 from tests.fuzz.draw import Draw
 from tests.fuzz.memory import Memory
 from tests.kit import ROOT
+from tests.public_calls import NO_OPERATORS
 
 
 def campaign(*arguments: str) -> None:
@@ -41,24 +42,14 @@ def test_a_campaign_finds_nothing() -> None:
 
 def test_every_public_function_has_a_case() -> None:
     attention = ("cascade", "decode", "mla", "prefill")
-    modules = (
-        *attention,
-        "activation",
-        "concat_ops",
-        "gemm",
-        "norm",
-        "page",
-        "quantization",
-        "rope",
-        "sampling",
-        "topk",
-    )
+    rows = ("activation", "gemm", "norm", "quantization", "rope", "sampling", "topk")
+    modules = (*attention, *rows, "concat_ops", "page")
     public = {name for module in modules for name in importlib.import_module(f"flashinfer.{module}").__all__}
     public |= {name for name, value in vars(utils).items() if getattr(value, "__module__", "") == utils.__name__}
     aliases = {"top_p_renorm_prob", "top_k_renorm_prob"}
-    enumerations = {"MaskMode", "PosEncodingMode", "TensorLayout", "TopKTieBreak"}
-    assert set(flashinfer.__all__) - {"__version__", "autotune_v2"} <= public
-    assert public - aliases - enumerations == set(table.cases())
+    enumerations = {"MaskMode", "PosEncodingMode", "TensorLayout"}
+    assert set(flashinfer.__all__) - {"__version__"} - NO_OPERATORS <= public
+    assert public - aliases - enumerations - NO_OPERATORS == set(table.cases())
 
 
 # ------------------------------------------------------------------------------------------------------- planted faults
