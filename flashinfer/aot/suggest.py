@@ -10,7 +10,6 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from flashinfer import families
 from flashinfer import target as targets
 from flashinfer.aot import advice
+from flashinfer.aot.estimate import Estimator
 from flashinfer.aot.records import Distinct, Summary, Tally
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.jit import spec as specs
@@ -27,7 +27,6 @@ from flashinfer.jit.stores import JitCache
 
 _MAX_STATES = 4000
 _TIE = 1e-6  # of the value, which a better choice does not matter by
-_TYPICAL_BYTES = 20000  # of a kernel that nothing is known of
 
 Size = tuple[int, bool]  # bytes, and whether they are an estimate
 
@@ -162,33 +161,18 @@ def _buildable(spec: dict[str, Any], names: Sequence[str]) -> list[KernelSpec]:
 
 
 class Sizes:
-    """Bytes of machine code: as recorded, as in the JIT cache, else the median of what resembles the kernel most."""
+    """Bytes of machine code: as recorded, as in the JIT cache, else as a build would estimate them."""
 
     def __init__(self, kernels: Iterable[Tally], cache: Path | None) -> None:
         self._known = {(one.name, one.spec["target"]): one.bytes for one in kernels if one.bytes > 0}
-        self._alike: dict[tuple[str, ...], list[int]] = {}
+        self._estimator = Estimator()
         if cache is not None:
             for spec, size in _in_cache(cache):
                 self._known.setdefault((spec.name, spec.target), size)
-        for (name, target), size in self._known.items():
-            for key in self._keys(name, name.partition("-")[0], target):
-                self._alike.setdefault(key, []).append(size)
 
     def of(self, spec: KernelSpec) -> Size:
         known = self._known.get((spec.name, spec.target))
-        if known is not None:
-            return known, False
-        for key in self._keys(spec.name, spec.family, spec.target):
-            if key in self._alike:
-                return int(statistics.median(self._alike[key])), True
-        return _TYPICAL_BYTES, True
-
-    def _keys(self, name: str, family: str, target: str) -> list[tuple[str, ...]]:
-        try:
-            kind = targets.kind(target)
-        except UnsupportedConfig:
-            kind = "?"
-        return [("name", name, kind), ("family", family, target), ("family", family, kind), ("kind", kind)]
+        return (known, False) if known is not None else (self._estimator.of(spec).bytes, True)
 
 
 def _in_cache(cache: Path) -> Iterable[tuple[KernelSpec, int]]:

@@ -16,6 +16,7 @@ import pytest
 from flashinfer import target
 from flashinfer.aot import records, suggest
 from flashinfer.aot.config import read_specs
+from flashinfer.aot.estimate import Estimator
 from flashinfer.aot.kernel_set import KernelSet
 from flashinfer.aot.suggest import choose
 from flashinfer.cli import _misses_page
@@ -95,7 +96,7 @@ def test_a_row_is_paid_for_on_every_target_and_saves_on_all_that_run_it(tmp_path
     assert suggestion(tmp_path, miss(64, "sm_90a"), names=("sm_80",)).chosen == []
 
 
-def test_sizes_are_recorded_cached_or_like_others(tmp_path: Path) -> None:
+def test_sizes_are_recorded_cached_or_estimated(tmp_path: Path) -> None:
     resolver = cpu_resolver(tmp_path / "cache")
     resolver.load(rmsnorm_spec(128))
     (machine_code,) = (tmp_path / "cache" / "jit").glob("*/kernel.so")
@@ -108,7 +109,8 @@ def test_sizes_are_recorded_cached_or_like_others(tmp_path: Path) -> None:
     )
     sizes = {one.spec["args"]["hidden_size"]: (one.bytes, one.is_estimate) for one in found.all}
     cached = machine_code.stat().st_size
-    assert sizes == {64: (1000, False), 128: (cached, False), 256: ((1000 + cached) // 2, True)}
+    estimated = Estimator().of(rmsnorm_spec(256)).bytes
+    assert sizes == {64: (1000, False), 128: (cached, False), 256: (estimated, True)}
 
 
 def test_what_another_step_mends_does_not_count(tmp_path: Path) -> None:
