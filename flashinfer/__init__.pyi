@@ -4,6 +4,7 @@ from flashinfer import activation as activation
 from flashinfer import cascade as cascade
 from flashinfer import concat_ops as concat_ops
 from flashinfer import decode as decode
+from flashinfer import events as events
 from flashinfer import mla as mla
 from flashinfer import norm as norm
 from flashinfer import page as page
@@ -11,6 +12,7 @@ from flashinfer import prefill as prefill
 from flashinfer import quantization as quantization
 from flashinfer import rope as rope
 from flashinfer import sampling as sampling
+from flashinfer import topk as topk
 from flashinfer.activation import gelu_and_mul as gelu_and_mul
 from flashinfer.activation import gelu_tanh_and_mul as gelu_tanh_and_mul
 from flashinfer.activation import silu_and_mul as silu_and_mul
@@ -30,6 +32,7 @@ from flashinfer.decode import BatchDecodeWithPagedKVCacheWrapper as BatchDecodeW
 from flashinfer.decode import CUDAGraphBatchDecodeWithPagedKVCacheWrapper as CUDAGraphBatchDecodeWithPagedKVCacheWrapper
 from flashinfer.decode import fast_decode_plan as fast_decode_plan
 from flashinfer.decode import single_decode_with_kv_cache as single_decode_with_kv_cache
+from flashinfer.events import tag as tag
 from flashinfer.mla import BatchMLAPagedAttentionWrapper as BatchMLAPagedAttentionWrapper
 from flashinfer.mla import sparse_mla_decode as sparse_mla_decode
 from flashinfer.mla import sparse_mla_prefill as sparse_mla_prefill
@@ -73,4 +76,6 @@ from flashinfer.sampling import top_k_top_p_sampling_from_logits as top_k_top_p_
 from flashinfer.sampling import top_k_top_p_sampling_from_probs as top_k_top_p_sampling_from_probs
 from flashinfer.sampling import top_p_renorm_probs as top_p_renorm_probs
 from flashinfer.sampling import top_p_sampling_from_probs as top_p_sampling_from_probs
+from flashinfer.topk import TopKTieBreak as TopKTieBreak
+from flashinfer.topk import top_k as top_k
 from flashinfer.version import __version__ as __version__
