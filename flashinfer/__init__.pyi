@@ -1,10 +1,12 @@
 """Where the names are defined that __init__.py finds on first use: for type checkers, which do not run it."""
 
 from flashinfer import activation as activation
+from flashinfer import autotuner as autotuner
 from flashinfer import cascade as cascade
 from flashinfer import concat_ops as concat_ops
 from flashinfer import decode as decode
 from flashinfer import events as events
+from flashinfer import gemm as gemm
 from flashinfer import mla as mla
 from flashinfer import norm as norm
 from flashinfer import page as page
@@ -17,6 +19,7 @@ from flashinfer.activation import gelu_and_mul as gelu_and_mul
 from flashinfer.activation import gelu_tanh_and_mul as gelu_tanh_and_mul
 from flashinfer.activation import silu_and_mul as silu_and_mul
 from flashinfer.activation import silu_and_mul_quant as silu_and_mul_quant
+from flashinfer.autotuner import autotune_v2 as autotune_v2
 from flashinfer.cascade import (
     BatchDecodeWithSharedPrefixPagedKVCacheWrapper as BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
 )
@@ -33,6 +36,7 @@ from flashinfer.decode import CUDAGraphBatchDecodeWithPagedKVCacheWrapper as CUD
 from flashinfer.decode import fast_decode_plan as fast_decode_plan
 from flashinfer.decode import single_decode_with_kv_cache as single_decode_with_kv_cache
 from flashinfer.events import tag as tag
+from flashinfer.gemm import bmm_fp8 as bmm_fp8
 from flashinfer.mla import BatchMLAPagedAttentionWrapper as BatchMLAPagedAttentionWrapper
 from flashinfer.mla import sparse_mla_decode as sparse_mla_decode
 from flashinfer.mla import sparse_mla_prefill as sparse_mla_prefill

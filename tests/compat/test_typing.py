@@ -77,8 +77,22 @@ def test_the_stub_has_every_public_name() -> None:
             for each in node.names:
                 assert each.asname == each.name, "only so it is public"
                 found[each.name] = (node.module or "").removeprefix("flashinfer").removeprefix(".")
+    assert found == expected_names(), "python -m tests.compat.test_typing writes it anew"
+
+
+def expected_names() -> dict[str, str]:
+    """Public name -> the module it is in; "" for a module itself."""
     modules = dict.fromkeys(flashinfer._EXPORTS.values(), "")
-    assert found == {**modules, **flashinfer._EXPORTS, "__version__": "version"}
+    return {**modules, **flashinfer._EXPORTS, "__version__": "version"}
+
+
+def write_stub() -> None:
+    text = STUB.read_text().partition("\nfrom ")[0] + "\n"
+    for name, module in sorted(expected_names().items(), key=lambda entry: entry[::-1]):
+        text += f"from flashinfer{'.' if module else ''}{module} import {name} as {name}\n"
+    STUB.write_text(text)
+    for command in (["check", "--fix", "--quiet"], ["format", "--quiet"]):
+        subprocess.run(["ruff", *command, str(STUB)], cwd=ROOT, check=True)
 
 
 def test_calls_of_users_pass_and_their_mistakes_do_not(tmp_path: Path) -> None:
@@ -107,3 +121,7 @@ def test_public_annotations_are_complete(name: str) -> None:
         given = [each for each in signature.parameters.values() if each.name not in ("self", "cls")]
         assert all(each.annotation is not each.empty for each in given), function
         assert signature.return_annotation is not signature.empty, function
+
+
+if __name__ == "__main__":
+    write_stub()
