@@ -81,6 +81,12 @@ AOT_PATH: Setting[tuple[Path, ...]] = Setting(
     (),
     "Folders with a registry.json, searched before the installed flashinfer_aot (in-house kernel sets).",
 )
+AOT_TRUST: Setting[Path | None] = Setting(
+    "FLASHINFER_AOT_TRUST",
+    _path,
+    None,
+    "A public key, or a folder of them (*.pem): sets that none of them has signed are not used.",
+)
 DISABLE_AOT = Setting("FLASHINFER_DISABLE_AOT", _boolean, False, "Ignore every AOT registry.")
 DISABLE_JIT = Setting("FLASHINFER_DISABLE_JIT", _boolean, False, "Never compile: a kernel no store holds is an error.")
 RECORD_MISSES = Setting(

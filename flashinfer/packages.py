@@ -19,6 +19,7 @@ RUNTIME = {
     **({"tomli": "tomli"} if sys.version_info < (3, 11) else {}),
 }
 BUILD = {"ninja": "ninja", "tqdm": "tqdm"}
+TRUST = {"cryptography": "cryptography>=3.4"}  # signatures of sets
 # What any build of CUDA kernels needs where no torch brings it. Drivers before 580 want cubins of CUDA 12: extra cu12.
 NVRTC, CUDA_HEADERS = "nvidia-cuda-nvrtc>=13,<14", "nvidia-cuda-runtime>=13,<14"
 
@@ -33,7 +34,7 @@ def is_missing(module: str) -> bool:
 
 def requirement(module: str) -> str | None:
     """What pip installs for a module of this list or one inside of it; None for any other."""
-    for known, text in {**RUNTIME, **BUILD}.items():
+    for known, text in {**RUNTIME, **BUILD, **TRUST}.items():
         if module == known or module.startswith(f"{known}.") or known.startswith(f"{module}."):
             return text
     return None

@@ -1,4 +1,4 @@
-"""`flashinfer aot build | merge | config | list | verify`: sets of precompiled kernels."""
+"""`flashinfer aot build | merge | config | list | verify | sign`: sets of precompiled kernels."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from flashinfer import packages
+from flashinfer import env, packages
 from flashinfer import target as targets
 from flashinfer.cli import UsageError, _text
 from flashinfer.errors import ToolchainMissing
+from flashinfer.jit import trust
+from flashinfer.jit.stores import AotStore, Registry
 
 if TYPE_CHECKING:
     from flashinfer.aot.build import Plan
@@ -27,7 +29,7 @@ _MAX_LISTED = 10  # of kernels that nobody uses; verify lists all
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("aot", help="build, merge, list and verify precompiled kernels")
+    parser = subparsers.add_parser("aot", help="build, merge, list, verify and sign precompiled kernels")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     build = commands.add_parser("build", help="compile the kernels that configs ask for into a folder")
     _add_build_arguments(build)
@@ -52,7 +54,18 @@ def add_parser(subparsers: Any) -> None:
         command.add_argument("paths", nargs="*", type=Path, help="folders with a registry.json (default: those in use)")
         if name == "list":
             command.add_argument("--kernels", action="store_true", help="a line per kernel rather than per family")
+        else:
+            command.add_argument(
+                "--key",
+                type=_path,
+                metavar="PUBLIC",
+                help=f"check the signature: a public key, or a folder of them (default: {env.AOT_TRUST.name})",
+            )
         command.set_defaults(run=run)
+    sign = commands.add_parser("sign", help="sign a set, for those that trust a key and not a folder")
+    sign.add_argument("path", type=_path, metavar="SET", help="folder with a registry.json")
+    sign.add_argument("--key", required=True, type=_path, metavar="KEY", help="a private key of Ed25519 in PEM")
+    sign.set_defaults(run=sign_set)
 
 
 # ---------------------------------------------------------------------------------------------------------------- build
@@ -307,7 +320,7 @@ def write_row(args: argparse.Namespace) -> int:
     return 0
 
 
-# --------------------------------------------------------------------------------------------------------- list, verify
+# --------------------------------------------------------------------------------------------------- list, verify, sign
 
 
 def list_kernels(args: argparse.Namespace) -> int:
@@ -336,29 +349,43 @@ def verify(args: argparse.Namespace) -> int:
     """Print every problem. Exit status 1 when there is one."""
     from flashinfer.aot.verify import verify as find_problems
 
-    registries, status = _registries(args.paths)
+    registries, status = _registries(args.paths, args.key or env.AOT_TRUST.get())
     for registry in registries:
         problems = find_problems(registry)
         for problem in problems:
             print(f"{problem.what}: {problem.why}")
         stale = sum(problem.stale for problem in problems)
         verdict = f"{len(problems) - stale} damaged, {stale} stale" if problems else "all sound"
-        print(f"{registry.root}: {len(registry.entries)} kernels, {verdict}")
+        print(f"{registry.root}: {len(registry.entries)} kernels, {verdict}{_signature(registry)}")
         status |= bool(problems)
     return status
 
 
-def _registries(paths: Sequence[Path]) -> tuple[list[Any], int]:
-    """Registries of the given folders, or those in use; and 1 as exit status when one is missing or unreadable."""
-    from flashinfer.jit.stores import AotStore, Registry
+def _signature(registry: Registry) -> str:
+    if registry.signer is not None:
+        return f", signed with {registry.signer}"
+    return ", its signature not checked (--key PUBLIC)" if (registry.root / trust.SIGNATURE).exists() else ""
 
+
+def sign_set(args: argparse.Namespace) -> int:
+    """Sign a set. Exit status 1, and the set is as it was, where it is damaged or the key is none of Ed25519."""
+    from flashinfer.aot.signing import sign
+
+    count = sign(args.path, args.key)
+    print(f"{_text.count(count, 'kernel')} signed: {args.path / trust.SIGNATURE}")
+    return 0
+
+
+def _registries(paths: Sequence[Path], trusted: Path | None = None) -> tuple[list[Registry], int]:
+    """Registries of the given folders, or those in use; and 1 as exit status when one is missing, unreadable, or not
+    signed with a trusted key."""
     roots = list(paths) or AotStore().roots()
     if not roots:
         raise UsageError("no kernel registry is installed; pip install 'flashinfer[aot]', or set FLASHINFER_AOT_PATH")
     registries, status = [], 0
     for root in roots:
         try:
-            registries.append(Registry(root))
+            registries.append(Registry(root, trusted))
         except (OSError, ValueError) as error:
             print(f"{root}: no usable registry: {error}", file=sys.stderr)
             status = 1

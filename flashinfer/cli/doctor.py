@@ -26,7 +26,7 @@ from flashinfer import target as targets
 from flashinfer.aot import tools
 from flashinfer.cli._text import count, size, table
 from flashinfer.errors import FlashInferError, ToolchainMissing, UnsupportedConfig
-from flashinfer.jit import cache_dir, driver, loader, toolchain
+from flashinfer.jit import cache_dir, driver, loader, toolchain, trust
 from flashinfer.jit.source import render
 from flashinfer.jit.spec import KernelSpec
 from flashinfer.jit.stores import AotStore, Entry, JitCache, Registry
@@ -232,12 +232,15 @@ def _precompiled_kernels() -> Iterator[Finding]:
 
 def _registry(root: Path) -> Finding:
     try:
-        registry = Registry(root)
+        registry = Registry(root, env.AOT_TRUST.get())
+    except trust.Untrusted as error:
+        return Finding("precompiled kernels", FAILURE, f"{root} is not used: {error}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         return Finding("precompiled kernels", FAILURE, f"{root} is not usable: {error}", _COMPANION_FIX)
     matching = sum(_is_current(entry) for entry in registry.entries)
     for_targets = ", ".join(sorted({entry.target for entry in registry.entries})) or "no target"
     text = f"version {registry.version}, {count(len(registry.entries), 'kernel')} for {for_targets} in {root}"
+    text += "" if registry.signer is None else f", signed with {registry.signer}"
     if matching == len(registry.entries):
         return Finding("precompiled kernels", OK, text)
     stale = len(registry.entries) - matching

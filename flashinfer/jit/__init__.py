@@ -4,7 +4,7 @@ spec.py       what can be asked for            source.py     spec -> translation
 toolchain.py  translation unit -> machine code stores.py     where machine code is found again
 resolver.py   the order of the stores          misses.py     what AOT could not answer
 driver.py     the CUDA driver calls we make    loader.py     machine code -> something to launch
-cache_dir.py  where all of it is kept
+cache_dir.py  where all of it is kept          trust.py       who signed a registry
 """
 
 from __future__ import annotations

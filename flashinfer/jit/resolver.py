@@ -143,7 +143,7 @@ class Resolver:
                 f"{spec.name} for {spec.target}, compiled just now, does not load: {why}; `flashinfer doctor` tries "
                 "compiler and driver"
             )
-        log.warn_once(f"{spec.name}: {refused.path} does not load and is ignored: {why}")
+        log.warn_once(f"{spec.name}: {refused.path or 'its machine code'} does not load and is ignored: {why}")
         if refused.store == "aot":
             return self._resolve_miss(spec, f"not loadable: {why}")
         assert refused.path is not None

@@ -24,7 +24,7 @@ from typing import Any, Union
 from flashinfer import env, log
 from flashinfer import target as targets
 from flashinfer.errors import DriverError
-from flashinfer.jit import driver
+from flashinfer.jit import driver, trust
 from flashinfer.jit.source import Source, render
 from flashinfer.jit.spec import KernelSpec
 from flashinfer.version import __version__
@@ -92,10 +92,13 @@ def _entry(raw: Any) -> Entry:
 class Registry:
     """A registry.json and the machine code beside it."""
 
-    def __init__(self, root: Path) -> None:
-        """Raises OSError or ValueError when there is no readable registry."""
+    def __init__(self, root: Path, trusted: Path | None = None) -> None:
+        """Raises OSError or ValueError when there is no readable registry; trust.Untrusted, a ValueError, when it is
+        not signed with a trusted key."""
         self.root = root
-        data = json.loads((root / "registry.json").read_text(encoding="utf-8"))
+        self.content = (root / "registry.json").read_bytes()
+        self.signer = None if trusted is None else trust.check(root, self.content, trusted)
+        data = json.loads(self.content.decode("utf-8"))
         number = data.get("format") if isinstance(data, dict) else None
         if number != REGISTRY_FORMAT:
             raise ValueError(f"registry format {number!r:.40}; expected {REGISTRY_FORMAT}")
@@ -118,6 +121,8 @@ class Registry:
         }
         partial = root / "registry.json.partial"
         partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        with contextlib.suppress(OSError):
+            (root / trust.SIGNATURE).unlink(missing_ok=True)  # of what the registry was
         partial.replace(root / "registry.json")
 
     def find(self, spec: KernelSpec) -> Answer:
@@ -149,7 +154,8 @@ class Registry:
             return Rejected(f"{entry.file} is unreadable: {error.strerror}")
         if hashlib.sha256(machine_code).hexdigest() != entry.sha256:
             return Rejected(f"sha256 mismatch of {entry.file}")
-        return Hit(source, machine_code, path, "aot")
+        # A signature speaks of the bytes that were read: a CPU library is loaded from a copy of them, not its file.
+        return Hit(source, machine_code, path if self.signer is None else None, "aot")
 
     def _stale(self) -> Rejected:
         if self.version == __version__:
@@ -182,13 +188,14 @@ class AotStore:
     def registries(self) -> list[Registry]:
         if env.DISABLE_AOT.get():
             return []
-        found = []
+        found, unusable, trusted = [], [], env.AOT_TRUST.get()
         for root in self.roots():
             try:
-                found.append(Registry(root))
+                found.append(Registry(root, trusted))
             except (OSError, ValueError) as error:
                 log.warn_once(f"the kernel registry in {root} is not usable and is ignored: {error}")
-                self._unusable.append(f"the kernel registry in {root} is not usable: {error}")
+                unusable.append(f"the kernel registry in {root} is not usable: {error}")
+        self._unusable = unusable
         return found
 
     def roots(self) -> list[Path]:

@@ -139,11 +139,15 @@ def test_front_metadata(front_wheel: Path) -> None:
     required = metadata.get_all("Requires-Dist", [])
     assert "torch" in required, "no pin"
     assert f"flashinfer-aot=={__version__}; extra == 'aot'" in required
-    for text in (*packages.RUNTIME.values(), *packages.BUILD.values(), packages.NVRTC, packages.CUDA_HEADERS):
+    for text in (
+        *(text for group in (packages.RUNTIME, packages.BUILD, packages.TRUST) for text in group.values()),
+        *(packages.NVRTC, packages.CUDA_HEADERS),
+    ):
         names = {re.split(r"[ ;<>=]", line)[0]: line.split(";")[0].strip() for line in required}
         name = packages.names([text])
         assert set(re.split("[<>=,]+", names[name])) == set(re.split("[<>=,]+", text)), "what messages tell to install"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"aot", "build", "cu12", "cu13", "examples", "test"}
+    extras = {"aot", "build", "cu12", "cu13", "examples", "parquet", "test", "trust"}
+    assert set(metadata.get_all("Provides-Extra", [])) == extras
 
 
 def test_front_wheel_of_the_sdist_is_the_same(front_wheel: Path, tmp_path: Path) -> None:
