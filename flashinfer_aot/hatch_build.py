@@ -96,6 +96,8 @@ class Kernels(BuildHookInterface[Any]):
             raise ValueError(f"the set in {set_folder()} holds no kernel; a wheel of it would only hide that. {_HOW}")
         included = build_data["force_include"]
         included[str(set_folder() / "registry.json")] = f"{PACKAGE}/registry.json"
+        if (set_folder() / "registry.json.sig").is_file():
+            included[str(set_folder() / "registry.json.sig")] = f"{PACKAGE}/registry.json.sig"
         for entry in registry["kernels"]:
             included[str(_checked(entry))] = f"{PACKAGE}/{entry['file']}"
         if self.target_name == "wheel":

@@ -152,7 +152,7 @@ def test_front_metadata(front_wheel: Path) -> None:
 
 def test_front_wheel_of_the_sdist_is_the_same(front_wheel: Path, tmp_path: Path) -> None:
     sdist = sdist_of(ROOT, tmp_path / "sdist")
-    assert names_in(wheel_of(sdist, tmp_path / "wheel")) == names_in(front_wheel)
+    assert wheel_of(sdist, tmp_path / "wheel").read_bytes() == front_wheel.read_bytes()
     with tarfile.open(sdist) as file:
         held = {name.partition("/")[2] for name in file.getnames()}
     assert {
@@ -185,7 +185,61 @@ def test_companion_wheel_of_its_sdist_is_the_same(cuda_set: Path, cuda_wheel: Pa
     variables = {"FLASHINFER_AOT_SET": cuda_set, "FLASHINFER_AOT_LOCAL_VERSION": "auto"}
     again = wheel_of(sdist_of(ROOT / "flashinfer_aot", tmp_path / "sdist", **variables), tmp_path / "wheel")
     assert again.name == cuda_wheel.name
-    assert names_in(again) == names_in(cuda_wheel)
+    assert again.read_bytes() == cuda_wheel.read_bytes()
+
+
+def test_a_signature_comes_along(host_copy: Path, tmp_path: Path) -> None:
+    """Through the sdist too, as it is: what signed it may be elsewhere."""
+    (host_copy / "registry.json.sig").write_bytes(b"s" * 64)
+    sdist = sdist_of(ROOT / "flashinfer_aot", tmp_path / "sdist", FLASHINFER_AOT_SET=host_copy)
+    with zipfile.ZipFile(wheel_of(sdist, tmp_path / "wheel")) as file:
+        assert file.read("flashinfer_aot/registry.json.sig") == b"s" * 64
+        assert file.read("flashinfer_aot/registry.json") == (host_copy / "registry.json").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------- the same every time
+
+
+def aged(source: Path, to: Path) -> Path:
+    """A copy as another machine would have it: other times and permissions, and files made in another order."""
+    for path in sorted(source.rglob("*"), reverse=True):
+        if path.is_file():
+            copy = to / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+            copy.chmod(0o600)
+            os.utime(copy, (1, 1_234_567_890))
+    return to
+
+
+@pytest.mark.parametrize("epoch", ["", "1700000000"])
+def test_a_set_makes_the_same_wheel_every_time(epoch: str, host_set: Path, tmp_path: Path) -> None:
+    variables = {"SOURCE_DATE_EPOCH": epoch} if epoch else {}
+    sets = (host_set, aged(host_set, tmp_path / "elsewhere" / "set"))
+    first, second = (
+        wheel_of(ROOT / "flashinfer_aot", tmp_path / f"wheel{i}", FLASHINFER_AOT_SET=root, **variables)
+        for i, root in enumerate(sets)
+    )
+    assert first.name == second.name and first.read_bytes() == second.read_bytes()
+    if epoch:
+        assert times_in(first) == {(2023, 11, 14, 22, 13, 20)}
+
+
+def test_a_checkout_makes_the_same_wheel_every_time(front_wheel: Path, tmp_path: Path) -> None:
+    for name in ("flashinfer", "csrc", "aot_configs"):
+        aged(ROOT / name, tmp_path / "checkout" / name)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copyfile(path, tmp_path / "checkout" / path.name)
+    again = wheel_of(tmp_path / "checkout", tmp_path / "wheel")
+    assert again.name == front_wheel.name and again.read_bytes() == front_wheel.read_bytes()
+    then = wheel_of(tmp_path / "checkout", tmp_path / "then", SOURCE_DATE_EPOCH="1700000000")
+    assert times_in(then) == {(2023, 11, 14, 22, 13, 20)}
+
+
+def times_in(wheel: Path) -> set[tuple[int, ...]]:
+    with zipfile.ZipFile(wheel) as file:
+        return {info.date_time for info in file.infolist()}
 
 
 def hooks() -> ModuleType:
