@@ -6,7 +6,7 @@
 
     scripts/build_index.py dist/*.whl --out index --stand-in 0.7.2.post1 --stand-in flashinfer-cubin==0.6.13
 
-    index/files/                 every file once, and the metadata of each wheel beside it (PEP 658)
+    index/files/                 every file once; beside each wheel its metadata (PEP 658) and its bill of materials
     index/simple/                index of the files without a local version
     index/cu130/                 index of those and the files of local version +cu130; one such folder per local version
 
@@ -36,6 +36,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 DEFAULT_INDEX = "simple"
+BILL = ".cdx.json"  # ends the name of the bill of materials beside a wheel
 PUBLIC_VERSION = r"\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?"  # of PEP 440, as pip writes it
 PINNED = ("flashinfer-python", "flashinfer-cubin", "flashinfer-jit-cache")  # upstream's, which engines require by ==
 
@@ -135,8 +136,11 @@ def build_index(paths: Iterable[Path], out: Path, stand_ins: Sequence[str] = ())
         files.mkdir(parents=True, exist_ok=True)
         for one in (*given, *made):
             shutil.copy2(one.path, files / one.path.name)
+            bill = one.path.with_name(one.path.name + BILL)
+            if bill.exists():
+                shutil.copy2(bill, files / bill.name)
     indexes: dict[str, list[Distribution]] = {DEFAULT_INDEX: []}
-    distributions = [read(path) for path in sorted(files.iterdir()) if not path.name.endswith(".metadata")]
+    distributions = [read(path) for path in sorted(files.iterdir()) if not path.name.endswith((".metadata", BILL))]
     for one in distributions:
         if one.metadata is not None:
             (files / f"{one.path.name}.metadata").write_bytes(one.metadata)

@@ -1,4 +1,4 @@
-"""`flashinfer aot build | merge | config | list | verify | sign`: sets of precompiled kernels."""
+"""`flashinfer aot build | merge | config | list | verify | sign | sbom`: sets of precompiled kernels."""
 
 from __future__ import annotations
 
@@ -66,6 +66,9 @@ def add_parser(subparsers: Any) -> None:
     sign.add_argument("path", type=_path, metavar="SET", help="folder with a registry.json")
     sign.add_argument("--key", required=True, type=_path, metavar="KEY", help="a private key of Ed25519 in PEM")
     sign.set_defaults(run=sign_set)
+    sbom = commands.add_parser("sbom", help="write what is in a wheel beside it: CycloneDX in JSON")
+    sbom.add_argument("wheels", nargs="+", type=_path, metavar="WHEEL", help="of flashinfer or flashinfer-aot")
+    sbom.set_defaults(run=write_sboms)
 
 
 # ---------------------------------------------------------------------------------------------------------------- build
@@ -320,7 +323,7 @@ def write_row(args: argparse.Namespace) -> int:
     return 0
 
 
-# --------------------------------------------------------------------------------------------------- list, verify, sign
+# --------------------------------------------------------------------------------------------- list, verify, sign, sbom
 
 
 def list_kernels(args: argparse.Namespace) -> int:
@@ -373,6 +376,15 @@ def sign_set(args: argparse.Namespace) -> int:
 
     count = sign(args.path, args.key)
     print(f"{_text.count(count, 'kernel')} signed: {args.path / trust.SIGNATURE}")
+    return 0
+
+
+def write_sboms(args: argparse.Namespace) -> int:
+    """Write the bill of materials of each wheel. Exit status 1 for a file that is none of ours."""
+    from flashinfer.aot import sbom
+
+    for wheel in args.wheels:
+        print(sbom.write(wheel))
     return 0
 
 

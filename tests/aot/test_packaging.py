@@ -504,6 +504,15 @@ def test_index_has_a_folder_per_cuda_version(index: Path, cuda_wheel: Path, tmp_
     )
 
 
+def test_index_has_the_bills_of_materials(front_wheel: Path, tmp_path: Path) -> None:
+    wheel = shutil.copy(front_wheel, tmp_path)
+    Path(f"{wheel}.cdx.json").write_text("{}")
+    for _ in range(2):
+        build_index(wheel, out=tmp_path / "index")
+    names = {path.name for path in (tmp_path / "index" / "files").iterdir()}
+    assert names == {front_wheel.name, f"{front_wheel.name}.cdx.json", f"{front_wheel.name}.metadata"}
+
+
 def test_index_refuses_other_files(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(subprocess.CalledProcessError) as caught:
