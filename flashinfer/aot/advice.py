@@ -20,6 +20,11 @@ _STEPS = (
     (NOT_INSTALLED, INSTALL),
     ("AOT is disabled", f"Unset {env.DISABLE_AOT.name}"),
     ("needs driver", "Update the driver, or install the flashinfer-aot that was built for CUDA 12"),
+    (r"the kernel registry in [^;]* is not trusted: signatures cannot", 'pip install "flashinfer[trust]"'),
+    (
+        r"the kernel registry in [^;]* is not trusted",
+        f"flashinfer aot sign, or a set that a key of {env.AOT_TRUST.name} has signed",
+    ),
     (
         r"sha256 mismatch|\S+ is unreadable|the kernel registry in",
         "flashinfer aot verify, then install the set again (your own: flashinfer aot build --refresh --out DIR)",

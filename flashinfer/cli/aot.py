@@ -399,6 +399,7 @@ def _registries(paths: Sequence[Path], trusted: Path | None = None) -> tuple[lis
         try:
             registries.append(Registry(root, trusted))
         except (OSError, ValueError) as error:
-            print(f"{root}: no usable registry: {error}", file=sys.stderr)
+            what = "not trusted" if isinstance(error, trust.Untrusted) else "no usable registry"
+            print(f"{root}: {what}: {error}", file=sys.stderr)
             status = 1
     return registries, status

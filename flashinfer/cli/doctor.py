@@ -234,7 +234,7 @@ def _registry(root: Path) -> Finding:
     try:
         registry = Registry(root, env.AOT_TRUST.get())
     except trust.Untrusted as error:
-        return Finding("precompiled kernels", FAILURE, f"{root} is not used: {error}")
+        return Finding("precompiled kernels", FAILURE, f"{root} is not trusted: {error}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         return Finding("precompiled kernels", FAILURE, f"{root} is not usable: {error}", _COMPANION_FIX)
     matching = sum(_is_current(entry) for entry in registry.entries)

@@ -193,8 +193,9 @@ class AotStore:
             try:
                 found.append(Registry(root, trusted))
             except (OSError, ValueError) as error:
-                log.warn_once(f"the kernel registry in {root} is not usable and is ignored: {error}")
-                unusable.append(f"the kernel registry in {root} is not usable: {error}")
+                what = "trusted" if isinstance(error, trust.Untrusted) else "usable"
+                log.warn_once(f"the kernel registry in {root} is not {what} and is ignored: {error}")
+                unusable.append(f"the kernel registry in {root} is not {what}: {error}")
         self._unusable = unusable
         return found
 

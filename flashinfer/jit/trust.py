@@ -79,7 +79,8 @@ def _public_keys(where: Path, library: Cryptography) -> tuple[list[tuple[Path, A
             f"there is no {where}; expected a public key in PEM, or a folder of them ({env.AOT_TRUST.name})"
         )
     keys, unusable = [], []
-    for path in sorted(where.glob("*.pem")) if where.is_dir() else [where]:
+    folder = [path for path in sorted(where.glob("*.pem")) if path.is_file()]
+    for path in folder if where.is_dir() else [where]:
         try:
             keys.append((path, _public_key(path, library)))
         except ValueError as error:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from flashinfer import env
-from flashinfer.aot import build
+from flashinfer.aot import advice, build
 from flashinfer.aot.config import read_specs
 from flashinfer.jit import trust
 from flashinfer.jit.resolver import Resolver
@@ -78,6 +78,8 @@ def test_any_key_of_a_folder_will_do(signed: Path, key: Key, tmp_path: Path, mon
     Key(keys)
     (keys / "README").write_text("who has which key")
     (keys / "broken.pem").write_text("no key")
+    (keys / "folder.pem").mkdir()
+    os.mkfifo(keys / "pipe.pem")
     monkeypatch.setenv(env.AOT_TRUST.name, str(keys))
     assert "broken.pem is no public key in PEM" in reason(signed)
     shutil.copy(key.public, keys / "release.pem")
@@ -236,13 +238,14 @@ def test_it_is_rejected_and_says_why(
     warnings: Callable[[], list[str]],
 ) -> None:
     fault(signed, trusting)
-    assert reason(signed).startswith(f"the kernel registry in {signed} is not usable: ") and why in reason(signed)
+    assert reason(signed).startswith(f"the kernel registry in {signed} is not trusted: ") and why in reason(signed)
     assert len(warnings()) == 1
     compiler = CountingCxx()
     run_rmsnorm(Resolver(AotStore([signed]), tmp_path / "cache", lambda kind: compiler).load(rmsnorm_spec()))
     assert compiler.num_compiles == 1
     (miss,) = miss_records(tmp_path / "cache" / "misses")
     assert miss.reason == reason(signed)
+    assert advice.next_step(miss.reason).startswith("flashinfer aot sign, or a set that a key of FLASHINFER_AOT_TRUST")
 
 
 def test_machine_code_changed_after_signing(signed: Path, trusting: Key) -> None:
@@ -287,6 +290,7 @@ def test_without_cryptography(
         monkeypatch.syspath_prepend(tmp_path / "site")
     assert "signatures cannot be checked or made without the package cryptography" in reason(signed)
     assert "next step: pip install 'cryptography>=3.4', as the extra flashinfer[trust] does" in reason(signed)
+    assert advice.next_step(reason(signed)) == 'pip install "flashinfer[trust]"'
     assert run_cli("aot", "sign", signed, "--key", trusting.private) == 1
     assert run_cli("aot", "verify", signed) == 1
     assert capsys.readouterr().err.count("pip install 'cryptography>=3.4'") == 2
@@ -306,7 +310,7 @@ def test_resolve_and_doctor_say_why(
     assert run_cli(*asked) == 1
     assert "registry.json was changed after it was signed" in capsys.readouterr().out
     assert run_cli("doctor") == 1
-    assert f"{signed} is not used: registry.json.sig does not fit" in capsys.readouterr().out
+    assert f"{signed} is not trusted: registry.json.sig does not fit" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------------- sign, verify
