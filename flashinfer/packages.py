@@ -22,6 +22,7 @@ BUILD = {"ninja": "ninja", "tqdm": "tqdm"}
 TRUST = {"cryptography": "cryptography>=3.4"}  # signatures of sets
 # What any build of CUDA kernels needs where no torch brings it. Drivers before 580 want cubins of CUDA 12: extra cu12.
 NVRTC, CUDA_HEADERS = "nvidia-cuda-nvrtc>=13,<14", "nvidia-cuda-runtime>=13,<14"
+CU12 = ("nvidia-cuda-nvrtc-cu12>=12.8", "nvidia-cuda-runtime-cu12>=12.8")
 
 
 def is_missing(module: str) -> bool:

@@ -102,7 +102,11 @@ def candidates(target: str) -> tuple[str, ...]:
 def _of_gpu(index: int) -> str:
     import torch
 
-    major, minor = torch.cuda.get_device_capability(index)
+    return of_capability(*torch.cuda.get_device_capability(index))
+
+
+def of_capability(major: int, minor: int) -> str:
+    """The target of a GPU: `(9, 0)` -> `"sm_90a"`."""
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 

@@ -11,8 +11,8 @@ from typing import Optional
 
 from flashinfer import env, packages
 from flashinfer import target as targets
-from flashinfer.errors import ToolchainMissing
-from flashinfer.jit import toolchain
+from flashinfer.errors import DriverError, ToolchainMissing
+from flashinfer.jit import driver, toolchain
 
 
 def check(target_names: Iterable[str]) -> None:
@@ -35,6 +35,40 @@ def check(target_names: Iterable[str]) -> None:
         raise ToolchainMissing(
             f"building takes more than is here: {'; '.join(whats)}. Next step: {'; '.join(steps)}. Torch is not needed"
         )
+
+
+NATIVE = "native"
+
+
+def target_names(text: str) -> list[str]:
+    """The targets of a list that somebody typed; `native` is this machine's: of its GPUs, or of its CPU without one.
+
+    Raises UnsupportedConfig for what is no target.
+    """
+    return targets.named(",".join(",".join(_native()) if name.strip() == NATIVE else name for name in text.split(",")))
+
+
+def _native() -> list[str]:
+    try:
+        found = driver.capabilities()
+    except (OSError, DriverError):  # no driver, or none that works
+        found = []
+    return [targets.of_capability(*capability) for capability in found] or [targets.host()]
+
+
+def requirements(text: str) -> list[str]:
+    """What pip has to install for a build for these targets (see `target_names`) in an environment that is empty."""
+    found = [*packages.BUILD.values(), *(text for module, text in packages.RUNTIME.items() if module != "torch")]
+    if any(targets.kind(name) == "cuda" for name in target_names(text)) and env.CUDA_TOOLCHAIN.get() == "nvrtc":
+        found += packages.CU12 if _is_driver_of_cuda_12() else (packages.NVRTC, packages.CUDA_HEADERS)
+    return found
+
+
+def _is_driver_of_cuda_12() -> bool:
+    try:
+        return driver.version()[0] == 12
+    except (OSError, DriverError):  # the set is for another machine
+        return False
 
 
 def missing() -> list[str]:

@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from flashinfer import env, packages
-from flashinfer import target as targets
 from flashinfer.cli import UsageError, _text
 from flashinfer.errors import ToolchainMissing
 from flashinfer.jit import trust
@@ -86,7 +85,9 @@ def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MISSES",
         help="miss records, a .jsonl file or a folder",
     )
-    parser.add_argument("--target", metavar="T,T", help="for example sm_80,sm_90a,x86-64-v3")
+    parser.add_argument(
+        "--target", metavar="T,T", help="for example sm_80,sm_90a,x86-64-v3; native for those of this machine"
+    )
     parser.add_argument(
         "--out", required=True, type=_path, metavar="DIR", help="folder of the set; what it holds already stays there"
     )
@@ -182,7 +183,7 @@ def _requested(args: argparse.Namespace) -> list[KernelSpec]:
         return []
     if args.target is None:
         raise UsageError("--target is missing; expected for example sm_80,sm_90a,x86-64-v3")
-    target_names = targets.named(args.target)
+    target_names = tools.target_names(args.target)
     if packages.requirement("tomli") and packages.is_missing("tomli"):
         tools.check(target_names)  # which names it among all that is missing
     return read_specs(args.config, target_names, args.add)

@@ -24,6 +24,7 @@ INVALID_CONTEXT, INVALID_HANDLE = 201, 400  # CUresult of a launch without, or o
 INVALID_IMAGE = 200
 REFUSALS = (INVALID_IMAGE, 209, 218, 222, 300, 500)
 
+COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 FUNC_MAX_DYNAMIC_SMEM = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 LAUNCH_CLUSTER_DIMENSION = 4  # CUlaunchAttributeID
 LAUNCH_PROGRAMMATIC_SERIALIZATION = 6
@@ -83,6 +84,22 @@ def version() -> tuple[int, int]:
     number = ctypes.c_int()
     call("cuDriverGetVersion", ctypes.byref(number))
     return number.value // 1000, number.value % 1000 // 10
+
+
+def capabilities() -> list[tuple[int, int]]:
+    """The compute capability of each visible GPU, without torch. Raises OSError when no driver is installed."""
+    call("cuInit", 0)
+    count, number = ctypes.c_int(), ctypes.c_int()
+    call("cuDeviceGetCount", ctypes.byref(count))
+    found = []
+    for index in range(count.value):
+        device, parts = ctypes.c_int(), []
+        call("cuDeviceGet", ctypes.byref(device), index)
+        for attribute in (COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR):
+            call("cuDeviceGetAttribute", ctypes.byref(number), attribute, device)
+            parts.append(number.value)
+        found.append((parts[0], parts[1]))
+    return found
 
 
 @functools.cache

@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 
 from flashinfer import packages
+from flashinfer import target as targets
 from flashinfer.aot import tools
-from flashinfer.errors import ToolchainMissing
+from flashinfer.errors import ToolchainMissing, UnsupportedConfig
 from tests.aot.kit import HOST, build_set, made_once, rmsnorm_rows, run_cli
 from tests.kit import ROOT
 
+# of what the library imports, what a build takes
+BARE = [text for module, text in packages.RUNTIME.items() if module != "torch"]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -144,6 +147,23 @@ def test_nvidia_packages_that_are_there_are_not_missed(monkeypatch: pytest.Monke
     with pytest.raises(ToolchainMissing) as caught:
         tools.check(["sm_90a"])
     assert "no cuda-pathfinder, nvidia-cuda-runtime." in str(caught.value)
+
+
+def test_native_is_what_this_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_driver() -> list[tuple[int, int]]:
+        raise OSError("no libcuda.so.1")
+
+    monkeypatch.setattr(tools.driver, "capabilities", no_driver)
+    assert tools.target_names("native") == [targets.host()]
+    assert tools.requirements("native") == tools.requirements(targets.host()) == [*packages.BUILD.values(), *BARE]
+    monkeypatch.setattr(tools.driver, "capabilities", lambda: [(9, 0), (8, 0), (9, 0)])
+    assert tools.target_names("native") == ["sm_90a", "sm_80"]
+    assert tools.target_names("x86-64, native") == ["x86-64", "sm_90a", "sm_80"]
+    for release, nvidia in ((13, (packages.NVRTC, packages.CUDA_HEADERS)), (12, packages.CU12)):
+        monkeypatch.setattr(tools.driver, "version", lambda release=release: (release, 0))
+        assert set(tools.requirements("native")) == {*BARE, *packages.BUILD.values(), *nvidia}
+    with pytest.raises(UnsupportedConfig, match="names no target"):
+        tools.target_names(",")
 
 
 def test_the_recipe_of_the_docs_is_what_a_bare_machine_is_told() -> None:
