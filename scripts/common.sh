@@ -20,7 +20,7 @@ ensure_env() {
 
 make_env() {
   local stamp=$VENV/.flashinfer-env key
-  key=$(cat pyproject.toml hatch_build.py scripts/common.sh flashinfer/version.py | cksum)
+  key=$(cat pyproject.toml setup.py build_backend.py packing.py scripts/common.sh flashinfer/version.py | cksum)
   if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$key" ]; then return; fi
   echo "== making $VENV (once)"
   # One that was left halfway, perhaps without a pip that works, is made from nothing. One that somebody else made, which

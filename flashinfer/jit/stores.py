@@ -30,6 +30,7 @@ from flashinfer.jit.spec import KernelSpec
 from flashinfer.version import __version__
 
 REGISTRY_FORMAT = 1
+PRECOMPILED = Path(__file__).resolve().parent.parent / "precompiled"  # of an install with FLASHINFER_ENABLE_AOT=1
 PARTIAL = ".partial-"  # begins the name of a folder of the JIT cache that is not complete
 
 
@@ -178,7 +179,7 @@ def _driver_too_old(needed: str) -> str | None:
 
 
 class AotStore:
-    """Registries in the order they are asked: FLASHINFER_AOT_PATH, then the installed flashinfer_aot."""
+    """Registries in the order they are asked: FLASHINFER_AOT_PATH, what the package itself brought, flashinfer_aot."""
 
     def __init__(self, roots: list[Path] | None = None) -> None:
         self._roots = roots
@@ -202,13 +203,11 @@ class AotStore:
     def roots(self) -> list[Path]:
         if self._roots is not None:
             return self._roots
-        roots = list(env.AOT_PATH.get())
         companion = importlib.util.find_spec("flashinfer_aot")
+        installed = [PRECOMPILED]
         if companion is not None and companion.origin is not None:
-            root = Path(companion.origin).parent
-            if (root / "registry.json").exists():
-                roots.append(root)
-        return roots
+            installed.append(Path(companion.origin).parent)
+        return [*env.AOT_PATH.get(), *(root for root in installed if (root / "registry.json").exists())]
 
     def find(self, spec: KernelSpec) -> Answer:
         if env.DISABLE_AOT.get():

@@ -43,7 +43,7 @@ from tests.aot.kit import (
 )
 from tests.kit import ROOT
 
-pytest.importorskip("hatchling", reason="building wheels offline needs hatchling (extra test)")
+pytest.importorskip("setuptools", minversion="77", reason="building wheels offline needs setuptools (extra test)")
 PURE, MACHINE = "py3-none-any", f"py3-none-linux_{os.uname().machine}"
 
 
@@ -76,7 +76,7 @@ def sdist_of(project: Path, folder: Path, **variables: str | Path) -> Path:
 
 def built_by_hook(hook: str, project: Path, folder: Path, **variables: str | Path) -> Path:
     """What the build backend's hook makes of a project: build_sdist, build_editable."""
-    code = f"import sys; from hatchling.build import {hook}; {hook}(sys.argv[1])"
+    code = f"import sys; sys.path.insert(0, ''); from build_backend import {hook}; {hook}(sys.argv[1])"
     environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-c", code, str(folder)]
@@ -138,10 +138,11 @@ def test_front_metadata(front_wheel: Path) -> None:
     assert "Typing :: Typed" in metadata.get_all("Classifier", [])
     required = metadata.get_all("Requires-Dist", [])
     assert "torch" in required, "no pin"
-    assert f"flashinfer-aot=={__version__}; extra == 'aot'" in required
+    assert f'flashinfer-aot=={__version__}; extra == "aot"' in required
     for text in (
         *(text for group in (packages.RUNTIME, packages.BUILD, packages.TRUST) for text in group.values()),
         *(packages.NVRTC, packages.CUDA_HEADERS),
+        *packages.CU12,
     ):
         names = {re.split(r"[ ;<>=]", line)[0]: line.split(";")[0].strip() for line in required}
         name = packages.names([text])
@@ -160,9 +161,101 @@ def test_front_wheel_of_the_sdist_is_the_same(front_wheel: Path, tmp_path: Path)
         "SECURITY.md",
         "scripts/build_aot.py",
         "flashinfer_aot/pyproject.toml",
-        "flashinfer_aot/hatch_build.py",
+        "flashinfer_aot/build_backend.py",
     } <= held
     assert not [name for name in held if name.endswith((".cubin", ".so", ".pyc", "registry.json"))]
+
+
+def unpacked(sdist: Path, folder: Path) -> Path:
+    with tarfile.open(sdist) as file:
+        file.extractall(folder, filter="data")
+    return folder / sdist.name.removesuffix(".tar.gz")
+
+
+def test_the_same_bytes_from_every_checkout(front_wheel: Path, cuda_set: Path, tmp_path: Path) -> None:
+    """Modes, times, folder and umask are those of whoever has it; what a run left behind is not packed."""
+    sdist = sdist_of(ROOT, tmp_path / "sdist")
+    other = unpacked(sdist, tmp_path / "other")
+    for path in other.rglob("*"):
+        path.chmod(0o775 if path.stat().st_mode & 0o100 else 0o664)
+        os.utime(path, (1, 1))
+    (other / "flashinfer/__pycache__").mkdir()
+    (other / "flashinfer/__pycache__/env.cpython-311.pyc").touch()
+    (other / "flashinfer/precompiled").mkdir()
+    (other / "flashinfer/precompiled/notes.txt").touch()
+    before = tree(other)
+    umask = os.umask(0o007)
+    try:
+        assert wheel_of(other, tmp_path / "wheel").read_bytes() == front_wheel.read_bytes()
+        assert sdist_of(other, tmp_path / "again").read_bytes() == sdist.read_bytes()
+        companions = [
+            wheel_of(project / "flashinfer_aot", tmp_path / name, FLASHINFER_AOT_SET=cuda_set).read_bytes()
+            for name, project in (("here", ROOT), ("there", other))
+        ]
+    finally:
+        os.umask(umask)
+    assert companions[0] == companions[1]
+    assert tree(other) == before, "nothing is left behind"
+
+
+# ----------------------------------------------------------------------------------------------- FLASHINFER_ENABLE_AOT
+
+RUN_PRECOMPILED = """
+import torch, flashinfer
+flashinfer.rmsnorm(torch.randn(2, 64), torch.randn(64))
+"""
+
+
+def test_kernels_are_compiled_during_an_install(tmp_path: Path) -> None:
+    config = write_config(tmp_path, rmsnorm_rows(64))
+    variables = {"FLASHINFER_ENABLE_AOT": "1", "FLASHINFER_AOT_CONFIG": config}
+    wheel = wheel_of(ROOT, tmp_path / "wheel", **variables)
+    assert wheel.name == f"flashinfer-{__version__}-{MACHINE}.whl", "a CPU library is inside"
+    cuda = wheel_of(ROOT, tmp_path / "cuda", **variables, FLASHINFER_AOT_TARGETS="sm_90a") if has_nvrtc() else None
+    assert cuda is None or cuda.name == f"flashinfer-{__version__}-{PURE}.whl"
+    environment = Environment(tmp_path / "venv")
+    environment.make()
+    environment.install("--no-deps", wheel)
+    environment.run("-c", RUN_PRECOMPILED, cwd=tmp_path, FLASHINFER_DISABLE_JIT="1")
+    assert "all sound" in environment.run("-m", "flashinfer", "aot", "verify", cwd=tmp_path)
+    assert re.search(r"files +ok ", environment.run("-m", "flashinfer", "doctor", cwd=tmp_path))
+
+
+def test_kernels_are_compiled_during_an_editable_install(tmp_path: Path) -> None:
+    """Into the checkout; installing again brings them up to date."""
+    checkout = unpacked(sdist_of(ROOT, tmp_path / "sdist"), tmp_path / "checkout")
+    config = write_config(tmp_path, rmsnorm_rows(64))
+    plain = built_by_hook("build_editable", checkout, tmp_path / "plain", FLASHINFER_ENABLE_AOT="0")
+    assert not (checkout / "flashinfer/precompiled").exists()
+    variables = {"FLASHINFER_ENABLE_AOT": "1", "FLASHINFER_AOT_CONFIG": config, "FLASHINFER_AOT_TARGETS": HOST}
+    wheel = built_by_hook("build_editable", checkout, tmp_path / "aot", **variables)
+    assert names_in(wheel) == names_in(plain)
+    write_config(tmp_path, rmsnorm_rows(128))
+    (tmp_path / "aot" / wheel.name).unlink()
+    wheel = built_by_hook("build_editable", checkout, tmp_path / "aot", **variables)
+    assert kernels_of(checkout / "flashinfer/precompiled") == {(128, HOST)}
+    environment = Environment(tmp_path / "venv")
+    environment.make()
+    environment.install("--no-deps", wheel)
+    code = RUN_PRECOMPILED.replace("64", "128")
+    environment.run("-c", code, cwd=tmp_path, FLASHINFER_DISABLE_JIT="1")
+    assert PURE in wheel_of(checkout, tmp_path / "later").name, "an install without the variable is pure again"
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"FLASHINFER_ENABLE_AOT": "yes"}, "FLASHINFER_ENABLE_AOT='yes': expected 0, 1, true or false"),
+        ({"FLASHINFER_AOT_CONFIG": "cor"}, "cor"),
+        ({"FLASHINFER_AOT_TARGETS": "sm_99"}, "target 'sm_99' is unknown"),
+    ],
+)
+def test_an_install_that_cannot_compile_fails(variables: dict[str, str], message: str, tmp_path: Path) -> None:
+    variables = {"FLASHINFER_ENABLE_AOT": "1", "FLASHINFER_AOT_CONFIG": "smoke", **variables}
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        built_by_hook("build_wheel", ROOT, tmp_path / "made", **variables)
+    assert message in caught.value.stderr
+    assert not list((tmp_path / "made").iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------ flashinfer-aot
@@ -243,7 +336,8 @@ def times_in(wheel: Path) -> set[tuple[int, ...]]:
 
 
 def hooks() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("companion_hooks", ROOT / "flashinfer_aot" / "hatch_build.py")
+    """The companion's backend; what it shares with the other is found beside it."""
+    spec = importlib.util.spec_from_file_location("companion_hooks", ROOT / "flashinfer_aot" / "build_backend.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -257,10 +351,10 @@ def test_packing_refuses_what_the_registry_does_not_describe(
     monkeypatch.setenv("FLASHINFER_AOT_SET", str(root))
     entry = registry_of(root)["kernels"][0]
     with pytest.raises(ValueError, match="outside its folder"):
-        hooks()._checked({**entry, "file": "../x"})
+        hooks().packing.checked(root, {**entry, "file": "../x"})
     (root / entry["file"]).write_bytes(b"")
     with pytest.raises(ValueError, match="sha256 differs"):
-        hooks()._checked(entry)
+        hooks().packing.checked(root, entry)
 
 
 @pytest.mark.parametrize("hook", ["build_wheel", "build_sdist"])
@@ -298,12 +392,12 @@ def test_packing_refuses_a_set_of_another_version(
 
 def test_tags_and_local_versions() -> None:
     def tag(*names: str) -> str:
-        text: str = hooks()._tag({"kernels": [{"target": name} for name in names]})
+        text: str = hooks().packing.platform({"kernels": [{"target": name} for name in names]})
         return text
 
-    assert tag("sm_80", "sm_100a") == PURE
-    assert tag("sm_80", "x86-64-v3", "x86-64") == "py3-none-linux_x86_64"
-    assert tag("armv8.2-a") == "py3-none-linux_aarch64"
+    assert tag("sm_80", "sm_100a") == "any"
+    assert tag("sm_80", "x86-64-v3", "x86-64") == "linux_x86_64"
+    assert tag("armv8.2-a") == "linux_aarch64"
     with pytest.raises(ValueError, match="build one set for each"):
         tag("x86-64", "armv8-a")
     with pytest.raises(ValueError, match=r"CUDA 12\.9 and 13\.0; build one set per version"):
@@ -468,7 +562,6 @@ def test_adding_to_an_installed_companion_keeps_it(installed: Environment, tmp_p
 
 def test_editable_installs(tmp_path: Path) -> None:
     """Everything is used where it lies. The companion needs no set yet: it is found once it is built."""
-    pytest.importorskip("editables", reason="building editable wheels offline needs editables (extra test)")
     environment = Environment(tmp_path / "venv")
     environment.make()
     projects = (ROOT, ROOT / "flashinfer_aot")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+KEY = ("pyproject.toml", "setup.py", "build_backend.py", "packing.py", "scripts/common.sh", "flashinfer/version.py")
 # As `python3 -m venv` does, pip is left alone where it looks installed, whether or not its script was written.
 PYTHON = """#!/bin/sh
 echo "$0 $*" >>log
@@ -25,7 +26,7 @@ chmod +x "$3/bin/pip"
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    for name in ("pyproject.toml", "hatch_build.py", "scripts/common.sh", "flashinfer/version.py"):
+    for name in KEY:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     tools = tmp_path / "tools"
@@ -46,7 +47,7 @@ def test_an_environment_is_made_once(checkout: Path) -> None:
     assert log.count("pip install") == 2
     assert ensure_env(checkout) == 0
     assert (checkout / "log").read_text() == log
-    (checkout / "hatch_build.py").write_text("# changed")
+    (checkout / "packing.py").write_text("# changed")
     (checkout / ".venv/mine").touch()
     assert ensure_env(checkout) == 0
     assert (checkout / "log").read_text().count("pip install") == 4

@@ -1,0 +1,148 @@
+"""Both distributions are packed by setuptools, from a copy of what goes in: the same bytes from every checkout, which
+may be read-only and in which nothing is left behind. flashinfer_aot/ has this file by a link."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from setuptools import Distribution, build_meta
+from setuptools.command.bdist_wheel import bdist_wheel
+
+REGISTRY = "registry.json"
+_EPOCH = "1580601600"  # 2020-02-02, of all files unless SOURCE_DATE_EPOCH says otherwise
+_LEFT_BEHIND = ("__pycache__", "build", "dist", "precompiled")  # folders that no distribution is made of
+# machine of a CPU kernel's target -> as platform tags spell it
+_ARCHITECTURES = {"x86-64": "x86_64", "armv8": "aarch64"}
+
+
+def files_of(root: Path, *names: str) -> dict[str, Path]:
+    """These files, and all of these folders, by their place below root. Names that are not there are left out."""
+    found = {}
+    for name in names:
+        path = root / name
+        for file in [path] if path.is_file() else path.rglob("*"):
+            folders = file.relative_to(root).parts[:-1]
+            hidden = file.name.startswith(".") or any(folder.startswith(".") for folder in folders)
+            left = any(folder in _LEFT_BEHIND or folder.endswith(".egg-info") for folder in folders)
+            if file.is_file() and not hidden and not left:
+                found[file.relative_to(root).as_posix()] = file
+    return found
+
+
+@contextlib.contextmanager
+def copied(files: Mapping[str, Path]) -> Iterator[Path]:
+    """A folder that holds copies of these files at these places; the current one for as long as it is there."""
+    os.environ.setdefault("SOURCE_DATE_EPOCH", _EPOCH)
+    with tempfile.TemporaryDirectory(prefix="flashinfer-packing-") as name:
+        folder = Path(name).resolve()
+        for place, path in files.items():
+            copy = folder / place
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+            copy.chmod(_mode(path))
+        before, umask = Path.cwd(), os.umask(0o022)
+        os.chdir(folder)
+        try:
+            yield folder
+        finally:
+            os.chdir(before)
+            os.umask(umask)
+
+
+def _mode(path: Path) -> int:
+    return 0o755 if path.stat().st_mode & 0o100 else 0o644
+
+
+def write_sdist(files: Mapping[str, Path], directory: Path) -> str:
+    """An archive of these files and of the metadata that setuptools makes of them. Returns its name."""
+    with copied(files) as folder:
+        made = folder / "metadata"
+        made.mkdir()
+        info = build_meta.prepare_metadata_for_build_wheel(str(made))
+        metadata = (made / info / "METADATA").read_bytes()
+    stem, seconds = info.removesuffix(".dist-info"), int(os.environ["SOURCE_DATE_EPOCH"])
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        contents = {place: (path.read_bytes(), _mode(path)) for place, path in files.items()}
+        for place, (content, mode) in sorted({**contents, "PKG-INFO": (metadata, 0o644)}.items()):
+            member = tarfile.TarInfo(f"{stem}/{place}")
+            member.size, member.mode, member.mtime = len(content), mode, seconds
+            tar.addfile(member, io.BytesIO(content))
+    (directory / f"{stem}.tar.gz").write_bytes(gzip.compress(archive.getvalue(), mtime=seconds))
+    return f"{stem}.tar.gz"
+
+
+# ----------------------------------------------------------------------------------------------------- a set in a wheel
+
+
+def read_registry(folder: Path) -> dict[str, Any] | None:
+    """The registry of the set in a folder; None where there is none. Raises ValueError for a file that is none."""
+    path = folder / REGISTRY
+    if not path.exists():
+        return None
+    try:
+        registry: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        whole = registry["format"] == 1 and isinstance(registry["version"], str)
+        whole = whole and all({"file", "sha256", "target"} <= entry.keys() for entry in registry["kernels"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is not the registry of a set; delete it and run scripts/build_aot.py again")
+    return registry
+
+
+def files_of_set(folder: Path, registry: Mapping[str, Any]) -> dict[str, Path]:
+    """The registry and what it names, each file checked. Raises ValueError for one that it does not describe."""
+    named = {entry["file"]: checked(folder, entry) for entry in registry["kernels"]}
+    signature = folder / f"{REGISTRY}.sig"
+    signed = {signature.name: signature} if signature.is_file() else {}
+    return {REGISTRY: folder / REGISTRY, **signed, **named}
+
+
+def checked(folder: Path, entry: Mapping[str, Any]) -> Path:
+    path = (folder / entry["file"]).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"the registry names a file outside its folder: {entry['file']}")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
+        raise ValueError(
+            f"{path} is not the file the registry describes (sha256 differs); run scripts/build_aot.py again"
+        )
+    return path
+
+
+def platform(registry: Mapping[str, Any] | None) -> str:
+    """Cubins run wherever their GPU does; CPU libraries tie the wheel to Linux on their architecture."""
+    machines = set()
+    for entry in registry["kernels"] if registry else ():
+        for prefix, machine in _ARCHITECTURES.items():
+            if entry["target"].startswith(prefix):
+                machines.add(machine)
+    if len(machines) > 1:
+        raise ValueError(f"the set holds CPU libraries for {' and '.join(sorted(machines))}; build one set for each")
+    return f"linux_{machines.pop()}" if machines else "any"
+
+
+def setup_options(folder_of_set: Path) -> dict[str, Any]:
+    """What setup() needs to know of the set that is packed, if one is."""
+    tag = "py3", "none", platform(read_registry(folder_of_set))
+
+    class Wheel(bdist_wheel):
+        def get_tag(self) -> tuple[str, str, str]:
+            return tag
+
+    class WithLibraries(Distribution):
+        def has_ext_modules(self) -> bool:
+            return tag[2] != "any"
+
+    return {"cmdclass": {"bdist_wheel": Wheel}, "distclass": WithLibraries}

@@ -1,0 +1,20 @@
+"""What pyproject.toml cannot say by itself; build_backend.py runs it."""
+
+import re
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+from packing import setup_options
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+(version,) = re.findall(r'^__version__ = "([^"]+)"$', Path("flashinfer/version.py").read_text(), re.MULTILINE)
+extras = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["flashinfer"]["extras"]
+# Matches flashinfer-aot 0.1.0 and 0.1.0+cu130 alike: a local version never enters an == without one (PEP 440).
+extras["aot"] = [f"flashinfer-aot=={version}"]
+setup(version=version, extras_require=extras, **setup_options(Path("flashinfer/precompiled")))
