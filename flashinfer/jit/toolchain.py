@@ -4,7 +4,8 @@
 g++ is needed to compile a kernel at run time. `Nvcc` produces the same cubins and serves debugging and comparison.
 `HostCxx` is g++ or clang++ for the CPU target.
 
-NVRTC, its headers and nvcc are located by NVIDIA's cuda-pathfinder: pip's packages first, then conda, then a toolkit.
+NVRTC, its headers and nvcc are located by NVIDIA's cuda-pathfinder: pip's packages first, then conda, then a toolkit;
+then pip's packages outside of site-packages.
 NVRTC's C interface is called through ctypes because it is nine functions that have been stable since CUDA 11, and the
 alternative, cuda-bindings, is tied to one CUDA major version.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
 import os
 import re
 import shutil
@@ -137,7 +139,10 @@ def nvrtc_library() -> _NvrtcLibrary:
     except ImportError as error:
         raise ToolchainMissing(_PATHFINDER_MISSING) from error
     except (RuntimeError, OSError) as error:  # pathfinder's own errors are RuntimeErrors
-        raise ToolchainMissing(f"NVRTC, the compiler of CUDA kernels, was not found; {CUDA_HELP}") from error
+        library = _installed("nvidia-cuda-nvrtc", r"libnvrtc\.so\.\d+")
+        if library is None:
+            raise ToolchainMissing(f"NVRTC, the compiler of CUDA kernels, was not found; {CUDA_HELP}") from error
+        return _NvrtcLibrary(str(library), "distribution")
     return _NvrtcLibrary(found.abs_path, found.found_via)
 
 
@@ -152,9 +157,30 @@ def cuda_include() -> Path:
         raise ToolchainMissing(_PATHFINDER_MISSING) from error
     except (RuntimeError, OSError):
         found = None
-    if found is None or not (Path(found.abs_path) / "cuda_fp16.h").is_file():
+    if found is not None and (Path(found.abs_path) / "cuda_fp16.h").is_file():
+        return Path(found.abs_path)
+    header = _installed("nvidia-cuda-runtime", r"cuda_fp16\.h")
+    if header is None:
         raise ToolchainMissing(f"the CUDA headers (cuda_fp16.h) were not found; {CUDA_HELP}")
-    return Path(found.abs_path)
+    return header.parent
+
+
+def _installed(distribution: str, file_name: str) -> Path | None:
+    """A file of one of pip's packages, in the build for either CUDA major, wherever sys.path has it.
+
+    cuda-pathfinder looks in the interpreter's own site-packages alone. Where pip builds in isolation, or has installed
+    with --target, they are elsewhere.
+    """
+    for name in (distribution, f"{distribution}-cu12"):
+        try:
+            files = importlib.metadata.files(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for file in files:
+            path = Path(str(file.locate()))
+            if re.fullmatch(file_name, file.name) and path.is_file():
+                return path
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------- nvcc and host C++

@@ -382,8 +382,14 @@ def test_a_library_that_vanishes_before_it_is_loaded(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def no_cuda_packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """NVIDIA's locator finds nothing: a machine without toolkit, conda and pip's nvidia packages."""
+def no_cuda_packages(monkeypatch: pytest.MonkeyPatch, nothing_located: None) -> None:
+    """A machine without toolkit, conda and pip's nvidia packages."""
+    monkeypatch.setattr(toolchain, "_installed", lambda distribution, file_name: None)
+
+
+@pytest.fixture
+def nothing_located(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """NVIDIA's locator finds nothing."""
     from cuda import pathfinder
 
     def not_found(name: str) -> object:
@@ -416,6 +422,19 @@ def test_no_nvrtc_and_no_companion(tmp_path: Path) -> None:
         assert part in message, message
     (record,) = miss_records(tmp_path / "misses")
     assert record.resolved_by == "failed"
+
+
+@pytest.mark.usefixtures("nothing_located")
+def test_packages_outside_of_site_packages_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the environment that pip builds in, where NVIDIA's locator does not look."""
+    (tmp_path / "nvidia/include").mkdir(parents=True)
+    (tmp_path / "nvidia/include/cuda_fp16.h").touch()
+    info = tmp_path / "nvidia_cuda_runtime-13.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-cuda-runtime\nVersion: 13.0\n")
+    (info / "RECORD").write_text("nvidia/include/cuda_fp16.hpp,,\nnvidia/include/cuda_fp16.h,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert toolchain.cuda_include() == tmp_path / "nvidia/include"
 
 
 @pytest.mark.usefixtures("no_cuda_packages")
