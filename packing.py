@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -81,6 +82,19 @@ def write_sdist(files: Mapping[str, Path], directory: Path) -> str:
             tar.addfile(member, io.BytesIO(content))
     (directory / f"{stem}.tar.gz").write_bytes(gzip.compress(archive.getvalue(), mtime=seconds))
     return f"{stem}.tar.gz"
+
+
+def description(readme: str, files_url: str) -> str:
+    """A README as a package index shows it, where links to files beside it would lead nowhere: they lead to where the
+    repository's files are on the web. Without such a place the path stands beside the text."""
+
+    def link(match: re.Match[str]) -> str:
+        text, target = match["text"], match["target"]
+        if target is None or re.match(r"[a-z]+:|#", target):  # code, or complete as it is
+            return match[0]
+        return f"[{text}]({files_url.rstrip('/')}/{target})" if files_url else f"{text} (`{target.partition('#')[0]}`)"
+
+    return re.sub(r"```.*?```|`[^`]*`|\[(?P<text>[^]]*)\]\((?P<target>[^)\s]+)\)", link, readme, flags=re.DOTALL)
 
 
 # ----------------------------------------------------------------------------------------------------- a set in a wheel

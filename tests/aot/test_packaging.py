@@ -151,6 +151,22 @@ def test_front_metadata(front_wheel: Path) -> None:
     assert set(metadata.get_all("Provides-Extra", [])) == extras
 
 
+def test_the_description_has_no_link_that_leads_nowhere(front_wheel: Path) -> None:
+    """A package index has no files beside it."""
+    from packing import description
+
+    text = metadata_of(front_wheel).get_payload()
+    assert "# flashinfer" in text and "what is left out (`docs/engines.md`)" in text
+    companion = (ROOT / "flashinfer_aot" / "README.md").read_text(encoding="utf-8")
+    for page in (text, companion):
+        found = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```|`[^`]*`", "", page, flags=re.DOTALL))
+        assert [target for target in found if not target.startswith(("https:", "#"))] == []
+    page = "[a](docs/x.md#y) `[b](c)` [d](https://e) ```\n[f](g)\n``` [h](#i)"
+    base = "https://example.com/files"
+    assert description(page, f"{base}/") == page.replace("docs/x.md#y", f"{base}/docs/x.md#y")
+    assert description(page, "") == page.replace("[a](docs/x.md#y)", "a (`docs/x.md`)")
+
+
 def test_front_wheel_of_the_sdist_is_the_same(front_wheel: Path, tmp_path: Path) -> None:
     sdist = sdist_of(ROOT, tmp_path / "sdist")
     assert wheel_of(sdist, tmp_path / "wheel").read_bytes() == front_wheel.read_bytes()
