@@ -119,4 +119,7 @@ SANITIZE: Setting[tuple[str, ...]] = Setting(
     "Sanitizers to compile CPU kernels with: address, undefined. Part of their digests; see docs/testing.md.",
 )
 
+# Read while the package is installed (docs/packaging.md), and by nothing that is imported.
+OF_INSTALLING = ("FLASHINFER_ENABLE_AOT", "FLASHINFER_AOT_CONFIG", "FLASHINFER_AOT_TARGETS")
+
 ALL: tuple[Setting[object], ...] = tuple(value for value in globals().values() if isinstance(value, Setting))

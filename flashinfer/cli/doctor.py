@@ -113,7 +113,8 @@ def _settings() -> Iterator[Finding]:
     known = {setting.name for setting in env.ALL}
     for name in sorted(os.environ):
         if name.startswith("FLASHINFER_") and name not in known:
-            yield Finding("setting", NOTE, f"{name} is not a variable of this library and has no effect")
+            what = "is for installing" if name in env.OF_INSTALLING else "is not a variable of this library"
+            yield Finding("setting", NOTE, f"{name} {what} and has no effect")
 
 
 def _versions() -> Iterator[Finding]:

@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from flashinfer import packages
+from flashinfer import env, packages
 from flashinfer.version import __version__
 from tests.aot.kit import (
     BOTH,
@@ -256,6 +256,12 @@ def test_kernels_are_compiled_during_an_editable_install(tmp_path: Path) -> None
     code = RUN_PRECOMPILED.replace("64", "128")
     environment.run("-c", code, cwd=tmp_path, FLASHINFER_DISABLE_JIT="1")
     assert PURE in wheel_of(checkout, tmp_path / "later").name, "an install without the variable is pure again"
+
+
+def test_variables_of_the_install_are_told_of() -> None:
+    told = set(re.findall(r"^\| `(FLASHINFER_\w+)`", (ROOT / "docs/packaging.md").read_text(), flags=re.MULTILINE))
+    read = set(re.findall(r"FLASHINFER_\w+", (ROOT / "build_backend.py").read_text()))
+    assert told == read == set(env.OF_INSTALLING)
 
 
 @pytest.mark.parametrize(

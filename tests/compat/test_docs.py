@@ -26,7 +26,7 @@ PATH = re.compile(rf"(?<![\w/.$-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w(?![\w$<*{{â
 HEADER = re.compile(r"(?<![\w/.-])(?:\w+/)*\w+\.cuh\b")
 # Made by a build, or by whoever follows docs/add_a_kernel.md.
 MADE = re.compile(
-    r"flashinfer_aot/flashinfer_aot/(registry|kernels)|(csrc(/cpu)?|flashinfer(/families)?|^)/?toy(_sm90)?\b"
+    r"flashinfer_aot/flashinfer_aot/(registry|kernels)|flashinfer/precompiled|(csrc(/cpu)?|flashinfer(/families)?|^)/?toy(_sm90)?\b"
 )
 
 

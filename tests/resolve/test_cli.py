@@ -274,11 +274,13 @@ def test_doctor_sees_an_unusable_cache_and_setting(call: Call, monkeypatch: pyte
     monkeypatch.setenv("FLASHINFER_CACHE_DIR", "/proc/flashinfer")
     monkeypatch.setenv("FLASHINFER_RECORD_MISSES", "perhaps")
     monkeypatch.setenv("FLASHINFER_JIT_VERBOSE", "1")
+    monkeypatch.setenv("FLASHINFER_ENABLE_AOT", "1")
     code, out, _ = call("doctor", "--json")
     found = [(finding["name"], finding["status"]) for finding in json.loads(out)["findings"]]
     assert code == 1
     assert ("cache", "warning") in found and ("setting", "FAILED") in found
     assert "FLASHINFER_JIT_VERBOSE is not a variable of this library" in out
+    assert "FLASHINFER_ENABLE_AOT is for installing" in out
 
 
 def test_doctor_sees_a_companion_of_other_sources(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
