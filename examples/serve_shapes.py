@@ -7,7 +7,10 @@ every head, and decode in the latent space; both are compared with the equations
 is installed, no kernel is compiled. At the end one model outside the core set shows what a miss looks like. Runs on a
 GPU where there is one, and on any CPU.
 
-    python examples/serve_shapes.py [--device cpu|cuda] [--config core] [--model NAME …]
+    python examples/serve_shapes.py [--device cpu|cuda] [--config core] [--model NAME …] [--quick]
+
+On a CPU most of the time goes into the projections. --quick makes them small there: one layer of each model, and of a
+large one the share of one of as many GPUs as the config has it on. The kernels are of the core set all the same.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import argparse
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn import functional
@@ -25,7 +28,7 @@ import flashinfer
 from flashinfer.aot.config import Model, find_config, read_config
 from flashinfer.jit import default_resolver
 
-NUM_LAYERS = 2
+NUM_LAYERS = 2  # with --quick 1
 VOCABULARY = 4096
 PAGE_SIZE = 16
 MAX_BATCH = 3
@@ -33,6 +36,7 @@ MAX_BATCH = 3
 REQUESTS = [(0, 5, 4), (0, 19, 2), (1, 3, 3), (2, 7, 2)]
 # Phi-3-mini: head_dim 96 is in no core model.
 OUTSIDE_CORE = Model("Phi-3-mini (outside the core set)", 3072, 32, 32, 96, (8192,))
+LARGE = 3584  # hidden size from which --quick serves a share
 MOST_OFF = 0.02  # relative difference from the equations that bf16 explains
 
 
@@ -149,7 +153,9 @@ class Weights:
 class GroupedQueryAttention:
     """Rotary attention of query heads in groups that share keys and values."""
 
-    def __init__(self, model: Model, weights: Weights, num_pages: int, device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Model, weights: Weights, num_layers: int, num_pages: int, device: str, dtype: torch.dtype
+    ) -> None:
         ranks = model.tensor_parallel[0]
         self.model, self.dtype = model, dtype
         self.num_qo_heads, self.num_kv_heads = model.num_qo_heads // ranks, max(1, model.num_kv_heads // ranks)
@@ -158,7 +164,7 @@ class GroupedQueryAttention:
         self.output = weights.matrix(hidden_size, self.num_qo_heads * head_dim)
         self.head_norm = weights.vector(head_dim)
         cache_shape = (num_pages, 2, PAGE_SIZE, self.num_kv_heads, head_dim)
-        self.caches = [torch.zeros(cache_shape, device=device, dtype=dtype) for _ in range(NUM_LAYERS)]
+        self.caches = [torch.zeros(cache_shape, device=device, dtype=dtype) for _ in range(num_layers)]
         workspace = torch.empty(32 << 20, dtype=torch.uint8, device=device)
         self.prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace)
         self.decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace)
@@ -197,7 +203,9 @@ class LatentAttention:
     work: there the projection of keys is absorbed into the queries, and that of values into the output.
     """
 
-    def __init__(self, model: Model, weights: Weights, num_pages: int, device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Model, weights: Weights, num_layers: int, num_pages: int, device: str, dtype: torch.dtype
+    ) -> None:
         self.model, self.dtype, self.num_heads = model, dtype, model.num_qo_heads // model.tensor_parallel[0]
         hidden_size, latent, nope = model.hidden_size, model.kv_lora_rank, model.qk_nope_head_dim
         self.row_dims, self.scale = (latent, model.qk_rope_head_dim), model.head_dim**-0.5
@@ -210,7 +218,7 @@ class LatentAttention:
         self.output = weights.matrix(hidden_size, self.num_heads * model.v_head_dim)
         self.q_norm, self.kv_norm = weights.vector(model.q_lora_rank or 1), weights.vector(latent)
         cache_shape = (num_pages, PAGE_SIZE, sum(self.row_dims))
-        self.caches = [torch.zeros(cache_shape, device=device, dtype=dtype) for _ in range(NUM_LAYERS)]
+        self.caches = [torch.zeros(cache_shape, device=device, dtype=dtype) for _ in range(num_layers)]
         workspace = torch.empty(32 << 20, dtype=torch.uint8, device=device)
         self.unabsorbed = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace)
         self.absorbed = flashinfer.BatchMLAPagedAttentionWrapper(workspace)
@@ -277,10 +285,13 @@ class LatentAttention:
 class Decoder:
     """A decoder in Llama's style: RMSNorm, attention over a paged cache, SwiGLU."""
 
-    def __init__(self, model: Model, weights: Weights, num_pages: int, device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Model, weights: Weights, num_layers: int, num_pages: int, device: str, dtype: torch.dtype
+    ) -> None:
         ranks = model.tensor_parallel[0]  # the share of one GPU, where a model needs several
         kind = LatentAttention if model.kv_lora_rank else GroupedQueryAttention
-        self.attention = kind(model, weights, num_pages, device, dtype)
+        self.num_layers = num_layers
+        self.attention = kind(model, weights, num_layers, num_pages, device, dtype)
         intermediate_size, hidden_size = model.intermediate_sizes[0] // ranks, model.hidden_size
         self.embedding = weights.matrix(VOCABULARY, hidden_size)
         self.gate_up = weights.matrix(2 * intermediate_size, hidden_size)
@@ -292,7 +303,7 @@ class Decoder:
         self.attention.plan(batch)
         residual = functional.embedding(batch.tokens, self.embedding)
         x = flashinfer.rmsnorm(residual, self.norm)
-        for layer in range(NUM_LAYERS):
+        for layer in range(self.num_layers):
             x = self.attention.run(x, layer, batch)
             flashinfer.fused_add_rmsnorm(x, residual, self.norm)
             x = functional.linear(flashinfer.silu_and_mul(functional.linear(x, self.gate_up)), self.down)
@@ -308,11 +319,11 @@ class Decoder:
 # ---------------------------------------------------------------------------------------------------------------- demo
 
 
-def serve(model: Model, weights: Weights, device: str, dtype: torch.dtype) -> None:
+def serve(model: Model, weights: Weights, num_layers: int, device: str, dtype: torch.dtype, number: str = "") -> None:
     answered = default_resolver().answered_by
     known = set(answered)
     num_pages = 2 * MAX_BATCH
-    decoder, scheduler = Decoder(model, weights, num_pages, device, dtype), Scheduler(num_pages)
+    decoder, scheduler = Decoder(model, weights, num_layers, num_pages, device, dtype), Scheduler(num_pages)
     started, step, num_tokens = time.perf_counter(), 0, 0
     while not scheduler.is_done:
         scheduler.admit(step)
@@ -324,7 +335,7 @@ def serve(model: Model, weights: Weights, device: str, dtype: torch.dtype) -> No
     stores = Counter(store for spec, store in answered.items() if spec not in known)
     new = ", ".join(f"{count} from {store}" for store, count in sorted(stores.items())) or "none new"
     shape = f"{model.hidden_size} wide, {decoder.attention}"
-    line = f"{model.name:34} {shape:34} {num_tokens:3} tokens in {seconds:5.1f} s   kernels: {new}"
+    line = f"{number}{model.name:34} {shape:34} {num_tokens:3} tokens in {seconds:5.1f} s   kernels: {new}"
     if isinstance(decoder.attention, LatentAttention):
         line += f"   off the equations: {decoder.attention.most_off:.2%}"
     print(line, flush=True)
@@ -343,13 +354,19 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--config", default="core", help="a file of aot_configs/ (default: core)")
     parser.add_argument("--model", action="append", default=[], help="only this model (may be repeated)")
+    parser.add_argument("--quick", action="store_true", help="on a CPU: one layer of each, and a share of large models")
     args = parser.parse_args()
     torch.manual_seed(0)
     weights = Weights(args.device, torch.bfloat16)
-    for model in core_models(args.config, args.model):
-        serve(model, weights, args.device, torch.bfloat16)
+    quick = args.quick and args.device == "cpu"
+    num_layers = 1 if quick else NUM_LAYERS
+    models = core_models(args.config, args.model)
+    for number, model in enumerate(models, 1):
+        if quick and model.hidden_size >= LARGE:
+            model = replace(model, tensor_parallel=model.tensor_parallel[-1:])
+        serve(model, weights, num_layers, args.device, torch.bfloat16, f"{number:2}/{len(models)} ")
     print("\nNow a shape that no precompiled set holds:", flush=True)
-    serve(OUTSIDE_CORE, weights, args.device, torch.bfloat16)
+    serve(OUTSIDE_CORE, weights, num_layers, args.device, torch.bfloat16)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Makes the environment and runs every linter on every file, as .pre-commit-config.yaml lists them.
 . "$(dirname "$0")/common.sh"
-ensure_env
+ensure_env cu13 build examples test
 PATH="$PWD/$VENV/bin:$PATH" exec "$VENV/bin/pre-commit" run --all-files --show-diff-on-failure "$@"

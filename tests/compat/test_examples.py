@@ -30,6 +30,14 @@ def test_serve_shapes(device: object) -> None:
     assert output.count("41 tokens") == 2, output  # one core model, and the one outside the core set
 
 
+def test_serve_shapes_quickly() -> None:
+    """A large model as one GPU's share, by kernels of the core set; a small one as it is."""
+    models = ("--model", "Llama-3-70B", "--model", "Qwen3-0.6B")
+    output = run("examples/serve_shapes.py", "--device", "cpu", "--quick", *models)
+    assert " 1/2 Llama-3-70B " in output and "8192 wide, 8/1 heads" in output, output
+    assert " 2/2 Qwen3-0.6B " in output and "1024 wide, 16/8 heads" in output, output
+
+
 @pytest.mark.parametrize("model", ["DeepSeek-V2-Lite", "DeepSeek-V3"])
 def test_serve_shapes_of_latent_attention(device: object, model: str) -> None:
     output = run("examples/serve_shapes.py", "--device", str(device), "--model", model)

