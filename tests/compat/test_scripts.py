@@ -69,7 +69,7 @@ def test_a_script_adds_what_it_needs_and_others_did_not(checkout: Path) -> None:
     for extras in (("test",), ("build", "examples"), ("examples", "build", "test")):
         assert ensure_env(checkout, *extras) == 0
     assert len(installs(checkout)) == 2
-    (checkout / "hatch_build.py").write_text("# changed")
+    (checkout / "setup.py").write_text("# changed")
     assert ensure_env(checkout, "build") == 0
     assert installs(checkout)[2].endswith(" --editable .[build,examples,test]")
 
