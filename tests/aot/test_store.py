@@ -12,7 +12,7 @@ from typing import ClassVar
 import pytest
 
 from flashinfer import env
-from flashinfer.jit import driver
+from flashinfer.jit import driver, stores
 from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.source import Source
 from flashinfer.jit.stores import AotStore, Hit, Registry, Rejected
@@ -186,6 +186,22 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- several registries
+
+
+def test_which_registries_are_asked_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named ones, then the package's own, then the companion; the latter two where a set is there."""
+    named, own, companion = (tmp_path / name for name in ("named", "own", "flashinfer_aot"))
+    for folder in (own, companion):
+        folder.mkdir()
+    (companion / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(stores, "PRECOMPILED", own)
+    monkeypatch.setenv(env.AOT_PATH.name, str(named))
+    assert AotStore().roots() == [named]
+    (companion / "registry.json").touch()
+    assert AotStore().roots() == [named, companion]
+    (own / "registry.json").touch()
+    assert AotStore().roots() == [named, own, companion]
 
 
 def test_several_registries_answer_in_order(host_set: Path, kernels: Path) -> None:
