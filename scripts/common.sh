@@ -29,7 +29,9 @@ ensure_packages() { locked add_packages "$@"; }
 
 # The stamp of an environment that is whole: of what it was made, and the extras it has.
 STAMP=$VENV/.flashinfer-env
-env_key() { cat pyproject.toml setup.py build_backend.py packing.py scripts/common.sh flashinfer/version.py | cksum; }
+env_key() {
+  cat pyproject.toml flashinfer_aot/pyproject.toml setup.py build_backend.py packing.py scripts/common.sh flashinfer/version.py | cksum
+}
 env_extras() { sed -n 2p "$STAMP" 2>/dev/null || true; }
 
 has_env() {
@@ -60,8 +62,8 @@ add_extras() {
   # as a CPU build where one is offered.
   pinned=("torch==$TORCH_VERSION" "nvidia-cuda-nvrtc==$NVRTC_VERSION" "nvidia-cuda-runtime==13.0.*")
   if command -v nvidia-smi >/dev/null; then pinned=(torch); fi
-  # What packs wheels, for those that are made offline.
-  mapfile -t backend < <(grep '^requires = ' pyproject.toml | grep -o '"[^"]*"' | tr -d '"')
+  # What packs both wheels, for those that are made offline.
+  mapfile -t backend < <(grep -h '^requires = ' pyproject.toml flashinfer_aot/pyproject.toml | grep -o '"[^"]*"' | tr -d '"' | sort -u)
   pip_install "${pinned[@]}" "${backend[@]}" --editable ".[${extras// /,}]"
   printf '%s\n%s\n' "$(env_key)" "$extras" >"$STAMP"
 }

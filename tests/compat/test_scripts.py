@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-KEY = ("pyproject.toml", "setup.py", "build_backend.py", "packing.py", "scripts/common.sh", "flashinfer/version.py")
+PROJECTS = ("pyproject.toml", "flashinfer_aot/pyproject.toml")
+KEY = (*PROJECTS, "setup.py", "build_backend.py", "packing.py", "scripts/common.sh", "flashinfer/version.py")
 # As `python3 -m venv` does, pip is left alone where it looks installed, whether or not its script was written.
 PYTHON = """#!/bin/sh
 echo "$0 $*" >>log
@@ -76,10 +77,12 @@ def test_a_script_adds_what_it_needs_and_others_did_not(checkout: Path) -> None:
 
 def test_what_packs_wheels_is_installed(checkout: Path) -> None:
     """demo.sh packs its set without a build environment of its own."""
-    packers = re.search(r'^requires = \["(.*)"]$', (checkout / "pyproject.toml").read_text(), flags=re.M)
-    assert packers is not None and ensure_env(checkout) == 0
-    for packer in packers[1].split('", "'):
-        assert f" {packer} " in installs(checkout)[0]
+    assert ensure_env(checkout) == 0
+    for project in PROJECTS:
+        packers = re.search(r'^requires = \["(.*)"]$', (checkout / project).read_text(), flags=re.M)
+        assert packers is not None
+        for packer in packers[1].split('", "'):
+            assert f" {packer} " in installs(checkout)[0], project
 
 
 def test_the_demo_installs_neither_tools_of_tests_nor_what_they_bring() -> None:
