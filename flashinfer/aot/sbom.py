@@ -24,7 +24,8 @@ from flashinfer.version import __version__
 
 SUFFIX = ".cdx.json"
 
-_REGISTRY = "flashinfer_aot/registry.json"
+_COMPANION = "flashinfer_aot"
+_REGISTRY = f"{_COMPANION}/registry.json"
 _SIGNATURE = f"{_REGISTRY}.sig"
 Component = dict[str, Any]
 

@@ -112,6 +112,7 @@ template <class Config>
 struct TransposingGatherer : Gatherer<Config> {
   using Base = Gatherer<Config>;
   using Shape = sm90::Shape<Config>;
+  static_assert(Shape::kNumStages >= 2, "rows of two tiles are there at a time");
 
   __device__ __forceinline__ void bring(const Work& work, int tile, uint32_t turn) {
     const int num_valid = this->unit.kv_len - tile * Shape::kBlockN;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Optional
 
 import torch
@@ -37,7 +38,8 @@ def load_kernel(
         page_size=page_size,
         mask=mask,
     )
-    return prefill.load_spec(device, spec, pdl)
+    kernel = prefill.load_spec(device, spec, pdl)
+    return replace(kernel, num_blocks=min(kernel.num_blocks, families.MAX_BLOCKS))
 
 
 def bind_launch(

@@ -59,9 +59,10 @@ __device__ __forceinline__ void finish_unit(TileWalk<Config, kConsumer>& walk) {
       params.lse[int64_t(item.q_begin + query.token_idx) * params.num_qo_heads + query.qo_head_idx] = lse;
     }
   }
-  if (item.num_splits > 1) {
-    named_barrier_sync(kBothConsumers, Shape::kNumConsumerThreads);
-    if (fresh_thread_idx() == 0) SplitCounter{params.counters + item.counter, uint32_t(item.num_splits)}.arrive();
+  // Then sums may be written again: nothing else in the way of a unit without keys would hold the other consumer back.
+  named_barrier_sync(kBothConsumers, Shape::kNumConsumerThreads);
+  if (item.num_splits > 1 && fresh_thread_idx() == 0) {
+    SplitCounter{params.counters + item.counter, uint32_t(item.num_splits)}.arrive();
   }
 }
 
