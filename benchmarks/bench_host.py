@@ -1,28 +1,47 @@
 """Host costs: importing, the first call, a warm load, and one call of an operator beside torch.add(out=).
 
-python benchmarks/bench_host.py [--device cuda|cpu] [--only prefill] [--no-start] [--json]
+python benchmarks/bench_host.py [--device cuda|cpu] [--only prefill] [--no-start] [--peer FOLDER] [--json]
 
 Calls are timed 200 at a time into an empty queue of the GPU, which holds more: however long a kernel runs, no call
-waits for it. What a call returns is allocated in it unless it says out=.
+waits for it. What a call returns is allocated in it unless it says out=. The peer lives in a process of its own; each
+call is timed there and here in turn, several times over, and the best time of each counts: a machine whose clocks
+change changes both.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from common import environment, host_us, parse, print_table, table, write_results
+from common import (
+    Times,
+    add_peer,
+    environment,
+    host_table,
+    host_us,
+    library_name,
+    parse,
+    peer_environment,
+    print_failures,
+    print_table,
+    table,
+    write_results,
+)
 
 import flashinfer
-from flashinfer import sampling, target
-from flashinfer.families.layout import vec_size
-from flashinfer.families.norm import RMSNORM
-from flashinfer.jit import default_resolver
+from flashinfer import sampling
+
+ADD, LOAD = "torch.add(out=)", "resolver.load, warm"
+TURNS = 5  # of ours and of a peer
 
 # In a process of its own: from the request to the launch of the first kernel, torch being initialized.
 FIRST_CALL = """
@@ -65,7 +84,7 @@ def operators(device: torch.device) -> dict[str, Callable[[], object]]:
     drafts, chain = torch.zeros(4, 2, dtype=torch.int32, device=device), probs[:, None].repeat(1, 3, 1)
     drafted = chain[:, :2].contiguous()
     return {
-        "torch.add(out=)": lambda: torch.add(x, x, out=out),
+        ADD: lambda: torch.add(x, x, out=out),
         "torch.add": lambda: torch.add(x, x),
         "rmsnorm(out=)": lambda: flashinfer.rmsnorm(x, weight, out=out),
         "rmsnorm": lambda: flashinfer.rmsnorm(x, weight),
@@ -140,20 +159,66 @@ def attention(device: torch.device) -> dict[str, Callable[[], object]]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", default="", help="calls whose name contains this text")
-    parser.add_argument("--no-start", action="store_true", help="leave out what takes processes of its own")
-    args = parse(parser)
-    device = torch.device(args.device)
+class Peer:
+    """Another flashinfer, in a process that this same script serves: a name in, its microseconds out."""
 
-    calls = operators(device) | attention(device)
-    calls = {name: call for name, call in calls.items() if args.only in name or name == "torch.add(out=)"}
-    for call in calls.values():
-        call()
-    times = {name: host_us(call) for name, call in calls.items()}
-    rows: list[list[object]] = [[name, us, us / times["torch.add(out=)"]] for name, us in times.items()]
+    def __init__(self, folder: str, device: torch.device) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--device", str(device), "--serve"],
+            env=peer_environment(folder),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.times = Times(self._answer()["library"], is_peer=True)
+
+    def measure(self, name: str) -> None:
+        assert self._process.stdin is not None
+        print(name, file=self._process.stdin, flush=True)
+        answer = self._answer()
+        if "failure" in answer:
+            self.times.failures.append(f"{name}: {answer['failure']}")
+        else:
+            note_best(self.times, name, answer["us"])
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"--peer: its process ended with {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def serve(calls: dict[str, Callable[[], object]]) -> None:
+    """What `Peer` talks to."""
+    print(json.dumps({"library": library_name()}), flush=True)
+    for line in sys.stdin:
+        times = Times("", is_peer=True)
+        times.measure(line.rstrip("\n"), "host", lambda name: warm_us(calls[name]), line.rstrip("\n"))
+        us = times.us(line.rstrip("\n"), "host")
+        print(json.dumps({"failure": times.failures[0]} if math.isnan(us) else {"us": us}), flush=True)
+
+
+def warm_us(call: Callable[[], object]) -> float:
+    call()
+    return host_us(call)
+
+
+def note_best(times: Times, name: str, us: float) -> None:
+    column = times.columns.setdefault("host", {})
+    column[name] = min(us, column.get(name, math.inf))
+
+
+def warm_load_us(device: torch.device) -> float:
+    """Of the resolver, for a kernel that is loaded."""
+    from flashinfer import target
+    from flashinfer.families.layout import vec_size
+    from flashinfer.families.norm import RMSNORM
+    from flashinfer.jit import default_resolver
 
     spec = RMSNORM.spec(
         target.of_device(device),
@@ -168,10 +233,43 @@ def main() -> None:
     start = time.perf_counter()
     for _ in range(100_000):
         load(spec)
-    times["resolver.load, warm"] = (time.perf_counter() - start) * 10
-    rows.append(["resolver.load, warm", times["resolver.load, warm"], ""])
-    print_table(environment(), ["call", "host µs", "of torch.add"], rows)
-    tables = {"host": table("us", [(name, us, {}, {}) for name, us in times.items()], partial=args.only)}
+    return (time.perf_counter() - start) * 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="", help="calls whose name contains this text")
+    parser.add_argument("--no-start", action="store_true", help="leave out what takes processes of its own")
+    add_peer(parser)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # in the peer's process
+    args = parse(parser)
+    device = torch.device(args.device)
+
+    calls = operators(device) | attention(device)
+    if args.serve:
+        return serve(calls)
+    calls = {name: call for name, call in calls.items() if args.only in name or name == ADD}
+    ours, peer = Times("ours"), Peer(args.peer, device) if args.peer else None
+    for call in calls.values():
+        call()
+    for name, call in calls.items():
+        for _ in range(TURNS if peer else 1):
+            note_best(ours, name, warm_us(call))
+            if peer:
+                peer.measure(name)
+    us = ours.columns["host"]
+    if args.only in LOAD:
+        us[LOAD] = warm_load_us(device)
+    if peer:
+        peer.close()
+    peers = [peer.times] if peer else []
+    rows: list[list[object]] = [
+        [name, us[name], us[name] / us[ADD], *(peer.us(name, "host") for peer in peers)] for name in us
+    ]
+    print_table(environment(), ["call", "host µs", "of torch.add", *(peer.library for peer in peers)], rows)
+    print_failures(peers)
+    tables = {"host": replace(host_table(ours, peers), partial=args.only)}
     if not args.no_start:
         starts = {
             "import flashinfer after torch": in_process(IMPORT),

@@ -138,20 +138,10 @@ def run(
     The peer has the same name as we have, so it is timed by this same script in a process of its own, with the same
     arguments, where `import flashinfer` finds it; that process hands its times back as JSON.
     """
-    parser.add_argument(
-        "--peer",
-        metavar="FOLDER",
-        help="time another installation of flashinfer too, over the same cases: upstream's (pip install --target "
-        "FOLDER flashinfer-python) or an earlier one of ours; what it cannot run is a dash, with the reason below",
-    )
+    add_peer(parser)
     parser.add_argument("--times-to", metavar="FILE", help=argparse.SUPPRESS)  # in the peer's process
     args = parse(parser)
-    import flashinfer
-
-    folder = str(Path(flashinfer.__file__).parent.parent)
-    is_upstream = any(importlib.metadata.distributions(name="flashinfer-python", path=[folder]))
-    library = f"{'upstream' if is_upstream else 'peer'} {flashinfer.__version__}"
-    times = Times(library, is_peer=bool(args.times_to))
+    times = Times(library_name(), is_peer=bool(args.times_to))
     measure(args, times)
     if args.times_to:
         Path(args.times_to).write_text(json.dumps(asdict(times)))
@@ -159,17 +149,39 @@ def run(
     return args, times, [_peer_times(args.peer)] if args.peer else []
 
 
-def _peer_times(folder: str) -> Times:
+def add_peer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--peer",
+        metavar="FOLDER",
+        help="time another installation of flashinfer too, over the same cases: upstream's (pip install --target "
+        "FOLDER flashinfer-python) or an earlier one of ours; what it cannot run is a dash, with the reason below",
+    )
+
+
+def library_name() -> str:
+    """Of the flashinfer that this process imports, for a process that a peer runs in."""
+    import flashinfer
+
+    folder = str(Path(flashinfer.__file__).parent.parent)
+    is_upstream = any(importlib.metadata.distributions(name="flashinfer-python", path=[folder]))
+    return f"{'upstream' if is_upstream else 'peer'} {flashinfer.__version__}"
+
+
+def peer_environment(folder: str) -> dict[str, str]:
+    """Of a process where `import flashinfer` finds the one in that folder."""
     if not (Path(folder) / "flashinfer" / "__init__.py").is_file():
         raise SystemExit(f"--peer {folder}: expected a folder that holds a package flashinfer, found none")
+    path = os.pathsep.join([str(Path(folder).resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def _peer_times(folder: str) -> Times:
+    variables = peer_environment(folder)
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
-    path = os.pathsep.join([str(Path(folder).resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as temporary:
         result = Path(temporary) / "times.json"
-        subprocess.run(
-            [sys.executable, *sys.argv, "--times-to", str(result)], env={**os.environ, "PYTHONPATH": path}, check=True
-        )
+        subprocess.run([sys.executable, *sys.argv, "--times-to", str(result)], env=variables, check=True)
         return Times(**json.loads(result.read_text()))
 
 

@@ -38,9 +38,10 @@ def vec_size(dtype: str, length: int, alignment: int = 0) -> int:
     """Elements per load: the largest power of two that divides the length, within 16 bytes and the alignment.
 
     `alignment` is the bitwise or of every address and every stride in bytes that the kernel adds to one. Where vectors
-    must divide several lengths, `length` is their greatest common divisor.
+    must divide several lengths, `length` is their greatest common divisor. 1 for a dtype that no kernel has: the spec
+    refuses it.
     """
-    size = max(1, min(16, alignment & -alignment if alignment else 16) // ITEMSIZE[dtype])
+    size = max(1, min(16, alignment & -alignment if alignment else 16) // ITEMSIZE.get(dtype, 16))
     while length % size:
         size //= 2
     return size

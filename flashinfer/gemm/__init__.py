@@ -26,7 +26,8 @@ def bmm_fp8(
     out: Optional[torch.Tensor] = None,
     backend: str = "cublas",
 ) -> torch.Tensor:
-    """`A_scale * B_scale * A @ B`, `[batch, m, n]`, summed in fp32 and rounded once.
+    """`A_scale * B_scale * A @ B`, `[batch, m, n]`, summed in fp32 and rounded once; on a GPU the sums are those of its
+    matrix unit, which on Hopper keeps some 14 bits of the products that it adds (DeepSeek-V3's report, section 3.3.2).
 
     Args:
         A: `[batch, m, k]` of fp8, each matrix row-major.

@@ -37,7 +37,8 @@ def test_product(
     given = operands(batch, m, k, n, device, dtypes)
     ours = flashinfer.bmm_fp8(*given, dtype)
     assert ours.dtype == dtype
-    assert_close(ours, product(*given))
+    # Hopper keeps some 14 bits of the fp8 products it adds: off by 0.0043, where sums are 12 on average, on an H200.
+    assert_close(ours, product(*given), scale=4.0 if device.type == "cuda" and dtype == torch.float16 else 1.0)
     out = torch.full_like(ours, torch.nan)
     assert flashinfer.bmm_fp8(*given, dtype, out=out, backend="auto") is out
     assert torch.equal(out, ours)

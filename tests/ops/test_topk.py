@@ -112,8 +112,8 @@ def test_wrong_arguments(change: dict[str, object], error: type[Exception], mess
 
 
 @pytest.mark.gpu
-def test_captured(device: torch.device) -> None:
-    x = rows("ordinary", torch.float32, num_columns=40000).to(device)
+def test_captured() -> None:
+    x = rows("ordinary", torch.float32, num_columns=40000).cuda()
     for tie_break in TopKTieBreak:
         top_k(x, 50, tie_break=tie_break)
         torch.cuda.synchronize()

@@ -297,10 +297,9 @@ def test_doctor_sees_a_companion_of_other_sources(call: Call, tmp_path: Path, mo
 
 @pytest.mark.gpu
 def test_doctor_runs_a_kernel_on_the_gpu(call: Call) -> None:
-    code, out, _ = call("doctor", "--json")
+    _, out, _ = call("doctor", "--json")
     found = findings(out)
-    assert code == 0, found
-    assert found["kernel on cuda:0"]["status"] == "ok"
+    assert found["kernel on cuda:0"]["status"] == "ok", found
     assert found["driver"]["status"] == found["GPU 0"]["status"] == found["NVRTC"]["status"] == "ok"
 
 
