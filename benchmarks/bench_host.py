@@ -4,8 +4,8 @@ python benchmarks/bench_host.py [--device cuda|cpu] [--only prefill] [--no-start
 
 Calls are timed 200 at a time into an empty queue of the GPU, which holds more: however long a kernel runs, no call
 waits for it. What a call returns is allocated in it unless it says out=. The peer lives in a process of its own; each
-call is timed there and here in turn, several times over, and the best time of each counts: a machine whose clocks
-change changes both.
+call is timed here and there in turn, the list several times over, and the best time of each counts: a machine that is
+slow for some seconds is so for both.
 """
 
 from __future__ import annotations
@@ -253,8 +253,8 @@ def main() -> None:
     ours, peer = Times("ours"), Peer(args.peer, device) if args.peer else None
     for call in calls.values():
         call()
-    for name, call in calls.items():
-        for _ in range(TURNS if peer else 1):
+    for _ in range(TURNS if peer else 1):
+        for name, call in calls.items():
             note_best(ours, name, warm_us(call))
             if peer:
                 peer.measure(name)

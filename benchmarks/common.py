@@ -34,6 +34,7 @@ if importlib.util.find_spec("flashinfer") is None:  # straight from a source tre
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 L2_BYTES = 128 << 20  # more than the L2 cache of any GPU we know
+WARM_SECONDS = 0.05  # in which a GPU that was idle comes to its clocks
 Calls = Sequence[Callable[[], Any]]
 # Of a file of results: case, figure, figures of peers, `bytes` and `flops`.
 Row = tuple[str, float, dict[str, float], dict[str, float]]
@@ -56,8 +57,10 @@ def device_us(calls: Calls, *, repeats: int = 20) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    for _ in range(3):
+    warm = time.perf_counter() + WARM_SECONDS
+    while time.perf_counter() < warm:
         graph.replay()
+        torch.cuda.synchronize()
     times = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -167,7 +167,8 @@ def _merge_pair(
     except (AttributeError, RuntimeError):
         checks.require_addresses(op, v=v, s=s, **{"the other v": v_other, "the other s": s_other})
         raise
-    if min(v_ptr, s_ptr, v_other_ptr, s_other_ptr) < LOWEST_ADDRESS:
+    lowest = LOWEST_ADDRESS
+    if v_ptr < lowest or s_ptr < lowest or v_other_ptr < lowest or s_other_ptr < lowest:
         checks.require_addresses(op, v=v, s=s, **{"the other v": v_other, "the other s": s_other})
     key = (
         v.dtype, v.shape, v.stride(), v.device, v_other.dtype, v_other.shape, v_other.stride(),
@@ -187,12 +188,13 @@ def _merge_pair(
         if any(new is not old for new, old in zip(readable, given)):
             return _merge_pair(op, *readable, mask, out)
         merge = _pairs.remember(key, _prepare(op, v, v.shape[0]))
-    v_out, s_out = (merge.new_v(), merge.new_s()) if out is None else out
-    merge.launch(
-        v_ptr, s_ptr, v_other_ptr, s_other_ptr, 0 if mask is None else mask.data_ptr(), 0, v_out.data_ptr(),
-        s_out.data_ptr(),
-    )  # fmt: skip
-    return v_out, s_out
+    mask_ptr = 0 if mask is None else mask.data_ptr()
+    if out is None:
+        out = merge.new_v(), merge.new_s()
+        merge.launch(v_ptr, s_ptr, v_other_ptr, s_other_ptr, mask_ptr, 0, out[0].data_ptr(), out[1].data_ptr())
+    else:  # which is v and s
+        merge.launch(v_ptr, s_ptr, v_other_ptr, s_other_ptr, mask_ptr, 0, v_ptr, s_ptr)
+    return out
 
 
 def _merge_list(
