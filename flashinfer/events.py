@@ -69,8 +69,8 @@ def current_tag() -> str:
 class Event:
     """A kernel that the process did not have yet was asked for.
 
-    kind     "hit": it was precompiled. "miss": it was not. "compile": one has ended, of a miss or of `flashinfer
-             warmup`; the miss follows
+    kind     "hit": it was precompiled. "miss": it was not. "compile": one has ended, of a miss that follows, of
+             `flashinfer warmup`, or of a kernel that will be asked for soon: in the background, and a miss only then
     store    where it came from: "aot", "jit-cache" or "jit-compile"; "failed": an exception follows
     seconds  of a hit or a miss all that it took; of a compile those of the compiler
     """
@@ -100,7 +100,8 @@ _callbacks: tuple[Callback, ...] = ()
 
 def subscribe(callback: Callback) -> Callable[[], None]:
     """Have a function called with every event from now on, in the thread that asked for the kernel and before it gets
-    it. Returns a function that ends this. An exception of the callback is logged, once, and goes no further.
+    it, or that compiled it in the background. Returns a function that ends this. An exception of the callback is
+    logged, once, and goes no further.
 
     Raises:
         TypeError: the callback cannot be called.

@@ -112,6 +112,11 @@ def placement(dtype: str, vocab_size: int, num_rows: int, num_sms: int, target: 
     return {"cluster_size": cluster_size, "row_kib": min(fitting, default=0)}
 
 
+def rows_of_each_placement(num_sms: int) -> tuple[int, ...]:
+    """Numbers of rows that have every cluster size between them, which doubles while its blocks are below 3 an SM."""
+    return 1, num_sms, 2 * num_sms, 3 * num_sms
+
+
 def _block_kib(row_bytes: int, cluster_size: int) -> int:
     """KiB of a row that one block holds: whole slots of one granule a thread."""
     slot_bytes = _NUM_THREADS * 16

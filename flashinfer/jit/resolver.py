@@ -7,13 +7,14 @@ Whatever AOT did not answer is logged and recorded (misses.py).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from flashinfer import target as targets
 from flashinfer.errors import CompileError, FlashInferError, KernelMissing, ToolchainMissing
 from flashinfer.events import Event
 from flashinfer.jit import cache_dir, loader, misses
+from flashinfer.jit.ahead import Ahead
 from flashinfer.jit.loader import Kernel
 from flashinfer.jit.misses import Spent
 from flashinfer.jit.source import Source, render
@@ -48,22 +50,27 @@ class Resolver:
         self._find_toolchain = find_toolchain
         self._table: dict[KernelSpec, Kernel] = {}
         self._locks: dict[KernelSpec, threading.Lock] = {}
-        self._progress = ""
+        self._ahead = Ahead(self._look_ahead)
 
     def load(self, spec: KernelSpec) -> Kernel:
         """The kernel of a spec. Raises KernelMissing, ToolchainMissing or CompileError."""
         kernel = self._table.get(spec)
         return kernel if kernel is not None else self._load_once(spec)
 
-    def load_all(self, requests: Sequence[KernelSpec], done: Callable[[KernelSpec], None] = lambda spec: None) -> None:
-        """Load many kernels, one after the other; log lines of compiles say i/n. `done` is called after each."""
-        try:
-            for number, spec in enumerate(requests, 1):
-                self._progress = f" ({number}/{len(requests)})"
-                self.load(spec)
-                done(spec)
-        finally:
-            self._progress = ""
+    def holds(self, spec: KernelSpec) -> bool:
+        """Whether the process has loaded it."""
+        return spec in self._table
+
+    def expect(self, requests: Iterable[KernelSpec]) -> None:
+        """Kernels that will be asked for soon: what no store holds is compiled in the background meanwhile, several at
+        a time. It counts as a miss once it is asked for. Raises nothing."""
+        for spec in requests:
+            if spec in self._table or self._ahead.knows(spec) or env.DISABLE_JIT.get():
+                continue
+            answer = self.aot.find(spec)
+            if not isinstance(answer, Hit):
+                _settle_before_fork_and_exit()
+                self._ahead.start(spec, answer.reason)
 
     def ensure(self, spec: KernelSpec) -> Hit:
         """Have a kernel in a store, compiling it if none has it. Neither loads it nor counts it as a miss. Raises like
@@ -76,9 +83,14 @@ class Resolver:
         source = render(spec)
         return [("aot", self.aot.find(spec)), ("jit-cache", self.jit.find(source, self._compiler(source.kind)))]
 
+    def settle(self) -> None:
+        """Before a fork, and before the process ends."""
+        self._ahead.settle()
+
     def after_fork(self) -> None:
-        """Forget locks that threads of the parent process, which do not exist in this one, may have held."""
+        """Forget threads of the parent process, which do not exist in this one, and locks that they may have held."""
         self._locks = {}
+        self._ahead.forget()
         self.misses.after_fork()
         events.after_fork()
 
@@ -106,7 +118,7 @@ class Resolver:
         resolved_by, num_bytes, spent = "failed", 0, Spent()
         with self._span("flashinfer.miss", spec, reason) as span:
             try:
-                hit = self._find_or_compile(spec, reason, spent)
+                hit = self._found_ahead(spec, spent) or self._find_or_compile(spec, reason, spent)
                 kernel = self._use(spec, hit, reason)
                 resolved_by, num_bytes = self.answered_by[spec], len(hit.machine_code)  # the hit may have been refused
                 return kernel
@@ -150,14 +162,31 @@ class Resolver:
         self.jit.refuse(refused.path.parent, f"not loadable: {why}")
         return self._resolve_miss(spec, reason)
 
-    def _find_or_compile(self, spec: KernelSpec, reason: str, spent: Spent) -> Hit:
+    def _look_ahead(self, spec: KernelSpec, reason: str) -> tuple[Hit, Spent]:
+        """In another thread."""
+        spent = Spent()
+        return self._find_or_compile(spec, reason, spent, ahead=True), spent
+
+    def _found_ahead(self, spec: KernelSpec, spent: Spent) -> Hit | None:
+        started = time.perf_counter()
+        found = self._ahead.take(spec)
+        if found is None:
+            return None
+        hit, ahead = found
+        lost = time.perf_counter() - started  # the rest went by while nobody waited
+        spent.compiled = min(ahead.compiled, lost)
+        spent.waited = min(ahead.waited, lost - spent.compiled)
+        return hit
+
+    def _find_or_compile(self, spec: KernelSpec, reason: str, spent: Spent, ahead: bool = False) -> Hit:
         source = render(spec)
         compiler = self._compiler(source.kind)
         cached = self.jit.find(source, compiler)
         if isinstance(cached, Hit):
             log.logger().info("%s %s: from the JIT cache; AOT: %s", spec.name, spec.target, reason)
             return cached
-        self._require_jit(spec, reason, cached.reason)
+        if not ahead:  # when a graph is being captured nobody waits for it, and to ask disturbs the capture
+            self._require_jit(spec, reason, cached.reason)
         with self._compile_lock(spec, source, spent):
             cached = self.jit.find(source, compiler)  # another process may have been faster
             return cached if isinstance(cached, Hit) else self._compile(source, reason, spent)
@@ -195,7 +224,7 @@ class Resolver:
                 "precompiled kernels that hold it: pip install 'flashinfer[aot]'"
             ) from error
         say = log.logger().info
-        say("compiling %s for %s%s; AOT: %s", spec.name, spec.target, self._progress, reason)
+        say("compiling %s for %s; AOT: %s", spec.name, spec.target, reason)
         started = time.perf_counter()
         store, num_bytes = "failed", 0
         with self._span("flashinfer.compile", spec, reason), _heartbeat(spec.name, started):
@@ -294,6 +323,19 @@ def default_resolver() -> Resolver:
             if _resolver is None:
                 _resolver = make_resolver()
     return _resolver
+
+
+@functools.cache
+def _settle_before_fork_and_exit() -> None:
+    import filelock  # noqa: F401  its own handler stops who holds a lock, and the last one registered runs first
+
+    def settle() -> None:
+        if _resolver is not None:
+            _resolver.settle()
+
+    atexit.register(settle)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=settle)
 
 
 def make_resolver() -> Resolver:

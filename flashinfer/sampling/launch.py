@@ -13,7 +13,7 @@ from flashinfer.families import sampling as families
 from flashinfer.host import checks, memo, traced
 from flashinfer.host import indices as index_values
 from flashinfer.host.traced import is_dynamo_compiling
-from flashinfer.jit import Family, default_resolver
+from flashinfer.jit import Family, KernelSpec, default_resolver
 from flashinfer.jit.loader import Grid, Launcher, PreparedLaunch
 from flashinfer.sampling import randomness
 from flashinfer.sampling.randomness import Seed
@@ -316,10 +316,18 @@ def kernel(
     dtype, machine, device_index = dtypes.short_name(rows.dtype), target.of_device(rows.device), rows.get_device()
     num_sms = memo.num_sms(device_index) if device_index >= 0 else 1
     keeps_row = "row_kib" in family.axes and axes.get("filter") != "none"
-    place = families.placement(dtype, rows.shape[-1], num_rows, num_sms, machine, keeps_row)
-    where = {axis: size for axis, size in place.items() if axis in family.axes}
-    launcher = default_resolver().load(family.spec(machine, dtype=dtype, **axes, **where)).on(device_index, pdl=pdl)
-    return launcher, (num_rows * place["cluster_size"], 1, 1)
+
+    def request(num_rows: int) -> tuple[KernelSpec, int]:
+        place = families.placement(dtype, rows.shape[-1], num_rows, num_sms, machine, keeps_row)
+        where = {axis: size for axis, size in place.items() if axis in family.axes}
+        return family.spec(machine, dtype=dtype, **axes, **where), place["cluster_size"]
+
+    (spec, cluster_size), resolver = request(num_rows), default_resolver()
+    if device_index >= 0 and not resolver.holds(spec):  # the batches of a server have every size
+        others = map(request, families.rows_of_each_placement(num_sms))
+        resolver.expect(other for other, _ in others if other != spec)
+    launcher = resolver.load(spec).on(device_index, pdl=pdl)
+    return launcher, (num_rows * cluster_size, 1, 1)
 
 
 def nothing(*_: object) -> None:

@@ -39,8 +39,9 @@ def load_kernel(
     """types: of q, KV and output; head_dims: of queries and keys, and of values; num_heads: of queries and KV. Raises
     UnsupportedConfig where there is no kernel, or what `Resolver.load` does."""
     q_dtype, kv_dtype, o_dtype = map(dtypes.short_name, types)
+    machine = target.of_device(device)
     spec = families.decode(
-        target.of_device(device),
+        machine,
         q_dtype=q_dtype,
         kv_dtype=kv_dtype,
         o_dtype=o_dtype,
@@ -50,6 +51,8 @@ def load_kernel(
         kv_storage=kv_storage,
         **variant.spec_args,
     )
+    if kv_storage == "paged" and device.type == "cuda" and not default_resolver().holds(spec):
+        default_resolver().expect([families.DECODE_PLAN.spec(machine)])
     return _load(device, spec, *num_heads, pdl)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Optional
 
@@ -14,6 +15,7 @@ from flashinfer.attention.prefill import launch as prefill
 from flashinfer.attention.prefill.launch import PrefillKernel
 from flashinfer.families.attention import mla as families
 from flashinfer.families.layout import fast_divisor
+from flashinfer.jit import default_resolver
 
 
 def load_kernel(
@@ -28,16 +30,20 @@ def load_kernel(
     """types: of q and of the cache; head_dims: of ckv and kpe. Raises UnsupportedConfig where there is no kernel, or
     what `Resolver.load` does."""
     q_dtype, kv_dtype = map(dtypes.short_name, types)
-    spec = families.mla(
-        target.of_device(device),
+    machine = target.of_device(device)
+    request = functools.partial(
+        families.mla,
+        machine,
         q_dtype=q_dtype,
         kv_dtype=kv_dtype,
         head_dim_ckv=head_dims[0],
         head_dim_kpe=head_dims[1],
-        short_queries=short_queries,
         page_size=page_size,
         mask=mask,
     )
+    spec = request(short_queries=short_queries)
+    if device.type == "cuda" and not default_resolver().holds(spec):
+        default_resolver().expect([families.mla_plan(machine), request(short_queries=not short_queries)])
     kernel = prefill.load_spec(device, spec, pdl)
     return replace(kernel, num_blocks=min(kernel.num_blocks, families.MAX_BLOCKS))
 

@@ -52,19 +52,24 @@ def load_kernel(
             f"prefill: the output would be {types[2]} as q is; expected 16 bits. Next step: name its dtype, as "
             "o_data_type of plan() or o_dtype of single_prefill_with_kv_cache()"
         )
-    spec = families.prefill(
-        target.of_device(device),
+    machine = target.of_device(device)
+    request = functools.partial(
+        families.prefill,
+        machine,
         q_dtype=q_dtype,
         kv_dtype=kv_dtype,
         o_dtype=o_dtype,
         head_dim=head_dims[0],
         head_dim_vo=head_dims[1],
         kv_storage=kv_storage,
-        short_queries=short_queries,
         page_size=page_size,
         mask=mask,
         **variant.spec_args,
     )
+    spec = request(short_queries=short_queries)
+    if kv_storage != "single" and device.type == "cuda" and not default_resolver().holds(spec):
+        planner = families.PREFILL_PLAN.spec(machine, kv_storage=kv_storage)
+        default_resolver().expect([planner, request(short_queries=not short_queries)])
     return load_spec(device, spec, pdl)
 
 

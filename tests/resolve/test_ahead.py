@@ -1,0 +1,203 @@
+"""Kernels that are compiled before they are asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import flashinfer
+from flashinfer import events
+from flashinfer.errors import CompileError, KernelMissing
+from flashinfer.jit import ahead
+from flashinfer.jit import resolver as resolver_module
+from flashinfer.jit.resolver import Resolver
+from flashinfer.jit.source import Source
+from flashinfer.jit.stores import AotStore
+from flashinfer.jit.toolchain import Compiled
+from tests.kit import CountingCxx, cpu_resolver, finish, miss_records, only_artifact, rmsnorm_spec, run_rmsnorm, spawn
+
+SECONDS = 20
+
+
+class GatedCxx(CountingCxx):
+    """Compiles what `let` names; who compiles waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began: set[str] = set()
+        self._gates: dict[str, threading.Event] = {}
+        self._changed = threading.Condition()
+
+    def _gate(self, name: str) -> threading.Event:
+        with self._changed:
+            return self._gates.setdefault(name, threading.Event())
+
+    def let(self, *names: str) -> None:
+        for name in names:
+            self._gate(name).set()
+
+    def wait_until_began(self, *names: str) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.began.issuperset(names), SECONDS)
+
+    def compile(self, source: Source) -> Compiled:
+        with self._changed:
+            self.began.add(source.spec.name)
+            self._changed.notify_all()
+        assert self._gate(source.spec.name).wait(SECONDS)
+        return super().compile(source)
+
+
+@pytest.fixture
+def processors(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    monkeypatch.setattr(ahead, "_num_threads", lambda: 2)
+    yield 2
+
+
+def test_what_is_expected_is_compiled_side_by_side_and_once(tmp_path: Path, processors: int) -> None:
+    compiler, specs = GatedCxx(), [rmsnorm_spec(64), rmsnorm_spec(128)]
+    names = [spec.name for spec in specs]
+    resolver = cpu_resolver(tmp_path, compiler)
+    resolver.expect(specs)
+    compiler.wait_until_began(*names)  # both, though neither has ended
+    resolver.expect(specs)
+    compiler.let(*names)
+    for spec, size in zip(specs, (64, 128)):
+        run_rmsnorm(resolver.load(spec), size)
+        assert resolver.answered_by[spec] == "jit-compile"
+    assert compiler.num_compiles == 2
+    resolver.expect(specs)
+    assert compiler.num_compiles == 2
+
+
+def test_it_is_a_miss_once_it_is_asked_for(tmp_path: Path) -> None:
+    asked, never = rmsnorm_spec(64), rmsnorm_spec(128)
+    heard: list[events.Event] = []
+    resolver = cpu_resolver(tmp_path)
+    stop = events.subscribe(heard.append)
+    try:
+        with flashinfer.tag("a model"):
+            resolver.expect([asked, never])
+        resolver.settle()
+        assert {event.kind for event in heard} <= {"compile"} and not (tmp_path / "misses").exists()
+        resolver.load(asked)
+    finally:
+        stop()
+    compiles = [event for event in heard if event.kind == "compile" and event.kernel == asked.name]
+    assert len(compiles) == 1 and compiles[0].model in ("a model", "")  # "" if it had not begun when it was asked for
+    (miss,) = miss_records(tmp_path)
+    assert miss.name == asked.name and miss.resolved_by == "jit-compile"
+    assert miss.compiled <= miss.seconds  # what went by while nobody waited is not lost
+
+
+def test_who_asks_compiles_what_has_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_num_threads", lambda: 1)
+    compiler, first, second = GatedCxx(), rmsnorm_spec(64), rmsnorm_spec(128)
+    resolver = cpu_resolver(tmp_path, compiler)
+    resolver.expect([first, second])
+    compiler.wait_until_began(first.name)
+    compiler.let(second.name)
+    run_rmsnorm(resolver.load(second), 128)  # does not wait for the first
+    compiler.let(first.name)
+    run_rmsnorm(resolver.load(first))
+    assert compiler.num_compiles == 2
+
+
+def test_what_fails_is_told_to_who_asks(tmp_path: Path) -> None:
+    class Broken(CountingCxx):
+        def compile(self, source: Source) -> Compiled:
+            self.num_compiles += 1
+            raise CompileError(f"{source.spec.name}: attempt {self.num_compiles}")
+
+    compiler, spec = Broken(), rmsnorm_spec()
+    resolver = cpu_resolver(tmp_path, compiler)
+    resolver.expect([spec])
+    resolver.settle()
+    with pytest.raises(CompileError, match=r"attempt \d"):
+        resolver.load(spec)
+
+
+def test_nothing_is_compiled_where_compiling_is_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHINFER_DISABLE_JIT", "1")
+    compiler, spec = CountingCxx(), rmsnorm_spec()
+    resolver = cpu_resolver(tmp_path, compiler)
+    resolver.expect([spec])
+    resolver.settle()
+    with pytest.raises(KernelMissing, match="compiling is disabled"):
+        resolver.load(spec)
+    assert compiler.num_compiles == 0
+
+
+def test_a_capture_takes_what_was_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def capturing(spec: object) -> bool:
+        assert threading.current_thread() is threading.main_thread(), "a thread of its own asked, which breaks captures"
+        return True
+
+    compiler, spec = GatedCxx(), rmsnorm_spec()
+    resolver = cpu_resolver(tmp_path, compiler)
+    monkeypatch.setattr(resolver_module, "_capturing", capturing)
+    resolver.expect([spec])
+    compiler.wait_until_began(spec.name)
+    compiler.let(spec.name)
+    run_rmsnorm(resolver.load(spec))
+    with pytest.raises(KernelMissing, match="being captured"):
+        resolver.load(rmsnorm_spec(128))
+
+
+CODE = """
+import os, sys
+from flashinfer.jit import ahead
+from flashinfer.jit.resolver import default_resolver
+from tests.kit import rmsnorm_spec, run_rmsnorm
+ahead._num_threads = lambda: 1
+resolver = default_resolver()
+resolver.expect(map(rmsnorm_spec, (64, 128, 256)))
+while len(os.listdir(resolver.cache_dir)) == 0:  # until the first has begun
+    pass
+"""
+
+
+def test_a_process_that_ends_waits_for_what_has_begun_alone(tmp_path: Path) -> None:
+    finish(spawn(CODE, FLASHINFER_CACHE_DIR=tmp_path))
+    only_artifact(tmp_path)
+
+
+def test_a_fork_in_the_middle(tmp_path: Path) -> None:
+    code = """
+child = os.fork()
+run_rmsnorm(resolver.load(rmsnorm_spec(256)), 256)
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+    run_rmsnorm(resolver.load(rmsnorm_spec(64)))
+else:
+    resolver.expect([rmsnorm_spec(512)])
+    run_rmsnorm(resolver.load(rmsnorm_spec(512)), 512)
+"""
+    finish(spawn(CODE + code, FLASHINFER_CACHE_DIR=tmp_path))
+
+
+@pytest.mark.gpu
+def test_a_plan_has_its_planner_and_its_other_tile_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashinfer.attention.prefill import launch
+
+    cold = Resolver(AotStore(roots=[]), tmp_path)
+    monkeypatch.setattr(resolver_module, "_resolver", cold)
+    launch.load_spec.cache_clear()
+    launch.load_planner.cache_clear()
+    heard: list[events.Event] = []
+    i = lambda *values: torch.tensor(values, dtype=torch.int32, device="cuda")  # noqa: E731
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(torch.empty(64 << 20, dtype=torch.uint8, device="cuda"))
+    wrapper.plan(i(0, 512), i(0, 32), torch.arange(32, device="cuda").int(), i(16), 4, 1, 64, 16, causal=True)
+    cold.settle()
+    stop = events.subscribe(heard.append)
+    try:
+        wrapper.plan(i(0, 2), i(0, 32), torch.arange(32, device="cuda").int(), i(16), 4, 1, 64, 16, causal=True)
+    finally:
+        stop()
+    assert [event.store for event in heard if event.kind == "miss"] == ["jit-compile"]
+    assert not [event for event in heard if event.kind == "compile"]
+    assert len(miss_records(tmp_path)) == 3
