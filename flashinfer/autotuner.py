@@ -14,6 +14,8 @@ from typing import Any, Optional
 
 from flashinfer.version import __version__
 
+__all__ = ["AutoTuner", "autotune", "autotune_v2", "get_autotune_process_group", "set_autotune_process_group"]
+
 _process_group: Any = None
 
 

@@ -1,4 +1,4 @@
-"""Cascade attention and merging of attention states. The code is in flashinfer/attention/{cascade,merge}.py."""
+"""Cascade attention and merging of attention states. The code is in flashinfer/attention/cascade.py and merge.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decode attention: one query token per request. The code is in flashinfer/attention/."""
+"""Decode attention: one query token per request. The code is in flashinfer/attention/decode/."""
 
 from __future__ import annotations
 

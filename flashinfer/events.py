@@ -24,6 +24,8 @@ from typing import Any
 from flashinfer import env, log
 from flashinfer.version import __version__
 
+__all__ = ["Event", "counters", "current_tag", "subscribe", "tag"]
+
 _MAX_TAG = 200
 
 _tag: ContextVar[str] = ContextVar("flashinfer_tag", default="")
@@ -69,22 +71,30 @@ def current_tag() -> str:
 class Event:
     """A kernel that the process did not have yet was asked for.
 
-    kind     "hit": it was precompiled. "miss": it was not. "compile": one has ended, of a miss that follows, of
-             `flashinfer warmup`, or of a kernel that will be asked for soon: in the background, and a miss only then
-    store    where it came from: "aot", "jit-cache" or "jit-compile"; "failed": an exception follows
-    seconds  of a hit or a miss all that it took; of a compile those of the compiler
+    Attributes:
+        kind: "hit": it was precompiled. "miss": it was not. "compile": one has ended, of a miss that follows, of
+            `flashinfer warmup`, or of a kernel that will be asked for soon: in the background, and a miss only then.
+        kernel: name, as commands print it.
+        target: what it was asked for on, such as "sm_90a".
+        store: where it came from: "aot", "jit-cache" or "jit-compile"; "failed": an exception follows.
+        seconds: of a hit or a miss all that it took; of a compile those of the compiler.
+        reason: why it was not precompiled.
+        compiled: seconds of a miss in the compiler.
+        waited: seconds of a miss until another process had compiled it.
+        bytes: of machine code.
+        model: `flashinfer.tag`.
     """
 
     kind: str
-    kernel: str  # name, as commands print it
+    kernel: str
     target: str
     store: str
     seconds: float
-    reason: str = ""  # why it was not precompiled
-    compiled: float = 0.0  # seconds of a miss in the compiler
-    waited: float = 0.0  # seconds of a miss until another process had compiled it
-    bytes: int = 0  # of machine code
-    model: str = ""  # flashinfer.tag
+    reason: str = ""
+    compiled: float = 0.0
+    waited: float = 0.0
+    bytes: int = 0
+    model: str = ""
 
 
 Callback = Callable[[Event], None]
@@ -127,11 +137,11 @@ def subscribe(callback: Callback) -> Callable[[], None]:
 def counters() -> dict[str, float]:
     """Sums of this process; none ever falls.
 
-    hits, misses      kernels that were precompiled, and that were not
-    compiles          those of this process, of misses and of `flashinfer warmup`, failed ones included
-    failures          misses that ended in an exception
-    miss_seconds      lost to misses; compile_seconds in the compiler, wait_seconds waiting for another process
-    compiled_bytes    of machine code
+    - hits, misses: kernels that were precompiled, and that were not
+    - compiles: those of this process, of misses and of `flashinfer warmup`, failed ones included
+    - failures: misses that ended in an exception
+    - miss_seconds: lost to misses; compile_seconds in the compiler, wait_seconds waiting for another process
+    - compiled_bytes: of machine code
     """
     with _lock:
         return dict(_counts)

@@ -1,4 +1,4 @@
-"""Prefill and append attention. The code is in flashinfer/attention/{paged,ragged,single}_prefill.py."""
+"""Prefill and append attention. The code is in flashinfer/attention/prefill/."""
 
 from __future__ import annotations
 

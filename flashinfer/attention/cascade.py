@@ -114,7 +114,7 @@ class MultiLevelCascadeAttentionWrapper(Uncopyable):
         then, runs are refused until one succeeds.
 
         Raises: as there, and ValueError for a list of another length than the number of levels, or, of index tensors
-            on the CPU, for levels of different numbers of tokens.
+        on the CPU, for levels of different numbers of tokens.
         """
         tables = {
             "qo_indptr_arr": qo_indptr_arr,

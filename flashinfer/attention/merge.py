@@ -121,9 +121,8 @@ def variable_length_merge_states(
     Returns:
         `[seq_len, num_heads, head_dim]` and `[seq_len, num_heads]`.
 
-    Raises: as `merge_state`; on the CPU, and where FLASHINFER_CHECK_INDICES=1, also
-        ValueError: indptr begins below zero or descends.
-        IndexError: indptr ends past the states.
+    Raises: as `merge_state`, and, on the CPU and where FLASHINFER_CHECK_INDICES=1, ValueError for an indptr that begins
+    below zero or descends, and IndexError for one that ends past the states.
     """
     if is_dynamo_compiling():
         out = _new_state((indptr.shape[0] - 1, *v.shape[1:-1]), v)

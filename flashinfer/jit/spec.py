@@ -84,12 +84,13 @@ def _serves_all(spec: KernelSpec) -> bool:
 class Implementation:
     """One way to compute a family, on one kind of target or from one architecture on.
 
-    on      "cuda" or "cpu": every target of that kind; or a target, such as "sm_90a": those that run its machine code
-    header  defines the entry point, `template <class Config> void FAMILY(const PARAMS&)` in namespace flashinfer
-            (flashinfer::cpu); relative to csrc/
-    params  ctypes mirror of the parameter struct; its class name is the C++ name
-    config  spec -> Config: the tile table lives behind this function
-    serves  whether it can compute a spec, whose target it runs on; those it cannot go to the next implementation
+    Attributes:
+        on: "cuda" or "cpu": every target of that kind; or a target, such as "sm_90a": those that run its machine code.
+        header: defines the entry point, `template <class Config> void FAMILY(const PARAMS&)` in namespace flashinfer
+            (flashinfer::cpu); relative to csrc/.
+        params: ctypes mirror of the parameter struct; its class name is the C++ name.
+        config: spec -> Config: the tile table lives behind this function.
+        serves: whether it can compute a spec, whose target it runs on; those it cannot go to the next implementation.
     """
 
     on: str
@@ -113,9 +114,10 @@ def twins(
 class Family:
     """A kernel and the set of specs it can be asked for.
 
-    name             the entry point
-    axes             argument -> legal values, in canonical order
-    implementations  most specific first; the first that runs on the target and serves the spec computes it
+    Attributes:
+        name: the entry point.
+        axes: argument -> legal values, in canonical order.
+        implementations: most specific first; the first that runs on the target and serves the spec computes it.
     """
 
     name: str

@@ -50,7 +50,7 @@ def append_paged_kv_cache(
         append_key: `[nnz, num_kv_heads, head_dim]`.
         append_value: `[nnz, num_kv_heads, head_dim_v]`.
         batch_indices: `[nnz]`, int32 or int64; the request of each row, -1 for padding.
-        positions: `[nnz]`, dtype of batch_indices; the row's position in its request, counted from 0, below 2**31 - 1.
+        positions: `[nnz]`, dtype of batch_indices; the row's position in its request, counted from 0, below 2^31 - 1.
         paged_kv_cache: see the module's docstring; the dtype of append_key, or fp8, to which fp16, bf16 and fp32 rows
             are converted.
         kv_indices: page numbers of all requests, one after the other, int32 or int64; may be longer than needed.

@@ -279,9 +279,9 @@ def rope_append_paged_kv_cache(
     Args:
         q: `[nnz, num_qo_heads, head_dim]`, fp16, bf16 or fp32.
         k, v: `[nnz, num_kv_heads, head_dim]`, dtype of q. All three may be slices of one packed tensor.
-        batch_indices, positions, paged_kv_cache, kv_indices, kv_indptr, kv_last_page_len, kv_layout, k_scale,
-            v_scale: as in `flashinfer.append_paged_kv_cache`, with its treatment of padding, whose queries are turned
-            all the same; the cache has the dtype of q, or is fp8.
+        batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len: as in `flashinfer.append_paged_kv_cache`,
+            with its treatment of padding, whose queries are turned all the same.
+        paged_kv_cache, kv_layout, k_scale, v_scale: as there; the cache has the dtype of q, or is fp8.
         q_out: where turned queries go, shape and dtype of q; may be q itself. Allocated when None.
         pos_ids: `[nnz]`, int32 or int64; positions to turn by, where they are not those in the cache.
         rotary_dim, interleave, rope_scale, rope_theta: as in `apply_rope`.

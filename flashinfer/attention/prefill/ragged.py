@@ -18,8 +18,11 @@ from flashinfer.host.paged_cache import PagedKv
 class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
     """Prefill of a batch over keys and values that lie one request after the other, as they leave the projections.
 
-    Args: as `BatchPrefillWithPagedKVCacheWrapper`, with kv_indptr_buf, int32 `[batch_size + 1]`, in place of the three
-        buffers of pages. kv_layout "NHD": `[num_kv_tokens, num_kv_heads, head_dim]`; "HND": the first axes swapped.
+    Args:
+        kv_layout: "NHD": `[num_kv_tokens, num_kv_heads, head_dim]`; "HND": the first axes swapped.
+        kv_indptr_buf: int32 `[batch_size + 1]`, in place of the three buffers of pages.
+
+    Other arguments: as `BatchPrefillWithPagedKVCacheWrapper`.
     """
 
     _op_name = "batch_prefill_ragged"
@@ -73,9 +76,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
 
         Args:
             qo_indptr, kv_indptr: int32 `[batch_size + 1]`: where each request's rows start in q, and in k and v.
-            The others: as in `BatchPrefillWithPagedKVCacheWrapper.plan`.
 
-        Raises: as there.
+        Other arguments and raises: as `BatchPrefillWithPagedKVCacheWrapper.plan`.
         """
         if later:
             check_later_arguments(self._op_name, later)

@@ -154,6 +154,7 @@ _door = traced.door(
 
 
 single_prefill_with_kv_cache_return_lse = functools.partial(single_prefill_with_kv_cache, return_lse=True)
+"""`single_prefill_with_kv_cache` with return_lse=True."""
 
 
 def _mask_bits(
