@@ -73,7 +73,7 @@ def test_front_metadata(front_wheel: Path) -> None:
         names = {re.split(r"[ ;<>=]", line)[0]: line.split(";")[0].strip() for line in required}
         name = packages.names([text])
         assert set(re.split("[<>=,]+", names[name])) == set(re.split("[<>=,]+", text)), "what messages tell to install"
-    extras = {"aot", "build", "cu12", "cu13", "examples", "parquet", "test", "trust"}
+    extras = {"aot", "build", "cu12", "cu13", "docs", "examples", "parquet", "test", "trust"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
 
 
