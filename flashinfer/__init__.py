@@ -16,6 +16,7 @@ _EXPORTS = {
     name: module
     for module, names in {
         "activation": ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul_quant"),
+        "attention": ("BatchAttentionWithAttentionSinkWrapper", "BatchDecodeWithAttentionSinkWrapper"),
         "autotuner": ("autotune_v2",),
         "cascade": (
             "merge_state",

@@ -1,6 +1,7 @@
 """Where the names are defined that __init__.py finds on first use: for type checkers, which do not run it."""
 
 from flashinfer import activation as activation
+from flashinfer import attention as attention
 from flashinfer import autotuner as autotuner
 from flashinfer import cascade as cascade
 from flashinfer import concat_ops as concat_ops
@@ -19,6 +20,8 @@ from flashinfer.activation import gelu_and_mul as gelu_and_mul
 from flashinfer.activation import gelu_tanh_and_mul as gelu_tanh_and_mul
 from flashinfer.activation import silu_and_mul as silu_and_mul
 from flashinfer.activation import silu_and_mul_quant as silu_and_mul_quant
+from flashinfer.attention import BatchAttentionWithAttentionSinkWrapper as BatchAttentionWithAttentionSinkWrapper
+from flashinfer.attention import BatchDecodeWithAttentionSinkWrapper as BatchDecodeWithAttentionSinkWrapper
 from flashinfer.autotuner import autotune_v2 as autotune_v2
 from flashinfer.cascade import (
     BatchDecodeWithSharedPrefixPagedKVCacheWrapper as BatchDecodeWithSharedPrefixPagedKVCacheWrapper,

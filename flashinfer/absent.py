@@ -18,7 +18,6 @@ _TRTLLM = (
     "attention over a block table by TensorRT-LLM's kernels",
     ("vLLM: --attention-config.use_trtllm_attention=0; SGLang: --attention-backend flashinfer"),
 )
-_SINKS = "attention sinks", "vLLM: --attention-backend FLASH_ATTN or TRITON_ATTN; SGLang: --attention-backend triton"
 _FP4_CACHE = "a KV cache in fp4", "vLLM: --kv-cache-dtype auto or fp8"
 _FP4_OUTPUT = "attention with its output in fp4", "vLLM: --compilation-config.pass_config.fuse_attn_quant=false"
 _FP8_GEMM = "matrix products in fp8", "SGLang: --fp8-gemm-backend triton or deep_gemm"
@@ -27,7 +26,6 @@ _MNNVL = "communication over multi-node NVLink", "vLLM: another --all2all-backen
 
 # name -> what it is, and the option that avoids it
 ROWS: dict[str, tuple[str, str]] = {
-    "flashinfer.BatchAttentionWithAttentionSinkWrapper": _SINKS,
     "flashinfer.SfLayout": _FP8_GEMM,
     "flashinfer.comm.mnnvl.CommBackend": _MNNVL,
     "flashinfer.decode.trtllm_batch_decode_with_kv_cache": _TRTLLM,

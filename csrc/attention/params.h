@@ -38,9 +38,10 @@ struct KvParams {
 // In this order, and with what a derived struct puts before it, addresses that change from call to call come first: a
 // launch packs nothing else anew.
 struct AttentionParams {
-  const void* q;  // [num_tokens, num_qo_heads, head_dim_qk]
-  void* out;      // [num_tokens, num_qo_heads, head_dim_vo]
-  float* lse;     // [num_tokens, num_qo_heads], log2 of the sum of exponentials, or null
+  const float* sinks;  // [num_qo_heads] logits: sink.cuh; null unless the variant has them
+  const void* q;       // [num_tokens, num_qo_heads, head_dim_qk]
+  void* out;           // [num_tokens, num_qo_heads, head_dim_vo]
+  float* lse;          // [num_tokens, num_qo_heads], log2 of the sum of exponentials, or null
   KvParams kv;
   const float* alibi_slopes;              // [num_qo_heads]; null unless ALiBi
   const uint64_t* rope_frequencies;       // [head_dim_qk / 2] turns per position: device/rotary.cuh; null unless RoPE

@@ -52,7 +52,10 @@ _REQUESTS = {
     ),
     "window_right": _Request(0, "keys behind the query's position", "use BatchPrefillWithPagedKVCacheWrapper"),
     "sinks": _Request(
-        None, "attention sinks", "merge a state of zeros with the LSE sink * log2(e) into the result (merge_state)"
+        None,
+        "attention sinks",
+        "run() of decode and prefill takes them; to that of latent attention, merge a state of zeros with the LSE "
+        "sink * log2(e) (merge_state)",
     ),
     "kv_cache_sf": _Request(None, "a cache with block scales", "use a cache of fp8 or 16 bits"),
     "ckv_scale_arr": _Request(None, "a scale for each token of the cache", "scale rows before they are appended"),

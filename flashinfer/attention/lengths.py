@@ -31,9 +31,9 @@ class Lengths:
     mask_indptr: Optional[torch.Tensor] = None
     sizes: tuple[int, ...]  # of the index tensors that the batch size gives one
     are_in_place: bool  # kernels can read all of them where they are: the common case on a GPU
-    # Addresses in the order of PrefillRows, empty for decode, whose request i is token i; in that of KvIndex; and what
-    # planners take.
-    row_addresses: tuple[int, ...] = ()
+    # Addresses in the order of PrefillRows, none for decode, whose request i is token i, and behind them a place for
+    # what a run may bring besides q; in that of KvIndex; and what planners take.
+    row_addresses: tuple[int, ...] = (0,)
     kv_addresses: tuple[int, int, int]
     planner_addresses: tuple[int, ...]
 
@@ -71,7 +71,7 @@ class Lengths:
         else:
             qo_indptr = held[0]
             qo = qo_indptr.data_ptr()
-            self.row_addresses, self.planner_addresses = (qo, 0, 0), (qo, kv, last)
+            self.row_addresses, self.planner_addresses = (qo, 0, 0, 0), (qo, kv, last)
             self.sizes = (qo_indptr.numel(), *sizes)
             self.are_in_place = (
                 are_in_place
@@ -128,7 +128,7 @@ class Lengths:
 
     def _note_mask(self, mask: torch.Tensor, mask_indptr: torch.Tensor) -> None:
         self.mask, self.mask_indptr = mask, mask_indptr
-        self.row_addresses = (self.row_addresses[0], mask.data_ptr(), mask_indptr.data_ptr())
+        self.row_addresses = (self.row_addresses[0], mask.data_ptr(), mask_indptr.data_ptr(), 0)
 
     def out_of_reach(self, op: str, num_tokens: int, num_kv_rows: int) -> IndexError:
         """The error of a run whose tensors end before the planned index tensors do."""

@@ -6,13 +6,13 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Optional, Protocol
 
 import torch
 
 from flashinfer import dtypes
-from flashinfer.attention.variant import Overrides, Variant
+from flashinfer.attention.variant import Overrides, Variant, require_sinks
 from flashinfer.host import checks, memo, paged_cache
 from flashinfer.host.paged_cache import PagedCache
 from flashinfer.host.rows import require_distinct, require_rows
@@ -69,6 +69,7 @@ class Call(NamedTuple):
     pdl: Optional[bool]
     overrides: Optional[Overrides]
     q_pe: Optional[torch.Tensor] = None  # where a query has a second part
+    sinks: Optional[torch.Tensor] = None
 
     @property
     def _k(self) -> torch.Tensor:
@@ -87,7 +88,8 @@ class Call(NamedTuple):
         return paged_cache.v_offset(self.kv)
 
 
-# Takes Lengths.row_addresses, addresses [of q_pe,] of q, out, lse, k, v, and Lengths.kv_addresses.
+# Takes Lengths.row_addresses, the last of which is that of q_pe or sinks, addresses of q, out, lse, k, v, and
+# Lengths.kv_addresses.
 BoundLaunch = Callable[..., None]
 
 
@@ -171,6 +173,17 @@ class Plan(ABC):
                 )
         require_rows(self.op, q_name, call.q)
         checks.require_flag(self.op, "enable_pdl", call.pdl)
+        if call.sinks is not None:
+            require_sinks(self.op, call.sinks, self.shape.num_qo_heads, self.device)
+
+    def variant_of(self, call: Call) -> Variant:
+        """The planned one, with what the call gave besides."""
+        variant, has_sinks = self.variant, call.sinks is not None
+        if variant.has_sinks and not has_sinks:
+            raise TypeError(f"{self.op}: sinks is missing or None; expected a tensor, which this wrapper is for")
+        if call.overrides is not None:
+            variant = variant.updated(self.op, self.shape.head_dim_qk, call.overrides)
+        return variant if variant.has_sinks == has_sinks else replace(variant, has_sinks=has_sinks)
 
     def out_dtype(self, q_dtype: torch.dtype) -> torch.dtype:
         return self.o_dtype if self.o_dtype != self.q_dtype else q_dtype

@@ -20,7 +20,7 @@ from flashinfer.attention.compat import EngineNames, require_no_jit_args
 from flashinfer.attention.lengths import FixedBuffers, Lengths
 from flashinfer.attention.mask import take_mask
 from flashinfer.attention.plan import BoundLaunch, BoundRun, Call, Extent, Plan, Scales
-from flashinfer.attention.variant import TRACED_OVERRIDES, Overrides
+from flashinfer.attention.variant import TRACED_OVERRIDES, Overrides, signature_of_sinks
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.host import checks, indices, memo, paged_cache, traced
 from flashinfer.host.checks import LOWEST_ADDRESS
@@ -52,6 +52,7 @@ class PlannedAttention(Uncopyable, EngineNames):
     _roles: tuple[str, ...]  # what they are: attributes of Lengths
     _whole_lengths = False  # the last of them are lengths of requests, not of their last pages
     _operands = ("q", "k", "v")  # as run() calls them
+    _has_sinks = False  # every run() brings some: plan() then loads the kernels that take them
 
     def __init__(
         self,
@@ -276,14 +277,15 @@ class PlannedAttention(Uncopyable, EngineNames):
         pdl: Optional[bool],
         overrides: Optional[Overrides],
         q_pe: Optional[torch.Tensor] = None,
+        sinks: Optional[torch.Tensor] = None,
     ) -> Result:
         if is_dynamo_compiling():
-            return self._run_traced(q, kv, out, lse, return_lse, scales, pdl, overrides, q_pe)
+            return self._run_traced(q, kv, out, lse, return_lse, scales, pdl, overrides, q_pe, sinks)
         plan, found = self._plan, self._lengths
         if plan is None or found is None:
             raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's lengths first")
         try:
-            out_ptr, lse_ptr, pe_key, out_key, lse_key = 0, 0, None, None, None
+            out_ptr, lse_ptr, pe_key, sinks_key, out_key, lse_key = 0, 0, None, None, None, None
             q_ptr = q.data_ptr()
             if q_ptr < LOWEST_ADDRESS:
                 q_ptr = self._low_address(self._operands[0], q)
@@ -314,20 +316,23 @@ class PlannedAttention(Uncopyable, EngineNames):
                 if pe_ptr < LOWEST_ADDRESS:
                     pe_ptr = self._low_address("q_pe", q_pe)
                 pe_key = (q_pe.dtype, q_pe.shape, q_pe.stride(), q_pe.device)
-                rows, alignment = (*rows, pe_ptr), alignment | pe_ptr
+                rows, alignment = (*rows[:-1], pe_ptr), alignment | pe_ptr
+            if sinks is not None:
+                sinks_ptr, sinks_key = signature_of_sinks(self._op_name, sinks)
+                rows = (*rows[:-1], sinks_ptr)
             # The hash tells a scale from a tensor that equals it, which `factors` refuses and comparing waits for.
             key = (
                 hash(scales), q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.device, v_key,
-                pe_key, out_key, lse_key, scales, pdl, overrides, alignment & 15,
+                pe_key, sinks_key, out_key, lse_key, scales, pdl, overrides, alignment & 15,
             )  # fmt: skip
             followed, run = self._followed
             is_followed = key == followed
         except UnsupportedConfig:
             raise
         except (AttributeError, RuntimeError, TypeError, ValueError):
-            raise self._not_tensors(q, kv, out, lse, scales, overrides, q_pe) from None
+            raise self._not_tensors(q, kv, out, lse, scales, overrides, q_pe, sinks) from None
         if not is_followed:
-            run = self._find(plan, found, key, (q, kv, out, lse, scales, pdl, overrides, q_pe))
+            run = self._find(plan, found, key, (q, kv, out, lse, scales, pdl, overrides, q_pe, sinks))
         if out is None:
             out = run.new_out()
             out_ptr = out.data_ptr()
@@ -348,8 +353,8 @@ class PlannedAttention(Uncopyable, EngineNames):
         try:
             run = plan.runs.get(key)
         except TypeError:
-            q, kv, out, lse, scales, _, overrides, q_pe = given
-            raise self._not_tensors(q, kv, out, lse, scales, overrides, q_pe) from None
+            q, kv, out, lse, scales, _, overrides, q_pe, sinks = given
+            raise self._not_tensors(q, kv, out, lse, scales, overrides, q_pe, sinks) from None
         if run is None:
             call = Call(*given)
             is_short = self._was_short if self._seen is not None else plan.is_short(len(call.q) if call.q.dim() else 0)
@@ -384,6 +389,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         pdl: Optional[bool],
         overrides: Optional[Overrides],
         q_pe: Optional[torch.Tensor],
+        sinks: Optional[torch.Tensor],
     ) -> Result:
         plan = self._plan
         if out is None:  # without a plan of any shape: the operator raises what an eager call does
@@ -394,7 +400,7 @@ class PlannedAttention(Uncopyable, EngineNames):
             )
         if return_lse and lse is None:
             lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-        _run_door(self._handle, q, kv, out, lse, *scales, pdl, overrides, q_pe)
+        _run_door(self._handle, q, kv, out, lse, *scales, pdl, overrides, q_pe, sinks)
         return (out, lse) if return_lse and lse is not None else out
 
     def _head_dim_of(self, q: Any) -> int:
@@ -404,7 +410,9 @@ class PlannedAttention(Uncopyable, EngineNames):
             raise ValueError(f"{self._op_name}: q has shape []; expected three dimensions")
         return q.shape[-1]
 
-    def _not_tensors(self, q: Any, kv: Any, out: Any, lse: Any, scales: Scales, overrides: Any, q_pe: Any) -> Exception:
+    def _not_tensors(
+        self, q: Any, kv: Any, out: Any, lse: Any, scales: Scales, overrides: Any, q_pe: Any, sinks: Any
+    ) -> Exception:
         """What is wrong with arguments whose signature could not be taken."""
         op, pair = self._op_name, kv if isinstance(kv, (tuple, list)) else (kv,)
         if len(pair) > 2 or not pair or (len(pair) == 1 and pair is kv):
@@ -416,8 +424,9 @@ class PlannedAttention(Uncopyable, EngineNames):
             **dict(zip(names, pair)),
             "out": out,
             "lse": lse,
+            "sinks": sinks,
         }.items():
-            if not isinstance(value, torch.Tensor) and not (value is None and name in ("q_pe", "out", "lse")):
+            if not isinstance(value, torch.Tensor) and not (value is None and name in ("q_pe", "out", "lse", "sinks")):
                 return TypeError(f"{op}: {name} is {type(value).__name__}; expected a tensor")
         return TypeError(f"{op}: scales {scales!r:.60} or options {overrides!r:.100} are not numbers")
 
@@ -438,8 +447,9 @@ def _run_by_handle(
     pdl: Optional[bool],
     overrides: Optional[Overrides],
     q_pe: Optional[torch.Tensor],
+    sinks: Optional[torch.Tensor],
 ) -> None:
-    _wrappers[handle]._run(q, kv, out, lse, False, (q_scale, k_scale, v_scale), pdl, overrides, q_pe)
+    _wrappers[handle]._run(q, kv, out, lse, False, (q_scale, k_scale, v_scale), pdl, overrides, q_pe, sinks)
 
 
 _run_door = traced.door(
@@ -457,5 +467,6 @@ _run_door = traced.door(
         "pdl": "bool?",
         "overrides": TRACED_OVERRIDES,
         "q_pe": "Tensor?",
+        "sinks": "Tensor?",
     },
 )

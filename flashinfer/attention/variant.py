@@ -88,6 +88,7 @@ class Variant:
     sm_scale: float
     rope_scale: float
     rope_theta: float
+    has_sinks: bool
 
     @staticmethod
     def of(
@@ -99,6 +100,8 @@ class Variant:
         sm_scale: Optional[float] = None,
         rope_scale: Optional[float] = None,
         rope_theta: Optional[float] = None,
+        *,
+        has_sinks: bool = False,
     ) -> Variant:
         """From the public arguments; None takes the default. Raises UnsupportedConfig, ValueError or TypeError."""
         if not isinstance(pos_encoding_mode, str) or pos_encoding_mode not in POS_ENCODING_MODES:
@@ -114,6 +117,7 @@ class Variant:
             1.0 / math.sqrt(head_dim) if sm_scale is None else require_positive(op, "sm_scale", sm_scale),
             1.0 if rope_scale is None else checks.real(op, "rope_scale", rope_scale, above=0.0),
             1e4 if rope_theta is None else checks.real(op, "rope_theta", rope_theta, above=0.0),
+            has_sinks,
         )
 
     def updated(self, op: str, head_dim: int, overrides: Overrides) -> Variant:
@@ -135,6 +139,7 @@ class Variant:
             "pos_encoding": self.pos_encoding,
             "has_window": self.window_left >= 0,
             "has_soft_cap": self.logits_soft_cap > 0,
+            "has_sinks": self.has_sinks,
         }
 
     def values(
@@ -155,6 +160,32 @@ class Variant:
             "v_scale": v_scale,
             "logits_soft_cap": self.logits_soft_cap,
         }
+
+
+def signature_of_sinks(op: str, sinks: Optional[torch.Tensor]) -> tuple[int, Any]:
+    """The address, 0 of none, and what a memo knows the tensor by. Raises TypeError or UnsupportedConfig."""
+    if sinks is None:
+        return 0, None
+    try:
+        address = sinks.data_ptr()
+    except (AttributeError, RuntimeError):
+        checks.require_addresses(op, sinks=sinks)
+        raise
+    if address < checks.LOWEST_ADDRESS:
+        address = checks.low_address(op, "sinks", sinks)
+    return address, (sinks.dtype, sinks.shape, sinks.stride(), sinks.device)
+
+
+def require_sinks(op: str, sinks: torch.Tensor, num_qo_heads: int, device: torch.device) -> None:
+    """A logit for each query head, as the kernels read them. Raises ValueError."""
+    checks.require_memory(op, sinks=sinks)
+    if sinks.shape != (num_qo_heads,) or sinks.dtype != torch.float32 or not sinks.is_contiguous():
+        raise ValueError(
+            f"{op}: sinks is {sinks.dtype} {list(sinks.shape)} of strides {list(sinks.stride())}; expected "
+            f"torch.float32 [{num_qo_heads}], contiguous: a logit for each query head. Next step: convert it once, as "
+            "the model is loaded"
+        )
+    checks.require(sinks.device == device, op, f"sinks is on {sinks.device}; expected {device}, that of q")
 
 
 def factors(op: str, qk_scales: tuple[object, ...], v_scales: tuple[object, ...]) -> tuple[float, float]:

@@ -5,6 +5,8 @@
 //   lse[b, h] = log2(sum_j 2^s_j)
 //   out[b, h] = v_scale * sum_j 2^(s_j - lse[b, h]) v[j, g]       no key: out = 0, lse = -inf
 //
+// kHasSinks: with one more term, of the head (sink.cuh).
+//
 //   q [batch_size, num_qo_heads, head_dim_qk], k [keys, num_kv_heads, head_dim_qk], v [keys, num_kv_heads, head_dim_vo]
 //   -> out [batch_size, num_qo_heads, head_dim_vo], lse [batch_size, num_qo_heads] in fp32, if wanted
 //
@@ -22,6 +24,7 @@
 
 #include "attention/decode/tile.cuh"
 #include "attention/merge.cuh"
+#include "attention/sink.cuh"
 #include "device/cast.cuh"
 #include "device/pdl.cuh"
 
@@ -38,9 +41,10 @@ struct ResultWriter {
   template <int N>
   __device__ __forceinline__ void write_result(int32_t token_idx, int32_t head, int32_t element, const float (&x)[N],
                                                float lse) const {
-    float y[N];
+    float y[N], factor = params.v_scale;
+    if constexpr (Config::kHasSinks) factor *= add_sink(params.sinks[head], lse);
 #pragma unroll
-    for (int i = 0; i < N; ++i) y[i] = x[i] * params.v_scale;
+    for (int i = 0; i < N; ++i) y[i] = x[i] * factor;
     O* dst = static_cast<O*>(params.out) + token_idx * params.out_token_stride + head * params.out_head_stride;
     cast_vec<O>(y).store(dst + element);
     if (element == 0 && params.lse != nullptr) params.lse[int64_t(token_idx) * params.num_qo_heads + head] = lse;

@@ -23,10 +23,11 @@ struct OutputPair {
 };
 
 // Reduce the lanes' shares of the sums. They become the factors that normalize the output; the LSE go to shared memory,
-// from where one lane a row stores them.
+// from where one lane a row stores them. Of a split, without the sink: merge_splits adds it.
 template <class Config, class Shape = PrefillShape<Config>>
-__device__ __forceinline__ void finish_softmax(SoftmaxState<Config>& state, PrefillSmem<Config>& smem, float v_scale,
-                                               float scale_log2) {
+__device__ __forceinline__ void finish_softmax(SoftmaxState<Config>& state, PrefillSmem<Config>& smem,
+                                               const PrefillParams& params) {
+  const float scale_log2 = Score<Config>::scale_log2(params);
   const uint32_t thread_idx = thread_idx_after_loop();
   const int lane_idx = int(thread_idx % 32);
   float* warp_lse_smem = smem.lse + thread_idx / 32 * Shape::kRowsPerWarp;
@@ -37,8 +38,14 @@ __device__ __forceinline__ void finish_softmax(SoftmaxState<Config>& state, Pref
       float sum = state.sum[m][half];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      const float lse = state.max[m][half] * scale_log2 + fast_log2(sum);  // a row that saw no key: -inf - inf
-      state.sum[m][half] = sum > 0.f ? __fdividef(v_scale, sum) : 0.f;
+      float lse = state.max[m][half] * scale_log2 + fast_log2(sum);  // a row that saw no key: -inf - inf
+      state.sum[m][half] = sum > 0.f ? __fdividef(params.v_scale, sum) : 0.f;
+      if constexpr (Config::kHasSinks) {
+        const int row = int(thread_idx / 32) * Shape::kRowsPerWarp + m * 16 + row_of(half) + lane_row(lane_idx);
+        if (smem.work.item.num_splits <= 1) {
+          state.sum[m][half] *= add_sink(params.sinks[smem.work.template query_row<Shape>(row).qo_head_idx], lse);
+        }
+      }
       if (lane_idx % 4 == 0) warp_lse_smem[m * 16 + half * 8 + lane_idx / 4] = lse;
     }
   }

@@ -4,6 +4,7 @@
 
 #include "attention/merge.cuh"
 #include "attention/prefill/params.h"
+#include "attention/sink.cuh"
 #include "attention/visibility.cuh"
 #include "device/cast.cuh"
 #include "device/thread_idx.cuh"
@@ -109,9 +110,15 @@ __device__ __forceinline__ void merge_splits(const PrefillParams& params, const 
       }
       const QueryRow query = unit.query_row(group_size, item.q_tile * Config::kBlockM + row);
       T* row_gmem = static_cast<T*>(params.out) + unit.offset(query, params.out_token_stride, params.out_head_stride);
+      float lse = state.lse();
+      if constexpr (Config::kHasSinks) {
+        const float factor = add_sink(params.sinks[query.qo_head_idx], lse);
+#pragma unroll
+        for (float& x : state.out) x *= factor;
+      }
       cast_vec<T>(state.out).store(row_gmem + column);
       if (column == 0 && params.lse != nullptr) {
-        params.lse[int64_t(item.q_begin + query.token_idx) * params.num_qo_heads + query.qo_head_idx] = state.lse();
+        params.lse[int64_t(item.q_begin + query.token_idx) * params.num_qo_heads + query.qo_head_idx] = lse;
       }
     };
     const int32_t vecs_per_slot = num_rows * params.num_kv_heads * kVecsPerRow;

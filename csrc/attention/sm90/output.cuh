@@ -111,7 +111,11 @@ __device__ __forceinline__ void finish_unit(const Sm90PrefillParams& params, Sme
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     lse[half] = softmax.lse(half, sum, scale_log2);
-    const float factor = sum > 0.f ? __fdividef(params.v_scale, sum) : 0.f;
+    float factor = sum > 0.f ? __fdividef(params.v_scale, sum) : 0.f;
+    if constexpr (Config::kHasSinks) {  // of a split merge_splits adds it
+      const QueryRow query = work.query_row(group_size, first_row + warp_row + lane_row(lane_idx) + row_of(half));
+      if (item.num_splits <= 1) factor *= add_sink(params.sinks[query.qo_head_idx], lse[half]);
+    }
 #pragma unroll
     for (int i = 0; i < Shape::kNumOutputs / 2; ++i) at(out, half, i) *= factor;
   }

@@ -27,7 +27,7 @@
 
 namespace flashinfer {
 
-// Config: Q, Kv, Out, kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kPosEncoding,
+// Config: Q, Kv, Out, kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kHasSinks, kPosEncoding,
 // kGathersKv, and the tile: kBlockM, kBlockN, kNumStages, kNumQueryStages, kNumThreads, kSmemBytes. Grid: as many
 // blocks as the planner was told; without a plan, any.
 template <class Config>

@@ -10,6 +10,7 @@
 #include "attention/decode/params.h"
 #include "attention/kv_view.cuh"
 #include "attention/score.cuh"
+#include "attention/sink.cuh"
 #include "attention/visibility.cuh"
 #include "cpu/math.h"
 #include "cpu/rotary.h"
@@ -208,8 +209,10 @@ inline void store_decode(const AttentionParams& params, const DecodePartial<Conf
   for (int h = 0; h < num_heads; ++h) {
     O* dst =
         static_cast<O*>(params.out) + request_idx * params.out_token_stride + (first_head + h) * params.out_head_stride;
-    for (int d = 0; d < Config::kHeadDimVo; ++d) dst[d] = from_float<O>(result.out[h][d] * params.v_scale);
-    if (params.lse != nullptr) params.lse[int64_t(request_idx) * params.num_qo_heads + first_head + h] = result.lse[h];
+    float lse = result.lse[h], factor = params.v_scale;
+    if constexpr (Config::kHasSinks) factor *= add_sink(params.sinks[first_head + h], lse);
+    for (int d = 0; d < Config::kHeadDimVo; ++d) dst[d] = from_float<O>(result.out[h][d] * factor);
+    if (params.lse != nullptr) params.lse[int64_t(request_idx) * params.num_qo_heads + first_head + h] = lse;
   }
 }
 

@@ -106,11 +106,14 @@ struct TileState {
     multiply<kDimVo>(scores[0], kN, v[0], out[0], num_rows, kN, true);
   }
 
+  // sink: of the row's head, or null.
   template <class Out>
-  void store_row(int row, Out* dst, float* lse, float scale, float v_scale) const {
-    const float factor = sum[row] > 0.f ? v_scale / sum[row] : 0.f;
+  void store_row(int row, Out* dst, float* lse, float scale, float v_scale, const float* sink = nullptr) const {
+    float row_lse = sum[row] > 0.f ? max[row] * scale + std::log2(sum[row]) : -INFINITY;
+    float factor = sum[row] > 0.f ? v_scale / sum[row] : 0.f;
+    if (sink != nullptr) factor *= add_sink(*sink, row_lse);
     for (int d = 0; d < kDimVo; ++d) dst[d] = from_float<Out>(out[row][d] * factor);
-    if (lse != nullptr) *lse = sum[row] > 0.f ? max[row] * scale + std::log2(sum[row]) : -INFINITY;
+    if (lse != nullptr) *lse = row_lse;
   }
 
  private:
@@ -170,7 +173,8 @@ struct PrefillState : TileState<Config::kHeadDimQk, Config::kHeadDimVo> {
       Out* dst =
           static_cast<Out*>(params.out) + token_idx * params.out_token_stride + qo_head[row] * params.out_head_stride;
       float* lse = params.lse != nullptr ? params.lse + token_idx * params.num_qo_heads + qo_head[row] : nullptr;
-      this->store_row(row, dst, lse, scale, params.v_scale);
+      const float* sink = Config::kHasSinks ? params.sinks + qo_head[row] : nullptr;
+      this->store_row(row, dst, lse, scale, params.v_scale, sink);
     }
   }
 

@@ -133,7 +133,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
         kv_dtype = of_both or q_dtype if kv_type is None else dtype_of(op, "kv_data_type", kv_type)
         o_dtype = q_dtype if o_type is None else dtype_of(op, "o_data_type", o_type)
         shape = Shape.of(op, batch_size, *counts, head_dim, head_dim)
-        variant = Variant.of(op, head_dim, *arguments[8:])
+        variant = Variant.of(op, head_dim, *arguments[8:], has_sinks=self._has_sinks)
         return DecodePlan(op, self.device, shape, (q_dtype, kv_dtype, o_dtype), variant, self._kv_layout, workspaces)
 
     def run(
@@ -149,6 +149,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
         return_lse: bool = False,
         enable_pdl: Optional[bool] = None,
         window_left: Optional[int] = None,
+        sinks: Optional[torch.Tensor] = None,
         **later: Any,
     ) -> Result:
         """Attention of one layer, as planned.
@@ -161,13 +162,16 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
             q_scale, k_scale, v_scale: factors of quantized q, k and v.
             out: `[batch_size, num_qo_heads, head_dim]`; allocated when None.
             lse: fp32 `[batch_size, num_qo_heads]`; allocated when None and return_lse.
-            return_lse: also return the base-2 logarithm of the sum of exponentials.
+            return_lse: also return the base-2 logarithm of the sum of exponentials, that of the sink included.
             enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
             window_left: overrides the planned one.
+            sinks: fp32 `[num_qo_heads]`, a logit for each query head that takes part in the softmax as a key without a
+                value would (GPT-OSS): one more term exp(sinks[h]) of the denominator, on which no scale and no soft cap
+                has an effect. -inf for none.
             later: as in `plan`.
 
         Returns:
-            out, or (out, lse). A request without KV gives zeros and -inf.
+            out, or (out, lse). A request without KV gives zeros and -inf, or the LSE of the sink alone.
 
         Raises:
             ValueError: nothing is planned, or a shape, dtype, device or stride differs from the plan.
@@ -178,7 +182,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
             check_later_arguments(self._op_name, later)
         overrides = None if window_left is None else Overrides(window_left=window_left)
         scales = (q_scale, k_scale, v_scale)
-        return self._run(q, paged_kv_cache, out, lse, return_lse, scales, enable_pdl, overrides)
+        return self._run(q, paged_kv_cache, out, lse, return_lse, scales, enable_pdl, overrides, None, sinks)
 
     def forward(
         self,

@@ -84,9 +84,7 @@ class DecodePlan(Plan):
         checks.require(q.dtype == self.q_dtype, op, f"q is {q.dtype}; planned with q_data_type {self.q_dtype}")
         self.require_tensors(call)
         out, new_out, new_lse = self.outputs(call)
-        variant = self.variant
-        if call.overrides is not None:
-            variant = variant.updated(op, shape.head_dim_qk, call.overrides)
+        variant = self.variant_of(call)
         kernel = self._load(variant, call.pdl)
         if self._schedule is not None and kernel.tile_len != self._kernel.tile_len:
             raise UnsupportedConfig(

@@ -9,7 +9,7 @@ import torch
 from flashinfer.attention.decode import launch as launches
 from flashinfer.attention.decode.launch import Schedule
 from flashinfer.attention.sequence import check_sequence
-from flashinfer.attention.variant import Variant, factors
+from flashinfer.attention.variant import Variant, factors, require_sinks, signature_of_sinks
 from flashinfer.families.attention.params import ADDRESSES
 from flashinfer.families.layout import fast_divisor
 from flashinfer.host import checks, memo, traced
@@ -36,6 +36,8 @@ def single_decode_with_kv_cache(
     rope_scale: Optional[float] = None,
     rope_theta: Optional[float] = None,
     return_lse: bool = False,
+    *,
+    sinks: Optional[torch.Tensor] = None,
 ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Attention of one query token over one sequence (split along the KV as in Flash-Decoding, Dao et al. 2023).
 
@@ -50,10 +52,13 @@ def single_decode_with_kv_cache(
         logits_soft_cap: logits become `cap * tanh(logits / cap)`; None or 0 for none.
         sm_scale: factor of q·k; default `1 / sqrt(head_dim)`.
         rope_scale, rope_theta: of ROPE_LLAMA; default 1 and 1e4.
+        sinks: fp32 `[num_qo_heads]`, a logit for each query head that takes part in the softmax as a key without a
+            value would (GPT-OSS): one more term exp(sinks[h]) of the denominator, on which no scale and no soft cap has
+            an effect. -inf for none.
 
     Returns:
         `[num_qo_heads, head_dim]`, dtype of q; with return_lse also the base-2 logarithm of the sum of exponentials,
-        fp32 `[num_qo_heads]`. Without keys: zeros and -inf.
+        that of the sink included, fp32 `[num_qo_heads]`. Without keys: zeros and -inf, or the LSE of the sink alone.
 
     Raises:
         ValueError: a shape, dtype, device or stride does not fit.
@@ -73,9 +78,9 @@ def single_decode_with_kv_cache(
     if is_dynamo_compiling():
         out = torch.empty((q.shape[0], v.shape[2]), dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:1], dtype=torch.float32, device=q.device) if return_lse else None
-        _door(q, k, v, out, lse, options)
+        _door(q, k, v, out, lse, sinks, options)
         return out if lse is None else (out, lse)
-    return _run(q, k, v, None, None, return_lse, options)
+    return _run(q, k, v, None, None, return_lse, sinks, options)
 
 
 # kv_layout; arguments of Variant.of after head_dim; q_scale, k_scale and v_scale.
@@ -89,25 +94,27 @@ def _run(
     out: Optional[torch.Tensor],
     lse: Optional[torch.Tensor],
     return_lse: bool,
+    sinks: Optional[torch.Tensor],
     options: _Options,
 ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     rows, heads = (0, 1) if options[0] == "NHD" else (1, 0)
     q_ptr, k_ptr, v_ptr, k_shape, v_shape = q.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape, v.shape
     if q_ptr < LOWEST_ADDRESS or k_ptr < LOWEST_ADDRESS or v_ptr < LOWEST_ADDRESS:
         q_ptr, k_ptr, v_ptr = (checks.low_address(_OP, name, x) for name, x in {"q": q, "k": k, "v": v}.items())
+    sinks_ptr, sinks_key = signature_of_sinks(_OP, sinks)
     kv_len = k_shape[rows]  # no part of the key: it grows from call to call
     key = (
         q.dtype, q.shape, q.stride(), q.device, k.dtype, k_shape[heads], k_shape[2], k.stride(), k.device, v.dtype,
-        v_shape[heads], v_shape[2], v.stride(), v.device, options, (q_ptr | k_ptr | v_ptr) & 15,
+        v_shape[heads], v_shape[2], v.stride(), v.device, sinks_key, options, (q_ptr | k_ptr | v_ptr) & 15,
     )  # fmt: skip
     single = _singles.get(key)
     if single is None or v_shape[rows] != kv_len:
-        single = _singles.remember(key, _BoundSingle(q, k, v, options))
+        single = _singles.remember(key, _BoundSingle(q, k, v, sinks, options))
     if out is None:
         out = single.new_out()
     if return_lse and lse is None:
         lse = single.new_lse()
-    single.launch(q_ptr, out.data_ptr(), 0 if lse is None else lse.data_ptr(), k_ptr, v_ptr, kv_len)
+    single.launch(sinks_ptr, q_ptr, out.data_ptr(), 0 if lse is None else lse.data_ptr(), k_ptr, v_ptr, kv_len)
     return out if lse is None else (out, lse)
 
 
@@ -121,11 +128,12 @@ _OPTIONS = {
 }
 _door = traced.door(
     "single_decode",
-    lambda q, k, v, out, lse, options: _run(q, k, v, out, lse, False, options),
+    lambda q, k, v, out, lse, sinks, options: _run(q, k, v, out, lse, False, sinks, options),
     {
         **dict.fromkeys("qkv", "Tensor"),
         "out": "Tensor(!)",
         "lse": "Tensor(!)?",
+        "sinks": "Tensor?",
         "options": traced.fields(lambda *options: options, *(f"{kind} {name}" for name, kind in _OPTIONS.items())),
     },
 )
@@ -134,11 +142,15 @@ _door = traced.door(
 class _BoundSingle:
     """single_decode_with_kv_cache for one signature; the length may differ from call to call."""
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: _Options) -> None:
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: Optional[torch.Tensor], options: _Options
+    ) -> None:
         op, (kv_layout, *variant_options), scales = _OP, options[:-3], options[-3:]
         sequence, device = check_sequence(op, q, k, v, kv_layout), q.device
         num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, _, kv_strides = sequence
-        variant = Variant.of(op, head_dim_qk, *variant_options)
+        variant = Variant.of(op, head_dim_qk, *variant_options, has_sinks=sinks is not None)
+        if sinks is not None:
+            require_sinks(op, sinks, num_qo_heads, device)
         self.kernel = launches.load_kernel(
             device, (q.dtype, k.dtype, q.dtype), (head_dim_qk, head_dim_vo), (num_qo_heads, num_kv_heads), "single",
             variant,
@@ -163,7 +175,7 @@ class _BoundSingle:
         self.launch_whole = self.prepare(1)
         self.launches: dict[tuple[int, int], PreparedLaunch] = {}  # (stream, number of chunks)
 
-    def launch(self, q: int, out: int, lse: int, k: int, v: int, kv_len: int) -> None:
+    def launch(self, sinks: int, q: int, out: int, lse: int, k: int, v: int, kv_len: int) -> None:
         """On the current stream; every tensor by its address."""
         visible = kv_len if self.window_left < 0 else min(kv_len, self.window_left + 1)
         num_chunks = min(self.kernel.num_chunks, -(-visible // self.kernel.tile_len))
@@ -176,7 +188,7 @@ class _BoundSingle:
         else:
             stream = memo.current_stream(self.device.index)
             launch = self.launches.get((stream, num_chunks)) or self.prepare_on(stream, num_chunks)
-        launch(q, out, lse, k, v, 0, 0, 0, kv_len)
+        launch(sinks, q, out, lse, k, v, 0, 0, 0, kv_len)
 
     def prepare(self, num_chunks: int, scratch: Optional[_Scratch] = None) -> PreparedLaunch:
         """A launch that takes addresses and the length. It does not keep the scratch alive."""

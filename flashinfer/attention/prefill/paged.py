@@ -164,6 +164,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         return_lse: bool = False,
         enable_pdl: Optional[bool] = None,
         window_left: Optional[int] = None,
+        sinks: Optional[torch.Tensor] = None,
         **later: Any,
     ) -> Result:
         """Attention of one layer, as planned.
@@ -176,13 +177,16 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             q_scale, k_scale, v_scale: factors of quantized q, k and v.
             out: `[num_tokens, num_qo_heads, head_dim_vo]`, dtype of q, or o_data_type; allocated when None.
             lse: fp32 `[num_tokens, num_qo_heads]`; allocated when None and return_lse.
-            return_lse: also return the base-2 logarithm of the sum of exponentials.
+            return_lse: also return the base-2 logarithm of the sum of exponentials, that of the sink included.
             enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
             window_left: overrides the planned one.
+            sinks: fp32 `[num_qo_heads]`, a logit for each query head that takes part in the softmax as a key without a
+                value would (GPT-OSS): one more term exp(sinks[h]) of the denominator, on which no scale and no soft cap
+                has an effect. -inf for none.
             later: as in `plan`.
 
         Returns:
-            out, or (out, lse). A query that sees no key gives zeros and -inf.
+            out, or (out, lse). A query that sees no key gives zeros and -inf, or the LSE of the sink alone.
 
         Raises:
             ValueError: nothing is planned, or a shape, dtype, device or stride does not fit.
@@ -196,7 +200,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             check_later_arguments(self._op_name, later)
         overrides = None if window_left is None else Overrides(window_left=window_left)
         scales = (q_scale, k_scale, v_scale)
-        return self._run(q, paged_kv_cache, out, lse, return_lse, scales, enable_pdl, overrides)
+        return self._run(q, paged_kv_cache, out, lse, return_lse, scales, enable_pdl, overrides, None, sinks)
 
     def forward(
         self,

@@ -106,11 +106,9 @@ class PrefillPlan(Plan):
         if isinstance(kv, PagedKv):  # what run() is given decides
             kv = replace(kv, dtype=call.kv_dtype)
         strides = kv.strides_of(op, call.kv, self.device)
-        mask, variant = self.mask, self.variant
-        if call.overrides is not None:
-            if call.overrides.causal is not None and mask != "custom":
-                mask = "causal" if call.overrides.causal else "none"
-            variant = variant.updated(op, shape.head_dim_qk, call.overrides)
+        mask, variant = self.mask, self.variant_of(call)
+        if call.overrides is not None and call.overrides.causal is not None and mask != "custom":
+            mask = "causal" if call.overrides.causal else "none"
         q_scale, k_scale, v_scale = call.scales
         options = variant.values(
             shape.num_qo_heads, shape.head_dim_qk, self.device, *factors(op, (q_scale, k_scale), (v_scale,))

@@ -110,6 +110,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         lse: Optional[torch.Tensor] = None,
         return_lse: bool = False,
         enable_pdl: Optional[bool] = None,
+        sinks: Optional[torch.Tensor] = None,
         **later: Any,
     ) -> Result:
         """Attention of one layer, as planned.
@@ -118,7 +119,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
             q: `[num_tokens, num_qo_heads, head_dim_qk]`, unit stride in the last axis.
             k, v: `[num_kv_tokens, num_kv_heads, head_dim_qk]` and `[.., head_dim_vo]` (NHD); dtype of q, or fp8.
             q_scale, k_scale, v_scale: factors of quantized q, k and v. o_scale: the output is divided by it.
-            out, lse, return_lse, enable_pdl: as in `BatchPrefillWithPagedKVCacheWrapper.run`.
+            out, lse, return_lse, enable_pdl, sinks: as in `BatchPrefillWithPagedKVCacheWrapper.run`.
 
         Returns and raises: as there.
         """
@@ -131,7 +132,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
             check_later_arguments(self._op_name, later)
         if o_scale is not None:
             v_scale = (1.0 if v_scale is None else v_scale) / o_scale
-        return self._run(q, (k, v), out, lse, return_lse, (q_scale, k_scale, v_scale), enable_pdl, None)
+        scales = (q_scale, k_scale, v_scale)
+        return self._run(q, (k, v), out, lse, return_lse, scales, enable_pdl, None, None, sinks)
 
     def forward(
         self,

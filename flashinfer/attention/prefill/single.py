@@ -14,7 +14,7 @@ from flashinfer.attention.planned import DataType
 from flashinfer.attention.prefill import launch as launches
 from flashinfer.attention.prefill.launch import Extent, Schedule
 from flashinfer.attention.sequence import check_sequence
-from flashinfer.attention.variant import Variant, factors
+from flashinfer.attention.variant import Variant, factors, require_sinks, signature_of_sinks
 from flashinfer.families.attention import prefill as families
 from flashinfer.host import checks, memo, traced
 from flashinfer.host.checks import LOWEST_ADDRESS
@@ -49,6 +49,7 @@ def single_prefill_with_kv_cache(
     k_scale: Optional[float] = None,
     v_scale: Optional[float] = None,
     o_dtype: Optional[DataType] = None,
+    sinks: Optional[torch.Tensor] = None,
 ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Attention of the queries of one sequence over its keys and values (FlashAttention-2, Dao 2023, arXiv:2307.08691).
 
@@ -67,14 +68,17 @@ def single_prefill_with_kv_cache(
         window_left: keys seen before the query's own position; -1 for all.
         logits_soft_cap: logits become `cap * tanh(logits / cap)`; None or 0 for none.
         rope_scale, rope_theta: of ROPE_LLAMA; default 1 and 1e4.
-        return_lse: also return the base-2 logarithm of the sum of exponentials.
+        return_lse: also return the base-2 logarithm of the sum of exponentials, that of the sink included.
         scale_q, scale_k, scale_v, k_scale, v_scale: factors of quantized q, k and v.
         o_dtype: of the output, fp16 or bf16, where q is fp8; else None, or that of q.
+        sinks: fp32 `[num_qo_heads]`, a logit for each query head that takes part in the softmax as a key without a
+            value would (GPT-OSS): one more term exp(sinks[h]) of the denominator, on which no scale and no soft cap has
+            an effect. -inf for none.
         use_fp16_qk_reduction, backend: accepted for compatibility.
 
     Returns:
         `[qo_len, num_qo_heads, head_dim_vo]`, dtype of q; with return_lse also fp32 `[qo_len, num_qo_heads]`. A query
-        that sees no key gives zeros and -inf.
+        that sees no key gives zeros and -inf, or the LSE of the sink alone.
 
     Raises:
         ValueError: a shape, dtype, device or stride does not fit.
@@ -88,9 +92,9 @@ def single_prefill_with_kv_cache(
         out_dtype = q.dtype if o_dtype is None else dtypes.torch_dtype(o_dtype)
         out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype, device=q.device)
         lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
-        _door(q, k, v, out, lse, *given)
+        _door(q, k, v, out, lse, sinks, *given)
         return out if lse is None else (out, lse)
-    return _run(q, k, v, None, None, return_lse, o_dtype, *given)
+    return _run(q, k, v, None, None, return_lse, o_dtype, sinks, *given)
 
 
 def _run(
@@ -101,6 +105,7 @@ def _run(
     lse: Optional[torch.Tensor],
     return_lse: bool,
     o_dtype: Optional[DataType],
+    sinks: Optional[torch.Tensor],
     custom_mask: Optional[torch.Tensor],
     packed_custom_mask: Optional[torch.Tensor],
     causal: bool,
@@ -115,20 +120,21 @@ def _run(
         raise checks.not_tensors(_OP, q=q, k=k, v=v) from None
     if q_ptr < LOWEST_ADDRESS or k_ptr < LOWEST_ADDRESS or v_ptr < LOWEST_ADDRESS:
         q_ptr, k_ptr, v_ptr = (checks.low_address(_OP, name, x) for name, x in {"q": q, "k": k, "v": v}.items())
+    sinks_ptr, sinks_key = signature_of_sinks(_OP, sinks)
     key = (
         q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.device, v.dtype, v.shape, v.stride(),
-        v.device, kv_layout, mask, options, o_dtype, (q_ptr | k_ptr | v_ptr) & 15,
+        v.device, kv_layout, mask, sinks_key, options, o_dtype, (q_ptr | k_ptr | v_ptr) & 15,
     )  # fmt: skip
     single = _singles.get(key)
     if single is None:
-        single = _singles.remember(key, _BoundSingle(q, k, v, kv_layout, mask, options, o_dtype))
+        single = _singles.remember(key, _BoundSingle(q, k, v, sinks, kv_layout, mask, options, o_dtype))
     mask_bits = _mask_bits(q, k, custom_mask, packed_custom_mask, kv_layout) if is_custom else None
     if out is None:
         out = single.new_out()
     if return_lse and lse is None:
         lse = single.new_lse()
     single.launch(
-        q_ptr, out.data_ptr(), 0 if lse is None else lse.data_ptr(), k_ptr, v_ptr,
+        sinks_ptr, q_ptr, out.data_ptr(), 0 if lse is None else lse.data_ptr(), k_ptr, v_ptr,
         0 if mask_bits is None else mask_bits.data_ptr(),
     )  # fmt: skip
     return out if lse is None else (out, lse)
@@ -137,11 +143,12 @@ def _run(
 _SCALES = ("scale_q", "scale_k", "scale_v", "k_scale", "v_scale")
 _door = traced.door(
     "single_prefill",
-    lambda q, k, v, out, lse, *given: _run(q, k, v, out, lse, False, out.dtype, *given),
+    lambda q, k, v, out, lse, sinks, *given: _run(q, k, v, out, lse, False, out.dtype, sinks, *given),
     {
         **dict.fromkeys("qkv", "Tensor"),
         "out": "Tensor(!)",
         "lse": "Tensor(!)?",
+        "sinks": "Tensor?",
         "custom_mask": "Tensor?",
         "packed_custom_mask": "Tensor?",
         "causal": "bool",
@@ -191,6 +198,7 @@ class _BoundSingle:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        sinks: Optional[torch.Tensor],
         kv_layout: str,
         mask: str,
         given: tuple[Any, ...],
@@ -200,7 +208,9 @@ class _BoundSingle:
         checks.require(q.dim() == 3, _OP, f"q has shape {list(q.shape)}; expected [qo_len, num_qo_heads, head_dim]")
         sequence, qo_len, device = check_sequence(_OP, q, k, v, kv_layout), q.shape[0], q.device
         num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, kv_len, kv_strides = sequence
-        variant = Variant.of(_OP, head_dim_qk, *given[:6])
+        variant = Variant.of(_OP, head_dim_qk, *given[:6], has_sinks=sinks is not None)
+        if sinks is not None:
+            require_sinks(_OP, sinks, num_qo_heads, device)
         scale_q, scale_k, scale_v, k_scale, v_scale = given[6:]
         scales = factors(_OP, (scale_q, scale_k, k_scale), (scale_v, v_scale))
         out_dtype = q.dtype if o_dtype is None else dtypes.torch_dtype(o_dtype)
@@ -243,7 +253,7 @@ class _BoundSingle:
             self.is_planned = num_tiles < kernel.num_blocks and kv_len >= 16 * kernel.block_n
         self.direct = bind(num_tiles, launches.NO_SCHEDULE) if qo_len > 0 else no_launch
 
-    def launch(self, q: int, out: int, lse: int, k: int, v: int, mask_bits: int) -> None:
+    def launch(self, sinks: int, q: int, out: int, lse: int, k: int, v: int, mask_bits: int) -> None:
         """On the current stream; every tensor by its address."""
         if not self.is_planned:
             launch = self.direct
@@ -254,7 +264,7 @@ class _BoundSingle:
         else:
             stream = memo.current_stream(self.device.index)
             launch = self.planned.get(stream) or self.bind_on(stream)
-        launch(0, mask_bits, 0, q, out, lse, k, v, 0, 0, 0)
+        launch(0, mask_bits, 0, sinks, q, out, lse, k, v, 0, 0, 0)
 
     def bind_on(self, stream: int) -> BoundLaunch:
         kernel = self.kernel

@@ -44,7 +44,8 @@ class PrefillWrapper(PlannedAttention):
         head_dims = (head_dim_qk, head_dim_qk if head_dim_vo is None else head_dim_vo)
         shape = Shape.of(op, batch_size, *counts, *head_dims)
         return PrefillPlan(
-            op, self.device, shape, (q_dtype, kv_dtype, o_dtype), mask, Variant.of(op, head_dim_qk, *options),
+            op, self.device, shape, (q_dtype, kv_dtype, o_dtype), mask,
+            Variant.of(op, head_dim_qk, *options, has_sinks=self._has_sinks),
             self._kv(shape, kv_dtype), workspaces, split_kv=not disable_split_kv,
         )  # fmt: skip
 

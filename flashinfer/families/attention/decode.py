@@ -94,6 +94,7 @@ def _decode_config(spec: KernelSpec) -> Config:
         "kPosEncoding": POS_ENCODINGS[spec.arg("pos_encoding")],
         "kHasWindow": spec.arg("has_window"),
         "kHasSoftCap": spec.arg("has_soft_cap"),
+        "kHasSinks": spec.arg("has_sinks"),
         "kGroupTile": spec.arg("group_tile"),
     }
     if not is_cuda:
@@ -114,6 +115,7 @@ DECODE = Family(
         "pos_encoding": tuple(POS_ENCODINGS),
         "has_window": (False, True),
         "has_soft_cap": (False, True),
+        "has_sinks": (False, True),
         "group_tile": (8, 16),  # query heads that share one pass over the KV
     },
     implementations=twins(
@@ -140,6 +142,7 @@ def decode(
     pos_encoding: str = "none",
     has_window: bool = False,
     has_soft_cap: bool = False,
+    has_sinks: bool = False,
 ) -> KernelSpec:
     """One query token per request over its KV. `group_size` is query heads per KV head."""
     return DECODE.spec(
@@ -153,6 +156,7 @@ def decode(
         pos_encoding=pos_encoding,
         has_window=has_window,
         has_soft_cap=has_soft_cap,
+        has_sinks=has_sinks,
         group_tile=group_tile(target, group_size, head_dim),
     )
 

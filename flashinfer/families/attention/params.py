@@ -25,7 +25,7 @@ KV: Fields = [
     *[(f"{half}_{axis}_stride", I64) for half in "kv" for axis in ("page", "entry", "head")],
 ]
 ATTENTION: Fields = [
-    *[(name, P) for name in ("q", "out", "lse")],
+    *[(name, P) for name in ("sinks", "q", "out", "lse")],
     *nested("kv", KV),
     *[(name, P) for name in ("alibi_slopes", "rope_frequencies")],
     *[(f"{name}_stride", I64) for name in ("q_token", "q_head", "out_token", "out_head")],
@@ -34,6 +34,6 @@ ATTENTION: Fields = [
 ]
 # What changes from call to call.
 ADDRESSES = (
-    *("q", "out", "lse", "kv.k", "kv.v"),
+    *("sinks", "q", "out", "lse", "kv.k", "kv.v"),
     *(f"kv.index.{name}" for name in ("indptr", "last_page_len", "indices")),
 )

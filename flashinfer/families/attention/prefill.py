@@ -57,7 +57,7 @@ class Sm90PrefillParams(ctypes.Structure):
         ("v_map", ctypes.c_uint8 * 128),
         *PrefillParams._fields_,
         ("box_rows", I32),
-        ("reserved", ctypes.c_uint8 * 36),
+        ("reserved", ctypes.c_uint8 * 28),
     ]
 
 
@@ -182,6 +182,7 @@ def _constants(spec: KernelSpec) -> Constants:
         "kPosEncoding": POS_ENCODINGS[spec.arg("pos_encoding")],
         "kHasWindow": spec.arg("has_window"),
         "kHasSoftCap": spec.arg("has_soft_cap"),
+        "kHasSinks": spec.arg("has_sinks"),
     }
 
 
@@ -214,6 +215,7 @@ PREFILL = Family(
         "pos_encoding": tuple(POS_ENCODINGS),
         "has_window": (False, True),
         "has_soft_cap": (False, True),
+        "has_sinks": (False, True),
     },
     implementations=(
         Implementation(
@@ -239,6 +241,7 @@ def prefill(
     pos_encoding: str = "none",
     has_window: bool = False,
     has_soft_cap: bool = False,
+    has_sinks: bool = False,
 ) -> KernelSpec:
     """Many query rows per request over its KV. `head_dim_vo` 0: the same as head_dim; `o_dtype` "": that of q.
 
@@ -257,6 +260,7 @@ def prefill(
         "pos_encoding": pos_encoding,
         "has_window": has_window,
         "has_soft_cap": has_soft_cap,
+        "has_sinks": has_sinks,
     }
     if kv_storage == "paged" and page_size % prefill_sm90.MIN_BOX_ROWS == 0 and not axes["short_queries"]:
         spec = PREFILL.spec(target, **axes, large_pages=True)
