@@ -60,6 +60,7 @@ class Inputs:
         self.per_row = torch.full((TOKENS,), 0.7, dtype=torch.float32, device=device)
         self.drafts, self.counts = index(*range(2 * TOKENS)).view(TOKENS, 2), index(*[1] * TOKENS)
         self.chain = self.probs[:, None].repeat(1, 3, 1)
+        self.sinks = random(HEADS, dtype=torch.float32)
         self.workspace = torch.empty(16 << 20 if device.type == "cuda" else 8, dtype=torch.uint8, device=device)
 
     @property
@@ -288,11 +289,15 @@ CALLS |= {
 
 # ------------------------------------------------------------------------------------------------------------ attention
 
-CALLS["single_decode_with_kv_cache"] = lambda i: flashinfer.single_decode_with_kv_cache(i.q[0], *i.kv, return_lse=True)
+CALLS["single_decode_with_kv_cache"] = lambda i: [
+    flashinfer.single_decode_with_kv_cache(i.q[0], *i.kv, return_lse=True),
+    flashinfer.single_decode_with_kv_cache(i.q[0], *i.kv, return_lse=True, sinks=i.sinks),
+]
 for _name in ("single_prefill_with_kv_cache", "single_prefill_with_kv_cache_return_lse"):
     CALLS[_name] = lambda i, _name=_name: [
         getattr(flashinfer, _name)(i.q, *i.kv, causal=True),
         getattr(flashinfer, _name)(i.q, *i.kv, pos_encoding_mode="ALIBI"),
+        getattr(flashinfer, _name)(i.q, *i.kv, sinks=i.sinks),
         getattr(flashinfer, _name)(i.q, *i.kv, custom_mask=(i.kv[0][None, :, 0, 0] > i.q[:, :1, 0])),
     ]
 DECODE_PLAN: dict[str, Any] = {"q_data_type": torch.bfloat16, "pos_encoding_mode": "ALIBI"}
@@ -337,7 +342,21 @@ def _paged_prefill(i: Inputs) -> Any:
 def _ragged_prefill(i: Inputs) -> Any:
     wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(i.workspace)
     wrapper.plan(i.qo_indptr, i.qo_indptr * 2, HEADS, KV_HEADS, DIM, causal=True, q_data_type=torch.bfloat16)
-    return wrapper.run(i.q, *i.kv, return_lse=True)
+    return [wrapper.run(i.q, *i.kv, return_lse=True), wrapper.run(i.q, *i.kv, sinks=i.sinks)]
+
+
+@call("BatchAttentionWithAttentionSinkWrapper")
+def _prefill_with_sinks(i: Inputs) -> Any:
+    wrapper = flashinfer.BatchAttentionWithAttentionSinkWrapper(i.workspace)
+    wrapper.plan(i.qo_indptr, *i.paged, *SHAPES, causal=True, q_data_type=torch.bfloat16)
+    return wrapper.run(i.q, i.cache, i.sinks, 0.2, return_lse=True)
+
+
+@call("BatchDecodeWithAttentionSinkWrapper")
+def _decode_with_sinks(i: Inputs) -> Any:
+    wrapper = flashinfer.BatchDecodeWithAttentionSinkWrapper(i.workspace)
+    wrapper.plan(*i.paged, *SHAPES, q_data_type=torch.bfloat16)
+    return wrapper.run(i.q[:2], i.cache, i.sinks, 0.2, return_lse=True)
 
 
 def _latent(i: Inputs, num_queries: int) -> tuple[Tensor, ...]:

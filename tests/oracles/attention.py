@@ -48,11 +48,12 @@ def attention(
     rope_scale: float | None = None,
     rope_theta: float | None = None,
     custom_mask: Tensor | None = None,  # [qo_len, kv_len], True = visible
+    sinks: Tensor | None = None,  # [num_qo_heads]: a logit of each head, of a key whose value is zero
 ) -> tuple[Tensor, Tensor]:
     """Returns out [qo_len, num_qo_heads, head_dim_vo] and lse [qo_len, num_qo_heads] (base 2), both FP64.
 
-    Query i stands at position kv_len - qo_len + i. A query that sees no key gets zeros and an LSE of -inf. Computed on
-    the device of the queries, where FP64 may be fast; returned on the CPU.
+    Query i stands at position kv_len - qo_len + i. A query that sees no key gets zeros and an LSE of -inf, or that of
+    the sink. Computed on the device of the queries, where FP64 may be fast; returned on the CPU.
     """
     qo_len, num_qo_heads, head_dim = q.shape
     kv_len, num_kv_heads, _ = k.shape
@@ -83,7 +84,9 @@ def attention(
     logits = logits.masked_fill(~visible, -math.inf)
 
     lse = torch.logsumexp(logits, dim=-1) if kv_len else logits.new_full((num_qo_heads, qo_len), -math.inf)
-    weights = torch.where(visible, torch.exp(logits - torch.where(lse.isinf(), 0.0, lse)[..., None]), 0.0)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(device).double()[:, None])
+    weights = torch.where(visible, torch.exp(logits - torch.where(lse == -math.inf, 0.0, lse)[..., None]), 0.0)
     return torch.einsum("hij,jhd->ihd", weights, v).cpu(), (lse.T * LOG2_E).cpu()
 
 

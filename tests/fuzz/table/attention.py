@@ -86,6 +86,20 @@ def _positive(name: str, value: Any) -> float:
     return number
 
 
+def draw_sinks(d: Draw, num_qo_heads: int, always: bool = False) -> Optional[torch.Tensor]:
+    return d.dense(d.values(num_qo_heads, scale=3.0)) if always or d.kernel(False, False, True) else None
+
+
+def read_sinks(sinks: Any, num_qo_heads: int) -> dict[str, Any]:
+    """As the oracle takes them."""
+    if sinks is None:
+        return {}
+    if sinks.shape != (num_qo_heads,) or sinks.dtype != F32 or not sinks.is_contiguous():
+        raise Refused("sinks of another shape or dtype, or with gaps")
+    require_finite(sinks)
+    return {"sinks": sinks}
+
+
 def near_lse(expected: torch.Tensor, scale: float = 1.0) -> Check:
     def check(actual: Any) -> None:
         require_tensor(actual, expected.shape, F32)
@@ -137,7 +151,7 @@ def _decode(d: Draw) -> Iterator[Call]:
     arguments = {
         "q": d.normal(heads * group, head_dim, dtype=dtype), "k": k, "v": v, "kv_layout": layout, **draw_options(d),
         "q_scale": d.choice((None, 0.5)), "k_scale": d.choice((None, 2.0)), "v_scale": d.choice((None, 0.25)),
-        "return_lse": d.chance(0.5),
+        "return_lse": d.chance(0.5), "sinks": draw_sinks(d, heads * group),
     }  # fmt: skip
 
     def expect(
@@ -149,6 +163,7 @@ def _decode(d: Draw) -> Iterator[Call]:
         k_scale: Any,
         v_scale: Any,
         return_lse: Any,
+        sinks: Any,
         **options: Any,
     ) -> Mapping[str, Check]:
         k, v = rows_of(k, v, kv_layout)
@@ -156,7 +171,7 @@ def _decode(d: Draw) -> Iterator[Call]:
             raise Refused("head dimensions that do not fit")
         require_dtypes(q.dtype, k.dtype)
         require_heads(len(q), k.shape[1])
-        given = {**read_options(**options), **read_scales(q_scale, k_scale, v_scale)}
+        given = {**read_options(**options), **read_scales(q_scale, k_scale, v_scale), **read_sinks(sinks, len(q))}
         require_finite(q, k, v)
         out, lse = attention(q[None], k, v, **given)
         return {"return": state(out[0], lse[0], q.dtype, return_lse)}
@@ -176,13 +191,14 @@ def _prefill(name: str, d: Draw) -> Iterator[Call]:
         "q": d.normal(qo_len, heads * group, head_dim, dtype=dtype, groups=0), "k": k, "v": v,
         **draw_mask(d, kind, [(qo_len, kv_len)]), "causal": kind == "causal", "kv_layout": layout, **draw_options(d),
         "scale_q": d.choice((None, 0.5)), "k_scale": d.choice((None, 2.0)), "v_scale": d.choice((None, 0.25)),
+        "sinks": draw_sinks(d, heads * group),
     }  # fmt: skip
     if not name.endswith("return_lse"):
         arguments["return_lse"] = d.chance(0.5)
 
     def expect(
         q: Any, k: Any, v: Any, custom_mask: Any, packed_custom_mask: Any, causal: Any, kv_layout: Any, scale_q: Any,
-        k_scale: Any, v_scale: Any, return_lse: Any = True, **options: Any,
+        k_scale: Any, v_scale: Any, sinks: Any, return_lse: Any = True, **options: Any,
     ) -> Mapping[str, Check]:  # fmt: skip
         k, v = rows_of(k, v, kv_layout)
         if q.dim() != 3 or q.shape[2] != k.shape[2]:
@@ -190,7 +206,7 @@ def _prefill(name: str, d: Draw) -> Iterator[Call]:
         require_prefill(q.dtype, k.dtype, k.shape[2], v.shape[2])
         require_heads(q.shape[1], k.shape[1])
         mask = read_mask(custom_mask, packed_custom_mask, [(len(q), len(k))])
-        given = {**read_options(**options), **read_scales(scale_q, k_scale, v_scale)}
+        given = {**read_options(**options), **read_scales(scale_q, k_scale, v_scale), **read_sinks(sinks, q.shape[1])}
         require_finite(q, k, v)
         out, lse = attention(q, k, v, causal=bool(causal), custom_mask=None if mask is None else mask[0], **given)
         return {"return": state(out, lse, q.dtype, return_lse)}

@@ -54,9 +54,9 @@ def _decode_plan(d: Draw, model: Model, shape: Shape, name: str) -> Call:
     return planned.planned(model, f"{name}.plan", function, arguments, describe)
 
 
-def _decode_run(d: Draw, model: Model, shape: Shape) -> Call:
+def _decode_run(d: Draw, model: Model, shape: Shape, of_sinks: bool) -> Call:
     rows = len(model.plan.pages) if model.plan else 2
-    as_forward = d.chance(0.25)
+    as_forward = not of_sinks and d.chance(0.25)
     arguments: dict[str, Any] = {
         "q": d.normal(rows, shape.heads[0], shape.head_dim, dtype=shape.dtype, groups=0),
         "paged_kv_cache": planned.draw_cache(d, model, shape), **planned.draw_scales(d),
@@ -64,14 +64,21 @@ def _decode_run(d: Draw, model: Model, shape: Shape) -> Call:
     arguments.update(
         unplanned.draw_options(d)
         if as_forward
-        else {**planned.draw_outputs(d, rows, shape), "window_left": d.choice((None, None, 3))}
+        else {
+            **planned.draw_outputs(d, rows, shape),
+            "window_left": d.choice((None, None, 3)),
+            "sinks": unplanned.draw_sinks(d, shape.heads[0], always=of_sinks),
+        }
     )
+    if of_sinks:
+        arguments["sm_scale"] = d.choice((None, 0.3))
     wrapper, layout = model.wrapper, model.layout
     method = d.choice(("forward", "forward_return_lse")) if as_forward else "run"
 
     def expect(
         q: Any, paged_kv_cache: Any, q_scale: Any, k_scale: Any, v_scale: Any, out: Any = None, lse: Any = None,
-        return_lse: Any = method == "forward_return_lse", window_left: Any = None, **options: Any,
+        return_lse: Any = method == "forward_return_lse", window_left: Any = None, sinks: Any = None,
+        **options: Any,
     ) -> Mapping[str, Check]:  # fmt: skip
         plan = model.planned()
         given = dict(plan.options)
@@ -79,12 +86,16 @@ def _decode_run(d: Draw, model: Model, shape: Shape) -> Call:
             given = unplanned.read_options(window_left=window_left, **options)
         elif window_left is not None:
             given["window_left"] = unplanned.read_options(window_left=window_left)["window_left"]
+        if of_sinks and options["sm_scale"] is not None:
+            given["sm_scale"] = unplanned.read_options(sm_scale=options["sm_scale"])["sm_scale"]
+        if of_sinks and sinks is None:
+            raise Refused("no sinks")
         if q.dtype != plan.q_dtype or len(q) != len(plan.pages):
             raise Refused("queries of another number or dtype than planned")
         halves = planned.paged_halves(plan, paged_kv_cache, layout)
         if halves[0].dtype != plan.kv_dtype:
             raise Refused("a cache of another dtype than planned")
-        scales = unplanned.read_scales(q_scale, k_scale, v_scale)
+        scales = {**unplanned.read_scales(q_scale, k_scale, v_scale), **unplanned.read_sinks(sinks, plan.num_qo_heads)}
         return planned.results(
             plan, q, planned.attend(plan, q, halves, {**given, **scales}, False), out, lse, return_lse
         )
@@ -92,6 +103,9 @@ def _decode_run(d: Draw, model: Model, shape: Shape) -> Call:
     return Call(
         f"wrapper.{method}", getattr(wrapper, method), arguments, expect, ("out", "lse") if not as_forward else ()
     )
+
+
+_OF_SINKS = "BatchDecodeWithAttentionSinkWrapper"
 
 
 def _decode_wrapper(name: str, d: Draw) -> Iterator[Any]:
@@ -115,7 +129,7 @@ def _decode_wrapper(name: str, d: Draw) -> Iterator[Any]:
     make_name = "BatchDecodeWithPagedKVCacheWrapper" if name == "fast_decode_plan" else name
     yield from planned.life(
         d, model, lambda: planned.made(model, make_name, getattr(flashinfer, make_name), arguments, expect),
-        lambda: _decode_plan(d, model, shape, name), lambda: _decode_run(d, model, shape),
+        lambda: _decode_plan(d, model, shape, name), lambda: _decode_run(d, model, shape, name == _OF_SINKS),
     )  # fmt: skip
 
 
@@ -123,6 +137,7 @@ CASES: dict[str, Case] = {
     name: functools.partial(_decode_wrapper, name)
     for name in (
         "BatchDecodeWithPagedKVCacheWrapper",
+        _OF_SINKS,
         "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
         "fast_decode_plan",
     )

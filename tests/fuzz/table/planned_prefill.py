@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import flashinfer
-from tests.fuzz.call import Call, Check, Unspecified
+from tests.fuzz.call import Call, Check, Refused, Unspecified
 from tests.fuzz.draw import Draw
 from tests.fuzz.table import Case, planned
 from tests.fuzz.table import attention as unplanned
@@ -77,10 +77,10 @@ def _prefill_plan(d: Draw, model: Model, shape: Shape, is_paged: bool) -> Call:
     return planned.planned(model, "wrapper.plan", function, arguments, describe)
 
 
-def _prefill_run(d: Draw, model: Model, shape: Shape, is_paged: bool) -> Call:
+def _prefill_run(d: Draw, model: Model, shape: Shape, is_paged: bool, of_sinks: bool) -> Call:
     plan = model.plan
     rows = (plan.qo_indptr[-1] if plan and plan.qo_indptr[-1] < 1000 else 3) + d.choice((0, 0, 2))
-    as_forward = d.chance(0.25)
+    as_forward = not of_sinks and d.chance(0.25)
     arguments: dict[str, Any] = {"q": d.normal(rows, shape.heads[0], shape.head_dim, dtype=shape.dtype, groups=0)}
     if is_paged:
         arguments["paged_kv_cache"] = planned.draw_cache(d, model, shape)
@@ -97,6 +97,9 @@ def _prefill_run(d: Draw, model: Model, shape: Shape, is_paged: bool) -> Call:
         arguments.update(causal=d.chance(0.5), **unplanned.draw_options(d))
     else:
         arguments.update(**planned.draw_scales(d), **planned.draw_outputs(d, rows, shape))
+        arguments["sinks"] = unplanned.draw_sinks(d, shape.heads[0], always=of_sinks)
+        if of_sinks:
+            arguments["sm_scale"] = d.choice((None, 0.3))
         if is_paged:
             arguments["window_left"] = d.choice((None, None, 3))
     wrapper, layout = model.wrapper, model.layout
@@ -105,7 +108,7 @@ def _prefill_run(d: Draw, model: Model, shape: Shape, is_paged: bool) -> Call:
     def expect(
         q: Any, paged_kv_cache: Any = None, k: Any = None, v: Any = None, q_scale: Any = None, k_scale: Any = None,
         v_scale: Any = None, out: Any = None, lse: Any = None, return_lse: Any = method == "forward_return_lse",
-        window_left: Any = None, causal: Any = None, **options: Any,
+        window_left: Any = None, causal: Any = None, sinks: Any = None, **options: Any,
     ) -> Mapping[str, Check]:  # fmt: skip
         plan = model.planned()
         given = dict(plan.options)
@@ -113,9 +116,13 @@ def _prefill_run(d: Draw, model: Model, shape: Shape, is_paged: bool) -> Call:
             given = unplanned.read_options(window_left=window_left, **options)
         elif window_left is not None:
             given["window_left"] = unplanned.read_options(window_left=window_left)["window_left"]
+        if of_sinks and options["sm_scale"] is not None:
+            given["sm_scale"] = unplanned.read_options(sm_scale=options["sm_scale"])["sm_scale"]
+        if of_sinks and sinks is None:
+            raise Refused("no sinks")
         halves = planned.paged_halves(plan, paged_kv_cache, layout) if is_paged else unplanned.rows_of(k, v, layout)
         unplanned.require_prefill(q.dtype, halves[0].dtype, *plan.head_dims)
-        scales = unplanned.read_scales(q_scale, k_scale, v_scale)
+        scales = {**unplanned.read_scales(q_scale, k_scale, v_scale), **unplanned.read_sinks(sinks, plan.num_qo_heads)}
         if as_forward and causal is None:
             raise Unspecified  # what was planned, or not
         state = planned.attend(plan, q, halves, {**given, **scales}, causal if as_forward else plan.causal)
@@ -146,11 +153,15 @@ def _prefill_wrapper(name: str, is_paged: bool, d: Draw) -> Iterator[Any]:
 
     yield from planned.life(
         d, model, lambda: planned.made(model, name, getattr(flashinfer, name), arguments, expect),
-        lambda: _prefill_plan(d, model, shape, is_paged), lambda: _prefill_run(d, model, shape, is_paged),
+        lambda: _prefill_plan(d, model, shape, is_paged),
+        lambda: _prefill_run(d, model, shape, is_paged, "Sink" in name),
     )  # fmt: skip
 
 
 CASES: dict[str, Case] = {
+    "BatchAttentionWithAttentionSinkWrapper": functools.partial(
+        _prefill_wrapper, "BatchAttentionWithAttentionSinkWrapper", True
+    ),
     "BatchPrefillWithPagedKVCacheWrapper": functools.partial(
         _prefill_wrapper, "BatchPrefillWithPagedKVCacheWrapper", True
     ),
