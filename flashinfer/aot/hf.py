@@ -76,7 +76,7 @@ _KINDS: Mapping[str, Kind] = {
     "phimoe": Kind(notes=(_LAYER_NORM,)),
     "gpt_oss": Kind(
         notes=(
-            "attention has a sink for each head: no kernel of this library",
+            "attention has a sink for each head: the row's decode and prefill serve none of them",
             "MLPs are clamped SwiGLU: the row's act_and_mul serves none of them",
         )
     ),

@@ -96,7 +96,7 @@ def test_a_failing_run_changes_nothing(kind: str, device: torch.device) -> None:
         ({"k_scale": "1"}, TypeError),
         ({"v_scale": math.nan}, ValueError),
         ({"v_scale": torch.ones(1)}, ValueError),
-        ({"sinks": torch.ones(4)}, ValueError),
+        ({"sinks": torch.ones(HEADS + 1)}, ValueError),
         ({"nothing": 1}, TypeError),
     ):
         with pytest.raises(error):

@@ -45,6 +45,7 @@ def header_of(target: str, **axes: Any) -> str:
         {"head_dim": 192, "head_dim_vo": 128},
         {"has_window": True},
         {"has_soft_cap": True},
+        {"has_sinks": True},
         {"mask": "custom"},
         {"pos_encoding": "alibi"},
         FP8,
@@ -142,6 +143,8 @@ def compiled_specs() -> list[KernelSpec]:
         short = {**BF16, **dims, "short_queries": True}
         specs.append(families.prefill("sm_90a", **{**short, "kv_storage": "paged"}))
         specs.append(families.prefill("sm_90a", **short, **changed))
+        specs.append(families.prefill("sm_90a", **{**BF16, **dims}, has_window=True, has_sinks=True))
+        specs.append(families.prefill("sm_90a", **short, has_sinks=True))
     paged = {"kv_storage": "paged", "page_size": 16}
     specs.append(families.prefill("sm_90a", **{**BF16, "q_dtype": "fp16", "kv_dtype": "fp16", **paged}))
     for dim_qk, dim_vo in prefill_sm90.FP8_TILES:

@@ -288,6 +288,18 @@ def test_wrappers_for_sinks_want_them(case: Any) -> None:
         wrapper.run(*given, draw_sinks(16), 0.1, 1.0)
 
 
+@pytest.mark.parametrize("storage", ["paged", "ragged"])
+def test_sinks_that_an_engine_assigns(storage: str, device: torch.device) -> None:
+    """vLLM leaves them on prefill wrappers."""
+    batch, sinks = prefill_kit.make_batch(Prefill("assigned", storage=storage), device), draw_sinks(8)
+    wrapper = prefill_kit.make_wrapper(batch.case, device)
+    prefill_kit.plan(wrapper, batch)
+    wrapper._sinks = sinks.to(device)
+    prefill_kit.check(prefill_kit.run(wrapper, batch), prefill_kit.expect(batch, sinks=sinks))
+    own = draw_sinks(8, seed=6)
+    prefill_kit.check(prefill_kit.run(wrapper, batch, sinks=own.to(device)), prefill_kit.expect(batch, sinks=own))
+
+
 def test_position_encodings_are_planned() -> None:
     with pytest.raises(UnsupportedConfig, match=r"pos_encoding_mode is 'ROPE_LLAMA'.* Next step: give it to plan\(\)"):
         sink_wrapper(Prefill("rope"), torch.device("cpu"), pos_encoding_mode="ROPE_LLAMA")

@@ -361,7 +361,7 @@ def wrappers() -> list[Any]:
     "name, value",
     [
         ("prefix_len_ptr", ANY_TENSOR), ("token_pos_in_items_len", 3), ("fixed_split_size", 2048), ("q_len_per_req", 2),
-        ("window_right", 8), ("sinks", ANY_TENSOR), ("kv_cache_sf", (ANY_TENSOR, ANY_TENSOR)), ("lse_base", "ln"),
+        ("window_right", 8), ("kv_cache_sf", (ANY_TENSOR, ANY_TENSOR)), ("lse_base", "ln"),
         ("skip_softmax_threshold_scale_factor", 0.5), ("v_indptr", ANY_TENSOR),
     ],
 )  # fmt: skip

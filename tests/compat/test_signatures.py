@@ -10,7 +10,9 @@ import inspect
 from typing import Any
 
 import pytest
+import torch  # noqa: F401  # in defaults of the table
 
+import flashinfer
 from flashinfer import cascade, concat_ops, decode, mla, prefill
 
 _FORWARD = """
@@ -27,6 +29,10 @@ _PREFILL_OPTIONS = """
     head_dim_vo=None, custom_mask=None, packed_custom_mask=None, causal=False, pos_encoding_mode="NONE",
     use_fp16_qk_reduction=False
 """
+_RUN_WITH_SINKS = """
+    self, q, paged_kv_cache, sinks=None, sm_scale=None, *args, q_scale=None, k_scale=None, v_scale=None, out=None,
+    lse=None, return_lse=False, enable_pdl=None, window_left=None, **later
+"""
 _RESET = "self, float_workspace_buffer, int_workspace_buffer"
 _UNIQUE = "unique_kv_indptr, unique_kv_indices, unique_kv_last_page_len"
 _SHAPES = "num_qo_heads, num_kv_heads, head_dim, page_size"
@@ -37,7 +43,7 @@ SIGNATURES: dict[Any, str] = {
     decode.single_decode_with_kv_cache: """
         q, k, v, kv_layout="NHD", pos_encoding_mode="NONE", use_tensor_cores=False, q_scale=None, k_scale=None,
         v_scale=None, window_left=-1, logits_soft_cap=None, sm_scale=None, rope_scale=None, rope_theta=None,
-        return_lse=False
+        return_lse=False, *, sinks=None
     """,
     decode.BatchDecodeWithPagedKVCacheWrapper.__init__: """
         self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, use_tensor_cores=False,
@@ -48,7 +54,7 @@ SIGNATURES: dict[Any, str] = {
     decode.BatchDecodeWithPagedKVCacheWrapper.plan: _PLAN,
     decode.BatchDecodeWithPagedKVCacheWrapper.run: """
         self, q, paged_kv_cache, *args, q_scale=None, k_scale=None, v_scale=None, out=None, lse=None, return_lse=False,
-        enable_pdl=None, window_left=None, **later
+        enable_pdl=None, window_left=None, sinks=None, **later
     """,
     decode.BatchDecodeWithPagedKVCacheWrapper.forward: _FORWARD,
     decode.BatchDecodeWithPagedKVCacheWrapper.forward_return_lse: _FORWARD,
@@ -61,7 +67,7 @@ SIGNATURES: dict[Any, str] = {
         q, k, v, custom_mask=None, packed_custom_mask=None, causal=False, kv_layout="NHD", pos_encoding_mode="NONE",
         use_fp16_qk_reduction=False, sm_scale=None, window_left=-1, logits_soft_cap=None, rope_scale=None,
         rope_theta=None, return_lse=False, backend="auto",
-        *, scale_q=None, scale_k=None, scale_v=None, k_scale=None, v_scale=None, o_dtype=None
+        *, scale_q=None, scale_k=None, scale_v=None, k_scale=None, v_scale=None, o_dtype=None, sinks=None
     """,
     prefill.BatchPrefillWithPagedKVCacheWrapper.__init__: """
         self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, qo_indptr_buf=None,
@@ -77,7 +83,7 @@ SIGNATURES: dict[Any, str] = {
     """,
     prefill.BatchPrefillWithPagedKVCacheWrapper.run: """
         self, q, paged_kv_cache, *args, q_scale=None, k_scale=None, v_scale=None, out=None, lse=None, return_lse=False,
-        enable_pdl=None, window_left=None, **later
+        enable_pdl=None, window_left=None, sinks=None, **later
     """,
     prefill.BatchPrefillWithPagedKVCacheWrapper.forward: """
         self, q, paged_kv_cache, causal=False, pos_encoding_mode="NONE", use_fp16_qk_reduction=False, k_scale=None,
@@ -96,7 +102,7 @@ SIGNATURES: dict[Any, str] = {
     """,
     prefill.BatchPrefillWithRaggedKVCacheWrapper.run: """
         self, q, k, v, *args, q_scale=None, k_scale=None, v_scale=None, o_scale=None, out=None, lse=None,
-        return_lse=False, enable_pdl=None, **later
+        return_lse=False, enable_pdl=None, sinks=None, **later
     """,
     prefill.BatchPrefillWithRaggedKVCacheWrapper.forward: """
         self, q, k, v, causal=False, pos_encoding_mode="NONE", use_fp16_qk_reduction=False, window_left=-1,
@@ -128,6 +134,17 @@ SIGNATURES: dict[Any, str] = {
         self, q_nope, q_pe, ckv_cache, kpe_cache, out=None, lse=None, return_lse=False, profiler_buffer=None,
         kv_len=None, page_table=None, return_lse_base_on_e=False, o_scale=None,
         *, ckv_scale=None, kpe_scale=None, enable_pdl=None, **later
+    """,
+    flashinfer.BatchAttentionWithAttentionSinkWrapper.__init__: """
+        self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, qo_indptr_buf=None,
+        paged_kv_indptr_buf=None, paged_kv_indices_buf=None, paged_kv_last_page_len_buf=None, custom_mask_buf=None,
+        mask_indptr_buf=None, backend="auto", pos_encoding_mode="NONE", use_fp16_qk_reduction=False,
+        q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16, head_dim_qk=128, head_dim_vo=128, window_left=-1
+    """,
+    flashinfer.BatchAttentionWithAttentionSinkWrapper.run: _RUN_WITH_SINKS,
+    flashinfer.BatchDecodeWithAttentionSinkWrapper.__init__: """
+        self, float_workspace_buffer, kv_layout="NHD", backend="auto", q_data_type=torch.bfloat16,
+        kv_data_type=torch.bfloat16, head_dim_qk=128, head_dim_vo=128, window_left=-1, **kwargs
     """,
     concat_ops.concat_mla_k: 'k, k_nope, k_rope, *, backend="default"',
     cascade.merge_state: "v_a, s_a, v_b, s_b",

@@ -198,6 +198,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             )
         if later:
             check_later_arguments(self._op_name, later)
+        if sinks is None:
+            sinks = self._sinks
         overrides = None if window_left is None else Overrides(window_left=window_left)
         scales = (q_scale, k_scale, v_scale)
         return self._run(q, paged_kv_cache, out, lse, return_lse, scales, enable_pdl, overrides, None, sinks)

@@ -132,6 +132,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
             check_later_arguments(self._op_name, later)
         if o_scale is not None:
             v_scale = (1.0 if v_scale is None else v_scale) / o_scale
+        if sinks is None:
+            sinks = self._sinks
         scales = (q_scale, k_scale, v_scale)
         return self._run(q, (k, v), out, lse, return_lse, scales, enable_pdl, None, None, sinks)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import torch
 
@@ -21,6 +21,7 @@ class PrefillWrapper(PlannedAttention):
     _qo_indptr_buf = IndexBuffer("qo_indptr")
     _custom_mask_buf = IndexBuffer("mask")
     _mask_indptr_buf = IndexBuffer("mask_indptr")
+    _sinks: Optional[torch.Tensor] = None  # which vLLM assigns, for runs that bring none
 
     @property
     def _causal(self) -> bool:
