@@ -65,6 +65,7 @@ mask = "{mask}"
 pos_encoding = "none"
 has_window = false
 has_soft_cap = false
+has_sinks = false
 """
 
 

@@ -231,7 +231,7 @@ def bind(monkeypatch: pytest.MonkeyPatch, strides: tuple[int, int, int], page_si
 
 
 def addresses(k: int, v: int) -> tuple[int, ...]:
-    return (1, 0, 0, 0x1000, 0x2000, 0, k, v, 5, 0, 0)
+    return (1, 0, 0, 0, 0x1000, 0x2000, 0, k, v, 5, 0, 0)
 
 
 def test_ragged_rows_are_one_page(monkeypatch: pytest.MonkeyPatch) -> None:
