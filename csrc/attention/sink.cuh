@@ -13,9 +13,9 @@ namespace flashinfer {
 
 // Turns the LSE of a row's keys into that with the sink; returns what the normalized output is to be multiplied by.
 FLASHINFER_FN float add_sink(float sink, float& lse) {
-  const float sink_log2 = sink * kLog2E, keys = lse, excess = sink_log2 - keys;
-  lse = sink_log2;
-  if (keys == kMinusInfinity) return 0.f;  // where both are, their difference is NaN
+  const float sink_log2 = sink * kLog2E, keys = lse;
+  // Without a branch, so that several rows can be under way. Of both infinities the difference would be NaN.
+  const float excess = sink_log2 == kMinusInfinity ? kMinusInfinity : sink_log2 - keys;
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
   lse = fmaxf(keys, sink_log2) + fast_log2(1.f + fast_exp2(-fabsf(excess)));
   return fast_rcp(1.f + fast_exp2(excess));

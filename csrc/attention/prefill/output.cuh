@@ -31,6 +31,15 @@ __device__ __forceinline__ void finish_softmax(SoftmaxState<Config>& state, Pref
   const uint32_t thread_idx = thread_idx_after_loop();
   const int lane_idx = int(thread_idx % 32);
   float* warp_lse_smem = smem.lse + thread_idx / 32 * Shape::kRowsPerWarp;
+  float sinks[Shape::kFragsM][2];
+  if constexpr (Config::kHasSinks) {
+#pragma unroll
+    for (int i = 0; i < 2 * Shape::kFragsM; ++i) {
+      const int row = int(thread_idx / 32) * Shape::kRowsPerWarp + i / 2 * 16 + row_of(i % 2) + lane_row(lane_idx);
+      const int32_t head = smem.work.template query_row<Shape>(row).qo_head_idx;
+      sinks[i / 2][i % 2] = smem.work.item.num_splits > 1 ? kMinusInfinity : params.sinks[head];
+    }
+  }
 #pragma unroll
   for (int m = 0; m < Shape::kFragsM; ++m) {
 #pragma unroll
@@ -40,12 +49,7 @@ __device__ __forceinline__ void finish_softmax(SoftmaxState<Config>& state, Pref
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       float lse = state.max[m][half] * scale_log2 + fast_log2(sum);  // a row that saw no key: -inf - inf
       state.sum[m][half] = sum > 0.f ? __fdividef(params.v_scale, sum) : 0.f;
-      if constexpr (Config::kHasSinks) {
-        const int row = int(thread_idx / 32) * Shape::kRowsPerWarp + m * 16 + row_of(half) + lane_row(lane_idx);
-        if (smem.work.item.num_splits <= 1) {
-          state.sum[m][half] *= add_sink(params.sinks[smem.work.template query_row<Shape>(row).qo_head_idx], lse);
-        }
-      }
+      if constexpr (Config::kHasSinks) state.sum[m][half] *= add_sink(sinks[m][half], lse);
       if (lane_idx % 4 == 0) warp_lse_smem[m * 16 + half * 8 + lane_idx / 4] = lse;
     }
   }

@@ -104,7 +104,14 @@ __device__ __forceinline__ void finish_unit(const Sm90PrefillParams& params, Sme
   const int num_rows = tile_rows - consumer_idx * Shape::kRowsPerConsumer;  // of the consumer; may be negative
   const int first_row = item.q_tile * Shape::kBlockM + consumer_idx * Shape::kRowsPerConsumer;
   const float scale_log2 = Score<Config>::scale_log2(params);
-  float lse[2];
+  float lse[2], sinks[2];
+  if constexpr (Config::kHasSinks) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const QueryRow query = work.query_row(group_size, first_row + warp_row + lane_row(lane_idx) + row_of(half));
+      sinks[half] = item.num_splits > 1 ? kMinusInfinity : params.sinks[query.qo_head_idx];  // merge_splits adds it
+    }
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float sum = softmax.sum[half];
@@ -112,10 +119,7 @@ __device__ __forceinline__ void finish_unit(const Sm90PrefillParams& params, Sme
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     lse[half] = softmax.lse(half, sum, scale_log2);
     float factor = sum > 0.f ? __fdividef(params.v_scale, sum) : 0.f;
-    if constexpr (Config::kHasSinks) {  // of a split merge_splits adds it
-      const QueryRow query = work.query_row(group_size, first_row + warp_row + lane_row(lane_idx) + row_of(half));
-      if (item.num_splits <= 1) factor *= add_sink(params.sinks[query.qo_head_idx], lse[half]);
-    }
+    if constexpr (Config::kHasSinks) factor *= add_sink(sinks[half], lse[half]);
 #pragma unroll
     for (int i = 0; i < Shape::kNumOutputs / 2; ++i) at(out, half, i) *= factor;
   }
