@@ -29,7 +29,7 @@ from flashinfer.aot.config import Model, find_config, read_config
 from flashinfer.jit import default_resolver
 
 NUM_LAYERS = 2  # with --quick 1
-VOCABULARY = 4096
+VOCABULARY = 4096  # tokens with an embedding; the others of a model's vocabulary have no probability
 PAGE_SIZE = 16
 MAX_BATCH = 3
 # (arrives at step, prompt length, tokens to generate)
@@ -146,8 +146,24 @@ class Weights:
             self._block = tile.repeat(-(-count // tile.numel()))
         return self._block[:count].view(num_outputs, num_inputs)
 
-    def vector(self, size: int) -> torch.Tensor:
-        return torch.ones(size, device=self._device, dtype=self._dtype)
+    def vector(self, size: int, value: float = 1.0) -> torch.Tensor:
+        return torch.full((size,), value, device=self._device, dtype=self._dtype)
+
+
+class Norm:
+    """RMSNorm as the model has it: Gemma's, and that of Qwen from 3-Next on, multiplies by 1 + weight."""
+
+    def __init__(self, model: Model, weights: Weights, size: int) -> None:
+        self._weight = weights.vector(size, 0.0 if model.gemma_norm else 1.0)
+        self._norm = flashinfer.gemma_rmsnorm if model.gemma_norm else flashinfer.rmsnorm
+        self._add_norm = flashinfer.gemma_fused_add_rmsnorm if model.gemma_norm else flashinfer.fused_add_rmsnorm
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self._norm(x, self._weight, out=out)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> None:
+        """x becomes the norm of the sum, residual the sum."""
+        self._add_norm(x, residual, self._weight)
 
 
 class GroupedQueryAttention:
@@ -162,7 +178,7 @@ class GroupedQueryAttention:
         hidden_size, head_dim = model.hidden_size, model.head_dim
         self.qkv = weights.matrix((self.num_qo_heads + 2 * self.num_kv_heads) * head_dim, hidden_size)
         self.output = weights.matrix(hidden_size, self.num_qo_heads * head_dim)
-        self.head_norm = weights.vector(head_dim)
+        self.head_norm = Norm(model, weights, head_dim)
         cache_shape = (num_pages, 2, PAGE_SIZE, self.num_kv_heads, head_dim)
         self.caches = [torch.zeros(cache_shape, device=device, dtype=dtype) for _ in range(num_layers)]
         workspace = torch.empty(32 << 20, dtype=torch.uint8, device=device)
@@ -188,9 +204,10 @@ class GroupedQueryAttention:
         qkv = functional.linear(x, self.qkv).unflatten(-1, (-1, head_dim))
         q, k, v = qkv.split([self.num_qo_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.model.qk_norm:
-            flashinfer.rmsnorm(q, self.head_norm, out=q)
-            flashinfer.rmsnorm(k, self.head_norm, out=k)
-        flashinfer.apply_rope_pos_ids_inplace(q, k, batch.positions, rope_theta=5e5)
+            self.head_norm(q, out=q)
+            self.head_norm(k, out=k)
+        turns = {"rotary_dim": self.model.rotary_dim or head_dim, "interleave": self.model.interleave}
+        flashinfer.apply_rope_pos_ids_inplace(q, k, batch.positions, rope_theta=5e5, **turns)
         pages = (batch.kv_indices, batch.kv_indptr, batch.kv_last_page_len)
         flashinfer.append_paged_kv_cache(k, v, batch.batch_indices, batch.positions, cache, *pages)
         return functional.linear(self.planned.run(q, cache).flatten(1), self.output)
@@ -290,29 +307,29 @@ class Decoder:
     ) -> None:
         ranks = model.tensor_parallel[0]  # the share of one GPU, where a model needs several
         kind = LatentAttention if model.kv_lora_rank else GroupedQueryAttention
-        self.num_layers = num_layers
+        self.num_layers, self.vocab_size = num_layers, model.vocab_size or VOCABULARY
         self.attention = kind(model, weights, num_layers, num_pages, device, dtype)
         intermediate_size, hidden_size = model.intermediate_sizes[0] // ranks, model.hidden_size
-        self.embedding = weights.matrix(VOCABULARY, hidden_size)
+        self.embedding = weights.matrix(min(VOCABULARY, self.vocab_size), hidden_size)
         self.gate_up = weights.matrix(2 * intermediate_size, hidden_size)
         self.down = weights.matrix(hidden_size, intermediate_size)
-        self.norm = weights.vector(hidden_size)
+        self.norm = Norm(model, weights, hidden_size)
 
     def step(self, batch: Batch) -> list[int]:
         """Compute a batch; returns the next token of every request."""
         self.attention.plan(batch)
         residual = functional.embedding(batch.tokens, self.embedding)
-        x = flashinfer.rmsnorm(residual, self.norm)
+        x = self.norm(residual)
         for layer in range(self.num_layers):
             x = self.attention.run(x, layer, batch)
-            flashinfer.fused_add_rmsnorm(x, residual, self.norm)
+            self.norm.add(x, residual)
             x = functional.linear(flashinfer.silu_and_mul(functional.linear(x, self.gate_up)), self.down)
-            flashinfer.fused_add_rmsnorm(x, residual, self.norm)
+            self.norm.add(x, residual)
         last = x[batch.qo_indptr[1:].long() - 1]
         return self._sample(functional.linear(last, self.embedding).float())
 
     def _sample(self, logits: torch.Tensor) -> list[int]:
-        probs = torch.softmax(logits, dim=-1)
+        probs = functional.pad(torch.softmax(logits, dim=-1), (0, self.vocab_size - logits.shape[-1]))
         return flashinfer.top_k_top_p_sampling_from_probs(probs, 50, 0.9).tolist()
 
 

@@ -6,13 +6,14 @@ family, write one and add it to the list. What two models share comes out equal 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from flashinfer import target as targets
-from flashinfer.families import activation, concat, layout, norm, page, rope, sampling
+from flashinfer.families import activation, concat, layout, norm, page, quantization, rope, sampling
 from flashinfer.families.attention import decode, merge, mla, prefill
 from flashinfer.jit.spec import ArgValue, KernelSpec
 
@@ -43,7 +44,7 @@ class Model:
     qk_nope_head_dim: int = 0  # of a head's queries and keys, where these are not absorbed, the part without positions
     v_head_dim: int = 0  # of a head's values, likewise
     tensor_parallel: tuple[int, ...] = (1,)  # degrees to serve; heads and intermediate sizes are divided by them
-    dtypes: tuple[str, ...] = ("bf16", "fp16")  # on CUDA targets
+    dtypes: tuple[str, ...] = ("bf16", "fp16")  # on CUDA targets; what is fp8 there goes with the first
     cpu_dtypes: tuple[str, ...] = ("fp32", "bf16")
 
     @property
@@ -92,8 +93,8 @@ def _activations(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
 
 
 def _fp8_outputs(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
-    """Norms and activations that write the fp8 input of the next projection."""
-    if targets.kind(target) == "cpu":
+    """Norms and activations that write the fp8 input of the next projection, on GPUs whose tensor cores multiply it."""
+    if targets.kind(target) == "cpu" or targets.capability(target) < (8, 9) or dtype != model.dtypes[0]:
         return
     for add_residual in () if model.gemma_norm else (False, True):  # no kernel writes fp8 of Gemma's
         yield norm.RMSNORM_QUANT.spec(
@@ -104,13 +105,13 @@ def _fp8_outputs(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
             vec_size=layout.vec_size(dtype, model.hidden_size),
             add_residual=add_residual,
         )
-    for spec in _activations(model, dtype, target):
+    for spec in _activations(model, dtype, target) if model.activation == "silu" else ():
         yield activation.ACT_AND_MUL_QUANT.spec(target, **dict(spec.args), out_dtype="fp8_e4m3")
 
 
-def _kv_dtypes(dtype: str, target: str) -> tuple[str, ...]:
-    """Of caches: the model's own, and on a GPU fp8."""
-    return (dtype, "fp8_e4m3") if targets.kind(target) == "cuda" else (dtype,)
+def _kv_dtypes(model: Model, dtype: str, target: str) -> tuple[str, ...]:
+    """Of caches: that of the rest, and on a GPU fp8."""
+    return (dtype, "fp8_e4m3") if targets.kind(target) == "cuda" and dtype == model.dtypes[0] else (dtype,)
 
 
 def _attention(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
@@ -122,26 +123,35 @@ def _attention(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
         *(("causal", {"has_window": has_window}) for has_window in windows),
         ("none", {}),
     ]
-    logits = {"has_soft_cap": model.soft_cap}
-    for kv_dtype in _kv_dtypes(dtype, target):
-        common: dict[str, Any] = {"q_dtype": dtype, "kv_dtype": kv_dtype, "head_dim": model.head_dim, **logits}
+    shape: dict[str, Any] = {"head_dim": model.head_dim, "has_soft_cap": model.soft_cap}
+    own: dict[str, Any] = {"q_dtype": dtype, "kv_dtype": dtype, **shape}
+    tiles = (False, True) if targets.kind(target) == "cuda" else (False,)  # short_queries
+    for kv_dtype in _kv_dtypes(model, dtype, target):
+        common: dict[str, Any] = {**own, "kv_dtype": kv_dtype}
         for group_size in model.group_sizes:
-            for kv_storage in ("paged", "single"):
+            for kv_storage in ("paged", "single") if kv_dtype == dtype else ("paged",):
                 for has_window in windows:
-                    shape: dict[str, Any] = {"group_size": group_size, "kv_storage": kv_storage}
-                    yield decode.decode(target, **common, **shape, has_window=has_window)
-        for short_queries in (False, True) if targets.kind(target) == "cuda" else (False,):
+                    heads: dict[str, Any] = {"group_size": group_size, "kv_storage": kv_storage}
+                    yield decode.decode(target, **common, **heads, has_window=has_window)
+        for short_queries in tiles:
             for mask, window in masks:
                 for page_size in (1, 16):  # one for each kernel that there may be
                     pages: dict[str, Any] = {"short_queries": short_queries, "page_size": page_size}
                     yield prefill.prefill(target, **common, mask=mask, **pages, **window)
-    for kv_storage in ("ragged", "single"):
+    for kv_storage, has_window, short_queries in itertools.product(("ragged", "single"), windows, tiles):
+        rows: dict[str, Any] = {"kv_storage": kv_storage, "short_queries": short_queries}
+        yield prefill.prefill(target, **own, **rows, has_window=has_window)
+    if dtype == model.dtypes[0] and prefill.takes_fp8_queries(target, model.head_dim):
+        fp8: dict[str, Any] = {"q_dtype": "fp8_e4m3", "kv_dtype": "fp8_e4m3", "o_dtype": dtype}
         for has_window in windows:
-            own: dict[str, Any] = {"q_dtype": dtype, "kv_dtype": dtype, "head_dim": model.head_dim, **logits}
-            yield prefill.prefill(target, **own, kv_storage=kv_storage, mask="causal", has_window=has_window)
+            yield prefill.prefill(target, **fp8, **shape, page_size=16, has_window=has_window)
     for pair in (False, True):
         yield merge.MERGE_STATES.spec(target, dtype=dtype, head_dim=model.head_dim, pair=pair)
     if targets.kind(target) == "cuda":
+        for short_queries in tiles:  # trees of draft tokens, in SGLang's pages of one
+            yield prefill.prefill(target, **own, mask="custom", short_queries=short_queries)
+        yield quantization.PACKED_INDPTR.spec(target, index="int64")
+        yield quantization.SEGMENT_PACKBITS.spec(target, index="int64", big_endian=False, aligned=True)
         yield decode.DECODE_PLAN.spec(target)
         for kv_storage in ("paged", "ragged", "single"):
             yield prefill.PREFILL_PLAN.spec(target, kv_storage=kv_storage)
@@ -152,7 +162,7 @@ def _latent_attention(model: Model, dtype: str, target: str) -> Iterator[KernelS
     if not model.kv_lora_rank:
         return
     is_cuda, head_dims = targets.kind(target) == "cuda", (model.head_dim, model.v_head_dim)
-    for kv_dtype in _kv_dtypes(dtype, target):
+    for kv_dtype in _kv_dtypes(model, dtype, target):
         common: dict[str, Any] = {
             "q_dtype": dtype,
             "kv_dtype": kv_dtype,
@@ -166,11 +176,12 @@ def _latent_attention(model: Model, dtype: str, target: str) -> Iterator[KernelS
     yield mla.COMPACT_INDICES.spec(target)
     if is_cuda:
         yield mla.mla_plan(target)
-    for mask in ("causal", "none"):  # none: a part of the prompt that is in the cache
-        yield prefill.prefill(
-            target, q_dtype=dtype, kv_dtype=dtype, head_dim=head_dims[0], head_dim_vo=head_dims[1], kv_storage="ragged",
-            mask=mask,
-        )  # fmt: skip
+    for short_queries in (False, True) if is_cuda else (False,):
+        for mask in ("causal", "none"):  # none: a part of the prompt that is in the cache
+            yield prefill.prefill(
+                target, q_dtype=dtype, kv_dtype=dtype, head_dim=head_dims[0], head_dim_vo=head_dims[1],
+                kv_storage="ragged", mask=mask, short_queries=short_queries,
+            )  # fmt: skip
     parts = model.qk_nope_head_dim, model.qk_rope_head_dim
     vec_size = layout.vec_size(dtype, math.gcd(*parts)) if is_cuda else 1
     yield concat.CONCAT_MLA_K.spec(target, dtype=dtype, nope_dim=parts[0], rope_dim=parts[1], vec_size=vec_size)
@@ -186,7 +197,7 @@ def _paged_cache(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
     indices = {"token_index": "int32", "page_index": "int32"}
     is_latent = model.kv_lora_rank > 0
     dims = (model.kv_lora_rank, model.qk_rope_head_dim) if is_latent else (model.head_dim,) * 2
-    for cache_dtype in _kv_dtypes(dtype, target):
+    for cache_dtype in _kv_dtypes(model, dtype, target):
         for num_kv_heads in model.kv_heads if is_cuda else (1,):
             yield page.APPEND_PAGED_KV.spec(
                 target,

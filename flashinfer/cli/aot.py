@@ -194,7 +194,7 @@ def _outlook(todo: Plan, num_jobs: int) -> str:
         return ""
     seconds = todo.forecast.seconds / num_jobs
     took = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-    return f", about {took} and {_text.size(todo.forecast.bytes)}"
+    return f", about {took} and {_text.size(todo.forecast.bytes)} ({_text.size(todo.forecast.packed_bytes)} in a wheel)"
 
 
 _ORIGINS = {

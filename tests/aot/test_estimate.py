@@ -118,7 +118,7 @@ def test_a_dry_run_estimates_by_family_and_target(tmp_path: Path, capsys: pytest
     options = ("--config", "smoke", "--target", f"sm_90a,{HOST}", "--out", tmp_path / "set", "--dry-run")
     assert run_cli("aot", "build", *options) == 0
     out = capsys.readouterr().out
-    assert re.search(r"8 to compile with \d+ jobs?, about \d+ s and \d+\.\d KiB", out)
+    assert re.search(r"8 to compile with \d+ jobs?, about \d+ s and \d+\.\d KiB \(\d+\.\d KiB in a wheel\)", out)
     for target in ("sm_90a", HOST):
         assert re.search(rf"^{re.escape(target)} +rmsnorm +0 +2 +~\d+\.\d +~\d+\.\d KiB$", out, re.MULTILINE)
     assert re.search(r"^~ estimates, seconds of a processor and bytes: .* measured", out, re.MULTILINE)

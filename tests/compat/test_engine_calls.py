@@ -1,5 +1,9 @@
 """Calls as serving engines make them: arguments they always pass, private names they read, assign and pass back, index
-buffers they fill themselves before they plan anew for a captured graph."""
+buffers they fill themselves before they plan anew for a captured graph.
+
+Each test that takes a device is replayed with the shapes of every core model (tests/aot/ask_core.py), which replaces
+the constants below; windows, soft caps and other dtypes are parameters, window_left, soft_cap and o_dtype.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,14 @@ from torch import Tensor
 
 import flashinfer
 from flashinfer.errors import UnsupportedConfig
+from tests.attention.mla_kit import Case, check, expect, make_batch, make_wrapper
 from tests.oracles.attention import attention, paged_request
 from tests.tolerances import assert_close
 
 BF16 = torch.bfloat16
 NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 128
 SHAPES = (NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM)
+NUM_LATENT_HEADS, LATENT_DIMS, OWN_DIMS = 16, (512, 64), (192, 128)
 SM_SCALE = 0.07
 
 
@@ -170,7 +176,8 @@ def test_decode_with_fast_decode_plan_in_place_of_begin_forward(device: torch.de
         assert_close(out, pool.expected(q, (1,) * batch_size, table, sm_scale=SM_SCALE))
 
 
-def test_captured_run_with_a_wider_window_than_planned(device: torch.device) -> None:
+@pytest.mark.parametrize("window_left", [40])
+def test_captured_run_with_a_wider_window_than_planned(window_left: int, device: torch.device) -> None:
     """Options of forward() are its own: a later plan for a narrow window serves the captured run all the same."""
     pool = Pool(device, 16)
     wrapper = decode_wrapper(pool, 2)
@@ -179,28 +186,29 @@ def test_captured_run_with_a_wider_window_than_planned(device: torch.device) -> 
     replay: Callable[[], Any] | None = None
     for kv_lens in [(300, 20), (1500, 3000)]:
         table = pool.table(kv_lens)
-        wrapper.plan(*(x.to(device) for x in table), *SHAPES, 16, q_data_type=BF16, window_left=40)
+        wrapper.plan(*(x.to(device) for x in table), *SHAPES, 16, q_data_type=BF16, window_left=window_left)
         replay = replay or captured(lambda: out.copy_(wrapper.forward(q, pool.cache)), device)
         out.fill_(math.nan)
         replay()
         assert_close(out, pool.expected(q, (1, 1), table))
 
 
-def test_fast_decode_plan_in_place_of_plan_keeps_the_output_dtype(device: torch.device) -> None:
+@pytest.mark.parametrize("o_dtype", [torch.float16])
+def test_fast_decode_plan_in_place_of_plan_keeps_the_output_dtype(o_dtype: torch.dtype, device: torch.device) -> None:
     pool = Pool(device, 16)
     wrapper = decode_wrapper(pool, 1)
     indices = [x.to(device) for x in pool.table((50,))]
     hints = {"q_data_type": BF16, "q_len_per_req": 1, "fixed_split_size": -1}
-    wrapper.plan(*indices, *SHAPES, 16, o_data_type=torch.float16, **hints)
+    wrapper.plan(*indices, *SHAPES, 16, o_data_type=o_dtype, **hints)
     wrapper.plan = functools.partial(flashinfer.fast_decode_plan, wrapper)
     wrapper.plan(*indices, *SHAPES, 16, **hints)
-    assert wrapper.run(pool.draw(1, NUM_QO_HEADS, HEAD_DIM), pool.cache).dtype == torch.float16
+    assert wrapper.run(pool.draw(1, NUM_QO_HEADS, HEAD_DIM), pool.cache).dtype == o_dtype
 
 
 # -------------------------------------------------------------------------------------------------------------- prefill
 
 
-@pytest.mark.parametrize("is_masked, soft_cap", [(False, 0.0), (False, 2.0), (True, 0.0)])
+@pytest.mark.parametrize("is_masked, soft_cap", [(False, 0.0), (False, 2.0), (True, 0.0), (True, 2.0)])
 def test_verification_planned_anew_through_the_cached_module(
     is_masked: bool, soft_cap: float, device: torch.device
 ) -> None:
@@ -311,7 +319,8 @@ def test_captures_of_several_sizes_share_a_wrapper(device: torch.device) -> None
             assert_close(out[: sum(qo_lens)], pool.expected(q, qo_lens, table, causal=True))
 
 
-def test_prefill_planned_by_keywords(device: torch.device) -> None:
+@pytest.mark.parametrize("window_left", [-1, 20])
+def test_prefill_planned_by_keywords(window_left: int, device: torch.device) -> None:
     """Lengths on the CPU, hints of later releases, scales of one, names that say what was planned."""
     pool, qo_lens, kv_lens = Pool(device, 16), (3, 40), (70, 40)
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(pool.workspace(), "NHD", backend="auto")
@@ -319,16 +328,56 @@ def test_prefill_planned_by_keywords(device: torch.device) -> None:
     wrapper.plan(
         qo_indptr=offsets(qo_lens), paged_kv_indptr=indptr, paged_kv_indices=indices.to(device),
         paged_kv_last_page_len=last, seq_lens=torch.tensor(kv_lens), num_qo_heads=NUM_QO_HEADS,
-        num_kv_heads=NUM_KV_HEADS, head_dim_qk=HEAD_DIM, page_size=16, causal=True, sm_scale=SM_SCALE, window_left=20,
-        logits_soft_cap=None, q_data_type=BF16, kv_data_type=BF16, o_data_type=BF16, fixed_split_size=-1,
-        disable_split_kv=False, block_tables=None,
+        num_kv_heads=NUM_KV_HEADS, head_dim_qk=HEAD_DIM, page_size=16, causal=True, sm_scale=SM_SCALE,
+        window_left=window_left, logits_soft_cap=None, q_data_type=BF16, kv_data_type=BF16, o_data_type=BF16,
+        fixed_split_size=-1, disable_split_kv=False, block_tables=None,
     )  # fmt: skip
-    assert wrapper._causal and wrapper._window_left == 20
+    assert wrapper._causal and wrapper._window_left == window_left
     assert wrapper._logits_soft_cap == 0.0 and wrapper._sm_scale == SM_SCALE
     q = pool.draw(sum(qo_lens), NUM_QO_HEADS, HEAD_DIM)
     halves, out = (pool.cache[:, 0], pool.cache[:, 1]), torch.empty_like(q)
     wrapper.run(q, halves, q_scale=1.0, k_scale=1.0, v_scale=1.0, out=out, kv_cache_sf=None)
-    assert_close(out, pool.expected(q, qo_lens, table, causal=True, window_left=20, sm_scale=SM_SCALE))
+    assert_close(out, pool.expected(q, qo_lens, table, causal=True, window_left=window_left, sm_scale=SM_SCALE))
+
+
+# ----------------------------------------------------------------------------------------------------- latent attention
+
+
+@pytest.mark.parametrize(
+    "qo_lens, kv_lens, page_size, causal",
+    [((1,) * 4, (9, 800, 70, 3), 1, False), ((1, 40, 3), (90, 40, 70), 1, True), ((1, 1), (300, 64), 64, False)],
+)
+def test_latent_attention_over_the_cache(
+    qo_lens: tuple[int, ...], kv_lens: tuple[int, ...], page_size: int, causal: bool, device: torch.device
+) -> None:
+    """Arguments by position; SGLang has pages of one token and is causal where it extends, vLLM has pages of 64."""
+    case = Case("", qo_lens, kv_lens, NUM_LATENT_HEADS, LATENT_DIMS, page_size, BF16, causal=causal, sm_scale=SM_SCALE)
+    batch, wrapper = make_batch(case, device), make_wrapper(device, backend="auto")
+    wrapper.plan(*batch.indices, NUM_LATENT_HEADS, *LATENT_DIMS, page_size, causal, SM_SCALE, BF16, BF16)
+    check(wrapper.run(*batch.q, *batch.caches, return_lse=True), expect(batch))
+
+
+@pytest.mark.parametrize("qo_lens, kv_lens", [((4, 9), (7, 20)), ((150, 90), (80, 200))])
+def test_latent_attention_of_a_prompt_and_a_cached_prefix(
+    qo_lens: tuple[int, ...], kv_lens: tuple[int, ...], device: torch.device
+) -> None:
+    """SGLang's extension of what is cached: keys and values of every head, those of a piece of the prefix apart."""
+    pool = Pool(device, 1, 2)
+    wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(pool.workspace(), "NHD")
+    (dim_qk, dim_vo), states, expected = OWN_DIMS, [], []
+    q = pool.draw(sum(qo_lens), NUM_LATENT_HEADS, dim_qk)
+    for lengths, causal in ((qo_lens, True), (kv_lens, False)):
+        k, v = (pool.draw(sum(lengths), NUM_LATENT_HEADS, dim) for dim in OWN_DIMS)
+        wrapper.begin_forward(
+            qo_indptr=offsets(qo_lens).to(device), kv_indptr=offsets(lengths).to(device), num_qo_heads=NUM_LATENT_HEADS,
+            num_kv_heads=NUM_LATENT_HEADS, head_dim_qk=dim_qk, head_dim_vo=dim_vo, q_data_type=BF16, causal=causal,
+        )  # fmt: skip
+        states += wrapper.forward_return_lse(q, k, v, causal=causal, sm_scale=SM_SCALE)
+        rows = (x.cpu().split(list(sizes)) for x, sizes in ((q, qo_lens), (k, lengths), (v, lengths)))
+        expected.append([attention(*of, causal=causal, sm_scale=SM_SCALE) for of in zip(*rows)])
+    for state, wanted in zip((states[:2], states[2:]), expected):
+        check(state, tuple(map(torch.cat, zip(*wanted))))
+    flashinfer.merge_state(*states)
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

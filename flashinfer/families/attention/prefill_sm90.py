@@ -40,6 +40,8 @@ TILES = {
 # Where more happens to a score than a causal mask or a window, or KV are gathered, which takes registers: three
 # consumers have not got them, nor two with tiles of 128 keys beside 256 dimensions.
 SMALLER_TILES = {(64, 64): Tile(128, 128, 2, 2)}
+# Both: a custom mask of gathered rows. 80 keys spill 60 bytes.
+SMALLEST_TILES = {(256, 256): Tile(128, 64, 2, 1)}
 # At most 64 query rows a request, which wait for memory. Microseconds of 64 x 16 on 4096, pages of 16, 32 query heads
 # on 8 (head_dim 256: 16 on 4; 192: 8 x 32, 128 heads). One block an SM has fewer partial results to merge than two.
 SHORT_TILES = {
@@ -113,6 +115,8 @@ def _tile(spec: KernelSpec) -> Tile:
     dims = spec.arg("head_dim_qk"), spec.arg("head_dim_vo")
     if spec.arg("short_queries"):
         return SHORT_TILES[dims]
+    if spec.arg("mask") == "custom" and gathers(spec) and _tiles(spec) is TILES and dims in SMALLEST_TILES:
+        return SMALLEST_TILES[dims]
     changes_scores = spec.arg("mask") == "custom" or spec.arg("pos_encoding") != "none" or spec.arg("has_soft_cap")
     tiles, smaller = _tiles(spec), SMALLER_FP8_TILES if _is_fp8(spec) else SMALLER_TILES
     return smaller.get(dims, tiles[dims]) if changes_scores or gathers(spec) else tiles[dims]
