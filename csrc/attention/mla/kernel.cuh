@@ -116,11 +116,11 @@ __device__ void mla(const MlaParams& params) {
     if (fresh_thread_idx() < Shape::kBlockM) smem.max_of_row[fresh_thread_idx()] = kMinusInfinity;
     __syncthreads();
     if (!smem.has_work) break;
-    const int32_t page_idx = load_first_tiles_async(params, smem);
+    const uint8_t* row_gmem = load_first_tiles_async(params, smem);
     if (fresh_thread_idx() == 0) smem.has_next = units.find(false, smem.next_work);  // while they come in
     float out[Shape::kFragsM][Shape::kFragsD][4] = {};
     MlaWalk<Config> walk{params, smem, params.sm_scale * kLog2E, out};
-    walk.run(page_idx);
+    walk.run(row_gmem);
     cp_async_wait<0>();  // of a unit without keys, the queries
     finish_unit(walk);
   }

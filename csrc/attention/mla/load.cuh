@@ -8,15 +8,18 @@ namespace flashinfer {
 // Copies kNumRows rows of two parts, by all threads. The addresses of the rows that a warp copies are found by its
 // lanes, one each: those of the first part by lanes 0 to 7 of every 16, those of the second by the others. The warp's
 // lanes get them by shuffle.
-template <class Element, int kNumRows, int kHeadDimCkv, int kHeadDimKpe, int kNumThreads>
+template <class Shape, class Element, int kNumRows>
 struct LatentCopy {
-  static constexpr int kSize = int(sizeof(Element));
-  using Ckv = RowCopy<SwizzledRows<kHeadDimCkv * kSize>, kNumRows, kNumThreads>;
-  using Kpe = RowCopy<SwizzledRows<(kHeadDimKpe > 0 ? kHeadDimKpe : 64) * kSize>, kNumRows, kNumThreads>;
+  static constexpr int kSize = int(sizeof(Element)), kHeadDimCkv = Shape::kHeadDimCkv, kHeadDimKpe = Shape::kHeadDimKpe;
+  using Ckv = RowCopy<SwizzledRows<kHeadDimCkv * kSize>, kNumRows, Shape::kNumThreads>;
+  using Kpe = RowCopy<SwizzledRows<(kHeadDimKpe > 0 ? kHeadDimKpe : 64) * kSize>, kNumRows, Shape::kNumThreads>;
 
-  __device__ __forceinline__ static bool finds_kpe() { return kHeadDimKpe > 0 && fresh_thread_idx() / 8 % 2 == 1; }
+  __device__ __forceinline__ static bool finds_kpe() { return kHeadDimKpe > 0 && Shape::thread_idx() / 8 % 2 == 1; }
   // The row whose address this lane finds; may be none of the tile's.
-  __device__ __forceinline__ static int row_found() { return finds_kpe() ? row_found_of<Kpe>() : row_found_of<Ckv>(); }
+  __device__ __forceinline__ static int row_found() {
+    const uint32_t of_ckv = row_found_of<Ckv>(), of_kpe = row_found_of<Kpe>();
+    return int(finds_kpe() ? of_kpe : of_ckv);
+  }
 
   // row_gmem: what this lane has found. Rows from num_valid on become zeros.
   __device__ __forceinline__ static void copy(uint32_t ckv_smem, int num_valid, const uint8_t* row_gmem) {
@@ -26,21 +29,22 @@ struct LatentCopy {
 
  private:
   template <class Copy>
-  static constexpr int kRowsOfWarp = 32 / Copy::kLanesPerRow;  // in a pass
+  static constexpr uint32_t kRowsOfWarp = 32 / Copy::kLanesPerRow;  // in a pass
 
   template <class Copy>
-  __device__ __forceinline__ static int row_found_of() {
+  __device__ __forceinline__ static uint32_t row_found_of() {
     static_assert(Copy::kNumPasses * kRowsOfWarp<Copy> <= 8, "a lane a row");
-    const int thread_idx = fresh_thread_idx(), i = thread_idx % 8;
+    const uint32_t thread_idx = Shape::thread_idx(), i = thread_idx % 8;
     return thread_idx / 32 * kRowsOfWarp<Copy> + i % kRowsOfWarp<Copy> + i / kRowsOfWarp<Copy> * Copy::kRowsPerPass;
   }
   template <class Copy, int kFirstLane>
   __device__ __forceinline__ static void copy_part(uint32_t tile_smem, int num_valid, const uint8_t* row_gmem) {
-    const int thread_idx = fresh_thread_idx();
-    const int lane_idx = kFirstLane + thread_idx % 32 / Copy::kLanesPerRow;
+    const uint32_t thread_idx = Shape::thread_idx();
+    const uint32_t lane_idx = kFirstLane + thread_idx % 32 / Copy::kLanesPerRow;
     const auto address = reinterpret_cast<uint64_t>(row_gmem);
     Copy::of(thread_idx)(tile_smem, num_valid, [&](int pass) {
-      return reinterpret_cast<const uint8_t*>(__shfl_sync(0xffffffffu, address, lane_idx + pass * kRowsOfWarp<Copy>));
+      return reinterpret_cast<const uint8_t*>(
+          __shfl_sync(0xffffffffu, address, int(lane_idx + pass * kRowsOfWarp<Copy>)));
     });
   }
 };
@@ -50,7 +54,7 @@ template <class Config, class Shape = MlaShape<Config>>
 __device__ __forceinline__ void load_queries_async(const MlaParams& params, const PrefillUnit& work,
                                                    const FastDivisor& group_size, uint32_t q_smem) {
   using Q = typename Config::Q;
-  using Copy = LatentCopy<Q, Shape::kBlockM, Shape::kHeadDimCkv, Shape::kHeadDimKpe, Shape::kNumThreads>;
+  using Copy = LatentCopy<Shape, Q, Shape::kBlockM>;
   const QueryRow query = work.query_row(group_size, work.item.q_tile * Shape::kBlockM + Copy::row_found());
   const Q* row_gmem = Copy::finds_kpe() ? static_cast<const Q*>(params.q_pe) +
                                               work.offset(query, params.q_pe_token_stride, params.q_pe_head_stride)
@@ -59,56 +63,62 @@ __device__ __forceinline__ void load_queries_async(const MlaParams& params, cons
   Copy::copy(q_smem, work.num_rows(group_size.divisor, Shape::kBlockM), reinterpret_cast<const uint8_t*>(row_gmem));
 }
 
-// Brings in KV tiles. Pages are looked up a tile ahead of the copy: of that, one register is kept.
+// Brings in KV tiles, each in three steps: look_up() the page of this lane's row, find() the row, load_async() the
+// tile. Between the first two lies a trip to memory; what the second makes of it is at hand when the tile's stage is
+// free.
 template <class Config>
 struct LatentKvLoader {
   using Shape = MlaShape<Config>;
   using Kv = typename Config::Kv;
-  using Copy = LatentCopy<Kv, Shape::kBlockN, Shape::kHeadDimCkv, Shape::kHeadDimKpe, Shape::kNumThreads>;
+  using Copy = LatentCopy<Shape, Kv, Shape::kBlockN>;
   const LatentKvParams& kv;
-  const PrefillItem& item;
   MlaSmem<Config>& smem;
+  int32_t kv_begin, kv_len, tile_begin;
 
-  // The page of this lane's row.
+  __device__ __forceinline__ static LatentKvLoader of(const MlaParams& params, MlaSmem<Config>& smem) {
+    const PrefillItem& item = smem.work.item;
+    return {params.kv, smem, item.kv_begin, item.kv_len, item.tile_begin};
+  }
+
   __device__ __forceinline__ int32_t look_up(int tile) const {
     const int row = Copy::row_found(), kv_idx = tile * Shape::kBlockN + row;
-    if (tile < item.tile_begin || row >= Shape::kBlockN || kv_idx >= item.kv_len) return 0;
-    return KvView<Config::kKvStorage>{kv.index, item.kv_begin, item.kv_len}.locate(kv_idx).page_idx;
+    if (tile < tile_begin || row >= Shape::kBlockN || kv_idx >= kv_len) return 0;
+    return KvView<Config::kKvStorage>{kv.index, kv_begin, kv_len}.locate(kv_idx).page_idx;
   }
 
-  // A group is committed for every tile, there or not: so "all but the latest" counts tiles.
-  __device__ __forceinline__ void load_async(int tile, int32_t page_idx) const {
-    if (tile >= item.tile_begin) copy_async(tile, page_idx);
-    cp_async_commit();
-  }
-
- private:
-  __device__ __forceinline__ void copy_async(int tile, int32_t page_idx) const {
+  // Of rows that do not exist, or of no tile, an address that nobody reads.
+  __device__ __forceinline__ const uint8_t* find(int tile, int32_t page_idx) const {
     const int32_t kv_idx = tile * Shape::kBlockN + Copy::row_found();
     const FastDivisor& page_size = kv.index.page_size;
     const int32_t entry_idx = kv_idx - int32_t(page_size.divide(kv_idx) * page_size.divisor);
-    const Kv* row_gmem =
-        Copy::finds_kpe()
-            ? static_cast<const Kv*>(kv.kpe) + (page_idx * kv.kpe_page_stride + entry_idx * kv.kpe_entry_stride)
-            : static_cast<const Kv*>(kv.ckv) + (page_idx * kv.ckv_page_stride + entry_idx * kv.ckv_entry_stride);
-    Copy::copy(smem_address(smem.stage(tile)), item.kv_len - tile * Shape::kBlockN,
-               reinterpret_cast<const uint8_t*>(row_gmem));
+    const bool is_kpe = Copy::finds_kpe();
+    const void* part_gmem = is_kpe ? kv.kpe : kv.ckv;
+    const int64_t page_stride = is_kpe ? kv.kpe_page_stride : kv.ckv_page_stride;
+    const int64_t entry_stride = is_kpe ? kv.kpe_entry_stride : kv.ckv_entry_stride;
+    return reinterpret_cast<const uint8_t*>(static_cast<const Kv*>(part_gmem) +
+                                            (page_idx * page_stride + entry_idx * entry_stride));
+  }
+
+  // A group is committed for every tile, there or not: so "all but the latest" counts tiles.
+  __device__ __forceinline__ void load_async(int tile, const uint8_t* row_gmem) const {
+    if (tile >= tile_begin) Copy::copy(smem_address(smem.stage(tile)), kv_len - tile * Shape::kBlockN, row_gmem);
+    cp_async_commit();
   }
 };
 
-// Sends for the query rows and the last KV tiles of the unit. Returns the page of the first tile that is left.
+// Sends for the query rows and the last KV tiles of the unit. Returns this lane's row of the first tile that is left.
 template <class Config, class Shape = MlaShape<Config>>
-__device__ __forceinline__ int32_t load_first_tiles_async(const MlaParams& params, MlaSmem<Config>& smem) {
+__device__ __forceinline__ const uint8_t* load_first_tiles_async(const MlaParams& params, MlaSmem<Config>& smem) {
   const PrefillUnit& work = smem.work;
-  const LatentKvLoader<Config> loader{params.kv, work.item, smem};
+  const auto loader = LatentKvLoader<Config>::of(params, smem);
   const int last_tile = work.item.tile_end - 1;
   int32_t pages[Shape::kNumStages];
 #pragma unroll
   for (int i = 0; i < Shape::kNumStages; ++i) pages[i] = loader.look_up(last_tile - i);
   load_queries_async<Config>(params, work, smem.group_size, smem_address(smem.queries(last_tile)));
 #pragma unroll
-  for (int i = 0; i < Shape::kNumAhead; ++i) loader.load_async(last_tile - i, pages[i]);
-  return pages[Shape::kNumAhead];
+  for (int i = 0; i < Shape::kNumAhead; ++i) loader.load_async(last_tile - i, loader.find(last_tile - i, pages[i]));
+  return loader.find(last_tile - Shape::kNumAhead, pages[Shape::kNumAhead]);
 }
 
 // What is multiplied with keys of fp8: the queries in T, each 16 columns as even ones, then odd ones, the order in

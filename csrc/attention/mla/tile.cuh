@@ -31,6 +31,12 @@ struct MlaShape {
   static constexpr int kCkvPanels = kHeadDimCkv / 64, kPePanels = kHeadDimKpe / 64, kPanels = kCkvPanels + kPePanels;
   static_assert(kNumColumns % 32 == 0 && kHeadDimCkv % 64 == 0 && kHeadDimKpe % 64 == 0);
 
+  // Where 64 rows fill the registers, addresses are made where they are used; else once.
+  __device__ __forceinline__ static uint32_t thread_idx() {
+    if constexpr (kBlockM == 64) return fresh_thread_idx();
+    return threadIdx.x;
+  }
+
   using QRows = SwizzledRows<kHeadDimCkv * 2>;
   using QPeRows = SwizzledRows<128>;
   using KvRows = SwizzledRows<kHeadDimCkv* int(sizeof(Kv))>;
@@ -68,8 +74,8 @@ struct MlaSplit {
 
   int m, n, k;  // of this warp
 
-  __device__ __forceinline__ static MlaSplit of(int warp_idx) {
-    return {warp_idx / (kWarpsN * kWarpsK), warp_idx / kWarpsK % kWarpsN, warp_idx % kWarpsK};
+  __device__ __forceinline__ static MlaSplit of(uint32_t warp_idx) {
+    return {int(warp_idx / (kWarpsN * kWarpsK)), int(warp_idx / kWarpsK % kWarpsN), int(warp_idx % kWarpsK)};
   }
   __device__ __forceinline__ int group() const { return m * kWarpsN + n; }
   __device__ __forceinline__ bool is_owner() const { return kNumOwners == kWarpsK || k < kNumOwners; }
@@ -114,7 +120,7 @@ struct MlaQueries {
 
   __device__ __forceinline__ static void load(uint32_t (&q)[Split::kFragsM][4], uint32_t q_smem, const Split& split,
                                               int panel, int step) {
-    const int lane_idx = int(fresh_thread_idx() % 32), row = split.m * Split::kFragsM * 16 + lane_idx % 16;
+    const int lane_idx = int(Shape::thread_idx() % 32), row = split.m * Split::kFragsM * 16 + lane_idx % 16;
     const int granule = split.k * Split::kSteps * 2 + lane_idx / 16;
 #pragma unroll
     for (int m = 0; m < Split::kFragsM; ++m) {
@@ -142,7 +148,7 @@ __device__ __forceinline__ void compute_latent_scores(float (&scores)[Split::kNu
                                                       uint32_t kv_smem, const Split& split) {
   using T = typename Shape::T;
   constexpr int kGranulesPerStep = Shape::kPacksV ? 1 : 2;
-  const int lane_idx = int(fresh_thread_idx() % 32);
+  const int lane_idx = int(Shape::thread_idx() % 32);
   const int key = split.n * Split::kFragsN * 8 + (Shape::kPacksV ? lane_idx : lane_idx % 8 + lane_idx / 16 * 8);
   const int granule = split.k * Split::kSteps * kGranulesPerStep + (Shape::kPacksV ? 0 : lane_idx / 8 % 2);
   const uint32_t ckv_lane_smem = kv_smem + Shape::KvRows::offset(key, granule);
@@ -202,8 +208,9 @@ __device__ __forceinline__ void accumulate_latent_output(float (&out)[Shape::kFr
   using Split = MlaSplit<Config>;
   using PRows = typename Split::PRows;
   using VRows = typename Shape::KvRows;
-  const int thread_idx = int(fresh_thread_idx()), lane_idx = thread_idx % 32;
-  const int first_granule = thread_idx / 32 * (VRows::kNumGranules / Shape::kNumWarps);
+  const uint32_t thread_idx = Shape::thread_idx();
+  const int lane_idx = int(thread_idx % 32);
+  const int first_granule = int(thread_idx / 32) * (VRows::kNumGranules / Shape::kNumWarps);
   const uint32_t p_lane_smem = p_smem + PRows::offset(lane_idx % 16, lane_idx / 16);
   const uint32_t v_lane_smem = kv_smem + VRows::offset(lane_idx % 16, first_granule + lane_idx / 16);
 #pragma unroll

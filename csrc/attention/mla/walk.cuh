@@ -21,19 +21,18 @@ struct MlaWalk {
   float max[2] = {kMinusInfinity, kMinusInfinity};  // of the unscaled scores of this lane's two rows; lags behind
   float sum[2] = {0.f, 0.f};                        // of the keys it owns; this lane's share until the end
 
-  __device__ __forceinline__ static int lane_idx() { return fresh_thread_idx() % 32; }
-  __device__ __forceinline__ static Split split() { return Split::of(fresh_thread_idx() / 32); }
+  __device__ __forceinline__ static int lane_idx() { return int(Shape::thread_idx() % 32); }
+  __device__ __forceinline__ static Split split() { return Split::of(Shape::thread_idx() / 32); }
   // One of the two rows of which this lane owns scores.
   __device__ __forceinline__ static int row(int half) {
     return split().owned_row() + lane_row(lane_idx()) + row_of(half);
   }
   __device__ __forceinline__ static bool leads_row() { return lane_idx() % 4 == 0; }
 
-  // From the last tile to the first. page_idx: what load_first_tiles_async() has left.
-  __device__ __forceinline__ void run(int32_t page_idx) {
-    const PrefillItem& item = smem.work.item;
-    const LatentKvLoader<Config> loader{params.kv, item, smem};
-    const int last_tile = item.tile_end - 1;
+  // From the last tile to the first. row_gmem: what load_first_tiles_async() has left.
+  __device__ __forceinline__ void run(const uint8_t* row_gmem) {
+    const auto loader = LatentKvLoader<Config>::of(params, smem);
+    const int last_tile = smem.work.item.tile_end - 1, num_whole = num_keys_seen_by_all();
     MlaQueries<Config> queries;
     if constexpr (Shape::kKeepsQ || Shape::kPacksV) {
       uint8_t* q_smem = smem.queries(last_tile);
@@ -46,17 +45,18 @@ struct MlaWalk {
       if constexpr (Shape::kKeepsQ) queries.keep(smem_address(q_smem), split());
     }
 #pragma unroll 1
-    for (int tile = last_tile; tile >= item.tile_begin; --tile) {
+    for (int tile = last_tile; tile >= loader.tile_begin; --tile) {
       cp_async_wait<Shape::kNumAhead - 1>();
       __syncthreads();  // the tile is there for all, and all have left the one before, whose stage is filled next
-      loader.load_async(tile - Shape::kNumAhead, page_idx);
-      page_idx = loader.look_up(tile - Shape::kNumAhead - 1);
+      loader.load_async(tile - Shape::kNumAhead, row_gmem);
+      const int32_t page_idx = loader.look_up(tile - Shape::kNumAhead - 1);
       const uint32_t stage_smem = smem_address(smem.stage(tile));
       Scores scores;
       compute_latent_scores<Config>(scores, queries, smem_address(smem.q), stage_smem, split());
       Owned owned;
       add_up(scores, owned);
-      mask(owned, tile);
+      row_gmem = loader.find(tile - Shape::kNumAhead - 1, page_idx);
+      if ((tile + 1) * Shape::kBlockN > num_whole) mask(owned, tile);
       publish_probabilities(owned);
       accumulate_latent_output<Config>(out, smem_address(smem.exchange), stage_smem);
     }
@@ -120,16 +120,19 @@ struct MlaWalk {
                  : "memory");
   }
 
+  static constexpr Visibility kVisibility = {Config::kMask, false, 0};
+
+  // Keys that all rows see: those of the first.
+  __device__ __forceinline__ int num_keys_seen_by_all() const {
+    const PrefillItem& item = smem.work.item;
+    const int first_token = smem.group_size.divide(item.q_tile * Shape::kBlockM);
+    return kVisibility.keys_of(position_of(first_token, item.qo_len, item.kv_len), item.kv_len).end;
+  }
+
   // -inf where a query does not see a key.
   __device__ __forceinline__ void mask(Owned& owned, int tile) const {
-    constexpr Visibility kVisibility = {Config::kMask, false, 0};
     const PrefillUnit& work = smem.work;
     const PrefillItem& item = work.item;
-    const int first_token = smem.group_size.divide(item.q_tile * Shape::kBlockM);
-    if (kVisibility.contains_all(kVisibility.keys_of(position_of(first_token, item.qo_len, item.kv_len), item.kv_len),
-                                 tile * Shape::kBlockN, Shape::kBlockN)) {
-      return;
-    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const QueryRow query = work.query_row(smem.group_size, item.q_tile * Shape::kBlockM + row(half));
