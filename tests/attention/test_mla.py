@@ -100,6 +100,32 @@ def test_fp32_on_the_cpu(dims: tuple[int, int]) -> None:
     assert_close(lse, expected[1], scale=2.0)
 
 
+@pytest.mark.gpu
+def test_blocks_that_start_late() -> None:
+    """Launches on two streams: blocks of one wait for places that those of the other have, and may find their work
+    done."""
+    device = torch.device("cuda")
+    cases = [
+        Case("few_heads", qo_lens=(1, 1), kv_lens=(20000, 9000)),
+        Case("many_heads", qo_lens=(1,), kv_lens=(9000,), num_heads=128),
+    ]
+    batches, streams = [make_batch(case, device) for case in cases], [torch.cuda.Stream() for _ in cases]
+    wrappers = [make_wrapper(device) for _ in cases]
+    for wrapper, batch in zip(wrappers, batches):
+        plan(wrapper, batch)
+    alone = [run(wrapper, batch) for wrapper, batch in zip(wrappers, batches)]
+    torch.cuda.synchronize()
+    results: list[list[tuple[Tensor, Tensor]]] = [[], []]
+    for _ in range(30):
+        for wrapper, batch, stream, found in zip(wrappers, batches, streams, results):
+            with torch.cuda.stream(stream):
+                found.append(run(wrapper, batch))
+    torch.cuda.synchronize()
+    for batch, expected, found in zip(batches, alone, results):
+        check(expected, expect(batch))
+        assert all(torch.equal(x, y) for result in found for x, y in zip(result, expected))
+
+
 @pytest.mark.parametrize("given", [{"ckv_scale": 0.7}, {"ckv_scale": 1.7, "kpe_scale": 1.7}], ids=str)
 def test_scale_of_a_quantized_cache(device: torch.device, given: dict[str, float]) -> None:
     batch = make_batch(Case("scale", qo_lens=(1, 2, 1, 5), kv_dtype=E4M3), device)

@@ -106,18 +106,24 @@ __device__ void mla(const MlaParams& params) {
   const LatentUnits units{params};
   if (fresh_thread_idx() == 0) {
     smem.group_size = FastDivisor::of(params.num_qo_heads);
-    smem.has_next = units.find(true, smem.next_work);
+    smem.has_next = units.claim(true, smem.next_work);
+    smem.has_late = !smem.has_next;
   }
   while (true) {
     if (fresh_thread_idx() == 0) {
-      smem.has_work = smem.has_next;
+      smem.has_work = smem.has_next || (smem.has_late && units.steal(smem.next_work));
       smem.work = smem.next_work;
     }
     if (fresh_thread_idx() < Shape::kBlockM) smem.max_of_row[fresh_thread_idx()] = kMinusInfinity;
     __syncthreads();
     if (!smem.has_work) break;
     const uint8_t* row_gmem = load_first_tiles_async(params, smem);
-    if (fresh_thread_idx() == 0) smem.has_next = units.find(false, smem.next_work);  // while they come in
+    if (fresh_thread_idx() < 32) {  // while they come in
+      const uint32_t word = units.taken_of_lane();
+      if (fresh_thread_idx() == 0) smem.has_next = units.claim(false, smem.next_work);
+      const bool has_late = units.has_late(word);
+      if (fresh_thread_idx() == 0) smem.has_late = !smem.has_next && has_late;
+    }
     float out[Shape::kFragsM][Shape::kFragsD][4] = {};
     MlaWalk<Config> walk{params, smem, params.sm_scale * kLog2E, out};
     walk.run(row_gmem);

@@ -98,7 +98,7 @@ struct MlaSmem {
   alignas(128) uint8_t exchange[Split::kBytes];
   PrefillUnit work, next_work;
   FastDivisor group_size;
-  uint32_t has_work, has_next;
+  uint32_t has_work, has_next, has_late;
   float max_of_row[Shape::kBlockM];     // of the unscaled scores; lags behind
   float factor_of_row[Shape::kBlockM];  // of the output
   float stats[Split::kNumParts * Shape::kBlockM];

@@ -32,6 +32,19 @@ struct Mbarrier {
         "r"(parity)
         : "memory");
   }
+  __device__ __forceinline__ bool is_over(uint32_t parity) {
+    uint32_t is_over;
+    asm volatile(
+        "{\n"
+        ".reg .pred is_over;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 is_over, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, is_over;\n"
+        "}\n"
+        : "=r"(is_over)
+        : "r"(smem_address(this)), "r"(parity)
+        : "memory");
+    return is_over != 0;
+  }
 };
 
 // One arrival at the barrier when all copies by cp.async that this thread has made so far have landed.
@@ -58,6 +71,7 @@ struct MbarrierRing {
   __device__ __forceinline__ void wait_full(uint32_t turn) { at(turn).wait(turn / kNumStages & 1); }
   // Until the stage has been emptied of the turn before that used it, if there was one.
   __device__ __forceinline__ void wait_empty(uint32_t turn) { at(turn).wait(~(turn / kNumStages) & 1); }
+  __device__ __forceinline__ bool is_empty(uint32_t turn) { return at(turn).is_over(~(turn / kNumStages) & 1); }
 };
 
 }  // namespace flashinfer

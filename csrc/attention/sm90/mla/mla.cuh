@@ -20,13 +20,22 @@ namespace flashinfer {
 
 namespace sm90::mla {
 
-// By one thread.
+// By a warp.
 template <class Config>
 __device__ __forceinline__ void publish(const LatentUnits& units, Smem<Config>& smem, uint32_t turn) {
   smem.work_empty.wait_empty(turn);
   Work& work = smem.work[turn % kNumWorkSlots];
-  work.is_end = !units.find(turn == 0, work);
-  smem.work_full.at(turn).arrive();
+  const bool is_leader = fresh_thread_idx() % 32 == 0;
+  bool is_found = __any_sync(0xffffffffu, is_leader && units.claim(turn == 0, work));
+  while (!is_found && units.has_late(units.taken_of_lane())) {
+    if (!smem.work_empty.is_empty(turn + kNumWorkSlots - 1)) continue;  // the unit before is not done yet
+    is_found = __any_sync(0xffffffffu, is_leader && units.steal(work));
+  }
+  if (is_leader) {
+    work.is_end = !is_found;
+    smem.work_full.at(turn).arrive();
+  }
+  __syncwarp();
 }
 
 // A warp has the cache, unless it is gathered by all; the others have the queries, and the first of them the schedule.
@@ -40,10 +49,8 @@ __device__ __forceinline__ void produce(const Sm90MlaParams& params, Smem<Config
     return;
   }
   const LatentUnits units{params};
-  const bool is_scheduler = warp_idx == 0 && fresh_thread_idx() % 32 == 0;
   const auto prepare = [&](uint32_t turn) {
-    if (is_scheduler) publish(units, smem, turn);
-    __syncwarp();
+    if (warp_idx == 0) publish(units, smem, turn);
   };
   uint32_t kv_turn = 0;
   const auto load = [&](const Work& work, uint32_t turn) {
@@ -51,7 +58,7 @@ __device__ __forceinline__ void produce(const Sm90MlaParams& params, Smem<Config
     if constexpr (Shape::kGathers) KvGatherer<Config>{params, smem, warp_idx}.run(work.item, kv_turn);
   };
   for_each_unit(smem, load, prepare);
-  if (is_scheduler) units.close();
+  if (warp_idx == 0 && fresh_thread_idx() % 32 == 0) units.close();
   cp_async_wait_all();  // a block may not end with copies under way
 }
 
