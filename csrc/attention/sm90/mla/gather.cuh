@@ -50,9 +50,9 @@ struct KvGatherer {
                                             int64_t kpe_offset) const {
     constexpr int kColumns = Shape::kNumColumns;
     const uint32_t panels_smem = smem_address(smem.kv[turn % Shape::kNumStages][keys]);
-    smem.kv_empty[keys].wait_empty(turn);
 #pragma unroll 1
     for (int part = 0; part < 2; ++part) {
+      smem.kv_empty[keys][part].wait_empty(turn);
       copy_16_rows<T, kColumns>(panels_smem + part * Shape::kPanelsOfHalf * Shape::kPanelSize, 16 * warp_idx,
                                 static_cast<const T*>(params.kv.ckv) + part * kColumns, ckv_offset, num_valid);
       cp_async_arrive(smem.kv_full[keys][part].at(turn));

@@ -82,8 +82,9 @@ struct KvProducer {
   // A half of the tile's keys.
   template <int kKeys>
   __device__ __forceinline__ void send_keys(uint32_t turn, const Box& box, int row) const {
-    smem.kv_empty[kKeys].wait_empty(turn);
+    smem.kv_empty[kKeys][0].wait_empty(turn);
     send<0, Shape::kPanelsOfHalf>(params.ckv_map, 0, kKeys, turn, box, row);
+    smem.kv_empty[kKeys][1].wait_empty(turn);
     send<Shape::kPanelsOfHalf, Shape::kPanelsOfHalf>(params.ckv_map, 1, kKeys, turn, box, row);
     if constexpr (Shape::kPePanels > 0) send<Shape::kCkvPanels, 1>(params.kpe_map, kPositional, kKeys, turn, box, row);
   }

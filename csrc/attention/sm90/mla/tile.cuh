@@ -34,7 +34,9 @@ struct Shape {
   static constexpr int kNumProbabilityRegisters = kNumScores / 2;
 };
 
-// What a half of the keys comes in: the two halves of its columns, and kpe.
+// What a half of the keys comes in: the two halves of its columns, and kpe. Its place is left part by part: the columns
+// of a consumer when its product with them is done, that of kpe, where probabilities are by then, by their reader, who
+// is not the consumer of these keys.
 constexpr int kPositional = 2, kNumParts = 3;
 
 template <class Config>
@@ -44,7 +46,7 @@ struct Smem {
   alignas(1024) uint8_t kv[Shape::kNumStages][2][Shape::kPanels][Shape::kPanelSize];  // by stage and half of the keys
   MbarrierRing<1> q_full, q_empty;                                                    // a turn a unit
   MbarrierRing<Shape::kNumStages> kv_full[2][kNumParts];  // a turn a KV tile; by half of the keys and part
-  MbarrierRing<Shape::kNumStages> kv_empty[2];            // by half of the keys
+  MbarrierRing<Shape::kNumStages> kv_empty[2][2];         // by half of the keys and consumer
   MbarrierRing<kNumWorkSlots> work_full, work_empty;      // a turn a unit
   Work work[kNumWorkSlots];
   float max_of_row[2][64], sum_of_row[2][64];  // by consumer
@@ -64,7 +66,7 @@ struct Smem {
     q_empty.init(kConsumerWarps);
     for (int keys = 0; keys < 2; ++keys) {
       for (int part = 0; part < kNumParts; ++part) kv_full[keys][part].init(Shape::kGathers ? kWarpgroupSize : 1);
-      kv_empty[keys].init(kConsumerWarps);
+      for (int part = 0; part < 2; ++part) kv_empty[keys][part].init(kConsumerWarps / 2);
     }
     work_full.init(1);
     work_empty.init(kConsumerWarps + kWarpgroupSize / 32);

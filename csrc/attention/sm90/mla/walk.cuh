@@ -156,7 +156,7 @@ struct TileWalk {
   __device__ __forceinline__ void wait_for_output(int keys, uint32_t turn) const {
     wgmma_wait<0>();
     pin(out);
-    if (elect_lane()) smem.kv_empty[keys].at(turn).arrive();
+    if (elect_lane()) smem.kv_empty[keys][kConsumer].at(turn).arrive();
   }
 
   __device__ __forceinline__ uint8_t* panels_of(int keys, uint32_t turn) const {
