@@ -6,15 +6,17 @@
 namespace flashinfer {
 
 // Copies kNumRows rows of two parts, by all threads. The addresses of the rows that a warp copies are found by its
-// lanes, one each: those of the first part by lanes 0 to 7 of every 16, those of the second by the others. The warp's
-// lanes get them by shuffle.
+// lanes, one each: those of the first part by lanes 0 to 7 of every 16, or of larger tiles 0 to 15 of all, those of the
+// second by the others. The warp's lanes get them by shuffle.
 template <class Shape, class Element, int kNumRows>
 struct LatentCopy {
   static constexpr int kSize = int(sizeof(Element)), kHeadDimCkv = Shape::kHeadDimCkv, kHeadDimKpe = Shape::kHeadDimKpe;
   using Ckv = RowCopy<SwizzledRows<kHeadDimCkv * kSize>, kNumRows, Shape::kNumThreads>;
   using Kpe = RowCopy<SwizzledRows<(kHeadDimKpe > 0 ? kHeadDimKpe : 64) * kSize>, kNumRows, Shape::kNumThreads>;
 
-  __device__ __forceinline__ static bool finds_kpe() { return kHeadDimKpe > 0 && Shape::thread_idx() / 8 % 2 == 1; }
+  __device__ __forceinline__ static bool finds_kpe() {
+    return kHeadDimKpe > 0 && Shape::thread_idx() / kNumFound % 2 == 1;
+  }
   // The row whose address this lane finds; may be none of the tile's.
   __device__ __forceinline__ static int row_found() {
     const uint32_t of_ckv = row_found_of<Ckv>(), of_kpe = row_found_of<Kpe>();
@@ -24,17 +26,21 @@ struct LatentCopy {
   // row_gmem: what this lane has found. Rows from num_valid on become zeros.
   __device__ __forceinline__ static void copy(uint32_t ckv_smem, int num_valid, const uint8_t* row_gmem) {
     copy_part<Ckv, 0>(ckv_smem, num_valid, row_gmem);
-    if constexpr (kHeadDimKpe > 0) copy_part<Kpe, 8>(ckv_smem + kNumRows * kHeadDimCkv * kSize, num_valid, row_gmem);
+    if constexpr (kHeadDimKpe > 0)
+      copy_part<Kpe, kNumFound>(ckv_smem + kNumRows * kHeadDimCkv * kSize, num_valid, row_gmem);
   }
 
  private:
   template <class Copy>
   static constexpr uint32_t kRowsOfWarp = 32 / Copy::kLanesPerRow;  // in a pass
+  template <class Copy>
+  static constexpr int kRowsOfTile = Copy::kNumPasses * kRowsOfWarp<Copy>;  // of a warp, of a part
+  static constexpr int kNumFound = kRowsOfTile<Ckv> <= 8 && kRowsOfTile<Kpe> <= 8 ? 8 : 16;
 
   template <class Copy>
   __device__ __forceinline__ static uint32_t row_found_of() {
-    static_assert(Copy::kNumPasses * kRowsOfWarp<Copy> <= 8, "a lane a row");
-    const uint32_t thread_idx = Shape::thread_idx(), i = thread_idx % 8;
+    static_assert(kRowsOfTile<Copy> <= kNumFound, "a lane a row");
+    const uint32_t thread_idx = Shape::thread_idx(), i = thread_idx % kNumFound;
     return thread_idx / 32 * kRowsOfWarp<Copy> + i % kRowsOfWarp<Copy> + i / kRowsOfWarp<Copy> * Copy::kRowsPerPass;
   }
   template <class Copy, int kFirstLane>

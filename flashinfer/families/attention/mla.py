@@ -91,13 +91,19 @@ _TILES: tuple[Tile, ...] = (
     (32, 32, 2, False),
     (32, 32, 2, True),
 )
-_SHORT_TILES: tuple[Tile, ...] = ((16, 64, 4, False), (16, 64, 3, False), (16, 64, 2, False), (16, 32, 2, False))
+_SHORT_TILES: tuple[Tile, ...] = (
+    (16, 128, 2, False),
+    (16, 64, 4, False),
+    (16, 64, 3, False),
+    (16, 64, 2, False),
+    (16, 32, 2, False),
+)
 _NUM_THREADS = 256
 
 
 def _suits(spec: KernelSpec, tile: Tile) -> bool:
     """Whether eight warps can share out its scores (MlaSplit): a load of fp8 keys is of 32 rows."""
-    return tile[0] > 16 or tile[1] == 64 or ITEMSIZE[spec.arg("kv_dtype")] == 2
+    return tile[0] > 16 or tile[1] >= 64 or ITEMSIZE[spec.arg("kv_dtype")] == 2
 
 
 def costs(block_m: int) -> PlanCosts:
@@ -111,7 +117,7 @@ def _smem_bytes(spec: KernelSpec, tile: Tile) -> int:
     dim, itemsize = spec.arg("head_dim_ckv") + spec.arg("head_dim_kpe"), ITEMSIZE[spec.arg("kv_dtype")]
     size = 128 if keeps_q else block_m * dim * 2
     size += num_stages * block_n * dim * itemsize
-    size += 8 << 10 if block_m == 64 else 12 * min(block_m * block_n, 1024)  # exchange
+    size += 8 << 10 if block_m == 64 else 12 * block_m * block_n  # exchange
     return int(size + 256 + block_m * 8 + 512)
 
 
