@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import flashinfer
+from flashinfer.attention.mla import sparse
 from flashinfer.errors import UnsupportedConfig
 from tests.attention.mla_kit import DEEPSEEK_SCALE, check
 from tests.attention.prefill_kit import BF16, E4M3, FP16, FP32
@@ -122,6 +123,27 @@ def test_rows_that_no_list_names_may_be_anything(device: torch.device) -> None:
     rows[100:] = math.nan
     result = flashinfer.sparse_mla_prefill(q, rows, lists.to(device), DEEPSEEK_SCALE, return_lse=True)
     check((result[0], result[1]), expected)
+
+
+@pytest.mark.parametrize("has_out", [False, True])
+def test_more_tokens_than_a_plan_has_room_for(
+    device: torch.device, has_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, rows = draw(device, 7, 20, 300)
+    lists = draw_lists(7, 90, 300, "anywhere").to(device)
+    arguments = {"q": q, "kv": rows, "indices": lists, "sm_scale": DEEPSEEK_SCALE}
+    expected = expect(q, rows, lists, 512)
+    monkeypatch.setattr(sparse, "_MAX_ITEMS", 10)  # three tokens of 20 heads
+    out, lse = torch.full((7, 20, 512), math.nan, dtype=BF16, device=device), torch.full((7, 20), math.nan).to(device)
+    given = {"out": out, "lse": lse} if has_out else {}
+    result = flashinfer.sparse_mla_prefill(**arguments, **given, return_lse=True)
+    check((result[0], result[1]), expected)
+    assert not has_out or (result[0] is out and result[1] is lse)
+    assert torch.equal(flashinfer.sparse_mla_prefill(**arguments), result[0])
+    batch = flashinfer.sparse_mla_decode(q[:, None], rows[:, None], lists[:, None], DEEPSEEK_SCALE, return_lse=True)
+    assert torch.equal(batch[0][:, 0], result[0]) and torch.equal(batch[1][:, 0], result[1])
+    with pytest.raises(ValueError, match=r"out is \[6, 20, 512\]; expected \[7, 20, 512\]"):
+        flashinfer.sparse_mla_prefill(**arguments, out=out[:6])
 
 
 def test_no_tokens(device: torch.device) -> None:

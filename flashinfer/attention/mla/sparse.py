@@ -11,7 +11,8 @@ from flashinfer import target
 from flashinfer.attention.mla.paged import BatchMLAPagedAttentionWrapper
 from flashinfer.attention.planned import Result
 from flashinfer.families.attention.mla import COMPACT_INDICES
-from flashinfer.host import checks, indices, memo, traced
+from flashinfer.host import checks, memo, traced
+from flashinfer.host import indices as _indices
 from flashinfer.jit import default_resolver
 from flashinfer.jit.loader import PreparedLaunch
 
@@ -131,17 +132,30 @@ def _run(
         checks.require_device(op, name, tensor, q, "q")
     flat_q = q.flatten(0, 1) if is_batch else q
     flat_out, flat_lse = (_flat(op, name, x, q, is_batch) for name, x in (("out", out), ("lse", lse)))
-    num_heads, dim_qk = flat_q.shape[1:]
+    if _indices.are_visible(lists):
+        expected = f"kv's {rows.shape[0]} rows, or below 0 for none"
+        _indices.require_within(op, "indices", lists, -(1 << 31), rows.shape[0], expected)
 
     attention = _attention_here(q.device)
     attention._op_name = op
-    planned = _compact(op, lists, rows.shape[0])
-    attention.plan(*planned, num_heads, dim, dim_qk - dim, 1, False, sm_scale, q.dtype, kv.dtype)
-    caches = rows[:, None, :dim], rows[:, None, dim:]
-    result = attention._run(
-        flat_q[..., :dim], caches, flat_out, flat_lse, return_lse, (None, kv_scale, kv_scale), None, None,
-        flat_q[..., dim:],
-    )  # fmt: skip
+
+    def attend(q: torch.Tensor, lists: torch.Tensor, out: _Output, lse: _Output) -> Result:
+        num_heads, dim_qk = q.shape[1:]
+        planned = _compact(op, lists, rows.shape[0])
+        attention.plan(*planned, num_heads, dim, dim_qk - dim, 1, False, sm_scale, q.dtype, kv.dtype)
+        caches, scales = (rows[:, None, :dim], rows[:, None, dim:]), (None, kv_scale, kv_scale)
+        return attention._run(q[..., :dim], caches, out, lse, return_lse, scales, None, None, q[..., dim:])
+
+    num_tokens, step = len(flat_q), _tokens_at_once(flat_q.shape[1], lists.shape[1])
+    if num_tokens <= step:
+        result = attend(flat_q, lists, flat_out, flat_lse)
+    else:
+        out_of_all = _output(op, "out", flat_out, (*flat_q.shape[:2], dim), q)
+        lse_of_all = _output(op, "lse", flat_lse, flat_q.shape[:2], q, torch.float32) if return_lse else None
+        for begin in range(0, num_tokens, step):
+            some = slice(begin, begin + step)
+            attend(flat_q[some], lists[some], out_of_all[some], None if lse_of_all is None else lse_of_all[some])
+        result = out_of_all if lse_of_all is None else (out_of_all, lse_of_all)
     if not is_batch:
         return result
     new_out, new_lse = result if isinstance(result, tuple) else (result, None)
@@ -150,6 +164,24 @@ def _run(
     if new_lse is None:
         return out
     return out, new_lse.view(q.shape[:-1]) if lse is None else lse
+
+
+_Output = Optional[torch.Tensor]
+_MAX_ITEMS = 1 << 17  # of a plan: what the int workspace has room for, beside a counter and an offset for each token
+
+
+def _tokens_at_once(num_heads: int, top_k: int) -> int:
+    """As many as one plan is made for: a request each, of tiles of 16 rows at least. Rows in all lists have 32 bits."""
+    return max(1, min(_MAX_ITEMS // (-(-num_heads // 16) + 1), ((1 << 31) - 1) // max(top_k, 1)))
+
+
+def _output(
+    op: str, name: str, given: _Output, shape: tuple[int, ...], q: torch.Tensor, dtype: Optional[torch.dtype] = None
+) -> torch.Tensor:
+    if given is None:
+        return q.new_empty(shape, dtype=dtype)
+    checks.require(given.shape == shape, op, f"{name} is {list(given.shape)}; expected {list(shape)}")
+    return given
 
 
 def _rows(op: str, kv: torch.Tensor, is_paged: bool) -> torch.Tensor:
@@ -216,8 +248,6 @@ class _Planned(NamedTuple):
 
 def _compact(op: str, lists: torch.Tensor, num_rows: int) -> _Planned:
     """Every token a request, of the rows in its list that are any."""
-    if indices.are_visible(lists):
-        indices.require_within(op, "indices", lists, -(1 << 31), num_rows, f"kv's {num_rows} rows, or below 0 for none")
     (num_lists, max_len), device = lists.shape, lists.device
     checks.require(num_lists * max_len < 1 << 31, op, f"indices has {num_lists * max_len} entries; expected 32 bits")
     sizes = num_lists + 1, num_lists + 1, num_lists * max_len, num_lists
