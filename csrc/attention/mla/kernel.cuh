@@ -60,13 +60,7 @@ __device__ __forceinline__ void finish_unit(MlaWalk<Config>& walk) {
 
   const int thread_idx = thread_idx_after_loop(), lane_idx = thread_idx % 32;
   const int first_column = thread_idx / 32 * Shape::kNumColumns + OutputPair<Shape>::lane_column(lane_idx % 4);
-  const auto for_each_pair = [&](int m, int half, const auto& store) {
-#pragma unroll
-    for (int pair = 0; pair < Shape::kFragsD; ++pair) {
-      const auto place = OutputPair<Shape>::of(pair / 2, pair % 2);
-      store(place.column, at(walk.out[m], half, place.idx[0]), at(walk.out[m], half, place.idx[1]));
-    }
-  };
+  const int first_partial_column = thread_idx / 32 * Shape::kNumColumns + 4 * (lane_idx % 4);
 #pragma unroll
   for (int m = 0; m < Shape::kFragsM; ++m) {
 #pragma unroll
@@ -74,17 +68,25 @@ __device__ __forceinline__ void finish_unit(MlaWalk<Config>& walk) {
       const int row = m * 16 + row_of(half) + lane_row(lane_idx);
       if (row >= num_rows) continue;
       if (is_split) {
-        float* row_gmem = params.partial_out + (first_partial_row + row) * Shape::kHeadDimCkv + first_column;
-        for_each_pair(m, half, [&](int column, float x, float y) {
-          *reinterpret_cast<float2*>(row_gmem + column) = float2{x, y};
-        });
+        // A lane's pairs of 16 columns, as one vector.
+        float* row_gmem = params.partial_out + (first_partial_row + row) * Shape::kHeadDimCkv + first_partial_column;
+#pragma unroll
+        for (int i = 0; i < Shape::kFragsD / 2; ++i) {
+          const auto first = OutputPair<Shape>::of(i, 0), second = OutputPair<Shape>::of(i, 1);
+          *reinterpret_cast<float4*>(row_gmem + 16 * i) =
+              float4{at(walk.out[m], half, first.idx[0]), at(walk.out[m], half, first.idx[1]),
+                     at(walk.out[m], half, second.idx[0]), at(walk.out[m], half, second.idx[1])};
+        }
       } else {
         const QueryRow query = work.query_row(smem.group_size, item.q_tile * Shape::kBlockM + row);
         Out* row_gmem = static_cast<Out*>(params.out) +
                         work.offset(query, params.out_token_stride, params.out_head_stride) + first_column;
-        for_each_pair(m, half, [&](int column, float x, float y) {
-          *reinterpret_cast<uint32_t*>(row_gmem + column) = pack_16bit<Out>(x, y);
-        });
+#pragma unroll
+        for (int pair = 0; pair < Shape::kFragsD; ++pair) {
+          const auto place = OutputPair<Shape>::of(pair / 2, pair % 2);
+          *reinterpret_cast<uint32_t*>(row_gmem + place.column) =
+              pack_16bit<Out>(at(walk.out[m], half, place.idx[0]), at(walk.out[m], half, place.idx[1]));
+        }
       }
     }
   }
@@ -131,7 +133,8 @@ __device__ void mla(const MlaParams& params) {
     finish_unit(walk);
   }
   if (fresh_thread_idx() == 0) units.close();
-  merge_shares<Config, Shape::kNumThreads>(params, smem.group_size, [] { __syncthreads(); });
+  constexpr int kPairDistance = OutputPair<Shape>::of(0, 1).column;
+  merge_shares<Config, Shape::kNumThreads, kPairDistance>(params, smem.group_size, [] { __syncthreads(); });
 }
 
 }  // namespace flashinfer

@@ -111,7 +111,7 @@ __device__ void mla(const Sm90MlaParams& params) {
   }
   constexpr int kNumThreads = Shape::kNumConsumerThreads;
   const auto sync = [] { named_barrier_sync(sm90::mla::kBothConsumers, kNumThreads); };
-  merge_shares<Config, kNumThreads>(params, smem.group_size, sync);
+  merge_shares<Config, kNumThreads, 8>(params, smem.group_size, sync);
 }
 
 }  // namespace flashinfer

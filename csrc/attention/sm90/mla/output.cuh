@@ -7,6 +7,24 @@
 
 namespace flashinfer::sm90::mla {
 
+// Of four lanes that share a row: x[i], a pair of columns of the i-th 8, becomes the i-th pair of the 8 of this lane,
+// who then has 16 bytes in one place.
+__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
+  const int lane = fresh_thread_idx() % 4;
+  const auto swap_if = [](bool condition, uint32_t& a, uint32_t& b) {
+    const uint32_t old_a = a;
+    a = condition ? b : a, b = condition ? old_a : b;
+  };
+  const auto reorder = [&] {  // x[i] becomes x[i ^ lane]
+    swap_if(lane & 1, x[0], x[1]), swap_if(lane & 1, x[2], x[3]);
+    swap_if(lane & 2, x[0], x[2]), swap_if(lane & 2, x[1], x[3]);
+  };
+  reorder();
+#pragma unroll
+  for (int i = 1; i < 4; ++i) x[i] = __shfl_xor_sync(0xffffffffu, x[i], i);
+  reorder();
+}
+
 // Normalizes the consumer's columns and writes them, and the first consumer the LSE, where they belong.
 template <class Config, int kConsumer>
 __device__ __forceinline__ void finish_unit(TileWalk<Config, kConsumer>& walk) {
@@ -27,35 +45,44 @@ __device__ __forceinline__ void finish_unit(TileWalk<Config, kConsumer>& walk) {
   const PrefillItem& item = work.item;
   const FastDivisor group_size = walk.smem.group_size;
   const int num_rows = work.num_rows(group_size.divisor, Shape::kBlockM);
-  const int first_column = kConsumer * Shape::kNumColumns + lane_column(walk.lane_idx());
+  const int first_column = kConsumer * Shape::kNumColumns, quad_lane = walk.lane_idx() % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = walk.row(half);
-    if (row >= num_rows) continue;
+    const bool exists = row < num_rows;
     const float sum = walk.sum[half] + sum_of_row[1 - kConsumer][row];
     const float factor = sum > 0.f ? __fdividef(params.v_scale, sum) : 0.f;
     // A row that saw no key: -inf - inf.
     const float lse = walk.max[half] * walk.scale_log2 + fast_log2(sum);
     if (item.num_splits > 1) {
+      if (!exists) continue;
       const int64_t partial_row = work.partial_row(item.split_idx, num_rows, 1) + row;
-      float* row_gmem = params.partial_out + partial_row * Config::kHeadDimVo + first_column;
+      float* row_gmem = params.partial_out + partial_row * Config::kHeadDimVo + first_column + 4 * quad_lane;
 #pragma unroll
-      for (int i = 0; i < Shape::kNumOutputs / 2; i += 2) {
-        *reinterpret_cast<float2*>(row_gmem + column_of(i)) =
-            float2{at(walk.out, half, i) * factor, at(walk.out, half, i + 1) * factor};
+      for (int i = 0; i < Shape::kNumOutputs / 2; i += 4) {  // a lane's pairs of 16 columns
+        *reinterpret_cast<float4*>(row_gmem + i * 4) =
+            float4{at(walk.out, half, i) * factor, at(walk.out, half, i + 1) * factor,
+                   at(walk.out, half, i + 2) * factor, at(walk.out, half, i + 3) * factor};
       }
       if (kConsumer == 0 && walk.leads_row()) params.partial_lse[partial_row] = lse;
       continue;
     }
     const QueryRow query = work.query_row(group_size, item.q_tile * Shape::kBlockM + row);
     T* row_gmem = static_cast<T*>(params.out) + work.offset(query, params.out_token_stride, params.out_head_stride) +
-                  first_column;
+                  first_column + 8 * quad_lane;
 #pragma unroll
-    for (int i = 0; i < Shape::kNumOutputs / 2; i += 2) {
-      *reinterpret_cast<uint32_t*>(row_gmem + column_of(i)) =
-          pack_16bit<T>(at(walk.out, half, i) * factor, at(walk.out, half, i + 1) * factor);
+    for (int i = 0; i < Shape::kNumOutputs / 2; i += 8) {
+      uint32_t packed[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        packed[j] = pack_16bit<T>(at(walk.out, half, i + 2 * j) * factor, at(walk.out, half, i + 2 * j + 1) * factor);
+      }
+      transpose_quad(packed);
+      if (exists) {
+        *reinterpret_cast<uint4*>(row_gmem + i * 4) = uint4{packed[0], packed[1], packed[2], packed[3]};
+      }
     }
-    if (kConsumer == 0 && walk.leads_row() && params.lse != nullptr) {
+    if (exists && kConsumer == 0 && walk.leads_row() && params.lse != nullptr) {
       params.lse[int64_t(item.q_begin + query.token_idx) * params.num_qo_heads + query.qo_head_idx] = lse;
     }
   }
