@@ -14,10 +14,18 @@ __device__ __forceinline__ void copy_16_rows(uint32_t panels_smem, int first, co
                                              int num_rows) {
   using Lanes = RowLanes<T, kHeadDim>;
   const Lanes lanes;
-#pragma unroll 2  // more would take more registers than producers have
-  for (int i = lanes.row; i < 16; i += Lanes::kNumRows) {
-    const T* row_gmem = static_cast<const T*>(src) + __shfl_sync(0xffffffffu, offset, i);
-    lanes.copy(panels_smem, 64, first + i, row_gmem, first + i < num_rows);
+  static_assert(8 % Lanes::kNumRows == 0 && Lanes::kLanesPerRow % 8 == 0);
+  const uint32_t lane_smem = panels_smem + granule_offset(first + lanes.row, lanes.granule, 64);
+  const T* lane_src = static_cast<const T*>(src) + lanes.granule * Lanes::kGranuleLen;
+  const int num_left = num_rows - first - lanes.row;
+#pragma unroll 4
+  for (int row = 0; row < 16; row += Lanes::kNumRows) {
+    const T* row_gmem = lane_src + __shfl_sync(0xffffffffu, offset, row + lanes.row);
+    const uint32_t row_smem = (lane_smem ^ (row % 8 << 4)) + row * kPanelBytes;  // the swizzle of `first` is none
+#pragma unroll
+    for (int i = 0; i < Lanes::kGranulesPerRow; i += Lanes::kLanesPerRow) {
+      cp_async_16(row_smem + i / 8 * (64 * kPanelBytes), row_gmem + i * Lanes::kGranuleLen, num_left > row);
+    }
   }
 }
 
