@@ -63,6 +63,13 @@ CASES = [
     Case("fp16_heads_128", q_dtype=FP16, num_heads=128),
     Case("fp8", kv_dtype=E4M3, qo_lens=APPEND),
     Case("fp8_heads_128", kv_dtype=E4M3, num_heads=128),
+    # Many heads, of which Hopper has a kernel that widens the cache as it comes in.
+    Case("fp8_heads_64_fp16", kv_dtype=E4M3, q_dtype=FP16, num_heads=64, page_size=16),
+    Case("fp8_heads_128_splits", kv_dtype=E4M3, qo_lens=(1, 2), kv_lens=(5000, 900), num_heads=128),
+    Case("fp8_heads_128_page_1", kv_dtype=E4M3, qo_lens=(1, 3, 1), kv_lens=(400, 129, 0), num_heads=128, page_size=1),
+    Case("fp8_heads_128_two_caches", kv_dtype=E4M3, num_heads=128, rows="two"),
+    Case("fp8_heads_128_dims_512_0", kv_dtype=E4M3, num_heads=128, dims=(512, 0)),
+    Case("fp8_heads_128_dims_256_64", kv_dtype=E4M3, num_heads=128, dims=(256, 64), causal=False),
     Case("fp8_page_1_fp16", kv_dtype=E4M3, q_dtype=FP16, page_size=1),
     Case("fp8_dims_256_64", kv_dtype=E4M3, dims=(256, 64), page_size=16),
 ]

@@ -11,7 +11,10 @@ NUM_STAGES = {512: 1, 256: 2}
 
 
 def serves(spec: KernelSpec) -> bool:
-    return bool(spec.arg("q_dtype") == spec.arg("kv_dtype") != "fp32") and not spec.arg("short_queries")
+    q_dtype, kv_dtype = spec.arg("q_dtype"), spec.arg("kv_dtype")
+    if q_dtype == "fp32" or spec.arg("short_queries"):
+        return False
+    return bool(kv_dtype == q_dtype or (kv_dtype == "fp8_e4m3" and not spec.arg("large_pages")))  # row by row, that
 
 
 def config(spec: KernelSpec, constants: Constants) -> Config:

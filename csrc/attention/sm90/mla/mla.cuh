@@ -6,14 +6,15 @@
 //
 //   producer.cuh  how queries and the cache come in
 //   gather.cuh    the same where pages are small
+//   widen.cuh     the same where the cache is of fp8
 //   walk.cuh      the loop over KV tiles
 //   output.cuh    the end of a unit: normalize, store, merge
 //   tile.cuh      geometry, shared memory
 #pragma once
 
 #include "attention/mla/units.cuh"
-#include "attention/sm90/mla/gather.cuh"
 #include "attention/sm90/mla/output.cuh"
+#include "attention/sm90/mla/widen.cuh"
 #include "device/pdl.cuh"
 
 namespace flashinfer {
@@ -55,7 +56,11 @@ __device__ __forceinline__ void produce(const Sm90MlaParams& params, Smem<Config
   uint32_t kv_turn = 0;
   const auto load = [&](const Work& work, uint32_t turn) {
     load_queries<Config>(params, smem, work, turn, warp_idx);
-    if constexpr (Shape::kGathers) KvGatherer<Config>{params, smem, warp_idx}.run(work.item, kv_turn);
+    if constexpr (Shape::kWidens) {
+      KvWidener<Config>{params, smem, warp_idx}.run(work.item, kv_turn);
+    } else if constexpr (Shape::kGathers) {
+      KvGatherer<Config>{params, smem, warp_idx}.run(work.item, kv_turn);
+    }
   };
   for_each_unit(smem, load, prepare);
   if (warp_idx == 0 && fresh_thread_idx() % 32 == 0) units.close();
@@ -69,6 +74,7 @@ __device__ __forceinline__ void consume(const Sm90MlaParams& params, Smem<Config
     float out[Shape<Config>::kNumOutputs] = {};
     TileWalk<Config, kConsumer> walk{params, smem, work, params.sm_scale * kLog2E, out};
     smem.await(smem.q_full, turn);
+    cast_queries(smem);
     walk.run(kv_turn);
     __syncwarp();
     if (elect_lane()) smem.q_empty.at(turn).arrive();
@@ -78,9 +84,9 @@ __device__ __forceinline__ void consume(const Sm90MlaParams& params, Smem<Config
 
 }  // namespace sm90::mla
 
-// Config: Q (of q, ckv and kpe), Out, kHeadDimCkv, kHeadDimKpe, kHeadDimVo (the former), kKvStorage, kMask,
-// kGathersKv, and the tile: kBlockM, kBlockN, kNumStages, kNumThreads, kSmemBytes. Grid: as many blocks as the planner
-// was told.
+// Config: Q, Kv (that, or fp8 with kGathersKv), Out, kHeadDimCkv, kHeadDimKpe, kHeadDimVo (the former), kKvStorage,
+// kMask, kGathersKv, and the tile: kBlockM, kBlockN, kNumStages, kNumThreads, kSmemBytes. Grid: as many blocks as the
+// planner was told.
 template <class Config>
 __device__ void mla(const Sm90MlaParams& params) {
   using Shape = sm90::mla::Shape<Config>;

@@ -4,6 +4,7 @@
 #include "attention/mla/params.h"
 #include "attention/sm90/mla/params.h"
 #include "attention/sm90/scheduler.cuh"
+#include "device/kv_codec.cuh"
 
 namespace flashinfer::sm90::mla {
 
@@ -11,17 +12,18 @@ namespace flashinfer::sm90::mla {
 // of the columns. Half 0 of either is the first consumer's.
 template <class Config>
 struct Shape {
-  using T = typename Config::Q;
+  using T = typename CheapestOperand<typename Config::Q, typename Config::Kv>::Type;  // what is multiplied
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kNumStages = Config::kNumStages;
   static constexpr int kNumKeys = kBlockN / 2, kNumColumns = Config::kHeadDimCkv / 2;  // of a half
   static_assert(kBlockM == 64 && kNumKeys == 64, "a panel is 64 rows, of queries or of keys");
 
   static constexpr int kNumConsumers = 2, kRowsPerWarp = 16;
   static constexpr int kNumConsumerThreads = kNumConsumers * kWarpgroupSize;
-  static constexpr bool kGathers = Config::kGathersKv;         // small pages, by all warps of the producers: gather.cuh
-  static constexpr int kNumQueryProducers = kGathers ? 4 : 3;  // warps
+  static constexpr bool kGathers = Config::kGathersKv;  // row by row, by all warps of the producers: gather.cuh
+  static constexpr bool kWidens = sizeof(typename Config::Kv) == 1;  // in the same way: widen.cuh
+  static constexpr int kNumQueryProducers = kGathers ? 4 : 3;        // warps
   static_assert(Config::kNumThreads == kNumConsumerThreads + kWarpgroupSize);
-  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  static constexpr int kProducerRegisters = kWidens ? 72 : 56, kConsumerRegisters = kWidens ? 216 : 224;
 
   // Panels of 64 columns: those of ckv, then that of kpe, whose place the probabilities take once the scores are done.
   static constexpr int kPanelColumns = kPanelBytes / int(sizeof(T)), kPanelSize = 64 * kPanelBytes;
@@ -75,7 +77,7 @@ struct Smem {
   }
 };
 
-// Named barriers. At all but the last one consumer arrives, and the other waits.
-enum Barrier : int { kFirstHasScores = 1, kHasHandedOver = 2, kBothConsumers = 4 };
+// Named barriers. At the first ones one consumer arrives, and the other waits; the last is the producers'.
+enum Barrier : int { kFirstHasScores = 1, kHasHandedOver = 2, kBothConsumers = 4, kWidened = 5 };
 
 }  // namespace flashinfer::sm90::mla
