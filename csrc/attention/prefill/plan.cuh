@@ -47,7 +47,7 @@ constexpr int32_t kMaxKvLen = 1 << 30;  // of a request that can be true
 struct PrefillPlanSmem {
   alignas(16) int32_t warp_sums[kWarpSize];
   int32_t num_tiles_of_cost[CostBins::kNum];
-  int32_t occupied_bins[CostBins::kNum];  // those with a tile in them, in no order
+  int32_t occupied_bins[CostBins::kNum];  // those with a tile in them, the most costly first
   int32_t num_occupied;
   int32_t num_items_of_cost[CostBins::kNum];  // after splitting
   int32_t first_item_of_cost[CostBins::kNum];
@@ -132,9 +132,12 @@ struct PrefillPlanner {
       atomicMax(&smem.max_rows, num_rows_of(item));
     });
     __syncthreads();
-    for (int bin = threadIdx.x; bin < CostBins::kNum; bin += kNumThreads) {
-      if (smem.num_tiles_of_cost[bin] > 0) smem.occupied_bins[atomicAdd(&smem.num_occupied, 1)] = bin;
-    }
+    static_assert(CostBins::kNum <= kNumThreads);
+    const int bin = CostBins::kNum - 1 - int(threadIdx.x);
+    const bool is_occupied = bin >= 0 && smem.num_tiles_of_cost[bin] > 0;
+    const auto scan = scan_block<kNumThreads>(int32_t(is_occupied), smem.warp_sums);
+    if (is_occupied) smem.occupied_bins[scan.before] = bin;
+    if (threadIdx.x == 0) smem.num_occupied = scan.total;
     __syncthreads();
   }
 
@@ -146,9 +149,13 @@ struct PrefillPlanner {
   };
 
   // `time` is an upper bound when blocks take items as they come, the longest first: the average load plus one longest
-  // item, or as many rounds of the longest as there are.
+  // item, or as many rounds of the longest as there are. With one KV head the list really is taken in that order, and
+  // an item ends no later than the load of those before it plus itself: those that are split, which are longer than
+  // half of the limit, come before all that are shorter.
   __device__ __forceinline__ Estimate estimate(int32_t limit) const {
-    float num_units = 0.f, load = 0.f, longest = 0.f, num_counters = 0.f, num_slots = 0.f;
+    const bool is_in_order = params.num_kv_heads == 1;
+    const float num_blocks = float(params.num_blocks);
+    float num_units = 0.f, load = 0.f, longest = 0.f, num_counters = 0.f, num_slots = 0.f, time = 0.f;
     for (int i = 0; i < smem.num_occupied; ++i) {
       const int bin = smem.occupied_bins[i];
       const int32_t cost = bin_cost(bin), num_splits = num_splits_of(cost, limit);
@@ -158,6 +165,10 @@ struct PrefillPlanner {
       num_units += count * float(num_splits);
       load += count * float(num_splits) * split_cost;
       longest = fmaxf(longest, split_cost);
+      if (is_in_order || i + 1 == smem.num_occupied) {
+        const float last = is_in_order && 2 * cost <= limit ? split_cost : longest;
+        time = fmaxf(time, fminf(load / num_blocks + last, ceilf(num_units / num_blocks) * longest));
+      }
       if (num_splits > 1) {
         const PartialResults partial = PartialResults::of(num_splits);
         num_counters += float(smem.num_tiles_of_cost[bin]) * float(partial.num_counters());
@@ -167,9 +178,7 @@ struct PrefillPlanner {
     const bool fits = num_slots * float(smem.max_rows) <= float(params.max_partial_rows) &&
                       num_counters <= float(params.max_counters) &&
                       num_units <= float(params.max_items) * float(params.num_kv_heads);
-    const float num_blocks = float(params.num_blocks);
     load /= num_blocks;
-    const float time = fminf(load + longest, ceilf(num_units / num_blocks) * longest);
     return {load, longest, fits || num_slots == 0.f ? time : __builtin_bit_cast(float, 0x7f800000)};
   }
 
@@ -211,7 +220,6 @@ struct PrefillPlanner {
       atomicAdd(&smem.num_items_of_cost[split_bin(bin, limit)], smem.num_tiles_of_cost[bin] * num_splits);
     }
     __syncthreads();
-    static_assert(CostBins::kNum <= kNumThreads);
     const int bin = CostBins::kNum - 1 - threadIdx.x;
     const int32_t num_items = bin >= 0 ? smem.num_items_of_cost[bin] : 0;
     const auto scan = scan_block<kNumThreads>(num_items, smem.warp_sums);

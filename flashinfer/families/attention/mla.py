@@ -15,7 +15,7 @@ from flashinfer.families.layout import DTYPES, F32, I32, I64, Fields, P, nested
 from flashinfer.jit.spec import Config, Constants, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
 
 # In KV tiles: one takes longer than in prefill, or, in those for short queries, not so long.
-_COSTS, _SHORT_COSTS = PlanCosts(0.6, 1.2, 1), PlanCosts(2.0, 2.5, 4)
+_COSTS, _SHORT_COSTS = PlanCosts(0.6, 2.4, 1), PlanCosts(2.0, 2.5, 4)
 MAX_BLOCKS = 960  # of a grid: PrefillSchedule has a bit for each (csrc/attention/prefill/params.h)
 STORAGE = "paged_lens"  # of the KV, to the planner and to the kernels
 HEAD_DIMS_CKV = (512, 256)
