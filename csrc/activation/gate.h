@@ -10,8 +10,6 @@
 #include "common.h"
 
 #if !defined(__CUDACC__)
-#include <cmath>
-
 #include "cpu/math.h"
 #endif
 
@@ -23,14 +21,16 @@ template <int kGate>
 FLASHINFER_HOST_DEVICE inline float gate(float x) {
 #if defined(__CUDA_ARCH__)
   const auto exp = [](float y) { return __expf(y); };
+  const auto erf = [](float y) { return erff(y); };
 #else
   const auto exp = [](float y) { return cpu::fast_exp(y); };
+  const auto erf = [](float y) { return __builtin_erff(y); };
 #endif
   if constexpr (kGate == kSilu) {
     return x / (1.f + exp(-x));
   } else if constexpr (kGate == kGelu) {
     constexpr float kSqrtHalf = 0.70710678118654752f;
-    return 0.5f * x * (1.f + erff(x * kSqrtHalf));
+    return 0.5f * x * (1.f + erf(x * kSqrtHalf));
   } else {
     // 0.5·(1 + tanh(u)) = 1 / (1 + exp(−2u)): one exponential, and exact at both ends.
     constexpr float kTwoSqrtTwoOverPi = 1.5957691216057308f;

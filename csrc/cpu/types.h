@@ -1,7 +1,9 @@
 // Element types of the CPU target. Storage only; arithmetic is done in float.
+//
+// No kernel includes <cmath> or <algorithm>: g++ takes longer to read them than to compile most kernels. Elementary
+// functions are the compiler's builtins.
 #pragma once
 
-#include <cmath>
 #include <cstring>
 
 #include "common.h"
@@ -23,6 +25,8 @@ struct fp8_e5m2 {
 };
 
 namespace cpu {
+
+constexpr float kInfinity = __builtin_inff(), kNaN = __builtin_nanf("");
 
 // Elements below which waking the other threads costs more than their work saves, most of all where the threads
 // outnumber the free cores.
@@ -56,7 +60,7 @@ inline float to_float(fp8_e5m2 x) {
 }
 // fp8 e4m3 (no infinity, S.1111.111 is NaN): move exponent and mantissa into place and rebias by 2^120.
 inline float to_float(fp8_e4m3 x) {
-  if ((x.bits & 0x7f) == 0x7f) return std::nanf("");
+  if ((x.bits & 0x7f) == 0x7f) return kNaN;
   const uint32_t sign = uint32_t(x.bits & 0x80) << 24, magnitude = uint32_t(x.bits & 0x7f) << 20;
   return bit_cast<float>(bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p120f) | sign);
 }
@@ -87,7 +91,7 @@ inline bf16 from_float(float x) {
 template <>
 inline fp8_e4m3 from_float(float x) {
   const uint32_t sign = (bit_cast<uint32_t>(x) >> 24) & 0x80;
-  const float magnitude = std::fabs(x) > 448.f ? 448.f : std::fabs(x);
+  const float magnitude = __builtin_fabsf(x) > 448.f ? 448.f : __builtin_fabsf(x);
   const uint32_t bits = bit_cast<uint32_t>(magnitude);
   // As for fp16: adding 2^14 leaves units of 2^-9, the smallest subnormal, in the last bits.
   const uint32_t subnormal = bit_cast<uint32_t>(magnitude + 0x1p14f) - bit_cast<uint32_t>(0x1p14f);
@@ -97,7 +101,7 @@ inline fp8_e4m3 from_float(float x) {
 template <>
 inline fp8_e5m2 from_float(float x) {
   const uint32_t sign = (bit_cast<uint32_t>(x) >> 24) & 0x80;
-  const float magnitude = std::fabs(x) > 57344.f ? 57344.f : std::fabs(x);
+  const float magnitude = __builtin_fabsf(x) > 57344.f ? 57344.f : __builtin_fabsf(x);
   const uint32_t bits = bit_cast<uint32_t>(magnitude);
   const uint32_t subnormal = bit_cast<uint32_t>(magnitude + 0x1p7f) - bit_cast<uint32_t>(0x1p7f);  // units of 2^-16
   const uint32_t normal = (bits - (112u << 23) + 0xfffff + ((bits >> 21) & 1)) >> 21;

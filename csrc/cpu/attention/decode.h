@@ -86,7 +86,7 @@ struct DecodeState {
       if constexpr (S::kHasRope) rotate_row<kDimQk>(params, q[h], kv_len - 1);
       slope[h] = S::alibi_slope(params, first_head + h);
     }
-    for (int h = 0; h < kDecodeGroup; ++h) max[h] = -INFINITY;
+    for (int h = 0; h < kDecodeGroup; ++h) max[h] = -kInfinity;
   }
 
   // num_heads is a constant after inlining for the common group sizes.
@@ -154,7 +154,7 @@ struct DecodeState {
   // Keys that the query does not see are none of an item's (DecodeItems).
   void transform(const AttentionParams& params, float* scores, int h, int32_t first, int num_rows,
                  int32_t kv_len) const {
-    for (int j = num_rows; j < kDecodeBlock; ++j) scores[j] = -INFINITY;
+    for (int j = num_rows; j < kDecodeBlock; ++j) scores[j] = -kInfinity;
     if constexpr (!S::kIsPlain) {
       for (int j = 0; j < num_rows; ++j) {
         scores[j] = S::transform(params, scores[j], slope[h], first + j - (kv_len - 1));
@@ -166,7 +166,7 @@ struct DecodeState {
   void softmax(float* scores, int h, float scale) {
     float new_max = max[h];
     for (int j = 0; j < kDecodeBlock; ++j) new_max = scores[j] > new_max ? scores[j] : new_max;
-    const float shift = new_max == -INFINITY ? 0.f : new_max * scale;
+    const float shift = new_max == -kInfinity ? 0.f : new_max * scale;
     float block_sum = 0.f;
 #pragma omp simd reduction(+ : block_sum)
     for (int j = 0; j < kDecodeBlock; ++j) {
@@ -220,15 +220,15 @@ template <class Config>
 inline void merge_decode(const DecodePartial<Config>* partials, int num_partials, int num_heads,
                          DecodePartial<Config>& merged) {
   for (int h = 0; h < num_heads; ++h) {
-    float max = -INFINITY, sum = 0.f, out[Config::kHeadDimVo] = {};
-    for (int i = 0; i < num_partials; ++i) max = std::fmax(max, partials[i].lse[h]);
+    float max = -kInfinity, sum = 0.f, out[Config::kHeadDimVo] = {};
+    for (int i = 0; i < num_partials; ++i) max = __builtin_fmaxf(max, partials[i].lse[h]);
     for (int i = 0; i < num_partials; ++i) {
-      const float weight = partials[i].lse[h] == -INFINITY ? 0.f : std::exp2(partials[i].lse[h] - max);
+      const float weight = partials[i].lse[h] == -kInfinity ? 0.f : __builtin_exp2f(partials[i].lse[h] - max);
       sum += weight;
       for (int d = 0; d < Config::kHeadDimVo; ++d) out[d] += weight * partials[i].out[h][d];
     }
     for (int d = 0; d < Config::kHeadDimVo; ++d) merged.out[h][d] = sum > 0.f ? out[d] / sum : 0.f;
-    merged.lse[h] = sum > 0.f ? max + std::log2(sum) : -INFINITY;
+    merged.lse[h] = sum > 0.f ? max + __builtin_log2f(sum) : -kInfinity;
   }
 }
 
@@ -317,7 +317,7 @@ bool decode(const DecodeParams& params) {
       const float sum = state.sum[h], rcp_sum = sum > 0.f ? 1.f / sum : 0.f;
       for (int d = 0; d < Config::kHeadDimVo; ++d) result.out[h][d] = state.out[h][d] * rcp_sum;
       const float scale = Score<Config>::scale_log2(params);
-      result.lse[h] = sum > 0.f ? state.max[h] * scale + std::log2(sum) : -INFINITY;
+      result.lse[h] = sum > 0.f ? state.max[h] * scale + __builtin_log2f(sum) : -kInfinity;
     }
     if (whole) store_decode<Config>(params, result, request_idx, first_head, num_heads);
   }

@@ -18,11 +18,11 @@ void merge_states(const MergeParams& params) {
 #pragma omp parallel for schedule(static) if (num_head_rows * kHeadDim > 16384)
   for (int64_t head_row = 0; head_row < num_head_rows; ++head_row) {
     const int64_t row = head_row / params.num_heads, head_idx = head_row - row * params.num_heads;
-    float max = -INFINITY, sum = 0.f, out[kHeadDim] = {};
+    float max = -kInfinity, sum = 0.f, out[kHeadDim] = {};
     const auto merge_state = [&](const T* states, const float* lse, int64_t index) {
-      if (lse[index] == -INFINITY) return;  // its output may be anything, NaN included
-      const float new_max = std::fmax(max, lse[index]);
-      const float old_weight = std::exp2(max - new_max), weight = std::exp2(lse[index] - new_max);
+      if (lse[index] == -kInfinity) return;  // its output may be anything, NaN included
+      const float new_max = __builtin_fmaxf(max, lse[index]);
+      const float old_weight = __builtin_exp2f(max - new_max), weight = __builtin_exp2f(lse[index] - new_max);
       max = new_max;
       sum = sum * old_weight + weight;
       const T* state = states + index * kHeadDim;
@@ -39,7 +39,7 @@ void merge_states(const MergeParams& params) {
     const float rcp_sum = sum > 0.f ? 1.f / sum : 0.f;
     T* v_out = static_cast<T*>(params.v_out) + head_row * kHeadDim;
     for (int d = 0; d < kHeadDim; ++d) v_out[d] = from_float<T>(out[d] * rcp_sum);
-    if (params.s_out != nullptr) params.s_out[head_row] = sum > 0.f ? max + std::log2(sum) : -INFINITY;
+    if (params.s_out != nullptr) params.s_out[head_row] = sum > 0.f ? max + __builtin_log2f(sum) : -kInfinity;
   }
 }
 

@@ -31,7 +31,7 @@ struct MlaState : TileState<Config::kHeadDimQk, Config::kHeadDimVo> {
       this->attend_block(scale, [&](int row) {
         const Range keys = visibility.keys_of(position_of(token[row], qo_len, view.len), view.len);
         const int32_t num_seen = keys.end - first_key;
-        for (int j = num_seen > 0 ? num_seen : 0; j < kN; ++j) scores[row][j] = -INFINITY;
+        for (int j = num_seen > 0 ? num_seen : 0; j < kN; ++j) scores[row][j] = -kInfinity;
       });
     }
     for (int row = 0; row < this->num_rows; ++row) {

@@ -75,7 +75,7 @@ struct TileState {
       token[row] = (first_row + row) / group_size;
       qo_head[row] = kv_head * group_size + (first_row + row) % group_size;
       load(row);
-      max[row] = -INFINITY;
+      max[row] = -kInfinity;
       sum[row] = 0.f;
       std::memset(out[row], 0, sizeof(out[row]));
     }
@@ -109,7 +109,7 @@ struct TileState {
   // sink: of the row's head, or null.
   template <class Out>
   void store_row(int row, Out* dst, float* lse, float scale, float v_scale, const float* sink = nullptr) const {
-    float row_lse = sum[row] > 0.f ? max[row] * scale + std::log2(sum[row]) : -INFINITY;
+    float row_lse = sum[row] > 0.f ? max[row] * scale + __builtin_log2f(sum[row]) : -kInfinity;
     float factor = sum[row] > 0.f ? v_scale / sum[row] : 0.f;
     if (sink != nullptr) factor *= add_sink(*sink, row_lse);
     for (int d = 0; d < kDimVo; ++d) dst[d] = from_float<Out>(out[row][d] * factor);
@@ -123,7 +123,7 @@ struct TileState {
     float new_max = max[row];
 #pragma omp simd reduction(max : new_max)
     for (int j = 0; j < kN; ++j) new_max = row_scores[j] > new_max ? row_scores[j] : new_max;
-    const float shift = new_max == -INFINITY ? 0.f : new_max * scale;
+    const float shift = new_max == -kInfinity ? 0.f : new_max * scale;
     float block_sum = 0.f;
 #pragma omp simd reduction(+ : block_sum)
     for (int j = 0; j < kN; ++j) {
@@ -220,7 +220,7 @@ struct PrefillState : TileState<Config::kHeadDimQk, Config::kHeadDimVo> {
       }
       for (int j = 0; j < 32; ++j) {
         const bool visible = visibility.contains(keys, first_key + word + j) && (bits >> j) & 1;
-        row_scores[word + j] = visible ? row_scores[word + j] : -INFINITY;
+        row_scores[word + j] = visible ? row_scores[word + j] : -kInfinity;
       }
     }
   }

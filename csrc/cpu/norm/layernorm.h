@@ -32,7 +32,7 @@ void layernorm(const NormParams& params) {
       x[i] -= mean;
       sum_of_squares += x[i] * x[i];
     }
-    const float scale = 1.f / std::sqrt(sum_of_squares / kHiddenSize + params.eps);
+    const float scale = 1.f / __builtin_sqrtf(sum_of_squares / kHiddenSize + params.eps);
 #pragma omp simd
     for (int i = 0; i < kHiddenSize; ++i) {
       output[i] = from_float<T>(x[i] * scale * to_float(weight[i]) + to_float(bias[i]));

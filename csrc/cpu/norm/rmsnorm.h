@@ -29,7 +29,7 @@ void rmsnorm_rows(const NormParams& params, float output_scale) {
       }
       sum_of_squares += x[i] * x[i];
     }
-    const float scale = 1.f / std::sqrt(sum_of_squares / kHiddenSize + params.eps) * output_scale;
+    const float scale = 1.f / __builtin_sqrtf(sum_of_squares / kHiddenSize + params.eps) * output_scale;
 #pragma omp simd
     for (int i = 0; i < kHiddenSize; ++i) {
       output[i] = from_float<OutT>(x[i] * scale * (to_float(weight[i]) + (Config::kGemma ? 1.f : 0.f)));

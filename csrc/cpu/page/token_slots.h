@@ -1,8 +1,6 @@
 // Where a token is in a paged cache, on the CPU: the equations of page/token_slots.cuh.
 #pragma once
 
-#include <algorithm>
-
 #include "page/params.h"
 
 namespace flashinfer::cpu {
@@ -25,7 +23,7 @@ TokenSlot find_slot(const TokenSlots& slots, const SlotBounds& bounds, int token
   if (batch_idx < 0 || batch_idx >= bounds.batch_size || position < 0) return {0, 0, false};
   const PageIndex* page_indptr = static_cast<const PageIndex*>(slots.page_indptr) + batch_idx;
   const int64_t i = int64_t(uint64_t(page_indptr[0]) + uint64_t(position / bounds.page_size));
-  if (i < 0 || i >= std::min<int64_t>(page_indptr[1], bounds.num_page_indices)) return {0, 0, false};
+  if (i < 0 || i >= page_indptr[1] || i >= bounds.num_page_indices) return {0, 0, false};
   const int64_t page_idx = static_cast<const PageIndex*>(slots.page_indices)[i];
   return {page_idx, position % bounds.page_size, page_idx >= 0 && page_idx < bounds.num_pages};
 }

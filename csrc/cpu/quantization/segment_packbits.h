@@ -2,8 +2,6 @@
 // quantization/segment_packbits.cuh. The host has checked the offsets. A segment a thread.
 #pragma once
 
-#include <algorithm>
-
 #include "cpu/quantization/pack_byte.h"
 #include "quantization/params.h"
 
@@ -21,9 +19,8 @@ void segment_packbits(const SegmentPackbitsParams& params) {
       params.output[byte_idx] = pack_byte<Config::kBigEndian>(params.input + begin, indptr[i + 1] - begin);
     }
   }
-  const int64_t num_packed = packed_indptr[params.num_segments];
   // Not memset: without elements there is no output, and it may not be given a null pointer, not even for nothing.
-  std::fill(params.output + num_packed, params.output + params.num_bytes, uint8_t(0));
+  for (int64_t i = packed_indptr[params.num_segments]; i < params.num_bytes; ++i) params.output[i] = 0;
 }
 
 }  // namespace flashinfer::cpu

@@ -20,7 +20,7 @@ void qk_norm_rope_heads(const QkNormRopeParams& params, const TokenAngles<Config
     float sum_of_squares = 0.f;
 #pragma omp simd reduction(+ : sum_of_squares)
     for (int i = 0; i < kDim; ++i) sum_of_squares += x[i] * x[i];
-    const float rcp_rms = 1.f / std::sqrt(sum_of_squares / kDim + params.eps);
+    const float rcp_rms = 1.f / __builtin_sqrtf(sum_of_squares / kDim + params.eps);
     for (int i = 0; i < kDim; ++i) x[i] *= rcp_rms * (params.weight_bias + w[i]);
     angles.rotate(x);
     store_floats<kDim>(x, 1.f, row);

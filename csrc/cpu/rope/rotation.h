@@ -1,8 +1,6 @@
 // Angles and the rotation of one head on the CPU; device/rotary.cuh says why angles are 64-bit fractions of a turn.
 #pragma once
 
-#include <algorithm>
-
 #include "cpu/page/token_slots.h"
 #include "cpu/rotary.h"
 #include "cpu/types.h"
@@ -15,7 +13,11 @@ int64_t rotary_position(const Rotation& rotation, const RotationSetup& setup, in
   using Index = typename Config::PositionIndex;
   if constexpr (Config::kRagged) {
     const Index* indptr = static_cast<const Index*>(rotation.indptr);
-    const int64_t batch_idx = std::upper_bound(indptr, indptr + setup.batch_size + 1, Index(token_idx)) - indptr - 1;
+    int64_t batch_idx = -1;  // the last whose first token is not behind this one
+    for (int64_t behind = setup.batch_size + 1; behind - batch_idx > 1;) {
+      const int64_t middle = (batch_idx + behind) / 2;
+      (indptr[middle] <= Index(token_idx) ? batch_idx : behind) = middle;
+    }
     if (batch_idx < 0 || batch_idx >= setup.batch_size) return 0;  // padding before the first request or past the last
     const int64_t offset = static_cast<const Index*>(rotation.offsets)[batch_idx];
     return int64_t(uint64_t(offset) + uint64_t(token_idx) - uint64_t(indptr[batch_idx]));

@@ -12,7 +12,7 @@ namespace flashinfer::cpu {
 // below 2e-7.
 inline float exp_nonpositive(float x) {
   const float y = (x > -87.f ? x : -87.f) * 1.44269504088896340736f;
-  const float whole = std::floor(y + 0.5f);
+  const float whole = __builtin_floorf(y + 0.5f);
   // 2^(y - whole) by its Taylor polynomial on [-0.5, 0.5].
   const float z = (y - whole) * 0.69314718055994530942f;
   const float series =
@@ -72,13 +72,13 @@ struct RowBuffer {
 struct RowTotals {
   float max;
   double sum;
-  bool is_valid() const { return sum > 0. && sum < INFINITY; }
+  bool is_valid() const { return sum > 0. && sum < kInfinity; }
 };
 
 // Weights of a row of logits are exp((logit - max) / temperature); of probabilities, themselves.
 template <int kInput, class T>
 inline RowTotals load_row(const T* input, int vocab_size, float temperature, RowBuffer& row) {
-  float max = -INFINITY;
+  float max = -kInfinity;
   int num_nan = 0;
 #pragma omp simd reduction(max : max) reduction(+ : num_nan)
   for (int i = 0; i < vocab_size; ++i) {
@@ -89,10 +89,10 @@ inline RowTotals load_row(const T* input, int vocab_size, float temperature, Row
   }
   if constexpr (kInput == kOrderOnly) return {max, 1.};
   if constexpr (kInput == kLogits) {
-    const float base = max == -INFINITY ? 0.f : max, inverse = 1.f / temperature;
+    const float base = max == -kInfinity ? 0.f : max, inverse = 1.f / temperature;
 #pragma omp simd
     for (int i = 0; i < vocab_size; ++i) row.weights[i] = exp_nonpositive((row.scores[i] - base) * inverse);
-    if (max == INFINITY) num_nan = 1;
+    if (max == kInfinity) num_nan = 1;
   } else {
 #pragma omp simd
     for (int i = 0; i < vocab_size; ++i) row.weights[i] = row.scores[i];
@@ -100,7 +100,7 @@ inline RowTotals load_row(const T* input, int vocab_size, float temperature, Row
   double sum = 0.;
 #pragma omp simd reduction(+ : sum)
   for (int i = 0; i < vocab_size; ++i) sum += row.weights[i];
-  return {max, num_nan ? static_cast<double>(NAN) : sum};
+  return {max, num_nan ? static_cast<double>(kNaN) : sum};
 }
 
 // The weight of a score as the search needs it.
@@ -119,7 +119,7 @@ template <class Weight>
 inline float smallest_kept(float* scores, int64_t size, int64_t top_k, double target, Weight weigh) {
   int64_t begin = 0, end = size, count_above = 0;
   double weight_above = 0.;
-  float kept = -INFINITY;
+  float kept = -kInfinity;
   while (begin < end) {
     const float a = scores[begin], b = scores[begin + (end - begin) / 2], c = scores[end - 1];
     const float pivot = a < b ? (b < c ? b : (a < c ? c : a)) : (a < c ? a : (b < c ? c : b));
@@ -161,9 +161,9 @@ inline float filter_threshold(const Params& params, int64_t row_idx, bool top_k_
   constexpr int kInput = Config::kInput;
   const int vocab_size = params.vocab_size;
   if constexpr (Config::kMinP) {
-    return std::fmin(params.min_p ? params.min_p[row_idx] : params.min_p_value, 1.f) * totals.max;
+    return __builtin_fminf(params.min_p ? params.min_p[row_idx] : params.min_p_value, 1.f) * totals.max;
   }
-  if constexpr (!Config::kTopK && !Config::kTopP) return -INFINITY;
+  if constexpr (!Config::kTopK && !Config::kTopP) return -kInfinity;
 
   int64_t top_k = vocab_size;
   double top_p = 1.;
@@ -173,7 +173,7 @@ inline float filter_threshold(const Params& params, int64_t row_idx, bool top_k_
   }
   if constexpr (Config::kTopP) top_p = params.top_p ? params.top_p[row_idx] : params.top_p_value;
   const bool cuts_count = top_k < vocab_size, cuts_weight = top_p < 1.;
-  if (!cuts_count && !cuts_weight) return -INFINITY;
+  if (!cuts_count && !cuts_weight) return -kInfinity;
   if (!cuts_count) top_k = INT64_MAX;
 
   int64_t size = 0;
@@ -181,14 +181,14 @@ inline float filter_threshold(const Params& params, int64_t row_idx, bool top_k_
     if (row.scores[i] == row.scores[i]) row.search[size++] = row.scores[i];
   }
   const Weigh<kInput> weigh{totals.max, 1.f / temperature};
-  const auto target = [&](double sum) { return cuts_weight ? std::fmax(top_p * sum, 1e-300) : INFINITY; };
+  const auto target = [&](double sum) { return cuts_weight ? __builtin_fmax(top_p * sum, 1e-300) : kInfinity; };
   if (!(top_k_first && cuts_count && cuts_weight)) {
     return smallest_kept(row.search, size, top_k, target(totals.sum), weigh);
   }
-  const float k_threshold = smallest_kept(row.search, size, top_k, INFINITY, weigh);
+  const float k_threshold = smallest_kept(row.search, size, top_k, kInfinity, weigh);
   double kept_sum = 0.;
   for (int i = 0; i < vocab_size; ++i) kept_sum += row.scores[i] >= k_threshold ? row.weights[i] : 0.f;
-  return std::fmax(k_threshold, smallest_kept(row.search, size, INT64_MAX, target(kept_sum), weigh));
+  return __builtin_fmaxf(k_threshold, smallest_kept(row.search, size, INT64_MAX, target(kept_sum), weigh));
 }
 
 // The element at which the running sum of weights passes uniform * total; the last with weight if rounding hides it, or
