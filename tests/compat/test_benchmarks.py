@@ -15,7 +15,8 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import results  # noqa: E402
 
-# A benchmark of two cases, on flashinfer packages that say themselves how long they take.
+# A benchmark of two cases, on flashinfer packages that say themselves how long they take. What stands in for torch
+# spares each process the import.
 BENCHMARK = """
 import argparse
 from common import print_failures, print_table, run, table, write_results
@@ -40,6 +41,11 @@ __version__ = "1.0"
 def microseconds(case, scale):
     return scale * {"small": 1.5, "large": 2.5}[case]
 """
+TORCH = """
+__version__ = "2.0"
+class cuda:
+    is_available = staticmethod(lambda: False)
+"""
 PEER = """
 __version__ = "0.7"
 def microseconds(case, scale):
@@ -54,9 +60,9 @@ def run(*command: str, path: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
 
 
-def install(folder: Path, package: str, distribution: str = "") -> Path:
-    (folder / "flashinfer").mkdir(parents=True)
-    (folder / "flashinfer" / "__init__.py").write_text(package)
+def install(folder: Path, package: str, distribution: str = "", name: str = "flashinfer") -> Path:
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text(package)
     if distribution:
         (folder / f"{distribution}-9.dist-info").mkdir()
         (folder / f"{distribution}-9.dist-info" / "METADATA").write_text(f"Name: {distribution}\nVersion: 9\n")
@@ -75,7 +81,8 @@ def stub(tmp_path: Path) -> tuple[str, str]:
     """The script, and the path on which it finds our side."""
     script = tmp_path / "bench_stub.py"
     script.write_text(BENCHMARK)
-    return str(script), f"{install(tmp_path / 'ours', OURS)}{os.pathsep}{ROOT / 'benchmarks'}"
+    torch = install(tmp_path / "torch", TORCH, name="torch")
+    return str(script), os.pathsep.join(map(str, (install(tmp_path / "ours", OURS), ROOT / "benchmarks", torch)))
 
 
 @pytest.mark.parametrize(("distribution", "label"), [("", "peer 0.7"), ("flashinfer_python", "upstream 0.7")])
