@@ -10,6 +10,8 @@ VENV=.venv
 TORCH_VERSION=2.13.0
 NVRTC_VERSION=13.0.88
 export PIP_DISABLE_PIP_VERSION_CHECK=1
+# Images of containers often set it. Packages are installed without bytecode, and every process would compile torch again.
+unset PYTHONDONTWRITEBYTECODE
 
 # A line of progress; demo.sh says how long it will take, too.
 say() { printf '[%3d s] %s\n' "$SECONDS" "$*"; }
