@@ -1,4 +1,5 @@
-// How keys and values come from their storage type to the 16-bit type T that the tensor cores multiply.
+// How keys and values, and queries of 8 bits, come from their storage type to the 16-bit type T that the tensor cores
+// multiply.
 //
 // ldmatrix deals out registers of four bytes: two elements of 16 bits, or four of one byte. A codec makes pairs of T of
 // them. A storage type without a codec does not compile: nothing is taken for fp8 because it is one byte wide.
@@ -137,5 +138,12 @@ template <class Q>
 struct CheapestOperand<Q, fp8_e5m2> {
   using Type = fp16;
 };
+// Where 16-bit queries stay as they are.
+template <class Q, class Kv>
+struct QueryOperand {
+  using Type = Q;
+};
+template <class Kv>
+struct QueryOperand<fp8_e4m3, Kv> : CheapestOperand<fp8_e4m3, Kv> {};
 
 }  // namespace flashinfer

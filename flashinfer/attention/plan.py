@@ -13,6 +13,8 @@ import torch
 
 from flashinfer import dtypes
 from flashinfer.attention.variant import Overrides, Variant, require_sinks
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.families.layout import FP8_DTYPES
 from flashinfer.host import checks, memo, paged_cache
 from flashinfer.host.paged_cache import PagedCache
 from flashinfer.host.rows import require_distinct, require_rows
@@ -56,6 +58,17 @@ def dtype_of(op: str, name: str, given: object) -> torch.dtype:
         return dtypes.torch_dtype(given)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise type(error)(f"{op}: {name}: {error}") from None
+
+
+def short_names(op: str, types: tuple[torch.dtype, ...]) -> tuple[str, ...]:
+    """Of the dtypes of q, KV and output. Raises UnsupportedConfig for an output of 8 bits, which q alone would have."""
+    names = tuple(map(dtypes.short_name, types))
+    if names[2] in FP8_DTYPES:
+        raise UnsupportedConfig(
+            f"{op}: the output would be {types[2]} as q is; expected 16 bits. Next step: name its dtype, as "
+            f"o_data_type of plan() or o_dtype of single_{op}_with_kv_cache()"
+        )
+    return names
 
 
 class Call(NamedTuple):

@@ -29,6 +29,7 @@ class Case:
     page_size: int = 16
     q_dtype: torch.dtype = BF16
     kv_dtype: torch.dtype | None = None
+    o_dtype: torch.dtype | None = None
     layout: str = "NHD"
     cache: str = "one"  # "one" 5-D tensor, "tuple" (k, v), "strided": rows cut out of a wider tensor
     options: dict[str, Any] = field(default_factory=dict)
@@ -118,6 +119,7 @@ class Batch:
             case.page_size,
             q_data_type=case.q_dtype,
             kv_data_type=case.kv_dtype,
+            o_data_type=case.o_dtype,
             **{**options, **extra},
         )
 
@@ -125,7 +127,7 @@ class Batch:
         scales = {
             name: value for name, value in self.case.options.items() if name.endswith(("q_scale", "k_scale", "v_scale"))
         }
-        out = torch.full(self.q.shape, math.nan, dtype=self.case.q_dtype, device=self.device)
+        out = torch.full(self.q.shape, math.nan, dtype=self.case.o_dtype or self.case.q_dtype, device=self.device)
         lse = torch.full(self.q.shape[:2], math.nan, device=self.device)
         wrapper.run(self.q.to(self.device), self.cache, out=out, lse=lse, return_lse=True, **{**scales, **extra})
         return out, lse

@@ -208,7 +208,7 @@ def replay_other_lengths(case: Case, check: Callable[[Batch, tuple[Tensor, Tenso
     short = replace(case, qo_lens=(16, 16, 16, 16), kv_lens=(16, 17, 18, 19))
     batches = {"short": make_batch(short, device, seed=3), "long": make_batch(long, device, seed=3)}
     q = batches["short"].q.clone()
-    max_pages = 600
+    max_pages = sum(-(-n // case.page_size) for n in long.kv_lens) + 100
     size = (max_pages, 2, case.page_size, case.heads[1], case.head_dim)
     cache = torch.zeros(size, device=device).to(case.kv_dtype or case.q_dtype)
     wrapper = graph_wrapper(long, device, max_pages)

@@ -19,6 +19,7 @@ from tests.attention.named_cases import named
 from tests.oracles.attention import attention, paged_request
 from tests.tolerances import assert_close
 
+FP8: dict[str, Any] = {"q_dtype": E4M3, "o_dtype": BF16}
 CASES = [
     Case("ordinary"),
     Case("fp16", q_dtype=FP16),
@@ -62,6 +63,18 @@ CASES = [
     Case("e4m3_head_dim_32", kv_dtype=E4M3, head_dim=32),
     Case("e4m3_head_dim_96", kv_dtype=E4M3, head_dim=96, page_size=1),
     Case("e4m3_head_dim_256", kv_dtype=E4M3, head_dim=256),
+    Case("fp8_queries", **FP8, options={"q_scale": 0.7, "k_scale": 0.5, "v_scale": 2.0}),
+    Case("fp8_queries_fp16_out", **{**FP8, "o_dtype": FP16}),
+    Case("fp8_queries_hnd_page_7", **FP8, layout="HND", page_size=7),
+    Case("fp8_queries_page_1", **FP8, page_size=1),
+    *[Case(f"fp8_queries_head_dim_{dim}", **FP8, head_dim=dim) for dim in (32, 64, 96, 192, 256)],
+    Case("fp8_queries_group_11", **FP8, heads=(22, 2)),
+    Case("fp8_queries_strided", **FP8, cache="strided"),
+    Case("fp8_queries_merged_in_groups", **FP8, kv_lens=(9000, 0, 8500, 40, 2), heads=(8, 1)),
+    Case("fp8_queries_no_kv", **FP8, kv_lens=(0, 5, 0)),
+    Case("fp8_queries_rope", **FP8, options={"pos_encoding_mode": "ROPE_LLAMA"}),
+    Case("fp8_queries_alibi_soft_cap_window", **FP8, options={
+        "pos_encoding_mode": "ALIBI", "logits_soft_cap": 8.0, "window_left": 100}),
     Case("mixed_16_bit", q_dtype=BF16, kv_dtype=FP16),
     Case("window", options={"window_left": 50}),
     Case("window_0", options={"window_left": 0}),
@@ -83,7 +96,7 @@ CPU_CASES = [
 
 
 SANITIZED = {"ordinary", "page_1", "one_long_request", "short_among_long", "group_16", "head_dim_64"}
-SANITIZED |= {"merged_in_groups", "e4m3_head_dim_96"}
+SANITIZED |= {"merged_in_groups", "e4m3_head_dim_96", "fp8_queries", "fp8_queries_head_dim_32"}
 
 
 @pytest.mark.parametrize("case", named(CASES, sanitized=SANITIZED))
@@ -100,7 +113,7 @@ def test_batch_fp32(case: Case) -> None:
 
 
 SINGLE_NAMES = {"ordinary", "fp16", "mqa", "group_7", "group_40", "head_dim_96", "head_dim_256", "e4m3"}
-SINGLE_NAMES |= {"window", "soft_cap", "alibi", "rope"}
+SINGLE_NAMES |= {"window", "soft_cap", "alibi", "rope", "fp8_queries"}
 SINGLE_CASES = [case for case in CASES if case.name in SINGLE_NAMES]
 
 
@@ -118,9 +131,43 @@ def test_single(case: Case, layout: str, device: torch.device) -> None:
             k, v = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()
         for _ in range(2):  # counters must be back at zero
             actual = flashinfer.single_decode_with_kv_cache(
-                q.to(device), k.to(device), v.to(device), layout, return_lse=True, **case.options
+                q.to(device), k.to(device), v.to(device), layout, return_lse=True, o_dtype=case.o_dtype, **case.options
             )
             check((actual[0][None], actual[1][None]), expected, case)
+
+
+def test_the_output_of_fp8_queries_needs_a_dtype(device: torch.device) -> None:
+    batch = Batch(Case("dtype", q_dtype=E4M3), device)
+    wrapper = make_wrapper(device)
+    with pytest.raises(UnsupportedConfig, match=r"the output would be torch.float8_e4m3fn.*o_data_type"):
+        batch.plan(wrapper)
+    q, k = batch.q[0].to(device), torch.zeros(10, 2, 128, device=device).to(E4M3)
+    with pytest.raises(UnsupportedConfig, match=r"the output would be torch.float8_e4m3fn.*o_dtype"):
+        flashinfer.single_decode_with_kv_cache(q, k, k)
+    with pytest.raises(UnsupportedConfig, match="output would be"):
+        flashinfer.single_decode_with_kv_cache(q, k, k, o_dtype=E4M3)
+
+
+@pytest.mark.parametrize("kv_dtype", [BF16, FP16, E5M2], ids=str)
+def test_fp8_queries_over_another_dtype_are_refused(device: torch.device, kv_dtype: torch.dtype) -> None:
+    batch = Batch(Case("mixed", q_dtype=E4M3, kv_dtype=kv_dtype, o_dtype=BF16), device)
+    with pytest.raises(UnsupportedConfig, match=r"decode: q is fp8_e4m3 and KV .*expected fp8 queries"):
+        batch.plan(make_wrapper(device))
+    k = torch.zeros(10, 2, 128, device=device).to(kv_dtype)
+    with pytest.raises(UnsupportedConfig, match=r"decode: q is fp8_e4m3 and KV .*leave q in 16 bits"):
+        flashinfer.single_decode_with_kv_cache(batch.q[0].to(device), k, k, o_dtype=BF16)
+
+
+def test_the_dtype_of_q_is_the_planned_one(device: torch.device) -> None:
+    """A cache of one dtype under queries of two: each wants its plan."""
+    case = Case("planned", **FP8)
+    batch, wrapper = Batch(case, device), make_wrapper(device)
+    batch.plan(wrapper)
+    with pytest.raises(ValueError, match=r"q is torch.bfloat16; planned with q_data_type torch.float8_e4m3fn"):
+        wrapper.run(batch.q.to(device, BF16), batch.cache)
+    with pytest.raises(ValueError, match=r"out is torch.float8_e4m3fn .*expected torch.bfloat16"):
+        wrapper.run(batch.q.to(device), batch.cache, out=torch.empty_like(batch.q, device=device))
+    check(batch.run(wrapper), batch.expected(), case)
 
 
 def test_value_head_dim_of_its_own(device: torch.device) -> None:
@@ -215,19 +262,28 @@ def test_result_does_not_depend_on_the_batch(device: torch.device) -> None:
 @pytest.mark.gpu
 def test_cuda_graph_of_plan_and_run() -> None:
     """Capture plan and run with short KV at the largest batch; replay with long KV and with fewer requests."""
+    replay_other_lengths(BF16)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_of_plan_and_run_of_fp8_queries() -> None:
+    replay_other_lengths(E4M3)
+
+
+def replay_other_lengths(dtype: torch.dtype) -> None:
     device = torch.device("cuda", 0)
     max_batch, max_pages = 6, 2000
     buffers = [torch.zeros(n, dtype=torch.int32, device=device) for n in (max_batch + 1, max_pages, max_batch)]
     workspace = torch.empty(64 << 20, dtype=torch.uint8, device=device)
     wrapper = flashinfer.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(workspace, *buffers)
     assert wrapper.is_cuda_graph_enabled
-    cache = torch.randn(max_pages, 2, 16, 2, 128, device=device).to(BF16)
-    q = torch.randn(max_batch, 8, 128, device=device).to(BF16)
-    out = torch.empty_like(q)
+    cache = torch.randn(max_pages, 2, 16, 2, 128, device=device).to(dtype)
+    q = torch.randn(max_batch, 8, 128, device=device).to(dtype)
+    out = torch.empty_like(q, dtype=BF16)
     lse = torch.empty(max_batch, 8, device=device)
 
     def step() -> None:
-        wrapper.plan(*buffers, 8, 2, 128, 16, q_data_type=BF16)
+        wrapper.plan(*buffers, 8, 2, 128, 16, q_data_type=dtype, o_data_type=BF16)
         for _ in range(2):
             wrapper.run(q, cache, out=out, lse=lse, return_lse=True)
 
@@ -254,7 +310,7 @@ def test_cuda_graph_of_plan_and_run() -> None:
             assert k.shape[0] == n
             check((out[i : i + 1], lse[i : i + 1]), attention(q[i : i + 1], k, v), Case("graph"))
     with pytest.raises(ValueError, match="batch size 6, indptr is for 5"):
-        wrapper.plan(buffers[0][:6], buffers[1], buffers[2][:5], 8, 2, 128, 16, q_data_type=BF16)
+        wrapper.plan(buffers[0][:6], buffers[1], buffers[2][:5], 8, 2, 128, 16, q_data_type=dtype, o_data_type=BF16)
 
 
 @pytest.mark.gpu

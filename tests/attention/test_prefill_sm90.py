@@ -50,7 +50,6 @@ def header_of(target: str, **axes: Any) -> str:
         {"pos_encoding": "alibi"},
         FP8,
         {**FP8, "o_dtype": "fp16", "kv_storage": "paged", "page_size": 8, "mask": "none", "has_window": True},
-        {**FP8, "short_queries": True},
         {"short_queries": True},
         {"short_queries": True, "kv_storage": "paged", "page_size": 16},
         {"short_queries": True, "kv_storage": "paged", "page_size": 1},
@@ -80,34 +79,24 @@ def test_serves(axes: dict[str, Any]) -> None:
         {"head_dim": 96, "short_queries": True},
         {"pos_encoding": "rope"},
         {"pos_encoding": "rope", "short_queries": True},
+        {**FP8, "short_queries": True},
+        {**FP8, "pos_encoding": "rope"},
+        {**FP8, "head_dim": 96},
+        {**FP8, "head_dim": 256, "kv_storage": "paged", "page_size": 1},
+        {**FP8, "head_dim": 256, "kv_storage": "paged", "page_size": 12},
     ],
 )
 def test_leaves_to_the_other(axes: dict[str, Any]) -> None:
     assert header_of("sm_90a", **axes) == EVERYWHERE
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a", "x86-64-v3"])
 @pytest.mark.parametrize(
-    ("target", "axes"),
-    [
-        ("sm_80", {}),
-        ("sm_100a", {}),
-        ("sm_90a", {"kv_storage": "paged", "page_size": 1, "head_dim": 256}),
-        ("sm_90a", {"kv_storage": "paged", "page_size": 12, "head_dim": 256}),
-        ("sm_90a", {"pos_encoding": "rope"}),
-        ("sm_90a", {"head_dim": 96}),
-        ("sm_90a", {"kv_dtype": "bf16"}),
-        ("sm_90a", {"kv_dtype": "fp8_e5m2"}),
-        ("sm_90a", {"q_dtype": "bf16", "kv_dtype": "bf16", "o_dtype": "fp16"}),
-    ],
+    "axes", [{"kv_dtype": "bf16"}, {"kv_dtype": "fp8_e5m2"}, {"q_dtype": "bf16", "kv_dtype": "bf16", "o_dtype": "fp16"}]
 )
-def test_fp8_queries_are_refused_where_no_kernel_takes_them(target: str, axes: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedConfig, match=r"prefill: (fp8 queries|q is)"):
+def test_dtypes_without_a_kernel_are_refused(target: str, axes: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedConfig, match="prefill: q is"):
         source.render(families.prefill(target, **{**BF16, **FP8, **axes}))
-
-
-def test_length_of_fp8_queries_makes_no_two_kernels() -> None:
-    short, long = (families.prefill("sm_90a", **{**BF16, **FP8}, short_queries=short) for short in (True, False))
-    assert short == long
 
 
 def test_the_page_size_makes_no_two_kernels_where_none_minds() -> None:

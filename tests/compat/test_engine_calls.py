@@ -102,6 +102,25 @@ def prefill_wrapper(pool: Pool, batch_size: int, **options: Any) -> flashinfer.B
 # --------------------------------------------------------------------------------------------------------------- decode
 
 
+def test_decode_of_an_fp8_cache(device: torch.device) -> None:
+    """vLLM quantizes queries as it does the cache, and names the output's dtype once: later plans leave it out."""
+    pool, batch_size, fp8 = Pool(device, 16), 3, torch.float8_e4m3fn
+    pool.cache = pool.cache.to(fp8)
+    wrapper = decode_wrapper(pool, batch_size)
+    q, out = pool.draw(batch_size, NUM_QO_HEADS, HEAD_DIM).to(fp8), pool.draw(batch_size, NUM_QO_HEADS, HEAD_DIM)
+    plan: Callable[..., None] = functools.partial(wrapper.plan, o_data_type=BF16)
+    for kv_lens in [(20, 5, 1), (900, 3, 1200)]:
+        table = pool.table(kv_lens)
+        plan(
+            *table, *SHAPES, 16, pos_encoding_mode="NONE", sm_scale=SM_SCALE, window_left=-1, logits_soft_cap=None,
+            q_data_type=fp8, kv_data_type=fp8, fixed_split_size=-1, disable_split_kv=False,
+        )  # fmt: skip
+        scales = {"q_scale": 0.5, "k_scale": 0.7, "v_scale": 1.7}
+        assert wrapper.run(q, pool.cache, out=out, **scales) is out
+        assert_close(out, pool.expected(q, (1,) * batch_size, table, sm_scale=SM_SCALE, **scales))
+        plan = functools.partial(flashinfer.fast_decode_plan, wrapper)
+
+
 @pytest.mark.parametrize("window_left", [-1, 40])
 def test_decode_planned_anew_through_the_cached_module(window_left: int, device: torch.device) -> None:
     """Lengths on the CPU and page numbers in the wrapper's buffer, later plans past plan() with 15 arguments."""

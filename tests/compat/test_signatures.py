@@ -43,7 +43,7 @@ SIGNATURES: dict[Any, str] = {
     decode.single_decode_with_kv_cache: """
         q, k, v, kv_layout="NHD", pos_encoding_mode="NONE", use_tensor_cores=False, q_scale=None, k_scale=None,
         v_scale=None, window_left=-1, logits_soft_cap=None, sm_scale=None, rope_scale=None, rope_theta=None,
-        return_lse=False, *, sinks=None
+        return_lse=False, *, sinks=None, o_dtype=None
     """,
     decode.BatchDecodeWithPagedKVCacheWrapper.__init__: """
         self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, use_tensor_cores=False,

@@ -33,7 +33,9 @@ struct DecodeTile {
   static constexpr int kVoTiles = kDimVo / kMmaRows;  // mma tiles along head_dim of O^T
   using Mma = typename CheapestOperand<Q, Kv>::Type;  // what the tensor cores multiply
   using Codec = KvCodec<Mma, Kv>;
-  static constexpr bool kIsPacked = Codec::kPerRegister == 4;
+  using QCodec = KvCodec<Mma, Q>;
+  static constexpr bool kIsPacked = Codec::kPerRegister == 4, kIsQueryPacked = QCodec::kPerRegister == 4;
+  static_assert(kIsPacked || !kIsQueryPacked, "the order of a query's elements follows that of the keys");
   static_assert(kWarpRows % kMmaRows == 0 && kWarpRows <= kWarpSize && Config::kGroupTile % kMmaHeads == 0);
   static_assert(kDimQk % 32 == 0 && kDimVo % 32 == 0);
 };
@@ -189,13 +191,15 @@ struct TileLoader {
 
   __device__ __forceinline__ void copy_query(typename Tile::Q* dst_smem) {
     using Rows = SwizzledRows<Tile::kDimQk * sizeof(typename Tile::Q)>;
+    constexpr int kGranuleElements = 16 / sizeof(typename Tile::Q);
     const uint32_t dst = smem_address(dst_smem);
     const auto* src = static_cast<const typename Tile::Q*>(params.q) + query_idx * params.q_token_stride +
                       heads.first_head * params.q_head_stride;
 #pragma unroll 4
     for (int idx = lane_idx; idx < heads.num_heads * Rows::kNumGranules; idx += kWarpSize) {
       const int head = idx / Rows::kNumGranules, granule = idx % Rows::kNumGranules;
-      cp_async_16(dst + Rows::offset(head, granule), src + head * params.q_head_stride + granule * 8, true);
+      cp_async_16(dst + Rows::offset(head, granule), src + head * params.q_head_stride + granule * kGranuleElements,
+                  true);
     }
   }
 };
@@ -265,11 +269,20 @@ struct WarpState {
     const char* q_smem = reinterpret_cast<const char*>(stage.q);
 #pragma unroll
     for (int t = 0; t < Tile::kHeadTiles; ++t) {
+      const auto load = [&](int element) {
+        const int byte = element * int(sizeof(Q));
+        return *reinterpret_cast<const uint32_t*>(q_smem + Rows::offset(t * kMmaHeads + group, byte / 16) + byte % 16);
+      };
 #pragma unroll
-      for (int i = 0; i < 2 * Tile::kQkSteps; ++i) {
-        const int element = element_of(i / 2, i % 2);
-        const int offset = Rows::offset(t * kMmaHeads + group, element / 8) + element % 8 * int(sizeof(Q));
-        q_rmem[t][i / 2][i % 2] = cast_16bit<Mma, Q>(*reinterpret_cast<const uint32_t*>(q_smem + offset));
+      for (int step = 0; step < Tile::kQkSteps; ++step) {
+        if constexpr (Tile::kIsQueryPacked) {
+          const uint32_t x = load(element_of(step, 0));
+          q_rmem[t][step][0] = Tile::QCodec::pair(x, kBytes01);
+          q_rmem[t][step][1] = Tile::QCodec::pair(x, kBytes23);
+        } else {
+          q_rmem[t][step][0] = Tile::QCodec::pair(load(element_of(step, 0)));
+          q_rmem[t][step][1] = Tile::QCodec::pair(load(element_of(step, 1)));
+        }
       }
       if constexpr (S::kHasRope) rotate_query(q_rmem[t], kv_len - 1);
     }

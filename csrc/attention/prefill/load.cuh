@@ -65,13 +65,15 @@ template <class Config>
 __device__ __forceinline__ void load_q_async(const PrefillParams& params, const PrefillWork& work,
                                              PrefillSmem<Config>& smem) {
   using Shape = PrefillShape<Config>;
-  using Copy = RowCopy<typename Shape::QRows, Shape::kRowsPerWarp, 32>;
+  using Rows = SwizzledRows<Shape::kHeadDimQk* int(sizeof(typename Shape::Q))>;
+  using Copy = RowCopy<Rows, Shape::kRowsPerWarp, 32>;
   const uint32_t thread_idx = fresh_thread_idx();
   const int warp_row = int(thread_idx / 32) * Shape::kRowsPerWarp;
   const auto rows = WarpRows<Shape>::of(work, thread_idx, params.q_token_stride, params.q_head_stride);
   const Copy copy = Copy::of(thread_idx);
-  copy(smem_address(smem.q + warp_row * Shape::kHeadDimQk * 2), rows.num_rows, [&](int pass) {
-    return static_cast<const typename Config::Q*>(params.q) + rows.offset(copy.row + pass * Copy::kRowsPerPass);
+  const int offset = warp_row * Shape::kHeadDimQk * 2 + (Shape::kWidensQ ? kNarrowQOffset<Shape> : 0);
+  copy(smem_address(smem.q + offset), rows.num_rows, [&](int pass) {
+    return static_cast<const typename Shape::Q*>(params.q) + rows.offset(copy.row + pass * Copy::kRowsPerPass);
   });
 }
 

@@ -81,7 +81,7 @@ template <class Config, class Shape = PrefillShape<Config>>
 __device__ __forceinline__ void store_output(const float (&out)[Shape::kFragsM][Shape::kFragsD][4],
                                              const SoftmaxState<Config>& state, const PrefillParams& params,
                                              const PrefillWork& work, PrefillSmem<Config>& smem) {
-  using T = typename Config::Q;
+  using T = typename Shape::Out;
   using OutRows = typename Shape::OutRows;
   const uint32_t thread_idx = thread_idx_after_loop();
   const int lane_idx = int(thread_idx % 32), warp_row = int(thread_idx / 32) * Shape::kRowsPerWarp;

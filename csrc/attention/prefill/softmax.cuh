@@ -128,7 +128,7 @@ __device__ __forceinline__ void softmax_times_v(const float (&scores)[Shape::kFr
         const float x = fast_exp2(fmaf(at(scores[m], half, first), scale_log2, -scaled_max[m][half]));
         const float y = fast_exp2(fmaf(at(scores[m], half, first + 1), scale_log2, -scaled_max[m][half]));
         state.sum[m][half] += x + y;
-        p[m][i] = pack_16bit<typename Config::Q>(x, y);
+        p[m][i] = pack_16bit<typename Shape::T>(x, y);
       }
     }
     accumulate_output<Config>(out, p, v_lane_smem + step * 16 * VRows::kNumBytes);

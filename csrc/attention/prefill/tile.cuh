@@ -28,15 +28,18 @@ __device__ __forceinline__ uint32_t thread_idx_after_loop() {
 
 template <class Config>
 struct PrefillShape {
-  using T = typename Config::Q;
+  using Q = typename Config::Q;
   using Kv = typename Config::Kv;
+  using Out = typename Config::Out;
+  using T = typename QueryOperand<Q, Kv>::Type;  // what the tensor cores multiply
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
   static constexpr int kNumThreads = Config::kNumThreads, kNumWarps = kNumThreads / 32;
   static constexpr int kHeadDimQk = Config::kHeadDimQk, kHeadDimVo = Config::kHeadDimVo;
   static constexpr bool kHasRope = Score<Config>::kHasRope;
-  using Codec = KvCodec<typename Config::Q, Kv>;
+  using Codec = KvCodec<T, Kv>;
   static constexpr bool kPacksV = Codec::kPerRegister == 4;
   static constexpr bool kPacksK = kPacksV && !kHasRope;  // rotated keys are kept in T
+  static constexpr bool kWidensQ = sizeof(Q) < sizeof(T);
 
   // With a single stage, keys and values take turns: a tile's values come in during its Q Kᵀ, the keys of the next one
   // during P V. Otherwise whole tiles come in while others are worked on.
@@ -51,6 +54,7 @@ struct PrefillShape {
   static_assert(kHeadDimVo <= kHeadDimQk, "the output is staged where the queries were");
 
   using QRows = SwizzledRows<kHeadDimQk * 2>;
+  using NarrowQRows = SwizzledRows<kHeadDimQk>;  // of 8 bits, as they come in
   using OutRows = SwizzledRows<kHeadDimVo * 2>;
   using KRows = SwizzledRows<kHeadDimQk* int(sizeof(Kv))>;
   using KMmaRows = SwizzledRows<kHeadDimQk*(kPacksK ? 1 : 2)>;  // as the tensor cores' loads find them
@@ -102,7 +106,8 @@ struct PrefillSmem {
   using Shape = PrefillShape<Config>;
   static constexpr bool kIsPaged = Config::kKvStorage == kKvPaged;
 
-  alignas(128) uint8_t q[Shape::kBlockM * Shape::kHeadDimQk * 2];  // later the warp's output rows
+  // Each warp's rows; those of 8 bits come into the second half of its part. Later the warp's output rows.
+  alignas(128) uint8_t q[Shape::kBlockM * Shape::kHeadDimQk * 2];
   alignas(128) uint8_t k[Config::kNumStages][Shape::kBlockN * Shape::kHeadDimQk * sizeof(typename Config::Kv)];
   alignas(128) uint8_t v[Config::kNumStages][Shape::kBlockN * Shape::kHeadDimVo * sizeof(typename Config::Kv)];
   alignas(128) uint8_t k_rotated[Shape::kHasRope ? Shape::kBlockN * Shape::kHeadDimQk * 2 : 16];
@@ -121,7 +126,7 @@ template <class Config, class Src, class SrcRows, class PositionOf>
 __device__ __forceinline__ void rotate_rows(const PrefillParams& params, const uint8_t* src_smem, uint8_t* dst_smem,
                                             int num_rows, int worker, int num_workers, const PositionOf& position_of) {
   using Shape = PrefillShape<Config>;
-  using T = typename Config::Q;
+  using T = typename Shape::T;
   constexpr int kHalf = Shape::kHeadDimQk / 2, kNumPieces = kHalf / 8;
   const int piece = worker % kNumPieces;
   if (worker >= num_workers / kNumPieces * kNumPieces) return;
@@ -151,21 +156,57 @@ __device__ __forceinline__ void rotate_rows(const PrefillParams& params, const u
   }
 }
 
-// Rotates the warp's query rows, and, for keys left in fp8, reorders each 16 columns as even ones, then odd ones: the
-// order in which the codec hands out a key's elements (a dot product does not mind).
+// Where a warp's query rows of 8 bits come in, from the start of its part of PrefillSmem::q.
+template <class Shape>
+constexpr int kNarrowQOffset = Shape::kRowsPerWarp * Shape::kHeadDimQk;
+
+// Query rows of 8 bits become those of T, over which they lie, from the first to the last. Keys left in fp8 have the
+// order of prepare_q.
+template <class Shape>
+__device__ __forceinline__ void widen_q(uint8_t* rows_smem, int lane_idx) {
+  using Codec = KvCodec<typename Shape::T, typename Shape::Q>;
+  using Rows = typename Shape::NarrowQRows;
+  constexpr int kNumGranules = Shape::kRowsPerWarp * Rows::kNumGranules;
+  static_assert(kNumGranules % 32 == 0);
+#pragma unroll 1
+  for (int i = lane_idx; i < kNumGranules; i += 32) {
+    const int row = i / Rows::kNumGranules, granule = i % Rows::kNumGranules;
+    const uint4 x = *reinterpret_cast<const uint4*>(rows_smem + kNarrowQOffset<Shape> + Rows::offset(row, granule));
+    __syncwarp();  // what is written lies where these were, or ones before
+    uint4 low, high;
+    if constexpr (Shape::kPacksK) {
+      low = {Codec::pair(x.x, kBytes02), Codec::pair(x.y, kBytes02), Codec::pair(x.z, kBytes02),
+             Codec::pair(x.w, kBytes02)};
+      high = {Codec::pair(x.x, kBytes13), Codec::pair(x.y, kBytes13), Codec::pair(x.z, kBytes13),
+              Codec::pair(x.w, kBytes13)};
+    } else {
+      low = {Codec::pair(x.x, kBytes01), Codec::pair(x.x, kBytes23), Codec::pair(x.y, kBytes01),
+             Codec::pair(x.y, kBytes23)};
+      high = {Codec::pair(x.z, kBytes01), Codec::pair(x.z, kBytes23), Codec::pair(x.w, kBytes01),
+              Codec::pair(x.w, kBytes23)};
+    }
+    *reinterpret_cast<uint4*>(rows_smem + Shape::QRows::offset(row, 2 * granule)) = low;
+    *reinterpret_cast<uint4*>(rows_smem + Shape::QRows::offset(row, 2 * granule + 1)) = high;
+    __syncwarp();
+  }
+}
+
+// Widens and rotates the warp's query rows, and, for keys left in fp8, reorders each 16 columns as even ones, then odd
+// ones: the order in which the codec hands out a key's elements (a dot product does not mind).
 template <class Config>
 __device__ __forceinline__ void prepare_q(const PrefillParams& params, const PrefillWork& work, uint8_t* q_smem,
                                           int first_row) {
   using Shape = PrefillShape<Config>;
   const int lane_idx = int(fresh_thread_idx() % 32);
+  uint8_t* rows_smem = q_smem + first_row * Shape::kHeadDimQk * 2;  // 16-row aligned: the swizzle does not change
+  if constexpr (Shape::kWidensQ) widen_q<Shape>(rows_smem, lane_idx);
   if constexpr (Shape::kHasRope) {
-    uint8_t* rows_smem = q_smem + first_row * Shape::kHeadDimQk * 2;  // 16-row aligned: the swizzle does not change
-    rotate_rows<Config, typename Config::Q, typename Shape::QRows>(
+    rotate_rows<Config, typename Shape::T, typename Shape::QRows>(
         params, rows_smem, rows_smem, Shape::kRowsPerWarp, lane_idx, 32,
         [&](int row) { return work.position(work.template query_row<Shape>(first_row + row)); });
     __syncwarp();
   }
-  if constexpr (Shape::kPacksK) {
+  if constexpr (Shape::kPacksK && !Shape::kWidensQ) {
     constexpr int kGroupsPerRow = Shape::kHeadDimQk / 16;
 #pragma unroll 1
     for (int i = lane_idx; i < Shape::kRowsPerWarp * kGroupsPerRow; i += 32) {
@@ -200,7 +241,7 @@ __device__ __forceinline__ const uint8_t* prepare_k(const PrefillParams& params,
 template <class Config, class Shape = PrefillShape<Config>>
 __device__ __forceinline__ void compute_scores(float (&scores)[Shape::kFragsM][Shape::kFragsN][4], uint32_t q_smem,
                                                uint32_t k_smem) {
-  using T = typename Config::Q;
+  using T = typename Shape::T;
   const int lane_idx = int(fresh_thread_idx() % 32);
 #pragma unroll
   for (int m = 0; m < Shape::kFragsM; ++m) {
@@ -255,7 +296,7 @@ __device__ __forceinline__ void compute_scores(float (&scores)[Shape::kFragsM][S
 template <class Config, class Shape = PrefillShape<Config>>
 __device__ __forceinline__ void accumulate_output(float (&out)[Shape::kFragsM][Shape::kFragsD][4],
                                                   const uint32_t (&p)[Shape::kFragsM][4], uint32_t v_lane_smem) {
-  using T = typename Config::Q;
+  using T = typename Shape::T;
   using VRows = typename Shape::VRows;
   if constexpr (Shape::kPacksV) {
     // Transposed 16-bit units hold two neighbouring columns of V, so that an mma's 8 columns are every other one of 16.

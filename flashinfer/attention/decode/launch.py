@@ -8,8 +8,9 @@ from typing import Optional
 
 import torch
 
-from flashinfer import dtypes, target
+from flashinfer import target
 from flashinfer.attention import workspace
+from flashinfer.attention.plan import short_names
 from flashinfer.attention.variant import Variant
 from flashinfer.families.attention import decode as families
 from flashinfer.host import memo
@@ -38,7 +39,7 @@ def load_kernel(
 ) -> DecodeKernel:
     """types: of q, KV and output; head_dims: of queries and keys, and of values; num_heads: of queries and KV. Raises
     UnsupportedConfig where there is no kernel, or what `Resolver.load` does."""
-    q_dtype, kv_dtype, o_dtype = map(dtypes.short_name, types)
+    q_dtype, kv_dtype, o_dtype = short_names("decode", types)
     machine = target.of_device(device)
     spec = families.decode(
         machine,

@@ -104,7 +104,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
             last_page_len: int32 `[batch_size]`, entries in use of each request's last page, 1 to page_size.
             num_qo_heads, num_kv_heads, head_dim, page_size: shapes; any page size, any multiple of num_kv_heads.
             q_data_type, kv_data_type, o_data_type: dtypes of q (default data_type, else float16), of the cache and of
-                the output (default that of q).
+                the output (default that of q). q may be fp8 e4m3 over a cache of it, the output then is 16 bits wide
+                and has to be named.
             pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta: as in
                 `single_decode_with_kv_cache`.
             non_blocking: accepted for compatibility.
@@ -160,7 +161,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
                 page_size) or a tuple (k, v) of such tensors without the axis of 2. Any strides over whole rows. What
                 lies in pages or entries no request uses is never read into a result, NaN included.
             q_scale, k_scale, v_scale: factors of quantized q, k and v.
-            out: `[batch_size, num_qo_heads, head_dim]`; allocated when None.
+            out: `[batch_size, num_qo_heads, head_dim]`, dtype of q or o_data_type; allocated when None.
             lse: fp32 `[batch_size, num_qo_heads]`; allocated when None and return_lse.
             return_lse: also return the base-2 logarithm of the sum of exponentials, that of the sink included.
             enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).

@@ -6,8 +6,11 @@ from typing import Any, NamedTuple, Optional, Union
 
 import torch
 
+from flashinfer import dtypes
 from flashinfer.attention.decode import launch as launches
 from flashinfer.attention.decode.launch import Schedule
+from flashinfer.attention.plan import dtype_of
+from flashinfer.attention.planned import DataType
 from flashinfer.attention.sequence import check_sequence
 from flashinfer.attention.variant import Variant, factors, require_sinks, signature_of_sinks
 from flashinfer.families.attention.params import ADDRESSES
@@ -38,11 +41,12 @@ def single_decode_with_kv_cache(
     return_lse: bool = False,
     *,
     sinks: Optional[torch.Tensor] = None,
+    o_dtype: Optional[DataType] = None,
 ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Attention of one query token over one sequence (split along the KV as in Flash-Decoding, Dao et al. 2023).
 
     Args:
-        q: `[num_qo_heads, head_dim]`, fp16 or bf16 (fp32 on the CPU).
+        q: `[num_qo_heads, head_dim]`, fp16 or bf16 (fp32 on the CPU), or fp8 e4m3 where k and v are too.
         k, v: `[kv_len, num_kv_heads, head_dim]` (NHD) or `[num_kv_heads, kv_len, head_dim]` (HND); the dtype of q, or
             fp8 e4m3 or e5m2. The head dimension of v may differ. kv_len may be 0.
         pos_encoding_mode: "NONE", "ROPE_LLAMA" (q and k are rotated on the fly, q at position kv_len - 1) or "ALIBI".
@@ -55,10 +59,12 @@ def single_decode_with_kv_cache(
         sinks: fp32 `[num_qo_heads]`, a logit for each query head that takes part in the softmax as a key without a
             value would (GPT-OSS): one more term exp(sinks[h]) of the denominator, on which no scale and no soft cap has
             an effect. -inf for none.
+        o_dtype: of the output; default that of q. Needed where q is fp8.
 
     Returns:
-        `[num_qo_heads, head_dim]`, dtype of q; with return_lse also the base-2 logarithm of the sum of exponentials,
-        that of the sink included, fp32 `[num_qo_heads]`. Without keys: zeros and -inf, or the LSE of the sink alone.
+        `[num_qo_heads, head_dim]`, dtype of q or o_dtype; with return_lse also the base-2 logarithm of the sum of
+        exponentials, that of the sink included, fp32 `[num_qo_heads]`. Without keys: zeros and -inf, or the LSE of the
+        sink alone.
 
     Raises:
         ValueError: a shape, dtype, device or stride does not fit.
@@ -76,11 +82,12 @@ def single_decode_with_kv_cache(
         v_scale,
     )  # fmt: skip
     if is_dynamo_compiling():
-        out = torch.empty((q.shape[0], v.shape[2]), dtype=q.dtype, device=q.device)
+        out_dtype = q.dtype if o_dtype is None else dtypes.torch_dtype(o_dtype)
+        out = torch.empty((q.shape[0], v.shape[2]), dtype=out_dtype, device=q.device)
         lse = torch.empty(q.shape[:1], dtype=torch.float32, device=q.device) if return_lse else None
         _door(q, k, v, out, lse, sinks, options)
         return out if lse is None else (out, lse)
-    return _run(q, k, v, None, None, return_lse, sinks, options)
+    return _run(q, k, v, None, None, return_lse, o_dtype, sinks, options)
 
 
 # kv_layout; arguments of Variant.of after head_dim; q_scale, k_scale and v_scale.
@@ -94,6 +101,7 @@ def _run(
     out: Optional[torch.Tensor],
     lse: Optional[torch.Tensor],
     return_lse: bool,
+    o_dtype: Optional[DataType],
     sinks: Optional[torch.Tensor],
     options: _Options,
 ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
@@ -105,11 +113,11 @@ def _run(
     kv_len = k_shape[rows]  # no part of the key: it grows from call to call
     key = (
         q.dtype, q.shape, q.stride(), q.device, k.dtype, k_shape[heads], k_shape[2], k.stride(), k.device, v.dtype,
-        v_shape[heads], v_shape[2], v.stride(), v.device, sinks_key, options, (q_ptr | k_ptr | v_ptr) & 15,
+        v_shape[heads], v_shape[2], v.stride(), v.device, sinks_key, options, o_dtype, (q_ptr | k_ptr | v_ptr) & 15,
     )  # fmt: skip
     single = _singles.get(key)
     if single is None or v_shape[rows] != kv_len:
-        single = _singles.remember(key, _BoundSingle(q, k, v, sinks, options))
+        single = _singles.remember(key, _BoundSingle(q, k, v, sinks, options, o_dtype))
     if out is None:
         out = single.new_out()
     if return_lse and lse is None:
@@ -128,7 +136,7 @@ _OPTIONS = {
 }
 _door = traced.door(
     "single_decode",
-    lambda q, k, v, out, lse, sinks, options: _run(q, k, v, out, lse, False, sinks, options),
+    lambda q, k, v, out, lse, sinks, options: _run(q, k, v, out, lse, False, out.dtype, sinks, options),
     {
         **dict.fromkeys("qkv", "Tensor"),
         "out": "Tensor(!)",
@@ -143,7 +151,13 @@ class _BoundSingle:
     """single_decode_with_kv_cache for one signature; the length may differ from call to call."""
 
     def __init__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: Optional[torch.Tensor], options: _Options
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: Optional[torch.Tensor],
+        options: _Options,
+        o_dtype: Optional[DataType],
     ) -> None:
         op, (kv_layout, *variant_options), scales = _OP, options[:-3], options[-3:]
         sequence, device = check_sequence(op, q, k, v, kv_layout), q.device
@@ -151,11 +165,12 @@ class _BoundSingle:
         variant = Variant.of(op, head_dim_qk, *variant_options, has_sinks=sinks is not None)
         if sinks is not None:
             require_sinks(op, sinks, num_qo_heads, device)
+        out_dtype = q.dtype if o_dtype is None else dtype_of(op, "o_dtype", o_dtype)
         self.kernel = launches.load_kernel(
-            device, (q.dtype, k.dtype, q.dtype), (head_dim_qk, head_dim_vo), (num_qo_heads, num_kv_heads), "single",
+            device, (q.dtype, k.dtype, out_dtype), (head_dim_qk, head_dim_vo), (num_qo_heads, num_kv_heads), "single",
             variant,
         )  # fmt: skip
-        self.new_out = memo.allocator((num_qo_heads, head_dim_vo), q.dtype, device)
+        self.new_out = memo.allocator((num_qo_heads, head_dim_vo), out_dtype, device)
         self.new_lse = memo.allocator((num_qo_heads,), torch.float32, device)
         self.device, self.num_qo_heads, self.head_dim_vo = device, num_qo_heads, head_dim_vo
         self.window_left = variant.window_left

@@ -8,15 +8,14 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from flashinfer import dtypes, target
+from flashinfer import target
 from flashinfer.attention import workspace
-from flashinfer.attention.plan import BoundLaunch
+from flashinfer.attention.plan import BoundLaunch, short_names
 from flashinfer.attention.prefill import sm90
 from flashinfer.attention.variant import Variant
-from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.attention import prefill as families
 from flashinfer.families.attention.params import ADDRESSES, MASKS
-from flashinfer.families.layout import FP8_DTYPES, fast_divisor, inside
+from flashinfer.families.layout import fast_divisor, inside
 from flashinfer.host import checks, memo
 from flashinfer.host.paged_cache import KvStrides
 from flashinfer.jit import KernelSpec, default_resolver
@@ -46,12 +45,7 @@ def load_kernel(
 ) -> PrefillKernel:
     """types: of q, KV and output; head_dims: of queries and keys, and of values. Raises UnsupportedConfig where there
     is no kernel, or what `Resolver.load` does."""
-    q_dtype, kv_dtype, o_dtype = map(dtypes.short_name, types)
-    if o_dtype in FP8_DTYPES:
-        raise UnsupportedConfig(
-            f"prefill: the output would be {types[2]} as q is; expected 16 bits. Next step: name its dtype, as "
-            "o_data_type of plan() or o_dtype of single_prefill_with_kv_cache()"
-        )
+    q_dtype, kv_dtype, o_dtype = short_names("prefill", types)
     machine = target.of_device(device)
     request = functools.partial(
         families.prefill,

@@ -123,7 +123,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             rope_scale, rope_theta: of ROPE_LLAMA; default 1 and 1e4.
             q_data_type, kv_data_type: dtypes of q and of the cache (default that of q). What run() is given decides;
                 naming them here loads the right kernel ahead of a capture.
-            o_data_type: None, or that of q; fp16 or bf16 where q is fp8 e4m3 (Hopper, and the CPU; the cache then too).
+            o_data_type: None, or that of q; fp16 or bf16 where q is fp8 e4m3, as the cache then is.
             disable_split_kv: let one block walk all KV of its queries.
             use_fp16_qk_reduction, non_blocking: accepted for compatibility.
             later: what later releases added, as far as it asks for nothing that is not here (compat.py).

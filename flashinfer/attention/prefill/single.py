@@ -56,8 +56,7 @@ def single_prefill_with_kv_cache(
     Query i stands at position `kv_len - qo_len + i`.
 
     Args:
-        q: `[qo_len, num_qo_heads, head_dim_qk]`, fp16 or bf16 (fp32 on the CPU), or fp8 e4m3 where k and v are too
-            (Hopper, and the CPU).
+        q: `[qo_len, num_qo_heads, head_dim_qk]`, fp16 or bf16 (fp32 on the CPU), or fp8 e4m3 where k and v are too.
         k, v: `[kv_len, num_kv_heads, head_dim]` (NHD) or `[num_kv_heads, kv_len, head_dim]` (HND); the dtype of q, or
             fp8 e4m3 or e5m2. head_dim is 32, 64, 96, 128, 192 or 256, or 192 of k and 128 of v. kv_len may be 0.
         custom_mask: bool `[qo_len, kv_len]`, True = visible. Takes the place of causal.

@@ -16,8 +16,9 @@ from flashinfer.families.attention.params import (
     MASKS,
     POS_ENCODINGS,
     Q_DTYPES,
+    require_dtypes,
 )
-from flashinfer.families.layout import I32, P
+from flashinfer.families.layout import DTYPES, I32, P
 from flashinfer.jit.spec import Config, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
 
 
@@ -79,7 +80,8 @@ def _decode_tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:
 def _decode_config(spec: KernelSpec) -> Config:
     is_cuda = targets.kind(spec.target) == "cuda"
     q_dtype, kv_dtype = spec.arg("q_dtype"), spec.arg("kv_dtype")
-    if is_cuda and "fp32" in (q_dtype, kv_dtype, spec.arg("o_dtype")):
+    require_dtypes("decode", q_dtype, kv_dtype, is_cuda)
+    if is_cuda and spec.arg("o_dtype") == "fp32":
         raise UnsupportedConfig("decode: fp32 is supported on the CPU alone; use float16 or bfloat16 on CUDA")
     if not is_cuda and (q_dtype == "fp32") != (kv_dtype == "fp32"):
         raise UnsupportedConfig(f"decode: q is {q_dtype} and the KV cache {kv_dtype}; use fp32 for both or neither")
@@ -108,7 +110,7 @@ DECODE = Family(
     axes={
         "q_dtype": Q_DTYPES,
         "kv_dtype": KV_DTYPES,
-        "o_dtype": Q_DTYPES,
+        "o_dtype": DTYPES,
         "head_dim_qk": HEAD_DIMS,
         "head_dim_vo": HEAD_DIMS,
         "kv_storage": ("single", "paged"),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.layout import DTYPES, F32, FAST_DIVISOR, FP8_DTYPES, I32, I64, Fields, P, nested
 
-Q_DTYPES = DTYPES
+Q_DTYPES = (*DTYPES, "fp8_e4m3")
 KV_DTYPES = (*DTYPES, *FP8_DTYPES)
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 # The enumerations of attention/kv_view.cuh, visibility.cuh and score.cuh.
@@ -37,3 +38,14 @@ ADDRESSES = (
     *("sinks", "q", "out", "lse", "kv.k", "kv.v"),
     *(f"kv.index.{name}" for name in ("indptr", "last_page_len", "indices")),
 )
+
+
+def require_dtypes(op: str, q_dtype: str, kv_dtype: str, is_cuda: bool) -> None:
+    """What holds of every kernel. Raises UnsupportedConfig."""
+    if is_cuda and "fp32" in (q_dtype, kv_dtype):
+        raise UnsupportedConfig(f"{op}: fp32 is supported on the CPU alone; use float16 or bfloat16 on CUDA")
+    if q_dtype in FP8_DTYPES and q_dtype != kv_dtype:
+        raise UnsupportedConfig(
+            f"{op}: q is {q_dtype} and KV {kv_dtype}; expected fp8 queries over KV of their dtype. Next step: leave q "
+            "in 16 bits"
+        )

@@ -19,6 +19,7 @@ from flashinfer.families.attention.params import (
     MASKS,
     POS_ENCODINGS,
     Q_DTYPES,
+    require_dtypes,
 )
 from flashinfer.families.layout import DTYPES, F32, FP8_DTYPES, I32, Fields, P, nested
 from flashinfer.jit.spec import Config, Constants, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
@@ -161,12 +162,7 @@ def _constants(spec: KernelSpec) -> Constants:
         raise UnsupportedConfig(
             f"prefill: head_dim_qk {dims[0]} with head_dim_vo {dims[1]}; they are equal or 192 and 128"
         )
-    if is_cuda and "fp32" in (q_dtype, kv_dtype):
-        raise UnsupportedConfig("prefill: fp32 is supported on the CPU alone; use float16 or bfloat16 on CUDA")
-    if q_dtype in FP8_DTYPES and q_dtype != kv_dtype:
-        raise UnsupportedConfig(
-            f"prefill: q is {q_dtype} and KV {kv_dtype}; expected fp8 queries over KV of their dtype"
-        )
+    require_dtypes("prefill", q_dtype, kv_dtype, is_cuda)
     if q_dtype not in FP8_DTYPES and o_dtype != q_dtype:
         raise UnsupportedConfig(f"prefill: q is {q_dtype} and the output {o_dtype}; expected the dtype of q")
     if q_dtype != kv_dtype and kv_dtype not in FP8_DTYPES:
@@ -190,8 +186,6 @@ def _config(spec: KernelSpec) -> Config:
     constants = _constants(spec)
     if targets.kind(spec.target) == "cpu":
         return Config(constants)
-    if spec.arg("q_dtype") in FP8_DTYPES:
-        raise UnsupportedConfig(f"prefill: {prefill_sm90.WHAT_FP8_TAKES}; got {spec.name} on {spec.target}")
     tile, launch = _tile(spec)
     return Config({**constants, **tile}, launch)
 
@@ -203,7 +197,7 @@ def _sm90_config(spec: KernelSpec) -> Config:
 PREFILL = Family(
     name="prefill",
     axes={
-        "q_dtype": (*Q_DTYPES, "fp8_e4m3"),
+        "q_dtype": Q_DTYPES,
         "kv_dtype": KV_DTYPES,
         "o_dtype": DTYPES,
         "head_dim_qk": HEAD_DIMS,
@@ -255,7 +249,7 @@ def prefill(
         "head_dim_qk": head_dim,
         "head_dim_vo": head_dim_vo or head_dim,
         "kv_storage": kv_storage,
-        "short_queries": short_queries and targets.kind(target) == "cuda" and q_dtype not in FP8_DTYPES,
+        "short_queries": short_queries and targets.kind(target) == "cuda",
         "mask": mask,
         "pos_encoding": pos_encoding,
         "has_window": has_window,

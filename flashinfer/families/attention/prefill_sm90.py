@@ -79,10 +79,6 @@ SMALLER_FP8_TILES = {
     (192, 128): Tile(128, 128, 2, 2),
     (256, 256): Tile(128, 96, 2, 1),  # whose quarters are too short to be gathered and transposed
 }
-WHAT_FP8_TAKES = (
-    "fp8 queries take sm_90a, head_dim 64, 128, 256 (and pages of a multiple of 8), or 192 with values of 128, and no "
-    "RoPE. Next step: convert q to bfloat16, which the cache need not be"
-)
 
 
 # 16-bit queries over fp8 KV, which are widened to fp16 on the way (csrc/attention/sm90/widen.cuh). Pages of 16.
@@ -130,7 +126,8 @@ def gathers(spec: KernelSpec) -> bool:
 def serves(spec: KernelSpec) -> bool:
     arg = spec.arg
     return (
-        (arg("q_dtype") == arg("kv_dtype") or (_widens(spec) and not arg("short_queries")))
+        (arg("q_dtype") == arg("kv_dtype") or _widens(spec))
+        and not (arg("short_queries") and (_is_fp8(spec) or _widens(spec)))
         and (arg("head_dim_qk"), arg("head_dim_vo")) in _tiles(spec)
         and arg("pos_encoding") != "rope"
         and not (_is_fp8(spec) and gathers(spec) and arg("head_dim_qk") == 256)
