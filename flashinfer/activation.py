@@ -136,7 +136,7 @@ def _act_and_mul_quant(out: torch.Tensor, input: torch.Tensor, scale: Scale, pdl
         raise
     prepared = _memo.get(key)
     if prepared is None:
-        quant_scale.check(op, "scale", scale, input)
+        quant_scale.check(op, "scale", scale, input.device, "input")
         prepared = _memo.remember(key, _prepare(op, "silu", input, out, pdl))
     prepared.launch(*quant_scale.values(scale, op), input_ptr, output_ptr)
 

@@ -278,7 +278,7 @@ def _normalize_quant(
         raise
     prepared = _memo.get(key)
     if prepared is None:
-        quant_scale.check(op, "scale", scale, input)
+        quant_scale.check(op, "scale", scale, input.device, "input")
         prepared = _memo.remember(key, _prepare(op, operands, output, eps, pdl))
     prepared.launch(*quant_scale.values(scale, op), input_ptr, residual_ptr, weight_ptr, 0, output_ptr)
 

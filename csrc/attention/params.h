@@ -43,15 +43,17 @@ struct AttentionParams {
   void* out;           // [num_tokens, num_qo_heads, head_dim_vo]
   float* lse;          // [num_tokens, num_qo_heads], log2 of the sum of exponentials, or null
   KvParams kv;
-  const float* alibi_slopes;              // [num_qo_heads]; null unless ALiBi
-  const uint64_t* rope_frequencies;       // [head_dim_qk / 2] turns per position: device/rotary.cuh; null unless RoPE
-  int64_t q_token_stride, q_head_stride;  // elements; the last axis is contiguous
+  const float* alibi_slopes;         // [num_qo_heads]; null unless ALiBi
+  const uint64_t* rope_frequencies;  // [head_dim_qk / 2] turns per position: device/rotary.cuh; null unless RoPE
+  // [1] scales of quantized q, k and v that the host does not know, or 1 each; null unless kHasDeviceScales.
+  const float *device_q_scale, *device_k_scale, *device_v_scale;
+  int64_t q_token_stride, q_head_stride;      // elements; the last axis is contiguous
   int64_t out_token_stride, out_head_stride;  // elements; the last axis is contiguous
   int32_t batch_size;
   int32_t num_qo_heads, num_kv_heads;
   int32_t window_left;    // keys seen before a query's own position, if the variant has a window
-  float sm_scale;         // factor of q·k; the scales of quantized q and k are folded in
-  float v_scale;          // factor of the output
+  float sm_scale;         // factor of q·k; scales of quantized q and k that the host knows are folded in
+  float v_scale;          // factor of the output, of those that the host knows
   float logits_soft_cap;  // if the variant has one
 };
 

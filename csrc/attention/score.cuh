@@ -4,6 +4,9 @@
 //   logit = logit + slope of the head * (position of k - position of q)   kPosEncoding: ALiBi
 //   logit = cap * tanh(logit / cap)                                       kHasSoftCap
 //
+// sm_scale includes the scales of quantized queries and keys, v_scale that of values. Those that only the device knows
+// (kHasDeviceScales) are read where they are used: a launch, and a graph that holds it, takes what is there by then.
+//
 // Which of these happen is fixed at compile time by the constants of Config, so an unused one costs nothing. Which keys
 // a query sees at all is visibility.cuh's.
 //
@@ -50,7 +53,7 @@ struct Score {
 
   // softmax weight = exp2(transform(q·k) * scale - max * scale)
   FLASHINFER_FN static float scale_log2(const AttentionParams& params) {
-    if constexpr (kIsPlain) return params.sm_scale * kLog2E;
+    if constexpr (kIsPlain) return sm_scale(params) * kLog2E;
     if constexpr (Config::kHasSoftCap) return params.logits_soft_cap * kLog2E;
     return kLog2E;
   }
@@ -60,7 +63,7 @@ struct Score {
     if constexpr (kIsPlain) return qk;
     // Divided once for all scores, not each.
     const float factor = Config::kHasSoftCap ? 1.f / params.logits_soft_cap : 1.f;
-    float logit = qk * (params.sm_scale * factor);
+    float logit = qk * (sm_scale(params) * factor);
     if constexpr (kHasAlibi) logit += alibi_slope * factor * float(distance);
     if constexpr (Config::kHasSoftCap) logit = soft_tanh(logit);
     return logit;
@@ -69,6 +72,20 @@ struct Score {
   FLASHINFER_FN static float alibi_slope(const AttentionParams& params, int32_t qo_head_idx) {
     if constexpr (kHasAlibi) return params.alibi_slopes[qo_head_idx];
     return 0.f;
+  }
+
+  // Of the output.
+  FLASHINFER_FN static float v_scale(const AttentionParams& params) {
+    return params.v_scale * value_of(params.device_v_scale);
+  }
+
+ private:
+  FLASHINFER_FN static float sm_scale(const AttentionParams& params) {
+    return params.sm_scale * value_of(params.device_q_scale) * value_of(params.device_k_scale);
+  }
+  FLASHINFER_FN static float value_of(const float* device_scale) {
+    if constexpr (Config::kHasDeviceScales) return *device_scale;
+    return 1.f;
   }
 };
 

@@ -12,14 +12,12 @@ from typing import Any, NamedTuple, Optional, Protocol
 import torch
 
 from flashinfer import dtypes
-from flashinfer.attention.variant import Overrides, Variant, require_sinks
+from flashinfer.attention.variant import Overrides, Scales, Variant, require_sinks
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.layout import FP8_DTYPES
 from flashinfer.host import checks, memo, paged_cache
 from flashinfer.host.paged_cache import PagedCache
 from flashinfer.host.rows import require_distinct, require_rows
-
-Scales = tuple[Optional[float], Optional[float], Optional[float]]  # of q, k and v
 
 
 class Extent(Protocol):

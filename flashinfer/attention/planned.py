@@ -19,8 +19,8 @@ from flashinfer.attention import lengths, workspace
 from flashinfer.attention.compat import EngineNames, require_no_jit_args
 from flashinfer.attention.lengths import FixedBuffers, Lengths
 from flashinfer.attention.mask import take_mask
-from flashinfer.attention.plan import BoundLaunch, BoundRun, Call, Extent, Plan, Scales
-from flashinfer.attention.variant import TRACED_OVERRIDES, Overrides, signature_of_sinks
+from flashinfer.attention.plan import BoundLaunch, BoundRun, Call, Extent, Plan
+from flashinfer.attention.variant import TRACED_OVERRIDES, GivenScale, Overrides, read_scales, signature_of_sinks
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.host import checks, indices, memo, paged_cache, traced
 from flashinfer.host.checks import LOWEST_ADDRESS
@@ -30,9 +30,11 @@ from flashinfer.host.traced import is_dynamo_compiling
 
 DataType = Union[str, torch.dtype]
 Result = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
+GivenScales = tuple[GivenScale, GivenScale, GivenScale]  # of q, k and v
 Masks = tuple[Optional[torch.Tensor], Optional[torch.Tensor]]  # custom_mask, packed_custom_mask
 
 
+_SCALES = ("q_scale", "k_scale", "v_scale")
 _MASK_ROLES = ("mask", "mask_indptr")
 _NO_RUN: Any = (None, None)
 _NO_PLAN = (None, None)
@@ -273,7 +275,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         out: Optional[torch.Tensor],
         lse: Optional[torch.Tensor],
         return_lse: bool,
-        scales: Scales,
+        scales: GivenScales,
         pdl: Optional[bool],
         overrides: Optional[Overrides],
         q_pe: Optional[torch.Tensor] = None,
@@ -284,6 +286,10 @@ class PlannedAttention(Uncopyable, EngineNames):
         plan, found = self._plan, self._lengths
         if plan is None or found is None:
             raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's lengths first")
+        for scale in scales:
+            if scale is not None and scale.__class__ is not float:
+                scales = read_scales(self._op_name, dict(zip(_SCALES, scales)), self.device)  # type: ignore[assignment]
+                break
         try:
             out_ptr, lse_ptr, pe_key, sinks_key, out_key, lse_key = 0, 0, None, None, None, None
             q_ptr = q.data_ptr()
@@ -320,9 +326,8 @@ class PlannedAttention(Uncopyable, EngineNames):
             if sinks is not None:
                 sinks_ptr, sinks_key = signature_of_sinks(self._op_name, sinks)
                 rows = (*rows[:-1], sinks_ptr)
-            # The hash tells a scale from a tensor that equals it, which `factors` refuses and comparing waits for.
             key = (
-                hash(scales), q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.device, v_key,
+                q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.device, v_key,
                 pe_key, sinks_key, out_key, lse_key, scales, pdl, overrides, alignment & 15,
             )  # fmt: skip
             followed, run = self._followed
@@ -330,7 +335,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         except UnsupportedConfig:
             raise
         except (AttributeError, RuntimeError, TypeError, ValueError):
-            raise self._not_tensors(q, kv, out, lse, scales, overrides, q_pe, sinks) from None
+            raise self._not_tensors(q, kv, out, lse, overrides, q_pe, sinks) from None
         if not is_followed:
             run = self._find(plan, found, key, (q, kv, out, lse, scales, pdl, overrides, q_pe, sinks))
         if out is None:
@@ -353,8 +358,8 @@ class PlannedAttention(Uncopyable, EngineNames):
         try:
             run = plan.runs.get(key)
         except TypeError:
-            q, kv, out, lse, scales, _, overrides, q_pe, sinks = given
-            raise self._not_tensors(q, kv, out, lse, scales, overrides, q_pe, sinks) from None
+            q, kv, out, lse, _, _, overrides, q_pe, sinks = given
+            raise self._not_tensors(q, kv, out, lse, overrides, q_pe, sinks) from None
         if run is None:
             call = Call(*given)
             is_short = self._was_short if self._seen is not None else plan.is_short(len(call.q) if call.q.dim() else 0)
@@ -385,7 +390,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         out: Optional[torch.Tensor],
         lse: Optional[torch.Tensor],
         return_lse: bool,
-        scales: Scales,
+        scales: GivenScales,
         pdl: Optional[bool],
         overrides: Optional[Overrides],
         q_pe: Optional[torch.Tensor],
@@ -410,9 +415,7 @@ class PlannedAttention(Uncopyable, EngineNames):
             raise ValueError(f"{self._op_name}: q has shape []; expected three dimensions")
         return q.shape[-1]
 
-    def _not_tensors(
-        self, q: Any, kv: Any, out: Any, lse: Any, scales: Scales, overrides: Any, q_pe: Any, sinks: Any
-    ) -> Exception:
+    def _not_tensors(self, q: Any, kv: Any, out: Any, lse: Any, overrides: Any, q_pe: Any, sinks: Any) -> Exception:
         """What is wrong with arguments whose signature could not be taken."""
         op, pair = self._op_name, kv if isinstance(kv, (tuple, list)) else (kv,)
         if len(pair) > 2 or not pair or (len(pair) == 1 and pair is kv):
@@ -428,7 +431,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         }.items():
             if not isinstance(value, torch.Tensor) and not (value is None and name in ("q_pe", "out", "lse", "sinks")):
                 return TypeError(f"{op}: {name} is {type(value).__name__}; expected a tensor")
-        return TypeError(f"{op}: scales {scales!r:.60} or options {overrides!r:.100} are not numbers")
+        return TypeError(f"{op}: options {overrides!r:.100} are not numbers")
 
 
 _handles = itertools.count()
@@ -441,9 +444,9 @@ def _run_by_handle(
     kv: PagedCache,
     out: torch.Tensor,
     lse: Optional[torch.Tensor],
-    q_scale: Optional[float],
-    k_scale: Optional[float],
-    v_scale: Optional[float],
+    q_scale: GivenScale,
+    k_scale: GivenScale,
+    v_scale: GivenScale,
     pdl: Optional[bool],
     overrides: Optional[Overrides],
     q_pe: Optional[torch.Tensor],
@@ -461,9 +464,7 @@ _run_door = traced.door(
         "kv": traced.TENSORS,
         "out": "Tensor(!)",
         "lse": "Tensor(!)?",
-        "q_scale": "float?",
-        "k_scale": "float?",
-        "v_scale": "float?",
+        **dict.fromkeys(_SCALES, traced.REAL),
         "pdl": "bool?",
         "overrides": TRACED_OVERRIDES,
         "q_pe": "Tensor?",

@@ -11,7 +11,7 @@ from flashinfer.attention.compat import check_later_arguments
 from flashinfer.attention.decode.paged import BatchDecodeWithPagedKVCacheWrapper
 from flashinfer.attention.planned import DataType, PlannedAttention, Result
 from flashinfer.attention.prefill.paged import BatchPrefillWithPagedKVCacheWrapper
-from flashinfer.attention.variant import Overrides
+from flashinfer.attention.variant import GivenScale, Overrides
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.host.paged_cache import PagedCache
 
@@ -26,9 +26,9 @@ class _WithSinks(PlannedAttention):
         sinks: Optional[torch.Tensor] = None,
         sm_scale: Optional[float] = None,
         *args: Any,
-        q_scale: Optional[float] = None,
-        k_scale: Optional[float] = None,
-        v_scale: Optional[float] = None,
+        q_scale: GivenScale = None,
+        k_scale: GivenScale = None,
+        v_scale: GivenScale = None,
         out: Optional[torch.Tensor] = None,
         lse: Optional[torch.Tensor] = None,
         return_lse: bool = False,

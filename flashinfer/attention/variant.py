@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 
 from flashinfer.errors import UnsupportedConfig
+from flashinfer.families.attention.params import DEVICE_SCALES
 from flashinfer.families.rope import frequency_table
-from flashinfer.host import checks, constants, traced
+from flashinfer.host import checks, constants, quant_scale, traced
 from flashinfer.utils import get_alibi_slopes
 
 # upstream's names -> the names of the kernels' axis
@@ -142,9 +144,7 @@ class Variant:
             "has_sinks": self.has_sinks,
         }
 
-    def values(
-        self, num_qo_heads: int, head_dim: int, device: torch.device, qk_scale: float, v_scale: float
-    ) -> dict[str, float]:
+    def values(self, num_qo_heads: int, head_dim: int, device: torch.device, factors: Factors) -> dict[str, float]:
         """The fields of AttentionParams that hold options."""
         slopes = frequencies = b""
         if self.pos_encoding == "alibi":
@@ -156,8 +156,9 @@ class Variant:
             "alibi_slopes": constants.address_of(slopes, device) if slopes else 0,
             "rope_frequencies": constants.address_of(frequencies, device) if frequencies else 0,
             "window_left": self.window_left,
-            "sm_scale": self.sm_scale * qk_scale,
-            "v_scale": v_scale,
+            **factors.values(device),
+            "sm_scale": self.sm_scale * factors.qk,
+            "v_scale": factors.v,
             "logits_soft_cap": self.logits_soft_cap,
         }
 
@@ -188,21 +189,79 @@ def require_sinks(op: str, sinks: torch.Tensor, num_qo_heads: int, device: torch
     checks.require(sinks.device == device, op, f"sinks is on {sinks.device}; expected {device}, that of q")
 
 
-def factors(op: str, qk_scales: tuple[object, ...], v_scales: tuple[object, ...]) -> tuple[float, float]:
-    """The products of the scales of quantized q and k, and of v; None is 1. Raises where one is a tensor, whose value a
-    launch would read once, or where the first is not positive."""
-    for scale in (*qk_scales, *v_scales):
-        if isinstance(scale, torch.Tensor):
-            next_step = "pass scale.item() once, ahead of a capture"
-            if scale.dim() > 0 and scale.shape.numel() > 1:
-                next_step = "fold the scales of heads into q or its norm, those of values into the output"
+class DeviceScale(NamedTuple):
+    """The address of a scale that only the kernel reads."""
+
+    address: int
+
+
+GivenScale = quant_scale.Scale  # a number, one float32 on the device, or None: 1
+Scale = Union[float, DeviceScale, None]
+Scales = tuple[Scale, Scale, Scale]  # of q, k and v
+
+
+def read_scales(op: str, scales: Mapping[str, GivenScale], device: torch.device) -> tuple[Scale, ...]:
+    """What a launch takes of scales by name, without asking the device. Raises ValueError, TypeError or
+    UnsupportedConfig."""
+    return tuple(_read_scale(op, name, scale, device) for name, scale in scales.items())
+
+
+def _read_scale(op: str, name: str, scale: GivenScale, device: torch.device) -> Scale:
+    if not isinstance(scale, torch.Tensor):
+        return None if scale is None else checks.real(op, name, scale)
+    if scale.numel() != 1:
+        raise UnsupportedConfig(
+            f"{op}: {name} is a tensor of shape {list(scale.shape)}; expected one number for all heads. Next step: "
+            "fold the scales of heads into q or its norm, those of values into the output"
+        )
+    quant_scale.check(op, name, scale, device)
+    if device.type == "cpu":
+        number = checks.real(op, name, scale.item())
+        if "v" not in name.split("_"):
+            require_positive(op, name, number)
+    return DeviceScale(scale.data_ptr())
+
+
+class Factors(NamedTuple):
+    """The products of the scales of q and k, and of v, as far as the host knows them; addresses of the others."""
+
+    qk: float
+    v: float
+    on_device: tuple[int, int, int] = (0, 0, 0)  # of q, k and v
+
+    @staticmethod
+    def of(op: str, q: tuple[Scale, ...], k: tuple[Scale, ...], v: tuple[Scale, ...]) -> Factors:
+        """Raises ValueError where the first product is not positive, and UnsupportedConfig for two scales of one tensor
+        that are both on the device."""
+        (q_known, q_address), (k_known, k_address), (v_known, v_address) = (_split(op, x) for x in (q, k, v))
+        qk = math.prod(_number(op, "q_scale * k_scale", scale) for scale in (*q_known, *k_known))
+        product = math.prod(checks.real(op, "v_scale", scale) for scale in v_known)
+        return Factors(require_positive(op, "q_scale * k_scale", qk), product, (q_address, k_address, v_address))
+
+    @property
+    def device_scales(self) -> bool:
+        return self.on_device != (0, 0, 0)
+
+    def require_known(self, op: str) -> None:
+        """Raises UnsupportedConfig for an operator whose kernel does not read scales."""
+        if self.device_scales:
             raise UnsupportedConfig(
-                f"{op}: a scale is a tensor of shape {list(scale.shape)}; expected a number for all heads, which a "
-                f"launch keeps without asking the device. Next step: {next_step}"
+                f"{op}: a scale is a tensor; expected a number, which a launch keeps. Next step: pass scale.item(), "
+                "once, ahead of a capture"
             )
-    qk = math.prod(1.0 if scale is None else _number(op, "q_scale * k_scale", scale) for scale in qk_scales)
-    v = math.prod(1.0 if scale is None else checks.real(op, "v_scale", scale) for scale in v_scales)
-    return require_positive(op, "q_scale * k_scale", qk), v
+
+    def values(self, device: torch.device) -> dict[str, int]:
+        """The fields of AttentionParams that hold addresses."""
+        one = constants.address_of(struct.pack("f", 1.0), device) if self.device_scales else 0
+        return dict(zip(DEVICE_SCALES, (address or one for address in self.on_device)))
+
+
+def _split(op: str, scales: tuple[Scale, ...]) -> tuple[list[float], int]:
+    """The factors of one tensor that are known, and the address of one that is not, or 0."""
+    addresses = [scale.address for scale in scales if isinstance(scale, DeviceScale)]
+    if len(addresses) > 1:
+        raise UnsupportedConfig(f"{op}: two scales of one tensor are tensors; expected one. Next step: multiply them")
+    return [scale for scale in scales if scale is not None and not isinstance(scale, DeviceScale)], sum(addresses)
 
 
 def _number(op: str, name: str, value: object) -> float:

@@ -76,7 +76,7 @@ def check_types(op: str, rows: torch.Tensor, cache: torch.Tensor, scales: dict[s
             op,
             f"{name} is given, but rows and cache are both {cache.dtype} and nothing is converted; leave it out",
         )
-        quant_scale.check(op, name, scale, rows, "the rows")
+        quant_scale.check(op, name, scale, rows.device, "the rows")
     return dtype != cache_dtype
 
 

@@ -44,14 +44,17 @@ def constants(field: str) -> dict[str, Union[int, float]]:
     return dict(zip(names(field), values(None)))
 
 
-def check(op: str, name: str, scale: Scale, reference: torch.Tensor, reference_name: str = "input") -> None:
+def check(op: str, name: str, scale: Scale, device: torch.device, owner: str = "the wrapper") -> None:
+    """`owner`: whose device it is."""
     if isinstance(scale, torch.Tensor):
         checks.require(
             scale.numel() == 1 and scale.dtype == torch.float32,
             op,
             f"{name} is {scale.dtype} of shape {list(scale.shape)}; expected a number or one float32 in a tensor",
         )
-        checks.require_device(op, name, scale, reference, reference_name)
+        checks.require(
+            scale.device == device, op, f"{name} is on {scale.device}, {owner} on {device}; move them to one device"
+        )
         checks.require_addresses(op, **{name: scale})
     else:
         values(scale, op, name)

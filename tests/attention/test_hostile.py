@@ -95,7 +95,9 @@ def test_a_failing_run_changes_nothing(kind: str, device: torch.device) -> None:
         ({"k_scale": -1.0}, ValueError),
         ({"k_scale": "1"}, TypeError),
         ({"v_scale": math.nan}, ValueError),
-        ({"v_scale": torch.ones(1)}, ValueError),
+        ({"v_scale": torch.ones(2, device=device)}, ValueError),
+        ({"v_scale": torch.ones(1, device="meta")}, ValueError),
+        ({"v_scale": torch.ones(1, dtype=torch.float64, device=device)}, ValueError),
         ({"sinks": torch.ones(HEADS + 1)}, ValueError),
         ({"nothing": 1}, TypeError),
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -82,16 +83,20 @@ def test_options_without_a_hash(kind: str) -> None:
     batch.check()
 
 
-@pytest.mark.parametrize("shape", [(), (2,)], ids=str)
 @pytest.mark.parametrize("name", ["q_scale", "k_scale", "v_scale"])
-def test_a_tensor_that_equals_the_last_scale_is_refused(name: str, shape: tuple[int, ...], kind: str) -> None:
+def test_scales_that_equal_the_last_one(name: str, kind: str) -> None:
+    """Those of heads are refused, one number of another kind is that number."""
     batch = Batch(kind, torch.device("cpu"))
     batch.plan()
-    kv = batch.kv if kind == "ragged" else (batch.kv,)
-    for scale in (0.5, None):
-        batch.wrapper.run(batch.q, *kv, **{name: scale})
-        with pytest.raises(flashinfer.errors.UnsupportedConfig, match="a scale is a tensor"):
-            batch.wrapper.run(batch.q, *kv, **{name: torch.full(shape, 0.5)})
+    for last in (1.0, None):
+        batch.check()
+        batch.run(**{name: last})
+        with pytest.raises(flashinfer.errors.UnsupportedConfig, match=f"{name} is a tensor of shape"):
+            batch.run(**{name: torch.ones(2)})
+        with pytest.raises(TypeError, match=f"{name} is True; expected a number"):
+            batch.run(**{name: True})
+        for same in (1, torch.ones(()), torch.ones(1, 1), numpy.float64(1), numpy.float32(1)):
+            assert torch.equal(batch.run(**{name: same}), batch.run())
     batch.check()
 
 
@@ -101,7 +106,7 @@ def test_scales_by_position_are_refused(kind: str) -> None:
     batch = Batch(kind, torch.device("cpu"))
     batch.plan()
     kv = batch.kv if kind == "ragged" else (batch.kv,)
-    with pytest.raises(TypeError, match=r"got 3 more.*the numbers q_scale, k_scale and v_scale"):
+    with pytest.raises(TypeError, match=r"got 3 more.*as q_scale, k_scale and v_scale"):
         batch.wrapper.run(batch.q, *kv, *(torch.ones(2) for _ in range(3)))
     batch.check()
 

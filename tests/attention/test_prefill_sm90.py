@@ -19,6 +19,7 @@ from flashinfer.jit.spec import KernelSpec
 
 BF16: dict[str, Any] = {"q_dtype": "bf16", "kv_dtype": "bf16", "head_dim": 128, "kv_storage": "ragged"}
 FP8: dict[str, Any] = {"q_dtype": "fp8_e4m3", "kv_dtype": "fp8_e4m3", "o_dtype": "bf16"}
+WIDENED: dict[str, Any] = {"kv_dtype": "fp8_e4m3"}
 HOPPER, EVERYWHERE = "attention/sm90/prefill.cuh", "attention/prefill/kernel.cuh"
 
 
@@ -149,6 +150,9 @@ def compiled_specs() -> list[KernelSpec]:
         specs.append(families.prefill("sm_90a", **{**widened, "q_dtype": "fp16", "kv_dtype": "fp8_e5m2"}, mask="none"))
         specs.append(families.prefill("sm_90a", **{**widened, **paged}, **changed))
         specs.append(families.prefill("sm_90a", **{**widened, **paged, "page_size": 1}, **changed))
+    scaled = {**paged, **changed, "device_scales": True}
+    for dtypes in ({}, FP8, WIDENED):
+        specs.append(families.prefill("sm_90a", **{**BF16, **dtypes, **scaled}))
     return specs
 
 

@@ -48,7 +48,7 @@ def test_a_new_gpu_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
         **dict.fromkeys(("q_dtype", "kv_dtype", "o_dtype"), "bf16"),
         **dict.fromkeys(("head_dim_qk", "head_dim_vo"), 128),
         **{"kv_storage": "paged", "pos_encoding": "none", "has_window": False, "has_soft_cap": False},
-        **{"has_sinks": False, "group_tile": 8},
+        **{"has_sinks": False, "device_scales": False, "group_tile": 8},
     }
 
     def choices(target: str) -> tuple[object, ...]:

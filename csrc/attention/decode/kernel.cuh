@@ -41,7 +41,7 @@ struct ResultWriter {
   template <int N>
   __device__ __forceinline__ void write_result(int32_t token_idx, int32_t head, int32_t element, const float (&x)[N],
                                                float lse) const {
-    float y[N], factor = params.v_scale;
+    float y[N], factor = Score<Config>::v_scale(params);
     if constexpr (Config::kHasSinks) factor *= add_sink(params.sinks[head], lse);
 #pragma unroll
     for (int i = 0; i < N; ++i) y[i] = x[i] * factor;

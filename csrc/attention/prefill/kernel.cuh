@@ -123,9 +123,9 @@ __device__ __forceinline__ void attend(const PrefillParams& params, PrefillSmem<
   }
 }
 
-// Config: Q, Kv, Out, kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kHasSinks, kPosEncoding, and
-// the tile: kBlockM, kBlockN, kNumStages, kNumThreads, kSmemBytes. Grid: as many blocks as the planner was told;
-// without a plan, one per (query tile, KV head).
+// Config: Q, Kv, Out, kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kHasSinks, kPosEncoding,
+// kHasDeviceScales, and the tile: kBlockM, kBlockN, kNumStages, kNumThreads, kSmemBytes. Grid: as many blocks as the
+// planner was told; without a plan, one per (query tile, KV head).
 template <class Config>
 __device__ void prefill(const PrefillParams& params) {
   extern __shared__ __align__(128) uint8_t smem_bytes[];

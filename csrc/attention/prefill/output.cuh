@@ -27,7 +27,7 @@ struct OutputPair {
 template <class Config, class Shape = PrefillShape<Config>>
 __device__ __forceinline__ void finish_softmax(SoftmaxState<Config>& state, PrefillSmem<Config>& smem,
                                                const PrefillParams& params) {
-  const float scale_log2 = Score<Config>::scale_log2(params);
+  const float scale_log2 = Score<Config>::scale_log2(params), v_scale = Score<Config>::v_scale(params);
   const uint32_t thread_idx = thread_idx_after_loop();
   const int lane_idx = int(thread_idx % 32);
   float* warp_lse_smem = smem.lse + thread_idx / 32 * Shape::kRowsPerWarp;
@@ -48,7 +48,7 @@ __device__ __forceinline__ void finish_softmax(SoftmaxState<Config>& state, Pref
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       float lse = state.max[m][half] * scale_log2 + fast_log2(sum);  // a row that saw no key: -inf - inf
-      state.sum[m][half] = sum > 0.f ? __fdividef(params.v_scale, sum) : 0.f;
+      state.sum[m][half] = sum > 0.f ? __fdividef(v_scale, sum) : 0.f;
       if constexpr (Config::kHasSinks) state.sum[m][half] *= add_sink(sinks[m][half], lse);
       if (lane_idx % 4 == 0) warp_lse_smem[m * 16 + half * 8 + lane_idx / 4] = lse;
     }

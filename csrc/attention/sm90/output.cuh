@@ -103,7 +103,7 @@ __device__ __forceinline__ void finish_unit(const Sm90PrefillParams& params, Sme
   const int tile_rows = work.num_rows(group_size.divisor, Shape::kBlockM);
   const int num_rows = tile_rows - consumer_idx * Shape::kRowsPerConsumer;  // of the consumer; may be negative
   const int first_row = item.q_tile * Shape::kBlockM + consumer_idx * Shape::kRowsPerConsumer;
-  const float scale_log2 = Score<Config>::scale_log2(params);
+  const float scale_log2 = Score<Config>::scale_log2(params), v_scale = Score<Config>::v_scale(params);
   float lse[2], sinks[2];
   if constexpr (Config::kHasSinks) {
 #pragma unroll
@@ -118,7 +118,7 @@ __device__ __forceinline__ void finish_unit(const Sm90PrefillParams& params, Sme
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     lse[half] = softmax.lse(half, sum, scale_log2);
-    float factor = sum > 0.f ? __fdividef(params.v_scale, sum) : 0.f;
+    float factor = sum > 0.f ? __fdividef(v_scale, sum) : 0.f;
     if constexpr (Config::kHasSinks) factor *= add_sink(sinks[half], lse[half]);
 #pragma unroll
     for (int i = 0; i < Shape::kNumOutputs / 2; ++i) at(out, half, i) *= factor;

@@ -17,7 +17,7 @@ struct Sm90PrefillMaps {
 
 struct Sm90PrefillParams : Sm90PrefillMaps, PrefillParams {
   int32_t box_rows;  // rows that one copy brings: kBlockN without pages, else a divisor of it and of the page size
-  uint8_t reserved[28];
+  uint8_t reserved[4];
 };
 
 }  // namespace flashinfer

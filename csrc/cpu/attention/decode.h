@@ -206,10 +206,11 @@ template <class Config>
 inline void store_decode(const AttentionParams& params, const DecodePartial<Config>& result, int32_t request_idx,
                          int32_t first_head, int num_heads) {
   using O = typename Config::O;
+  const float v_scale = Score<Config>::v_scale(params);
   for (int h = 0; h < num_heads; ++h) {
     O* dst =
         static_cast<O*>(params.out) + request_idx * params.out_token_stride + (first_head + h) * params.out_head_stride;
-    float lse = result.lse[h], factor = params.v_scale;
+    float lse = result.lse[h], factor = v_scale;
     if constexpr (Config::kHasSinks) factor *= add_sink(params.sinks[first_head + h], lse);
     for (int d = 0; d < Config::kHeadDimVo; ++d) dst[d] = from_float<O>(result.out[h][d] * factor);
     if (params.lse != nullptr) params.lse[int64_t(request_idx) * params.num_qo_heads + first_head + h] = lse;

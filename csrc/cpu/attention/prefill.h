@@ -161,7 +161,7 @@ struct PrefillState : TileState<Config::kHeadDimQk, Config::kHeadDimVo> {
     this->begin(q_tile, kv_head, group_size, qo_len, [&](int row) { load_q(params, row, q_begin, qo_len, view.len); });
 
     const Range blocks = Visibility::of<Config>(params).tiles_of(q_tile, kM, group_size, qo_len, view.len, kN);
-    const float scale = S::scale_log2(params);
+    const float scale = S::scale_log2(params), v_scale = S::v_scale(params);
     for (int32_t block = blocks.begin; block < blocks.end; ++block) {
       const int32_t first_key = block * kN, num_keys = view.len - first_key < kN ? view.len - first_key : kN;
       load_kv(params, view, kv_head, first_key, num_keys);
@@ -174,7 +174,7 @@ struct PrefillState : TileState<Config::kHeadDimQk, Config::kHeadDimVo> {
           static_cast<Out*>(params.out) + token_idx * params.out_token_stride + qo_head[row] * params.out_head_stride;
       float* lse = params.lse != nullptr ? params.lse + token_idx * params.num_qo_heads + qo_head[row] : nullptr;
       const float* sink = Config::kHasSinks ? params.sinks + qo_head[row] : nullptr;
-      this->store_row(row, dst, lse, scale, params.v_scale, sink);
+      this->store_row(row, dst, lse, scale, v_scale, sink);
     }
   }
 

@@ -36,6 +36,7 @@ def load_kernel(
     kv_storage: str,
     variant: Variant,
     pdl: Optional[bool] = None,
+    device_scales: bool = False,
 ) -> DecodeKernel:
     """types: of q, KV and output; head_dims: of queries and keys, and of values; num_heads: of queries and KV. Raises
     UnsupportedConfig where there is no kernel, or what `Resolver.load` does."""
@@ -50,6 +51,7 @@ def load_kernel(
         head_dim_vo=head_dims[1],
         group_size=num_heads[0] // num_heads[1],
         kv_storage=kv_storage,
+        device_scales=device_scales,
         **variant.spec_args,
     )
     if kv_storage == "paged" and device.type == "cuda" and not default_resolver().holds(spec):

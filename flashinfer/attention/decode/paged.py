@@ -8,9 +8,9 @@ import torch
 
 from flashinfer.attention.compat import IndexBuffer, check_later_arguments
 from flashinfer.attention.decode.plan import DecodePlan
-from flashinfer.attention.plan import Scales, Shape, dtype_of
-from flashinfer.attention.planned import DataType, PlannedAttention, Result
-from flashinfer.attention.variant import Overrides, Variant
+from flashinfer.attention.plan import Shape, dtype_of
+from flashinfer.attention.planned import DataType, GivenScales, PlannedAttention, Result
+from flashinfer.attention.variant import GivenScale, Overrides, Variant
 from flashinfer.host.paged_cache import PagedCache
 
 # Arguments of Variant.of after head_dim.
@@ -142,9 +142,9 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
         q: torch.Tensor,
         paged_kv_cache: PagedCache,
         *args: Any,
-        q_scale: Optional[float] = None,
-        k_scale: Optional[float] = None,
-        v_scale: Optional[float] = None,
+        q_scale: GivenScale = None,
+        k_scale: GivenScale = None,
+        v_scale: GivenScale = None,
         out: Optional[torch.Tensor] = None,
         lse: Optional[torch.Tensor] = None,
         return_lse: bool = False,
@@ -160,7 +160,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
             paged_kv_cache: one tensor `[pages, 2, page_size, num_kv_heads, head_dim]` (NHD; HND has heads before
                 page_size) or a tuple (k, v) of such tensors without the axis of 2. Any strides over whole rows. What
                 lies in pages or entries no request uses is never read into a result, NaN included.
-            q_scale, k_scale, v_scale: factors of quantized q, k and v.
+            q_scale, k_scale, v_scale: factors of quantized q, k and v, numbers or one float32 on the device, which the
+                kernel alone reads; those of q and k are positive.
             out: `[batch_size, num_qo_heads, head_dim]`, dtype of q or o_data_type; allocated when None.
             lse: fp32 `[batch_size, num_qo_heads]`; allocated when None and return_lse.
             return_lse: also return the base-2 logarithm of the sum of exponentials, that of the sink included.
@@ -190,9 +191,9 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
         q: torch.Tensor,
         paged_kv_cache: PagedCache,
         pos_encoding_mode: str = "NONE",
-        q_scale: Optional[float] = None,
-        k_scale: Optional[float] = None,
-        v_scale: Optional[float] = None,
+        q_scale: GivenScale = None,
+        k_scale: GivenScale = None,
+        v_scale: GivenScale = None,
         window_left: int = -1,
         logits_soft_cap: Optional[float] = None,
         sm_scale: Optional[float] = None,
@@ -210,9 +211,9 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
         q: torch.Tensor,
         paged_kv_cache: PagedCache,
         pos_encoding_mode: str = "NONE",
-        q_scale: Optional[float] = None,
-        k_scale: Optional[float] = None,
-        v_scale: Optional[float] = None,
+        q_scale: GivenScale = None,
+        k_scale: GivenScale = None,
+        v_scale: GivenScale = None,
         window_left: int = -1,
         logits_soft_cap: Optional[float] = None,
         sm_scale: Optional[float] = None,
@@ -224,7 +225,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
         return self._forward(q, paged_kv_cache, (q_scale, k_scale, v_scale), options, return_lse=True)
 
     def _forward(
-        self, q: torch.Tensor, paged_kv_cache: PagedCache, scales: Scales, options: _Options, return_lse: bool
+        self, q: torch.Tensor, paged_kv_cache: PagedCache, scales: GivenScales, options: _Options, return_lse: bool
     ) -> Result:
         overrides = Overrides.of_forward(None, *options, self._head_dim_of(q))
         return self._run(q, paged_kv_cache, None, None, return_lse, scales, None, overrides)

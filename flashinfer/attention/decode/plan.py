@@ -9,7 +9,7 @@ import torch
 from flashinfer.attention.decode import launch as launches
 from flashinfer.attention.decode.launch import DecodeKernel, Schedule
 from flashinfer.attention.plan import BoundRun, Call, Plan, Shape, no_launch
-from flashinfer.attention.variant import Variant, factors
+from flashinfer.attention.variant import Factors, Variant
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.attention.params import ADDRESSES
 from flashinfer.families.layout import fast_divisor
@@ -57,11 +57,11 @@ class DecodePlan(Plan):
                 op, *workspaces, shape.batch_size, self._kernel, shape.num_qo_heads, shape.head_dim_vo
             )
 
-    def _load(self, variant: Variant, pdl: Optional[bool]) -> DecodeKernel:
+    def _load(self, variant: Variant, pdl: Optional[bool], device_scales: bool = False) -> DecodeKernel:
         shape = self.shape
         return launches.load_kernel(
             self.device, (self.q_dtype, self.kv_dtype, self.o_dtype), (shape.head_dim_qk, shape.head_dim_vo),
-            (shape.num_qo_heads, shape.num_kv_heads), "paged", variant, pdl,
+            (shape.num_qo_heads, shape.num_kv_heads), "paged", variant, pdl, device_scales,
         )  # fmt: skip
 
     def _extent(self, short_queries: bool) -> Extent:
@@ -85,13 +85,13 @@ class DecodePlan(Plan):
         self.require_tensors(call)
         out, new_out, new_lse = self.outputs(call)
         variant = self.variant_of(call)
-        kernel = self._load(variant, call.pdl)
+        q_scale, k_scale, v_scale = call.scales
+        factors = Factors.of(op, (q_scale,), (k_scale,), (v_scale,))
+        kernel = self._load(variant, call.pdl, factors.device_scales)
         if self._schedule is not None and kernel.tile_len != self._kernel.tile_len:
             raise UnsupportedConfig(
                 f"{op}: this variant needs another schedule than the planned one; pass it to plan()"
             )
-        q_scale, k_scale, v_scale = call.scales
-        scales = factors(op, (q_scale, k_scale), (v_scale,))
         values = {
             "kv.index.len": 0,
             **fast_divisor("kv.index.page_size", shape.page_size),
@@ -103,7 +103,7 @@ class DecodePlan(Plan):
             "batch_size": shape.batch_size,
             "num_qo_heads": shape.num_qo_heads,
             "num_kv_heads": shape.num_kv_heads,
-            **variant.values(shape.num_qo_heads, shape.head_dim_qk, self.device, *scales),
+            **variant.values(shape.num_qo_heads, shape.head_dim_qk, self.device, factors),
             **schedule.values,
         }
         grid = (kernel.num_head_blocks, self._kernel.num_chunks, 1)

@@ -12,7 +12,14 @@ from flashinfer.attention.decode.launch import Schedule
 from flashinfer.attention.plan import dtype_of
 from flashinfer.attention.planned import DataType
 from flashinfer.attention.sequence import check_sequence
-from flashinfer.attention.variant import Variant, factors, require_sinks, signature_of_sinks
+from flashinfer.attention.variant import (
+    Factors,
+    GivenScale,
+    Variant,
+    read_scales,
+    require_sinks,
+    signature_of_sinks,
+)
 from flashinfer.families.attention.params import ADDRESSES
 from flashinfer.families.layout import fast_divisor
 from flashinfer.host import checks, memo, traced
@@ -30,9 +37,9 @@ def single_decode_with_kv_cache(
     kv_layout: str = "NHD",
     pos_encoding_mode: str = "NONE",
     use_tensor_cores: bool = False,
-    q_scale: Optional[float] = None,
-    k_scale: Optional[float] = None,
-    v_scale: Optional[float] = None,
+    q_scale: GivenScale = None,
+    k_scale: GivenScale = None,
+    v_scale: GivenScale = None,
     window_left: int = -1,
     logits_soft_cap: Optional[float] = None,
     sm_scale: Optional[float] = None,
@@ -51,7 +58,8 @@ def single_decode_with_kv_cache(
             fp8 e4m3 or e5m2. The head dimension of v may differ. kv_len may be 0.
         pos_encoding_mode: "NONE", "ROPE_LLAMA" (q and k are rotated on the fly, q at position kv_len - 1) or "ALIBI".
         use_tensor_cores: accepted for compatibility; one kernel serves every group size.
-        q_scale, k_scale, v_scale: factors of quantized q, k and v.
+        q_scale, k_scale, v_scale: factors of quantized q, k and v, numbers or one float32 on the device, which
+            the kernel alone reads; those of q and k are positive.
         window_left: keys seen before the query's own position; -1 for all.
         logits_soft_cap: logits become `cap * tanh(logits / cap)`; None or 0 for none.
         sm_scale: factor of q·k; default `1 / sqrt(head_dim)`.
@@ -77,20 +85,18 @@ def single_decode_with_kv_cache(
             )
     except AttributeError:
         raise checks.not_tensors(_OP, q=q, k=k, v=v) from None
-    options = (
-        kv_layout, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, q_scale, k_scale,
-        v_scale,
-    )  # fmt: skip
+    options = (kv_layout, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
+    scales = (q_scale, k_scale, v_scale)
     if is_dynamo_compiling():
         out_dtype = q.dtype if o_dtype is None else dtypes.torch_dtype(o_dtype)
         out = torch.empty((q.shape[0], v.shape[2]), dtype=out_dtype, device=q.device)
         lse = torch.empty(q.shape[:1], dtype=torch.float32, device=q.device) if return_lse else None
-        _door(q, k, v, out, lse, sinks, options)
+        _door(q, k, v, out, lse, sinks, options, *scales)
         return out if lse is None else (out, lse)
-    return _run(q, k, v, None, None, return_lse, o_dtype, sinks, options)
+    return _run(q, k, v, None, None, return_lse, o_dtype, sinks, options, *scales)
 
 
-# kv_layout; arguments of Variant.of after head_dim; q_scale, k_scale and v_scale.
+# kv_layout; arguments of Variant.of after head_dim.
 _Options = tuple[Any, ...]
 
 
@@ -104,20 +110,26 @@ def _run(
     o_dtype: Optional[DataType],
     sinks: Optional[torch.Tensor],
     options: _Options,
+    *scales: Any,
 ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     rows, heads = (0, 1) if options[0] == "NHD" else (1, 0)
     q_ptr, k_ptr, v_ptr, k_shape, v_shape = q.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape, v.shape
     if q_ptr < LOWEST_ADDRESS or k_ptr < LOWEST_ADDRESS or v_ptr < LOWEST_ADDRESS:
         q_ptr, k_ptr, v_ptr = (checks.low_address(_OP, name, x) for name, x in {"q": q, "k": k, "v": v}.items())
     sinks_ptr, sinks_key = signature_of_sinks(_OP, sinks)
+    for scale in scales:
+        if scale is not None and scale.__class__ is not float:
+            scales = read_scales(_OP, dict(zip(_SCALES, scales)), q.device)
+            break
     kv_len = k_shape[rows]  # no part of the key: it grows from call to call
     key = (
         q.dtype, q.shape, q.stride(), q.device, k.dtype, k_shape[heads], k_shape[2], k.stride(), k.device, v.dtype,
-        v_shape[heads], v_shape[2], v.stride(), v.device, sinks_key, options, o_dtype, (q_ptr | k_ptr | v_ptr) & 15,
+        v_shape[heads], v_shape[2], v.stride(), v.device, sinks_key, options, scales, o_dtype,
+        (q_ptr | k_ptr | v_ptr) & 15,
     )  # fmt: skip
     single = _singles.get(key)
     if single is None or v_shape[rows] != kv_len:
-        single = _singles.remember(key, _BoundSingle(q, k, v, sinks, options, o_dtype))
+        single = _singles.remember(key, _BoundSingle(q, k, v, sinks, options, scales, o_dtype))
     if out is None:
         out = single.new_out()
     if return_lse and lse is None:
@@ -126,23 +138,23 @@ def _run(
     return out if lse is None else (out, lse)
 
 
+_SCALES = ("q_scale", "k_scale", "v_scale")
 _OPTIONS = {
     "kv_layout": "str",
     "pos_encoding_mode": "str",
     "window_left": "int",
-    **dict.fromkeys(
-        ("logits_soft_cap", "sm_scale", "rope_scale", "rope_theta", "q_scale", "k_scale", "v_scale"), "float?"
-    ),
+    **dict.fromkeys(("logits_soft_cap", "sm_scale", "rope_scale", "rope_theta"), "float?"),
 }
 _door = traced.door(
     "single_decode",
-    lambda q, k, v, out, lse, sinks, options: _run(q, k, v, out, lse, False, out.dtype, sinks, options),
+    lambda q, k, v, out, lse, *given: _run(q, k, v, out, lse, False, out.dtype, *given),
     {
         **dict.fromkeys("qkv", "Tensor"),
         "out": "Tensor(!)",
         "lse": "Tensor(!)?",
         "sinks": "Tensor?",
         "options": traced.fields(lambda *options: options, *(f"{kind} {name}" for name, kind in _OPTIONS.items())),
+        **dict.fromkeys(_SCALES, traced.REAL),
     },
 )
 
@@ -157,9 +169,11 @@ class _BoundSingle:
         v: torch.Tensor,
         sinks: Optional[torch.Tensor],
         options: _Options,
+        scales: tuple[Any, ...],
         o_dtype: Optional[DataType],
     ) -> None:
-        op, (kv_layout, *variant_options), scales = _OP, options[:-3], options[-3:]
+        op, (kv_layout, *variant_options) = _OP, options
+        factors = Factors.of(op, *((scale,) for scale in scales))
         sequence, device = check_sequence(op, q, k, v, kv_layout), q.device
         num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, _, kv_strides = sequence
         variant = Variant.of(op, head_dim_qk, *variant_options, has_sinks=sinks is not None)
@@ -168,7 +182,7 @@ class _BoundSingle:
         out_dtype = q.dtype if o_dtype is None else dtype_of(op, "o_dtype", o_dtype)
         self.kernel = launches.load_kernel(
             device, (q.dtype, k.dtype, out_dtype), (head_dim_qk, head_dim_vo), (num_qo_heads, num_kv_heads), "single",
-            variant,
+            variant, device_scales=factors.device_scales,
         )  # fmt: skip
         self.new_out = memo.allocator((num_qo_heads, head_dim_vo), out_dtype, device)
         self.new_lse = memo.allocator((num_qo_heads,), torch.float32, device)
@@ -184,7 +198,7 @@ class _BoundSingle:
             "batch_size": 1,
             "num_qo_heads": num_qo_heads,
             "num_kv_heads": num_kv_heads,
-            **variant.values(num_qo_heads, head_dim_qk, device, *factors(op, scales[:2], scales[2:])),
+            **variant.values(num_qo_heads, head_dim_qk, device, factors),
             "plan_is_settled": True,
         }
         self.launch_whole = self.prepare(1)

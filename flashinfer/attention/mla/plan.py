@@ -9,7 +9,7 @@ import torch
 from flashinfer.attention.mla import launch as launches
 from flashinfer.attention.plan import BoundRun, Call, Plan, Shape, no_launch
 from flashinfer.attention.prefill.launch import NO_SCHEDULE, Extent, PrefillKernel, Schedule
-from flashinfer.attention.variant import Variant, factors
+from flashinfer.attention.variant import Factors, Variant
 from flashinfer.families.attention.mla import SHORT_ROWS, STORAGE, costs
 from flashinfer.host import checks, paged_cache
 from flashinfer.host.rows import require_rows
@@ -62,7 +62,8 @@ class MlaPlan(Plan):
         caches = self._caches(call)
         out, new_out, new_lse = self.outputs(call)
         q_scale, k_scale, v_scale = call.scales
-        qk_scale, v_factor = factors(self.op, (q_scale, k_scale), (v_scale,))
+        factors = Factors.of(self.op, (q_scale,), (k_scale,), (v_scale,))
+        factors.require_known(self.op)
         kernel = self._load(short_queries, call.pdl)
         if self._schedule is not None:
             self._schedule.require_items(self.op, num_tokens * self.shape.num_qo_heads, kernel, batch_size)
@@ -74,7 +75,7 @@ class MlaPlan(Plan):
                 {"q_nope": call.q, "q_pe": q_pe, "out": out},
                 caches,
                 NO_SCHEDULE if self._schedule is None else self._schedule.values,
-                {"sm_scale": self.variant.sm_scale * qk_scale, "v_scale": v_factor},
+                {"sm_scale": self.variant.sm_scale * factors.qk, "v_scale": factors.v},
                 batch_size=batch_size,
                 page_size=self.shape.page_size,
             )

@@ -42,6 +42,7 @@ def load_kernel(
     short_queries: bool,
     page_size: int = 1,
     pdl: Optional[bool] = None,
+    device_scales: bool = False,
 ) -> PrefillKernel:
     """types: of q, KV and output; head_dims: of queries and keys, and of values. Raises UnsupportedConfig where there
     is no kernel, or what `Resolver.load` does."""
@@ -58,6 +59,7 @@ def load_kernel(
         kv_storage=kv_storage,
         page_size=page_size,
         mask=mask,
+        device_scales=device_scales,
         **variant.spec_args,
     )
     spec = request(short_queries=short_queries)

@@ -11,7 +11,7 @@ from flashinfer.attention.plan import Shape
 from flashinfer.attention.planned import DataType, Result
 from flashinfer.attention.prefill.plan import RaggedKv
 from flashinfer.attention.prefill.wrapper import PrefillWrapper
-from flashinfer.attention.variant import Overrides
+from flashinfer.attention.variant import GivenScale, Overrides
 from flashinfer.host.paged_cache import PagedCache, PagedKv
 
 
@@ -156,9 +156,9 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         q: torch.Tensor,
         paged_kv_cache: PagedCache,
         *args: Any,
-        q_scale: Optional[float] = None,
-        k_scale: Optional[float] = None,
-        v_scale: Optional[float] = None,
+        q_scale: GivenScale = None,
+        k_scale: GivenScale = None,
+        v_scale: GivenScale = None,
         out: Optional[torch.Tensor] = None,
         lse: Optional[torch.Tensor] = None,
         return_lse: bool = False,
@@ -174,7 +174,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             paged_kv_cache: one tensor `[pages, 2, page_size, num_kv_heads, head_dim]` (NHD; HND swaps the axes of
                 page_size and heads) or a tuple (k, v) of such tensors without the axis of 2; dtype of q, or fp8 e4m3 or
                 e5m2. What lies in entries no request uses is never read into a result, NaN included.
-            q_scale, k_scale, v_scale: factors of quantized q, k and v.
+            q_scale, k_scale, v_scale: factors of quantized q, k and v, numbers or one float32 on the device, which the
+                kernel alone reads; those of q and k are positive.
             out: `[num_tokens, num_qo_heads, head_dim_vo]`, dtype of q, or o_data_type; allocated when None.
             lse: fp32 `[num_tokens, num_qo_heads]`; allocated when None and return_lse.
             return_lse: also return the base-2 logarithm of the sum of exponentials, that of the sink included.
@@ -194,7 +195,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         if args:
             raise TypeError(
                 f"{self._op_name}: run() takes q and paged_kv_cache, got {len(args)} more; give the rest by keyword, "
-                "scales of quantized tensors as the numbers q_scale, k_scale and v_scale"
+                "scales of quantized tensors as q_scale, k_scale and v_scale"
             )
         if later:
             check_later_arguments(self._op_name, later)
@@ -211,8 +212,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         causal: bool = False,
         pos_encoding_mode: str = "NONE",
         use_fp16_qk_reduction: bool = False,
-        k_scale: Optional[float] = None,
-        v_scale: Optional[float] = None,
+        k_scale: GivenScale = None,
+        v_scale: GivenScale = None,
         window_left: int = -1,
         logits_soft_cap: Optional[float] = None,
         sm_scale: Optional[float] = None,

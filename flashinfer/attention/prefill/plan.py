@@ -11,7 +11,7 @@ from flashinfer.attention.plan import BoundRun, Call, Plan, Shape, no_launch
 from flashinfer.attention.prefill import launch as launches
 from flashinfer.attention.prefill.launch import Extent, PrefillKernel, Schedule
 from flashinfer.attention.sequence import row_strides
-from flashinfer.attention.variant import Variant, factors
+from flashinfer.attention.variant import Factors, Variant
 from flashinfer.families.attention.prefill import SHORT_ROWS
 from flashinfer.host import checks
 from flashinfer.host.paged_cache import KvStrides, PagedCache, PagedKv
@@ -73,10 +73,13 @@ class PrefillPlan(Plan):
         variant: Variant,
         short: bool,
         pdl: Optional[bool],
+        device_scales: bool = False,
     ) -> PrefillKernel:
         dims = (self.shape.head_dim_qk, self.shape.head_dim_vo)
         page_size = self.shape.page_size
-        return launches.load_kernel(self.device, types, dims, self._storage, mask, variant, short, page_size, pdl)
+        return launches.load_kernel(
+            self.device, types, dims, self._storage, mask, variant, short, page_size, pdl, device_scales
+        )
 
     def is_short(self, num_tokens: int) -> bool:
         return num_tokens * self._group_size <= SHORT_ROWS * self.shape.batch_size
@@ -110,10 +113,10 @@ class PrefillPlan(Plan):
         if call.overrides is not None and call.overrides.causal is not None and mask != "custom":
             mask = "causal" if call.overrides.causal else "none"
         q_scale, k_scale, v_scale = call.scales
-        options = variant.values(
-            shape.num_qo_heads, shape.head_dim_qk, self.device, *factors(op, (q_scale, k_scale), (v_scale,))
-        )
-        kernel = self._load((q.dtype, call.kv_dtype, out.dtype), mask, variant, short_queries, call.pdl)
+        factors = Factors.of(op, (q_scale,), (k_scale,), (v_scale,))
+        options = variant.values(shape.num_qo_heads, shape.head_dim_qk, self.device, factors)
+        types = (q.dtype, call.kv_dtype, out.dtype)
+        kernel = self._load(types, mask, variant, short_queries, call.pdl, factors.device_scales)
         if self._schedule is not None:
             self._schedule.require_items(op, q.shape[0] * self._group_size, kernel, shape.batch_size)
         is_empty = q.shape[0] == 0 or shape.batch_size == 0

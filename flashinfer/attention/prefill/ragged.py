@@ -11,7 +11,7 @@ from flashinfer.attention.plan import Shape
 from flashinfer.attention.planned import DataType, Result
 from flashinfer.attention.prefill.plan import RaggedKv
 from flashinfer.attention.prefill.wrapper import PrefillWrapper
-from flashinfer.attention.variant import Overrides
+from flashinfer.attention.variant import GivenScale, Overrides
 from flashinfer.host.paged_cache import PagedKv
 
 
@@ -102,9 +102,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         k: torch.Tensor,
         v: torch.Tensor,
         *args: Any,
-        q_scale: Optional[float] = None,
-        k_scale: Optional[float] = None,
-        v_scale: Optional[float] = None,
+        q_scale: GivenScale = None,
+        k_scale: GivenScale = None,
+        v_scale: GivenScale = None,
         o_scale: Optional[float] = None,
         out: Optional[torch.Tensor] = None,
         lse: Optional[torch.Tensor] = None,
@@ -118,7 +118,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         Args:
             q: `[num_tokens, num_qo_heads, head_dim_qk]`, unit stride in the last axis.
             k, v: `[num_kv_tokens, num_kv_heads, head_dim_qk]` and `[.., head_dim_vo]` (NHD); dtype of q, or fp8.
-            q_scale, k_scale, v_scale: factors of quantized q, k and v. o_scale: the output is divided by it.
+            q_scale, k_scale, v_scale: factors of quantized q, k and v, numbers or one float32 on the device, which the
+                kernel alone reads; those of q and k are positive.
+            o_scale: the output is divided by it.
             out, lse, return_lse, enable_pdl, sinks: as in `BatchPrefillWithPagedKVCacheWrapper.run`.
 
         Returns and raises: as there.
@@ -126,7 +128,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         if args:
             raise TypeError(
                 f"{self._op_name}: run() takes q, k and v, got {len(args)} more; give the rest by keyword, "
-                "scales of quantized tensors as the numbers q_scale, k_scale and v_scale"
+                "scales of quantized tensors as q_scale, k_scale and v_scale"
             )
         if later:
             check_later_arguments(self._op_name, later)

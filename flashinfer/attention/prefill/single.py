@@ -14,7 +14,14 @@ from flashinfer.attention.planned import DataType
 from flashinfer.attention.prefill import launch as launches
 from flashinfer.attention.prefill.launch import Extent, Schedule
 from flashinfer.attention.sequence import check_sequence
-from flashinfer.attention.variant import Variant, factors, require_sinks, signature_of_sinks
+from flashinfer.attention.variant import (
+    Factors,
+    GivenScale,
+    Variant,
+    read_scales,
+    require_sinks,
+    signature_of_sinks,
+)
 from flashinfer.families.attention import prefill as families
 from flashinfer.host import checks, memo, traced
 from flashinfer.host.checks import LOWEST_ADDRESS
@@ -43,11 +50,11 @@ def single_prefill_with_kv_cache(
     return_lse: bool = False,
     backend: str = "auto",
     *,
-    scale_q: Optional[float] = None,
-    scale_k: Optional[float] = None,
-    scale_v: Optional[float] = None,
-    k_scale: Optional[float] = None,
-    v_scale: Optional[float] = None,
+    scale_q: GivenScale = None,
+    scale_k: GivenScale = None,
+    scale_v: GivenScale = None,
+    k_scale: GivenScale = None,
+    v_scale: GivenScale = None,
     o_dtype: Optional[DataType] = None,
     sinks: Optional[torch.Tensor] = None,
 ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
@@ -68,7 +75,8 @@ def single_prefill_with_kv_cache(
         logits_soft_cap: logits become `cap * tanh(logits / cap)`; None or 0 for none.
         rope_scale, rope_theta: of ROPE_LLAMA; default 1 and 1e4.
         return_lse: also return the base-2 logarithm of the sum of exponentials, that of the sink included.
-        scale_q, scale_k, scale_v, k_scale, v_scale: factors of quantized q, k and v.
+        scale_q, scale_k, scale_v, k_scale, v_scale: factors of quantized q, k and v, numbers or one float32 on the
+            device, which the kernel alone reads; those of q and k are positive.
         o_dtype: of the output, fp16 or bf16, where q is fp8; else None, or that of q.
         sinks: fp32 `[num_qo_heads]`, a logit for each query head that takes part in the softmax as a key without a
             value would (GPT-OSS): one more term exp(sinks[h]) of the denominator, on which no scale and no soft cap has
@@ -85,15 +93,16 @@ def single_prefill_with_kv_cache(
     """
     given = (
         custom_mask, packed_custom_mask, causal, kv_layout, pos_encoding_mode, window_left, logits_soft_cap, sm_scale,
-        rope_scale, rope_theta, scale_q, scale_k, scale_v, k_scale, v_scale,
+        rope_scale, rope_theta,
     )  # fmt: skip
+    scales = (scale_q, scale_k, scale_v, k_scale, v_scale)
     if is_dynamo_compiling():
         out_dtype = q.dtype if o_dtype is None else dtypes.torch_dtype(o_dtype)
         out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype, device=q.device)
         lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
-        _door(q, k, v, out, lse, sinks, *given)
+        _door(q, k, v, out, lse, sinks, *given, *scales)
         return out if lse is None else (out, lse)
-    return _run(q, k, v, None, None, return_lse, o_dtype, sinks, *given)
+    return _run(q, k, v, None, None, return_lse, o_dtype, sinks, *given, *scales)
 
 
 def _run(
@@ -109,7 +118,7 @@ def _run(
     packed_custom_mask: Optional[torch.Tensor],
     causal: bool,
     kv_layout: str,
-    *options: Any,
+    *given: Any,
 ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     is_custom = custom_mask is not None or packed_custom_mask is not None
     mask = "custom" if is_custom else "causal" if causal else "none"
@@ -120,13 +129,18 @@ def _run(
     if q_ptr < LOWEST_ADDRESS or k_ptr < LOWEST_ADDRESS or v_ptr < LOWEST_ADDRESS:
         q_ptr, k_ptr, v_ptr = (checks.low_address(_OP, name, x) for name, x in {"q": q, "k": k, "v": v}.items())
     sinks_ptr, sinks_key = signature_of_sinks(_OP, sinks)
+    options, scales = given[: -len(_SCALES)], given[-len(_SCALES) :]
+    for scale in scales:
+        if scale is not None and scale.__class__ is not float:
+            scales = read_scales(_OP, dict(zip(_SCALES, scales)), q.device)
+            break
     key = (
         q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.device, v.dtype, v.shape, v.stride(),
-        v.device, kv_layout, mask, sinks_key, options, o_dtype, (q_ptr | k_ptr | v_ptr) & 15,
+        v.device, kv_layout, mask, sinks_key, options, scales, o_dtype, (q_ptr | k_ptr | v_ptr) & 15,
     )  # fmt: skip
     single = _singles.get(key)
     if single is None:
-        single = _singles.remember(key, _BoundSingle(q, k, v, sinks, kv_layout, mask, options, o_dtype))
+        single = _singles.remember(key, _BoundSingle(q, k, v, sinks, kv_layout, mask, options, scales, o_dtype))
     mask_bits = _mask_bits(q, k, custom_mask, packed_custom_mask, kv_layout) if is_custom else None
     if out is None:
         out = single.new_out()
@@ -154,7 +168,8 @@ _door = traced.door(
         "kv_layout": "str",
         "pos_encoding_mode": "str",
         "window_left": "int",
-        **dict.fromkeys(("logits_soft_cap", "sm_scale", "rope_scale", "rope_theta", *_SCALES), "float?"),
+        **dict.fromkeys(("logits_soft_cap", "sm_scale", "rope_scale", "rope_theta"), "float?"),
+        **dict.fromkeys(_SCALES, traced.REAL),
     },
 )
 
@@ -200,33 +215,35 @@ class _BoundSingle:
         sinks: Optional[torch.Tensor],
         kv_layout: str,
         mask: str,
-        given: tuple[Any, ...],
+        options: tuple[Any, ...],
+        scales: tuple[Any, ...],
         o_dtype: Optional[DataType],
     ) -> None:
-        """given: arguments of `Variant.of` after head_dim, and the scales."""
+        """options: arguments of `Variant.of` after head_dim."""
         checks.require(q.dim() == 3, _OP, f"q has shape {list(q.shape)}; expected [qo_len, num_qo_heads, head_dim]")
         sequence, qo_len, device = check_sequence(_OP, q, k, v, kv_layout), q.shape[0], q.device
         num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, kv_len, kv_strides = sequence
-        variant = Variant.of(_OP, head_dim_qk, *given[:6], has_sinks=sinks is not None)
+        variant = Variant.of(_OP, head_dim_qk, *options, has_sinks=sinks is not None)
         if sinks is not None:
             require_sinks(_OP, sinks, num_qo_heads, device)
-        scale_q, scale_k, scale_v, k_scale, v_scale = given[6:]
-        scales = factors(_OP, (scale_q, scale_k, k_scale), (scale_v, v_scale))
+        scale_q, scale_k, scale_v, k_scale, v_scale = scales
+        factors = Factors.of(_OP, (scale_q,), (scale_k, k_scale), (scale_v, v_scale))
         out_dtype = q.dtype if o_dtype is None else dtypes.torch_dtype(o_dtype)
         is_short = qo_len * num_qo_heads <= families.SHORT_ROWS * num_kv_heads
         kernel = launches.load_kernel(
-            device, (q.dtype, k.dtype, out_dtype), (head_dim_qk, head_dim_vo), "single", mask, variant, is_short
-        )
+            device, (q.dtype, k.dtype, out_dtype), (head_dim_qk, head_dim_vo), "single", mask, variant, is_short,
+            device_scales=factors.device_scales,
+        )  # fmt: skip
         self.new_out = memo.allocator((qo_len, num_qo_heads, head_dim_vo), out_dtype, device)
         self.new_lse = memo.allocator((qo_len, num_qo_heads), torch.float32, device)
         self.device, self.kernel, self.num_kv_heads, self.head_dim_vo = device, kernel, num_kv_heads, head_dim_vo
         strides = (q.stride(0), q.stride(1), num_qo_heads * head_dim_vo, head_dim_vo)
-        options = variant.values(num_qo_heads, head_dim_qk, device, *scales)
+        values = variant.values(num_qo_heads, head_dim_qk, device, factors)
         lengths, group_size = (qo_len, kv_len), sequence.group_size
 
         def bind(grid_size: int, schedule: dict[str, int]) -> BoundLaunch:
             return launches.bind_launch(
-                kernel, grid_size, strides, kv_strides, schedule, options,
+                kernel, grid_size, strides, kv_strides, schedule, values,
                 batch_size=1, num_tokens=qo_len, num_heads=(num_qo_heads, num_kv_heads), lengths=lengths,
             )  # fmt: skip
 

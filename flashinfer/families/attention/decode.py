@@ -97,6 +97,7 @@ def _decode_config(spec: KernelSpec) -> Config:
         "kHasWindow": spec.arg("has_window"),
         "kHasSoftCap": spec.arg("has_soft_cap"),
         "kHasSinks": spec.arg("has_sinks"),
+        "kHasDeviceScales": spec.arg("device_scales"),
         "kGroupTile": spec.arg("group_tile"),
     }
     if not is_cuda:
@@ -118,6 +119,7 @@ DECODE = Family(
         "has_window": (False, True),
         "has_soft_cap": (False, True),
         "has_sinks": (False, True),
+        "device_scales": (False, True),  # scales of quantized tensors that the host does not know
         "group_tile": (8, 16),  # query heads that share one pass over the KV
     },
     implementations=twins(
@@ -145,6 +147,7 @@ def decode(
     has_window: bool = False,
     has_soft_cap: bool = False,
     has_sinks: bool = False,
+    device_scales: bool = False,
 ) -> KernelSpec:
     """One query token per request over its KV. `group_size` is query heads per KV head."""
     return DECODE.spec(
@@ -159,6 +162,7 @@ def decode(
         has_window=has_window,
         has_soft_cap=has_soft_cap,
         has_sinks=has_sinks,
+        device_scales=device_scales,
         group_tile=group_tile(target, group_size, head_dim),
     )
 

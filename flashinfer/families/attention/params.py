@@ -14,6 +14,9 @@ MASKS = {"none": 0, "causal": 1, "custom": 2}
 POS_ENCODINGS = {"none": 0, "rope": 1, "alibi": 2}
 
 
+DEVICE_SCALES = ("device_q_scale", "device_k_scale", "device_v_scale")
+
+
 # Mirrors of the structs in csrc/attention/params.h, nested ones laid out flat.
 KV_INDEX: Fields = [
     *[(name, P) for name in ("indptr", "last_page_len", "indices")],
@@ -28,7 +31,7 @@ KV: Fields = [
 ATTENTION: Fields = [
     *[(name, P) for name in ("sinks", "q", "out", "lse")],
     *nested("kv", KV),
-    *[(name, P) for name in ("alibi_slopes", "rope_frequencies")],
+    *[(name, P) for name in ("alibi_slopes", "rope_frequencies", *DEVICE_SCALES)],
     *[(f"{name}_stride", I64) for name in ("q_token", "q_head", "out_token", "out_head")],
     *[(name, I32) for name in ("batch_size", "num_qo_heads", "num_kv_heads", "window_left")],
     *[(name, F32) for name in ("sm_scale", "v_scale", "logits_soft_cap")],

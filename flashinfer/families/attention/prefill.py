@@ -58,7 +58,7 @@ class Sm90PrefillParams(ctypes.Structure):
         ("v_map", ctypes.c_uint8 * 128),
         *PrefillParams._fields_,
         ("box_rows", I32),
-        ("reserved", ctypes.c_uint8 * 28),
+        ("reserved", ctypes.c_uint8 * 4),
     ]
 
 
@@ -179,6 +179,7 @@ def _constants(spec: KernelSpec) -> Constants:
         "kHasWindow": spec.arg("has_window"),
         "kHasSoftCap": spec.arg("has_soft_cap"),
         "kHasSinks": spec.arg("has_sinks"),
+        "kHasDeviceScales": spec.arg("device_scales"),
     }
 
 
@@ -210,6 +211,7 @@ PREFILL = Family(
         "has_window": (False, True),
         "has_soft_cap": (False, True),
         "has_sinks": (False, True),
+        "device_scales": (False, True),  # scales of quantized tensors that the host does not know
     },
     implementations=(
         Implementation(
@@ -236,6 +238,7 @@ def prefill(
     has_window: bool = False,
     has_soft_cap: bool = False,
     has_sinks: bool = False,
+    device_scales: bool = False,
 ) -> KernelSpec:
     """Many query rows per request over its KV. `head_dim_vo` 0: the same as head_dim; `o_dtype` "": that of q.
 
@@ -255,6 +258,7 @@ def prefill(
         "has_window": has_window,
         "has_soft_cap": has_soft_cap,
         "has_sinks": has_sinks,
+        "device_scales": device_scales,
     }
     if kv_storage == "paged" and page_size % prefill_sm90.MIN_BOX_ROWS == 0 and not axes["short_queries"]:
         spec = PREFILL.spec(target, **axes, large_pages=True)
