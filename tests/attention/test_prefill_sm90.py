@@ -51,6 +51,10 @@ def header_of(target: str, **axes: Any) -> str:
         {"pos_encoding": "alibi"},
         FP8,
         {**FP8, "o_dtype": "fp16", "kv_storage": "paged", "page_size": 8, "mask": "none", "has_window": True},
+        {**FP8, "short_queries": True},
+        {**FP8, "short_queries": True, "head_dim": 256, "kv_storage": "paged", "page_size": 1},
+        {"kv_dtype": "fp8_e4m3", "short_queries": True},
+        {"kv_dtype": "fp8_e5m2", "short_queries": True, "head_dim": 64, "kv_storage": "paged", "page_size": 1},
         {"short_queries": True},
         {"short_queries": True, "kv_storage": "paged", "page_size": 16},
         {"short_queries": True, "kv_storage": "paged", "page_size": 1},
@@ -74,13 +78,12 @@ def test_serves(axes: dict[str, Any]) -> None:
     "axes",
     [
         {"kv_dtype": "fp8_e4m3", "head_dim": 192, "head_dim_vo": 128},
-        {"kv_dtype": "fp8_e4m3", "short_queries": True},
+        {"kv_dtype": "fp8_e4m3", "short_queries": True, "head_dim": 192, "head_dim_vo": 128},
         {"head_dim": 96},
         {"head_dim": 192},
         {"head_dim": 96, "short_queries": True},
         {"pos_encoding": "rope"},
         {"pos_encoding": "rope", "short_queries": True},
-        {**FP8, "short_queries": True},
         {**FP8, "pos_encoding": "rope"},
         {**FP8, "head_dim": 96},
         {**FP8, "head_dim": 256, "kv_storage": "paged", "page_size": 1},
@@ -112,10 +115,11 @@ def test_the_page_size_makes_no_two_kernels_where_none_minds() -> None:
         assert small == large, target
 
 
-def test_core_holds_both_kernels_of_paged_kv() -> None:
+def test_core_holds_the_kernels_of_small_and_of_large_pages() -> None:
     specs = [spec for spec in aot_config.read_specs(["core"], ["sm_90a"]) if spec.family == "prefill"]
     paged = [spec for spec in specs if spec.arg("kv_storage") == "paged" and spec.arg("head_dim_qk") == 128]
-    assert {families.PREFILL.implementation(spec).header for spec in paged} == {HOPPER, EVERYWHERE}
+    assert {families.PREFILL.implementation(spec).header for spec in paged} == {HOPPER}
+    assert {spec.arg("large_pages") for spec in paged} == {False, True}
 
 
 # ----------------------------------------------------------------------------------------------------- that it compiles
@@ -142,6 +146,8 @@ def compiled_specs() -> list[KernelSpec]:
         specs.append(families.prefill("sm_90a", **fp8))
         specs.append(families.prefill("sm_90a", **{**fp8, **paged}, mask="none", has_window=True))
         specs.append(families.prefill("sm_90a", **fp8, **changed))
+        specs.append(families.prefill("sm_90a", **{**fp8, **paged}, short_queries=True))
+        specs.append(families.prefill("sm_90a", **{**fp8, **paged, "page_size": 1}, **changed, short_queries=True))
         if dim_qk != 256:
             specs.append(families.prefill("sm_90a", **{**fp8, **paged, "page_size": 1}, **changed))
     for dim, _ in prefill_sm90.WIDENING_TILES:
@@ -150,9 +156,12 @@ def compiled_specs() -> list[KernelSpec]:
         specs.append(families.prefill("sm_90a", **{**widened, "q_dtype": "fp16", "kv_dtype": "fp8_e5m2"}, mask="none"))
         specs.append(families.prefill("sm_90a", **{**widened, **paged}, **changed))
         specs.append(families.prefill("sm_90a", **{**widened, **paged, "page_size": 1}, **changed))
+        specs.append(families.prefill("sm_90a", **{**widened, **paged}, short_queries=True))
+        specs.append(families.prefill("sm_90a", **{**widened, **paged, "page_size": 1}, **changed, short_queries=True))
     scaled = {**paged, **changed, "device_scales": True}
     for dtypes in ({}, FP8, WIDENED):
         specs.append(families.prefill("sm_90a", **{**BF16, **dtypes, **scaled}))
+        specs.append(families.prefill("sm_90a", **{**BF16, **dtypes, **scaled}, short_queries=True))
     return specs
 
 
@@ -187,12 +196,21 @@ def test_an_sm_holds_the_blocks_it_is_meant_to(spec: KernelSpec) -> None:
 
 
 @pytest.mark.parametrize("dims", prefill_sm90.TILES)
-def test_short_queries_have_a_tile_of_one_consumer(dims: tuple[int, int]) -> None:
+@pytest.mark.parametrize("axes", [{}, FP8, WIDENED], ids=["bf16", "fp8", "bf16 over fp8"])
+def test_short_queries_have_a_tile_of_one_consumer(axes: dict[str, Any], dims: tuple[int, int]) -> None:
     """Whose rows are as many as SHORT_ROWS, and of whose keys a tile is more than one load ahead."""
-    spec = families.prefill("sm_90a", **{**BF16, "head_dim": dims[0], "head_dim_vo": dims[1]}, short_queries=True)
+    given = {**BF16, **axes, "head_dim": dims[0], "head_dim_vo": dims[1], "short_queries": True}
+    spec = families.prefill("sm_90a", **given)
     constants = families.PREFILL.implementation(spec).config(spec).constants
     assert constants["kBlockM"] == families.SHORT_ROWS
-    assert constants["kGathersKv"] and int(constants["kNumStages"]) >= 2
+    assert int(constants["kNumStages"]) >= 2
+
+
+def test_short_queries_take_8_bit_kv_in_boxes_and_16_bit_kv_in_rows() -> None:
+    for dtypes, page_size, gathers in (({}, 16, True), (FP8, 16, False), (FP8, 1, True), (WIDENED, 8, False)):
+        given: dict[str, Any] = {**BF16, **dtypes, "kv_storage": "paged", "page_size": page_size}
+        spec = families.prefill("sm_90a", **given, short_queries=True)
+        assert families.PREFILL.implementation(spec).config(spec).constants["kGathersKv"] == gathers
 
 
 # --------------------------------------------------------------------------------------------------- how it is launched

@@ -260,10 +260,10 @@ def prefill(
         "has_sinks": has_sinks,
         "device_scales": device_scales,
     }
-    if kv_storage == "paged" and page_size % prefill_sm90.MIN_BOX_ROWS == 0 and not axes["short_queries"]:
+    if kv_storage == "paged" and page_size % prefill_sm90.MIN_BOX_ROWS == 0:
         spec = PREFILL.spec(target, **axes, large_pages=True)
-        if PREFILL.implementation(spec).params is Sm90PrefillParams:  # nobody else minds
-            return spec
+        if PREFILL.implementation(spec).params is Sm90PrefillParams and not prefill_sm90.gathers(spec):
+            return spec  # nobody else minds
     return PREFILL.spec(target, **axes, large_pages=False)
 
 

@@ -95,6 +95,30 @@ WIDENING_TILES = {
 }
 
 
+# The same for short queries, microseconds of 64 x 16 on 4096, 64 x 4 on 4096, 1 x 16 on 131072 and 16 x 16 on 1024, as
+# above, pages of 16. 8-bit KV come in boxes where pages allow: a row by cp.async is half as many granules.
+SHORT_FP8_TILES = {
+    # 126. Gathered 134, the tile for long queries 206, the kernel for every GPU 217.
+    (64, 64): Tile(64, 128, 3, 1, 1),
+    # 151, 149, 93, 14; gathered 159, 158, 98, 14. Two blocks, 64 x 128, two stages: 145, 144, 96, 22; gathered 141,
+    # 137, 96, 23. The tile for long queries 266, 267, 148, 24; the kernel for every GPU 333, 184, 189, 41.
+    (128, 128): Tile(64, 128, 4, 2, 1),
+    # Not timed.
+    (192, 128): Tile(64, 128, 3, 1, 1),
+    # 139. Gathered 136, the tile for long queries 163, the kernel for every GPU 273.
+    (256, 256): Tile(64, 128, 2, 1, 1),
+}
+SHORT_WIDENING_TILES = {
+    # 120. Gathered 126, the tile for long queries 186, the kernel for every GPU 264.
+    (64, 64): Tile(64, 128, 2, 1, 2),
+    # 213, 211, 133, 29; gathered 230, 228, 140, 30. One block, four stages: 301, 300, 166, 23. The tile for long
+    # queries 272, 273, 147, 23; the kernel for every GPU 440, 221, 234, 47.
+    (128, 128): Tile(64, 64, 2, 1, 2),
+    # 211. Gathered 242, the tile for long queries 247, the kernel for every GPU 385.
+    (256, 256): Tile(64, 64, 2, 1, 1),
+}
+
+
 def _is_fp8(spec: KernelSpec) -> bool:
     return ITEMSIZE[spec.arg("q_dtype")] == 1
 
@@ -104,13 +128,15 @@ def _widens(spec: KernelSpec) -> bool:
 
 
 def _tiles(spec: KernelSpec) -> dict[tuple[int, int], Tile]:
+    if spec.arg("short_queries"):
+        return SHORT_FP8_TILES if _is_fp8(spec) else SHORT_WIDENING_TILES if _widens(spec) else SHORT_TILES
     return FP8_TILES if _is_fp8(spec) else WIDENING_TILES if _widens(spec) else TILES
 
 
 def _tile(spec: KernelSpec) -> Tile:
     dims = spec.arg("head_dim_qk"), spec.arg("head_dim_vo")
     if spec.arg("short_queries"):
-        return SHORT_TILES[dims]
+        return _tiles(spec)[dims]
     if spec.arg("mask") == "custom" and gathers(spec) and _tiles(spec) is TILES and dims in SMALLEST_TILES:
         return SMALLEST_TILES[dims]
     changes_scores = spec.arg("mask") == "custom" or spec.arg("pos_encoding") != "none" or spec.arg("has_soft_cap")
@@ -120,17 +146,17 @@ def _tile(spec: KernelSpec) -> Tile:
 
 def gathers(spec: KernelSpec) -> bool:
     """Whether rows of KV come one by one and not in boxes (csrc/attention/sm90/gather.cuh)."""
-    return bool(spec.arg("short_queries") or (spec.arg("kv_storage") == "paged" and not spec.arg("large_pages")))
+    has_small_pages = spec.arg("kv_storage") == "paged" and not spec.arg("large_pages")
+    return has_small_pages or (bool(spec.arg("short_queries")) and ITEMSIZE[spec.arg("kv_dtype")] > 1)
 
 
 def serves(spec: KernelSpec) -> bool:
     arg = spec.arg
     return (
         (arg("q_dtype") == arg("kv_dtype") or _widens(spec))
-        and not (arg("short_queries") and (_is_fp8(spec) or _widens(spec)))
         and (arg("head_dim_qk"), arg("head_dim_vo")) in _tiles(spec)
         and arg("pos_encoding") != "rope"
-        and not (_is_fp8(spec) and gathers(spec) and arg("head_dim_qk") == 256)
+        and not (_is_fp8(spec) and gathers(spec) and arg("head_dim_qk") == 256 and not arg("short_queries"))
     )
 
 
