@@ -141,10 +141,15 @@ def _attention(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
     for kv_storage, has_window, short_queries in itertools.product(("ragged", "single"), windows, tiles):
         rows: dict[str, Any] = {"kv_storage": kv_storage, "short_queries": short_queries}
         yield prefill.prefill(target, **own, **rows, has_window=has_window)
-    if dtype == model.dtypes[0] and prefill.takes_fp8_queries(target, model.head_dim):
-        fp8: dict[str, Any] = {"q_dtype": "fp8_e4m3", "kv_dtype": "fp8_e4m3", "o_dtype": dtype}
+    if dtype == model.dtypes[0] and targets.kind(target) == "cuda":  # vLLM's over a cache of fp8: it quantizes q too
+        fp8: dict[str, Any] = {"q_dtype": "fp8_e4m3", "kv_dtype": "fp8_e4m3", "o_dtype": dtype, **shape}
         for has_window in windows:
-            yield prefill.prefill(target, **fp8, **shape, page_size=16, has_window=has_window)
+            for group_size in model.group_sizes:
+                yield decode.decode(target, **fp8, group_size=group_size, has_window=has_window)
+            for short_queries in tiles:
+                yield prefill.prefill(
+                    target, **fp8, short_queries=short_queries, page_size=16, has_window=has_window
+                )  # fmt: skip
     for pair in (False, True):
         yield merge.MERGE_STATES.spec(target, dtype=dtype, head_dim=model.head_dim, pair=pair)
     if targets.kind(target) == "cuda":

@@ -239,12 +239,13 @@ def attend_paged(
         for causal in (True, False) if score["window_left"] < 0 else (True,):
             paged.plan(place.int32(0, num_tokens), *pages, *heads, page_size, causal=causal, **batch)
             paged.run(place.tensor(num_tokens, num_qo, dim), cache)
-    if (
-        cache_dtype == FP8 and page_size > 1 and targets.of_device(place.device) == "sm_90a"
-    ):  # vLLM's, with its q in fp8
-        options = {"causal": True, "o_data_type": place.dtype, **batch, "q_data_type": FP8}
-        paged.plan(place.int32(0, num_tokens), *pages, *heads, page_size, **options)
-        paged.run(place.tensor(num_tokens, num_qo, dim, of=FP8), cache)
+    if cache_dtype == FP8 and page_size > 1:  # vLLM's, with its q in fp8
+        options = {"o_data_type": place.dtype, **batch, "q_data_type": FP8}
+        decode.plan(*pages, *heads, page_size, **options)
+        decode.run(place.tensor(1, num_qo, dim, of=FP8), cache)
+        for num_tokens in (3, 3 + 64 * num_kv):
+            paged.plan(place.int32(0, num_tokens), *pages, *heads, page_size, causal=True, **options)
+            paged.run(place.tensor(num_tokens, num_qo, dim, of=FP8), cache)
 
 
 @functools.cache

@@ -86,6 +86,18 @@ def test_model_expands_to_its_kernels_once(tmp_path: Path) -> None:
     }
 
 
+def test_a_cache_of_fp8_has_queries_of_both_kinds(tmp_path: Path) -> None:
+    found = read_specs([write_config(tmp_path, MODEL)], ["sm_90a", "x86-64-v3"])
+    for family in ("decode", "prefill"):
+        kinds = {
+            (spec.arg("q_dtype"), spec.arg("o_dtype"))
+            for spec in found
+            if spec.family == family and spec.arg("kv_dtype") == "fp8_e4m3"
+        }
+        assert kinds == {(q, "bf16") for q in ("bf16", "fp8_e4m3")}  # of the first of the model's dtypes
+    assert not any("fp8" in spec.name for spec in found if spec.target == "x86-64-v3" and spec.family == "decode")
+
+
 def test_defaults_hold_where_a_row_is_silent(tmp_path: Path) -> None:
     path = write_config(tmp_path, '[defaults]\ndtypes = ["fp16"]\n' + MODEL + MODEL + 'dtypes = ["bf16"]\n')
     contents = [row.content for row in read_config(path)]

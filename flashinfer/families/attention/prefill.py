@@ -267,14 +267,6 @@ def prefill(
     return PREFILL.spec(target, **axes, large_pages=False)
 
 
-def takes_fp8_queries(target: str, head_dim: int) -> bool:
-    """Whether there is a kernel for fp8 queries over pages of 16 or more."""
-    spec = prefill(
-        target, q_dtype="fp8_e4m3", kv_dtype="fp8_e4m3", o_dtype="bf16", head_dim=head_dim, page_size=16
-    )  # fmt: skip
-    return PREFILL.implementation(spec).params is Sm90PrefillParams
-
-
 PREFILL_PLAN = Family(
     name="prefill_plan",
     axes={"kv_storage": tuple(KV_STORAGE)},
