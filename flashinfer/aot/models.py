@@ -44,7 +44,7 @@ class Model:
     qk_nope_head_dim: int = 0  # of a head's queries and keys, where these are not absorbed, the part without positions
     v_head_dim: int = 0  # of a head's values, likewise
     tensor_parallel: tuple[int, ...] = (1,)  # degrees to serve; heads and intermediate sizes are divided by them
-    dtypes: tuple[str, ...] = ("bf16", "fp16")  # on CUDA targets
+    dtypes: tuple[str, ...] = ("bf16", "fp16")  # on CUDA targets; what is fp8 there goes with the first
     cpu_dtypes: tuple[str, ...] = ("fp32", "bf16")
 
     @property
@@ -94,7 +94,7 @@ def _activations(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
 
 def _fp8_outputs(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
     """Norms and activations that write the fp8 input of the next projection, on GPUs whose tensor cores multiply it."""
-    if targets.kind(target) == "cpu" or targets.capability(target) < (8, 9):
+    if targets.kind(target) == "cpu" or targets.capability(target) < (8, 9) or dtype != model.dtypes[0]:
         return
     for add_residual in () if model.gemma_norm else (False, True):  # no kernel writes fp8 of Gemma's
         yield norm.RMSNORM_QUANT.spec(
@@ -109,9 +109,9 @@ def _fp8_outputs(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
         yield activation.ACT_AND_MUL_QUANT.spec(target, **dict(spec.args), out_dtype="fp8_e4m3")
 
 
-def _kv_dtypes(dtype: str, target: str) -> tuple[str, ...]:
-    """Of caches: the model's own, and on a GPU fp8."""
-    return (dtype, "fp8_e4m3") if targets.kind(target) == "cuda" else (dtype,)
+def _kv_dtypes(model: Model, dtype: str, target: str) -> tuple[str, ...]:
+    """Of caches: that of the rest, and on a GPU fp8."""
+    return (dtype, "fp8_e4m3") if targets.kind(target) == "cuda" and dtype == model.dtypes[0] else (dtype,)
 
 
 def _attention(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
@@ -126,7 +126,7 @@ def _attention(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
     shape: dict[str, Any] = {"head_dim": model.head_dim, "has_soft_cap": model.soft_cap}
     own: dict[str, Any] = {"q_dtype": dtype, "kv_dtype": dtype, **shape}
     tiles = (False, True) if targets.kind(target) == "cuda" else (False,)  # short_queries
-    for kv_dtype in _kv_dtypes(dtype, target):
+    for kv_dtype in _kv_dtypes(model, dtype, target):
         common: dict[str, Any] = {**own, "kv_dtype": kv_dtype}
         for group_size in model.group_sizes:
             for kv_storage in ("paged", "single") if kv_dtype == dtype else ("paged",):
@@ -167,7 +167,7 @@ def _latent_attention(model: Model, dtype: str, target: str) -> Iterator[KernelS
     if not model.kv_lora_rank:
         return
     is_cuda, head_dims = targets.kind(target) == "cuda", (model.head_dim, model.v_head_dim)
-    for kv_dtype in _kv_dtypes(dtype, target):
+    for kv_dtype in _kv_dtypes(model, dtype, target):
         common: dict[str, Any] = {
             "q_dtype": dtype,
             "kv_dtype": kv_dtype,
@@ -202,7 +202,7 @@ def _paged_cache(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
     indices = {"token_index": "int32", "page_index": "int32"}
     is_latent = model.kv_lora_rank > 0
     dims = (model.kv_lora_rank, model.qk_rope_head_dim) if is_latent else (model.head_dim,) * 2
-    for cache_dtype in _kv_dtypes(dtype, target):
+    for cache_dtype in _kv_dtypes(model, dtype, target):
         for num_kv_heads in model.kv_heads if is_cuda else (1,):
             yield page.APPEND_PAGED_KV.spec(
                 target,

@@ -68,10 +68,11 @@ class Idle:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model is served, and its dtype."""
+    """Where a model is served, in which dtype, and whether some of it is fp8."""
 
     device: torch.device
     dtype: torch.dtype
+    has_fp8: bool
 
     def tensor(self, *shape: int, of: torch.dtype | None = None) -> torch.Tensor:
         make = torch.empty if self.is_gpu else torch.zeros
@@ -86,11 +87,11 @@ class Place:
 
     @property
     def multiplies_fp8(self) -> bool:
-        return self.is_gpu and torch.cuda.get_device_capability(self.device.index) >= (8, 9)
+        return self.is_gpu and self.has_fp8 and torch.cuda.get_device_capability(self.device.index) >= (8, 9)
 
     @property
     def cache_dtypes(self) -> tuple[torch.dtype, ...]:
-        return (self.dtype, FP8) if self.is_gpu else (self.dtype,)
+        return (self.dtype, FP8) if self.is_gpu and self.has_fp8 else (self.dtype,)
 
     def caches(self, num_heads: int, dim: int) -> Iterator[tuple[Any, dict[str, Any]]]:
         """A cache as engines have it, three pages, and what its wrappers are told: SGLang's pages of one token, keys
@@ -349,6 +350,8 @@ def call_as_engines(models: Sequence[Model], place: Place) -> None:
             calls.OWN_DIMS = model.head_dim, model.v_head_dim
             for test in tests:
                 is_latent = test.__name__.startswith("test_latent")
+                if "fp8" in test.__name__ and not place.has_fp8:
+                    continue
                 for arguments in cases_of(test):
                     of_model = is_latent == bool(model.kv_lora_rank) and suits(arguments, model, place)
                     key = (test, tuple(arguments.values()), shape, calls.LATENT_DIMS)
@@ -397,9 +400,13 @@ def main(config: str = "core", target_name: str = "") -> None:
     if target_name:
         install(GPUS[target_name])
         devices = [torch.device("cuda", index) for index in range(len(GPUS[target_name]))]
-    for dtype in ("fp16", "bf16", "fp32"):
-        place = Place(devices[0], torch_dtype(dtype))
-        here = [model for model in models if dtype in (model.dtypes if place.is_gpu else model.cpu_dtypes)]
+    for dtype, has_fp8 in itertools.product(("fp16", "bf16", "fp32"), (False, True)):
+        place = Place(devices[0], torch_dtype(dtype), has_fp8)
+        here = []
+        for model in models:
+            dtypes = model.dtypes if place.is_gpu else model.cpu_dtypes
+            if dtype in dtypes and has_fp8 == (dtype == dtypes[0]):
+                here.append(model)
         for model in here:
             for rank in model.tensor_parallel:
                 serve(model, rank, place)
