@@ -14,10 +14,6 @@ from typing import Any, NoReturn
 
 from flashinfer.errors import UnsupportedConfig
 
-_TRTLLM = (
-    "attention over a block table by TensorRT-LLM's kernels",
-    ("vLLM: --attention-config.use_trtllm_attention=0; SGLang: --attention-backend flashinfer"),
-)
 _FP4_CACHE = "a KV cache in fp4", "vLLM: --kv-cache-dtype auto or fp8"
 _FP4_OUTPUT = "attention with its output in fp4", "vLLM: --compilation-config.pass_config.fuse_attn_quant=false"
 _FP8_GEMM = "matrix products in fp8", "SGLang: --fp8-gemm-backend triton or deep_gemm"
@@ -28,8 +24,6 @@ _MNNVL = "communication over multi-node NVLink", "vLLM: another --all2all-backen
 ROWS: dict[str, tuple[str, str]] = {
     "flashinfer.SfLayout": _FP8_GEMM,
     "flashinfer.comm.mnnvl.CommBackend": _MNNVL,
-    "flashinfer.decode.trtllm_batch_decode_with_kv_cache": _TRTLLM,
-    "flashinfer.decode.xqa_batch_decode_with_kv_cache": _TRTLLM,
     "flashinfer.fp4_quantization.block_scale_interleave": _MOE,
     "flashinfer.fused_moe.convert_to_block_layout": _MOE,
     "flashinfer.fused_moe.core._maybe_get_cached_w3_w1_permute_indices": _MOE,
@@ -43,11 +37,9 @@ ROWS: dict[str, tuple[str, str]] = {
     "flashinfer.mxfp8_quantize": _FP8_GEMM,
     "flashinfer.nvfp4_block_scale_interleave": _MOE,
     "flashinfer.nvfp4_quantize_append_paged_kv_cache_with_slot_mapping": _FP4_CACHE,
-    "flashinfer.prefill.trtllm_batch_context_with_kv_cache": _TRTLLM,
     "flashinfer.shuffle_matrix_a": _MOE,
     "flashinfer.shuffle_matrix_sf_a": _MOE,
     "flashinfer.utils.FP4Tensor": _FP4_OUTPUT,
-    "flashinfer.utils.get_trtllm_gen_multi_ctas_kv_counter_bytes": _TRTLLM,
 }
 
 # SGLang imports it on Hopper as it starts; vLLM takes it for fp8 linear layers where `hasattr` finds it. It is a

@@ -88,6 +88,14 @@ def get_device_sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def get_trtllm_gen_multi_ctas_kv_counter_bytes(batch_size: int, num_qo_heads: int, sm_count: int) -> int:
+    """Bytes of the buffer that attention over block tables counts in: 0, as the counters are in its workspace. Engines
+    allocate it when they start. Raises ValueError or TypeError for sizes below 0, or that are none."""
+    for name, size in {"batch_size": batch_size, "num_qo_heads": num_qo_heads, "sm_count": sm_count}.items():
+        checks.integer("get_trtllm_gen_multi_ctas_kv_counter_bytes", name, size, 0)
+    return 0
+
+
 def is_sm90a_supported(device: torch.device) -> bool:
     """Whether the device runs kernels built for sm_90a (Hopper)."""
     return torch.device(device).type == "cuda" and get_compute_capability(device)[0] == 9

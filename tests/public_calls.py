@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import flashinfer
-from flashinfer import cascade, decode, quantization, sampling, utils
+from flashinfer import cascade, decode, prefill, quantization, sampling, utils
 from flashinfer.host.memo import Memo
 
 TOKENS, HEADS, KV_HEADS, DIM, PAGE = 5, 4, 2, 64, 4
@@ -393,6 +393,31 @@ def _sparse_mla_prefill(i: Inputs) -> Any:
 def _sparse_mla_decode(i: Inputs) -> Any:
     given = i.latent_rows, i.rows[:, None], 0.07
     return flashinfer.sparse_mla_decode(i.latent_q[:, None], *given, return_lse=True)
+
+
+def _block_table(i: Inputs) -> tuple[Tensor, ...]:
+    table = torch.stack([torch.cat([i.pages[:2], i.pages[:1]]), i.pages[2:]])
+    return i.cache, i.workspace, table, i.kv_lens
+
+
+@call("decode.xqa_batch_decode_with_kv_cache")
+def _xqa(i: Inputs) -> Any:
+    given = _block_table(i)
+    drafts = decode.xqa_batch_decode_with_kv_cache(i.q[:4], *given, 9, 0.1, q_len_per_req=2)
+    return [decode.xqa_batch_decode_with_kv_cache(i.q[:2], *given, 9, i.scale, 0.5), drafts]
+
+
+@call("decode.trtllm_batch_decode_with_kv_cache")
+def _trtllm_decode(i: Inputs) -> Any:
+    return decode.trtllm_batch_decode_with_kv_cache(i.q[:2], *_block_table(i), 9, kv_layout="NHD", return_lse=True)
+
+
+@call("prefill.trtllm_batch_context_with_kv_cache")
+def _trtllm_context(i: Inputs) -> Any:
+    lengths, scales = (i.qo_indptr, i.kv_indptr), (0.1, i.scale)
+    return prefill.trtllm_batch_context_with_kv_cache(
+        i.q, *_block_table(i), 3, 9, *scales, 2, *lengths, kv_layout="NHD", return_lse=True
+    )
 
 
 @call("MultiLevelCascadeAttentionWrapper")

@@ -26,10 +26,12 @@ struct KvView {
   // Dependent loads: one or two. A planned kernel has begin and len at hand and builds the view from them.
   FLASHINFER_FN static KvView of_request(const KvIndex& index, int32_t request_idx) {
     if constexpr (kStorage == kKvSingle) return {index, 0, index.len};
-    const int32_t begin = index.indptr[request_idx], end = index.indptr[request_idx + 1];
+    const bool is_table = kStorage >= kKvPaged && index.indptr == nullptr;
+    const int32_t begin = is_table ? request_idx * index.len : index.indptr[request_idx];
+    const int32_t end = is_table ? begin + index.len : index.indptr[request_idx + 1];
     if constexpr (kStorage == kKvRagged) return {index, begin, end - begin};
     if (end <= begin) return {index, begin, 0};
-    if constexpr (kStorage == kKvPagedLens) {  // no longer than its pages
+    if (kStorage == kKvPagedLens || is_table) {  // no longer than its pages
       const int64_t num_rows = int64_t(end - begin) * index.page_size.divisor;
       const int32_t len = index.last_page_len[request_idx];
       return {index, begin, len < num_rows ? len : int32_t(num_rows)};

@@ -15,13 +15,15 @@
 namespace flashinfer {
 
 // Where each request's rows of KV are. Without pages a "page" is one row: page_size is 1.
+//
+// Pages are listed end to end, or in a block table: indices is then [batch_size, len], indptr null.
 struct KvIndex {
-  const int32_t* indptr;  // [batch_size + 1]: into indices if paged, into rows if ragged; null if single
-  // [batch_size] 1..page_size, no matter what where there are no pages; kKvPagedLens: rows of the whole request. Null
-  // unless paged.
+  const int32_t* indptr;  // [batch_size + 1]: into indices if paged, into rows if ragged; null if single or a table
+  // [batch_size] 1..page_size, no matter what where there are no pages; of a block table, and of kKvPagedLens: rows of
+  // the whole request. Null unless paged.
   const int32_t* last_page_len;
   const int32_t* indices;  // [>= indptr[batch_size]] page numbers; null unless paged
-  int32_t len;             // rows of a single sequence; otherwise unused
+  int32_t len;             // rows of a single sequence; entries of a row of the block table; otherwise unused
   FastDivisor page_size;
 };
 

@@ -4,6 +4,8 @@
 //   query i sees key j if  j < kv_len
 //                     and  j <= position                          under a causal mask
 //                     and  bit i * kv_len + j of the mask is set  under a custom one
+//                     and  j is none of the queries' own keys, or bit j - (kv_len - qo_len) of row i of the mask is set
+//                                                                 under a draft mask
 //                     and  j >= position - window_left            in a window
 //
 // keys_of() is the range outside of which a query sees nothing, whatever the kind of mask. Neither of its ends falls
@@ -17,7 +19,7 @@
 
 namespace flashinfer {
 
-enum MaskKind : int { kMaskNone = 0, kMaskCausal = 1, kMaskCustom = 2 };
+enum MaskKind : int { kMaskNone = 0, kMaskCausal = 1, kMaskCustom = 2, kMaskDraft = 3 };
 
 // Indices [begin, end), of keys or of tiles of keys. Empty unless begin < end.
 struct Range {
@@ -64,15 +66,31 @@ struct Visibility {
   // Whether ranges of keys begin past zero.
   FLASHINFER_FN bool has_begin() const { return has_window; }
   // Whether keys are hidden inside the range.
-  FLASHINFER_FN bool has_holes() const { return mask == kMaskCustom; }
+  FLASHINFER_FN bool has_holes() const { return mask == kMaskCustom || mask == kMaskDraft; }
 
   // Where there are holes: which of 32 keys query qo_idx sees, bit k for key first_key + k. Bits of
   // keys outside of the range mean nothing.
   template <class Params>
   FLASHINFER_FN uint32_t bits_of(const Params& params, int32_t request_idx, int32_t qo_idx, int32_t first_key,
                                  int32_t qo_len, int32_t kv_len) const {
+    if (mask == kMaskDraft) return bits_of_draft(params, request_idx, qo_idx, kv_len - qo_len - first_key, qo_len);
     const uint8_t* bytes = params.mask_indptr == nullptr ? params.mask : params.mask + params.mask_indptr[request_idx];
     return load_bits(bytes, int64_t(qo_idx) * kv_len + first_key, int64_t(qo_len) * kv_len);
+  }
+
+  // The same where keys from first_draft on, counted from the first of the 32, are those of the queries. Every token
+  // has a row of whole words of 32 bits.
+  template <class Params>
+  FLASHINFER_FN static uint32_t bits_of_draft(const Params& params, int32_t request_idx, int32_t qo_idx,
+                                              int32_t first_draft, int32_t qo_len) {
+    if (first_draft >= 32) return 0xffffffffu;
+    if (qo_idx >= qo_len) return 0;
+    const int64_t token_idx =
+        qo_idx + (params.qo_indptr != nullptr ? int64_t(params.qo_indptr[request_idx]) : int64_t(request_idx) * qo_len);
+    const int64_t num_bits = ceil_div(params.qo_len, 32) * 32;
+    const uint8_t* row = params.mask + token_idx * (num_bits / 8);
+    if (first_draft <= 0) return load_bits(row, -int64_t(first_draft), num_bits);
+    return load_bits(row, 0, num_bits) << first_draft | ((1u << first_draft) - 1);
   }
 
   // Whether an index is within a range of ours, of keys or of tiles.

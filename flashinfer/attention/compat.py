@@ -12,6 +12,7 @@ import torch
 
 from flashinfer.attention.variant import Variant
 from flashinfer.errors import UnsupportedConfig
+from flashinfer.host import checks
 
 if TYPE_CHECKING:
     from flashinfer.attention.lengths import Lengths
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 # Arguments of plan() and run() that say what is known already, or how fast to go.
 _HINTS = {
     "non_blocking", "block_tables", "seq_lens", "seq_lens_q", "max_token_per_sequence", "max_sequence_kv",
-    "uniform_q_len",
+    "uniform_q_len", "length_aware_schedule", "bf16q_fp8kv_transform_mode", "multi_ctas_kv_counter_buffer",
 }  # fmt: skip
 
 
@@ -36,7 +37,9 @@ class _Request:
 
 
 _MULTI_ITEM = _Request(None, "multi-item scoring", "pass a custom_mask to BatchPrefillWithPagedKVCacheWrapper")
-_INVARIANCE = _Request(-1, "results that do not depend on the rest of the batch", "leave that mode of the engine off")
+_PLANNED = _Request(-1, "what plan() of another wrapper settles", "pass it to plan() of decode, or of prefill")
+_FP4_OUTPUT = _Request(None, "an output in fp4", "quantize the output afterwards")
+_RANGES = _Request(None, "a range of keys for each query", "BatchPrefillWithPagedKVCacheWrapper takes a custom_mask")
 _OWN_OFFSETS = _Request(None, "rows of v or out at other offsets than those of k and q", "copy them to the same ones")
 _REQUESTS = {
     "prefix_len_ptr": _MULTI_ITEM,
@@ -45,12 +48,10 @@ _REQUESTS = {
     "max_item_len_ptr": _MULTI_ITEM,
     "v_indptr": _OWN_OFFSETS,
     "o_indptr": _OWN_OFFSETS,
-    "fixed_split_size": _INVARIANCE,
-    "disable_split_kv": _Request(False, _INVARIANCE.what, "BatchPrefillWithPagedKVCacheWrapper takes it"),
-    "q_len_per_req": _Request(
-        1, "several queries a request", "use BatchPrefillWithPagedKVCacheWrapper with causal=True"
-    ),
-    "window_right": _Request(0, "keys behind the query's position", "use BatchPrefillWithPagedKVCacheWrapper"),
+    "fixed_split_size": _PLANNED,
+    "disable_split_kv": _Request(False, _PLANNED.what, _PLANNED.next_step),
+    "q_len_per_req": _Request(1, _PLANNED.what, _PLANNED.next_step),
+    "window_right": _Request(-1, "keys behind the query's position", "BatchPrefillWithPagedKVCacheWrapper takes masks"),
     "sinks": _Request(
         None,
         "attention sinks",
@@ -60,6 +61,17 @@ _REQUESTS = {
     "kv_cache_sf": _Request(None, "a cache with block scales", "use a cache of fp8 or 16 bits"),
     "ckv_scale_arr": _Request(None, "a scale for each token of the cache", "scale rows before they are appended"),
     "skip_softmax_threshold_scale_factor": _Request(None, "an approximate softmax", "leave it out"),
+    "o_sf_scale": _FP4_OUTPUT,
+    "o_sf_vec_size": _FP4_OUTPUT,
+    "uses_shared_paged_kv_idx": _Request(True, "other pages for values than for keys", "lay them out alike"),
+    "bmm1_scale_log2": _Request(None, "a scale times log2(e)", "pass bmm1_scale"),
+    "enable_block_sparse_attention": _Request(False, "other pages for each KV head", "call it for each head"),
+    "sparse_top_k": _Request(0, "a list of tokens for each query", "use block tables of pages of one token"),
+    "causal_seqlens_kv_global": _Request(None, "a cache that several ranks share token by token", "merge_state"),
+    "request_order": _Request(None, "requests in another order", "leave it out; the planner orders them"),
+    "request_order_plan": _Request(None, "requests in another order", "leave it out; the planner orders them"),
+    "variable_window_token_starts": _RANGES,
+    "variable_window_token_ends": _RANGES,
     "use_fp16_softmax": _Request(False, "an approximate softmax", "leave it out"),
     "uses_spcompress": _Request(False, "compressed scores", "leave it out"),
     "lse_base": _Request("log2", "an LSE of another base", "multiply it by ln(2)"),
@@ -80,6 +92,17 @@ def check_later_arguments(op: str, later: dict[str, Any]) -> None:
                 f"{op}: {name} asks for {request.what}, which is not supported; expected {request.neutral!r}, got "
                 f"{got}. Next step: {request.next_step}"
             )
+
+
+def causal_by_window(op: str, later: dict[str, Any], causal: bool) -> bool:
+    """Whether a plan is causal, by `window_right` of later arguments too, which are left without it: a causal mask
+    hides all that it could, and without one 0 is causal."""
+    right = later.pop("window_right", None)
+    if right is None or checks.integer(op, "window_right", right, -1) < 0 or causal:
+        return causal
+    if right > 0:
+        check_later_arguments(op, {"window_right": right})
+    return True
 
 
 def require_no_jit_args(op: str, jit_args: object) -> None:
@@ -157,7 +180,12 @@ class _CachedModule:
                 f"{op}: _cached_module.plan() plans anew what plan() described; expected {what} as arguments {first} "
                 f"to {first + len(expected) - 1} to be {list(expected)}, got {list(given)}. Next step: call plan()"
             )
-        check_later_arguments(op, dict(zip(("fixed_split_size", "disable_split_kv"), arguments[16:18])))
+        splitting = tuple(arguments[16:18])
+        if splitting not in ((), self._plan.splitting[:1], self._plan.splitting):
+            raise UnsupportedConfig(
+                f"{op}: _cached_module.plan() plans anew what plan() described, with fixed_split_size and "
+                f"disable_split_kv {self._plan.splitting}; got {splitting}. Next step: call plan()"
+            )
         self._wrapper._plan_by_engine(arguments)
 
 

@@ -124,6 +124,7 @@ class Plan(ABC):
     """What a plan settled, but for where the index tensors are, and the runs seen under it."""
 
     names = ("q", "the K cache", "the V cache")  # in messages
+    splitting: tuple[int, bool] = (-1, False)  # fixed_split_size and disable_split_kv of plan()
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -12,7 +13,38 @@ _ALIGNMENT = 256
 INT_WORKSPACE_BYTES = 8 << 20
 
 
-def carve(op: str, name: str, buffer: torch.Tensor, sizes: Sequence[int]) -> list[int]:
+class Memory(Protocol):
+    """What a workspace is to a plan: a tensor, or a `Region`."""
+
+    def data_ptr(self) -> int: ...
+    def numel(self) -> int: ...
+    def element_size(self) -> int: ...
+
+
+class Region(NamedTuple):
+    """A part of a workspace that somebody else keeps alive."""
+
+    address: int
+    num_bytes: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def numel(self) -> int:
+        return self.num_bytes
+
+    def element_size(self) -> int:
+        return 1
+
+
+def halves(buffer: torch.Tensor) -> tuple[Region, Region]:
+    """Of one workspace, where its integers go and where its floats do. It is not kept alive."""
+    address, num_bytes = buffer.data_ptr(), buffer.numel() * buffer.element_size()
+    int_bytes = min(INT_WORKSPACE_BYTES, num_bytes // 4)
+    return Region(address, int_bytes), Region(address + int_bytes, num_bytes - int_bytes)
+
+
+def carve(op: str, name: str, buffer: Memory, sizes: Sequence[int]) -> list[int]:
     """Addresses of consecutive regions of these sizes in bytes inside a workspace. Raises ValueError if it is too
     small."""
     address = start = -(-buffer.data_ptr() // _ALIGNMENT) * _ALIGNMENT

@@ -135,6 +135,10 @@ def compiled_specs() -> list[KernelSpec]:
         changed: dict[str, Any] = {"mask": "custom", "pos_encoding": "alibi", "has_soft_cap": True, "has_window": True}
         specs.append(families.prefill("sm_90a", **{**BF16, **dims}, **changed))
         short = {**BF16, **dims, "short_queries": True}
+        drafts = {**short, "kv_storage": "paged", "mask": "draft"}
+        specs.append(families.prefill("sm_90a", **drafts, has_window=True))
+        specs.append(families.prefill("sm_90a", **{**drafts, "kv_storage": "paged_scaled", "mask": "causal"}))
+        specs.append(families.prefill("sm_90a", **{**drafts, "short_queries": False, "page_size": 16}))
         specs.append(families.prefill("sm_90a", **{**short, "kv_storage": "paged"}))
         specs.append(families.prefill("sm_90a", **short, **changed))
         specs.append(families.prefill("sm_90a", **{**BF16, **dims}, has_window=True, has_sinks=True))

@@ -8,6 +8,7 @@ the constants below; windows, soft caps and other dtypes are parameters, window_
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -399,6 +400,91 @@ def test_latent_attention_of_a_prompt_and_a_cached_prefix(
     flashinfer.merge_state(*states)
 
 
+# --------------------------------------------------------------------------------------------------------- block tables
+
+
+def block_tables(pool: Pool, kv_lens: tuple[int, ...], width: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """The pages as the wrappers take them, and as a table with rubbish behind them."""
+    table = indptr, indices, _ = pool.table(kv_lens)
+    tables = torch.full((len(kv_lens), width), 1 << 20, dtype=torch.int32)
+    for i, (begin, end) in enumerate(itertools.pairwise(indptr.tolist())):
+        tables[i, : end - begin] = indices[begin:end]
+    return table, tables.to(pool.device), torch.tensor(kv_lens, dtype=torch.int32, device=pool.device)
+
+
+def test_decode_of_a_padded_batch_over_a_block_table(device: torch.device) -> None:
+    """As on Hopper: queries and outputs for the padding too, keys and values cut out of one row, scales of layers."""
+    pool, width = Pool(device, 16), 200
+    rows = torch.cat([pool.cache[:, 0], pool.cache[:, 1]], dim=-1)
+    halves = rows[..., :HEAD_DIM], rows[..., HEAD_DIM:]
+    workspace = torch.zeros_like(pool.workspace())
+    counters = flashinfer.utils.get_trtllm_gen_multi_ctas_kv_counter_bytes(8192, NUM_QO_HEADS, 132)
+    assert torch.zeros(counters, dtype=torch.uint8, device=device).numel() == counters
+    tables, lens = torch.zeros(4, width, dtype=torch.int32, device=device), torch.zeros(4, device=device).int()
+    q = pool.draw(4, NUM_QO_HEADS, HEAD_DIM)
+    output = torch.zeros(6, NUM_QO_HEADS, HEAD_DIM, dtype=BF16, device=device)
+
+    def layer() -> None:
+        flashinfer.decode.xqa_batch_decode_with_kv_cache(
+            query=q, kv_cache=halves, kv_cache_sf=None, workspace_buffer=workspace, block_tables=tables, seq_lens=lens,
+            max_seq_len=3200, bmm1_scale=SM_SCALE, bmm2_scale=1.0, window_left=-1, out=output[:4], sinks=None,
+            kv_layout="NHD", q_len_per_req=1, mask=None, q_cu_seq_lens=None,
+        )  # fmt: skip
+
+    replay: Callable[[], Any] | None = None
+    for kv_lens in [(1, 1, 1, 0), (900, 3000, 1, 0), (17, 4, 700, 33)]:
+        table, given_tables, given_lens = block_tables(pool, kv_lens, width)
+        tables.copy_(given_tables)
+        lens.copy_(given_lens)
+        replay = replay or captured(layer, device)
+        output.fill_(math.nan)
+        replay()
+        assert_close(output[:4], pool.expected(q, (1,) * 4, table, sm_scale=SM_SCALE))
+        assert output[4:].isnan().all()
+
+
+@pytest.mark.parametrize("is_ragged", [False, True])
+def test_drafts_over_a_block_table(is_ragged: bool, device: torch.device) -> None:
+    """With a mask that is causal, of words of 32 bits in integers of 16."""
+    pool, kv_lens, qo_lens = Pool(device, 16), (70, 9, 500), (3, 1, 4) if is_ragged else (4, 4, 4)
+    table, tables, lens = block_tables(pool, kv_lens, 40)
+    words = torch.cat([(2 << torch.arange(n)) - 1 for n in qo_lens]).to(torch.int32).view(torch.uint16)
+    q, layout = pool.draw(sum(qo_lens), NUM_QO_HEADS, HEAD_DIM), (-1, 2) if is_ragged else (3, 4, 2)
+    out = flashinfer.decode.xqa_batch_decode_with_kv_cache(
+        query=q, kv_cache=(pool.cache[:, 0], pool.cache[:, 1]), kv_cache_sf=None, workspace_buffer=pool.workspace(),
+        block_tables=tables, seq_lens=lens, max_seq_len=500, bmm1_scale=SM_SCALE, bmm2_scale=1.0, window_left=-1,
+        out=torch.empty_like(q), sinks=None, kv_layout="NHD", q_len_per_req=4, mask=words.view(layout).to(device),
+        q_cu_seq_lens=offsets(qo_lens).to(device) if is_ragged else None,
+    )  # fmt: skip
+    assert_close(out, pool.expected(q, qo_lens, table, causal=True, sm_scale=SM_SCALE))
+
+
+def test_prefill_and_decode_over_block_tables_by_keywords(device: torch.device) -> None:
+    """As on Blackwell: pages of heads, the same workspace for both, counters that nobody needs."""
+    pool, qo_lens, kv_lens = Pool(device, 16), (3, 40), (70, 40)
+    table, tables, lens = block_tables(pool, kv_lens, 30)
+    cache = pool.cache.transpose(2, 3).contiguous()
+    workspace, qo_indptr = pool.workspace(), offsets(qo_lens).to(device)
+    q = pool.draw(sum(qo_lens), NUM_QO_HEADS, HEAD_DIM)
+    common = dict(
+        workspace_buffer=workspace, block_tables=tables, seq_lens=lens, window_left=20, sinks=None, o_sf_scale=None,
+        kv_cache_sf=None, multi_ctas_kv_counter_buffer=torch.zeros(0, dtype=torch.uint8, device=device),
+    )  # fmt: skip
+    out = torch.empty_like(q)
+    flashinfer.prefill.trtllm_batch_context_with_kv_cache(
+        query=q, kv_cache=cache, max_q_len=40, max_kv_len=70, bmm1_scale=SM_SCALE, bmm2_scale=1.0, batch_size=2,
+        cum_seq_lens_q=qo_indptr, cum_seq_lens_kv=table[0].to(device), out=out, **common,
+    )  # fmt: skip
+    options: dict[str, Any] = {"window_left": 20, "sm_scale": SM_SCALE}
+    assert_close(out, pool.expected(q, qo_lens, table, causal=True, **options))
+    result = flashinfer.decode.trtllm_batch_decode_with_kv_cache(
+        query=q[:2], kv_cache=(cache[:, 0], cache[:, 1]), max_seq_len=70, bmm1_scale=SM_SCALE, bmm2_scale=1.0,
+        out=out[:2], kv_layout="HND", backend="trtllm-gen", q_len_per_req=1, max_q_len=None, cum_seq_lens_q=None,
+        lse=None, return_lse=False, skip_softmax_threshold_scale_factor=None, out_dtype=None, **common,
+    )  # fmt: skip
+    assert_close(result, pool.expected(q[:2], (1, 1), table, **options))
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 ON_CPU = torch.device("cpu")
@@ -428,8 +514,8 @@ def wrappers() -> list[Any]:
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("prefix_len_ptr", ANY_TENSOR), ("token_pos_in_items_len", 3), ("fixed_split_size", 2048), ("q_len_per_req", 2),
-        ("window_right", 8), ("kv_cache_sf", (ANY_TENSOR, ANY_TENSOR)), ("lse_base", "ln"),
+        ("prefix_len_ptr", ANY_TENSOR), ("token_pos_in_items_len", 3),
+        ("kv_cache_sf", (ANY_TENSOR, ANY_TENSOR)), ("lse_base", "ln"),
         ("skip_softmax_threshold_scale_factor", 0.5), ("v_indptr", ANY_TENSOR),
     ],
 )  # fmt: skip
@@ -439,6 +525,61 @@ def test_what_is_not_here_is_refused(name: str, value: Any, wrappers: list[Any])
         for call in (wrapper.plan_again, run):
             with pytest.raises(UnsupportedConfig, match=rf"{name} asks for .* expected .* got .* Next step"):
                 call(**{name: value})
+
+
+def test_what_plans_settle_is_no_argument_of_runs(wrappers: list[Any]) -> None:
+    for wrapper in wrappers:
+        run = functools.partial(wrapper.run, *[None] * (3 if "ragged" in wrapper._op_name else 2))
+        for given in ({"fixed_split_size": 2048}, {"q_len_per_req": 2}, {"disable_split_kv": True}):
+            with pytest.raises(UnsupportedConfig, match=r"Next step: pass it to plan\(\)"):
+                run(**given)
+
+
+def test_windows_to_the_right(wrappers: list[Any]) -> None:
+    """No key is behind a query that decodes, nor behind a causal one; without a mask 0 is causal, and -1 is none."""
+    decode, *prefills = wrappers
+    decode.plan_again(window_right=8)
+    for wrapper in prefills:
+        wrapper.plan_again(window_right=-1)
+        assert not wrapper._causal
+        wrapper.plan_again(window_right=0)
+        assert wrapper._causal
+        wrapper.plan_again(causal=True, window_right=8)
+        assert wrapper._causal
+        with pytest.raises(UnsupportedConfig, match=r"window_right asks for keys behind the query's position"):
+            wrapper.plan_again(window_right=8)
+        wrapper.plan_again()
+
+
+@pytest.mark.parametrize("splitting", [(2, False), (-1, True), (2048, True)])
+def test_invariant_plans_through_the_cached_module(splitting: tuple[int, bool], device: torch.device) -> None:
+    """Engines repeat what was planned."""
+    pool, batch_size = Pool(device, 16), 3
+    wrapper = decode_wrapper(pool, batch_size)
+    q, out = (pool.draw(batch_size, NUM_QO_HEADS, HEAD_DIM) for _ in range(2))
+    replay: Callable[[], Any] | None = None
+    for kv_lens in [(20, 5, 1), (900, 3, 1200), (17, 2000, 0)]:
+        table = indptr, indices, last_page_len = pool.table(kv_lens)
+        wrapper._paged_kv_indices_buf[: len(indices)].copy_(indices)
+        if replay is None:
+            wrapper.plan(
+                indptr, wrapper._paged_kv_indices_buf[: len(indices)], last_page_len, *SHAPES, 16, q_data_type=BF16,
+                kv_data_type=BF16, sm_scale=SM_SCALE, fixed_split_size=splitting[0], disable_split_kv=splitting[1],
+            )  # fmt: skip
+            replay = captured(lambda: wrapper.run(q, pool.cache, out=out), device)
+        else:
+            wrapper._paged_kv_indptr_buf.copy_(indptr, non_blocking=True)
+            wrapper._paged_kv_last_page_len_buf.copy_(last_page_len, non_blocking=True)
+            arguments = (
+                *[None] * 3, torch.arange(batch_size + 1, dtype=torch.int32), indptr, torch.tensor(kv_lens), batch_size,
+                batch_size, *SHAPES[:2], 16, wrapper.is_cuda_graph_enabled, HEAD_DIM, HEAD_DIM, False, -1,
+            )  # fmt: skip
+            wrapper._cached_module.plan(*arguments, *splitting)
+            with pytest.raises(UnsupportedConfig, match="fixed_split_size and disable_split_kv"):
+                wrapper._cached_module.plan(*arguments, 77, False)
+        out.fill_(math.nan)
+        replay()
+        assert_close(out, pool.expected(q, (1,) * batch_size, table, sm_scale=SM_SCALE))
 
 
 def test_unknown_arguments_are_refused(wrappers: list[Any]) -> None:
@@ -453,12 +594,12 @@ def test_output_dtype_of_prefill(wrappers: list[Any]) -> None:
             wrapper.plan_again(o_data_type=torch.float32)
 
 
-def test_scales_in_tensors_are_refused(wrappers: list[Any]) -> None:
+def test_scales_of_heads_are_refused(wrappers: list[Any]) -> None:
     decode, prefill, _ = wrappers
     for wrapper in (decode, prefill):
         q, cache = torch.zeros(1, NUM_QO_HEADS, HEAD_DIM, dtype=BF16), Pool(ON_CPU, 16, 8).cache
-        with pytest.raises(UnsupportedConfig, match="a scale is a tensor"):
-            wrapper.run(q, cache, k_scale=torch.ones(1))
+        with pytest.raises(UnsupportedConfig, match=r"k_scale is a tensor of shape \[8\]; expected one number"):
+            wrapper.run(q, cache, k_scale=torch.ones(8))
 
 
 def test_private_names(wrappers: list[Any]) -> None:

@@ -33,12 +33,9 @@ LEFT_OUT = {
     "sglang.kernels.ops": "kernels in CuTe DSL, imported where they are used",
     "sglang.srt.layers.moe.flashinfer_cutedsl_moe": "imported with --moe-runner-backend flashinfer_cutedsl",
 }
-# Rows that no engine imports as it starts: vLLM fetches it by getattr when it is called, and says to install us if not.
-FETCHED = {"flashinfer.decode.xqa_batch_decode_with_kv_cache"}
 # Attempts to import a row that succeed, and why that chooses nothing.
 HARMLESS = {
     "vllm.models.deepseek_v41.nvidia.specialized_decode.attention.mxfp8": "asks it for is_backend_supported, in `try`",
-    "sglang.srt.layers.attention.qwen_sparse_attn_backend": "on Blackwell alone",
     "sglang.srt.layers.flashinfer_comm_fusion": "asks for comm.allreduce_fusion first",
     "sglang.srt.layers.moe.token_dispatcher.standard": "asks for fp4_quantize besides",
 }
@@ -78,7 +75,7 @@ def test_what_is_left_out_is_still_wanted_and_absent(prefix: str) -> None:
 
 @pytest.mark.parametrize("name", absent.ROWS)
 def test_a_call_of_an_absent_kernel_says_which_option_avoids_it(name: str) -> None:
-    assert name in FETCHED or any(name in found["imports"] for found in ENGINES.values()), "nobody imports it"
+    assert any(name in found["imports"] for found in ENGINES.values()), "nobody imports it"
     kernel = imported(name)
     assert kernel is absent.kernel(name) and inspect.isclass(kernel) and kernel.__name__ == name.rpartition(".")[2]
     with pytest.raises(UnsupportedConfig, match=re.escape(name) + r".* (vLLM|SGLang): .*(--|SGLANG_)\w+"):

@@ -23,7 +23,7 @@ _PLAN = """
     self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode="NONE",
     window_left=-1, logits_soft_cap=None, q_data_type=None, kv_data_type=None, data_type=None, sm_scale=None,
     rope_scale=None, rope_theta=None, non_blocking=True,
-    *, o_data_type=None, **later
+    *, o_data_type=None, fixed_split_size=None, disable_split_kv=False, q_len_per_req=1, **later
 """
 _PREFILL_OPTIONS = """
     head_dim_vo=None, custom_mask=None, packed_custom_mask=None, causal=False, pos_encoding_mode="NONE",
@@ -79,7 +79,7 @@ SIGNATURES: dict[Any, str] = {
         self, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, num_qo_heads, num_kv_heads,
         head_dim_qk, page_size, {_PREFILL_OPTIONS}, sm_scale=None, window_left=-1, logits_soft_cap=None,
         rope_scale=None, rope_theta=None, q_data_type="float16", kv_data_type=None, non_blocking=True,
-        *, o_data_type=None, disable_split_kv=False, **later
+        *, o_data_type=None, fixed_split_size=None, disable_split_kv=False, **later
     """,
     prefill.BatchPrefillWithPagedKVCacheWrapper.run: """
         self, q, paged_kv_cache, *args, q_scale=None, k_scale=None, v_scale=None, out=None, lse=None, return_lse=False,
@@ -98,7 +98,7 @@ SIGNATURES: dict[Any, str] = {
     prefill.BatchPrefillWithRaggedKVCacheWrapper.plan: f"""
         self, qo_indptr, kv_indptr, num_qo_heads, num_kv_heads, head_dim_qk, {_PREFILL_OPTIONS}, window_left=-1,
         logits_soft_cap=None, sm_scale=None, rope_scale=None, rope_theta=None, q_data_type="float16",
-        kv_data_type=None, *, o_data_type=None, disable_split_kv=False, **later
+        kv_data_type=None, *, o_data_type=None, fixed_split_size=None, disable_split_kv=False, **later
     """,
     prefill.BatchPrefillWithRaggedKVCacheWrapper.run: """
         self, q, k, v, *args, q_scale=None, k_scale=None, v_scale=None, o_scale=None, out=None, lse=None,
@@ -145,6 +145,26 @@ SIGNATURES: dict[Any, str] = {
     flashinfer.BatchDecodeWithAttentionSinkWrapper.__init__: """
         self, float_workspace_buffer, kv_layout="NHD", backend="auto", q_data_type=torch.bfloat16,
         kv_data_type=torch.bfloat16, head_dim_qk=128, head_dim_vo=128, window_left=-1, **kwargs
+    """,
+    decode.xqa_batch_decode_with_kv_cache: """
+        query, kv_cache, workspace_buffer, block_tables, seq_lens, max_seq_len, bmm1_scale=1.0, bmm2_scale=1.0,
+        window_left=-1, out=None, sinks=None, kv_layout="NHD", enable_pdl=None, q_len_per_req=1, o_scale=1.0, mask=None,
+        kv_cache_sf=None, q_cu_seq_lens=None
+    """,
+    decode.trtllm_batch_decode_with_kv_cache: """
+        query, kv_cache, workspace_buffer, block_tables, seq_lens, max_seq_len, bmm1_scale=1.0, bmm2_scale=1.0,
+        window_left=-1, out=None, out_dtype=None, o_sf_scale=None, o_sf_vec_size=None, sinks=None, kv_layout="HND",
+        enable_pdl=None, backend="auto", q_len_per_req=1, o_scale=1.0, mask=None, max_q_len=None, cum_seq_lens_q=None,
+        skip_softmax_threshold_scale_factor=None, kv_cache_sf=None, uses_shared_paged_kv_idx=True, lse=None,
+        return_lse=False, **later
+    """,
+    prefill.trtllm_batch_context_with_kv_cache: """
+        query, kv_cache, workspace_buffer, block_tables, seq_lens, max_q_len, max_kv_len, bmm1_scale, bmm2_scale,
+        batch_size, cum_seq_lens_q, cum_seq_lens_kv, window_left=-1, out=None, out_dtype=None, o_sf_scale=None,
+        o_sf_vec_size=None, kv_layout="HND", enable_pdl=None, sinks=None, kv_cache_sf=None,
+        skip_softmax_threshold_scale_factor=None, uses_shared_paged_kv_idx=True, causal=True, lse=None,
+        return_lse=False, multi_ctas_kv_counter_buffer=None, use_fp16_softmax=None, uses_spcompress=None,
+        backend="trtllm-gen", window_right=-1, **later
     """,
     concat_ops.concat_mla_k: 'k, k_nope, k_rope, *, backend="default"',
     cascade.merge_state: "v_a, s_a, v_b, s_b",

@@ -48,8 +48,8 @@ struct DecodeParams : AttentionParams {  // request i is token i
 
 // The planner of decode. Reads the lengths where they are, on the device, and writes the schedule.
 struct DecodePlanParams {
-  const int32_t* kv_indptr;      // [batch_size + 1]
-  const int32_t* last_page_len;  // [batch_size]
+  const int32_t* kv_indptr;      // [batch_size + 1]; null if the pages are in a block table
+  const int32_t* last_page_len;  // [batch_size]; of a block table: rows of the whole request
   DecodeChunk* chunks;           // [num_chunks]
   DecodeRequest* requests;       // [batch_size]
   int32_t* empty;                // [batch_size]
@@ -57,6 +57,7 @@ struct DecodePlanParams {
   uint32_t* counters;            // [(batch_size + 2 * num_chunks) * num_head_blocks], zeroed here
   int32_t batch_size, num_chunks, num_head_blocks;
   int32_t page_size;
+  int32_t table_len;    // entries of a row of the block table
   int32_t tile_len;     // KV rows of one tile
   int32_t window_left;  // -1: no window
 };

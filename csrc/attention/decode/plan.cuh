@@ -3,8 +3,8 @@
 //   tiles of request b:  t_b = ceil((kv_len_b - first_key_b) / tile_len)       first_key: what a window hides before it
 //   chunks:              n = min(num_chunks, T) runs of floor(T / n) or ceil(T / n) tiles, of T = sum_b t_b end to end
 //
-//   kv indptr [batch_size + 1] -> requests [batch_size], those with KV in order; empty [batch_size], those without;
-//   chunks [num_chunks], each with the tile it starts at (decode/params.h)
+//   kv indptr [batch_size + 1], or a block table -> requests [batch_size], those with KV in order; empty [batch_size],
+//   those without; chunks [num_chunks], each with the tile it starts at (decode/params.h)
 //
 // One block. It scans the lengths as many at a time as it has threads, then finds the request of each chunk by
 // bisection.
@@ -29,12 +29,17 @@ struct TilesAndRequests {
 // One request as the schedule lists it, its chunks still unknown.
 __device__ __forceinline__ DecodeRequest read_request(const DecodePlanParams& params, int32_t request_idx) {
   if (request_idx >= params.batch_size) return {request_idx, 0, 0, 0, 0, 0, 0, 0};
-  const int32_t begin = params.kv_indptr[request_idx], num_pages = params.kv_indptr[request_idx + 1] - begin;
+  const bool is_table = params.kv_indptr == nullptr;
+  const int32_t begin = is_table ? request_idx * params.table_len : params.kv_indptr[request_idx];
+  const int32_t num_pages = is_table ? params.table_len : params.kv_indptr[request_idx + 1] - begin;
   // Offsets and lengths may be anything: so long that the sum of all tiles overflows, no request can be.
   constexpr int64_t kMaxLen = 1 << 30;
   const int64_t max_len = int64_t(0x7fffffff / params.batch_size) * params.tile_len;
-  const int64_t num_rows =
-      num_pages > 0 ? int64_t(num_pages - 1) * params.page_size + params.last_page_len[request_idx] : 0;
+  int64_t num_rows = 0;
+  if (num_pages > 0) {
+    const int64_t last = params.last_page_len[request_idx], num_before = int64_t(num_pages - 1) * params.page_size;
+    num_rows = is_table ? min(last, num_before + params.page_size) : num_before + last;
+  }
   const int32_t kv_len = int32_t(max(min(num_rows, min(max_len, kMaxLen)), int64_t(0)));
   const Visibility visibility{kMaskNone, params.window_left >= 0, params.window_left};
   const int32_t first_key = visibility.keys_of(kv_len - 1, kv_len).begin;

@@ -33,8 +33,9 @@ struct PrefillItem {
 struct PrefillSchedule {
   int32_t num_items;
   int32_t num_heads_abreast;
-  int32_t has_splits;  // whether there is an item with num_splits > 1
-  int32_t reserved[29];
+  int32_t has_splits;    // whether there is an item with num_splits > 1
+  int32_t num_kv_pages;  // of all requests, where they are in a block table
+  int32_t reserved[28];
   uint32_t next_unit;  // (item, KV head) pairs handed out, but for those a block takes unasked; zero between launches
   uint32_t num_done;   // blocks that have left; zero between launches
   uint32_t taken[30];  // a bit for each unit that a block takes unasked, where that is marked; zero between launches
@@ -56,9 +57,11 @@ struct UnitOrder {
 
 // Of each launch: where the queries of a request are, and its custom mask.
 struct PrefillRows {
-  const int32_t* qo_indptr;    // [batch_size + 1] into tokens; null if single
-  const uint8_t* mask;         // one bit per (query, key), little-endian, true = visible; null unless custom
-  const int32_t* mask_indptr;  // [batch_size + 1] bytes: where each request's bits start; null if single
+  const int32_t* qo_indptr;  // [batch_size + 1] into tokens; null if every request has qo_len
+  // One bit per (query, key), little-endian, true = visible; of a draft mask [num_tokens, ceil(qo_len / 32) * 32] among
+  // the queries of each request. Null unless custom or draft.
+  const uint8_t* mask;
+  const int32_t* mask_indptr;  // [batch_size + 1] bytes: where each request's bits start; null if single or draft
 };
 
 // The planner's schedule and scratch memory. Null in a launch without a plan, whose blocks are one query tile each.
@@ -71,7 +74,7 @@ struct PrefillScratch {
 };
 
 struct PrefillParams : PrefillRows, AttentionParams, PrefillScratch {
-  int32_t qo_len;      // queries of a single sequence; otherwise unused
+  int32_t qo_len;      // queries of every request where there is no qo_indptr; under a draft mask, at most
   int32_t num_tokens;  // rows of q and out
 };
 
@@ -83,14 +86,14 @@ struct PlanCosts {
 };
 
 struct PrefillPlanParams {
-  const int32_t* qo_indptr;  // [batch_size + 1]; null if single
+  const int32_t* qo_indptr;  // [batch_size + 1]; null if every request has qo_len
   KvIndex kv;                // but for the page numbers
   PrefillSchedule* schedule;
   PrefillItem* items;    // [max_items]
   int32_t* tile_indptr;  // [batch_size + 1] scratch: where each request's query tiles start
   uint32_t* counters;    // [max_counters * num_kv_heads], zeroed here as far as they are used
   int32_t batch_size;
-  int32_t qo_len;  // tokens of a single sequence; otherwise unused
+  int32_t qo_len;  // tokens of every request where there is no qo_indptr; otherwise unused
   int32_t num_kv_heads, group_size;
   int32_t num_blocks;  // of the kernel's grid
   int32_t max_items, max_counters;
@@ -98,6 +101,7 @@ struct PrefillPlanParams {
   int32_t block_m, block_n;  // rows of a query tile and of a KV tile
   int32_t mask;              // MaskKind
   int32_t window_left;       // -1: no window
+  int32_t fixed_split;       // KV tiles of a split, whatever shares the batch; 0: as it is fastest
   PlanCosts costs;
 };
 

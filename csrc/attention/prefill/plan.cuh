@@ -42,7 +42,8 @@ struct CostBins {
   }
 };
 
-constexpr int32_t kMaxKvLen = 1 << 30;  // of a request that can be true
+constexpr int32_t kMaxKvLen = 1 << 30;   // of a request that can be true
+constexpr int32_t kMaxFixedSplits = 16;  // for which the host makes sure of room (prefill/launch.py)
 
 struct PrefillPlanSmem {
   alignas(16) int32_t warp_sums[kWarpSize];
@@ -52,6 +53,7 @@ struct PrefillPlanSmem {
   int32_t num_items_of_cost[CostBins::kNum];  // after splitting
   int32_t first_item_of_cost[CostBins::kNum];
   int32_t max_cost, max_rows;      // of any query tile
+  int32_t num_kv_pages;            // of requests with queries
   unsigned long long best_choice;  // estimated time and number of splits, to be minimized
   int32_t num_partial_rows, num_counters;
 };
@@ -69,7 +71,7 @@ struct PrefillPlanner {
   PrefillPlanSmem& smem;
 
   __device__ __forceinline__ int32_t qo_begin(int32_t request_idx) const {
-    return params.qo_indptr != nullptr ? params.qo_indptr[request_idx] : 0;
+    return params.qo_indptr != nullptr ? params.qo_indptr[request_idx] : request_idx * params.qo_len;
   }
   __device__ __forceinline__ int32_t qo_len(int32_t request_idx) const {
     return params.qo_indptr != nullptr ? params.qo_indptr[request_idx + 1] - params.qo_indptr[request_idx]
@@ -130,6 +132,10 @@ struct PrefillPlanner {
       atomicAdd(&smem.num_tiles_of_cost[CostBins::of(cost)], 1);
       atomicMax(&smem.max_cost, cost);
       atomicMax(&smem.max_rows, num_rows_of(item));
+      const bool is_table = Config::kKvStorage == kKvPaged && params.kv.indptr == nullptr;
+      if (is_table && item.q_tile == 0) {
+        atomicAdd(&smem.num_kv_pages, ceil_div(item.kv_len, int32_t(params.kv.page_size.divisor)));
+      }
     });
     __syncthreads();
     static_assert(CostBins::kNum <= kNumThreads);
@@ -196,10 +202,22 @@ struct PrefillPlanner {
     return min(max(int32_t(ceilf(num_heads)), 1), params.num_kv_heads);
   }
 
+  // Splits of a query tile that do not depend on other requests. Only those of requests of one query tile: the others
+  // fill the device by themselves, and their partial results would take too much room.
+  __device__ __forceinline__ int32_t fixed_splits_of(const PrefillItem& item, int32_t cost) const {
+    if (int64_t(item.qo_len) * params.group_size > params.block_m) return 1;
+    return min(num_splits_of(cost, params.fixed_split), kMaxFixedSplits);
+  }
+
   // The choices: cut the longest item into 1, 2, ..., kNumThreads splits, and the others into splits no longer.
   __device__ __forceinline__ int32_t choose_limit() const {
     const int32_t num_splits = threadIdx.x + 1,
                   limit = max(ceil_div(smem.max_cost, num_splits), params.costs.min_split);
+    if (params.fixed_split > 0) {
+      if (threadIdx.x == 0)
+        params.schedule->num_heads_abreast = num_heads_abreast(this->estimate(max(smem.max_cost, 1)));
+      return 0;
+    }
     Estimate estimate = {};
     if (threadIdx.x == 0 || ceil_div(smem.max_cost, limit) == num_splits) {
       estimate = this->estimate(limit);
@@ -214,7 +232,13 @@ struct PrefillPlanner {
 
   // Where the items of each cost start in the list, the longest first.
   __device__ __forceinline__ void place_costs(int32_t limit) const {
-    for (int i = threadIdx.x; i < smem.num_occupied; i += kNumThreads) {
+    if (params.fixed_split > 0) {
+      for_each_tile([&](const PrefillItem& item, int32_t cost) {
+        const int32_t num_splits = fixed_splits_of(item, cost);
+        atomicAdd(&smem.num_items_of_cost[CostBins::of(ceil_div(cost, num_splits))], num_splits);
+      });
+    }
+    for (int i = threadIdx.x; i < smem.num_occupied && params.fixed_split == 0; i += kNumThreads) {
       const int bin = smem.occupied_bins[i];
       const int32_t num_splits = num_splits_of(bin_cost(bin), limit);
       atomicAdd(&smem.num_items_of_cost[split_bin(bin, limit)], smem.num_tiles_of_cost[bin] * num_splits);
@@ -235,15 +259,22 @@ struct PrefillPlanner {
   __device__ __forceinline__ void write_items(int32_t limit) const {
     for_each_tile([&](PrefillItem item, int32_t cost) {
       const int bin = CostBins::of(cost);
-      // Fixed by the bin, as counted. A split may be left empty where the cost is below the bin's bound.
-      const int32_t num_splits = num_splits_of(bin_cost(bin), limit);
+      const bool is_fixed = params.fixed_split > 0;
+      // Else fixed by the bin, as counted. A split may be left empty where the cost is below the bin's bound.
+      const int32_t num_splits = is_fixed ? fixed_splits_of(item, cost) : num_splits_of(bin_cost(bin), limit);
       const int32_t split_len = ceil_div(cost, num_splits), first_tile = item.tile_begin, end_tile = item.tile_end;
-      int32_t place = atomicAdd(&smem.first_item_of_cost[split_bin(bin, limit)], num_splits);
+      const int split_bin = is_fixed ? CostBins::of(split_len) : this->split_bin(bin, limit);
+      int32_t place = atomicAdd(&smem.first_item_of_cost[split_bin], num_splits);
       item.num_splits = num_splits;
       if (num_splits > 1) {
         const PartialResults partial = PartialResults::of(num_splits);
-        item.partial_row = atomicAdd(&smem.num_partial_rows, num_rows_of(item) * partial.num_slots());
+        const int32_t num_rows = num_rows_of(item) * partial.num_slots();
+        item.partial_row = atomicAdd(&smem.num_partial_rows, num_rows);
         item.counter = atomicAdd(&smem.num_counters, partial.num_counters());
+        // The host made sure of room, unless offsets are not true. Such requests are left out.
+        const bool fits = item.partial_row + num_rows <= params.max_partial_rows &&
+                          item.counter + partial.num_counters() <= params.max_counters;
+        if (is_fixed && !fits) item.qo_len = 0, item.num_splits = 1;
       }
       for (int32_t split = 0; split < num_splits; ++split, ++place) {
         item.split_idx = split;
@@ -253,10 +284,12 @@ struct PrefillPlanner {
       }
     });
     __syncthreads();
-    for (int i = threadIdx.x; i < smem.num_counters * params.num_kv_heads; i += kNumThreads) params.counters[i] = 0;
+    const int32_t num_counters = min(smem.num_counters, params.max_counters);
+    for (int i = threadIdx.x; i < num_counters * params.num_kv_heads; i += kNumThreads) params.counters[i] = 0;
     if (threadIdx.x < sizeof(params.schedule->taken) / 4) params.schedule->taken[threadIdx.x] = 0;
     if (threadIdx.x != 0) return;
     params.schedule->has_splits = smem.num_counters > 0;
+    params.schedule->num_kv_pages = smem.num_kv_pages;
     params.schedule->next_unit = params.schedule->num_done = 0;
   }
 };

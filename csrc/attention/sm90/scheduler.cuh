@@ -57,9 +57,12 @@ struct Scheduler {
     const int32_t num_planned = is_planned() ? params.schedule->num_heads_abreast : params.num_kv_heads;
     if constexpr (Shape::kNumConsumers == 1) return num_planned;  // the tile for short queries: KV are read once
     const KvIndex& index = params.kv.index;
-    const int64_t num_rows = Config::kKvStorage == kKvSingle
-                                 ? index.len
-                                 : int64_t(index.indptr[params.batch_size]) * index.page_size.divisor;
+    int64_t num_rows = index.len;
+    if constexpr (Config::kKvStorage != kKvSingle) {
+      const bool is_table = Config::kKvStorage == kKvPaged && index.indptr == nullptr;
+      num_rows =
+          int64_t(is_table ? params.schedule->num_kv_pages : index.indptr[params.batch_size]) * index.page_size.divisor;
+    }
     const int64_t head_bytes = num_rows * (Shape::kHeadDimQk + Shape::kHeadDimVo) * sizeof(typename Shape::Kv);
     const int32_t num_cached =
         head_bytes * params.num_kv_heads > kCacheBytes ? kCacheBytes / head_bytes : params.num_kv_heads;

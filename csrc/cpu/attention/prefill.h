@@ -154,7 +154,7 @@ struct PrefillState : TileState<Config::kHeadDimQk, Config::kHeadDimVo> {
   float slope[kPrefillBlockM];
 
   void attend(const PrefillParams& params, int32_t request_idx, int32_t q_tile, int32_t kv_head) {
-    const int32_t q_begin = params.qo_indptr != nullptr ? params.qo_indptr[request_idx] : 0;
+    const int32_t q_begin = params.qo_indptr != nullptr ? params.qo_indptr[request_idx] : request_idx * params.qo_len;
     const int32_t qo_len = params.qo_indptr != nullptr ? params.qo_indptr[request_idx + 1] - q_begin : params.qo_len;
     const View view = View::of_request(params.kv.index, request_idx);
     const int32_t group_size = params.num_qo_heads / params.num_kv_heads;

@@ -12,6 +12,7 @@ from flashinfer import target
 from flashinfer.attention import workspace
 from flashinfer.attention.plan import short_names
 from flashinfer.attention.variant import Variant
+from flashinfer.attention.workspace import Memory
 from flashinfer.families.attention import decode as families
 from flashinfer.host import memo
 from flashinfer.jit import KernelSpec, default_resolver
@@ -113,8 +114,8 @@ class Schedule:
     @staticmethod
     def of(
         op: str,
-        int_workspace: torch.Tensor,
-        float_workspace: torch.Tensor,
+        int_workspace: Memory,
+        float_workspace: Memory,
         batch_size: int,
         kernel: DecodeKernel,
         num_qo_heads: int,
@@ -145,9 +146,16 @@ class Schedule:
         return {name: address for name, address in vars(self).items() if name != "tile_indptr"}
 
     def bind_planner(
-        self, device: torch.device, batch_size: int, kernel: DecodeKernel, page_size: int, window_left: int
+        self,
+        device: torch.device,
+        batch_size: int,
+        kernel: DecodeKernel,
+        page_size: int,
+        window_left: int,
+        table_len: int = 0,
     ) -> PreparedLaunch:
-        """The planner, which takes the addresses of kv_indptr and last_page_len."""
+        """The planner, which takes the addresses of kv_indptr and last_page_len; table_len: entries of a row of the
+        block table, where there is no kv_indptr."""
         values = {
             "chunks": self.chunks,
             "requests": self.requests,
@@ -158,6 +166,7 @@ class Schedule:
             "num_chunks": kernel.num_chunks,
             "num_head_blocks": kernel.num_head_blocks,
             "page_size": page_size,
+            "table_len": table_len,
             "tile_len": kernel.tile_len,
             "window_left": window_left,
         }

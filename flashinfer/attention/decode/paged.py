@@ -6,12 +6,14 @@ from typing import Any, Optional, Union
 
 import torch
 
-from flashinfer.attention.compat import IndexBuffer, check_later_arguments
+from flashinfer.attention.compat import IndexBuffer, causal_by_window, check_later_arguments
 from flashinfer.attention.decode.plan import DecodePlan
 from flashinfer.attention.plan import Shape, dtype_of
 from flashinfer.attention.planned import DataType, GivenScales, PlannedAttention, Result
+from flashinfer.attention.prefill.plan import UniformPlan, fixed_split
 from flashinfer.attention.variant import GivenScale, Overrides, Variant
-from flashinfer.host.paged_cache import PagedCache
+from flashinfer.host import checks
+from flashinfer.host.paged_cache import PagedCache, PagedKv
 
 # Arguments of Variant.of after head_dim.
 _Options = tuple[str, int, Optional[float], Optional[float], Optional[float], Optional[float]]
@@ -91,6 +93,9 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
         non_blocking: bool = True,
         *,
         o_data_type: Optional[DataType] = None,
+        fixed_split_size: Optional[int] = None,
+        disable_split_kv: bool = False,
+        q_len_per_req: int = 1,
         **later: Any,
     ) -> None:
         """Describe the batch that the following runs work on. Neither copies from the device nor waits for it.
@@ -108,17 +113,27 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
                 and has to be named.
             pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta: as in
                 `single_decode_with_kv_cache`.
+            fixed_split_size, disable_split_kv: as in `BatchPrefillWithPagedKVCacheWrapper.plan`: a request's result is
+                the same, bit by bit, whatever shares the batch.
+            q_len_per_req: queries of every request, as in speculative decoding: q is `[batch_size * q_len_per_req, …]`,
+                and they see each other causally.
             non_blocking: accepted for compatibility.
             later: what later releases added, as far as it asks for nothing that is not here (compat.py).
+                window_right: anything, as no key is behind a query.
+
+            With any of the three, or with queries in fp8 e4m3, the kernels are those of prefill, whose output has the
+            dtype of q, or fp16 or bf16 where q is fp8.
 
         Raises:
             ValueError: a shape, dtype or device does not fit, or a workspace is too small.
             UnsupportedConfig: no kernel for these arguments.
         """
         if later:
+            causal_by_window(self._op_name, later, True)
             check_later_arguments(self._op_name, later)
         arguments = (
             num_qo_heads, num_kv_heads, page_size, head_dim, q_data_type, kv_data_type, data_type, o_data_type,
+            (fixed_split_size, disable_split_kv), q_len_per_req,
             pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta,
         )  # fmt: skip
         self._settle((indptr, indices, last_page_len), arguments)
@@ -127,15 +142,29 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
 
     def _describe(
         self, batch_size: int, workspaces: tuple[torch.Tensor, torch.Tensor], arguments: tuple[Any, ...]
-    ) -> DecodePlan:
+    ) -> Union[DecodePlan, UniformPlan]:
         op, (*counts, head_dim, q_type, kv_type, type_of_both, o_type) = self._op_name, arguments[:8]
         of_both = None if type_of_both is None else dtype_of(op, "data_type", type_of_both)
         q_dtype = of_both or torch.float16 if q_type is None else dtype_of(op, "q_data_type", q_type)
         kv_dtype = of_both or q_dtype if kv_type is None else dtype_of(op, "kv_data_type", kv_type)
         o_dtype = q_dtype if o_type is None else dtype_of(op, "o_data_type", o_type)
         shape = Shape.of(op, batch_size, *counts, head_dim, head_dim)
-        variant = Variant.of(op, head_dim, *arguments[8:], has_sinks=self._has_sinks)
-        return DecodePlan(op, self.device, shape, (q_dtype, kv_dtype, o_dtype), variant, self._kv_layout, workspaces)
+        splitting, q_len_per_req, *options = arguments[8:]
+        types = (q_dtype, kv_dtype, o_dtype)
+        variant = Variant.of(op, head_dim, *options, has_sinks=self._has_sinks)
+        fixed, q_len = (
+            fixed_split(op, shape.page_size, splitting),
+            checks.integer(op, "q_len_per_req", q_len_per_req, 1),
+        )
+        if fixed is None and q_len == 1 and q_dtype.itemsize > 1:
+            return DecodePlan(op, self.device, shape, types, variant, self._kv_layout, workspaces)
+        kv = PagedKv(self._kv_layout, shape.page_size, shape.num_kv_heads, head_dim, head_dim, kv_dtype)
+        plan = UniformPlan(
+            op, self.device, shape, types, "causal", variant, kv, workspaces, split_kv=fixed != 0, lengths=(q_len, 0),
+            fixed_split=fixed,
+        )  # fmt: skip
+        plan.splitting = (-1 if splitting[0] is None else splitting[0], bool(splitting[1]))
+        return plan
 
     def run(
         self,
@@ -156,14 +185,15 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
         """Attention of one layer, as planned.
 
         Args:
-            q: `[batch_size, num_qo_heads, head_dim]`, unit stride in the last axis.
+            q: `[batch_size, num_qo_heads, head_dim]`, or as many tokens as planned of each request, side by side; unit
+                stride in the last axis.
             paged_kv_cache: one tensor `[pages, 2, page_size, num_kv_heads, head_dim]` (NHD; HND has heads before
                 page_size) or a tuple (k, v) of such tensors without the axis of 2. Any strides over whole rows. What
                 lies in pages or entries no request uses is never read into a result, NaN included.
             q_scale, k_scale, v_scale: factors of quantized q, k and v, numbers or one float32 on the device, which the
                 kernel alone reads; those of q and k are positive.
-            out: `[batch_size, num_qo_heads, head_dim]`, dtype of q or o_data_type; allocated when None.
-            lse: fp32 `[batch_size, num_qo_heads]`; allocated when None and return_lse.
+            out: of the shape of q, dtype of q or o_data_type; allocated when None.
+            lse: fp32 `[len(q), num_qo_heads]`; allocated when None and return_lse.
             return_lse: also return the base-2 logarithm of the sum of exponentials, that of the sink included.
             enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
             window_left: overrides the planned one.

@@ -10,6 +10,7 @@ from flashinfer.attention.decode import launch as launches
 from flashinfer.attention.decode.launch import DecodeKernel, Schedule
 from flashinfer.attention.plan import BoundRun, Call, Plan, Shape, no_launch
 from flashinfer.attention.variant import Factors, Variant
+from flashinfer.attention.workspace import Memory
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.attention.params import ADDRESSES
 from flashinfer.families.layout import fast_divisor
@@ -42,13 +43,15 @@ class DecodePlan(Plan):
         dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
         variant: Variant,
         kv_layout: str,
-        workspaces: tuple[torch.Tensor, torch.Tensor],
+        workspaces: tuple[Memory, Memory],
+        table_len: int = 0,
     ) -> None:
-        """workspaces: of integers and of floats."""
+        """workspaces: of integers and of floats. table_len: entries of a row of the block table, if there is one."""
         super().__init__(op, device, shape, dtypes, "none", variant)
         self._kv = PagedKv(
             kv_layout, shape.page_size, shape.num_kv_heads, shape.head_dim_qk, shape.head_dim_vo, self.kv_dtype
         )
+        self._table_len = table_len
         self._workspaces = workspaces  # alive as long as their addresses are in use
         self._kernel = self._load(variant, None)
         self._schedule: Optional[Schedule] = None
@@ -71,7 +74,7 @@ class DecodePlan(Plan):
         if self._schedule is None:
             return no_launch
         return self._schedule.bind_planner(
-            self.device, self.shape.batch_size, self._kernel, self.shape.page_size, extent.window_left
+            self.device, self.shape.batch_size, self._kernel, self.shape.page_size, extent.window_left, self._table_len
         )
 
     def bind(self, call: Call, short_queries: bool) -> BoundRun:
@@ -93,7 +96,7 @@ class DecodePlan(Plan):
                 f"{op}: this variant needs another schedule than the planned one; pass it to plan()"
             )
         values = {
-            "kv.index.len": 0,
+            "kv.index.len": self._table_len,
             **fast_divisor("kv.index.page_size", shape.page_size),
             **self._kv.strides_of(op, call.kv, self.device).values,
             "q_token_stride": q.stride(0),

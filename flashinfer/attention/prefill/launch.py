@@ -13,6 +13,7 @@ from flashinfer.attention import workspace
 from flashinfer.attention.plan import BoundLaunch, short_names
 from flashinfer.attention.prefill import sm90
 from flashinfer.attention.variant import Variant
+from flashinfer.attention.workspace import Memory
 from flashinfer.families.attention import prefill as families
 from flashinfer.families.attention.params import ADDRESSES, MASKS
 from flashinfer.families.layout import fast_divisor, inside
@@ -137,13 +138,13 @@ class Schedule:
     max_items: int
     max_counters: int
     max_partial_rows: int
-    workspaces: tuple[torch.Tensor, ...]  # kept alive as long as the addresses are in use
+    workspaces: tuple[Memory, ...]  # kept alive as long as the addresses are in use
 
     @staticmethod
     def of(
         op: str,
-        int_workspace: torch.Tensor,
-        float_workspace: torch.Tensor,
+        int_workspace: Memory,
+        float_workspace: Memory,
         batch_size: int,
         num_kv_heads: int,
         head_dim_vo: int,
@@ -179,9 +180,10 @@ class Schedule:
         group_size: int,
         lengths: tuple[int, int] = (0, 0),
         costs: families.PlanCosts = families.COSTS,
+        fixed_split: int = 0,
     ) -> PreparedLaunch:
         """The planner, which takes the addresses of qo_indptr, kv_indptr and last_page_len. `lengths`: qo_len and
-        kv_len of one sequence."""
+        kv_len of one sequence, or as in `PrefillPlan`; fixed_split: keys of a split whatever shares the batch, or 0."""
         values = {
             "kv.indices": 0,
             "kv.len": lengths[1],
@@ -198,6 +200,7 @@ class Schedule:
             "max_counters": self.max_counters,
             "max_partial_rows": self.max_partial_rows,
             **extent._asdict(),
+            "fixed_split": -(-fixed_split // extent.block_n),
             **inside("costs", costs._asdict()),
         }
         launcher = load_planner(device, kv_storage)
@@ -212,6 +215,25 @@ class Schedule:
             f"the int workspace holds {self.max_items} work items, {num_rows} query rows may need {needed}; pass a "
             "larger one to reset_workspace_buffer()",
         )
+
+    def require_fixed_splits(
+        self, op: str, num_rows: int, kernel: PrefillKernel, batch_size: int, num_kv_heads: int, head_dim_vo: int
+    ) -> None:
+        """Room for as many splits as requests may have where they do not depend on the batch."""
+        rows = families.FIXED_SLOTS * min(num_rows, batch_size * kernel.block_m)
+        needed, held = (count * num_kv_heads * (head_dim_vo + 1) * 4 for count in (rows, self.max_partial_rows))
+        checks.require(
+            rows <= self.max_partial_rows, op,
+            f"float_workspace_buffer holds {held} bytes of partial results; with fixed_split_size this batch may need "
+            f"{needed}. Next step: a larger one, or disable_split_kv=True",
+        )  # fmt: skip
+        counters = families.FIXED_COUNTERS * batch_size
+        checks.require(
+            counters <= self.max_counters, op,
+            f"{batch_size} requests may need {counters} counters with fixed_split_size; there are {self.max_counters}. "
+            "Next step: a smaller batch, or disable_split_kv=True",
+        )  # fmt: skip
+        self.require_items(op, num_rows, kernel, batch_size * families.MAX_FIXED_SPLITS)
 
     @property
     def values(self) -> dict[str, int]:
@@ -245,7 +267,7 @@ def bind_launch(
     """A launch with everything but the addresses laid out.
 
     row_strides: of q's tokens and heads, of those of the output; num_tokens: rows of both; num_heads: of queries and
-    KV; options: `Variant.values`; lengths: qo_len and kv_len of a single sequence.
+    KV; options: `Variant.values`; lengths: qo_len and kv_len of a single sequence, or as in `PrefillPlan`.
     """
     names = ("q_token_stride", "q_head_stride", "out_token_stride", "out_head_stride")
     values = {

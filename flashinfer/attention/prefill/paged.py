@@ -6,7 +6,7 @@ from typing import Any, Optional, Union
 
 import torch
 
-from flashinfer.attention.compat import IndexBuffer, check_later_arguments
+from flashinfer.attention.compat import IndexBuffer, causal_by_window, check_later_arguments
 from flashinfer.attention.plan import Shape
 from flashinfer.attention.planned import DataType, Result
 from flashinfer.attention.prefill.plan import RaggedKv
@@ -99,6 +99,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         non_blocking: bool = True,
         *,
         o_data_type: Optional[DataType] = None,
+        fixed_split_size: Optional[int] = None,
         disable_split_kv: bool = False,
         **later: Any,
     ) -> None:
@@ -124,21 +125,26 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             q_data_type, kv_data_type: dtypes of q and of the cache (default that of q). What run() is given decides;
                 naming them here loads the right kernel ahead of a capture.
             o_data_type: None, or that of q; fp16 or bf16 where q is fp8 e4m3, as the cache then is.
-            disable_split_kv: let one block walk all KV of its queries.
+            fixed_split_size, disable_split_kv: with either, a row's result is the same, bit by bit, whatever shares the
+                batch. Requests of one tile of queries (128 rows or so: tokens times query heads of a KV head) are split
+                by so many pages, into 16 splits at most; or one block walks all KV of its queries. Give the workspace
+                room: up to 20 partial results for each row of such requests.
             use_fp16_qk_reduction, non_blocking: accepted for compatibility.
-            later: what later releases added, as far as it asks for nothing that is not here (compat.py).
+            later: what later releases added, as far as it asks for nothing that is not here (compat.py). window_right
+                is -1, or with causal any, or 0, which is causal.
 
         Raises:
             ValueError: a shape, dtype or device does not fit, or a workspace is too small.
             UnsupportedConfig: no kernel for these arguments.
         """
         if later:
+            causal = causal_by_window(self._op_name, later, causal)
             check_later_arguments(self._op_name, later)
         masks = None if custom_mask is None and packed_custom_mask is None else (custom_mask, packed_custom_mask)
         mask = "custom" if masks is not None else "causal" if causal else "none"
         arguments = (
             mask, num_qo_heads, num_kv_heads, page_size, head_dim_qk, head_dim_vo, q_data_type, kv_data_type,
-            o_data_type, disable_split_kv,
+            o_data_type, (fixed_split_size, disable_split_kv),
             pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta,
         )  # fmt: skip
         given = (qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 
-from flashinfer.attention.plan import BoundRun, Call, Plan, Shape, no_launch
+from flashinfer.attention.plan import BoundLaunch, BoundRun, Call, Plan, Shape, no_launch
 from flashinfer.attention.prefill import launch as launches
 from flashinfer.attention.prefill.launch import Extent, PrefillKernel, Schedule
 from flashinfer.attention.sequence import row_strides
 from flashinfer.attention.variant import Factors, Variant
+from flashinfer.attention.workspace import Memory
 from flashinfer.families.attention.prefill import SHORT_ROWS
 from flashinfer.host import checks
 from flashinfer.host.paged_cache import KvStrides, PagedCache, PagedKv
-from flashinfer.jit.loader import PreparedLaunch
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,15 @@ class RaggedKv:
         return k.shape[0 if self.layout == "NHD" else 1]
 
 
+def fixed_split(op: str, page_size: int, splitting: tuple[Any, Any]) -> Optional[int]:
+    """As in `PrefillPlan`. splitting: fixed_split_size, in pages, and disable_split_kv of plan()."""
+    size, is_disabled = splitting
+    num_pages = -1 if size is None else checks.integer(op, "fixed_split_size", size, -1)
+    if checks.boolean(op, "disable_split_kv", is_disabled):
+        return 0
+    return min(num_pages * page_size, 1 << 30) if num_pages > 0 else None
+
+
 class PrefillPlan(Plan):
     def __init__(
         self,
@@ -53,11 +63,16 @@ class PrefillPlan(Plan):
         mask: str,
         variant: Variant,
         kv: Union[PagedKv, RaggedKv],
-        workspaces: tuple[torch.Tensor, torch.Tensor],
+        workspaces: tuple[Memory, Memory],
         split_kv: bool,
+        lengths: tuple[int, int] = (0, 0),
+        fixed_split: Optional[int] = None,
     ) -> None:
-        """workspaces: of integers and of floats."""
+        """workspaces: of integers and of floats. lengths: queries of every request, where there is no qo_indptr, and
+        entries of a row of the block table, where there is no kv_indptr. fixed_split: None; or a row's result is the
+        same, bit by bit, whatever shares the batch, and a split has so many keys, 0 for no splits."""
         super().__init__(op, device, shape, dtypes, mask, variant)
+        self._lengths, self._fixed_split = lengths, fixed_split
         self._kv, self._storage = kv, "ragged" if isinstance(kv, RaggedKv) else "paged"
         self._group_size = shape.num_qo_heads // shape.num_kv_heads
         self._schedule: Optional[Schedule] = None
@@ -82,6 +97,8 @@ class PrefillPlan(Plan):
         )
 
     def is_short(self, num_tokens: int) -> bool:
+        if self._fixed_split is not None:  # a tile that other requests do not choose
+            return 0 < self._lengths[0] * self._group_size <= SHORT_ROWS
         return num_tokens * self._group_size <= SHORT_ROWS * self.shape.batch_size
 
     def _extent(self, short_queries: bool) -> Extent:
@@ -89,13 +106,14 @@ class PrefillPlan(Plan):
         kernel = self._load(types, self.mask, self.variant, short_queries, None)
         return Extent.of(kernel, self.mask, self.variant)
 
-    def _bind_planner(self, extent: Extent) -> PreparedLaunch:
+    def _bind_planner(self, extent: Extent) -> BoundLaunch:
         if self._schedule is None:
             return no_launch
         shape = self.shape
         return self._schedule.bind_planner(
-            self.device, self._storage, extent, shape.page_size, shape.batch_size, shape.num_kv_heads, self._group_size
-        )
+            self.device, self._storage, extent, shape.page_size, shape.batch_size, shape.num_kv_heads, self._group_size,
+            self._lengths, fixed_split=self._fixed_split or 0,
+        )  # fmt: skip
 
     def bind(self, call: Call, short_queries: bool) -> BoundRun:
         op, q, shape, kv = self.op, call.q, self.shape, self._kv
@@ -118,7 +136,12 @@ class PrefillPlan(Plan):
         types = (q.dtype, call.kv_dtype, out.dtype)
         kernel = self._load(types, mask, variant, short_queries, call.pdl, factors.device_scales)
         if self._schedule is not None:
-            self._schedule.require_items(op, q.shape[0] * self._group_size, kernel, shape.batch_size)
+            num_rows = q.shape[0] * self._group_size
+            self._schedule.require_items(op, num_rows, kernel, shape.batch_size)
+            if self._fixed_split:
+                self._schedule.require_fixed_splits(
+                    op, num_rows, kernel, shape.batch_size, shape.num_kv_heads, shape.head_dim_vo
+                )
         is_empty = q.shape[0] == 0 or shape.batch_size == 0
         launch = no_launch
         if not is_empty:
@@ -126,7 +149,7 @@ class PrefillPlan(Plan):
                 kernel, kernel.num_blocks or 1, (q.stride(0), q.stride(1), out.stride(0), out.stride(1)), strides,
                 launches.NO_SCHEDULE if self._schedule is None else self._schedule.values, options,
                 batch_size=shape.batch_size, num_tokens=q.shape[0], num_heads=(shape.num_qo_heads, shape.num_kv_heads),
-                page_size=shape.page_size,
+                page_size=shape.page_size, lengths=self._lengths,
             )  # fmt: skip
         return BoundRun(
             launch,
@@ -140,3 +163,27 @@ class PrefillPlan(Plan):
             is_empty,
             short_queries,
         )
+
+
+class UniformPlan(PrefillPlan):
+    """Of as many queries in every request, for the wrapper of decode, whose index tensors are those of the KV alone."""
+
+    def is_short(self, num_tokens: int) -> bool:
+        return self._lengths[0] * self._group_size <= SHORT_ROWS
+
+    def tile(self, short_queries: bool) -> tuple[Any, BoundLaunch]:
+        return super().tile(self.is_short(0))
+
+    def _bind_planner(self, extent: Extent) -> BoundLaunch:
+        return functools.partial(super()._bind_planner(extent), 0)
+
+    def bind(self, call: Call, short_queries: bool) -> BoundRun:
+        q, num_tokens = call.q, self.shape.batch_size * self._lengths[0]
+        if q.dim() == 3 and q.shape[0] != num_tokens:
+            raise ValueError(
+                f"{self.op}: q has {q.shape[0]} tokens; planned for {num_tokens}, {self._lengths[0]} of each of "
+                f"{self.shape.batch_size} requests"
+            )
+        run = super().bind(call, self.is_short(0))
+        launch = functools.partial(run.launch, 0, 0, 0)  # no offsets of queries, no mask
+        return replace(run, launch=launch, settled_launch=launch)

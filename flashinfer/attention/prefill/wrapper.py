@@ -10,10 +10,9 @@ import torch
 from flashinfer.attention.compat import IndexBuffer
 from flashinfer.attention.plan import Shape, dtype_of
 from flashinfer.attention.planned import PlannedAttention, Result
-from flashinfer.attention.prefill.plan import PrefillPlan, RaggedKv
+from flashinfer.attention.prefill.plan import PrefillPlan, RaggedKv, fixed_split
 from flashinfer.attention.variant import Variant
 from flashinfer.errors import UnsupportedConfig
-from flashinfer.host import checks
 from flashinfer.host.paged_cache import PagedKv
 
 
@@ -33,8 +32,7 @@ class PrefillWrapper(PlannedAttention):
         self, batch_size: int, workspaces: tuple[torch.Tensor, torch.Tensor], arguments: tuple[Any, ...]
     ) -> PrefillPlan:
         op, (mask, *counts, head_dim_qk, head_dim_vo) = self._op_name, arguments[:6]
-        q_type, kv_type, o_type, disable_split_kv, *options = arguments[6:]
-        checks.boolean(op, "disable_split_kv", disable_split_kv)
+        q_type, kv_type, o_type, splitting, *options = arguments[6:]
         q_dtype = dtype_of(op, "q_data_type", q_type)
         kv_dtype = q_dtype if kv_type is None else dtype_of(op, "kv_data_type", kv_type)
         o_dtype = q_dtype if o_type is None else dtype_of(op, "o_data_type", o_type)
@@ -44,11 +42,14 @@ class PrefillWrapper(PlannedAttention):
             )
         head_dims = (head_dim_qk, head_dim_qk if head_dim_vo is None else head_dim_vo)
         shape = Shape.of(op, batch_size, *counts, *head_dims)
-        return PrefillPlan(
+        plan = PrefillPlan(
             op, self.device, shape, (q_dtype, kv_dtype, o_dtype), mask,
             Variant.of(op, head_dim_qk, *options, has_sinks=self._has_sinks),
-            self._kv(shape, kv_dtype), workspaces, split_kv=not disable_split_kv,
+            self._kv(shape, kv_dtype), workspaces, split_kv=not splitting[1],
+            fixed_split=fixed_split(op, shape.page_size, splitting),
         )  # fmt: skip
+        plan.splitting = (-1 if splitting[0] is None else splitting[0], bool(splitting[1]))
+        return plan
 
     def _kv(self, shape: Shape, kv_dtype: torch.dtype) -> Union[PagedKv, RaggedKv]:
         raise NotImplementedError

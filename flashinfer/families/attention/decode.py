@@ -39,7 +39,7 @@ class DecodePlanParams(ctypes.Structure):
         *[(name, P) for name in ("kv_indptr", "last_page_len")],
         *[(name, P) for name in ("chunks", "requests", "empty", "tile_indptr", "counters")],
         *[(name, I32) for name in ("batch_size", "num_chunks", "num_head_blocks", "page_size")],
-        *[(name, I32) for name in ("tile_len", "window_left")],
+        *[(name, I32) for name in ("table_len", "tile_len", "window_left")],
     ]
 
 

@@ -17,6 +17,7 @@ from flashinfer.families.attention.params import (
     KV_INDEX,
     KV_STORAGE,
     MASKS,
+    MASKS_OF_BITS,
     POS_ENCODINGS,
     Q_DTYPES,
     require_dtypes,
@@ -28,6 +29,10 @@ from flashinfer.jit.spec import Config, Constants, CxxType, Family, Implementati
 ITEM_BYTES = 48
 MAX_ITEMS = 1 << 20  # that a planner sums up in 32 bits
 SCHEDULE_BYTES = 256
+
+# Splits that do not depend on the batch: how many a query tile has at most, and what its partial results and their
+# merging then take (PartialResults in csrc/attention/prefill/work.cuh).
+MAX_FIXED_SPLITS, FIXED_SLOTS, FIXED_COUNTERS = 16, 20, 5
 
 # Query rows of a request (tokens times query heads per KV head) up to which the tile for short queries is faster.
 SHORT_ROWS = 64
@@ -71,7 +76,7 @@ class PrefillPlanParams(ctypes.Structure):
         *[(name, P) for name in ("schedule", "items", "tile_indptr", "counters")],
         *[(name, I32) for name in ("batch_size", "qo_len", "num_kv_heads", "group_size", "num_blocks")],
         *[(name, I32) for name in ("max_items", "max_counters", "max_partial_rows", "block_m", "block_n")],
-        *[(name, I32) for name in ("mask", "window_left")],
+        *[(name, I32) for name in ("mask", "window_left", "fixed_split")],
         *nested("costs", [("of_item", F32), ("of_partial", F32), ("min_split", I32)]),
     ]
 
@@ -126,7 +131,7 @@ def _smem_bytes(spec: KernelSpec, tile: Tile) -> int:
 
 def _is_plain(spec: KernelSpec) -> bool:
     """Whether nothing happens to a score beyond a causal mask or a window: all registers are left to the tile."""
-    return spec.arg("mask") != "custom" and spec.arg("pos_encoding") == "none" and not spec.arg("has_soft_cap")
+    return spec.arg("mask") not in MASKS_OF_BITS and spec.arg("pos_encoding") == "none" and not spec.arg("has_soft_cap")
 
 
 def _tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from flashinfer.dtypes import ITEMSIZE
+from flashinfer.families.attention.params import MASKS_OF_BITS
 from flashinfer.jit.spec import Config, Constants, KernelSpec, Launch
 
 # TMA brings boxes of a page's entries. Of a smaller page, or one that is no multiple, they would be too small: all
@@ -137,9 +138,9 @@ def _tile(spec: KernelSpec) -> Tile:
     dims = spec.arg("head_dim_qk"), spec.arg("head_dim_vo")
     if spec.arg("short_queries"):
         return _tiles(spec)[dims]
-    if spec.arg("mask") == "custom" and gathers(spec) and _tiles(spec) is TILES and dims in SMALLEST_TILES:
+    if spec.arg("mask") in MASKS_OF_BITS and gathers(spec) and _tiles(spec) is TILES and dims in SMALLEST_TILES:
         return SMALLEST_TILES[dims]
-    changes_scores = spec.arg("mask") == "custom" or spec.arg("pos_encoding") != "none" or spec.arg("has_soft_cap")
+    changes_scores = spec.arg("mask") in MASKS_OF_BITS or spec.arg("pos_encoding") != "none" or spec.arg("has_soft_cap")
     tiles, smaller = _tiles(spec), SMALLER_FP8_TILES if _is_fp8(spec) else SMALLER_TILES
     return smaller.get(dims, tiles[dims]) if changes_scores or gathers(spec) else tiles[dims]
 

@@ -22,6 +22,7 @@ _MODULES = (
     "planned_decode",
     "planned_prefill",
     "planned_cascade",
+    "block_table",
     "mla",
     "helpers",
 )

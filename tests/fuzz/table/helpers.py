@@ -49,6 +49,18 @@ def _get_alibi_slopes(d: Draw) -> Iterator[Call]:
     yield from d.maybe_hostile(Call("get_alibi_slopes", utils.get_alibi_slopes, arguments, expect))
 
 
+def _counter_bytes(d: Draw) -> Iterator[Call]:
+    arguments = {"batch_size": d.choice((0, 7)), "num_qo_heads": d.choice((1, 32)), "sm_count": 132}
+
+    def expect(**sizes: Any) -> Mapping[str, Check]:
+        if any(whole(name, size) < 0 for name, size in sizes.items()):
+            raise Refused("a size below 0")
+        return {"return": _same(0)}
+
+    name = "get_trtllm_gen_multi_ctas_kv_counter_bytes"
+    yield from d.maybe_hostile(Call(name, getattr(utils, name), arguments, expect))
+
+
 def _canonicalize(d: Draw) -> Iterator[Call]:
     names = {
         "float16": torch.float16,
@@ -129,6 +141,7 @@ CASES: dict[str, Case] = {
     "bmm_fp8": _bmm_fp8,
     "get_indptr": _get_indptr,
     "get_alibi_slopes": _get_alibi_slopes,
+    "get_trtllm_gen_multi_ctas_kv_counter_bytes": _counter_bytes,
     "canonicalize_torch_dtype": _canonicalize,
     "is_float8": _is_float8,
     "get_compute_capability": functools.partial(_of_device, "get_compute_capability", None),
