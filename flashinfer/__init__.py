@@ -80,7 +80,7 @@ _EXPORTS = {
             "top_k_mask_logits",
             "chain_speculative_sampling",
         ),
-        "topk": ("top_k", "TopKTieBreak"),
+        "topk": ("top_k", "top_k_page_table_transform", "top_k_ragged_transform", "TopKTieBreak"),
     }.items()
     for name in names
 }

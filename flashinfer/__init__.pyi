@@ -85,4 +85,6 @@ from flashinfer.sampling import top_p_renorm_probs as top_p_renorm_probs
 from flashinfer.sampling import top_p_sampling_from_probs as top_p_sampling_from_probs
 from flashinfer.topk import TopKTieBreak as TopKTieBreak
 from flashinfer.topk import top_k as top_k
+from flashinfer.topk import top_k_page_table_transform as top_k_page_table_transform
+from flashinfer.topk import top_k_ragged_transform as top_k_ragged_transform
 from flashinfer.version import __version__ as __version__

@@ -56,6 +56,7 @@ class Inputs:
         self.latent_rows, self.latent_q = random(6, PAGE, 576), random(TOKENS, HEADS, 576)
         self.kv_lens, self.rows = index(7, 9), index(*[(7 * row) % 25 - 1 for row in range(TOKENS * 6)]).view(TOKENS, 6)
         self.logits = random(TOKENS, VOCAB, dtype=torch.float32)
+        self.lengths = index(40, 7, 0, 3, 31)
         self.probs = torch.softmax(self.logits, dim=-1)
         self.per_row = torch.full((TOKENS,), 0.7, dtype=torch.float32, device=device)
         self.drafts, self.counts = index(*range(2 * TOKENS)).view(TOKENS, 2), index(*[1] * TOKENS)
@@ -270,6 +271,10 @@ CALLS |= {
     "top_p_renorm_probs": lambda i: [flashinfer.top_p_renorm_probs(i.probs, top_p) for top_p in (0.5, i.per_row)],
     "top_k_renorm_probs": lambda i: flashinfer.top_k_renorm_probs(i.probs, 5),
     "top_k_mask_logits": lambda i: flashinfer.top_k_mask_logits(i.logits, 5),
+    "top_k_page_table_transform": lambda i: flashinfer.top_k_page_table_transform(
+        i.logits, i.pages.expand(TOKENS, -1), i.lengths, 6, page_size=8
+    ),
+    "top_k_ragged_transform": lambda i: flashinfer.top_k_ragged_transform(i.logits, i.slots, i.lengths, 6, tie_break=1),
     "top_k": lambda i: [*flashinfer.top_k(i.logits, 5, sorted=True), *flashinfer.top_k(i.logits, 5, True, tie_break=1)],
     "sampling_from_probs": lambda i: flashinfer.sampling_from_probs(i.probs, **STATE),
     "sampling_from_logits": lambda i: flashinfer.sampling_from_logits(i.logits, **STATE),

@@ -13,7 +13,7 @@ import pytest
 import torch  # noqa: F401  # in defaults of the table
 
 import flashinfer
-from flashinfer import cascade, concat_ops, decode, mla, prefill
+from flashinfer import cascade, concat_ops, decode, mla, prefill, topk
 
 _FORWARD = """
     self, q, paged_kv_cache, pos_encoding_mode="NONE", q_scale=None, k_scale=None, v_scale=None, window_left=-1,
@@ -165,6 +165,13 @@ SIGNATURES: dict[Any, str] = {
         skip_softmax_threshold_scale_factor=None, uses_shared_paged_kv_idx=True, causal=True, lse=None,
         return_lse=False, multi_ctas_kv_counter_buffer=None, use_fp16_softmax=None, uses_spcompress=None,
         backend="trtllm-gen", window_right=-1, **later
+    """,
+    topk.top_k_page_table_transform: """
+        input, src_page_table, lengths, k, row_to_batch=None, deterministic=False, tie_break=0, dsa_graph_safe=False,
+        row_starts=None, page_table_row_starts=None, *, page_size=1, out=None, out_raw_indices=None
+    """,
+    topk.top_k_ragged_transform: """
+        input, offsets, lengths, k, deterministic=False, tie_break=0, dsa_graph_safe=False, row_starts=None
     """,
     concat_ops.concat_mla_k: 'k, k_nope, k_rope, *, backend="default"',
     cascade.merge_state: "v_a, s_a, v_b, s_b",

@@ -245,6 +245,79 @@ def _top_k(d: Draw) -> Iterator[Call]:
     yield from d.maybe_hostile(Call("top_k", flashinfer.top_k, arguments, expect))
 
 
+def _transform(name: str, d: Draw) -> Iterator[Call]:
+    rows, is_paged = _draw_rows(d, "logits", d.size()), name == "top_k_page_table_transform"
+    count, width = rows.shape
+    starts = [d.random.randint(0, width - 1) for _ in range(count)] if d.chance(0.5) else None
+    lengths = [d.random.randint(0, width - start) for start in starts or [0] * count]
+    page_size = d.choice((1, 4)) if is_paged else 1
+    arguments: dict[str, Any] = {
+        "input": rows, "lengths": d.index(lengths, torch.int32), "k": d.random.randint(1, width + 2),
+        "deterministic": d.chance(0.5), "tie_break": d.choice((0, 1, 2)), "dsa_graph_safe": d.chance(0.5),
+        "row_starts": None if starts is None else d.index(starts, torch.int32),
+    }  # fmt: skip
+    if is_paged:
+        table = torch.randint(0, 99, (count, width + max(starts or [0])), generator=d.torch, dtype=torch.int32)
+        table_starts = None
+        if page_size > 1 and starts is not None:
+            table_starts = d.index([0] * count, torch.int32)
+        arguments.update(src_page_table=d.dense(table), page_table_row_starts=table_starts, page_size=page_size)
+        arguments["out"] = d.dense(torch.zeros(count, arguments["k"], dtype=torch.int32)) if d.chance(0.3) else None
+    else:
+        arguments["offsets"] = d.index([d.random.randint(0, 99) for _ in range(count)], torch.int32)
+
+    def expect(
+        input: Any, lengths: Any, k: Any, tie_break: Any, row_starts: Any, src_page_table: Any = None,
+        page_table_row_starts: Any = None, page_size: Any = 1, out: Any = None, offsets: Any = None, **_: Any,
+    ) -> Mapping[str, Check]:  # fmt: skip
+        if input.dim() != 2 or input.dtype not in FLOATS:
+            raise Refused("rows that are no matrix of floats")
+        count, width = input.shape
+        k, tie_break, page_size = whole("k", k), whole("tie_break", tie_break), whole("page_size", page_size)
+        if k < 1 or tie_break not in (0, 1, 2) or page_size < 1:
+            raise Refused("none, an unknown preference, or no pages")
+        if is_paged and page_size > 1 and row_starts is not None and page_table_row_starts is None:
+            raise Refused("starts of scores for pages")
+        vectors = [lengths, row_starts, page_table_row_starts, *([] if is_paged else [offsets])]
+        for vector in (vector for vector in vectors if vector is not None):
+            if vector.dtype != torch.int32 or vector.shape != (count,):
+                raise Refused("no entry for each row")
+        if not is_paged and any(abs(offset) > 1 << 30 for offset in offsets.tolist()):
+            raise Unspecified  # sums that int32 does not hold
+        firsts = [0] * count if row_starts is None else row_starts.tolist()
+        ends = [min(width, first + length) for first, length in zip(firsts, lengths.tolist())]
+        if is_paged:
+            if src_page_table.dim() != 2 or src_page_table.dtype != torch.int32 or len(src_page_table) < count:
+                raise Refused("no page table")
+            if out is not None and (out.shape != (count, k) or out.dtype != torch.int32 or not out.is_contiguous()):
+                raise Refused("out does not fit")
+            at = firsts if page_table_row_starts is None else page_table_row_starts.tolist()
+            if any(max(first, 0) - first > 0 for first in firsts) or any(place < 0 for place in at):
+                raise Unspecified
+            reach = [
+                place + (end - 1 - first) // page_size for place, first, end in zip(at, firsts, ends) if end > first
+            ]
+            if any(entry >= src_page_table.shape[1] for entry in reach):
+                raise Unspecified  # refused where such a score is chosen
+
+        def check(actual: Any) -> None:
+            require_tensor(actual, torch.Size([count, k]), torch.int32)
+            for i, (row, first, end) in enumerate(zip(input.detach(), firsts, ends)):
+                window = list(range(max(first, 0), max(end, 0)))
+                number = min(k, len(window))
+                taken = actual[i, :number].tolist()
+                if any(place != -1 for place in actual[i, number:].tolist()):
+                    raise Wrong("something behind the last")
+                if not is_paged:
+                    columns = [place - int(offsets[i]) for place in taken]
+                    _check_largest(row[window].tolist(), [c - (window[0] - first) for c in columns], True, tie_break)
+
+        return {"return": check, **({} if out is None else {"out": check})}
+
+    outputs = ("out",) if is_paged else ()
+    yield from d.maybe_hostile(Call(name, getattr(flashinfer, name), arguments, expect, outputs))
+
+
 def _check_largest(row: list[float], taken: list[int], in_order: bool, tie_break: int) -> None:
     rank = [(x != x, 0.0 if x != x else x) for x in row]  # NaN above all
     largest = sorted(range(len(row)), key=lambda i: (rank[i], i if tie_break == 2 else -i), reverse=True)[: len(taken)]
@@ -361,4 +434,6 @@ CASES: dict[str, Case] = {
     "top_k_mask_logits": functools.partial(_normalize, "top_k_mask_logits", "logits", "top_k"),
     "chain_speculative_sampling": _speculative,
     "top_k": _top_k,
+    "top_k_page_table_transform": functools.partial(_transform, "top_k_page_table_transform"),
+    "top_k_ragged_transform": functools.partial(_transform, "top_k_ragged_transform"),
 }
