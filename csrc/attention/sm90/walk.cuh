@@ -61,7 +61,7 @@ struct TileWalk {
             work,
             Visibility::of<Config>(params).tiles_seen_whole(position_of_row(first_row), position_of_row(last_row),
                                                             work.item.kv_len, Shape::kBlockN),
-            depth_major_operand(smem_address(smem.q_of(unit_turn, consumer_idx()))),
+            depth_major_operand(common_address(smem.q_of(unit_turn, consumer_idx()))),
             Score<Config>::scale_log2(params),
             out,
             softmax};
@@ -202,11 +202,20 @@ struct TileWalk {
     wait_for_output(turn);
   }
 
+  // An address that all lanes are known to have in common. wgmma takes its operands from registers that a warp shares;
+  // made from such an address they are computed there, and not moved one by one. Three consumers have no register for
+  // it.
+  __device__ __forceinline__ static uint32_t common_address(const uint8_t* tile_smem) {
+    const uint32_t address = smem_address(tile_smem);
+    if constexpr (!Shape::kOverlaps) return address;
+    return __shfl_sync(0xffffffffu, address, 0);
+  }
+
   // S = Q Kᵀ.
   __device__ __forceinline__ void start_scores(Scores& scores, uint32_t turn) const {
     Operand q = this->q;
     asm volatile("" : "+r"(q.low));  // else the operands of all steps would stay in registers, tile after tile
-    const Operand k = depth_major_operand(smem_address(smem.k[turn % Shape::kNumStages]));
+    const Operand k = depth_major_operand(common_address(smem.k[turn % Shape::kNumStages]));
     pin(scores);
     wgmma_fence();
 #pragma unroll
@@ -229,7 +238,7 @@ struct TileWalk {
   __device__ __forceinline__ void start_output(Probabilities& p, uint32_t turn) const {
     constexpr int kNumSteps = Shape::kBlockN / 16 / kNumParts;
     static_assert(kNumSteps * kNumParts * 16 == Shape::kBlockN);
-    const Operand v = column_major_operand(smem_address(smem.v[turn % Shape::kNumStages]), Shape::kBlockN);
+    const Operand v = column_major_operand(common_address(smem.v[turn % Shape::kNumStages]), Shape::kBlockN);
     if constexpr (kPart == 0) {
       pin(out);
       pin(p);

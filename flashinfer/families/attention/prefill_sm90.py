@@ -30,8 +30,9 @@ class Tile(NamedTuple):
 TILES = {
     # 436 / 485. 192 x 128: 418 / 454; 128 x 128: 392 / 430.
     (64, 64): Tile(192, 192, 2, 2),
-    # 561 / 619, 16 x 1024: 421. 192 x 128: 553 / 623, 399; with the consumers taking turns 561 / 645, 395. Of pages of
-    # 16, 4 x 4096: 546, 192 x 128 561. 128 x 176 and 128 x 160, in another run: 533 and 535, where this tile made 569.
+    # 561 / 619, 16 x 1024: 421. 192 x 128: 553 / 623, 399; with the consumers taking turns 561 / 645, 395: 3% faster
+    # from 16384 tokens on, 4% slower on 1024 (docs/notes/2026-11-hopper-prefill.md). 128 x 176 and 128 x 160, in
+    # another run: 533 and 535, where this tile made 569.
     (128, 128): Tile(128, 128, 2, 2),
     # 538. 192 x 96: 506.
     (192, 128): Tile(128, 128, 2, 1),
