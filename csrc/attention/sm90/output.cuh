@@ -47,6 +47,33 @@ __device__ __forceinline__ void store_rows(const Sm90PrefillParams& params, cons
   }
 }
 
+// The same from registers, where the next queries may be on their way to that place. Four lanes have a pair each of
+// every eight columns of a row; of 32 columns they write eight each, two whole sectors.
+template <class Config, class Shape = sm90::Shape<Config>>
+__device__ __forceinline__ void store_rows_unstaged(const Sm90PrefillParams& params, const Work& work,
+                                                    const FastDivisor& group_size, int first_row, int num_rows,
+                                                    int first_lane_row, const float (&out)[Shape::kNumOutputs]) {
+  using T = typename Shape::Out;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_lane_row + row_of(half);
+    const QueryRow query = work.query_row(group_size, first_row + row);
+    T* lane_gmem = static_cast<T*>(params.out) + work.offset(query, params.out_token_stride, params.out_head_stride) +
+                   fresh_thread_idx() % 4 * 8;
+#pragma unroll
+    for (int column = 0; column < Shape::kHeadDimVo; column += 32) {
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int first = column / 4 + 2 * i;
+        x[i] = pack_16bit<T>(at(out, half, first), at(out, half, first + 1));
+      }
+      transpose_quad(x);
+      if (row < num_rows) *reinterpret_cast<uint4*>(lane_gmem + column) = uint4{x[0], x[1], x[2], x[3]};
+    }
+  }
+}
+
 // Four neighbouring columns of each 16, the j-th, that a thread has where the values' dimensions were reordered
 // (transpose.cuh).
 template <int kNum>
@@ -153,6 +180,8 @@ __device__ __forceinline__ void finish_unit(const Sm90PrefillParams& params, Sme
   }
   if constexpr (Shape::kTransposesValues) {
     store_reordered_rows<Config>(params, work, group_size, first_row, num_rows, first_lane_row, out);
+  } else if constexpr (Shape::kReleasesQueriesEarly) {
+    store_rows_unstaged<Config>(params, work, group_size, first_row, num_rows, first_lane_row, out);
   } else {
     named_barrier_sync(kConsumer + consumer_idx, kWarpgroupSize);  // all warps have left the queries
     store_rows<Config>(params, work, group_size, first_row, num_rows, smem_address(smem.q_of(turn, consumer_idx)),

@@ -20,7 +20,9 @@ __device__ __forceinline__ void copy_query_rows(const Sm90PrefillParams& params,
   const int row = work.item.q_tile * Shape::kBlockM + first + int(fresh_thread_idx() % 32);
   const int64_t offset = work.offset(work.query_row(group_size, row), params.q_token_stride, params.q_head_stride);
   const uint32_t rows_smem = smem_address(smem.q_of(turn, first / Shape::kRowsPerConsumer));
-#pragma unroll 1
+  // Where consumers wait for them, as many at a time as the registers of a warp that does nothing else allow.
+  constexpr int kUnroll = Shape::kReleasesQueriesEarly && !Shape::kTogether ? 2 : 1;
+#pragma unroll kUnroll
   for (int i = lanes.row; i < 32; i += Lanes::kNumRows) {
     const T* row_gmem = static_cast<const T*>(params.q) + __shfl_sync(0xffffffffu, offset, i);
     lanes.copy(rows_smem, Shape::kRowsPerConsumer, first % Shape::kRowsPerConsumer + i, row_gmem, first + i < num_rows);

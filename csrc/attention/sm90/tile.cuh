@@ -38,6 +38,9 @@ struct Shape {
   static constexpr int kNumConsumers = kBlockM / 64, kRowsPerConsumer = 64, kRowsPerWarp = 16;
   static constexpr bool kOverlaps = kNumConsumers <= 2 && sizeof(T) == 2;
   static constexpr bool kTakesTurns = kOverlaps && kNumConsumers == 2;
+  // Where there is room for the queries of one unit, those of the next come as soon as the last scores are there, and
+  // the output is not staged in their place.
+  static constexpr bool kReleasesQueriesEarly = kNumQueryStages == 1;
   static constexpr int kNumConsumerThreads = kNumConsumers * kWarpgroupSize;
   static_assert(Config::kNumThreads == kNumConsumerThreads + kWarpgroupSize);
   // The tensor cores take 8-bit values along the keys only: a pair of the producers' warps transposes them.
@@ -77,7 +80,8 @@ struct Shape {
   static_assert(kBlockM % 64 == 0 && kBlockN % kProductDepth == 0);
   static_assert(kHeadDimQk % 64 == 0 && kHeadDimVo % 64 == 0);
   static_assert(!Score<Config>::kHasRope);
-  static_assert(kHeadDimVo <= kHeadDimQk || kTransposesValues, "the output is staged where the queries were");
+  static_assert(kHeadDimVo <= kHeadDimQk || kTransposesValues || kReleasesQueriesEarly,
+                "the output is staged where the queries were");
 };
 
 __device__ __forceinline__ int consumer_idx() {
@@ -115,7 +119,8 @@ struct RowAddresses<Shape, true> {
 template <class Config>
 struct Smem {
   using Shape = sm90::Shape<Config>;
-  alignas(1024) uint8_t q[Shape::kNumQueryStages][Shape::kNumConsumers][Shape::kQBytes];  // later the output rows
+  alignas(1024)
+      uint8_t q[Shape::kNumQueryStages][Shape::kNumConsumers][Shape::kQBytes];  // later, it may be, the output rows
   alignas(1024) uint8_t k[Shape::kNumStages][Shape::kKBytes];
   alignas(1024) uint8_t v[Shape::kNumStages][Shape::kTransposesValues ? Shape::kTransposedBytes : Shape::kVBytes];
   Rows<Shape::kTransposesValues ? Shape::kNumStages : Shape::kWidens,

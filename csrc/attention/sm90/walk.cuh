@@ -107,7 +107,7 @@ struct TileWalk {
     Scores scores;
     smem.await(smem.k_full, turn);
     start_scores(scores, turn);
-    wait_for_scores<0>(scores, turn);
+    wait_for_scores<0>(scores, turn, tile);
     float rescale[2];
     transform_and_mask<Config>(scores, params, work, smem.group_size, tile, needs_mask);
     if (softmax.raise_max(scores, scale_log2, rescale)) softmax.rescale_output(out, rescale);
@@ -129,7 +129,7 @@ struct TileWalk {
     Scores scores;
     smem.await(smem.k_full, turn);
     start_scores(scores, turn);
-    wait_for_scores<0>(scores, turn);
+    wait_for_scores<0>(scores, turn, tile);
     float rescale[2];
     transform_and_mask<Config>(scores, params, work, smem.group_size, tile, needs_mask);
     softmax.raise_max(scores, scale_log2, rescale);
@@ -175,7 +175,7 @@ struct TileWalk {
     if constexpr (!Shape::kReadsCopies) smem.await(smem.v_full, turn - 1);
     start_output(p, turn - 1);
     Turns::pass_on();
-    wait_for_scores<1>(scores, turn);
+    wait_for_scores<1>(scores, turn, tile);
     float rescale[2];
     transform_and_mask<Config>(scores, params, work, smem.group_size, tile, needs_mask);
     const bool is_raised = softmax.raise_max(scores, scale_log2, rescale);
@@ -189,7 +189,7 @@ struct TileWalk {
     Scores scores;
     smem.await(smem.k_full, turn);
     start_scores(scores, turn);
-    wait_for_scores<0>(scores, turn);
+    wait_for_scores<0>(scores, turn, tile);
     float no_rescale[2];
     transform_and_mask<Config>(scores, params, work, smem.group_size, tile, Constant<true>{});
     softmax.raise_max(scores, scale_log2, no_rescale);
@@ -227,10 +227,13 @@ struct TileWalk {
     wgmma_commit();
   }
   template <int kNumPending>
-  __device__ __forceinline__ void wait_for_scores(Scores& scores, uint32_t turn) const {
+  __device__ __forceinline__ void wait_for_scores(Scores& scores, uint32_t turn, int tile) const {
     wgmma_wait<kNumPending>();
     pin(scores);
     if (elect_lane()) smem.k_empty.at(turn).arrive();
+    if constexpr (Shape::kReleasesQueriesEarly) {
+      smem.q_empty.at(0).arrive_if(elect_lane() && tile == work.item.tile_begin);
+    }
   }
 
   // O += P V of one of kNumParts parts of the tile's keys.

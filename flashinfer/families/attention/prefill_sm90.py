@@ -36,7 +36,8 @@ TILES = {
     (128, 128): Tile(128, 128, 2, 2),
     # 538. 192 x 96: 506.
     (192, 128): Tile(128, 128, 2, 1),
-    # 612 / 712. 128 x 64, in another run: 498, where this tile made 522.
+    # 612 / 712. 128 x 64, in another run: 498, where this tile made 522. Since queries are released early, in two runs,
+    # 612 and 616 / 680 and 691, where it made 581 and 600 / 676 and 684.
     (256, 256): Tile(128, 80, 2, 1),
 }
 # Where more happens to a score than a causal mask or a window, or KV are gathered, which takes registers: three

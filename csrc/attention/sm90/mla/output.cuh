@@ -7,24 +7,6 @@
 
 namespace flashinfer::sm90::mla {
 
-// Of four lanes that share a row: x[i], a pair of columns of the i-th 8, becomes the i-th pair of the 8 of this lane,
-// who then has 16 bytes in one place.
-__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
-  const int lane = fresh_thread_idx() % 4;
-  const auto swap_if = [](bool condition, uint32_t& a, uint32_t& b) {
-    const uint32_t old_a = a;
-    a = condition ? b : a, b = condition ? old_a : b;
-  };
-  const auto reorder = [&] {  // x[i] becomes x[i ^ lane]
-    swap_if(lane & 1, x[0], x[1]), swap_if(lane & 1, x[2], x[3]);
-    swap_if(lane & 2, x[0], x[2]), swap_if(lane & 2, x[1], x[3]);
-  };
-  reorder();
-#pragma unroll
-  for (int i = 1; i < 4; ++i) x[i] = __shfl_xor_sync(0xffffffffu, x[i], i);
-  reorder();
-}
-
 // Normalizes the consumer's columns and writes them, and the first consumer the LSE, where they belong.
 template <class Config, int kConsumer>
 __device__ __forceinline__ void finish_unit(TileWalk<Config, kConsumer>& walk) {
