@@ -110,7 +110,7 @@ def trtllm_batch_decode_with_kv_cache(
 
     Args:
         query: `[num_tokens, num_qo_heads, head_dim]`, the queries of a request side by side: fp16 or bf16 (fp32 on the
-            CPU), or fp8 e4m3 over a cache of it (Hopper, and the CPU).
+            CPU), or fp8 e4m3 over a cache of it.
         kv_cache: a pair of tensors `[num_pages, num_kv_heads, page_size, head_dim]` (HND; NHD has page_size before the
             heads), or one with K and V on an axis of 2 behind the first; an axis of 1 is both. Any page size, any
             strides over whole rows; dtype of query, or fp8 e4m3 or e5m2.

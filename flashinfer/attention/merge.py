@@ -187,12 +187,11 @@ def _merge_pair(
         if any(new is not old for new, old in zip(readable, given)):
             return _merge_pair(op, *readable, mask, out)
         merge = _pairs.remember(key, _prepare(op, v, v.shape[0]))
-    mask_ptr = 0 if mask is None else mask.data_ptr()
     if out is None:
         out = merge.new_v(), merge.new_s()
-        merge.launch(v_ptr, s_ptr, v_other_ptr, s_other_ptr, mask_ptr, 0, out[0].data_ptr(), out[1].data_ptr())
-    else:  # which is v and s
-        merge.launch(v_ptr, s_ptr, v_other_ptr, s_other_ptr, mask_ptr, 0, v_ptr, s_ptr)
+    v_out_ptr, s_out_ptr = (v_ptr, s_ptr) if out[0] is v else (out[0].data_ptr(), out[1].data_ptr())
+    mask_ptr = 0 if mask is None else mask.data_ptr()
+    merge.launch(v_ptr, s_ptr, v_other_ptr, s_other_ptr, mask_ptr, 0, v_out_ptr, s_out_ptr)
     return out
 
 

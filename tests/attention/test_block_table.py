@@ -217,15 +217,15 @@ def test_the_same_bits_as_the_planned_wrappers(device: torch.device, q_len: int)
 
 
 def test_scales_and_outputs(device: torch.device) -> None:
-    """Of a quantized cache: one goes to the logits, the other to the output; on the host a tensor is a number too."""
+    """Of a quantized cache: one goes to the logits, the other to the output, as numbers or on the device."""
     case = uniform("scales", 1, kv_dtype=E4M3)
     batch = make_batch(case, device)
     table = Table.of(batch, device)
     out = torch.full_like(batch.q, math.nan)
     lse = torch.full(batch.q.shape[:2], math.nan, device=device)
     result = decode(
-        batch, table, device, bmm1_scale=torch.tensor([SCALE * 0.5]), bmm2_scale=torch.tensor(3.0), out=out, lse=lse,
-        return_lse=True, o_scale=None,
+        batch, table, device, bmm1_scale=torch.tensor([SCALE * 0.5], device=device),
+        bmm2_scale=torch.tensor(3.0, device=device), out=out, lse=lse, return_lse=True, o_scale=None,
     )  # fmt: skip
     assert result[0] is out and result[1] is lse
     check(result, expect(batch, k_scale=0.5, v_scale=3.0))

@@ -1,4 +1,4 @@
-"""Planned decode of several queries a request (q_len_per_req), and of queries in fp8, against the FP64 oracle."""
+"""Planned decode of several queries a request (q_len_per_req), against the FP64 oracle."""
 
 from __future__ import annotations
 

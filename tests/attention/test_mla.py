@@ -391,7 +391,7 @@ def test_errors_name_the_argument(device: torch.device) -> None:
         "o_scale": {"o_scale": 2.0},
         "multiply q_pe by": {"ckv_scale": 0.5, "kpe_scale": 0.25},
         "kpe_scale 0.5": {"kpe_scale": 0.5},
-        "a scale is a tensor": {"ckv_scale": torch.ones(())},
+        "a scale is a tensor": {"ckv_scale": torch.ones((), device=device)},
         "scale for each token": {"ckv_scale_arr": torch.ones(4)},
         "expected a positive number": {"ckv_scale": 0.0},
         "enable_pdl": {"enable_pdl": "yes"},

@@ -137,7 +137,7 @@ def compiled_specs() -> list[KernelSpec]:
         short = {**BF16, **dims, "short_queries": True}
         drafts = {**short, "kv_storage": "paged", "mask": "draft"}
         specs.append(families.prefill("sm_90a", **drafts, has_window=True))
-        specs.append(families.prefill("sm_90a", **{**drafts, "kv_storage": "paged_scaled", "mask": "causal"}))
+        specs.append(families.prefill("sm_90a", **{**drafts, "mask": "causal"}, device_scales=True))
         specs.append(families.prefill("sm_90a", **{**drafts, "short_queries": False, "page_size": 16}))
         specs.append(families.prefill("sm_90a", **{**short, "kv_storage": "paged"}))
         specs.append(families.prefill("sm_90a", **short, **changed))

@@ -121,8 +121,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
             later: what later releases added, as far as it asks for nothing that is not here (compat.py).
                 window_right: anything, as no key is behind a query.
 
-            With any of the three, or with queries in fp8 e4m3, the kernels are those of prefill, whose output has the
-            dtype of q, or fp16 or bf16 where q is fp8.
+            With any of the three the kernels are those of prefill, whose output has the dtype of q, or fp16 or bf16
+            where q is fp8.
 
         Raises:
             ValueError: a shape, dtype or device does not fit, or a workspace is too small.
@@ -156,7 +156,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
             fixed_split(op, shape.page_size, splitting),
             checks.integer(op, "q_len_per_req", q_len_per_req, 1),
         )
-        if fixed is None and q_len == 1 and q_dtype.itemsize > 1:
+        if fixed is None and q_len == 1:
             return DecodePlan(op, self.device, shape, types, variant, self._kv_layout, workspaces)
         kv = PagedKv(self._kv_layout, shape.page_size, shape.num_kv_heads, head_dim, head_dim, kv_dtype)
         plan = UniformPlan(
