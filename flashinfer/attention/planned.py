@@ -20,7 +20,14 @@ from flashinfer.attention.compat import EngineNames, require_no_jit_args
 from flashinfer.attention.lengths import FixedBuffers, Lengths
 from flashinfer.attention.mask import take_mask
 from flashinfer.attention.plan import BoundLaunch, BoundRun, Call, Extent, Plan
-from flashinfer.attention.variant import TRACED_OVERRIDES, GivenScale, Overrides, read_scales, signature_of_sinks
+from flashinfer.attention.variant import (
+    TRACED_OVERRIDES,
+    GivenScale,
+    Overrides,
+    are_plain,
+    read_scales,
+    signature_of_sinks,
+)
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.host import checks, indices, memo, paged_cache, traced
 from flashinfer.host.checks import LOWEST_ADDRESS
@@ -286,10 +293,8 @@ class PlannedAttention(Uncopyable, EngineNames):
         plan, found = self._plan, self._lengths
         if plan is None or found is None:
             raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's lengths first")
-        for scale in scales:
-            if scale is not None and scale.__class__ is not float:
-                scales = read_scales(self._op_name, dict(zip(_SCALES, scales)), self.device)  # type: ignore[assignment]
-                break
+        if scales.count(None) != len(scales) and not are_plain(scales):
+            scales = read_scales(self._op_name, dict(zip(_SCALES, scales)), self.device)  # type: ignore[assignment]
         try:
             out_ptr, lse_ptr, pe_key, sinks_key, out_key, lse_key = 0, 0, None, None, None, None
             q_ptr = q.data_ptr()

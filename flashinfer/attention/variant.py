@@ -163,10 +163,8 @@ class Variant:
         }
 
 
-def signature_of_sinks(op: str, sinks: Optional[torch.Tensor]) -> tuple[int, Any]:
-    """The address, 0 of none, and what a memo knows the tensor by. Raises TypeError or UnsupportedConfig."""
-    if sinks is None:
-        return 0, None
+def signature_of_sinks(op: str, sinks: torch.Tensor) -> tuple[int, Any]:
+    """The address, and what a memo knows the tensor by. Raises TypeError or UnsupportedConfig."""
     try:
         address = sinks.data_ptr()
     except (AttributeError, RuntimeError):
@@ -198,6 +196,11 @@ class DeviceScale(NamedTuple):
 GivenScale = quant_scale.Scale  # a number, one float32 on the device, or None: 1
 Scale = Union[float, DeviceScale, None]
 Scales = tuple[Scale, Scale, Scale]  # of q, k and v
+
+
+def are_plain(scales: tuple[Any, ...]) -> bool:
+    """Whether a launch takes them as they are."""
+    return all(scale is None or scale.__class__ is float for scale in scales)
 
 
 def read_scales(op: str, scales: Mapping[str, GivenScale], device: torch.device) -> tuple[Scale, ...]:

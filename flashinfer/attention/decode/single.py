@@ -16,6 +16,7 @@ from flashinfer.attention.variant import (
     Factors,
     GivenScale,
     Variant,
+    are_plain,
     read_scales,
     require_sinks,
     signature_of_sinks,
@@ -93,7 +94,7 @@ def single_decode_with_kv_cache(
         lse = torch.empty(q.shape[:1], dtype=torch.float32, device=q.device) if return_lse else None
         _door(q, k, v, out, lse, sinks, options, *scales)
         return out if lse is None else (out, lse)
-    return _run(q, k, v, None, None, return_lse, o_dtype, sinks, options, *scales)
+    return _run(q, k, v, None, None, return_lse, o_dtype, sinks, options, scales)
 
 
 # kv_layout; arguments of Variant.of after head_dim.
@@ -110,17 +111,15 @@ def _run(
     o_dtype: Optional[DataType],
     sinks: Optional[torch.Tensor],
     options: _Options,
-    *scales: Any,
+    scales: tuple[Any, ...],
 ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     rows, heads = (0, 1) if options[0] == "NHD" else (1, 0)
     q_ptr, k_ptr, v_ptr, k_shape, v_shape = q.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape, v.shape
     if q_ptr < LOWEST_ADDRESS or k_ptr < LOWEST_ADDRESS or v_ptr < LOWEST_ADDRESS:
         q_ptr, k_ptr, v_ptr = (checks.low_address(_OP, name, x) for name, x in {"q": q, "k": k, "v": v}.items())
-    sinks_ptr, sinks_key = signature_of_sinks(_OP, sinks)
-    for scale in scales:
-        if scale is not None and scale.__class__ is not float:
-            scales = read_scales(_OP, dict(zip(_SCALES, scales)), q.device)
-            break
+    sinks_ptr, sinks_key = (0, None) if sinks is None else signature_of_sinks(_OP, sinks)
+    if scales.count(None) != len(scales) and not are_plain(scales):
+        scales = read_scales(_OP, dict(zip(_SCALES, scales)), q.device)
     kv_len = k_shape[rows]  # no part of the key: it grows from call to call
     key = (
         q.dtype, q.shape, q.stride(), q.device, k.dtype, k_shape[heads], k_shape[2], k.stride(), k.device, v.dtype,
@@ -147,7 +146,9 @@ _OPTIONS = {
 }
 _door = traced.door(
     "single_decode",
-    lambda q, k, v, out, lse, *given: _run(q, k, v, out, lse, False, out.dtype, *given),
+    lambda q, k, v, out, lse, sinks, options, *scales: _run(
+        q, k, v, out, lse, False, out.dtype, sinks, options, scales
+    ),
     {
         **dict.fromkeys("qkv", "Tensor"),
         "out": "Tensor(!)",

@@ -18,6 +18,7 @@ from flashinfer.attention.variant import (
     Factors,
     GivenScale,
     Variant,
+    are_plain,
     read_scales,
     require_sinks,
     signature_of_sinks,
@@ -128,12 +129,10 @@ def _run(
         raise checks.not_tensors(_OP, q=q, k=k, v=v) from None
     if q_ptr < LOWEST_ADDRESS or k_ptr < LOWEST_ADDRESS or v_ptr < LOWEST_ADDRESS:
         q_ptr, k_ptr, v_ptr = (checks.low_address(_OP, name, x) for name, x in {"q": q, "k": k, "v": v}.items())
-    sinks_ptr, sinks_key = signature_of_sinks(_OP, sinks)
+    sinks_ptr, sinks_key = (0, None) if sinks is None else signature_of_sinks(_OP, sinks)
     options, scales = given[: -len(_SCALES)], given[-len(_SCALES) :]
-    for scale in scales:
-        if scale is not None and scale.__class__ is not float:
-            scales = read_scales(_OP, dict(zip(_SCALES, scales)), q.device)
-            break
+    if scales.count(None) != len(scales) and not are_plain(scales):
+        scales = read_scales(_OP, dict(zip(_SCALES, scales)), q.device)
     key = (
         q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.device, v.dtype, v.shape, v.stride(),
         v.device, kv_layout, mask, sinks_key, options, scales, o_dtype, (q_ptr | k_ptr | v_ptr) & 15,
