@@ -30,6 +30,11 @@ __device__ __forceinline__ void cp_async_16(uint32_t dst_smem, const void* src_g
                "l"(src_gmem), "r"(num_source_bytes), "l"(l2_policy));
 }
 
+// Asks for the line of 128 bytes to be brought to the L2 cache.
+__device__ __forceinline__ void prefetch_to_l2(const void* gmem) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(gmem));
+}
+
 // Close the group of copies this thread has issued since the last commit.
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");

@@ -17,13 +17,15 @@ __device__ __forceinline__ void consume(const Sm90PrefillParams& params, Smem<Co
     Softmax<Config> softmax;
     softmax.reset();
     smem.await(smem.q_full, turn);
-    if (work.item.tile_begin < work.item.tile_end) {
+    const bool has_tiles = work.item.tile_begin < work.item.tile_end;
+    if (has_tiles) {
       if constexpr (Shape::kWidens) narrow_queries<Config>(smem, turn);
       TileWalk<Config>::of(params, smem, work, turn, out, softmax).run(kv_turn);
     }
-    finish_unit<Config>(params, smem, work, turn, out, softmax);
+    finish_unit<Config>(params, smem, work, out, softmax);
     __syncwarp();
-    if (elect_lane()) smem.q_empty.at(turn).arrive();
+    // Otherwise the last scores did.
+    if ((Shape::kNumQueryStages > 1 || !has_tiles) && elect_lane()) smem.q_empty.at(turn).arrive();
   });
   TurnsAtTensorCores<Shape>::close();
 }

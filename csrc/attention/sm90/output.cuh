@@ -3,46 +3,47 @@
 #pragma once
 
 #include "attention/sm90/softmax.cuh"
-#include "device/ldmatrix.cuh"
 
 namespace flashinfer::sm90 {
 
-// The consumer's rows of the output, staged in shared memory where its queries were, so that a row is written as a
-// whole.
+// Lane t of four has element t of x of each of them.
+__device__ __forceinline__ void transpose_4x4(uint32_t (&x)[4]) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool is_upper = fresh_thread_idx() & bit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & bit) continue;
+      uint32_t &lower = x[i], &upper = x[i + bit];
+      const uint32_t other = __shfl_xor_sync(0xffffffffu, is_upper ? lower : upper, bit);
+      (is_upper ? lower : upper) = other;
+    }
+  }
+}
+
+// The consumer's rows of the output. Four lanes share a row and have a pair each of every eight columns; of 32 columns
+// they write eight each, two whole sectors.
 template <class Config, class Shape = sm90::Shape<Config>>
 __device__ __forceinline__ void store_rows(const Sm90PrefillParams& params, const Work& work,
                                            const FastDivisor& group_size, int first_row, int num_rows,
-                                           uint32_t rows_smem, int warp_row, const float (&out)[Shape::kNumOutputs]) {
+                                           int first_lane_row, const float (&out)[Shape::kNumOutputs]) {
   using T = typename Shape::Out;
-  const int lane_idx = fresh_thread_idx() % 32;
-  const int row = warp_row + lane_idx % 16;  // whose address this lane passes to stmatrix
 #pragma unroll
-  for (int granule = 0; granule < Shape::kHeadDimVo / 8; granule += 2) {
-    uint32_t packed[4];
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_lane_row + row_of(half);
+    const QueryRow query = work.query_row(group_size, first_row + row);
+    T* lane_gmem = static_cast<T*>(params.out) + work.offset(query, params.out_token_stride, params.out_head_stride) +
+                   fresh_thread_idx() % 4 * 8;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int first = 2 * (granule + i / 2), half = i % 2;
-      packed[i] = pack_16bit<T>(at(out, half, first), at(out, half, first + 1));
-    }
-    stmatrix_x4(rows_smem + granule_offset(row, granule + lane_idx / 16, Shape::kRowsPerConsumer), packed);
-  }
-  const QueryRow query = work.query_row(group_size, first_row + row);
-  const int64_t offset = work.offset(query, params.out_token_stride, params.out_head_stride);
-  __syncwarp();
-  constexpr int kGranulesPerRow = Shape::kHeadDimVo / 8;
-  constexpr int kLanesPerRow = kGranulesPerRow % 16 == 0 ? 16 : 8, kRowsPerPass = 32 / kLanesPerRow;
+    for (int column = 0; column < Shape::kHeadDimVo; column += 32) {
+      uint32_t x[4];
 #pragma unroll
-  for (int pass = 0; pass < Shape::kRowsPerWarp / kRowsPerPass; ++pass) {
-    const int pass_row = pass * kRowsPerPass + lane_idx / kLanesPerRow;
-    T* row_gmem = static_cast<T*>(params.out) + __shfl_sync(0xffffffffu, offset, pass_row);
-    if (warp_row + pass_row >= num_rows) continue;
-#pragma unroll
-    for (int granule = lane_idx % kLanesPerRow; granule < kGranulesPerRow; granule += kLanesPerRow) {
-      uint4 vec;
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(vec.x), "=r"(vec.y), "=r"(vec.z), "=r"(vec.w)
-                   : "r"(rows_smem + granule_offset(warp_row + pass_row, granule, Shape::kRowsPerConsumer)));
-      *reinterpret_cast<uint4*>(row_gmem + granule * 8) = vec;
+      for (int i = 0; i < 4; ++i) {
+        const int first = column / 4 + 2 * i;
+        x[i] = pack_16bit<T>(at(out, half, first), at(out, half, first + 1));
+      }
+      transpose_4x4(x);
+      if (row < num_rows) *reinterpret_cast<uint4*>(lane_gmem + column) = uint4{x[0], x[1], x[2], x[3]};
     }
   }
 }
@@ -94,8 +95,7 @@ __device__ __forceinline__ void merge_splits(const Sm90PrefillParams& params, Sm
 // Normalizes the consumer's rows and writes them, and their LSE, where they belong.
 template <class Config, class Shape = sm90::Shape<Config>>
 __device__ __forceinline__ void finish_unit(const Sm90PrefillParams& params, Smem<Config>& smem, const Work& work,
-                                            uint32_t turn, float (&out)[Shape::kNumOutputs],
-                                            const Softmax<Config>& softmax) {
+                                            float (&out)[Shape::kNumOutputs], const Softmax<Config>& softmax) {
   const PrefillItem& item = work.item;
   const FastDivisor& group_size = smem.group_size;
   const int thread_idx = fresh_thread_idx(), consumer_idx = thread_idx / kWarpgroupSize;
@@ -146,9 +146,7 @@ __device__ __forceinline__ void finish_unit(const Sm90PrefillParams& params, Sme
   if constexpr (Shape::kTransposesValues) {
     store_reordered_rows<Config>(params, work, group_size, first_row, num_rows, first_lane_row, out);
   } else {
-    named_barrier_sync(kConsumer + consumer_idx, kWarpgroupSize);  // all warps have left the queries
-    store_rows<Config>(params, work, group_size, first_row, num_rows, smem_address(smem.q_of(turn, consumer_idx)),
-                       warp_row, out);
+    store_rows<Config>(params, work, group_size, first_row, num_rows, first_lane_row, out);
   }
   if (params.lse == nullptr || lane_column(lane_idx) != 0) return;
 #pragma unroll

@@ -8,24 +8,43 @@
 
 namespace flashinfer::sm90 {
 
-// Rows [first, first + 32) of a unit's query tile, by a warp. Rows that do not exist become zeros.
-template <class Config, class Shape = sm90::Shape<Config>>
-__device__ __forceinline__ void copy_query_rows(const Sm90PrefillParams& params, Smem<Config>& smem, const Work& work,
-                                                uint32_t turn, int first) {
+// Rows [first, first + 32) of a unit's query tile, by a warp, each of whose lanes finds one.
+template <class Config>
+struct QueryRows {
+  using Shape = sm90::Shape<Config>;
   using T = typename Shape::T;
-  using Lanes = RowLanes<T, Shape::kHeadDimQk>;
-  const Lanes lanes;
+  const Sm90PrefillParams& params;
+  Smem<Config>& smem;
+  const Work& work;
+  const int first;
   const FastDivisor group_size = smem.group_size;
-  const int num_rows = work.num_rows(group_size.divisor, Shape::kBlockM);
-  const int row = work.item.q_tile * Shape::kBlockM + first + int(fresh_thread_idx() % 32);
-  const int64_t offset = work.offset(work.query_row(group_size, row), params.q_token_stride, params.q_head_stride);
-  const uint32_t rows_smem = smem_address(smem.q_of(turn, first / Shape::kRowsPerConsumer));
-#pragma unroll 1
-  for (int i = lanes.row; i < 32; i += Lanes::kNumRows) {
-    const T* row_gmem = static_cast<const T*>(params.q) + __shfl_sync(0xffffffffu, offset, i);
-    lanes.copy(rows_smem, Shape::kRowsPerConsumer, first % Shape::kRowsPerConsumer + i, row_gmem, first + i < num_rows);
+  const int num_rows =
+      work.num_rows(group_size.divisor, Shape::kBlockM) - first;  // that exist; the others become zeros
+  const int64_t offset = work.offset(work.query_row(group_size, work.item.q_tile* Shape::kBlockM + first + lane_idx()),
+                                     params.q_token_stride, params.q_head_stride);  // of this lane's
+
+  __device__ __forceinline__ static int lane_idx() { return fresh_thread_idx() % 32; }
+
+  __device__ __forceinline__ void copy(uint32_t turn) const {
+    using Lanes = RowLanes<T, Shape::kHeadDimQk>;
+    const Lanes lanes;
+    const uint32_t rows_smem = smem_address(smem.q_of(turn, first / Shape::kRowsPerConsumer));
+    // Where consumers wait for them, as many under way as a warp that does nothing else has registers for.
+    constexpr int kUnroll = Shape::kNumQueryStages == 1 && !Shape::kTogether ? 4 : 1;
+#pragma unroll kUnroll
+    for (int i = lanes.row; i < 32; i += Lanes::kNumRows) {
+      const T* row_gmem = static_cast<const T*>(params.q) + __shfl_sync(0xffffffffu, offset, i);
+      lanes.copy(rows_smem, Shape::kRowsPerConsumer, first % Shape::kRowsPerConsumer + i, row_gmem, i < num_rows);
+    }
   }
-}
+  // Into the L2 cache, while there is no room for them.
+  __device__ __forceinline__ void prefetch() const {
+    const T* row_gmem = static_cast<const T*>(params.q) + offset;
+    if (lane_idx() >= num_rows) return;
+#pragma unroll
+    for (int i = 0; i < Shape::kHeadDimQk; i += 128 / sizeof(T)) prefetch_to_l2(row_gmem + i);
+  }
+};
 
 // The query tile of every unit, ahead of the consumers where there is room for two.
 template <class Config>
@@ -39,10 +58,16 @@ struct QueryProducer {
   template <class Prepare>
   __device__ __forceinline__ void run(const Prepare& prepare) const {
     const auto load = [&](const Work& work, uint32_t turn) {
+      if constexpr (Shape::kNumQueryStages == 1) {
+#pragma unroll 1
+        for (int first = 0; first < Shape::kBlockM; first += 32) {
+          QueryRows<Config>{params, smem, work, first}.prefetch();
+        }
+      }
       smem.q_empty.wait_empty(turn);
 #pragma unroll 1
       for (int first = 0; first < Shape::kBlockM; first += 32) {
-        copy_query_rows<Config>(params, smem, work, turn, first);
+        QueryRows<Config>{params, smem, work, first}.copy(turn);
       }
       cp_async_commit();
       cp_async_wait<0>();
@@ -147,7 +172,7 @@ __device__ __forceinline__ void produce_together(const Sm90PrefillParams& params
     smem.q_empty.wait_empty(turn);
 #pragma unroll 1
     for (int first = producer_warp_idx() * 32; first < Shape<Config>::kBlockM; first += kNumProducerWarps * 32) {
-      copy_query_rows<Config>(params, smem, work, turn, first);
+      QueryRows<Config>{params, smem, work, first}.copy(turn);
     }
     cp_async_arrive(smem.q_full.at(turn));
     for (int tile = work.item.tile_end - 1; tile >= tile_begin; --tile, ++kv_turn) {

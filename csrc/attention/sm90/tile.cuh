@@ -34,10 +34,14 @@ struct Shape {
   static constexpr int kNumStages = Config::kNumStages, kNumQueryStages = Config::kNumQueryStages;
 
   // Warpgroups 0 to kNumConsumers - 1 compute 64 rows each, the last one brings in what they need. One or two consumers
-  // have the registers to overlap their own products and softmax, and two take turns; three overlap with each other.
+  // have the registers to overlap their own products and softmax; three overlap with each other. They take turns, but
+  // at head_dim 64, where exponentials take as long as products.
   static constexpr int kNumConsumers = kBlockM / 64, kRowsPerConsumer = 64, kRowsPerWarp = 16;
   static constexpr bool kOverlaps = kNumConsumers <= 2 && sizeof(T) == 2;
-  static constexpr bool kTakesTurns = kOverlaps && kNumConsumers == 2;
+  static constexpr bool kTakesTurns = sizeof(T) == 2 && kNumConsumers > 1 && (kOverlaps || kHeadDimQk > 64);
+  // Whether the operands of wgmma are made in the registers that a warp shares, which takes a vector register or two on
+  // the way (walk.cuh).
+  static constexpr bool kSharesOperands = sizeof(T) == 2 && (kOverlaps || Config::kHeadDimVo == 64);
   static constexpr int kNumConsumerThreads = kNumConsumers * kWarpgroupSize;
   static_assert(Config::kNumThreads == kNumConsumerThreads + kWarpgroupSize);
   // The tensor cores take 8-bit values along the keys only: a pair of the producers' warps transposes them.
@@ -77,7 +81,6 @@ struct Shape {
   static_assert(kBlockM % 64 == 0 && kBlockN % kProductDepth == 0);
   static_assert(kHeadDimQk % 64 == 0 && kHeadDimVo % 64 == 0);
   static_assert(!Score<Config>::kHasRope);
-  static_assert(kHeadDimVo <= kHeadDimQk || kTransposesValues, "the output is staged where the queries were");
 };
 
 __device__ __forceinline__ int consumer_idx() {
@@ -115,7 +118,7 @@ struct RowAddresses<Shape, true> {
 template <class Config>
 struct Smem {
   using Shape = sm90::Shape<Config>;
-  alignas(1024) uint8_t q[Shape::kNumQueryStages][Shape::kNumConsumers][Shape::kQBytes];  // later the output rows
+  alignas(1024) uint8_t q[Shape::kNumQueryStages][Shape::kNumConsumers][Shape::kQBytes];
   alignas(1024) uint8_t k[Shape::kNumStages][Shape::kKBytes];
   alignas(1024) uint8_t v[Shape::kNumStages][Shape::kTransposesValues ? Shape::kTransposedBytes : Shape::kVBytes];
   Rows<Shape::kTransposesValues ? Shape::kNumStages : Shape::kWidens,

@@ -12,18 +12,21 @@
 
 namespace flashinfer::sm90 {
 
-// Of two consumers: while one has the tensor cores, the other is at its softmax.
+// While one consumer has the tensor cores, the others are at their softmax.
 template <class Shape>
 struct TurnsAtTensorCores {
   __device__ __forceinline__ static void await() {
     if constexpr (Shape::kTakesTurns) named_barrier_sync(kTurnOfConsumer + consumer_idx(), 2 * kWarpgroupSize);
   }
   __device__ __forceinline__ static void pass_on() {
-    if constexpr (Shape::kTakesTurns) named_barrier_arrive(kTurnOfConsumer + 1 - consumer_idx(), 2 * kWarpgroupSize);
+    if constexpr (Shape::kTakesTurns) {
+      const int idx = consumer_idx(), next_idx = idx == Shape::kNumConsumers - 1 ? 0 : idx + 1;
+      named_barrier_arrive(kTurnOfConsumer + next_idx, 2 * kWarpgroupSize);
+    }
   }
   // The first turn is the first consumer's; the last one is handed back to it.
   __device__ __forceinline__ static void open() {
-    if (consumer_idx() == 1) pass_on();
+    if (consumer_idx() == Shape::kNumConsumers - 1) pass_on();
   }
   __device__ __forceinline__ static void close() {
     if (consumer_idx() == 0) await();
@@ -61,7 +64,7 @@ struct TileWalk {
             work,
             Visibility::of<Config>(params).tiles_seen_whole(position_of_row(first_row), position_of_row(last_row),
                                                             work.item.kv_len, Shape::kBlockN),
-            depth_major_operand(smem_address(smem.q_of(unit_turn, consumer_idx()))),
+            depth_major_operand(known_uniform(smem_address(smem.q_of(unit_turn, consumer_idx())))),
             Score<Config>::scale_log2(params),
             out,
             softmax};
@@ -106,8 +109,10 @@ struct TileWalk {
   __device__ __forceinline__ void step(Probabilities& p, uint32_t turn, int tile, auto needs_mask) {
     Scores scores;
     smem.await(smem.k_full, turn);
+    Turns::await();
     start_scores(scores, turn);
-    wait_for_scores<0>(scores, turn);
+    Turns::pass_on();
+    wait_for_scores<0>(scores, turn, tile);
     float rescale[2];
     transform_and_mask<Config>(scores, params, work, smem.group_size, tile, needs_mask);
     if (softmax.raise_max(scores, scale_log2, rescale)) softmax.rescale_output(out, rescale);
@@ -129,7 +134,7 @@ struct TileWalk {
     Scores scores;
     smem.await(smem.k_full, turn);
     start_scores(scores, turn);
-    wait_for_scores<0>(scores, turn);
+    wait_for_scores<0>(scores, turn, tile);
     float rescale[2];
     transform_and_mask<Config>(scores, params, work, smem.group_size, tile, needs_mask);
     softmax.raise_max(scores, scale_log2, rescale);
@@ -175,7 +180,7 @@ struct TileWalk {
     if constexpr (!Shape::kReadsCopies) smem.await(smem.v_full, turn - 1);
     start_output(p, turn - 1);
     Turns::pass_on();
-    wait_for_scores<1>(scores, turn);
+    wait_for_scores<1>(scores, turn, tile);
     float rescale[2];
     transform_and_mask<Config>(scores, params, work, smem.group_size, tile, needs_mask);
     const bool is_raised = softmax.raise_max(scores, scale_log2, rescale);
@@ -189,7 +194,7 @@ struct TileWalk {
     Scores scores;
     smem.await(smem.k_full, turn);
     start_scores(scores, turn);
-    wait_for_scores<0>(scores, turn);
+    wait_for_scores<0>(scores, turn, tile);
     float no_rescale[2];
     transform_and_mask<Config>(scores, params, work, smem.group_size, tile, Constant<true>{});
     softmax.raise_max(scores, scale_log2, no_rescale);
@@ -202,11 +207,18 @@ struct TileWalk {
     wait_for_output(turn);
   }
 
+  // An address that is the same in all lanes, and known to be so: wgmma takes its operands from registers that a warp
+  // shares, and 48 moves a tile would bring them there. Three consumers have no register for it.
+  __device__ __forceinline__ static uint32_t known_uniform(uint32_t address) {
+    if constexpr (!Shape::kSharesOperands) return address;
+    return __shfl_sync(0xffffffffu, address, 0);
+  }
+
   // S = Q Kᵀ.
   __device__ __forceinline__ void start_scores(Scores& scores, uint32_t turn) const {
     Operand q = this->q;
     asm volatile("" : "+r"(q.low));  // else the operands of all steps would stay in registers, tile after tile
-    const Operand k = depth_major_operand(smem_address(smem.k[turn % Shape::kNumStages]));
+    const Operand k = depth_major_operand(known_uniform(smem_address(smem.k[turn % Shape::kNumStages])));
     pin(scores);
     wgmma_fence();
 #pragma unroll
@@ -218,10 +230,13 @@ struct TileWalk {
     wgmma_commit();
   }
   template <int kNumPending>
-  __device__ __forceinline__ void wait_for_scores(Scores& scores, uint32_t turn) const {
+  __device__ __forceinline__ void wait_for_scores(Scores& scores, uint32_t turn, int tile) const {
     wgmma_wait<kNumPending>();
     pin(scores);
     if (elect_lane()) smem.k_empty.at(turn).arrive();
+    if constexpr (Shape::kNumQueryStages == 1) {  // those of the next unit can come while this one ends
+      smem.q_empty.at(0).arrive_if(elect_lane() && tile == work.item.tile_begin);
+    }
   }
 
   // O += P V of one of kNumParts parts of the tile's keys.
@@ -229,7 +244,8 @@ struct TileWalk {
   __device__ __forceinline__ void start_output(Probabilities& p, uint32_t turn) const {
     constexpr int kNumSteps = Shape::kBlockN / 16 / kNumParts;
     static_assert(kNumSteps * kNumParts * 16 == Shape::kBlockN);
-    const Operand v = column_major_operand(smem_address(smem.v[turn % Shape::kNumStages]), Shape::kBlockN);
+    const Operand v =
+        column_major_operand(known_uniform(smem_address(smem.v[turn % Shape::kNumStages])), Shape::kBlockN);
     if constexpr (kPart == 0) {
       pin(out);
       pin(p);

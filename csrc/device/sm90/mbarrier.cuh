@@ -16,6 +16,17 @@ struct Mbarrier {
   __device__ __forceinline__ void arrive() {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(this)) : "memory");
   }
+  // Without a branch, which wgmma under way would not survive.
+  __device__ __forceinline__ void arrive_if(bool arrives) {
+    asm volatile(
+        "{\n"
+        ".reg .pred arrives;\n"
+        "setp.ne.b32 arrives, %1, 0;\n"
+        "@arrives mbarrier.arrive.shared::cta.b64 _, [%0];\n"
+        "}\n" ::"r"(smem_address(this)),
+        "r"(int(arrives))
+        : "memory");
+  }
   // One arrival, and num_bytes that copies will bring.
   __device__ __forceinline__ void arrive_expecting(int num_bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(this)), "r"(num_bytes)

@@ -31,7 +31,7 @@ TILES = {
     (64, 64): Tile(192, 192, 2, 2),
     # 561 / 619, 16 x 1024: 421. 192 x 128: 553 / 623, 399; with the consumers taking turns 561 / 645, 395. Of pages of
     # 16, 4 x 4096: 546, 192 x 128 561. 128 x 176 and 128 x 160, in another run: 533 and 535, where this tile made 569.
-    (128, 128): Tile(128, 128, 2, 2),
+    (128, 128): Tile(192, 128, 2, 2),
     # 538. 192 x 96: 506.
     (192, 128): Tile(128, 128, 2, 1),
     # 612 / 712. 128 x 64, in another run: 498, where this tile made 522.
@@ -39,7 +39,7 @@ TILES = {
 }
 # Where more happens to a score than a causal mask or a window, or KV are gathered, which takes registers: three
 # consumers have not got them, nor two with tiles of 128 keys beside 256 dimensions.
-SMALLER_TILES = {(64, 64): Tile(128, 128, 2, 2)}
+SMALLER_TILES = {(64, 64): Tile(128, 128, 2, 2), (128, 128): Tile(128, 128, 2, 2)}
 # At most 64 query rows a request, which wait for memory. Microseconds of 64 x 16 on 4096, pages of 16, 32 query heads
 # on 8 (head_dim 256: 16 on 4; 192: 8 x 32, 128 heads). One block an SM has fewer partial results to merge than two.
 SHORT_TILES = {
@@ -114,8 +114,9 @@ def _tile(spec: KernelSpec) -> Tile:
     if spec.arg("short_queries"):
         return SHORT_TILES[dims]
     changes_scores = spec.arg("mask") == "custom" or spec.arg("pos_encoding") != "none" or spec.arg("has_soft_cap")
+    has_two_ends = spec.arg("has_window") and dims == (128, 128) and not _is_fp8(spec)
     tiles, smaller = _tiles(spec), SMALLER_FP8_TILES if _is_fp8(spec) else SMALLER_TILES
-    return smaller.get(dims, tiles[dims]) if changes_scores or gathers(spec) else tiles[dims]
+    return smaller.get(dims, tiles[dims]) if changes_scores or has_two_ends or gathers(spec) else tiles[dims]
 
 
 def gathers(spec: KernelSpec) -> bool:
