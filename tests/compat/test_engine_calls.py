@@ -459,7 +459,8 @@ def test_drafts_over_a_block_table(is_ragged: bool, device: torch.device) -> Non
     assert_close(out, pool.expected(q, qo_lens, table, causal=True, sm_scale=SM_SCALE))
 
 
-def test_prefill_and_decode_over_block_tables_by_keywords(device: torch.device) -> None:
+@pytest.mark.parametrize("window_left", [-1, 20])
+def test_prefill_and_decode_over_block_tables_by_keywords(window_left: int, device: torch.device) -> None:
     """As on Blackwell: pages of heads, the same workspace for both, counters that nobody needs."""
     pool, qo_lens, kv_lens = Pool(device, 16), (3, 40), (70, 40)
     table, tables, lens = block_tables(pool, kv_lens, 30)
@@ -467,7 +468,7 @@ def test_prefill_and_decode_over_block_tables_by_keywords(device: torch.device) 
     workspace, qo_indptr = pool.workspace(), offsets(qo_lens).to(device)
     q = pool.draw(sum(qo_lens), NUM_QO_HEADS, HEAD_DIM)
     common = dict(
-        workspace_buffer=workspace, block_tables=tables, seq_lens=lens, window_left=20, sinks=None, o_sf_scale=None,
+        workspace_buffer=workspace, block_tables=tables, seq_lens=lens, window_left=window_left, sinks=None, o_sf_scale=None,
         kv_cache_sf=None, multi_ctas_kv_counter_buffer=torch.zeros(0, dtype=torch.uint8, device=device),
     )  # fmt: skip
     out = torch.empty_like(q)
@@ -475,7 +476,7 @@ def test_prefill_and_decode_over_block_tables_by_keywords(device: torch.device) 
         query=q, kv_cache=cache, max_q_len=40, max_kv_len=70, bmm1_scale=SM_SCALE, bmm2_scale=1.0, batch_size=2,
         cum_seq_lens_q=qo_indptr, cum_seq_lens_kv=table[0].to(device), out=out, **common,
     )  # fmt: skip
-    options: dict[str, Any] = {"window_left": 20, "sm_scale": SM_SCALE}
+    options: dict[str, Any] = {"window_left": window_left, "sm_scale": SM_SCALE}
     assert_close(out, pool.expected(q, qo_lens, table, causal=True, **options))
     result = flashinfer.decode.trtllm_batch_decode_with_kv_cache(
         query=q[:2], kv_cache=(cache[:, 0], cache[:, 1]), max_seq_len=70, bmm1_scale=SM_SCALE, bmm2_scale=1.0,
