@@ -201,7 +201,7 @@ def host(found: Newest) -> list[str]:
             cases = {name: case for name, case in one.table.cases.items() if not name.startswith("torch.")}
             held = beside[device].table.cases if device in beside else {}
             beside[device] = Measured(device, one.commit, one.run, Table(one.table.unit, {**held, **cases}))
-    lines = side_by_side(per_case(beside, "call"), 2) if beside else []
+    lines = side_by_side(per_case(beside, "call"), 3) if beside else []
     told: dict[str, list[str]] = {}
     for name, held in found.items():
         for device, one in held.items():

@@ -66,6 +66,7 @@ pos_encoding = "none"
 has_window = false
 has_soft_cap = false
 has_sinks = false
+device_scales = false
 """
 
 
