@@ -3,9 +3,9 @@
 python benchmarks/bench_host.py [--device cuda|cpu] [--only prefill] [--no-start] [--peer FOLDER] [--json]
 
 Calls are timed 200 at a time into an empty queue of the GPU, which holds more: however long a kernel runs, no call
-waits for it. What a call returns is allocated in it unless it says out=. The peer lives in a process of its own; each
-call is timed here and there in turn, the list several times over, and the best time of each counts: a machine that is
-slow for some seconds is so for both.
+waits for it. What a call returns is allocated in it unless it says out=. We and the peer live in a process each; every
+call is timed in one and the other in turn, the list several times over, and the best time of each counts: a machine
+that is slow for some seconds is so for both.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from flashinfer import sampling
 
 ADD, LOAD = "torch.add(out=)", "resolver.load, warm"
 TURNS = 5  # of ours and of a peer
+ROOT = Path(flashinfer.__file__).parent.parent
 
 # In a process of its own: from the request to the launch of the first kernel, torch being initialized.
 FIRST_CALL = """
@@ -63,8 +64,7 @@ print((time.perf_counter() - start) * 1e3)
 
 def in_process(code: str) -> float:
     """The number a fresh Python process prints, best of five."""
-    root = Path(flashinfer.__file__).parent.parent
-    run = lambda: subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)  # noqa: E731
+    run = lambda: subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: E731
     return min(float(run().stdout) for _ in range(5))
 
 
@@ -159,33 +159,36 @@ def attention(device: torch.device) -> dict[str, Callable[[], object]]:
     }
 
 
-class Peer:
-    """Another flashinfer, in a process that this same script serves: a name in, its microseconds out."""
+class Library:
+    """A flashinfer in a process that this same script serves: a name in, its microseconds out."""
 
-    def __init__(self, folder: str, device: torch.device) -> None:
+    def __init__(self, folder: str, args: argparse.Namespace) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--device", str(device), "--serve"],
+            [sys.executable, __file__, "--device", args.device, "--only", args.only, "--serve"],
             env=peer_environment(folder),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.times = Times(self._answer()["library"], is_peer=True)
+        about = self._answer()
+        self.names: list[str] = about["names"]
+        self.times = Times(about["library"], is_peer=True)
 
     def measure(self, name: str) -> None:
         assert self._process.stdin is not None
         print(name, file=self._process.stdin, flush=True)
         answer = self._answer()
         if "failure" in answer:
-            self.times.failures.append(f"{name}: {answer['failure']}")
+            self.times.failures.append(answer["failure"])
         else:
-            note_best(self.times, name, answer["us"])
+            column = self.times.columns.setdefault("host", {})
+            column[name] = min(answer["us"], column.get(name, math.inf))
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"--peer: its process ended with {self._process.wait()}")
+            raise SystemExit(f"the process that is timed ended with {self._process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -194,23 +197,18 @@ class Peer:
 
 
 def serve(calls: dict[str, Callable[[], object]]) -> None:
-    """What `Peer` talks to."""
-    print(json.dumps({"library": library_name()}), flush=True)
+    """What `Library` talks to."""
+    print(json.dumps({"library": library_name(), "names": list(calls)}), flush=True)
     for line in sys.stdin:
-        times = Times("", is_peer=True)
-        times.measure(line.rstrip("\n"), "host", lambda name: warm_us(calls[name]), line.rstrip("\n"))
-        us = times.us(line.rstrip("\n"), "host")
+        name, times = line.rstrip("\n"), Times("", is_peer=True)
+        times.measure(name, "host", lambda name=name: warm_us(calls[name]))
+        us = times.us(name, "host")
         print(json.dumps({"failure": times.failures[0]} if math.isnan(us) else {"us": us}), flush=True)
 
 
 def warm_us(call: Callable[[], object]) -> float:
     call()
     return host_us(call)
-
-
-def note_best(times: Times, name: str, us: float) -> None:
-    column = times.columns.setdefault("host", {})
-    column[name] = min(us, column.get(name, math.inf))
 
 
 def warm_load_us(device: torch.device) -> float:
@@ -242,28 +240,26 @@ def main() -> None:
     parser.add_argument("--only", default="", help="calls whose name contains this text")
     parser.add_argument("--no-start", action="store_true", help="leave out what takes processes of its own")
     add_peer(parser)
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # in the peer's process
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # in the process of a library
     args = parse(parser)
     device = torch.device(args.device)
 
-    calls = operators(device) | attention(device)
     if args.serve:
-        return serve(calls)
-    calls = {name: call for name, call in calls.items() if args.only in name or name == ADD}
-    ours, peer = Times("ours"), Peer(args.peer, device) if args.peer else None
-    for call in calls.values():
-        call()
-    for _ in range(TURNS if peer else 1):
-        for name, call in calls.items():
-            note_best(ours, name, warm_us(call))
-            if peer:
-                peer.measure(name)
+        calls = operators(device) | attention(device)
+        return serve({name: call for name, call in calls.items() if args.only in name or name == ADD})
+    libraries = [Library(folder, args) for folder in (str(ROOT), args.peer) if folder]
+    for _ in range(TURNS if args.peer else 1):
+        for name in libraries[0].names:
+            for library in libraries:
+                library.measure(name)
+    for library in libraries:
+        library.close()
+    ours, *peers = (library.times for library in libraries)
+    if ours.failures:
+        raise SystemExit("\n".join(ours.failures))
     us = ours.columns["host"]
     if args.only in LOAD:
         us[LOAD] = warm_load_us(device)
-    if peer:
-        peer.close()
-    peers = [peer.times] if peer else []
     rows: list[list[object]] = [
         [name, us[name], us[name] / us[ADD], *(peer.us(name, "host") for peer in peers)] for name in us
     ]
