@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -83,7 +84,13 @@ def run(argv: Sequence[str], **variables: str | Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=_heed_interrupts,
     )
+
+
+def _heed_interrupts() -> None:
+    """Shells start what runs behind them with SIGINT ignored, which is handed down."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def registry_of(root: Path) -> dict[str, Any]:
