@@ -468,8 +468,9 @@ def test_prefill_and_decode_over_block_tables_by_keywords(window_left: int, devi
     workspace, qo_indptr = pool.workspace(), offsets(qo_lens).to(device)
     q = pool.draw(sum(qo_lens), NUM_QO_HEADS, HEAD_DIM)
     common = dict(
-        workspace_buffer=workspace, block_tables=tables, seq_lens=lens, window_left=window_left, sinks=None, o_sf_scale=None,
-        kv_cache_sf=None, multi_ctas_kv_counter_buffer=torch.zeros(0, dtype=torch.uint8, device=device),
+        workspace_buffer=workspace, block_tables=tables, seq_lens=lens, window_left=window_left, sinks=None,
+        o_sf_scale=None, kv_cache_sf=None,
+        multi_ctas_kv_counter_buffer=torch.zeros(0, dtype=torch.uint8, device=device),
     )  # fmt: skip
     out = torch.empty_like(q)
     flashinfer.prefill.trtllm_batch_context_with_kv_cache(
