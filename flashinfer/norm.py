@@ -198,7 +198,8 @@ def _normalize(
         input_ptr = input.data_ptr() or checks.no_address(op, "input", input)
         weight_ptr = weight.data_ptr() or checks.no_address(op, "weight", weight)
         # What a launch depends on, written out rather than through memo.signature: three calls of it cost as much as
-        # the rest of this function. To compare costs less than one more in the key, and what does not fit is refused.
+        # the rest of this function. To compare costs less than two more in the key, and what does not fit is refused.
+        # Where there is an address the number of a device names it (memo.Memo).
         dtype, shape, device = input.dtype, input.shape, input.device
         output_ptr = residual_ptr = bias_ptr = 0  # a new output is aligned
         output_like: object = None
@@ -208,19 +209,20 @@ def _normalize(
             output_ptr, output_like = input_ptr, True
         elif output is not None:
             output_ptr = output.data_ptr() or checks.no_address(op, "out", output)
-            fits = output.dtype is dtype and output.shape == shape and output.device == device
-            output_like = output.stride() if fits else memo.signature(output)
+            fits = output_ptr and output.dtype is dtype and output.shape == shape
+            output_like = (output.stride(), output.get_device()) if fits else memo.signature(output)
         if residual is not None:
             residual_ptr = residual.data_ptr() or checks.no_address(op, "residual", residual)
-            fits = residual.dtype is dtype and residual.shape == shape and residual.device == device
-            residual_like = residual_ptr == output_ptr, residual.stride() if fits else memo.signature(residual)
+            fits = residual_ptr and residual.dtype is dtype and residual.shape == shape
+            like = (residual.stride(), residual.get_device()) if fits else memo.signature(residual)
+            residual_like = residual_ptr == output_ptr, like
         if bias is not None:
             bias_ptr = bias.data_ptr() or checks.no_address(op, "beta", bias)
             bias_like = memo.signature(bias)
         key = (
             op, pdl, eps, (input_ptr | weight_ptr | output_ptr | residual_ptr) & 15, dtype, shape, input.stride(),
-            device, weight.dtype, weight.shape, weight.is_contiguous(), weight.device == device,
-            output_like, residual_like, bias_like,
+            device, weight.dtype, weight.shape, weight.is_contiguous(),
+            weight.get_device() if weight_ptr else weight.device, output_like, residual_like, bias_like,
         )  # fmt: skip
     except (AttributeError, RuntimeError):
         _require_operands(op, operands, output)

@@ -37,8 +37,9 @@ class Lengths:
     kv_addresses: tuple[int, int, int]
     planner_addresses: tuple[int, ...]
 
-    def __init__(self, held: tuple[torch.Tensor, ...], device: torch.device) -> None:
+    def __init__(self, held: tuple[torch.Tensor, ...], device_index: int) -> None:
         """held: [qo_indptr,] kv_indptr [, kv_indices, last_page_len]. On the way of every plan, so without loops.
+        device_index: as `get_device()` tells it of a tensor on the device that is planned for.
 
         Raises AttributeError or RuntimeError for something else than dense tensors.
         """
@@ -51,10 +52,13 @@ class Lengths:
                 kv >= LOWEST_ADDRESS
                 and kv_indptr.dtype is _INT32
                 and kv_indptr.stride() == _DENSE
-                and kv_indptr.device == device
+                and kv_indptr.get_device() == device_index
             )
         else:
-            kv_indptr, pages, last_page_len = held if num_held == 3 else held[1:]
+            if num_held == 3:
+                kv_indptr, pages, last_page_len = held
+            else:
+                _, kv_indptr, pages, last_page_len = held
             kv, page, last = kv_indptr.data_ptr(), pages.data_ptr(), last_page_len.data_ptr()
             sizes = (kv_indptr.numel(), last_page_len.numel())
             are_in_place = (
@@ -63,7 +67,7 @@ class Lengths:
                 and last >= LOWEST_ADDRESS
                 and _INT32 is kv_indptr.dtype is pages.dtype is last_page_len.dtype
                 and _DENSE == kv_indptr.stride() == pages.stride() == last_page_len.stride()
-                and device == kv_indptr.device == pages.device == last_page_len.device
+                and device_index == kv_indptr.get_device() == pages.get_device() == last_page_len.get_device()
             )
         self.kv_addresses = (kv, last, page)
         if num_held == 3:
@@ -78,7 +82,7 @@ class Lengths:
                 and qo >= LOWEST_ADDRESS
                 and qo_indptr.dtype is _INT32
                 and qo_indptr.stride() == _DENSE
-                and qo_indptr.device == device
+                and qo_indptr.get_device() == device_index
             )
 
     @property
@@ -243,7 +247,7 @@ def take(
     """Index tensors that are checked first, as far as the host can look at them: as contiguous int32 on the device,
     themselves where they are that, else copies of our own. Raises what `_check` does."""
     num_tokens, num_kv_rows = _check(op, names, given, page_size, whole_lengths)
-    found = Lengths(_on_device(op, names, given, device), device)
+    found = Lengths(_on_device(op, names, given, device), -1 if device.index is None else device.index)
     found.num_tokens, found.num_kv_rows = num_tokens, num_kv_rows
     return found
 

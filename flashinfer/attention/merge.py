@@ -166,15 +166,16 @@ def _merge_pair(
     except (AttributeError, RuntimeError):
         checks.require_addresses(op, v=v, s=s, **{"the other v": v_other, "the other s": s_other})
         raise
-    lowest = LOWEST_ADDRESS
+    lowest, without_memory = LOWEST_ADDRESS, None
     if v_ptr < lowest or s_ptr < lowest or v_other_ptr < lowest or s_other_ptr < lowest:
         checks.require_addresses(op, v=v, s=s, **{"the other v": v_other, "the other s": s_other})
+        without_memory = s.device, v_other.device, s_other.device  # on meta has the number of the CPU
     key = (
         v.dtype, v.shape, v.stride(), v.device, v_other.dtype, v_other.shape, v_other.stride(),
-        v_other.device, s.dtype, s.shape, s.stride(), s.device, s_other.dtype, s_other.shape,
-        s_other.stride(), s_other.device, (v_ptr | v_other_ptr) & 15,
+        v_other.get_device(), s.dtype, s.shape, s.stride(), s.get_device(), s_other.dtype, s_other.shape,
+        s_other.stride(), s_other.get_device(), (v_ptr | v_other_ptr) & 15, without_memory,
     )  # fmt: skip
-    merge = _pairs.get(key)
+    merge = _pairs.find(key)
     if merge is None:
         if out is not None:
             _require_writable(op, *out)
@@ -210,7 +211,7 @@ def _merge_list(
         v.dtype, v.shape, v.stride(), v.device, s.dtype, s.shape, s.stride(), s.device,
         None if indptr is None else memo.signature(indptr), v_ptr & 15,
     )  # fmt: skip
-    merge = _lists.get(key)
+    merge = _lists.find(key)
     if merge is None:
         order = "[seq_len, num_states, num_heads, head_dim]" if indptr is None else "[num_states, num_heads, head_dim]"
         checks.require(v.dim() == (4 if indptr is None else 3), op, f"v has shape {list(v.shape)}; expected {order}")

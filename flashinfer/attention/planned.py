@@ -42,6 +42,7 @@ Masks = tuple[Optional[torch.Tensor], Optional[torch.Tensor]]  # custom_mask, pa
 
 
 _SCALES = ("q_scale", "k_scale", "v_scale")
+_NO_SCALES = (None, None, None)
 _MASK_ROLES = ("mask", "mask_indptr")
 _NO_RUN: Any = (None, None)
 _NO_PLAN = (None, None)
@@ -78,7 +79,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         paged_cache.require_layout(op, kv_layout)
         workspace.require_workspace(op, float_workspace_buffer)
         super().__init__(backend)
-        self.device = float_workspace_buffer.device
+        self.device, self._device_index = float_workspace_buffer.device, float_workspace_buffer.get_device()
         counted = [i for i, role in enumerate(self._roles) if _EXTRA_ENTRIES[role] is not None]
         self._counted = operator.itemgetter(*counted)  # of the index tensors, those that the batch size gives a size
         self._may_see_indices = indices.may_be_visible(float_workspace_buffer)
@@ -159,9 +160,8 @@ class PlannedAttention(Uncopyable, EngineNames):
 
         arguments: of `_describe`. masks: of a plan with a custom mask. longest: no request has more queries.
         """
-        device = self.device
         try:
-            found = Lengths(given, device)
+            found = Lengths(given, self._device_index)
         except (AttributeError, RuntimeError, TypeError):
             self._require_tensors(given)
             raise
@@ -177,7 +177,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         if not found.are_in_place or (self._may_see_indices and self._sees_indices()):
             self._require_tensors(given)
             found = lengths.take(
-                self._op_name, self._index_names, given, device, plan.shape.page_size, self._whole_lengths
+                self._op_name, self._index_names, given, self.device, plan.shape.page_size, self._whole_lengths
             )
             self._followed = _NO_RUN  # which may not have what these lengths need
         num_tokens = found.num_tokens
@@ -189,7 +189,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         if masks is not None:
             self._take_mask(found, masks, given, plan.shape.page_size)
         if self._fixed is not None:
-            found = Lengths(self._fixed.fill(found.held), device).like(found)
+            found = Lengths(self._fixed.fill(found.held), self._device_index).like(found)
         elif self._buffers:
             self._buffers.clear()  # what an engine assigned since the last plan
         if plan is not self._plan or extent is not self._extent:
@@ -202,7 +202,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         buffers = (self._buffers["mask"], self._buffers["mask_indptr"]) if self._use_cuda_graph else None
         on_host = None
         if self.device.type != "cpu" and all(tensor.is_cpu for tensor in given):
-            on_host = given[0], Lengths(given, given[0].device).kv_lens(page_size)
+            on_host = given[0], Lengths(given, given[0].get_device()).kv_lens(page_size)
         kv_lens = found.kv_lens(page_size)
         taken = take_mask(self._op_name, self.device, *masks, found.held[0], kv_lens, buffers, on_host)
         found.take_mask(self._op_name, *taken, page_size)
@@ -239,7 +239,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         assert plan is not None
         held = tuple(self._buffer(role) for role in self._roles)
         checks.require_addresses(op, **dict(zip(names, held)))
-        found = Lengths(held, self.device)
+        found = Lengths(held, self._device_index)
         if not found.are_in_place or self._sees_indices():
             found = lengths.take(op, names, held, self.device, plan.shape.page_size, self._whole_lengths)
         extent, planner = self._choose(plan, found.num_tokens)
@@ -293,7 +293,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         plan, found = self._plan, self._lengths
         if plan is None or found is None:
             raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's lengths first")
-        if scales.count(None) != len(scales) and not are_plain(scales):
+        if scales != _NO_SCALES and not are_plain(scales):
             scales = read_scales(self._op_name, dict(zip(_SCALES, scales)), self.device)  # type: ignore[assignment]
         try:
             out_ptr, lse_ptr, pe_key, sinks_key, out_key, lse_key = 0, 0, None, None, None, None
@@ -304,12 +304,12 @@ class PlannedAttention(Uncopyable, EngineNames):
                 out_ptr = out.data_ptr()
                 if out_ptr < LOWEST_ADDRESS:
                     out_ptr = self._low_address("out", out)
-                out_key = (out.dtype, out.shape, out.stride(), out.device)
+                out_key = (out.dtype, out.shape, out.stride(), out.get_device())
             if lse is not None:
                 lse_ptr = lse.data_ptr()
                 if lse_ptr < LOWEST_ADDRESS:
                     lse_ptr = self._low_address("lse", lse)
-                lse_key = (lse.dtype, lse.shape, lse.stride(), lse.device)
+                lse_key = (lse.dtype, lse.shape, lse.stride(), lse.get_device())
             if kv.__class__ is not tuple and isinstance(kv, torch.Tensor):
                 k, v_key = kv, None
                 k_ptr = v_ptr = kv.data_ptr()
@@ -320,19 +320,19 @@ class PlannedAttention(Uncopyable, EngineNames):
                 k_ptr, v_ptr = k.data_ptr(), v.data_ptr()
                 if k_ptr < LOWEST_ADDRESS or v_ptr < LOWEST_ADDRESS:
                     k_ptr, v_ptr = (self._low_address(*named) for named in zip(self._operands[1:], (k, v)))
-                v_key = (v.dtype, v.shape, v.stride(), v.device)
+                v_key = (v.dtype, v.shape, v.stride(), v.get_device())
             rows, alignment = found.row_addresses, q_ptr | out_ptr | k_ptr | v_ptr
             if q_pe is not None:
                 pe_ptr = q_pe.data_ptr()
                 if pe_ptr < LOWEST_ADDRESS:
                     pe_ptr = self._low_address("q_pe", q_pe)
-                pe_key = (q_pe.dtype, q_pe.shape, q_pe.stride(), q_pe.device)
+                pe_key = (q_pe.dtype, q_pe.shape, q_pe.stride(), q_pe.get_device())
                 rows, alignment = (*rows[:-1], pe_ptr), alignment | pe_ptr
             if sinks is not None:
                 sinks_ptr, sinks_key = signature_of_sinks(self._op_name, sinks)
                 rows = (*rows[:-1], sinks_ptr)
             key = (
-                q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.device, v_key,
+                q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.get_device(), v_key,
                 pe_key, sinks_key, out_key, lse_key, scales, pdl, overrides, alignment & 15,
             )  # fmt: skip
             followed, run = self._followed

@@ -172,7 +172,7 @@ def signature_of_sinks(op: str, sinks: torch.Tensor) -> tuple[int, Any]:
         raise
     if address < checks.LOWEST_ADDRESS:
         address = checks.low_address(op, "sinks", sinks)
-    return address, (sinks.dtype, sinks.shape, sinks.stride(), sinks.device)
+    return address, (sinks.dtype, sinks.shape, sinks.stride(), sinks.get_device())
 
 
 def require_sinks(op: str, sinks: torch.Tensor, num_qo_heads: int, device: torch.device) -> None:

@@ -212,7 +212,7 @@ def sample(
     except AttributeError:
         given = {"the input": input} if indices is None else {"the input": input, "indices": indices}
         raise checks.not_tensors(op, **given) from None
-    prepared = _samplers.get(key)
+    prepared = _samplers.find(key)
     if prepared is None:
         num_rows = _check_rows(op, input, indices)
         draw = Draw(indices, generator, check_nan, seed, offset, return_valid, top_k, top_p, min_p, top_k_first)
@@ -374,7 +374,7 @@ def normalize(
         input_ptr = input.data_ptr() or checks.no_address(op, "the input", input)
     except AttributeError:
         raise checks.not_tensors(op, **{"the input": input}) from None
-    prepared = _normalizers.get(key)
+    prepared = _normalizers.find(key)
     if prepared is None:
         num_rows = _check_rows(op, input, None)
         given: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "temperature": temperature}

@@ -86,7 +86,7 @@ def speculate(
         rows = {"draft_probs": draft_probs, "draft_token_ids": draft_token_ids, "target_probs": target_probs}
         counts = zip(_PUBLIC_NAMES.values(), (accepted, emitted))
         raise checks.not_tensors(op, **rows, **{name: count for name, count in counts if count is not None}) from None
-    prepared = _speculators.get(key)
+    prepared = _speculators.find(key)
     if prepared is None:
         chain = Chain(draft_probs, draft_token_ids, target_probs, accepted, emitted, generator, seed, offset)
         _check(op, chain)

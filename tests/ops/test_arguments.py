@@ -213,6 +213,7 @@ def test_one_operand_on_meta(device: torch.device, name: str) -> None:
     for argument in tensor_arguments(name, device):
         function, given = operands(device)[name]
         if len(tensor_arguments(name, device)) > 1:
+            function(**given)  # a launch for this signature is kept, where devices are compared by number
             given[argument] = given[argument].to("meta")
             refuses(function, given, ValueError, match=rf"^{name}: .* on (meta|{device})")
 

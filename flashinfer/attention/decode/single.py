@@ -118,15 +118,15 @@ def _run(
     if q_ptr < LOWEST_ADDRESS or k_ptr < LOWEST_ADDRESS or v_ptr < LOWEST_ADDRESS:
         q_ptr, k_ptr, v_ptr = (checks.low_address(_OP, name, x) for name, x in {"q": q, "k": k, "v": v}.items())
     sinks_ptr, sinks_key = (0, None) if sinks is None else signature_of_sinks(_OP, sinks)
-    if scales.count(None) != len(scales) and not are_plain(scales):
+    if scales != _NO_SCALES and not are_plain(scales):
         scales = read_scales(_OP, dict(zip(_SCALES, scales)), q.device)
     kv_len = k_shape[rows]  # no part of the key: it grows from call to call
     key = (
-        q.dtype, q.shape, q.stride(), q.device, k.dtype, k_shape[heads], k_shape[2], k.stride(), k.device, v.dtype,
-        v_shape[heads], v_shape[2], v.stride(), v.device, sinks_key, options, scales, o_dtype,
+        q.dtype, q.shape, q.stride(), q.device, k.dtype, k_shape[heads], k_shape[2], k.stride(), k.get_device(),
+        v.dtype, v_shape[heads], v_shape[2], v.stride(), v.get_device(), sinks_key, options, scales, o_dtype,
         (q_ptr | k_ptr | v_ptr) & 15,
     )  # fmt: skip
-    single = _singles.get(key)
+    single = _singles.find(key)
     if single is None or v_shape[rows] != kv_len:
         single = _singles.remember(key, _BoundSingle(q, k, v, sinks, options, scales, o_dtype))
     if out is None:
@@ -138,6 +138,7 @@ def _run(
 
 
 _SCALES = ("q_scale", "k_scale", "v_scale")
+_NO_SCALES = (None,) * len(_SCALES)
 _OPTIONS = {
     "kv_layout": "str",
     "pos_encoding_mode": "str",

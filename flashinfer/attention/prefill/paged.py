@@ -148,7 +148,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta,
         )  # fmt: skip
         given = (qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
-        self._settle(given, arguments, masks, later.get("max_token_per_sequence"))
+        self._settle(given, arguments, masks, later.get("max_token_per_sequence") if later else None)
 
     begin_forward = plan
 

@@ -131,13 +131,13 @@ def _run(
         q_ptr, k_ptr, v_ptr = (checks.low_address(_OP, name, x) for name, x in {"q": q, "k": k, "v": v}.items())
     sinks_ptr, sinks_key = (0, None) if sinks is None else signature_of_sinks(_OP, sinks)
     options, scales = given[: -len(_SCALES)], given[-len(_SCALES) :]
-    if scales.count(None) != len(scales) and not are_plain(scales):
+    if scales != _NO_SCALES and not are_plain(scales):
         scales = read_scales(_OP, dict(zip(_SCALES, scales)), q.device)
     key = (
-        q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.device, v.dtype, v.shape, v.stride(),
-        v.device, kv_layout, mask, sinks_key, options, scales, o_dtype, (q_ptr | k_ptr | v_ptr) & 15,
+        q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.get_device(), v.dtype, v.shape,
+        v.stride(), v.get_device(), kv_layout, mask, sinks_key, options, scales, o_dtype, (q_ptr | k_ptr | v_ptr) & 15,
     )  # fmt: skip
-    single = _singles.get(key)
+    single = _singles.find(key)
     if single is None:
         single = _singles.remember(key, _BoundSingle(q, k, v, sinks, kv_layout, mask, options, scales, o_dtype))
     mask_bits = _mask_bits(q, k, custom_mask, packed_custom_mask, kv_layout) if is_custom else None
@@ -153,6 +153,7 @@ def _run(
 
 
 _SCALES = ("scale_q", "scale_k", "scale_v", "k_scale", "v_scale")
+_NO_SCALES = (None,) * len(_SCALES)
 _door = traced.door(
     "single_prefill",
     lambda q, k, v, out, lse, sinks, *given: _run(q, k, v, out, lse, False, out.dtype, sinks, *given),
