@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flashinfer import absent
-from flashinfer.attention.block_table import trtllm_batch_decode_with_kv_cache, xqa_batch_decode_with_kv_cache
+from flashinfer.attention.block_table.calls import trtllm_batch_decode_with_kv_cache, xqa_batch_decode_with_kv_cache
 from flashinfer.attention.decode.paged import (
     BatchDecodeWithPagedKVCacheWrapper,
     CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
