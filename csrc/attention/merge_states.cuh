@@ -3,7 +3,7 @@
 //
 //   pair:  v, v_other [num_rows, num_heads, head_dim], s, s_other [num_rows, num_heads]
 //   list:  v [states, num_heads, head_dim], s [states, num_heads]; row r has states [indptr[r], indptr[r + 1]), or
-//          num_states of them
+//          num_states of them from r times a stride on
 //   ->     v_out [num_rows, num_heads, head_dim], s_out [num_rows, num_heads]
 #pragma once
 
@@ -14,22 +14,20 @@
 
 namespace flashinfer {
 
-// Merges states [first, end) of a head, kBatch of them in flight at a time, then what is left in batches half as large:
-// no load is sent for a state that is not there.
+// Merges num_states states of a head, kBatch of them in flight at a time, then what is left in batches half as large:
+// no load is sent for a state that is not there. v, s: of the first; they move on.
 template <int kBatch, class Config>
-__device__ __forceinline__ void merge_list(const MergeParams& params, int64_t first, int64_t end, int64_t head_idx,
-                                           int column, RunningState<Config::kVecSize>& state) {
-  using T = typename Config::T;
-  using Vector = Vec<T, Config::kVecSize>;
+__device__ __forceinline__ void merge_list(const MergeParams& params, const typename Config::T*& v, const float*& s,
+                                           int32_t num_states, RunningState<Config::kVecSize>& state) {
+  using Vector = Vec<typename Config::T, Config::kVecSize>;
 #pragma unroll 1
-  for (; end - first >= kBatch; first += kBatch) {
+  for (; num_states >= kBatch; num_states -= kBatch) {
     Vector vecs[kBatch];
     float lse[kBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int64_t index = (first + i) * params.num_heads + head_idx;
-      vecs[i] = Vector::load(static_cast<const T*>(params.v) + index * Config::kHeadDim + column);
-      lse[i] = params.s[index];
+    for (int i = 0; i < kBatch; ++i, v += params.v_state_stride, s += params.s_state_stride) {
+      vecs[i] = Vector::load(v);
+      lse[i] = *s;
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -38,7 +36,7 @@ __device__ __forceinline__ void merge_list(const MergeParams& params, int64_t fi
       state.merge(other, lse[i]);
     }
   }
-  if constexpr (kBatch > 1) merge_list<kBatch / 2, Config>(params, first, end, head_idx, column, state);
+  if constexpr (kBatch > 1) merge_list<kBatch / 2, Config>(params, v, s, num_states, state);
 }
 
 // Config: T, kHeadDim, kVecSize, kNumThreads (a multiple of kHeadDim / kVecSize), and kPair: merge v with v_other, else
@@ -70,10 +68,14 @@ __device__ void merge_states(const MergeParams& params) {
       merge_state(params.v_other, params.s_other, head_row);
     }
   } else if (is_in_range) {
-    const int64_t begin = params.indptr ? params.indptr[row] : row * params.num_states;
-    const int64_t end = params.indptr ? params.indptr[row + 1] : begin + params.num_states;
     const int64_t head_idx = head_row - row * params.num_heads;
-    merge_list<8, Config>(params, begin, end, head_idx, column, state);
+    const T* v = static_cast<const T*>(params.v) + head_idx * Config::kHeadDim + column;
+    const float* s = params.s + head_idx;
+    const int32_t begin = params.indptr ? params.indptr[row] : 0;
+    const int32_t num_states = params.indptr ? params.indptr[row + 1] - begin : params.num_states;
+    v += params.indptr ? begin * params.v_state_stride : row * params.v_row_stride;
+    s += params.indptr ? begin * params.s_state_stride : row * params.s_row_stride;
+    merge_list<8, Config>(params, v, s, num_states, state);
   }
 
   if constexpr (Config::kPair) __syncthreads();  // in place: every thread of a row reads s before one overwrites it

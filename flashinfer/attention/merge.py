@@ -92,7 +92,8 @@ def merge_states(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.
     """Merge `num_states` attention states of every row.
 
     Args:
-        v: outputs, `[seq_len, num_states, num_heads, head_dim]`.
+        v: outputs, `[seq_len, num_states, num_heads, head_dim]`; read in place whatever the strides of the first two
+            axes, in multiples of 16 bytes.
         s: fp32 `[seq_len, num_states, num_heads]`, base 2.
 
     Returns:
@@ -216,11 +217,13 @@ def _merge_list(
         order = "[seq_len, num_states, num_heads, head_dim]" if indptr is None else "[num_states, num_heads, head_dim]"
         checks.require(v.dim() == (4 if indptr is None else 3), op, f"v has shape {list(v.shape)}; expected {order}")
         _require_states(op, v, s, "s")
-        readable = (_aligned(v), _fp32(op, s), None if indptr is None else _offsets(op, v, indptr))
+        readable = (_rows(v), _fp32_rows(op, s), None if indptr is None else _offsets(op, v, indptr))
         if any(new is not old for new, old in zip(readable, (v, s, indptr))):
             return _merge_list(op, *readable, out)
         num_rows, num_states = v.shape[:2] if indptr is None else (indptr.shape[0] - 1, v.shape[0])
-        prepared = _prepare(op, v, num_rows, num_states)
+        state_dim = 0 if indptr is not None else 1
+        strides = (v.stride(0), v.stride(state_dim), s.stride(0), s.stride(state_dim))
+        prepared = _prepare(op, v, num_rows, num_states, strides)
         merge = _lists.remember(key, prepared._replace(may_look=indptr is not None and indices.are_visible(indptr)))
     if merge.may_look and indptr is not None:
         _look_at(op, v, indptr)
@@ -234,7 +237,9 @@ def _look_at(op: str, v: torch.Tensor, indptr: torch.Tensor) -> None:
         indices.require_offsets(op, "indptr", indptr, v.shape[0], "the states in v")
 
 
-def _prepare(op: str, v: torch.Tensor, num_rows: int, num_states: Optional[int] = None) -> _Merge:
+def _prepare(
+    op: str, v: torch.Tensor, num_rows: int, num_states: Optional[int] = None, strides: Sequence[int] = (0, 0, 0, 0)
+) -> _Merge:
     """A launch that takes the addresses of MergeParams; of pairs, unless a number of states is given: of every row, or
     with offsets of all."""
     num_heads, head_dim = v.shape[-2:]
@@ -250,6 +255,7 @@ def _prepare(op: str, v: torch.Tensor, num_rows: int, num_states: Optional[int] 
             "num_rows": num_rows,
             "num_heads": checks.integer(op, "num_heads", num_heads),
             "num_states": checks.integer(op, "num_states", num_states or 0),
+            **dict(zip(families.STRIDES, strides)),
         }
         launch = launcher.prepare((num_blocks, 1, 1), counts, varying=families.ADDRESSES)
     return _Merge(
@@ -279,6 +285,20 @@ def _aligned(v: torch.Tensor) -> torch.Tensor:
     """Contiguous, from a multiple of 16 bytes on, as kernels load vectors: itself if it is that, else a copy."""
     v = v.contiguous()
     return v if v.data_ptr() % 16 == 0 else v.clone()
+
+
+def _rows(v: torch.Tensor) -> torch.Tensor:
+    """Of lists, which may have any strides over rows and states: itself where every vector is aligned, else a copy."""
+    num_heads, head_dim = v.shape[-2:]
+    is_dense = (v.stride(-1) == 1 or head_dim == 1) and (v.stride(-2) == head_dim or num_heads == 1)
+    vector = 16 // v.element_size()
+    if not is_dense or v.data_ptr() % 16 or any(stride % vector for stride in v.stride()[:-2]):
+        return _aligned(v)
+    return v
+
+
+def _fp32_rows(op: str, s: torch.Tensor) -> torch.Tensor:
+    return s if s.dtype == torch.float32 and (s.stride(-1) == 1 or s.shape[-1] == 1) else _fp32(op, s)
 
 
 def _fp32(op: str, s: torch.Tensor) -> torch.Tensor:

@@ -122,6 +122,37 @@ def test_merge_states(device: torch.device, dtype: torch.dtype, num_states: int)
 
 
 @pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_states_are_read_where_they_lie(device: torch.device, dtype: torch.dtype) -> None:
+    """Blocks of outputs and LSE as ranks exchange them: rows side by side within a state, states apart, nothing between
+    read."""
+    num_states, seq_len, num_heads, head_dim = 5, 7, 3, 64
+    v, s = states(device, dtype, num_states, seq_len, num_heads, head_dim)
+    s[2] = -math.inf
+    v_bytes, s_bytes = v[0].numel() * dtype.itemsize, s[0].numel() * 4
+    block = torch.full((num_states, v_bytes + s_bytes + 12 + 16), 0xFF, dtype=torch.uint8, device=device)[:, :-16]
+    blocks = [row[:v_bytes].view(dtype).view(v.shape[1:]) for row in block]
+    lses = [row[v_bytes : v_bytes + s_bytes].view(torch.float32).view(s.shape[1:]) for row in block]
+    for one, lse, given, given_lse in zip(blocks, lses, v, s):
+        one.copy_(given)
+        lse.copy_(given_lse)
+    stride = block.stride(0)
+    rows = blocks[0].as_strided(
+        (seq_len, num_states, num_heads, head_dim), (num_heads * head_dim, stride // dtype.itemsize, head_dim, 1)
+    )
+    lse_rows = lses[0].as_strided((seq_len, num_states, num_heads), (num_heads, stride // 4, 1))
+    out, lse = flashinfer.merge_states(rows, lse_rows)
+    expected = merged(v, s)
+    assert_close(out, expected[0])
+    assert_close(lse, expected[1])
+    single = variable_length_merge_states(
+        rows[2], lse_rows[2], torch.arange(num_states + 1, dtype=torch.int32, device=device)
+    )
+    kept = lse_rows[2] > -math.inf
+    assert torch.equal(single[0][kept], rows[2][kept]) and torch.equal(single[1], lse_rows[2])
+
+
+@pytest.mark.sanitizer
 def test_variable_length_merge_states(device: torch.device) -> None:
     lengths = [3, 0, 1, 70, 0, 2]
     v, s = states(device, torch.float16, sum(lengths), 3, 64)

@@ -14,6 +14,7 @@ HEAD_DIMS = range(8, 1025, 8)
 
 
 ADDRESSES = ("v", "s", "v_other", "s_other", "mask", "indptr", "v_out", "s_out")  # change from call to call
+STRIDES = ("v_row_stride", "v_state_stride", "s_row_stride", "s_state_stride")
 
 
 class MergeParams(ctypes.Structure):
@@ -22,6 +23,7 @@ class MergeParams(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_void_p) for name in ADDRESSES],
         ("num_rows", ctypes.c_int64),
+        *[(name, ctypes.c_int64) for name in STRIDES],
         ("num_heads", ctypes.c_int32),
         ("num_states", ctypes.c_int32),
     ]
