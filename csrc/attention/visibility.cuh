@@ -6,6 +6,8 @@
 //                     and  bit i * kv_len + j of the mask is set  under a custom one
 //                     and  j is none of the queries' own keys, or bit j - (kv_len - qo_len) of row i of the mask is set
 //                                                                 under a draft mask
+//                     and  j <= position, where j is of the prefix, or position is, or both are of one item
+//                                                                 under a mask of items
 //                     and  j >= position - window_left            in a window
 //
 // keys_of() is the range outside of which a query sees nothing, whatever the kind of mask. Neither of its ends falls
@@ -19,7 +21,13 @@
 
 namespace flashinfer {
 
-enum MaskKind : int { kMaskNone = 0, kMaskCausal = 1, kMaskCustom = 2, kMaskDraft = 3 };
+enum MaskKind : int { kMaskNone = 0, kMaskCausal = 1, kMaskCustom = 2, kMaskDraft = 3, kMaskItems = 4 };
+
+// Of a request under a mask of items: the tokens before its items, and where the places of those behind are: 0 for a
+// delimiter, then 1, 2, … to the next. Tokens beyond `count` are delimiters.
+struct ItemsOfRequest {
+  int32_t prefix_len, begin, count;
+};
 
 // Indices [begin, end), of keys or of tiles of keys. Empty unless begin < end.
 struct Range {
@@ -56,7 +64,7 @@ struct Visibility {
   // The keys that a query may see.
   FLASHINFER_FN Range keys_of(int32_t position, int32_t kv_len) const {
     Range keys{0, kv_len};
-    if (mask == kMaskCausal) keys.end = position + 1 < kv_len ? position + 1 : kv_len;
+    if (mask == kMaskCausal || mask == kMaskItems) keys.end = position + 1 < kv_len ? position + 1 : kv_len;
     if (has_window) {  // in an order that cannot overflow: positions may be negative, and the window as wide as int32
       const int32_t hidden = (position > 0 ? position : 0) - window_left;
       keys.begin = hidden > 0 ? hidden : 0;
@@ -66,7 +74,7 @@ struct Visibility {
   // Whether ranges of keys begin past zero.
   FLASHINFER_FN bool has_begin() const { return has_window; }
   // Whether keys are hidden inside the range.
-  FLASHINFER_FN bool has_holes() const { return mask == kMaskCustom || mask == kMaskDraft; }
+  FLASHINFER_FN bool has_holes() const { return mask == kMaskCustom || mask == kMaskDraft || mask == kMaskItems; }
 
   // Where there are holes: which of 32 keys query qo_idx sees, bit k for key first_key + k. Bits of
   // keys outside of the range mean nothing.
@@ -74,6 +82,7 @@ struct Visibility {
   FLASHINFER_FN uint32_t bits_of(const Params& params, int32_t request_idx, int32_t qo_idx, int32_t first_key,
                                  int32_t qo_len, int32_t kv_len) const {
     if (mask == kMaskDraft) return bits_of_draft(params, request_idx, qo_idx, kv_len - qo_len - first_key, qo_len);
+    if (mask == kMaskItems) return bits_of_items(params, request_idx, position_of(qo_idx, qo_len, kv_len), first_key);
     const uint8_t* bytes = params.mask_indptr == nullptr ? params.mask : params.mask + params.mask_indptr[request_idx];
     return load_bits(bytes, int64_t(qo_idx) * kv_len + first_key, int64_t(qo_len) * kv_len);
   }
@@ -90,7 +99,25 @@ struct Visibility {
     const int64_t num_bits = ceil_div(params.qo_len, 32) * 32;
     const uint8_t* row = params.mask + token_idx * (num_bits / 8);
     if (first_draft <= 0) return load_bits(row, -int64_t(first_draft), num_bits);
-    return load_bits(row, 0, num_bits) << first_draft | ((1u << first_draft) - 1);
+    return load_bits(row, 0, num_bits) << first_draft | bits_before(first_draft);
+  }
+
+  // The same where tokens behind a prefix are those of items. Of a delimiter, whose place is 0, no key up to its own is
+  // one of its item.
+  template <class Params>
+  FLASHINFER_FN static uint32_t bits_of_items(const Params& params, int32_t request_idx, int32_t position,
+                                              int32_t first_key) {
+    const ItemsOfRequest items = reinterpret_cast<const ItemsOfRequest*>(params.mask_indptr)[request_idx];
+    if (position < items.prefix_len) return 0xffffffffu;
+    const int32_t idx = position - items.prefix_len;
+    const int32_t place = idx < items.count ? reinterpret_cast<const uint16_t*>(params.mask)[items.begin + idx] : 0;
+    return bits_before(items.prefix_len - first_key) | ~bits_before(position + 1 - place - first_key);
+  }
+
+  // Of a word, the bits before one.
+  FLASHINFER_FN static uint32_t bits_before(int32_t bit) {
+    if (bit <= 0) return 0;
+    return bit < 32 ? (1u << bit) - 1 : 0xffffffffu;
   }
 
   // Whether an index is within a range of ours, of keys or of tiles.

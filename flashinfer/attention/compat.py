@@ -36,7 +36,7 @@ class _Request:
     next_step: str
 
 
-_MULTI_ITEM = _Request(None, "multi-item scoring", "pass a custom_mask to BatchPrefillWithPagedKVCacheWrapper")
+_MULTI_ITEM = _Request(None, "multi-item scoring", "plan() of prefill takes it, with token_pos_in_items_ptr")
 _PLANNED = _Request(-1, "what plan() of another wrapper settles", "pass it to plan() of decode, or of prefill")
 _FP4_OUTPUT = _Request(None, "an output in fp4", "quantize the output afterwards")
 _RANGES = _Request(None, "a range of keys for each query", "BatchPrefillWithPagedKVCacheWrapper takes a custom_mask")

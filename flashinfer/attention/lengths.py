@@ -121,16 +121,19 @@ class Lengths:
                 )
             if mask.is_cpu:
                 mask, mask_indptr = mask.clone(), mask_indptr.clone()  # the caller may go on to change them
-        self._note_mask(mask, mask_indptr)
+        self.note_mask(mask, mask_indptr)
 
     def like(self, other: Lengths) -> Lengths:
         """These index tensors, with what is known of others, and the mask of those."""
         self.num_tokens, self.num_kv_rows = other.num_tokens, other.num_kv_rows
-        if other.mask is not None and other.mask_indptr is not None:
-            self._note_mask(other.mask, other.mask_indptr)
+        self.keep_mask(other)
         return self
 
-    def _note_mask(self, mask: torch.Tensor, mask_indptr: torch.Tensor) -> None:
+    def keep_mask(self, other: Lengths) -> None:
+        if other.mask is not None and other.mask_indptr is not None:
+            self.note_mask(other.mask, other.mask_indptr)
+
+    def note_mask(self, mask: torch.Tensor, mask_indptr: torch.Tensor) -> None:
         self.mask, self.mask_indptr = mask, mask_indptr
         self.row_addresses = (self.row_addresses[0], mask.data_ptr(), mask_indptr.data_ptr(), 0)
 

@@ -17,6 +17,7 @@ import torch
 
 from flashinfer.attention import lengths, workspace
 from flashinfer.attention.compat import EngineNames, require_no_jit_args
+from flashinfer.attention.items import Items
 from flashinfer.attention.lengths import FixedBuffers, Lengths
 from flashinfer.attention.mask import take_mask
 from flashinfer.attention.plan import BoundLaunch, BoundRun, Call, Extent, Plan
@@ -153,12 +154,12 @@ class PlannedAttention(Uncopyable, EngineNames):
         self,
         given: tuple[torch.Tensor, ...],
         arguments: tuple[Any, ...],
-        masks: Optional[Masks] = None,
+        masks: Union[Masks, Items, None] = None,
         longest: Optional[int] = None,
     ) -> None:
         """Plan for the lengths in the index tensors, and only then take note of it.
 
-        arguments: of `_describe`. masks: of a plan with a custom mask. longest: no request has more queries.
+        arguments: of `_describe`. masks: of a plan whose mask has bits. longest: no request has more queries.
         """
         try:
             found = Lengths(given, self._device_index)
@@ -198,7 +199,13 @@ class PlannedAttention(Uncopyable, EngineNames):
         self._plan, self._lengths = plan, found
         self._extent, self._is_settled = extent, False
 
-    def _take_mask(self, found: Lengths, masks: Masks, given: tuple[torch.Tensor, ...], page_size: int) -> None:
+    def _take_mask(
+        self, found: Lengths, masks: Union[Masks, Items], given: tuple[torch.Tensor, ...], page_size: int
+    ) -> None:
+        if isinstance(masks, Items):
+            kv_lens = found.kv_lens(page_size)
+            found.note_mask(*masks.take(self._op_name, self.device, len(kv_lens), kv_lens))
+            return
         buffers = (self._buffers["mask"], self._buffers["mask_indptr"]) if self._use_cuda_graph else None
         on_host = None
         if self.device.type != "cpu" and all(tensor.is_cpu for tensor in given):
@@ -245,6 +252,8 @@ class PlannedAttention(Uncopyable, EngineNames):
         extent, planner = self._choose(plan, found.num_tokens)
         if plan.mask == "custom":
             found.take_mask(op, self._buffer("mask"), self._buffer("mask_indptr"), plan.shape.page_size)
+        elif plan.mask == "items" and self._lengths is not None:
+            found.keep_mask(self._lengths)
         planner(*found.planner_addresses)
         self._lengths, self._extent, self._is_settled, self._followed = found, extent, False, _NO_RUN
 

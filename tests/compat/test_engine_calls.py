@@ -516,7 +516,7 @@ def wrappers() -> list[Any]:
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("prefix_len_ptr", ANY_TENSOR), ("token_pos_in_items_len", 3),
+        ("max_item_len_ptr", ANY_TENSOR), ("token_pos_in_items_len", 3),
         ("kv_cache_sf", (ANY_TENSOR, ANY_TENSOR)), ("lse_base", "ln"),
         ("skip_softmax_threshold_scale_factor", 0.5), ("v_indptr", ANY_TENSOR),
     ],

@@ -59,9 +59,11 @@ struct UnitOrder {
 struct PrefillRows {
   const int32_t* qo_indptr;  // [batch_size + 1] into tokens; null if every request has qo_len
   // One bit per (query, key), little-endian, true = visible; of a draft mask [num_tokens, ceil(qo_len / 32) * 32] among
-  // the queries of each request. Null unless custom or draft.
+  // the queries of each request; of a mask of items uint16, the places of tokens in them. Null of other masks.
   const uint8_t* mask;
-  const int32_t* mask_indptr;  // [batch_size + 1] bytes: where each request's bits start; null if single or draft
+  // [batch_size + 1] bytes: where each request's bits start; null if single or draft. Of a mask of items
+  // ItemsOfRequest.
+  const int32_t* mask_indptr;
 };
 
 // The planner's schedule and scratch memory. Null in a launch without a plan, whose blocks are one query tile each.

@@ -6,7 +6,7 @@ from typing import Any, Optional, Union
 
 import torch
 
-from flashinfer.attention.compat import IndexBuffer, causal_by_window, check_later_arguments
+from flashinfer.attention.compat import IndexBuffer, check_later_arguments
 from flashinfer.attention.plan import Shape
 from flashinfer.attention.planned import DataType, Result
 from flashinfer.attention.prefill.plan import RaggedKv
@@ -131,17 +131,17 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
                 room: up to 20 partial results for each row of such requests.
             use_fp16_qk_reduction, non_blocking: accepted for compatibility.
             later: what later releases added, as far as it asks for nothing that is not here (compat.py). window_right
-                is -1, or with causal any, or 0, which is causal.
+                is -1, or with causal any, or 0, which is causal. Multi-item scoring is prefix_len_ptr, integers
+                `[batch_size]`: the tokens before the first delimiter; and token_pos_in_items_ptr, integers below 2^16
+                (uint16 on the device is used in place) for the tokens from there on: 0 for a delimiter, 1, 2, … for
+                those of an item, each request's padded to token_pos_in_items_len. Tokens see the prefix and their own
+                item, up to themselves, and delimiters the prefix alone.
 
         Raises:
             ValueError: a shape, dtype or device does not fit, or a workspace is too small.
             UnsupportedConfig: no kernel for these arguments.
         """
-        if later:
-            causal = causal_by_window(self._op_name, later, causal)
-            check_later_arguments(self._op_name, later)
-        masks = None if custom_mask is None and packed_custom_mask is None else (custom_mask, packed_custom_mask)
-        mask = "custom" if masks is not None else "causal" if causal else "none"
+        mask, masks = self._mask_of(custom_mask, packed_custom_mask, causal, later)
         arguments = (
             mask, num_qo_heads, num_kv_heads, page_size, head_dim_qk, head_dim_vo, q_data_type, kv_data_type,
             o_data_type, (fixed_split_size, disable_split_kv),

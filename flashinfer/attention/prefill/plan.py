@@ -14,6 +14,7 @@ from flashinfer.attention.prefill.launch import Extent, PrefillKernel, Schedule
 from flashinfer.attention.sequence import row_strides
 from flashinfer.attention.variant import Factors, Variant
 from flashinfer.attention.workspace import Memory
+from flashinfer.families.attention.params import MASKS_OF_BITS
 from flashinfer.families.attention.prefill import SHORT_ROWS
 from flashinfer.host import checks
 from flashinfer.host.paged_cache import KvStrides, PagedCache, PagedKv
@@ -128,7 +129,7 @@ class PrefillPlan(Plan):
             kv = replace(kv, dtype=call.kv_dtype)
         strides = kv.strides_of(op, call.kv, self.device)
         mask, variant = self.mask, self.variant_of(call)
-        if call.overrides is not None and call.overrides.causal is not None and mask != "custom":
+        if call.overrides is not None and call.overrides.causal is not None and mask not in MASKS_OF_BITS:
             mask = "causal" if call.overrides.causal else "none"
         q_scale, k_scale, v_scale = call.scales
         factors = Factors.of(op, (q_scale,), (k_scale,), (v_scale,))

@@ -6,7 +6,7 @@ from typing import Any, Optional, Union
 
 import torch
 
-from flashinfer.attention.compat import IndexBuffer, causal_by_window, check_later_arguments
+from flashinfer.attention.compat import IndexBuffer, check_later_arguments
 from flashinfer.attention.plan import Shape
 from flashinfer.attention.planned import DataType, Result
 from flashinfer.attention.prefill.plan import RaggedKv
@@ -80,11 +80,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
 
         Other arguments and raises: as `BatchPrefillWithPagedKVCacheWrapper.plan`.
         """
-        if later:
-            causal = causal_by_window(self._op_name, later, causal)
-            check_later_arguments(self._op_name, later)
-        masks = None if custom_mask is None and packed_custom_mask is None else (custom_mask, packed_custom_mask)
-        mask = "custom" if masks is not None else "causal" if causal else "none"
+        mask, masks = self._mask_of(custom_mask, packed_custom_mask, causal, later)
         arguments = (
             mask, num_qo_heads, num_kv_heads, 1, head_dim_qk, head_dim_vo, q_data_type, kv_data_type,
             o_data_type, (fixed_split_size, disable_split_kv),

@@ -7,9 +7,10 @@ from typing import Any, Optional, Union
 
 import torch
 
-from flashinfer.attention.compat import IndexBuffer
+from flashinfer.attention.compat import IndexBuffer, causal_by_window, check_later_arguments
+from flashinfer.attention.items import Items, items_of
 from flashinfer.attention.plan import Shape, dtype_of
-from flashinfer.attention.planned import PlannedAttention, Result
+from flashinfer.attention.planned import Masks, PlannedAttention, Result
 from flashinfer.attention.prefill.plan import PrefillPlan, RaggedKv, fixed_split
 from flashinfer.attention.variant import Variant
 from flashinfer.errors import UnsupportedConfig
@@ -27,6 +28,25 @@ class PrefillWrapper(PlannedAttention):
         if self._plan is None:
             raise AttributeError(f"{self._op_name}: _causal is known after plan()")
         return self._plan.mask == "causal"
+
+    def _mask_of(
+        self,
+        custom_mask: Optional[torch.Tensor],
+        packed_custom_mask: Optional[torch.Tensor],
+        causal: bool,
+        later: dict[str, Any],
+    ) -> tuple[str, Union[Masks, Items, None]]:
+        """The kind of mask that arguments of plan() ask for, and what says which bits it has."""
+        is_masked = custom_mask is not None or packed_custom_mask is not None
+        if later:
+            items = items_of(self._op_name, later, is_masked, self._use_cuda_graph)
+            causal = causal_by_window(self._op_name, later, causal)
+            check_later_arguments(self._op_name, later)
+            if items is not None:
+                return "items", items
+        if is_masked:
+            return "custom", (custom_mask, packed_custom_mask)
+        return "causal" if causal else "none", None
 
     def _describe(
         self, batch_size: int, workspaces: tuple[torch.Tensor, torch.Tensor], arguments: tuple[Any, ...]

@@ -10,8 +10,8 @@ KV_DTYPES = (*DTYPES, *FP8_DTYPES)
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 # The enumerations of attention/kv_view.cuh, visibility.cuh and score.cuh.
 KV_STORAGE = {"single": 0, "ragged": 1, "paged": 2, "paged_lens": 3}
-MASKS = {"none": 0, "causal": 1, "custom": 2, "draft": 3}
-MASKS_OF_BITS = ("custom", "draft")
+MASKS = {"none": 0, "causal": 1, "custom": 2, "draft": 3, "items": 4}
+MASKS_OF_BITS = ("custom", "draft", "items")
 POS_ENCODINGS = {"none": 0, "rope": 1, "alibi": 2}
 
 
