@@ -27,6 +27,10 @@ class CompileError(FlashInferError, RuntimeError):
     """A kernel did not compile. The last line of the message is the first real error of the compiler."""
 
 
+class ExchangeFailed(FlashInferError, RuntimeError):
+    """Ranks did not come together: one of them raised or died, or they disagree on what they exchange."""
+
+
 class DriverError(FlashInferError, RuntimeError):
     """The CUDA driver refused a call."""
 

@@ -105,7 +105,7 @@ def merge_states(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.
         out = _new_state((v.shape[0], *v.shape[2:-1]), v)
         _list_door("merge_states", v, s, None, out)
         return out
-    return _merge_list("merge_states", v, s, None)
+    return merge_list("merge_states", v, s, None)
 
 
 def variable_length_merge_states(
@@ -131,7 +131,7 @@ def variable_length_merge_states(
         return out
     if indptr is None:  # which merge_states goes by
         checks.require_addresses("variable_length_merge_states", indptr=indptr)
-    return _merge_list("variable_length_merge_states", v, s, indptr)
+    return merge_list("variable_length_merge_states", v, s, indptr)
 
 
 _State = tuple[torch.Tensor, torch.Tensor]  # v, s
@@ -197,7 +197,7 @@ def _merge_pair(
     return out
 
 
-def _merge_list(
+def merge_list(
     op: str, v: torch.Tensor, s: torch.Tensor, indptr: Optional[torch.Tensor], out: Optional[_State] = None
 ) -> _State:
     """indptr None: every row of v has its states on dim 1; else they lie side by side on dim 0."""
@@ -219,7 +219,7 @@ def _merge_list(
         _require_states(op, v, s, "s")
         readable = (_rows(v), _fp32_rows(op, s), None if indptr is None else _offsets(op, v, indptr))
         if any(new is not old for new, old in zip(readable, (v, s, indptr))):
-            return _merge_list(op, *readable, out)
+            return merge_list(op, *readable, out)
         num_rows, num_states = v.shape[:2] if indptr is None else (indptr.shape[0] - 1, v.shape[0])
         state_dim = 0 if indptr is not None else 1
         strides = (v.stride(0), v.stride(state_dim), s.stride(0), s.stride(state_dim))
@@ -322,5 +322,5 @@ _PAIR = {"v": "Tensor", "s": "Tensor", "v_other": "Tensor", "s_other": "Tensor",
 _pair_door = traced.door("merge_state", _merge_pair, {"op": "str", **_PAIR, "out": _OUT})
 _in_place_door = traced.door("merge_state_in_place", _merge_in_place, _PAIR | {"v": "Tensor(!)", "s": "Tensor(!)"})
 _list_door = traced.door(
-    "merge_states", _merge_list, {"op": "str", "v": "Tensor", "s": "Tensor", "indptr": "Tensor?", "out": _OUT}
+    "merge_states", merge_list, {"op": "str", "v": "Tensor", "s": "Tensor", "indptr": "Tensor?", "out": _OUT}
 )

@@ -38,7 +38,7 @@ ROOT_PAGES = {
 }
 ASSETS = ("site.css", "kernels.js")
 # Modules that are documented whole, beside what the package exports.
-WHOLE = ("errors", "utils", "jit.spec")
+WHOLE = ("parallel", "errors", "utils", "jit.spec")
 
 
 # ------------------------------------------------------------------------------------------------------------ reference

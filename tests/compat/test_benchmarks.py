@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import bench_parallel  # noqa: E402
 import results  # noqa: E402
 
 # A benchmark of two cases, on flashinfer packages that say themselves how long they take. What stands in for torch
@@ -176,6 +177,32 @@ def test_benchmarks_run_beside_themselves(command: list[str], tmp_path: Path) ->
     assert cases and all(case.figure and any(name.startswith("peer") for name in case.peers) for case in cases)
     is_part = script != "bench_elementwise.py"  # whose groups are tables of their own
     assert all(bool(measured.partial) == is_part for measured in one.tables.values())
+
+
+def test_ranks_are_timed_beside_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group of one, as torchrun would start it."""
+    script = str(ROOT / "benchmarks" / "bench_parallel.py")
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in rank.items():
+        monkeypatch.setenv(name, value)
+    done = run(script, "--json", str(tmp_path), "--commit", "0123abc", path=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    (one,) = results.read(next(tmp_path.iterdir())).runs
+    assert one.tables.keys() == {f"{kind}, 1 ranks" for kind in ("exchange", "decode", "latent", "ring")}
+    assert all(case.figure for measured in one.tables.values() for case in measured.cases.values())
+
+
+def test_more_ranks_are_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From what two wrote; as much as that where exchanges take no time."""
+    free = {str(size): results.case(1e-9, {"all-to-all": 1e-9}, bytes=size) for size in (1 << 10, 1 << 30)}
+    decode = {"decode, 1 x 1048576": results.case(500.0, {"one GPU": 960.0, "local": 480.0})}
+    tables = {"exchange, 2 ranks": free, "decode, 2 ranks": decode}
+    tables = {name: results.Table("us", cases) for name, cases in tables.items()}
+    one = results.Run("parallel", "2026-11-30T12:00Z", "bench_parallel.py", None, {"torch": "2"}, tables)
+    file = results.write(tmp_path, "NVIDIA H200", "0123abc", one)
+    bench_parallel.predict(file, step_us=0.0)
+    (_, row) = table(capsys.readouterr().out)
+    assert row[:3] == ["decode, 1 x 1048576", "96.0%", "100%"] and float(row[3].strip("%")) >= 99
 
 
 def test_compile_times_have_no_peers(tmp_path: Path) -> None:

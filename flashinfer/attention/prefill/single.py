@@ -152,6 +152,22 @@ def _run(
     return out if lse is None else (out, lse)
 
 
+def prefill_into(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    causal: bool,
+    sm_scale: Optional[float],
+    logits_soft_cap: Optional[float],
+) -> None:
+    """`single_prefill_with_kv_cache` into contiguous memory of the caller, which is not checked."""
+    options = (causal, "NHD", "NONE", -1, logits_soft_cap, sm_scale, None, None)
+    _run(q, k, v, out, lse, True, out.dtype, None, None, None, *options, *[None] * len(_SCALES))
+
+
 _SCALES = ("scale_q", "scale_k", "scale_v", "k_scale", "v_scale")
 _NO_SCALES = (None,) * len(_SCALES)
 _door = traced.door(
