@@ -1,0 +1,143 @@
+"""examples/engines/vllm_compare.py with an engine that answers at once: what it asks, and what it makes of answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.kit import ROOT
+
+ENGINE = """
+import json, os, random, time
+from types import SimpleNamespace as Some
+
+__version__ = "0"
+SamplingParams = Some
+
+
+class LLM:
+    def __init__(self, attention_config, kv_cache_dtype="auto", **options):
+        assert json.load(open(options["model"] + "/config.json"))["num_hidden_layers"] == 4
+        self.is_ours = attention_config["backend"] == "FLASHINFER"
+        assert os.environ["VLLM_USE_FLASHINFER_SAMPLER"] == str(int(self.is_ours))
+        if kv_cache_dtype == "fp8" and self.is_ours:
+            raise NotImplementedError("no fp8 here\\nfor two reasons")
+        self.is_off = self.is_ours and os.environ.get("OFF") == "1"
+        group = Some(backend=Some(get_name=lambda: attention_config["backend"]))
+        runner = Some(attn_groups=[[group]])
+        self.llm_engine = Some(
+            vllm_config=Some(compilation_config=Some(cudagraph_mode="NONE")),
+            model_executor=Some(driver_worker=Some(worker=Some(model_runner=runner))),
+        )
+        print("started", options)
+
+    def apply_model(self, change):
+        return [0]
+
+    def reset_prefix_cache(self):
+        pass
+
+    def generate(self, prompts, params, use_tqdm):
+        time.sleep((0.002 if self.is_ours else 0.004) * params.max_tokens)
+        return [self._answer(prompt["prompt_token_ids"], params) for prompt in prompts]
+
+    def _answer(self, ids, params):
+        draw = random.Random(len(ids) + ids[0])
+        tokens = [draw.randrange(9) + (9 if self.is_off and i > 2 else 0) for i in range(params.max_tokens)]
+        logprobs = [{token: Some(logprob=-1.0), token + 20: Some(logprob=-2.0)} for token in tokens]
+        return Some(outputs=[Some(token_ids=tokens, logprobs=logprobs if params.logprobs else None)])
+"""
+
+
+TORCH = """
+from types import SimpleNamespace as Some
+
+cuda = Some(is_available=lambda: False)
+"""
+PROFILER = """
+from types import SimpleNamespace as Some
+
+ProfilerActivity = Some(CPU=0)
+
+
+class profile:
+    def __init__(self, activities):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        pass
+
+    def key_averages(self):
+        return [Some(key=name, self_device_time_total=1e3) for name in ("prefill", "gemm", "FlashAttention")]
+"""
+
+
+def compare(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[int, str, dict[str, Any]]:
+    for module in ("entrypoints/llm", "v1/engine/llm_engine", "v1/worker/gpu_worker"):
+        file = folder / "vllm" / f"{module}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (folder / "torch").mkdir()
+    for file, text in {"vllm/__init__": ENGINE, "torch/__init__": TORCH, "torch/profiler": PROFILER}.items():
+        (folder / f"{file}.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{ROOT}")
+    command = [sys.executable, "examples/engines/vllm_compare.py", "--json", str(folder / "all.json"), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    return done.returncode, done.stdout + done.stderr, json.loads((folder / "all.json").read_text())["stages"]
+
+
+def test_engines_that_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, output, stages = compare(
+        tmp_path, monkeypatch, "--stages", "cold,agree,speed,ngram,xqa", "--models", "llama", "--repeats", "1"
+    )
+    names = [row.get("engine") for row in stages["cold"]]
+    assert names == ["llama A", "llama B", "llama B, AOT"], output
+    assert [(row["ok"], row["equal"], row["prompts"]) for row in stages["agree"]] == [(True, 16, 16)] * 3, output
+    decode = {(row["engine"], row["row"]): row["ratio"] for row in stages["speed"] if row["row"].startswith("decode")}
+    assert len(decode) == 3 * 3, output
+    for (engine, _), ratio in decode.items():
+        assert ratio == 1 if engine == "llama A" else 1.2 < ratio < 3, output
+    assert all(row["ok"] for row in stages["ngram"]) and stages["xqa"][0]["ok"], output
+    assert {(row["attention"], row["total"]) for row in stages["profile"]} == {(2.0, 3.0)}, output
+    assert code == 0, output
+
+
+def test_a_difference_and_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A difference where there is no tie fails; so does an engine that does not start, and the rest goes on."""
+    monkeypatch.setenv("OFF", "1")
+    code, output, stages = compare(tmp_path, monkeypatch, "--stages", "fp8,agree", "--models", "llama")
+    ours, *themselves = stages["agree"]
+    assert code == 1 and not ours["ok"] and ours["equal"] == 0 and ours["first"] == 16, output
+    assert all(row["ok"] for row in themselves), output
+    assert "fp8" not in stages, output
+    for name in ("llama B fp8", "llama B fp8 queries in 16 bits"):
+        (row,) = stages[name]
+        said = f"Failed: {name}: NotImplementedError: no fp8 here for two reasons (__init__.py:"
+        assert row["error"].startswith(said) and "raise NotImplementedError" in row["error"], output
+
+
+def test_weights_are_the_same_for_all_engines_and_of_some_size() -> None:
+    spec = importlib.util.spec_from_file_location("vllm_compare", ROOT / "examples" / "engines" / "vllm_compare.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["vllm_compare"] = module
+    spec.loader.exec_module(module)
+    models = [torch.nn.Sequential(torch.nn.Linear(1024, 64, bias=False), torch.nn.LayerNorm(64)) for _ in range(2)]
+    assert [module.draw_weights(model) for model in models] == [64 * 1024 + 128] * 2
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
+    assert 1.2 < (models[0][0](torch.randn(50, 1024))).std() < 1.36
+
+
+def test_out_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, output, stages = compare(tmp_path, monkeypatch, "--stages", "agree", "--models", "llama", "--budget", "5")
+    assert code == 1 and stages["agree"] == [{"error": "not run: out of time"}], output
