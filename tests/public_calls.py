@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import flashinfer
-from flashinfer import cascade, decode, prefill, quantization, sampling, utils
+from flashinfer import cascade, decode, gdn_decode, prefill, quantization, sampling, utils
 from flashinfer.host.memo import Memo
 
 TOKENS, HEADS, KV_HEADS, DIM, PAGE = 5, 4, 2, 64, 4
@@ -62,6 +62,9 @@ class Inputs:
         self.drafts, self.counts = index(*range(2 * TOKENS)).view(TOKENS, 2), index(*[1] * TOKENS)
         self.chain = self.probs[:, None].repeat(1, 3, 1)
         self.sinks = random(HEADS, dtype=torch.float32)
+        a, b = random(TOKENS, 1, HEADS), random(TOKENS, 1, HEADS)
+        a_log, dt_bias = random(HEADS, dtype=torch.float32), random(HEADS, dtype=torch.float32)
+        self.delta_rule = (self.k[:, None], self.k.flip(0)[:, None], self.q[:, None], a_log, a, dt_bias, b)
         self.workspace = torch.empty(16 << 20 if device.type == "cuda" else 8, dtype=torch.uint8, device=device)
 
     @property
@@ -198,6 +201,28 @@ CALLS["get_batch_indices_positions"] = lambda i: flashinfer.get_batch_indices_po
     i.qo_indptr, flashinfer.get_seq_lens(i.kv_indptr, i.last_page_len, PAGE), TOKENS
 )
 CALLS["get_seq_lens"] = lambda i: flashinfer.get_seq_lens(i.kv_indptr, i.last_page_len, PAGE)
+
+
+@call("gdn_decode.gated_delta_rule_decode")
+def _gated_delta_rule_decode(i: Inputs) -> Any:
+    state = torch.ones(TOKENS, HEADS, DIM, DIM, dtype=torch.float32, device=i.device)
+    return gdn_decode.gated_delta_rule_decode(*i.delta_rule[:3], state, *i.delta_rule[3:])
+
+
+@call("gdn_decode.gated_delta_rule_decode_pretranspose")
+def _gated_delta_rule_decode_pretranspose(i: Inputs) -> Any:
+    pool = torch.ones(6, HEADS, DIM, DIM, dtype=torch.float32, device=i.device)
+    return gdn_decode.gated_delta_rule_decode_pretranspose(
+        *i.delta_rule[:3], None, *i.delta_rule[3:], initial_state=pool, initial_state_indices=i.pages
+    )
+
+
+@call("gdn_decode.gated_delta_rule_mtp")
+def _gated_delta_rule_mtp(i: Inputs) -> Any:
+    pool = torch.ones(6, HEADS, DIM, DIM, dtype=torch.float32, device=i.device)
+    kept = torch.ones(TOKENS, 1, HEADS, DIM, DIM, dtype=torch.float32, device=i.device)
+    inputs = *i.delta_rule[:3], pool, i.pages, *i.delta_rule[3:]
+    return gdn_decode.gated_delta_rule_mtp(*inputs, intermediate_states_buffer=kept), kept
 
 
 @call("concat_mla_k")

@@ -27,6 +27,27 @@ __device__ __forceinline__ float warp_reduce(float x, Op op) {
   return x;
 }
 
+// N sums, each over a group of kWidth consecutive lanes, in the shuffles of two: lane l of a group receives that of
+// values[l / (kWidth / N)]. Overwrites the values.
+template <int kWidth, int N>
+__device__ __forceinline__ float warp_sums(float (&values)[N]) {
+  static_assert(N <= kWidth && (N & (N - 1)) == 0 && (kWidth & (kWidth - 1)) == 0);
+  // Lanes that differ in one bit share their values out, each adding what it keeps to what it is given.
+  int offset = kWidth / 2;
+#pragma unroll
+  for (int kept = N / 2; kept > 0; kept /= 2, offset /= 2) {
+    const bool is_upper = threadIdx.x & offset;
+#pragma unroll
+    for (int i = 0; i < kept; ++i) {
+      const float given = is_upper ? values[i] : values[i + kept];
+      values[i] = (is_upper ? values[i + kept] : values[i]) + __shfl_xor_sync(0xffffffffu, given, offset);
+    }
+  }
+#pragma unroll
+  for (; offset > 0; offset /= 2) values[0] += __shfl_xor_sync(0xffffffffu, values[0], offset);
+  return values[0];
+}
+
 // scratch_smem holds one float per warp. Ends with a barrier before the scratch is read, none after: two reductions
 // in a row need two scratch arrays or a __syncthreads() between them.
 template <int kNumThreads, class Op>

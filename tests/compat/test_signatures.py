@@ -13,7 +13,7 @@ import pytest
 import torch  # noqa: F401  # in defaults of the table
 
 import flashinfer
-from flashinfer import cascade, concat_ops, decode, mla, prefill, topk
+from flashinfer import cascade, concat_ops, decode, gdn_decode, mla, prefill, topk
 
 _FORWARD = """
     self, q, paged_kv_cache, pos_encoding_mode="NONE", q_scale=None, k_scale=None, v_scale=None, window_left=-1,
@@ -172,6 +172,20 @@ SIGNATURES: dict[Any, str] = {
     """,
     topk.top_k_ragged_transform: """
         input, offsets, lengths, k, deterministic=False, tie_break=0, dsa_graph_safe=False, row_starts=None
+    """,
+    gdn_decode.gated_delta_rule_decode: """
+        q, k, v, state, A_log, a, dt_bias, b, scale=None, output=None, use_qk_l2norm=True, backend="auto"
+    """,
+    gdn_decode.gated_delta_rule_decode_pretranspose: """
+        q, k, v, state, A_log, a, dt_bias, b, scale=None, output=None, use_qk_l2norm=True, initial_state=None,
+        initial_state_indices=None, output_state_indices=None,
+        intermediate_states_buffer=None, disable_state_update=False, backend="auto"
+    """,
+    gdn_decode.gated_delta_rule_mtp: """
+        q, k, v, initial_state, initial_state_indices, A_log, a, dt_bias, b, scale=None, output=None,
+        intermediate_states_buffer=None, ssm_state_indices=None, disable_state_update=None, use_qk_l2norm=True,
+        output_state_indices=None, cache_replayssm=False, replayssm_rawv=None, replayssm_rawk=None, replayssm_g=None,
+        replayssm_beta=None
     """,
     concat_ops.concat_mla_k: 'k, k_nope, k_rope, *, backend="default"',
     cascade.merge_state: "v_a, s_a, v_b, s_b",
