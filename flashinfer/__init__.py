@@ -44,6 +44,8 @@ _EXPORTS = {
             "layernorm",
             "rmsnorm_quant",
             "fused_add_rmsnorm_quant",
+            "gated_rmsnorm",
+            "gated_rmsnorm_quant",
         ),
         "page": ("append_paged_kv_cache", "append_paged_mla_kv_cache", "get_batch_indices_positions", "get_seq_lens"),
         "prefill": (

@@ -45,6 +45,8 @@ from flashinfer.mla import sparse_mla_decode as sparse_mla_decode
 from flashinfer.mla import sparse_mla_prefill as sparse_mla_prefill
 from flashinfer.norm import fused_add_rmsnorm as fused_add_rmsnorm
 from flashinfer.norm import fused_add_rmsnorm_quant as fused_add_rmsnorm_quant
+from flashinfer.norm import gated_rmsnorm as gated_rmsnorm
+from flashinfer.norm import gated_rmsnorm_quant as gated_rmsnorm_quant
 from flashinfer.norm import gemma_fused_add_rmsnorm as gemma_fused_add_rmsnorm
 from flashinfer.norm import gemma_rmsnorm as gemma_rmsnorm
 from flashinfer.norm import layernorm as layernorm

@@ -8,7 +8,7 @@ import torch
 
 from flashinfer import dtypes, target
 from flashinfer.families.layout import DTYPES, FP8_DTYPES, fast_divisor, inside, vec_size
-from flashinfer.families.norm import LAYERNORM, RMSNORM, RMSNORM_QUANT
+from flashinfer.families.norm import GATED_RMSNORM, GATED_RMSNORM_QUANT, LAYERNORM, RMSNORM, RMSNORM_QUANT
 from flashinfer.host import checks, memo, quant_scale, traced
 from flashinfer.host.quant_scale import Scale
 from flashinfer.host.rows import common_rows, require_distinct
@@ -24,6 +24,8 @@ __all__ = [
     "layernorm",
     "rmsnorm_quant",
     "fused_add_rmsnorm_quant",
+    "gated_rmsnorm",
+    "gated_rmsnorm_quant",
 ]
 
 
@@ -144,6 +146,46 @@ def fused_add_rmsnorm_quant(
     _normalize_quant("fused_add_rmsnorm_quant", (input, residual, weight, None), out, scale, eps, enable_pdl)
 
 
+def gated_rmsnorm(
+    input: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    out: Optional[torch.Tensor] = None,
+    enable_pdl: Optional[bool] = None,
+) -> torch.Tensor:
+    """RMSNorm and the output gate of a linear attention: `rmsnorm(input, weight) * silu(gate)`, computed in fp32.
+
+    Args:
+        input, weight, eps, enable_pdl: as in `rmsnorm`; for a norm of each head, `[tokens, heads, head_dim]`.
+        gate: shape, dtype and device of input; rows as there, in the same groups or evenly.
+        out: as in `rmsnorm`; may be input or gate itself, but not overlap them otherwise.
+
+    Returns:
+        `out`.
+
+    Raises: as `rmsnorm`.
+    """
+    return _normalize("gated_rmsnorm", (input, gate, weight, None), out, eps, enable_pdl)
+
+
+def gated_rmsnorm_quant(
+    out: torch.Tensor,
+    input: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    scale: Scale,
+    eps: float = 1e-6,
+    enable_pdl: Optional[bool] = None,
+) -> torch.Tensor:
+    """`gated_rmsnorm(input, gate, weight) / scale`, rounded to nearest even and saturated to fp8.
+
+    Arguments as in `rmsnorm_quant` and `gated_rmsnorm`. Returns `out`.
+    """
+    _normalize_quant("gated_rmsnorm_quant", (input, gate, weight, None), out, scale, eps, enable_pdl)
+    return out
+
+
 def layernorm(input: torch.Tensor, gemma: torch.Tensor, beta: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """Layer normalization (Ba, Kiros & Hinton 2016, arXiv:1607.06450), computed in fp32.
 
@@ -166,7 +208,7 @@ def layernorm(input: torch.Tensor, gemma: torch.Tensor, beta: torch.Tensor, eps:
 # ----------------------------------------------------------------------------------------------------------- one launch
 
 _Operands = tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, Optional[torch.Tensor]]
-"""input, residual, weight, bias: with the output, the first fields of NormParams"""
+"""input, residual or gate, weight, bias: with the output, the first fields of NormParams"""
 
 _KERNELS: dict[str, tuple[Family, dict[str, ArgValue]]] = {
     "rmsnorm": (RMSNORM, {"add_residual": False, "gemma": False}),
@@ -175,8 +217,15 @@ _KERNELS: dict[str, tuple[Family, dict[str, ArgValue]]] = {
     "gemma_fused_add_rmsnorm": (RMSNORM, {"add_residual": True, "gemma": True}),
     "rmsnorm_quant": (RMSNORM_QUANT, {"add_residual": False}),
     "fused_add_rmsnorm_quant": (RMSNORM_QUANT, {"add_residual": True}),
+    "gated_rmsnorm": (GATED_RMSNORM, {}),
+    "gated_rmsnorm_quant": (GATED_RMSNORM_QUANT, {}),
     "layernorm": (LAYERNORM, {}),
 }
+
+
+def _second(op: str) -> str:
+    """What the second operand is called."""
+    return "gate" if op.startswith("gated") else "residual"
 
 
 class _Prepared(NamedTuple):
@@ -212,7 +261,7 @@ def _normalize(
             fits = output_ptr and output.dtype is dtype and output.shape == shape
             output_like = (output.stride(), output.get_device()) if fits else memo.signature(output)
         if residual is not None:
-            residual_ptr = residual.data_ptr() or checks.no_address(op, "residual", residual)
+            residual_ptr = residual.data_ptr() or checks.no_address(op, _second(op), residual)
             fits = residual_ptr and residual.dtype is dtype and residual.shape == shape
             like = (residual.stride(), residual.get_device()) if fits else memo.signature(residual)
             residual_like = residual_ptr == output_ptr, like
@@ -247,6 +296,12 @@ def _trace(
         return input
     if output is None:
         output = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+    if op == "gated_rmsnorm":
+        if output is operands[1]:
+            output.copy_(_trace(op, operands, None, eps, pdl))
+        else:
+            _door_gated(op, operands, output, eps, pdl)
+        return output
     _door(op, operands, output, eps, pdl)
     return output
 
@@ -255,7 +310,7 @@ def _normalize_quant(
     op: str, operands: _Operands, output: torch.Tensor, scale: Scale, eps: float, pdl: Optional[bool]
 ) -> None:
     if is_dynamo_compiling():
-        _door_quant(op, operands, output, scale, eps, pdl)
+        (_door_gated_quant if op == "gated_rmsnorm_quant" else _door_quant)(op, operands, output, scale, eps, pdl)
         return
     input, residual, weight, _ = operands
     try:
@@ -265,7 +320,7 @@ def _normalize_quant(
         device = input.device
         residual_ptr, residual_like = 0, None
         if residual is not None:
-            residual_ptr = residual.data_ptr() or checks.no_address(op, "residual", residual)
+            residual_ptr = residual.data_ptr() or checks.no_address(op, _second(op), residual)
             shared = residual_ptr == output_ptr
             residual_like = shared, residual.dtype, residual.shape, residual.stride(), residual.device == device
         key = (
@@ -285,9 +340,9 @@ def _normalize_quant(
     prepared.launch(*quant_scale.values(scale, op), input_ptr, residual_ptr, weight_ptr, 0, output_ptr)
 
 
-def _bundle(input: str) -> traced.Bundle:
+def _bundle(input: str, second: str = "Tensor(!)? residual") -> traced.Bundle:
     """Operands, the input being a tensor or, with (!), one that is written."""
-    parts = (f"{input} input", "Tensor(!)? residual", "Tensor weight", "Tensor? bias")
+    parts = (f"{input} input", second, "Tensor weight", "Tensor? bias")
     return traced.Bundle(parts, lambda operands: operands, lambda *operands: operands)
 
 
@@ -305,6 +360,15 @@ _door_quant = traced.door(
     _normalize_quant,
     {"op": "str", "operands": _bundle("Tensor"), "output": "Tensor(!)", "scale": traced.REAL, **_SETTINGS},
 )
+_GATED = _bundle("Tensor", "Tensor gate")
+_door_gated = traced.door(
+    "normalize_gated", _normalize, {"op": "str", "operands": _GATED, "output": "Tensor(!)", **_SETTINGS}
+)
+_door_gated_quant = traced.door(
+    "normalize_gated_quant",
+    _normalize_quant,
+    {"op": "str", "operands": _GATED, "output": "Tensor(!)", "scale": traced.REAL, **_SETTINGS},
+)
 
 
 def _prepare(
@@ -319,7 +383,7 @@ def _prepare(
         raise TypeError(f"{op}: eps is a tensor; expected a number, which a launch keeps")
     eps = checks.real(op, "eps", eps, at_least=0.0)
     checks.require_flag(op, "enable_pdl", pdl)
-    strided = {"input": input, "out": output} | ({} if residual is None else {"residual": residual})
+    strided = {"input": input, "out": output} | ({} if residual is None else {_second(op): residual})
     num_rows, rows_per_group, (input_strides, output_strides, *residual_strides) = common_rows(op, strided)
     residual_row, residual_group = residual_strides[0] if residual_strides else (0, 0)
     if input.numel() == 0 or input.is_meta:
@@ -363,7 +427,7 @@ def _spec(op: str, operands: _Operands, output: torch.Tensor, alignment: int) ->
     dtype, hidden_size = dtypes.short_name(input.dtype), input.shape[-1]
     if family is LAYERNORM:
         axes = {"weight_dtype": dtypes.short_name(weight.dtype)}
-    elif family is RMSNORM_QUANT:
+    elif op.endswith("_quant"):
         axes = {**axes, "out_dtype": dtypes.short_name(output.dtype)}
     width = vec_size(dtype, hidden_size, alignment)
     return family.spec(target.of_device(input.device), dtype=dtype, hidden_size=hidden_size, vec_size=width, **axes)
@@ -374,11 +438,11 @@ def _require_operands(op: str, operands: _Operands, output: Optional[torch.Tenso
     input, residual, weight, bias = operands
     family, axes = _KERNELS[op]
     named: dict[str, object] = {"input": input, "gemma" if family is LAYERNORM else "weight": weight}
-    if residual is not None or axes.get("add_residual"):
-        named["residual"] = residual
+    if residual is not None or axes.get("add_residual") or _second(op) == "gate":
+        named[_second(op)] = residual
     if family is LAYERNORM:
         named["beta"] = bias
-    if output is not None or family is RMSNORM_QUANT:
+    if output is not None or op.endswith("_quant"):
         named["out"] = output
     checks.require_addresses(op, **named)
 
@@ -411,7 +475,9 @@ def _check(op: str, operands: _Operands, output: torch.Tensor) -> None:
         checks.require_dtype_device(op, "out", output, input)
     written = "input" if output is input else "out"
     require_distinct(op, written, output)
-    if residual is not None:
+    if residual is not None and _second(op) == "gate":
+        checks.require_like(op, "gate", residual, input)
+    elif residual is not None:
         checks.require_like(op, "residual", residual, input)
         require_distinct(op, "residual", residual)
         shared = residual.data_ptr() == output.data_ptr() and residual.numel() > 0 and not residual.is_meta

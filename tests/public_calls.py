@@ -112,6 +112,13 @@ for _name in ("rmsnorm", "gemma_rmsnorm"):
         getattr(flashinfer, _name)(i.x, i.weight),
         getattr(flashinfer, _name)(i.x, i.weight, out=torch.empty_like(i.x)),
     ]
+CALLS["gated_rmsnorm"] = lambda i: [
+    flashinfer.gated_rmsnorm(i.x, i.residual, i.weight),
+    flashinfer.gated_rmsnorm(i.x, i.residual, i.weight, out=torch.empty_like(i.x)),
+]
+CALLS["gated_rmsnorm_quant"] = lambda i: flashinfer.gated_rmsnorm_quant(
+    torch.empty_like(i.fp8), i.x, i.residual, i.weight, i.scale
+)
 for _name in ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"):
     CALLS[_name] = lambda i, _name=_name: [
         getattr(flashinfer, _name)(i.gated),

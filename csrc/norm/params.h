@@ -11,7 +11,7 @@ namespace flashinfer {
 // place: row r starts at (r / rows_per_group) * group_stride + (r % rows_per_group) * row_stride.
 struct NormParams {
   const void* input;   // [num_rows, hidden_size]
-  void* residual;      // [num_rows, hidden_size] or null; read, then overwritten with input + residual
+  void* residual;      // [num_rows, hidden_size] or null; read, then overwritten with input + residual; or a gate, read
   const void* weight;  // [hidden_size]
   const void* bias;    // [hidden_size] or null (LayerNorm)
   void* output;        // [num_rows, hidden_size]; may be input

@@ -58,6 +58,54 @@ def test_fused_add_rmsnorm(device: torch.device, name: str, gemma: bool) -> None
 
 
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_rmsnorm(device: torch.device, dtype: torch.dtype, name: str) -> None:
+    leading, hidden_size = SHAPES[name]
+    x, gate = make((*leading, hidden_size), dtype, device), make((*leading, hidden_size), dtype, device, 2) * 3
+    weight = make((hidden_size,), dtype, device, 1)
+    expected = oracle.gated_rmsnorm(x, gate, weight, EPS)
+    out = torch.full_like(x, float("nan"))
+    assert flashinfer.gated_rmsnorm(x, gate, weight, EPS, out=out) is out
+    assert_close(out, expected)
+    for over in (x.clone(), gate.clone()):  # in place of either operand
+        inputs = (over, gate) if torch.equal(over, x) else (x, over)
+        assert_close(flashinfer.gated_rmsnorm(*inputs, weight, EPS, out=over), expected)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_gated_rmsnorm_to_fp8(device: torch.device, out_dtype: torch.dtype) -> None:
+    """The heads of GDN, whose gate is a part of a packed projection."""
+    x, packed = make((9, 32, 128), torch.bfloat16, device), make((9, 96, 128), torch.bfloat16, device, 2)
+    gate, weight = packed[:, 64:], make((128,), torch.bfloat16, device, 1)
+    expected = oracle.gated_rmsnorm(x, gate, weight, EPS) / 0.25
+    scale = torch.full((1,), 0.25, device=device)
+    for given in (scale, 0.25):
+        out = torch.empty(9, 32, 128, device=device, dtype=torch.float32).to(out_dtype)
+        assert flashinfer.gated_rmsnorm_quant(out, x, gate, weight, given, EPS) is out
+        exact = expected.clamp(-torch.finfo(out_dtype).max, torch.finfo(out_dtype).max)
+        steps = exact.abs().clamp_min(torch.finfo(out_dtype).tiny) * torch.finfo(out_dtype).eps
+        assert ((out.cpu().double() - exact).abs() <= 0.51 * steps).all()
+
+
+def test_gate_of_extreme_values(device: torch.device) -> None:
+    x, weight = make((3, 64), torch.bfloat16, device), make((64,), torch.bfloat16, device, 1)
+    gate = torch.tensor([[-200.0], [0.0], [300.0]], device=device).to(torch.bfloat16).expand(3, 64).contiguous()
+    out = flashinfer.gated_rmsnorm(x, gate, weight, EPS)
+    assert_close(out, oracle.gated_rmsnorm(x, gate, weight, EPS))
+    assert not out[1].any()
+
+
+def test_errors_name_the_gate(device: torch.device) -> None:
+    x, weight = make((4, 64), torch.bfloat16, device), make((64,), torch.bfloat16, device)
+    with pytest.raises(ValueError, match=r"gate has shape \[3, 64\]; expected \[4, 64\]"):
+        flashinfer.gated_rmsnorm(x, x[:3], weight)
+    with pytest.raises(ValueError, match=r"gate is torch.float16"):
+        flashinfer.gated_rmsnorm(x, x.half(), weight)
+    with pytest.raises(TypeError, match=r"gate is NoneType; expected a tensor"):
+        flashinfer.gated_rmsnorm(x, None, weight)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_layernorm(device: torch.device, weight_dtype: torch.dtype, name: str) -> None:
     leading, hidden_size = SHAPES[name]

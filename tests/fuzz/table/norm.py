@@ -112,6 +112,46 @@ def _fused_add_rmsnorm_quant(d: Draw) -> Iterator[Call]:
     yield from d.maybe_hostile(Call("fused_add_rmsnorm_quant", function, arguments, expect, ("out", "residual")))
 
 
+def _gated_rmsnorm(d: Draw) -> Iterator[Call]:
+    dtype, hidden_size = d.kernel(*FLOATS), d.kernel(64, 8, 33)
+    shape = _shape(d, hidden_size, 2)
+    arguments: dict[str, Any] = {
+        "input": d.normal(*shape, dtype=dtype, groups=2), "gate": d.normal(*shape, dtype=dtype),
+        "weight": d.dense(d.values(hidden_size, dtype=dtype)), "eps": d.choice((1e-6, 1e-5, 0.1)), "out": None,
+        "enable_pdl": None,
+    }  # fmt: skip
+    if d.chance(0.6):
+        arguments["out"] = arguments["input"] if d.chance(0.25) else d.blank(*shape, dtype=dtype)
+
+    def expect(input: Any, gate: Any, weight: Any, eps: Any, out: Any, enable_pdl: Any) -> Mapping[str, Check]:
+        _require_rows(input, weight, gate, *([] if out is None else [out]))
+        expected = near(oracle.gated_rmsnorm(input, gate, weight, number(eps)), input.dtype)
+        return {"return": expected} if out is None else {"return": expected, "out": expected}
+
+    aliases = (("out", "input"),)
+    yield from d.maybe_hostile(Call("gated_rmsnorm", flashinfer.gated_rmsnorm, arguments, expect, ("out",), aliases))
+
+
+def _gated_rmsnorm_quant(d: Draw) -> Iterator[Call]:
+    dtype, hidden_size, out_dtype = d.kernel(*FLOATS), d.kernel(64, 8, 33), d.kernel(*FP8)
+    shape = _shape(d, hidden_size, 2)
+    arguments = {
+        "out": d.blank(*shape, dtype=out_dtype), "input": d.normal(*shape, dtype=dtype, groups=2),
+        "gate": d.normal(*shape, dtype=dtype), "weight": d.dense(d.values(hidden_size, dtype=dtype)),
+        "scale": _scale(d), "eps": 1e-6, "enable_pdl": None,
+    }  # fmt: skip
+
+    def expect(
+        out: Any, input: Any, gate: Any, weight: Any, scale: Any, eps: Any, enable_pdl: Any
+    ) -> Mapping[str, Check]:
+        _require_rows(input, weight, out, gate)
+        expected = oracle.gated_rmsnorm(input, gate, weight, number(eps)) / scale_of(scale)
+        return {"return": near_fp8(expected, out.dtype), "out": near_fp8(expected, out.dtype)}
+
+    function = flashinfer.gated_rmsnorm_quant
+    yield from d.maybe_hostile(Call("gated_rmsnorm_quant", function, arguments, expect, ("out",)))
+
+
 def scale_of(scale: Any) -> float:
     return 1.0 if scale is None else number(scale)
 
@@ -154,5 +194,7 @@ CASES: dict[str, Case] = {
     "gemma_fused_add_rmsnorm": functools.partial(_fused_add_rmsnorm, True),
     "rmsnorm_quant": _rmsnorm_quant,
     "fused_add_rmsnorm_quant": _fused_add_rmsnorm_quant,
+    "gated_rmsnorm": _gated_rmsnorm,
+    "gated_rmsnorm_quant": _gated_rmsnorm_quant,
     "layernorm": _layernorm,
 }
