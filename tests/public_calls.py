@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import flashinfer
-from flashinfer import cascade, decode, gdn_decode, prefill, quantization, sampling, utils
+from flashinfer import cascade, causal_conv1d, decode, gdn_decode, prefill, quantization, sampling, utils
 from flashinfer.host.memo import Memo
 
 TOKENS, HEADS, KV_HEADS, DIM, PAGE = 5, 4, 2, 64, 4
@@ -208,6 +208,20 @@ CALLS["get_batch_indices_positions"] = lambda i: flashinfer.get_batch_indices_po
     i.qo_indptr, flashinfer.get_seq_lens(i.kv_indptr, i.last_page_len, PAGE), TOKENS
 )
 CALLS["get_seq_lens"] = lambda i: flashinfer.get_seq_lens(i.kv_indptr, i.last_page_len, PAGE)
+
+
+@call("causal_conv1d.causal_conv1d_fn")
+def _causal_conv1d_fn(i: Inputs) -> Any:
+    states = i.residual[:, :, None].expand(-1, -1, 3).contiguous()
+    arguments = i.x.T, i.gated[0].repeat(2).view(32, 4), i.weight, states, i.qo_indptr, i.pages[:2]
+    return causal_conv1d.causal_conv1d_fn(*arguments), states
+
+
+@call("causal_conv1d.causal_conv1d_update")
+def _causal_conv1d_update(i: Inputs) -> Any:
+    states = i.residual[:, :, None].expand(-1, -1, 3).contiguous()
+    arguments = i.x, states, i.gated[0].repeat(2).view(32, 4), i.weight, "silu", i.pages
+    return causal_conv1d.causal_conv1d_update(*arguments), states
 
 
 @call("gdn_decode.gated_delta_rule_decode")
