@@ -16,6 +16,10 @@ from typing import Any, Optional
 
 from flashinfer.errors import FlashInferError
 
+_LINEAR = (
+    *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
+    "linear_conv_kernel_dim",
+)
 _LATENT = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 
 
@@ -30,6 +34,7 @@ class Kind:
     qk_norm: Optional[bool] = False  # None: where `use_qk_norm` says so
     gemma_norm: bool = False
     interleave: bool = False
+    delta_rule: bool = False  # layers of linear attention are gated delta networks
     alternates: bool = False  # some of its layers have the window, where the file does not tell which
     notes: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of keys that published files leave out
@@ -40,7 +45,7 @@ _NO_GATE = "MLPs have no gate: the row's act_and_mul serves none of them"
 _OUTPUT_GATE = "attention's output is gated by a sigmoid: no kernel of this library"
 
 _PLAIN = Kind()
-_QWEN_NEXT = Kind(qk_norm=True, gemma_norm=True, notes=(_OUTPUT_GATE,))
+_QWEN_NEXT = Kind(qk_norm=True, gemma_norm=True, delta_rule=True, notes=(_OUTPUT_GATE,))
 # By model_type, that of the language model where there are several.
 _KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("llama", "mistral", "mixtral", "ministral", "ministral3", "phi3"), _PLAIN),
@@ -300,6 +305,13 @@ def _variants(keys: _Keys, values: Mapping[str, Any]) -> Iterator[tuple[str, Any
         yield "windowed_layers", windows
     if keys.get("attn_logit_softcapping"):
         yield "soft_cap", True
+    if _has_delta_rule(keys):
+        for key in _LINEAR:
+            yield key, keys.size(key)
+
+
+def _has_delta_rule(keys: _Keys) -> bool:
+    return keys.kind.delta_rule and all(keys.get(key) for key in _LINEAR)
 
 
 def _qk_norm(keys: _Keys) -> bool:
@@ -368,8 +380,9 @@ def _degrees(keys: _Keys, values: Mapping[str, Any], degrees: Sequence[int]) -> 
 
 def _uneven(values: Mapping[str, Any], degree: int) -> Optional[str]:
     """What a degree does not divide. Where ranks outnumber KV heads, each head is held by as many ranks."""
-    for key in ("num_qo_heads", "intermediate_sizes"):
-        for size in values[key] if isinstance(values[key], list) else [values[key]]:
+    for key in ("num_qo_heads", "intermediate_sizes", "linear_num_key_heads", "linear_num_value_heads"):
+        given = values.get(key, [])
+        for size in given if isinstance(given, list) else [given]:
             if size % degree:
                 return f"{key} {size}"
     num_kv_heads = values.get("num_kv_heads", 1)
@@ -393,7 +406,7 @@ def _other_layers(keys: _Keys, values: Mapping[str, Any]) -> None:
     linear = {key: keys.get(key) for key in keys.matching(r"linear_.*|full_attention_interval|attn_output_gate")}
     count = (keys.get("layer_types") or []).count("linear_attention")
     interval = linear.get("full_attention_interval")
-    if count or any(key.startswith("linear_") for key in linear):
+    if (count or any(key.startswith("linear_") for key in linear)) and not _has_delta_rule(keys):
         where = f"{count} layers" if count else f"all layers but each {interval}th" if interval else "layers"
         keys.note(f"{where} of linear attention: no kernels of this library")
     shared = keys.get("num_kv_shared_layers", "cross_attention_layers")

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashinfer import target as targets
-from flashinfer.families import activation, concat, layout, norm, page, quantization, rope, sampling
+from flashinfer.families import activation, concat, conv, layout, norm, page, quantization, rope, sampling
 from flashinfer.families.attention import decode, merge, mla, prefill
+from flashinfer.families.gdn import decode as gdn_decode
 from flashinfer.jit.spec import ArgValue, KernelSpec
 
 WINDOWED_LAYERS = {"none": (False,), "some": (False, True), "all": (True,)}
@@ -43,6 +44,11 @@ class Model:
     qk_rope_head_dim: int = 0  # the other part of a cached row
     qk_nope_head_dim: int = 0  # of a head's queries and keys, where these are not absorbed, the part without positions
     v_head_dim: int = 0  # of a head's values, likewise
+    linear_num_key_heads: int = 0  # layers of a gated delta rule, beside those of attention; 0: there are none
+    linear_num_value_heads: int = 0
+    linear_key_head_dim: int = 0
+    linear_value_head_dim: int = 0
+    linear_conv_kernel_dim: int = 0  # width of the convolution before the rule
     tensor_parallel: tuple[int, ...] = (1,)  # degrees to serve; heads and intermediate sizes are divided by them
     dtypes: tuple[str, ...] = ("bf16", "fp16")  # on CUDA targets; what is fp8 there goes with the first
     cpu_dtypes: tuple[str, ...] = ("fp32", "bf16")
@@ -197,6 +203,29 @@ def _latent_attention(model: Model, dtype: str, target: str) -> Iterator[KernelS
         yield prefill.PREFILL_PLAN.spec(target, kv_storage="ragged")
 
 
+def _gated_delta_rule(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
+    """The next tokens of requests, by states that lie V-major; the convolution and the gated norm around the rule."""
+    if not model.linear_num_value_heads:
+        return
+    is_cuda, value_dim = targets.kind(target) == "cuda", model.linear_value_head_dim
+    for state_dtype, bias_dtype in itertools.product(dict.fromkeys(("fp32", dtype)), repeat=2):
+        for one_token in (False, True):
+            yield gdn_decode.GDN_DECODE.spec(
+                target, dtype=dtype, state_dtype=state_dtype, bias_dtype=bias_dtype, index="int32",
+                key_dim=model.linear_key_head_dim, value_dim=value_dim, one_token=one_token,
+            )  # fmt: skip
+    for family in (conv.CAUSAL_CONV1D, conv.CAUSAL_CONV1D_UPDATE):
+        for channels_last in (False, True):  # SGLang's states, and vLLM's
+            yield family.spec(
+                target, dtype=dtype, index="int32", width=model.linear_conv_kernel_dim, silu=True,
+                vec_size=conv.vec_size(dtype, value_dim) if is_cuda else 1, channels_last=channels_last,
+            )  # fmt: skip
+    row: dict[str, Any] = {"dtype": dtype, "hidden_size": value_dim, "vec_size": layout.vec_size(dtype, value_dim)}
+    yield norm.GATED_RMSNORM.spec(target, **row)
+    if is_cuda and targets.capability(target) >= (8, 9) and dtype == model.dtypes[0]:
+        yield norm.GATED_RMSNORM_QUANT.spec(target, **row, out_dtype="fp8_e4m3")
+
+
 def _paged_cache(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
     is_cuda = targets.kind(target) == "cuda"
     indices = {"token_index": "int32", "page_index": "int32"}
@@ -285,6 +314,7 @@ EXPANSIONS: tuple[Callable[[Model, str, str], Iterator[KernelSpec]], ...] = (
     _fp8_outputs,
     _attention,
     _latent_attention,
+    _gated_delta_rule,
     _paged_cache,
     _rotary,
     _sampling,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import flashinfer
-from flashinfer import prefill, rope
+from flashinfer import causal_conv1d, gdn_decode, prefill, rope
 from flashinfer import target as targets
 from flashinfer.aot.config import find_config, read_config
 from flashinfer.aot.models import WINDOWED_LAYERS, Model
@@ -113,6 +113,10 @@ def serve(model: Model, rank: int, place: Place) -> None:
         activate(size // rank, model.activation, place)
     share = {"num_qo_heads": model.num_qo_heads // rank, "num_kv_heads": max(1, model.num_kv_heads // rank)}
     rest = {"name": "", "hidden_size": 0, "intermediate_sizes": (), "vocab_size": 0, "tensor_parallel": ()}
+    if model.linear_num_value_heads:
+        share |= {name: getattr(model, name) // rank for name in ("linear_num_key_heads", "linear_num_value_heads")}
+        of_rank = dataclasses.replace(model, **share)
+        advance(of_rank.linear_num_key_heads, of_rank.linear_num_value_heads, of_rank, place)
     (attend_latent if model.kv_lora_rank else attend)(dataclasses.replace(model, **share, **rest), place)
 
 
@@ -246,6 +250,37 @@ def attend_paged(
         for num_tokens in (3, 3 + 64 * num_kv):
             paged.plan(place.int32(0, num_tokens), *pages, *heads, page_size, causal=True, **options)
             paged.run(place.tensor(num_tokens, num_qo, dim, of=FP8), cache)
+
+
+@functools.cache
+def advance(num_heads: int, num_v_heads: int, model: Model, place: Place) -> None:
+    """A layer of a gated delta rule: the next tokens of requests, one of each or a draft."""
+    tensor, int32 = place.tensor, place.int32
+    dims = model.linear_key_head_dim, model.linear_key_head_dim, model.linear_value_head_dim
+    widths = [heads * dim for heads, dim in zip((num_heads, num_heads, num_v_heads), dims)]
+    weight, history = tensor(sum(widths), model.linear_conv_kernel_dim), model.linear_conv_kernel_dim - 1
+    slots = int32(1, 0)
+    for states in (tensor(3, sum(widths), history), tensor(3, history, sum(widths)).transpose(1, 2)):
+        prompt = tensor(6, sum(widths)).T
+        causal_conv1d.causal_conv1d_fn(prompt, weight, None, states, int32(0, 2, 6), slots)
+        causal_conv1d.causal_conv1d_update(tensor(2, sum(widths)), states, weight, None, "silu", slots)
+    a_log = tensor(num_v_heads, of=torch.float32)
+    for num_tokens, state_dtype in itertools.product((1, 3), dict.fromkeys((torch.float32, place.dtype))):
+        parts = tensor(2, num_tokens, sum(widths)).split(widths, dim=-1)
+        rows = [part.unflatten(-1, (-1, dim)) for part, dim in zip(parts, dims)]
+        a, b = tensor(2, num_tokens, num_v_heads), tensor(2, num_tokens, num_v_heads)
+        pool = tensor(3, num_v_heads, dims[2], dims[0], of=state_dtype)
+        for bias_dtype in dict.fromkeys((torch.float32, place.dtype)):
+            gates = a_log, a, tensor(num_v_heads, of=bias_dtype), b
+            gdn_decode.gated_delta_rule_decode_pretranspose(
+                *rows, None, *gates, initial_state=pool, initial_state_indices=slots
+            )
+            kept = tensor(2, num_tokens, *pool.shape[1:], of=state_dtype)
+            gdn_decode.gated_delta_rule_mtp(*rows, pool, slots, *gates, intermediate_states_buffer=kept)
+    x = tensor(3, num_v_heads, dims[2])
+    flashinfer.gated_rmsnorm(x, x, x[0, 0])
+    if place.multiplies_fp8:
+        flashinfer.gated_rmsnorm_quant(x.to(FP8), x, x, x[0, 0], 1.0)
 
 
 @functools.cache

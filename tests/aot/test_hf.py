@@ -63,10 +63,15 @@ QWEN3_NEXT = config(
     linear_key_head_dim=128, linear_num_key_heads=16, linear_num_value_heads=32, linear_value_head_dim=128,
     router_aux_loss_coef=0.001, output_router_logits=False,
 )  # fmt: skip
+QWEN_NEXT = {
+    "qk_norm": True, "gemma_norm": True, "rotary_dim": 64, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+}  # fmt: skip
 QWEN35_35B = config(
     "qwen3_5_moe_text", 2048, 16, 2, 512, 248320, head_dim=256, num_experts=256, moe_intermediate_size=512,
     shared_expert_intermediate_size=512, num_experts_per_tok=8, attn_output_gate=True, full_attention_interval=4,
-    layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 10, linear_key_head_dim=128,
+    layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 10, linear_key_head_dim=128, linear_conv_kernel_dim=4,
+    linear_num_key_heads=16, linear_num_value_heads=32, linear_value_head_dim=128,
     rope_parameters={
         "mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25, "rope_type": "default",
     },
@@ -169,13 +174,13 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[Any, ...], list[str]]] = {
     ),
     "Qwen3-Next-80B-A3B": (
         QWEN3_NEXT,
-        (2048, 16, 2, 256, [512], 151936, {"qk_norm": True, "gemma_norm": True, "rotary_dim": 64}),
-        ["gated", "all layers but each 4th of linear"],
+        (2048, 16, 2, 256, [512], 151936, QWEN_NEXT),
+        ["gated"],
     ),
     "Qwen3.5-35B-A3B": (
         {"model_type": "qwen3_5_moe", "text_config": QWEN35_35B, "vision_config": {}, "vision_end_token_id": 5},
-        (2048, 16, 2, 256, [512], 248320, {"qk_norm": True, "gemma_norm": True, "rotary_dim": 64}),
-        ["vision", "gated", "mrope", "30 layers of linear"],
+        (2048, 16, 2, 256, [512], 248320, QWEN_NEXT),
+        ["vision", "gated", "mrope"],
     ),
     "GLM-4-9B": (CHATGLM, (4096, 32, 2, 128, [13696], 151552, {"interleave": True}), []),
     "GLM-4-9B-0414": (
@@ -353,6 +358,7 @@ def test_a_row_that_cannot_be_built_is_an_error(tmp_path: Path, capsys: pytest.C
             "0.5 or 1",
         ),
         ({"use_qk_norm": True}, "normalised"),
+        ({"layer_types": ["linear_attention"] * 3, "linear_key_head_dim": 128}, "3 layers of linear attention"),
     ],
 )
 def test_what_the_row_cannot_say_is_said(more: dict[str, Any], note: str) -> None:
