@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import flashinfer
-from flashinfer import cascade, causal_conv1d, decode, gdn_decode, prefill, quantization, sampling, utils
+from flashinfer import cascade, causal_conv1d, decode, gdn_decode, gdn_prefill, prefill, quantization, sampling, utils
 from flashinfer.host.memo import Memo
 
 TOKENS, HEADS, KV_HEADS, DIM, PAGE = 5, 4, 2, 64, 4
@@ -65,6 +65,7 @@ class Inputs:
         a, b = random(TOKENS, 1, HEADS), random(TOKENS, 1, HEADS)
         a_log, dt_bias = random(HEADS, dtype=torch.float32), random(HEADS, dtype=torch.float32)
         self.delta_rule = (self.k[:, None], self.k.flip(0)[:, None], self.q[:, None], a_log, a, dt_bias, b)
+        self.delta_rows = random(TOKENS, 2, 128)
         self.workspace = torch.empty(16 << 20 if device.type == "cuda" else 8, dtype=torch.uint8, device=device)
 
     @property
@@ -469,6 +470,14 @@ def _trtllm_context(i: Inputs) -> Any:
     return prefill.trtllm_batch_context_with_kv_cache(
         i.q, *_block_table(i), 3, 9, *scales, 2, *lengths, kv_layout="NHD", return_lse=True
     )
+
+
+@call("gdn_prefill.chunk_gated_delta_rule")
+def _delta_rule_prefill(i: Inputs) -> Any:
+    rows = (i.delta_rows[:, :1], i.delta_rows[:, 1:2], i.delta_rows)
+    gates = (torch.sigmoid(i.lse[:, :2]), torch.sigmoid(i.lse[:, 2:]))
+    states = torch.zeros(2, 2, 128, 128, dtype=torch.float32, device=i.device)
+    return gdn_prefill.chunk_gated_delta_rule(*rows, *gates, None, states, True, i.qo_indptr, True)
 
 
 @call("MultiLevelCascadeAttentionWrapper")

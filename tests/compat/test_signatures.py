@@ -13,7 +13,7 @@ import pytest
 import torch  # noqa: F401  # in defaults of the table
 
 import flashinfer
-from flashinfer import cascade, concat_ops, decode, gdn_decode, mla, prefill, topk
+from flashinfer import cascade, concat_ops, decode, gdn_decode, gdn_prefill, mla, prefill, topk
 
 _FORWARD = """
     self, q, paged_kv_cache, pos_encoding_mode="NONE", q_scale=None, k_scale=None, v_scale=None, window_left=-1,
@@ -186,6 +186,14 @@ SIGNATURES: dict[Any, str] = {
         intermediate_states_buffer=None, ssm_state_indices=None, disable_state_update=None, use_qk_l2norm=True,
         output_state_indices=None, cache_replayssm=False, replayssm_rawv=None, replayssm_rawk=None, replayssm_g=None,
         replayssm_beta=None
+    """,
+    gdn_prefill.chunk_gated_delta_rule: """
+        q, k, v, g=None, beta=None, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None,
+        use_qk_l2norm_in_kernel=False, output=None, output_state=None, state_checkpoints=None,
+        checkpoint_cu_starts=None, checkpoint_every_n_tokens=0, use_cp="auto", state_indices=None, _cp_chunk_len=None,
+        backend="auto", max_seqlen=None, *, gate_domain="linear", use_gate_in_kernel=False, A_log=None, dt_bias=None,
+        beta_is_logit=False, cu_seqlens_cpu=None, output_state_indices=None, checkpoint_state_indices=None,
+        prefix_lens=None
     """,
     concat_ops.concat_mla_k: 'k, k_nope, k_rope, *, backend="default"',
     cascade.merge_state: "v_a, s_a, v_b, s_b",
