@@ -399,7 +399,7 @@ def test_what_does_not_fit(device: torch.device, change: Any, message: str) -> N
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("lengths", [(1,), (64,), (193,), (0, 5, 300, 70, 0)], ids=str)
 def test_narrow_blocks(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
-    """As where there are few."""
+    """On Hopper too the kernel of other GPUs, which computes what its own does not: blocks of 32 columns."""
     monkeypatch.setattr(families, "block_v", lambda *args: 32)
     monkeypatch.setattr(gdn_prefill, "_memo", memo.Memo())
     x = draw(torch.device("cuda"), lengths, (1, 2, 4), dtype, unit=False)

@@ -45,4 +45,11 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t row_smem, const uint32_t (&
                : "memory");
 }
 
+// The same, each matrix transposed.
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t row_smem, const uint32_t (&regs)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_smem), "r"(regs[0]),
+               "r"(regs[1]), "r"(regs[2]), "r"(regs[3])
+               : "memory");
+}
+
 }  // namespace flashinfer

@@ -57,6 +57,12 @@ def _smem_bytes(block_v: int, num_stages: int) -> int:
     return num_stages * stage + CHUNK * HEAD_DIM * 2 + 2 * handed_over
 
 
+def _sm90_smem_bytes(num_stages: int) -> int:
+    """GdnSmem in csrc/gdn/sm90/tile.cuh."""
+    panel = CHUNK * 128
+    return num_stages * (5 * panel + CHUNK_BYTES) + 2 * 3 * panel
+
+
 def _require_16_bits(spec: KernelSpec) -> None:
     if spec.arg("dtype") == "fp32":
         raise UnsupportedConfig(f"{spec.family}: dtype=fp32 is for the CPU; expected fp16 or bf16")
@@ -84,6 +90,12 @@ def _config(spec: KernelSpec) -> Config:
     return Config({**constants, **tile}, Launch(128 + 2 * width, 1, _smem_bytes(width, num_stages)))
 
 
+def _sm90_config(spec: KernelSpec) -> Config:
+    _require_16_bits(spec)
+    tile = {"kBlockV": 64, "kNumStages": 3}
+    return Config({**_constants(spec), **tile}, Launch(256, 1, _sm90_smem_bytes(3)))
+
+
 def _chunks_config(spec: KernelSpec) -> Config:
     constants = {
         "T": CxxType(spec.arg("dtype")),
@@ -93,9 +105,9 @@ def _chunks_config(spec: KernelSpec) -> Config:
     return Config(constants, Launch(128, 4))
 
 
-def block_v(num_units: int, num_sms: int) -> int:
+def block_v(target: str, num_units: int, num_sms: int) -> int:
     """How many columns of the values a block takes, of so many heads of sequences in all."""
-    return 64 if num_units * (HEAD_DIM // 64) >= num_sms else 32
+    return 64 if "sm_90a" in targets.candidates(target) or num_units * (HEAD_DIM // 64) >= num_sms else 32
 
 
 GDN_PREFILL = Family(
@@ -107,7 +119,16 @@ GDN_PREFILL = Family(
         "normalize": (False, True),  # rows of q and k, to length 1
         "block_v": (32, 64),  # columns of the values that a block takes; the results are the same
     },
-    implementations=twins(GdnPrefillParams, _config, cuda="gdn/prefill/kernel.cuh", cpu="cpu/gdn/prefill.h"),
+    implementations=(
+        Implementation(
+            "sm_90a",
+            "gdn/sm90/prefill.cuh",
+            GdnPrefillParams,
+            _sm90_config,
+            serves=lambda spec: spec.arg("block_v") == 64,
+        ),
+        *twins(GdnPrefillParams, _config, cuda="gdn/prefill/kernel.cuh", cpu="cpu/gdn/prefill.h"),
+    ),
 )
 # What a GPU does before, of all chunks at once.
 GDN_PREFILL_CHUNKS = Family(

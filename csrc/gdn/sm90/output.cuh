@@ -1,0 +1,170 @@
+// Prefill of the gated delta rule on Hopper: the warpgroup that brings in chunks and writes the output, which stands in
+// gdn/prefill/output.cuh.
+#pragma once
+
+#include "device/fast_math.cuh"
+#include "gdn/sm90/tile.cuh"
+
+namespace flashinfer::sm90 {
+
+template <class Config>
+struct GdnOutput {
+  using Shape = GdnShape<Config>;
+  using Barriers = GdnBarriers<Config>;
+  using Smem = GdnSmem<Config>;
+  using T = typename Config::T;
+  using Panel = GdnRowStream<T, GdnSquare, kGdnChunk, Shape::kOutputThreads, 8>;
+
+  const GdnPrefillParams& params;
+  Smem& smem;
+  const GdnUnit unit;
+  const int warp_idx, lane_idx;
+
+  __device__ __forceinline__ void run() {
+    const int thread_idx = warp_idx * 32 + lane_idx;
+    const int q_head = unit.head / params.heads_per_q, k_head = unit.head / params.heads_per_k;
+    Panel q[2] = {Panel(params.q, params.q_strides, q_head, 0, unit.tokens, 0, thread_idx),
+                  Panel(params.q, params.q_strides, q_head, 64, unit.tokens, 0, thread_idx)};
+    Panel k[2] = {Panel(params.k, params.k_strides, k_head, 0, unit.tokens, 0, thread_idx),
+                  Panel(params.k, params.k_strides, k_head, 64, unit.tokens, 0, thread_idx)};
+    Panel v(params.v, params.v_strides, unit.head / params.heads_per_v, unit.first_v, unit.tokens, 0, thread_idx);
+    const GdnChunk* chunks = chunks_of(params, unit.tokens, unit.seq_idx, unit.head);
+    const auto load_async = [&](int chunk) {
+      if (chunk < unit.num_chunks) {
+        typename Smem::Stage& stage = smem.stages[chunk % Shape::kNumStages];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          k[i].load_async(smem_address(stage.k[i]));
+          q[i].load_async(smem_address(stage.q[i]));
+        }
+        v.load_async(smem_address(stage.v));
+        load_chunk_async<Shape::kOutputThreads>(stage.chunk, chunks, thread_idx);
+        chunks += params.num_heads;
+      }
+      cp_async_commit();
+    };
+
+    constexpr int kNumAhead = Shape::kNumStages - 1;
+#pragma unroll
+    for (int i = 0; i < kNumAhead; ++i) load_async(i);
+    cp_async_wait<kNumAhead - 1>();
+    fence_async_proxy();
+    if (unit.num_chunks > 0) Barriers::arrive(GdnBarrier::kLoaded, 0);
+#pragma unroll 1
+    for (int chunk = 0; chunk < unit.num_chunks; ++chunk) {
+      const typename Smem::Stage& stage = smem.stages[chunk % Shape::kNumStages];
+      const typename Smem::HandedOver& handed_over = smem.handed_over[chunk & 1];
+      Barriers::sync_output();  // the chunk is there for all, and all have left the one before
+      float scale[2] = {params.scale, params.scale};
+      if constexpr (Config::kNormalize) scale_to_length_1(scale, stage);
+      float scores[kGdnChunk / 2], output[Shape::kBlockV / 2];
+      pin(scores), pin(output);
+      wgmma_fence();
+      multiply_panels<T>(scores, stage.q, stage.k);
+      wgmma_commit();
+      Barriers::sync(GdnBarrier::kState, chunk);
+      multiply_panels<T>(output, stage.q, handed_over.state);
+      wgmma_commit();
+      load_async(chunk + kNumAhead);  // in place of the last chunk, which the state has left as well
+      wgmma_wait<1>();
+      pin(scores);
+      uint32_t p[kGdnBlocks][4];
+      decay(p, scores, scale, stage.chunk);
+      cp_async_wait<kNumAhead - 1>();
+      fence_async_proxy();
+      if (chunk + 1 < unit.num_chunks) Barriers::arrive(GdnBarrier::kLoaded, chunk + 1);
+
+      wgmma_wait<0>();
+      pin(output);
+#pragma unroll
+      for (int i = 0; i < Shape::kBlockV / 2; ++i) output[i] *= scale[i / 2 % 2];
+      Barriers::sync(GdnBarrier::kU, chunk);
+      multiply_u(output, p, handed_over);
+      wgmma_wait<0>();
+      pin(output), pin_blocks(p);
+      if (chunk + 2 < unit.num_chunks) Barriers::arrive(GdnBarrier::kTaken, chunk);
+      store(output, chunk);
+    }
+    cp_async_wait_all();
+  }
+
+ private:
+  __device__ __forceinline__ void scale_to_length_1(float (&scale)[2], const typename Smem::Stage& stage) const {
+    const auto fragment = GdnFragment<GdnSquare>::as_a(lane_idx);
+    float sum[2] = {0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < kGdnDimBlocks; ++i) {
+      uint32_t q[4];
+      ldmatrix_x4(q, fragment.address(smem_address(stage.q[i / 4]), warp_idx, i % 4));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 pair = unpack_16bit<T>(q[j]);
+        sum[j % 2] += pair.x * pair.x + pair.y * pair.y;
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
+      sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
+      scale[half] *= rsqrtf(sum[half] + kGdnNormEps);
+    }
+  }
+
+  // Scores to P, and the factor of a token's scores to that of what it reads from the state.
+  __device__ __forceinline__ void decay(uint32_t (&p)[kGdnBlocks][4], float (&scores)[kGdnChunk / 2], float (&scale)[2],
+                                        const GdnChunk& chunk) const {
+    const int first_row = warp_idx * 16 + lane_row(lane_idx);
+    const float row_log[2] = {chunk.log_decay[first_row], chunk.log_decay[first_row + 8]};
+#pragma unroll
+    for (int tile = 0; tile < kGdnChunk / 8; ++tile) {
+      const int column = tile * 8 + lane_column(lane_idx);
+      const float2 column_log = reinterpret_cast<const float2&>(chunk.log_decay[column]);
+      float2 key_scale = {1.f, 1.f};
+      if constexpr (Config::kNormalize) key_scale = reinterpret_cast<const float2&>(chunk.key_scale[column]);
+      float* x = scores + 4 * tile;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first_row + row_of(half);
+        const float low = fast_exp2(row_log[half] - column_log.x) * scale[half] * key_scale.x;
+        const float high = fast_exp2(row_log[half] - column_log.y) * scale[half] * key_scale.y;
+        x[2 * half] = column <= row ? x[2 * half] * low : 0.f;
+        x[2 * half + 1] = column + 1 <= row ? x[2 * half + 1] * high : 0.f;
+      }
+    }
+#pragma unroll
+    for (int block = 0; block < kGdnBlocks; ++block) pack_columns<T>(p[block], scores, block);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) scale[half] *= fast_exp2(row_log[half]);
+  }
+
+  __device__ __forceinline__ static void multiply_u(float (&output)[Shape::kBlockV / 2], uint32_t (&p)[kGdnBlocks][4],
+                                                    const typename Smem::HandedOver& handed_over) {
+    const Operand u = column_major_operand(smem_address(handed_over.u), kGdnChunk);
+    pin(output), pin_blocks(p);
+    wgmma_fence();
+#pragma unroll
+    for (int block = 0; block < kGdnBlocks; ++block) {
+      Wgmma<T, 64>::multiply(output, p[block], u.advanced(block * 16 * kPanelBytes), true);
+    }
+    wgmma_commit();
+  }
+
+  // Four lanes write 16 bytes of a row together.
+  __device__ __forceinline__ void store(const float (&output)[Shape::kBlockV / 2], int chunk) const {
+    const int64_t first_token =
+        int64_t(unit.tokens.begin) + int64_t(chunk) * kGdnChunk + warp_idx * 16 + lane_row(lane_idx);
+    T* dst = static_cast<T*>(params.output) + unit.head * params.output_strides.head + unit.first_v +
+             lane_column(lane_idx) + first_token * params.output_strides.token;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (first_token + row_of(half) >= unit.tokens.end) break;
+#pragma unroll
+      for (int i = 0; i < Shape::kBlockV / 4; i += 2) {
+        *reinterpret_cast<uint32_t*>(dst + column_of(i)) = pack_16bit<T>(at(output, half, i), at(output, half, i + 1));
+      }
+      dst += row_of(1) * params.output_strides.token;
+    }
+  }
+};
+
+}  // namespace flashinfer::sm90
