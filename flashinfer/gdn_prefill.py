@@ -244,7 +244,7 @@ def _prepare(
         state_dtype="fp32" if state is None else dtypes.short_name(state.dtype),
         log_gate=log_gate and device_index < 0,
         normalize=options.normalize,
-        block_v=families.block_v(machine, units, memo.num_sms(device_index)) if device_index >= 0 else 64,
+        block_v=families.block_v(machine, units, memo.num_sms(device_index) if device_index >= 0 else 1),
     )
     if units == 0:
         return _Prepared((), None, True)

@@ -16,6 +16,7 @@ from flashinfer import target as targets
 from flashinfer.families import activation, concat, conv, layout, norm, page, quantization, rope, sampling
 from flashinfer.families.attention import decode, merge, mla, prefill
 from flashinfer.families.gdn import decode as gdn_decode
+from flashinfer.families.gdn import prefill as gdn_prefill
 from flashinfer.jit.spec import ArgValue, KernelSpec
 
 WINDOWED_LAYERS = {"none": (False,), "some": (False, True), "all": (True,)}
@@ -204,7 +205,8 @@ def _latent_attention(model: Model, dtype: str, target: str) -> Iterator[KernelS
 
 
 def _gated_delta_rule(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
-    """The next tokens of requests, by states that lie V-major; the convolution and the gated norm around the rule."""
+    """Sequences, and the next tokens of requests by states that lie V-major; the convolution and the gated norm around
+    the rule."""
     if not model.linear_num_value_heads:
         return
     is_cuda, value_dim = targets.kind(target) == "cuda", model.linear_value_head_dim
@@ -214,6 +216,13 @@ def _gated_delta_rule(model: Model, dtype: str, target: str) -> Iterator[KernelS
                 target, dtype=dtype, state_dtype=state_dtype, bias_dtype=bias_dtype, index="int32",
                 key_dim=model.linear_key_head_dim, value_dim=value_dim, one_token=one_token,
             )  # fmt: skip
+    if model.linear_key_head_dim == value_dim == gdn_prefill.HEAD_DIM:
+        for normalize in (False, True):
+            rule: dict[str, Any] = {"dtype": dtype, "log_gate": False, "normalize": normalize}
+            for state_dtype, block_v in itertools.product(gdn_prefill.STATE_DTYPES, gdn_prefill.blocks_v(target)):
+                yield gdn_prefill.GDN_PREFILL.spec(target, **rule, state_dtype=state_dtype, block_v=block_v)
+            if is_cuda:
+                yield gdn_prefill.GDN_PREFILL_CHUNKS.spec(target, **rule)
     for family in (conv.CAUSAL_CONV1D, conv.CAUSAL_CONV1D_UPDATE):
         for channels_last in (False, True):  # SGLang's states, and vLLM's
             yield family.spec(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import flashinfer
-from flashinfer import causal_conv1d, gdn_decode, prefill, rope
+from flashinfer import causal_conv1d, gdn_decode, gdn_prefill, prefill, rope
 from flashinfer import target as targets
 from flashinfer.aot.config import find_config, read_config
 from flashinfer.aot.models import WINDOWED_LAYERS, Model
@@ -33,7 +33,7 @@ from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.spec import KernelSpec
 from tests.aot.pretended_gpus import Gpu, install
 
-FP8 = torch.float8_e4m3fn
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 # By target of the core set: a GPU that it is made for, and another that its machine code runs on, which places samplers
 # in other ways.
 GPUS = {
@@ -277,6 +277,14 @@ def advance(num_heads: int, num_v_heads: int, model: Model, place: Place) -> Non
             )
             kept = tensor(2, num_tokens, *pool.shape[1:], of=state_dtype)
             gdn_decode.gated_delta_rule_mtp(*rows, pool, slots, *gates, intermediate_states_buffer=kept)
+    for num_requests, state_dtype, normalize in itertools.product((1, 200), (torch.float32, BF16), (False, True)):
+        q, k, v = (tensor(num_requests, heads, 128) for heads in (num_heads, num_heads, num_v_heads))
+        gates = tensor(num_requests, num_v_heads, of=torch.float32)
+        pool = tensor(3, num_v_heads, 128, 128, of=state_dtype)
+        gdn_prefill.chunk_gated_delta_rule(
+            q, k, v, gates, gates, None, pool, False, int32(*range(num_requests + 1)), normalize,
+            state_indices=int32(*[1] * num_requests),
+        )  # fmt: skip
     x = tensor(3, num_v_heads, dims[2])
     flashinfer.gated_rmsnorm(x, x, x[0, 0])
     if place.multiplies_fp8:

@@ -105,9 +105,15 @@ def _chunks_config(spec: KernelSpec) -> Config:
     return Config(constants, Launch(128, 4))
 
 
+def blocks_v(target: str) -> tuple[int, ...]:
+    """How many columns of the values a block may take."""
+    is_wide = targets.kind(target) == "cpu" or "sm_90a" in targets.candidates(target)
+    return (64,) if is_wide else (32, 64)
+
+
 def block_v(target: str, num_units: int, num_sms: int) -> int:
-    """How many columns of the values a block takes, of so many heads of sequences in all."""
-    return 64 if "sm_90a" in targets.candidates(target) or num_units * (HEAD_DIM // 64) >= num_sms else 32
+    """How many it takes, of so many heads of sequences in all."""
+    return blocks_v(target)[-1 if num_units * (HEAD_DIM // 64) >= num_sms else 0]
 
 
 GDN_PREFILL = Family(
