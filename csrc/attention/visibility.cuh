@@ -74,7 +74,9 @@ struct Visibility {
   // Whether ranges of keys begin past zero.
   FLASHINFER_FN bool has_begin() const { return has_window; }
   // Whether keys are hidden inside the range.
-  FLASHINFER_FN bool has_holes() const { return mask == kMaskCustom || mask == kMaskDraft || mask == kMaskItems; }
+  FLASHINFER_FN constexpr bool has_holes() const {
+    return mask == kMaskCustom || mask == kMaskDraft || mask == kMaskItems;
+  }
 
   // Where there are holes: which of 32 keys query qo_idx sees, bit k for key first_key + k. Bits of
   // keys outside of the range mean nothing.

@@ -40,6 +40,9 @@ struct TileWalk {
   using Probabilities = uint32_t[Shape::kNumProbabilityRegisters];
 
   static constexpr int kColumnsAtOnce = 64;
+  // Masks of bits take so much code that there is one copy of it: the first tile is a step like the others, beside the
+  // products of its own values with zeros.
+  static constexpr bool kHasHoles = Visibility{Config::kMask, Config::kHasWindow, 0}.has_holes();
   const Sm90PrefillParams& params;
   Smem<Config>& smem;
   const Work& work;
@@ -70,8 +73,8 @@ struct TileWalk {
   // From the last tile to the first; kv_turn counts on.
   __device__ __forceinline__ void run(uint32_t& kv_turn) {
     const Visibility visibility = Visibility::of<Config>(params);
-    const uint32_t turn_plus_tile = kv_turn + work.item.tile_end - 1;
-    Probabilities p;
+    const uint32_t first_turn = kv_turn, turn_plus_tile = kv_turn + work.item.tile_end - 1;
+    Probabilities p = {};
     const auto walk_down_to = [&](int end_tile, auto needs_mask) {
       const uint32_t end_turn = turn_plus_tile + 1 - max(end_tile, work.item.tile_begin);
 #pragma unroll 1
@@ -79,13 +82,14 @@ struct TileWalk {
         if constexpr (Shape::kTransposesValues) {
           step_of_8_bits(p, kv_turn, int(turn_plus_tile - kv_turn), needs_mask);
         } else if constexpr (Shape::kOverlaps) {
-          step_overlapped(p, kv_turn, int(turn_plus_tile - kv_turn), needs_mask);
+          const bool is_first = kHasHoles && kv_turn == first_turn;
+          step_overlapped(p, kv_turn, int(turn_plus_tile - kv_turn), needs_mask, is_first);
         } else {
           step(p, kv_turn, int(turn_plus_tile - kv_turn), needs_mask);
         }
       }
     };
-    if constexpr (Shape::kOverlaps) {
+    if constexpr (Shape::kOverlaps && !kHasHoles) {
       begin_overlapped(p, kv_turn, work.item.tile_end - 1);
       ++kv_turn;
     }
@@ -160,11 +164,13 @@ struct TileWalk {
     if (elect_lane()) smem.v_empty.at(turn).arrive();
   }
 
-  // The tile's scores beside the products of the one before, whose probabilities p are.
-  __device__ __forceinline__ void step_overlapped(Probabilities& p, uint32_t turn, int tile, auto needs_mask) {
+  // The tile's scores beside the products of the one before, whose probabilities p are; of the first, p is zero.
+  __device__ __forceinline__ void step_overlapped(Probabilities& p, uint32_t turn, int tile, auto needs_mask,
+                                                  bool is_first) {
     Scores scores;
+    const uint32_t values_turn = is_first ? turn : turn - 1;
     if constexpr (Shape::kReadsCopies) {  // the fence is not to prolong the turn
-      smem.await(smem.k_full, turn, smem.v_full, turn - 1);
+      smem.await(smem.k_full, turn, smem.v_full, values_turn);
     } else {
       smem.await(smem.k_full, turn);
     }
@@ -172,8 +178,8 @@ struct TileWalk {
     pin(out);
     pin(p);
     start_scores(scores, turn);
-    if constexpr (!Shape::kReadsCopies) smem.await(smem.v_full, turn - 1);
-    start_output(p, turn - 1);
+    if constexpr (!Shape::kReadsCopies) smem.await(smem.v_full, values_turn);
+    start_output(p, values_turn);
     Turns::pass_on();
     wait_for_scores<1>(scores, turn, tile);
     float rescale[2];
@@ -181,7 +187,7 @@ struct TileWalk {
     const bool is_raised = softmax.raise_max(scores, scale_log2, rescale);
     softmax.exponentiate(scores, scale_log2);
     pin(scores);  // not until all of it is done
-    wait_for_output(turn - 1);
+    wait_for_output(values_turn, !is_first);
     softmax.pack(scores, p);
     if (is_raised) softmax.rescale_output(out, rescale);
   }
@@ -253,10 +259,10 @@ struct TileWalk {
     }
     wgmma_commit();
   }
-  __device__ __forceinline__ void wait_for_output(uint32_t turn) const {
+  __device__ __forceinline__ void wait_for_output(uint32_t turn, bool is_done = true) const {
     wgmma_wait<0>();
     pin(out);
-    if (elect_lane()) smem.v_empty.at(turn).arrive();
+    if (elect_lane() && is_done) smem.v_empty.at(turn).arrive();
   }
 };
 
