@@ -1,17 +1,19 @@
-"""Prefill and append attention: TFLOP/s, or bandwidth where the KV dominates, beside SDPA and another flashinfer.
+"""Prefill and append attention: TFLOP/s, or bandwidth where the KV dominates, beside SDPA, FlashAttention-3 and another
+flashinfer.
 
-python benchmarks/bench_prefill.py [--only ragged] [--peer FOLDER] [--plot prefill.png] [--json]
+python benchmarks/bench_prefill.py [--only ragged] [--fa3 LIBRARY] [--peer FOLDER] [--plot prefill.png] [--json]
 
 FLOPs are 2 (head_dim_qk + head_dim_vo) per visible (query, key, head); bytes are K and V once, q and the output. Calls
-are timed inside a CUDA graph. SDPA is PyTorch's, through cuDNN on a GPU. The peer is timed with each of its backends,
-"fa2" and "fa3".
+are timed inside CUDA graphs, which take turns with those of SDPA and FlashAttention-3 over the same tensors. SDPA is
+PyTorch's, through cuDNN on a GPU, over contiguous KV. The peer is timed with each of its backends, "fa2" and "fa3".
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,7 @@ from common import (
     Calls,
     Times,
     copies_for,
-    device_us,
+    device_us_in_turns,
     environment,
     host_table,
     measure_host,
@@ -38,6 +40,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import flashinfer
 
 PEER_BACKENDS = ["fa2", "fa3"]
+DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 SDPA_BACKENDS = {
     "cuda": [SDPBackend.CUDNN_ATTENTION],
     "cpu": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
@@ -64,6 +67,7 @@ class Case:
     page_size: int = 0  # 0: ragged
     causal: bool = True
     scores: str = ""  # what else happens to them, of SCORES
+    dtype: str = "bf16"  # of q, k and v, of DTYPES; the output is bf16
     goal: str = ""
 
     @property
@@ -72,8 +76,8 @@ class Case:
         dims = f"d{self.head_dim}" + ("" if self.head_dim == self.head_dim_vo else f"/{self.head_dim_vo}")
         storage = f"page {self.page_size}" if self.page_size else "ragged"
         mask = "causal" if self.causal else "full"
-        scores = f", {self.scores}" if self.scores else ""
-        return f"{self.batch} x {lengths}, {self.num_qo_heads}/{self.num_kv_heads}, {dims}, {storage}, {mask}{scores}"
+        more = "".join(f", {text}" for text in (self.scores, self.dtype) if text not in ("", "bf16"))
+        return f"{self.batch} x {lengths}, {self.num_qo_heads}/{self.num_kv_heads}, {dims}, {storage}, {mask}{more}"
 
     @property
     def flops(self) -> float:
@@ -82,34 +86,45 @@ class Case:
 
     @property
     def num_bytes(self) -> int:
-        rows = self.kv_len * self.num_kv_heads + self.qo_len * self.num_qo_heads
-        return 2 * self.batch * rows * (self.head_dim + self.head_dim_vo)
+        kv = self.kv_len * self.num_kv_heads * (self.head_dim + self.head_dim_vo)
+        q, out = (self.qo_len * self.num_qo_heads * dim for dim in (self.head_dim, self.head_dim_vo))
+        return self.batch * ((kv + q) * DTYPES[self.dtype].itemsize + 2 * out)
 
 
 def square(batch: int, length: int, heads: int = 32, kv_heads: int = 8, dim: int = 128, **more: Any) -> Case:
     return Case(batch, length, length, heads, kv_heads, dim, more.pop("head_dim_vo", dim), **more)
 
 
+# Goals are those of an H200; of another card, the ratio to the best peer counts: 1.03, paged and fp8 1.10.
 CASES = [
-    square(4, 4096, goal="360 TFLOP/s"),
-    square(4, 4096, page_size=16, goal="345 TFLOP/s"),
-    square(4, 4096, page_size=1, goal="340 TFLOP/s"),
-    square(16, 1024),
-    square(1, 16384),
-    square(1, 16384, causal=False),
+    square(4, 4096, goal="615 TFLOP/s"),
+    square(4, 4096, page_size=16, goal="590 TFLOP/s"),
+    square(4, 4096, page_size=64, goal="590 TFLOP/s"),
+    square(4, 4096, page_size=1, goal="540 TFLOP/s"),
+    square(1, 16384, page_size=16, goal="625 TFLOP/s"),
+    square(16, 1024, goal="500 TFLOP/s"),
+    square(1, 16384, goal="645 TFLOP/s"),
+    square(1, 32768, goal="660 TFLOP/s"),
+    square(1, 16384, causal=False, goal="680 TFLOP/s"),
     square(1, 1024),
-    square(4, 4096, dim=64),
-    square(4, 4096, 16, 4, 256),
-    square(4, 4096, 128, 128, 192, head_dim_vo=128),
+    square(4, 4096, dim=64, goal="460 TFLOP/s"),
+    square(1, 16384, dim=64, goal="520 TFLOP/s"),
+    square(4, 4096, 16, 4, 256, goal="660 TFLOP/s"),
+    square(1, 16384, 16, 4, 256, goal="705 TFLOP/s"),
+    square(4, 4096, 128, 128, 192, head_dim_vo=128, goal="615 TFLOP/s"),
+    square(4, 4096, dtype="fp8", goal="800 TFLOP/s"),
+    square(1, 16384, dtype="fp8", goal="950 TFLOP/s"),
+    square(4, 4096, page_size=16, dtype="fp8", goal="760 TFLOP/s"),
+    square(1, 16384, page_size=16, dtype="fp8", goal="900 TFLOP/s"),
     square(256, 128, 12, 12, 32, causal=False),
     square(4, 4096, scores="soft cap"),
     square(4, 4096, scores="ALiBi"),
     square(4, 4096, causal=False, scores="every bit of a custom mask set"),
-    Case(64, 16, 4096, page_size=16, goal="2.6 TB/s"),
+    Case(64, 16, 4096, page_size=16, goal="258 us"),
     Case(64, 16, 4096, page_size=1),
-    Case(64, 4, 4096, page_size=16),
-    Case(1, 16, 131072, page_size=16),
-    Case(8, 512, 8192, page_size=16),
+    Case(64, 4, 4096, page_size=16, goal="254 us"),
+    Case(1, 16, 131072, page_size=16, goal="155 us"),
+    Case(8, 512, 8192, page_size=16, goal="575 TFLOP/s"),
 ]
 
 
@@ -122,7 +137,7 @@ class Problem:
         num_tokens, num_kv = case.batch * case.qo_len, case.batch * case.kv_len
 
         def draw(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+            return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).to(DTYPES[case.dtype])
 
         def offsets(step: int) -> torch.Tensor:
             return torch.arange(case.batch + 1, dtype=torch.int32, device=DEVICE) * step
@@ -137,7 +152,7 @@ class Problem:
             pages = torch.randperm(case.batch * num_pages, device=DEVICE).int()
             last = torch.full((case.batch,), case.page_size, dtype=torch.int32, device=DEVICE)
             self.indices = (offsets(case.qo_len), offsets(num_pages), pages, last)
-        kv_bytes = 2 * num_kv * case.num_kv_heads * (case.head_dim + case.head_dim_vo)
+        kv_bytes = DTYPES[case.dtype].itemsize * num_kv * case.num_kv_heads * (case.head_dim + case.head_dim_vo)
         self.kvs = [
             (draw(*rows[0], case.num_kv_heads, case.head_dim), draw(*rows[0], case.num_kv_heads, case.head_dim_vo))
             for _ in range(copies_for(kv_bytes))
@@ -153,18 +168,24 @@ class Problem:
         if "custom mask" in case.scores:
             num_bits = case.batch * case.qo_len * case.kv_len
             score_options["custom_mask"] = torch.ones(num_bits, dtype=torch.bool, device=DEVICE)
+        if case.dtype != "bf16":
+            score_options |= {"kv_data_type": DTYPES[case.dtype], "o_data_type": torch.bfloat16}
         wrapper.plan(
-            *self.indices, *shapes, head_dim_vo=case.head_dim_vo, causal=case.causal, q_data_type=torch.bfloat16,
+            *self.indices, *shapes, head_dim_vo=case.head_dim_vo, causal=case.causal, q_data_type=DTYPES[case.dtype],
             **score_options,
         )  # fmt: skip
         return wrapper
 
-    def time(self, **options: Any) -> float:
-        """Microseconds of one planned run; options go to the wrapper."""
+    def calls(self, **options: Any) -> Calls:
+        """Planned runs; options go to the wrapper."""
         wrapper = self.wrapper(**options)
         if self.case.page_size:
-            return device_us([lambda kv=kv: wrapper.run(self.q, kv, out=self.out) for kv in self.kvs])
-        return device_us([lambda kv=kv: wrapper.run(self.q, kv[0], kv[1], out=self.out) for kv in self.kvs])
+            return [lambda kv=kv: wrapper.run(self.q, kv, out=self.out) for kv in self.kvs]
+        return [lambda kv=kv: wrapper.run(self.q, kv[0], kv[1], out=self.out) for kv in self.kvs]
+
+    def time(self, **options: Any) -> float:
+        """Microseconds of one planned run."""
+        return device_us_in_turns({"": self.calls(**options)})[""]
 
     def sdpa_calls(self) -> Calls:
         """PyTorch's SDPA over contiguous KV, through cuDNN on a GPU."""
@@ -183,15 +204,41 @@ class Problem:
             calls.append(call)
         return calls
 
-    def time_sdpa(self) -> float:
-        if self.case.qo_len != self.case.kv_len:  # SDPA aligns the causal mask to the first key
-            return math.nan
-        if self.case.scores:  # it knows none of them
-            return math.nan
-        try:
-            return device_us(self.sdpa_calls())
-        except RuntimeError:  # cuDNN does not cover the case
-            return math.nan
+    def fa3_calls(self) -> Calls:
+        """FlashAttention-3, by the operator that vLLM registers."""
+        case, scale = self.case, self.case.head_dim**-0.5
+        qo_indptr, kv_indptr, *pages = self.indices
+        table = lens = None
+        if pages:
+            table, kv_indptr = pages[0].view(case.batch, -1), None
+            lens = torch.full((case.batch,), case.kv_len, dtype=torch.int32, device=DEVICE)
+        factor = None if case.dtype == "bf16" else torch.ones(case.batch, case.num_kv_heads, device=DEVICE)
+        lengths = (qo_indptr, kv_indptr, None, None, lens, case.qo_len, case.kv_len, table)
+        # New keys and values, a second part of queries; padding on the left, RoPE; window, soft cap, splits.
+        rest = (-1, -1, 0.0, True, None, 0, None, 0, None, 1, 0, None)
+
+        def call(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            tensors = (self.q, k, v, None, None, None, self.out)
+            return torch.ops._vllm_fa3_C.fwd(
+                *tensors, *lengths, *[None] * 5, factor, factor, factor, scale, case.causal, *rest
+            )  # fmt: skip
+
+        return [functools.partial(call, k, v) for k, v in self.kvs]
+
+    def peer_calls(self, has_fa3: bool) -> Iterator[tuple[str, Calls]]:
+        """Of libraries that run in this process, as far as they cover the case."""
+        case = self.case
+        if case.scores:
+            return
+        # SDPA aligns the causal mask to the first key.
+        candidates = {"SDPA": self.sdpa_calls} if case.qo_len == case.kv_len and case.dtype == "bf16" else {}
+        if has_fa3:
+            candidates["FA3"] = self.fa3_calls
+        for name, make in candidates.items():
+            with suppress(RuntimeError):  # what it does not cover
+                calls = make()
+                calls[0]()
+                yield name, calls
 
 
 def measure_host_costs(times: Times) -> None:
@@ -216,6 +263,8 @@ def measure_host_costs(times: Times) -> None:
 
 
 def measure(args: argparse.Namespace, times: Times) -> None:
+    if args.fa3 and not times.is_peer:
+        torch.ops.load_library(args.fa3)
     for case in CASES:
         if args.only not in case.name:
             continue
@@ -224,8 +273,9 @@ def measure(args: argparse.Namespace, times: Times) -> None:
             for backend in PEER_BACKENDS:
                 times.measure(case.name, backend, problem.time, backend=backend)
         else:
-            times.measure(case.name, "", problem.time)
-            times.measure(case.name, "SDPA", problem.time_sdpa)
+            kinds = {"": problem.calls(), **dict(problem.peer_calls(bool(args.fa3)))}
+            for column, us in device_us_in_turns(kinds).items():
+                times.columns.setdefault(column, {})[case.name] = us
     if not args.no_host:
         with times.noting("host costs"):
             measure_host_costs(times)
@@ -234,12 +284,17 @@ def measure(args: argparse.Namespace, times: Times) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name contains this text")
+    parser.add_argument(
+        "--fa3", metavar="LIBRARY", help="time FlashAttention-3 too: vLLM's _vllm_fa3_C.abi3.so, of the torch at hand"
+    )
     parser.add_argument("--no-host", action="store_true", help="leave out the host costs")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the rates as bars; needs matplotlib")
     args, ours, peers = run(parser, measure)
     print(environment())
     columns = [(f"{peer.library} {backend}", peer, backend) for peer in peers for backend in PEER_BACKENDS]
     columns.append(("cuDNN" if DEVICE == "cuda" else "SDPA", ours, "SDPA"))
+    if args.fa3:
+        columns.append(("FA3", ours, "FA3"))
     cases = [case for case in CASES if args.only in case.name]
     rows: list[list[object]] = []
     timed = []
@@ -253,7 +308,7 @@ def main() -> None:
         for label, rate in zip(["flashinfer", *(column[0] for column in columns)], [case.flops / us / 1e6, *others]):
             rates.setdefault(label, []).append(rate)
     header = ["us", "TFLOP/s", "TB/s", *(f"{label} TFLOP/s" for label, _, _ in columns), "goal"]
-    print_table("Prefill, bf16", ["batch x lengths, heads, head_dim, KV, mask", *header], rows)
+    print_table("Prefill, bf16 or fp8", ["batch x lengths, heads, head_dim, KV, mask", *header], rows)
     if not args.no_host:
         print_host(ours, peers)
     print_failures(peers)

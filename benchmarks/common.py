@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import random
 import shlex
 import statistics
 import subprocess
@@ -48,27 +49,49 @@ def device_us(calls: Calls, *, repeats: int = 20) -> float:
     Give several closures over different buffers when the data of one would stay in the L2 cache: they are captured in
     turn into one graph, so that launch gaps shrink and no closure finds its data cached.
     """
-    for call in calls:
+    return device_us_in_turns({"": calls}, rounds=1, repeats=repeats)[""]
+
+
+def device_us_in_turns(kinds: dict[str, Calls], *, rounds: int = 3, repeats: int = 10) -> dict[str, float]:
+    """The same of every kind of calls. They take turns, in another order each round: in a long run a card is at the
+    limit of its power, and as fast as what it did just before lets it be."""
+    for call in itertools.chain.from_iterable(kinds.values()):
         call()
     if DEVICE == "cpu":
-        return statistics.median(_seconds(calls) for _ in range(5)) / len(calls) * 1e6
+        runs = {name: [_seconds(calls) for _ in range(5)] for name, calls in kinds.items()}
+        return {name: statistics.median(runs[name]) / len(calls) * 1e6 for name, calls in kinds.items()}
+    graphs = {name: _captured(calls) for name, calls in kinds.items()}
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(rounds):
+        for name in random.sample(list(kinds), len(kinds)):
+            times[name].append(_replay_us(graphs[name], repeats))
+    return {name: statistics.median(times[name]) / len(calls) for name, calls in kinds.items()}
+
+
+def _captured(calls: Calls) -> torch.cuda.CUDAGraph:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
+    return graph
+
+
+def _replay_us(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
+    """The median of so many, of long ones of fewer, of a GPU that has come to its clocks."""
     warm = time.perf_counter() + WARM_SECONDS
     while time.perf_counter() < warm:
         graph.replay()
         torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
+    times: list[float] = []
+    enough = time.perf_counter() + 2 * WARM_SECONDS
+    while len(times) < 3 or (len(times) < repeats and time.perf_counter() < enough):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+        times.append(start.elapsed_time(end) * 1e3)
     return statistics.median(times)
 
 
@@ -301,11 +324,12 @@ def _command() -> str:
     words, arguments = [f"{Path(__file__).parent.name}/{Path(sys.argv[0]).name}"], sys.argv[1:]
     while arguments:
         word, _, value = arguments.pop(0).partition("=")
-        if not value and word in ("--json", "--commit", "--plot", "--peer") and arguments and arguments[0][:1] != "-":
+        names_file, is_left_out = word in ("--peer", "--fa3"), word in ("--json", "--commit", "--plot")
+        if not value and (names_file or is_left_out) and arguments and arguments[0][:1] != "-":
             value = arguments.pop(0)
-        if word == "--peer":
+        if names_file:
             words += [word, Path(value).name]
-        elif word not in ("--json", "--commit", "--plot"):
+        elif not is_left_out:
             words.append(f"{word}={value}" if value else word)
     return shlex.join(words)
 
