@@ -15,6 +15,7 @@ from typing import Any
 from flashinfer import target as targets
 from flashinfer.families import activation, concat, conv, layout, norm, page, quantization, rope, sampling
 from flashinfer.families.attention import decode, merge, mla, prefill
+from flashinfer.families.attention.params import QUERIES
 from flashinfer.families.gdn import decode as gdn_decode
 from flashinfer.families.gdn import prefill as gdn_prefill
 from flashinfer.jit.spec import ArgValue, KernelSpec
@@ -132,7 +133,7 @@ def _attention(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
     ]
     shape: dict[str, Any] = {"head_dim": model.head_dim, "has_soft_cap": model.soft_cap}
     own: dict[str, Any] = {"q_dtype": dtype, "kv_dtype": dtype, **shape}
-    tiles = (False, True) if targets.kind(target) == "cuda" else (False,)  # short_queries
+    tiles = QUERIES if targets.kind(target) == "cuda" else QUERIES[:1]
     for kv_dtype in _kv_dtypes(model, dtype, target):
         common: dict[str, Any] = {**own, "kv_dtype": kv_dtype}
         for group_size in model.group_sizes:
@@ -140,28 +141,28 @@ def _attention(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
                 for has_window in windows:
                     heads: dict[str, Any] = {"group_size": group_size, "kv_storage": kv_storage}
                     yield decode.decode(target, **common, **heads, has_window=has_window)
-        for short_queries in tiles:
+        for queries in tiles:
             for mask, window in masks:
                 for page_size in (1, 16):  # one for each kernel that there may be
-                    pages: dict[str, Any] = {"short_queries": short_queries, "page_size": page_size}
+                    pages: dict[str, Any] = {"queries": queries, "page_size": page_size}
                     yield prefill.prefill(target, **common, mask=mask, **pages, **window)
-    for kv_storage, has_window, short_queries in itertools.product(("ragged", "single"), windows, tiles):
-        rows: dict[str, Any] = {"kv_storage": kv_storage, "short_queries": short_queries}
+    for kv_storage, has_window, queries in itertools.product(("ragged", "single"), windows, tiles):
+        rows: dict[str, Any] = {"kv_storage": kv_storage, "queries": queries}
         yield prefill.prefill(target, **own, **rows, has_window=has_window)
     if dtype == model.dtypes[0] and targets.kind(target) == "cuda":  # vLLM's over a cache of fp8: it quantizes q too
         fp8: dict[str, Any] = {"q_dtype": "fp8_e4m3", "kv_dtype": "fp8_e4m3", "o_dtype": dtype, **shape}
         for has_window in windows:
             for group_size in model.group_sizes:
                 yield decode.decode(target, **fp8, group_size=group_size, has_window=has_window)
-            for short_queries in tiles:
+            for queries in tiles:
                 yield prefill.prefill(
-                    target, **fp8, short_queries=short_queries, page_size=16, has_window=has_window
+                    target, **fp8, queries=queries, page_size=16, has_window=has_window
                 )  # fmt: skip
     for pair in (False, True):
         yield merge.MERGE_STATES.spec(target, dtype=dtype, head_dim=model.head_dim, pair=pair)
     if targets.kind(target) == "cuda":
-        for short_queries in tiles:  # trees of draft tokens, in SGLang's pages of one
-            yield prefill.prefill(target, **own, mask="custom", short_queries=short_queries)
+        for queries in tiles:  # trees of draft tokens, in SGLang's pages of one
+            yield prefill.prefill(target, **own, mask="custom", queries=queries)
         yield quantization.PACKED_INDPTR.spec(target, index="int64")
         yield quantization.SEGMENT_PACKBITS.spec(target, index="int64", big_endian=False, aligned=True)
         yield decode.DECODE_PLAN.spec(target)
@@ -188,11 +189,11 @@ def _latent_attention(model: Model, dtype: str, target: str) -> Iterator[KernelS
     yield mla.COMPACT_INDICES.spec(target)
     if is_cuda:
         yield mla.mla_plan(target)
-    for short_queries in (False, True) if is_cuda else (False,):
+    for queries in QUERIES if is_cuda else QUERIES[:1]:
         for mask in ("causal", "none"):  # none: a part of the prompt that is in the cache
             yield prefill.prefill(
                 target, q_dtype=dtype, kv_dtype=dtype, head_dim=head_dims[0], head_dim_vo=head_dims[1],
-                kv_storage="ragged", mask=mask, short_queries=short_queries,
+                kv_storage="ragged", mask=mask, queries=queries,
             )  # fmt: skip
     parts = model.qk_nope_head_dim, model.qk_rope_head_dim
     vec_size = layout.vec_size(dtype, math.gcd(*parts)) if is_cuda else 1

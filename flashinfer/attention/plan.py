@@ -117,7 +117,7 @@ class BoundRun:
     num_tokens: int
     num_kv_rows: int  # or pages
     is_empty: bool
-    short_queries: bool = False
+    queries: str = "medium"  # the class of batches that its tile is for
 
 
 class Plan(ABC):
@@ -138,21 +138,21 @@ class Plan(ABC):
         self.op, self.device, self.shape, self.mask, self.variant = op, device, shape, mask, variant
         self.q_dtype, self.kv_dtype, self.o_dtype = types
         self.runs: memo.Memo[BoundRun] = memo.Memo()
-        self.tiles: dict[bool, tuple[Any, BoundLaunch]] = {}  # short queries or not -> what `tile` returned
+        self.tiles: dict[str, tuple[Any, BoundLaunch]] = {}  # class of queries -> what `tile` returned
         self._planners: dict[Extent, BoundLaunch] = {}
         paged_cache.require_heads(op, shape.num_qo_heads, shape.num_kv_heads)
 
-    def is_short(self, num_tokens: int) -> bool:
-        """Whether the tile for short queries serves this many tokens best, where there is one."""
-        return False
+    def queries_of(self, num_tokens: int) -> str:
+        """The class, of QUERIES, whose tile serves this many tokens best."""
+        return "medium"
 
-    def tile(self, short_queries: bool) -> tuple[Any, BoundLaunch]:
-        """The extent of the planned options under one of the two tiles, and its planner. Loads the kernel; raises where
+    def tile(self, queries: str) -> tuple[Any, BoundLaunch]:
+        """The extent of the planned options under the tile of a class, and its planner. Loads the kernel; raises where
         there is none."""
-        if short_queries not in self.tiles:
-            extent = self._extent(short_queries)
-            self.tiles[short_queries] = extent, self.planner(extent)
-        return self.tiles[short_queries]
+        if queries not in self.tiles:
+            extent = self._extent(queries)
+            self.tiles[queries] = extent, self.planner(extent)
+        return self.tiles[queries]
 
     def planner(self, extent: Any) -> BoundLaunch:
         """Has the schedule of that extent written on the device, nothing on the CPU; takes
@@ -162,13 +162,13 @@ class Plan(ABC):
         return self._planners[extent]
 
     @abstractmethod
-    def _extent(self, short_queries: bool) -> Extent: ...
+    def _extent(self, queries: str) -> Extent: ...
 
     @abstractmethod
     def _bind_planner(self, extent: Any) -> BoundLaunch: ...
 
     @abstractmethod
-    def bind(self, call: Call, short_queries: bool) -> BoundRun:
+    def bind(self, call: Call, queries: str) -> BoundRun:
         """Check a call against the plan, and lay its launch out. Raises ValueError, TypeError or UnsupportedConfig."""
 
     def require_tensors(self, call: Call) -> None:

@@ -30,6 +30,7 @@ from flashinfer.attention.variant import (
     signature_of_sinks,
 )
 from flashinfer.errors import UnsupportedConfig
+from flashinfer.families.attention.params import QUERIES
 from flashinfer.host import checks, indices, memo, paged_cache, traced
 from flashinfer.host.checks import LOWEST_ADDRESS
 from flashinfer.host.handles import Uncopyable
@@ -99,7 +100,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         self._lengths: Optional[Lengths] = None
         self._extent: Optional[Extent] = None  # of the schedule on the device
         self._is_settled = False  # a kernel was launched since the planner
-        self._was_short = False  # the last run: of its tile
+        self._queries = "medium"  # the class of the last run
         self._followed: tuple[Any, BoundRun] = _NO_RUN  # the last run and its signature, unless there was a plan since
         self._seen: Optional[Extent] = None  # under use_cuda_graph: what the runs so far needed
         self._handle = next(_handles)  # names the wrapper in a compiled graph
@@ -263,18 +264,19 @@ class PlannedAttention(Uncopyable, EngineNames):
     def _choose(self, plan: Plan, num_tokens: int) -> tuple[Any, BoundLaunch]:
         """What to plan for, and its planner: what the options ask for, and the tile for so many tokens. Where that is
         unknown (-1), the guess is what the last run had; a run that finds it wrong plans again."""
-        short = self._was_short if num_tokens < 0 else plan.is_short(num_tokens)
+        queries = self._queries if num_tokens < 0 else plan.queries_of(num_tokens)
         if not self._use_cuda_graph:
-            return plan.tiles.get(short) or plan.tile(short)
+            return plan.tiles.get(queries) or plan.tile(queries)
         # Any run so far may have been captured, and be replayed on this schedule: the first decides for all, since a
         # plan cannot know which of them, of more or fewer tokens, that will be.
         if self._seen is not None:
-            extent, _ = plan.tile(self._was_short)
+            extent, _ = plan.tile(self._queries)
             extent = extent.joined(self._seen)
             return extent, plan.planner(extent)
         if num_tokens < 0 and self.device.type == "cuda":
-            plan.tile(not short)  # a capture that plans again needs the other kernel loaded
-        return plan.tile(short)
+            for other in QUERIES:  # a capture that plans again needs its kernel loaded
+                plan.tile(other)
+        return plan.tile(queries)
 
     # -------------------------------------------------------------------------------------------------------------- run
 
@@ -376,8 +378,9 @@ class PlannedAttention(Uncopyable, EngineNames):
             raise self._not_tensors(q, kv, out, lse, overrides, q_pe, sinks) from None
         if run is None:
             call = Call(*given)
-            is_short = self._was_short if self._seen is not None else plan.is_short(len(call.q) if call.q.dim() else 0)
-            run = plan.runs.remember(key, plan.bind(call, is_short))
+            num_tokens = len(call.q) if call.q.dim() else 0
+            queries = self._queries if self._seen is not None else plan.queries_of(num_tokens)
+            run = plan.runs.remember(key, plan.bind(call, queries))
         self._follow(plan, found, run)
         self._followed = key, run
         return run
@@ -395,7 +398,7 @@ class PlannedAttention(Uncopyable, EngineNames):
             self._extent, self._is_settled = run.extent, False
         if self._use_cuda_graph and (seen is None or not seen.covers(run.extent)):
             self._seen = run.extent if seen is None else seen.joined(run.extent)
-        self._was_short = run.short_queries
+        self._queries = run.queries
 
     def _run_traced(
         self,

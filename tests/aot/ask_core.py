@@ -27,6 +27,7 @@ from flashinfer.aot.config import find_config, read_config
 from flashinfer.aot.models import WINDOWED_LAYERS, Model
 from flashinfer.attention.mla import sparse
 from flashinfer.dtypes import torch_dtype
+from flashinfer.families.attention.prefill import LONG_ROWS, MANY_ROWS
 from flashinfer.jit import spec as specs
 from flashinfer.jit.loader import Grid, Values
 from flashinfer.jit.resolver import Resolver
@@ -208,8 +209,9 @@ def attend(model: Model, place: Place) -> None:
         }
         for cache, how in place.caches(num_kv, dim):
             attend_paged(workspace, (num_qo, num_kv, dim), cache, how, score, place)
-        # A short prompt, and a long one.
-        for num_tokens in (3, 3 + 64 * num_kv) if place.is_gpu else (3,):
+        # A prompt of each class.
+        long = -(-max(LONG_ROWS * num_kv, MANY_ROWS) // num_qo)
+        for num_tokens in (3, 3 + 64 * num_kv, long) if place.is_gpu else (3,):
             own = [tensor(num_tokens, heads, dim) for heads in (num_qo, num_kv, num_kv)]
             offsets = int32(0, num_tokens)
             ragged = prefill.BatchPrefillWithRaggedKVCacheWrapper(workspace)

@@ -59,7 +59,7 @@ head_dim_qk = 64
 head_dim_vo = 64
 kv_storage = "paged"
 o_dtype = "bf16"
-short_queries = {short}
+queries = "{queries}"
 large_pages = false
 mask = "{mask}"
 pos_encoding = "none"
@@ -164,7 +164,9 @@ def test_a_build_killed_inside_of_nvrtc(tmp_path: Path) -> None:
     if not has_nvrtc():
         pytest.skip("needs NVRTC")
     mark, out = uuid.uuid4().hex, tmp_path / "set"
-    rows = [PREFILL.format(short=short, mask=mask) for short in ("false", "true") for mask in ("causal", "none")]
+    rows = [
+        PREFILL.format(queries=queries, mask=mask) for queries in ("medium", "short") for mask in ("causal", "none")
+    ]
     config = write_config(tmp_path, "".join(rows))
     argv = ["--config", str(config), "--target", "sm_90a", "--out", str(out), "--jobs", "2"]
     with building(mark, argv) as process:

@@ -242,9 +242,9 @@ def test_an_empty_batch(device: torch.device) -> None:
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
 def test_they_compile(target: str) -> None:
-    for short in (True, False):
+    for queries in ("short", "medium"):
         spec = families.prefill(
             target, q_dtype="bf16", kv_dtype="bf16", head_dim=128, kv_storage="paged", mask="items",
-            short_queries=short,
+            queries=queries,
         )  # fmt: skip
         assert toolchain.Nvrtc().compile(source.render(spec)).machine_code.startswith(b"\x7fELF")

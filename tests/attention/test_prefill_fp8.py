@@ -76,7 +76,7 @@ def multiplies_in_8_bits(device: torch.device, case: kit.Case) -> bool:
     spec = families.prefill(
         target.of_device(device), q_dtype="fp8_e4m3", kv_dtype="fp8_e4m3", o_dtype="bf16", head_dim=case.head_dim,
         head_dim_vo=case.head_dim_vo, kv_storage=case.storage, page_size=case.page_size,
-        short_queries=num_rows <= families.SHORT_ROWS * len(case.qo_lens),
+        queries=families.queries_of(num_rows, len(case.qo_lens), case.heads[1]),
         pos_encoding="rope" if pos_encoding == "ROPE_LLAMA" else "none",
     )  # fmt: skip
     return families.PREFILL.implementation(spec).params is families.Sm90PrefillParams

@@ -51,15 +51,15 @@ def header_of(target: str, **axes: Any) -> str:
         {"pos_encoding": "alibi"},
         FP8,
         {**FP8, "o_dtype": "fp16", "kv_storage": "paged", "page_size": 8, "mask": "none", "has_window": True},
-        {**FP8, "short_queries": True},
-        {**FP8, "short_queries": True, "head_dim": 256, "kv_storage": "paged", "page_size": 1},
-        {"kv_dtype": "fp8_e4m3", "short_queries": True},
-        {"kv_dtype": "fp8_e5m2", "short_queries": True, "head_dim": 64, "kv_storage": "paged", "page_size": 1},
-        {"short_queries": True},
-        {"short_queries": True, "kv_storage": "paged", "page_size": 16},
-        {"short_queries": True, "kv_storage": "paged", "page_size": 1},
-        {"short_queries": True, "head_dim": 192, "head_dim_vo": 128},
-        {"short_queries": True, "mask": "custom", "pos_encoding": "alibi"},
+        {**FP8, "queries": "short"},
+        {**FP8, "queries": "short", "head_dim": 256, "kv_storage": "paged", "page_size": 1},
+        {"kv_dtype": "fp8_e4m3", "queries": "short"},
+        {"kv_dtype": "fp8_e5m2", "queries": "short", "head_dim": 64, "kv_storage": "paged", "page_size": 1},
+        {"queries": "short"},
+        {"queries": "short", "kv_storage": "paged", "page_size": 16},
+        {"queries": "short", "kv_storage": "paged", "page_size": 1},
+        {"queries": "short", "head_dim": 192, "head_dim_vo": 128},
+        {"queries": "short", "mask": "custom", "pos_encoding": "alibi"},
         {**FP8, "kv_storage": "paged", "page_size": 1},
         {**FP8, "head_dim": 64},
         {**FP8, "head_dim": 192, "head_dim_vo": 128},
@@ -78,12 +78,12 @@ def test_serves(axes: dict[str, Any]) -> None:
     "axes",
     [
         {"kv_dtype": "fp8_e4m3", "head_dim": 192, "head_dim_vo": 128},
-        {"kv_dtype": "fp8_e4m3", "short_queries": True, "head_dim": 192, "head_dim_vo": 128},
+        {"kv_dtype": "fp8_e4m3", "queries": "short", "head_dim": 192, "head_dim_vo": 128},
         {"head_dim": 96},
         {"head_dim": 192},
-        {"head_dim": 96, "short_queries": True},
+        {"head_dim": 96, "queries": "short"},
         {"pos_encoding": "rope"},
-        {"pos_encoding": "rope", "short_queries": True},
+        {"pos_encoding": "rope", "queries": "short"},
         {**FP8, "pos_encoding": "rope"},
         {**FP8, "head_dim": 96},
         {**FP8, "head_dim": 256, "kv_storage": "paged", "page_size": 1},
@@ -107,7 +107,7 @@ def test_the_page_size_makes_no_two_kernels_where_none_minds() -> None:
     paged: dict[str, Any] = {**BF16, "kv_storage": "paged"}
     for target, axes in (
         ("sm_80", {}),
-        ("sm_90a", {"short_queries": True}),
+        ("sm_90a", {"queries": "short"}),
         ("sm_90a", {"pos_encoding": "rope"}),
         ("x86-64-v3", {}),
     ):
@@ -134,24 +134,28 @@ def compiled_specs() -> list[KernelSpec]:
         specs.append(families.prefill("sm_90a", **{**BF16, **dims, "kv_storage": "paged"}, page_size=1))
         changed: dict[str, Any] = {"mask": "custom", "pos_encoding": "alibi", "has_soft_cap": True, "has_window": True}
         specs.append(families.prefill("sm_90a", **{**BF16, **dims}, **changed))
-        short = {**BF16, **dims, "short_queries": True}
+        short = {**BF16, **dims, "queries": "short"}
         drafts = {**short, "kv_storage": "paged", "mask": "draft"}
         specs.append(families.prefill("sm_90a", **drafts, has_window=True))
         specs.append(families.prefill("sm_90a", **{**drafts, "mask": "causal"}, device_scales=True))
-        specs.append(families.prefill("sm_90a", **{**drafts, "short_queries": False, "page_size": 16}))
+        specs.append(families.prefill("sm_90a", **{**drafts, "queries": "medium", "page_size": 16}))
         specs.append(families.prefill("sm_90a", **{**short, "kv_storage": "paged"}))
         specs.append(families.prefill("sm_90a", **short, **changed))
         specs.append(families.prefill("sm_90a", **{**BF16, **dims}, has_window=True, has_sinks=True))
         specs.append(families.prefill("sm_90a", **short, has_sinks=True))
     paged = {"kv_storage": "paged", "page_size": 16}
+    for long in ({}, {"mask": "none"}, {"kv_storage": "single"}, paged, {**paged, "has_sinks": True}):
+        specs.append(families.prefill("sm_90a", **{**BF16, **long}, queries="long"))
+    fp16 = {"q_dtype": "fp16", "kv_dtype": "fp16"}
+    specs.append(families.prefill("sm_90a", **{**BF16, **fp16, **paged}, device_scales=True, queries="long"))
     specs.append(families.prefill("sm_90a", **{**BF16, "q_dtype": "fp16", "kv_dtype": "fp16", **paged}))
     for dim_qk, dim_vo in prefill_sm90.FP8_TILES:
         fp8 = {**BF16, **FP8, "head_dim": dim_qk, "head_dim_vo": dim_vo}
         specs.append(families.prefill("sm_90a", **fp8))
         specs.append(families.prefill("sm_90a", **{**fp8, **paged}, mask="none", has_window=True))
         specs.append(families.prefill("sm_90a", **fp8, **changed))
-        specs.append(families.prefill("sm_90a", **{**fp8, **paged}, short_queries=True))
-        specs.append(families.prefill("sm_90a", **{**fp8, **paged, "page_size": 1}, **changed, short_queries=True))
+        specs.append(families.prefill("sm_90a", **{**fp8, **paged}, queries="short"))
+        specs.append(families.prefill("sm_90a", **{**fp8, **paged, "page_size": 1}, **changed, queries="short"))
         if dim_qk != 256:
             specs.append(families.prefill("sm_90a", **{**fp8, **paged, "page_size": 1}, **changed))
     for dim, _ in prefill_sm90.WIDENING_TILES:
@@ -160,12 +164,12 @@ def compiled_specs() -> list[KernelSpec]:
         specs.append(families.prefill("sm_90a", **{**widened, "q_dtype": "fp16", "kv_dtype": "fp8_e5m2"}, mask="none"))
         specs.append(families.prefill("sm_90a", **{**widened, **paged}, **changed))
         specs.append(families.prefill("sm_90a", **{**widened, **paged, "page_size": 1}, **changed))
-        specs.append(families.prefill("sm_90a", **{**widened, **paged}, short_queries=True))
-        specs.append(families.prefill("sm_90a", **{**widened, **paged, "page_size": 1}, **changed, short_queries=True))
+        specs.append(families.prefill("sm_90a", **{**widened, **paged}, queries="short"))
+        specs.append(families.prefill("sm_90a", **{**widened, **paged, "page_size": 1}, **changed, queries="short"))
     scaled = {**paged, **changed, "device_scales": True}
     for dtypes in ({}, FP8, WIDENED):
         specs.append(families.prefill("sm_90a", **{**BF16, **dtypes, **scaled}))
-        specs.append(families.prefill("sm_90a", **{**BF16, **dtypes, **scaled}, short_queries=True))
+        specs.append(families.prefill("sm_90a", **{**BF16, **dtypes, **scaled}, queries="short"))
     return specs
 
 
@@ -174,7 +178,7 @@ def cases() -> list[Any]:
     registers; the others are slow. tests/aot/test_core_kernels.py has plain ones."""
     found, seen = [], set()
     for spec in compiled_specs():
-        tile = tuple(spec.arg(axis) for axis in ("q_dtype", "kv_dtype", "head_dim_qk", "head_dim_vo", "short_queries"))
+        tile = tuple(spec.arg(axis) for axis in ("q_dtype", "kv_dtype", "head_dim_qk", "head_dim_vo", "queries"))
         stands_for_others = spec.arg("mask") == "custom" and tile not in seen
         if stands_for_others:
             seen.add(tile)
@@ -203,7 +207,7 @@ def test_an_sm_holds_the_blocks_it_is_meant_to(spec: KernelSpec) -> None:
 @pytest.mark.parametrize("axes", [{}, FP8, WIDENED], ids=["bf16", "fp8", "bf16 over fp8"])
 def test_short_queries_have_a_tile_of_one_consumer(axes: dict[str, Any], dims: tuple[int, int]) -> None:
     """Whose rows are as many as SHORT_ROWS, and of whose keys a tile is more than one load ahead."""
-    given = {**BF16, **axes, "head_dim": dims[0], "head_dim_vo": dims[1], "short_queries": True}
+    given = {**BF16, **axes, "head_dim": dims[0], "head_dim_vo": dims[1], "queries": "short"}
     spec = families.prefill("sm_90a", **given)
     constants = families.PREFILL.implementation(spec).config(spec).constants
     assert constants["kBlockM"] == families.SHORT_ROWS
@@ -213,7 +217,7 @@ def test_short_queries_have_a_tile_of_one_consumer(axes: dict[str, Any], dims: t
 def test_short_queries_take_8_bit_kv_in_boxes_and_16_bit_kv_in_rows() -> None:
     for dtypes, page_size, gathers in (({}, 16, True), (FP8, 16, False), (FP8, 1, True), (WIDENED, 8, False)):
         given: dict[str, Any] = {**BF16, **dtypes, "kv_storage": "paged", "page_size": page_size}
-        spec = families.prefill("sm_90a", **given, short_queries=True)
+        spec = families.prefill("sm_90a", **given, queries="short")
         assert families.PREFILL.implementation(spec).config(spec).constants["kGathersKv"] == gathers
 
 
@@ -318,7 +322,7 @@ def test_a_box_is_within_a_page_and_divides_a_tile(
     assert fake.launched[0][1].box_rows == box_rows
 
 
-@pytest.mark.parametrize("axes", [{"short_queries": True}, {"kv_storage": "paged"}], ids=str)
+@pytest.mark.parametrize("axes", [{"queries": "short"}, {"kv_storage": "paged"}], ids=str)
 def test_rows_that_are_gathered_need_no_description(monkeypatch: pytest.MonkeyPatch, axes: dict[str, Any]) -> None:
     launch, fake = bind(monkeypatch, (8 * 128, 8 * 128, 128), **axes)
     launch(*addresses(1 << 40, 1 << 41))

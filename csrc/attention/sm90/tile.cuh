@@ -34,10 +34,11 @@ struct Shape {
   static constexpr int kNumStages = Config::kNumStages, kNumQueryStages = Config::kNumQueryStages;
 
   // Warpgroups 0 to kNumConsumers - 1 compute 64 rows each, the last one brings in what they need. One or two consumers
-  // have the registers to overlap their own products and softmax, and two take turns; three overlap with each other.
+  // have the registers to overlap their own products and softmax; three overlap with each other. Of 16 bits, where
+  // there are several, they take turns at the tensor cores.
   static constexpr int kNumConsumers = kBlockM / 64, kRowsPerConsumer = 64, kRowsPerWarp = 16;
   static constexpr bool kOverlaps = kNumConsumers <= 2 && sizeof(T) == 2;
-  static constexpr bool kTakesTurns = kOverlaps && kNumConsumers == 2;
+  static constexpr bool kTakesTurns = sizeof(T) == 2 && kNumConsumers > 1;
   // Where there is room for the queries of one unit, those of the next come as soon as the last scores are there, and
   // the output is not staged in their place.
   static constexpr bool kReleasesQueriesEarly = kNumQueryStages == 1;

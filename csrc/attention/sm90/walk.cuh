@@ -3,7 +3,7 @@
 // Tensor cores and exponentials take about as long, and are to run at the same time. Two consumers, or one, have
 // registers for their own products of one tile and the softmax of the next; two take turns at the tensor cores. Three
 // have not; while one is at its softmax, the others have theirs multiplied, and the products of half a tile's values
-// run during the exponentials of the other half.
+// run during the exponentials of the other half. For their scores they take turns as well.
 //
 // No branch may lie between the start of products and the wait for them: the compiler would wait at the branch.
 #pragma once
@@ -12,18 +12,21 @@
 
 namespace flashinfer::sm90 {
 
-// Of two consumers: while one has the tensor cores, the other is at its softmax.
+// While one consumer has the tensor cores, the others are at their softmax.
 template <class Shape>
 struct TurnsAtTensorCores {
   __device__ __forceinline__ static void await() {
     if constexpr (Shape::kTakesTurns) named_barrier_sync(kTurnOfConsumer + consumer_idx(), 2 * kWarpgroupSize);
   }
   __device__ __forceinline__ static void pass_on() {
-    if constexpr (Shape::kTakesTurns) named_barrier_arrive(kTurnOfConsumer + 1 - consumer_idx(), 2 * kWarpgroupSize);
+    if constexpr (Shape::kTakesTurns) {
+      const int idx = consumer_idx(), next_idx = idx == Shape::kNumConsumers - 1 ? 0 : idx + 1;
+      named_barrier_arrive(kTurnOfConsumer + next_idx, 2 * kWarpgroupSize);
+    }
   }
   // The first turn is the first consumer's; the last one is handed back to it.
   __device__ __forceinline__ static void open() {
-    if (consumer_idx() == 1) pass_on();
+    if (consumer_idx() == Shape::kNumConsumers - 1) pass_on();
   }
   __device__ __forceinline__ static void close() {
     if (consumer_idx() == 0) await();
@@ -110,7 +113,9 @@ struct TileWalk {
   __device__ __forceinline__ void step(Probabilities& p, uint32_t turn, int tile, auto needs_mask) {
     Scores scores;
     smem.await(smem.k_full, turn);
+    Turns::await();
     start_scores(scores, turn);
+    Turns::pass_on();
     wait_for_scores<0>(scores, turn, tile);
     float rescale[2];
     transform_and_mask<Config>(scores, params, work, smem.group_size, tile, needs_mask);
@@ -209,11 +214,12 @@ struct TileWalk {
   }
 
   // An address that all lanes are known to have in common. wgmma takes its operands from registers that a warp shares;
-  // made from such an address they are computed there, and not moved one by one. Three consumers have no register for
-  // it.
+  // made from such an address they are computed there, and not moved one by one. Three consumers have a register for
+  // that of keys alone, and of 8 bits none.
+  template <bool kHasRegister = Shape::kOverlaps>
   __device__ __forceinline__ static uint32_t common_address(const uint8_t* tile_smem) {
     const uint32_t address = smem_address(tile_smem);
-    if constexpr (!Shape::kOverlaps) return address;
+    if constexpr (!kHasRegister) return address;
     return __shfl_sync(0xffffffffu, address, 0);
   }
 
@@ -221,7 +227,7 @@ struct TileWalk {
   __device__ __forceinline__ void start_scores(Scores& scores, uint32_t turn) const {
     Operand q = this->q;
     asm volatile("" : "+r"(q.low));  // else the operands of all steps would stay in registers, tile after tile
-    const Operand k = depth_major_operand(common_address(smem.k[turn % Shape::kNumStages]));
+    const Operand k = depth_major_operand(common_address<sizeof(T) == 2>(smem.k[turn % Shape::kNumStages]));
     pin(scores);
     wgmma_fence();
 #pragma unroll

@@ -123,15 +123,15 @@ def bind(op: str, given: Given, options: Options) -> Bound:
         plan = PrefillPlan(
             op, device, shape, types, kind, variant, kv, regions, split_kv=True, lengths=lengths,
         )  # fmt: skip
-    short = plan.is_short(num_tokens)
+    queries = plan.queries_of(num_tokens)
     v_scale = options.bmm2_scale
     if not isinstance(v_scale, DeviceScale):
         v_scale = checks.real(op, "bmm2_scale", v_scale)
     scales: Scales = (None, k_scale, v_scale)
     call = Call(query, cache, given.out, given.lse, scales, options.pdl, None, sinks=given.sinks)
-    run = plan.bind(call, short)
+    run = plan.bind(call, queries)
     sees = indices.may_be_visible(given.block_tables, given.seq_lens, given.cum_seq_lens_q)
-    return Bound(plan.tile(short)[1], run, not is_decode, page_size, sees)
+    return Bound(plan.tile(queries)[1], run, not is_decode, page_size, sees)
 
 
 def _require_table(op: str, given: Given) -> int:

@@ -67,7 +67,7 @@ class DecodePlan(Plan):
             (shape.num_qo_heads, shape.num_kv_heads), "paged", variant, pdl, device_scales,
         )  # fmt: skip
 
-    def _extent(self, short_queries: bool) -> Extent:
+    def _extent(self, queries: str) -> Extent:
         return Extent(self.variant.window_left)
 
     def _bind_planner(self, extent: Extent) -> PreparedLaunch:
@@ -77,7 +77,7 @@ class DecodePlan(Plan):
             self.device, self.shape.batch_size, self._kernel, self.shape.page_size, extent.window_left, self._table_len
         )
 
-    def bind(self, call: Call, short_queries: bool) -> BoundRun:
+    def bind(self, call: Call, queries: str) -> BoundRun:
         op, q, shape, schedule = self.op, call.q, self.shape, self._schedule or Schedule()
         expected = (shape.batch_size, shape.num_qo_heads, shape.head_dim_qk)
         if q.shape != expected:

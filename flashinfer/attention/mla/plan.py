@@ -37,15 +37,16 @@ class MlaPlan(Plan):
         if device.type == "cuda" and shape.batch_size > 0:
             self._schedule = Schedule.of(op, *workspaces, shape.batch_size, 1, shape.head_dim_vo)
 
-    def _load(self, short_queries: bool, pdl: Optional[bool]) -> PrefillKernel:
+    def _load(self, queries: str, pdl: Optional[bool]) -> PrefillKernel:
         types, page_size = (self.q_dtype, self.kv_dtype), self.shape.page_size
-        return launches.load_kernel(self.device, types, self._head_dims, short_queries, page_size, self.mask, pdl)
+        is_short = queries == "short"
+        return launches.load_kernel(self.device, types, self._head_dims, is_short, page_size, self.mask, pdl)
 
-    def is_short(self, num_tokens: int) -> bool:
-        return num_tokens * self.shape.num_qo_heads <= SHORT_ROWS * self.shape.batch_size
+    def queries_of(self, num_tokens: int) -> str:
+        return "short" if num_tokens * self.shape.num_qo_heads <= SHORT_ROWS * self.shape.batch_size else "medium"
 
-    def _extent(self, short_queries: bool) -> Extent:
-        return Extent.of(self._load(short_queries, None), self.mask, self.variant)
+    def _extent(self, queries: str) -> Extent:
+        return Extent.of(self._load(queries, None), self.mask, self.variant)
 
     def _bind_planner(self, extent: Extent) -> PreparedLaunch:
         if self._schedule is None:
@@ -56,7 +57,7 @@ class MlaPlan(Plan):
             costs=costs(extent.block_m),
         )  # fmt: skip
 
-    def bind(self, call: Call, short_queries: bool) -> BoundRun:
+    def bind(self, call: Call, queries: str) -> BoundRun:
         q_pe, batch_size, num_tokens = self._require_queries(call), self.shape.batch_size, len(call.q)
         self.require_tensors(call)
         caches = self._caches(call)
@@ -64,7 +65,7 @@ class MlaPlan(Plan):
         q_scale, k_scale, v_scale = call.scales
         factors = Factors.of(self.op, (q_scale,), (k_scale,), (v_scale,))
         factors.require_known(self.op)
-        kernel = self._load(short_queries, call.pdl)
+        kernel = self._load(queries, call.pdl)
         if self._schedule is not None:
             self._schedule.require_items(self.op, num_tokens * self.shape.num_qo_heads, kernel, batch_size)
         is_empty = num_tokens == 0 or batch_size == 0
@@ -80,9 +81,7 @@ class MlaPlan(Plan):
                 page_size=self.shape.page_size,
             )
         extent = Extent.of(kernel, self.mask, self.variant)
-        return BoundRun(
-            launch, launch, new_out, new_lse, extent, 0, num_tokens, call.num_pages, is_empty, short_queries
-        )
+        return BoundRun(launch, launch, new_out, new_lse, extent, 0, num_tokens, call.num_pages, is_empty, queries)
 
     def _require_queries(self, call: Call) -> torch.Tensor:
         """q_pe."""

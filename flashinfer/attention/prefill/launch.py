@@ -15,7 +15,7 @@ from flashinfer.attention.prefill import sm90
 from flashinfer.attention.variant import Variant
 from flashinfer.attention.workspace import Memory
 from flashinfer.families.attention import prefill as families
-from flashinfer.families.attention.params import ADDRESSES, MASKS
+from flashinfer.families.attention.params import ADDRESSES, MASKS, QUERIES
 from flashinfer.families.layout import fast_divisor, inside
 from flashinfer.host import checks, memo
 from flashinfer.host.paged_cache import KvStrides
@@ -40,13 +40,13 @@ def load_kernel(
     kv_storage: str,
     mask: str,
     variant: Variant,
-    short_queries: bool,
+    queries: str,
     page_size: int = 1,
     pdl: Optional[bool] = None,
     device_scales: bool = False,
 ) -> PrefillKernel:
-    """types: of q, KV and output; head_dims: of queries and keys, and of values. Raises UnsupportedConfig where there
-    is no kernel, or what `Resolver.load` does."""
+    """types: of q, KV and output; head_dims: of queries and keys, and of values; queries: of QUERIES. Raises
+    UnsupportedConfig where there is no kernel, or what `Resolver.load` does."""
     q_dtype, kv_dtype, o_dtype = short_names("prefill", types)
     machine = target.of_device(device)
     request = functools.partial(
@@ -63,10 +63,11 @@ def load_kernel(
         device_scales=device_scales,
         **variant.spec_args,
     )
-    spec = request(short_queries=short_queries)
+    spec = request(queries=queries)
     if kv_storage != "single" and device.type == "cuda" and not default_resolver().holds(spec):
         planner = families.PREFILL_PLAN.spec(machine, kv_storage=kv_storage)
-        default_resolver().expect([planner, request(short_queries=not short_queries)])
+        others = dict.fromkeys(request(queries=other) for other in QUERIES)
+        default_resolver().expect([planner, *(other for other in others if other != spec)])
     return load_spec(device, spec, pdl)
 
 

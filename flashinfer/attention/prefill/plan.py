@@ -14,8 +14,8 @@ from flashinfer.attention.prefill.launch import Extent, PrefillKernel, Schedule
 from flashinfer.attention.sequence import row_strides
 from flashinfer.attention.variant import Factors, Variant
 from flashinfer.attention.workspace import Memory
+from flashinfer.families.attention import prefill as families
 from flashinfer.families.attention.params import MASKS_OF_BITS
-from flashinfer.families.attention.prefill import SHORT_ROWS
 from flashinfer.host import checks
 from flashinfer.host.paged_cache import KvStrides, PagedCache, PagedKv
 
@@ -87,24 +87,26 @@ class PrefillPlan(Plan):
         types: tuple[torch.dtype, torch.dtype, torch.dtype],
         mask: str,
         variant: Variant,
-        short: bool,
+        queries: str,
         pdl: Optional[bool],
         device_scales: bool = False,
     ) -> PrefillKernel:
         dims = (self.shape.head_dim_qk, self.shape.head_dim_vo)
         page_size = self.shape.page_size
         return launches.load_kernel(
-            self.device, types, dims, self._storage, mask, variant, short, page_size, pdl, device_scales
+            self.device, types, dims, self._storage, mask, variant, queries, page_size, pdl, device_scales
         )
 
-    def is_short(self, num_tokens: int) -> bool:
-        if self._fixed_split is not None:  # a tile that other requests do not choose
-            return 0 < self._lengths[0] * self._group_size <= SHORT_ROWS
-        return num_tokens * self._group_size <= SHORT_ROWS * self.shape.batch_size
+    def queries_of(self, num_tokens: int) -> str:
+        shape, length = self.shape, self._lengths[0]
+        if self._fixed_split is None:
+            return families.queries_of(num_tokens * self._group_size, shape.batch_size, shape.num_kv_heads)
+        # Of a tile that other requests do not choose.
+        return families.queries_of(length * self._group_size, 1, shape.num_kv_heads) if length > 0 else "medium"
 
-    def _extent(self, short_queries: bool) -> Extent:
+    def _extent(self, queries: str) -> Extent:
         types = (self.q_dtype, self.kv_dtype, self.o_dtype)
-        kernel = self._load(types, self.mask, self.variant, short_queries, None)
+        kernel = self._load(types, self.mask, self.variant, queries, None)
         return Extent.of(kernel, self.mask, self.variant)
 
     def _bind_planner(self, extent: Extent) -> BoundLaunch:
@@ -116,7 +118,7 @@ class PrefillPlan(Plan):
             self._lengths, fixed_split=self._fixed_split or 0,
         )  # fmt: skip
 
-    def bind(self, call: Call, short_queries: bool) -> BoundRun:
+    def bind(self, call: Call, queries: str) -> BoundRun:
         op, q, shape, kv = self.op, call.q, self.shape, self._kv
         if q.dim() != 3 or q.shape[1:] != (shape.num_qo_heads, shape.head_dim_qk):
             raise ValueError(
@@ -135,7 +137,7 @@ class PrefillPlan(Plan):
         factors = Factors.of(op, (q_scale,), (k_scale,), (v_scale,))
         options = variant.values(shape.num_qo_heads, shape.head_dim_qk, self.device, factors)
         types = (q.dtype, call.kv_dtype, out.dtype)
-        kernel = self._load(types, mask, variant, short_queries, call.pdl, factors.device_scales)
+        kernel = self._load(types, mask, variant, queries, call.pdl, factors.device_scales)
         if self._schedule is not None:
             num_rows = q.shape[0] * self._group_size
             self._schedule.require_items(op, num_rows, kernel, shape.batch_size)
@@ -162,29 +164,29 @@ class PrefillPlan(Plan):
             q.shape[0],
             call.num_pages if isinstance(kv, PagedKv) else kv.num_rows(call.kv[0]),
             is_empty,
-            short_queries,
+            queries,
         )
 
 
 class UniformPlan(PrefillPlan):
     """Of as many queries in every request, for the wrapper of decode, whose index tensors are those of the KV alone."""
 
-    def is_short(self, num_tokens: int) -> bool:
-        return self._lengths[0] * self._group_size <= SHORT_ROWS
+    def queries_of(self, num_tokens: int) -> str:
+        return families.queries_of(self._lengths[0] * self._group_size, 1, self.shape.num_kv_heads)
 
-    def tile(self, short_queries: bool) -> tuple[Any, BoundLaunch]:
-        return super().tile(self.is_short(0))
+    def tile(self, queries: str) -> tuple[Any, BoundLaunch]:
+        return super().tile(self.queries_of(0))
 
     def _bind_planner(self, extent: Extent) -> BoundLaunch:
         return functools.partial(super()._bind_planner(extent), 0)
 
-    def bind(self, call: Call, short_queries: bool) -> BoundRun:
+    def bind(self, call: Call, queries: str) -> BoundRun:
         q, num_tokens = call.q, self.shape.batch_size * self._lengths[0]
         if q.dim() == 3 and q.shape[0] != num_tokens:
             raise ValueError(
                 f"{self.op}: q has {q.shape[0]} tokens; planned for {num_tokens}, {self._lengths[0]} of each of "
                 f"{self.shape.batch_size} requests"
             )
-        run = super().bind(call, self.is_short(0))
+        run = super().bind(call, self.queries_of(0))
         launch = functools.partial(run.launch, 0, 0, 0)  # no offsets of queries, no mask
         return replace(run, launch=launch, settled_launch=launch)

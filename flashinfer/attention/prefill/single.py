@@ -245,9 +245,9 @@ class _BoundSingle:
         scale_q, scale_k, scale_v, k_scale, v_scale = scales
         factors = Factors.of(_OP, (scale_q,), (scale_k, k_scale), (scale_v, v_scale))
         out_dtype = q.dtype if o_dtype is None else dtypes.torch_dtype(o_dtype)
-        is_short = qo_len * num_qo_heads <= families.SHORT_ROWS * num_kv_heads
+        queries = families.queries_of(qo_len * sequence.group_size, 1, num_kv_heads)
         kernel = launches.load_kernel(
-            device, (q.dtype, k.dtype, out_dtype), (head_dim_qk, head_dim_vo), "single", mask, variant, is_short,
+            device, (q.dtype, k.dtype, out_dtype), (head_dim_qk, head_dim_vo), "single", mask, variant, queries,
             device_scales=factors.device_scales,
         )  # fmt: skip
         self.new_out = memo.allocator((qo_len, num_qo_heads, head_dim_vo), out_dtype, device)

@@ -12,6 +12,8 @@ HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 KV_STORAGE = {"single": 0, "ragged": 1, "paged": 2, "paged_lens": 3}
 MASKS = {"none": 0, "causal": 1, "custom": 2, "draft": 3, "items": 4}
 MASKS_OF_BITS = ("custom", "draft", "items")
+# Classes of batches by the queries of a request, each of which a tile serves best.
+QUERIES = ("medium", "short", "long")
 POS_ENCODINGS = {"none": 0, "rope": 1, "alibi": 2}
 
 

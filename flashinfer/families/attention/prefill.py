@@ -20,6 +20,7 @@ from flashinfer.families.attention.params import (
     MASKS_OF_BITS,
     POS_ENCODINGS,
     Q_DTYPES,
+    QUERIES,
     require_dtypes,
 )
 from flashinfer.families.layout import DTYPES, F32, FP8_DTYPES, I32, Fields, P, nested
@@ -34,8 +35,21 @@ SCHEDULE_BYTES = 256
 # merging then take (PartialResults in csrc/attention/prefill/work.cuh).
 MAX_FIXED_SPLITS, FIXED_SLOTS, FIXED_COUNTERS = 16, 20, 5
 
-# Query rows of a request (tokens times query heads per KV head) up to which the tile for short queries is faster.
-SHORT_ROWS = 64
+# Query rows of a request (tokens times query heads per KV head) up to which the tile for short queries is faster, and
+# from which that for long ones, if there are so many of all requests and KV heads that its units fill the last round of
+# blocks well: 10 rounds, on 132 SMs.
+SHORT_ROWS, LONG_ROWS = 64, 32768
+MANY_ROWS = 1 << 18
+
+
+def queries_of(num_rows: int, batch_size: int, num_kv_heads: int) -> str:
+    """The class, of QUERIES, of a batch of so many query rows of each KV head."""
+    if num_rows <= SHORT_ROWS * batch_size:
+        return "short"
+    is_long = num_rows >= LONG_ROWS * batch_size and num_rows * num_kv_heads >= MANY_ROWS
+    return "long" if is_long else "medium"
+
+
 # What a launch is given besides ADDRESSES, and before them.
 ROWS = ("qo_indptr", "mask", "mask_indptr")
 
@@ -141,7 +155,7 @@ def _tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:
         kind = "small, plain"
     if ITEMSIZE[spec.arg("kv_dtype")] == 1:
         kind = "fp8"
-    if spec.arg("short_queries"):
+    if spec.arg("queries") == "short":
         kind = "short"
     per_sm, per_block, _ = arch(spec.target)
     if kind == "medium" and per_sm < 200 << 10:
@@ -209,7 +223,7 @@ PREFILL = Family(
         "head_dim_qk": HEAD_DIMS,
         "head_dim_vo": HEAD_DIMS,
         "kv_storage": ("single", "ragged", "paged"),
-        "short_queries": (False, True),
+        "queries": QUERIES,
         "large_pages": (False, True),
         "mask": tuple(MASKS),
         "pos_encoding": tuple(POS_ENCODINGS),
@@ -236,7 +250,7 @@ def prefill(
     head_dim: int,
     head_dim_vo: int = 0,
     kv_storage: str = "paged",
-    short_queries: bool = False,
+    queries: str = "medium",
     page_size: int = 1,
     mask: str = "causal",
     pos_encoding: str = "none",
@@ -247,8 +261,8 @@ def prefill(
 ) -> KernelSpec:
     """Many query rows per request over its KV. `head_dim_vo` 0: the same as head_dim; `o_dtype` "": that of q.
 
-    `short_queries` picks the tile for requests of at most SHORT_ROWS query rows on average, `page_size` the kernel that
-    reads pages of that size fastest; the results are the same.
+    `queries`, of QUERIES, picks the tile that is fastest for them (`queries_of`), where there are several, and
+    `page_size` the kernel that reads pages of that size fastest; the results are the same.
     """
     axes: dict[str, str | int | bool] = {
         "q_dtype": q_dtype,
@@ -257,7 +271,8 @@ def prefill(
         "head_dim_qk": head_dim,
         "head_dim_vo": head_dim_vo or head_dim,
         "kv_storage": kv_storage,
-        "short_queries": short_queries and targets.kind(target) == "cuda",
+        "queries": queries if targets.kind(target) == "cuda" else "medium",
+        "large_pages": kv_storage == "paged" and page_size % prefill_sm90.MIN_BOX_ROWS == 0,
         "mask": mask,
         "pos_encoding": pos_encoding,
         "has_window": has_window,
@@ -265,11 +280,14 @@ def prefill(
         "has_sinks": has_sinks,
         "device_scales": device_scales,
     }
-    if kv_storage == "paged" and page_size % prefill_sm90.MIN_BOX_ROWS == 0:
-        spec = PREFILL.spec(target, **axes, large_pages=True)
-        if PREFILL.implementation(spec).params is Sm90PrefillParams and not prefill_sm90.gathers(spec):
-            return spec  # nobody else minds
-    return PREFILL.spec(target, **axes, large_pages=False)
+    # What makes no difference to a kernel makes no two kernels.
+    spec = PREFILL.spec(target, **axes)
+    is_sm90 = PREFILL.implementation(spec).params is Sm90PrefillParams
+    if not is_sm90 or prefill_sm90.gathers(spec):
+        axes["large_pages"] = False
+    if queries == "long" and not (is_sm90 and prefill_sm90.has_long_tile(spec)):
+        axes["queries"] = "medium"
+    return PREFILL.spec(target, **axes)
 
 
 PREFILL_PLAN = Family(

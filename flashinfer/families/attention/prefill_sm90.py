@@ -28,17 +28,25 @@ class Tile(NamedTuple):
 # By head_dim of keys and values. TFLOP/s on an H200, 32 query heads on 8 (head_dim 256: 16 on 4; 192: 128), in one run,
 # causal, 4 x 4096 / 1 x 16384.
 TILES = {
-    # 436 / 485. 192 x 128: 418 / 454; 128 x 128: 392 / 430.
+    # 436 / 485. 192 x 128: 418 / 454; 128 x 128: 392 / 430. Since the consumers take turns, in another run, 447 / 502,
+    # where they made 439 / 503; 192 x 128 415 / 466.
     (64, 64): Tile(192, 192, 2, 2),
-    # 561 / 619, 16 x 1024: 421. 192 x 128: 553 / 623, 399; with the consumers taking turns 561 / 645, 395: 3% faster
-    # from 16384 tokens on, 4% slower on 1024 (docs/notes/2026-11-hopper-prefill.md). 128 x 176 and 128 x 160, in
-    # another run: 533 and 535, where this tile made 569.
+    # 561 / 619, 16 x 1024: 421. 128 x 176 and 128 x 160, in another run: 533 and 535, where this tile made 569.
     (128, 128): Tile(128, 128, 2, 2),
     # 538. 192 x 96: 506.
     (192, 128): Tile(128, 128, 2, 1),
     # 612 / 712. 128 x 64, in another run: 498, where this tile made 522. Since queries are released early, in two runs,
     # 612 and 616 / 680 and 691, where it made 581 and 600 / 676 and 684.
     (256, 256): Tile(128, 80, 2, 1),
+}
+# At least LONG_ROWS query rows a request: the units of a larger tile read KV from the L2 cache less often
+# (`has_long_tile`; others have the tile above).
+LONG_TILES = {
+    # 1 x 16384 652, the tile above 629, FA3 648; of pages of 16 640, 596, 546; without a mask 669, 642, 623. 2 x 8192:
+    # 630, 610, 612. 4 x 4096, of half as many rows as are long: 584, 585, 585; 4096 on 65536, pages of 16: 594, 621.
+    # Without turns at the tensor cores 618, in another run; P V as a whole and not in halves 640. 192 x 112 and 192 x
+    # 96 at 192 on 128, 4 x 4096: 519 and 530, where 128 x 128 made 575.
+    (128, 128): Tile(192, 128, 2, 2),
 }
 # Where more happens to a score than a causal mask or a window, or KV are gathered, which takes registers: three
 # consumers have not got them, nor two with tiles of 128 keys beside 256 dimensions.
@@ -130,27 +138,40 @@ def _widens(spec: KernelSpec) -> bool:
     return ITEMSIZE[spec.arg("kv_dtype")] < ITEMSIZE[spec.arg("q_dtype")]
 
 
+def _changes_scores(spec: KernelSpec) -> bool:
+    """Whether more happens to a score than a causal mask or a window."""
+    arg = spec.arg
+    return arg("mask") in MASKS_OF_BITS or arg("pos_encoding") != "none" or arg("has_soft_cap") is True
+
+
+def has_long_tile(spec: KernelSpec) -> bool:
+    """Whether long queries have a tile of their own, where there is one that gains."""
+    dims, is_quantized = (spec.arg("head_dim_qk"), spec.arg("head_dim_vo")), ITEMSIZE[spec.arg("kv_dtype")] == 1
+    return dims in LONG_TILES and not (is_quantized or gathers(spec) or _changes_scores(spec) or spec.arg("has_window"))
+
+
 def _tiles(spec: KernelSpec) -> dict[tuple[int, int], Tile]:
-    if spec.arg("short_queries"):
+    if spec.arg("queries") == "short":
         return SHORT_FP8_TILES if _is_fp8(spec) else SHORT_WIDENING_TILES if _widens(spec) else SHORT_TILES
     return FP8_TILES if _is_fp8(spec) else WIDENING_TILES if _widens(spec) else TILES
 
 
 def _tile(spec: KernelSpec) -> Tile:
     dims = spec.arg("head_dim_qk"), spec.arg("head_dim_vo")
-    if spec.arg("short_queries"):
+    if spec.arg("queries") == "short":
         return _tiles(spec)[dims]
+    if spec.arg("queries") == "long" and has_long_tile(spec):
+        return LONG_TILES[dims]
     if spec.arg("mask") in MASKS_OF_BITS and gathers(spec) and _tiles(spec) is TILES and dims in SMALLEST_TILES:
         return SMALLEST_TILES[dims]
-    changes_scores = spec.arg("mask") in MASKS_OF_BITS or spec.arg("pos_encoding") != "none" or spec.arg("has_soft_cap")
     tiles, smaller = _tiles(spec), SMALLER_FP8_TILES if _is_fp8(spec) else SMALLER_TILES
-    return smaller.get(dims, tiles[dims]) if changes_scores or gathers(spec) else tiles[dims]
+    return smaller.get(dims, tiles[dims]) if _changes_scores(spec) or gathers(spec) else tiles[dims]
 
 
 def gathers(spec: KernelSpec) -> bool:
     """Whether rows of KV come one by one and not in boxes (csrc/attention/sm90/gather.cuh)."""
     has_small_pages = spec.arg("kv_storage") == "paged" and not spec.arg("large_pages")
-    return has_small_pages or (bool(spec.arg("short_queries")) and ITEMSIZE[spec.arg("kv_dtype")] > 1)
+    return has_small_pages or (spec.arg("queries") == "short" and ITEMSIZE[spec.arg("kv_dtype")] > 1)
 
 
 def serves(spec: KernelSpec) -> bool:
@@ -159,7 +180,7 @@ def serves(spec: KernelSpec) -> bool:
         (arg("q_dtype") == arg("kv_dtype") or _widens(spec))
         and (arg("head_dim_qk"), arg("head_dim_vo")) in _tiles(spec)
         and arg("pos_encoding") != "rope"
-        and not (_is_fp8(spec) and gathers(spec) and arg("head_dim_qk") == 256 and not arg("short_queries"))
+        and not (_is_fp8(spec) and gathers(spec) and arg("head_dim_qk") == 256 and arg("queries") != "short")
     )
 
 
