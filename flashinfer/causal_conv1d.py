@@ -230,7 +230,7 @@ def _prepare(op: str, operands: _Operands, index: _Index, settings: _Settings) -
     is_update = op == "causal_conv1d_update"
     names = _NAMES[op]
     named = {name: tensor for name, tensor in zip(names, (*operands, *index)) if tensor is not None}
-    for name in ("conv_state",) if is_update else ("query_start_loc",):
+    for name in ("weight", "conv_state") if is_update else ("weight", "query_start_loc"):
         if name not in named:
             raise checks.not_tensors(op, **{name: None})
     checks.require_tensors(op, **named)

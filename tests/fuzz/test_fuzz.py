@@ -43,7 +43,7 @@ def test_a_campaign_finds_nothing() -> None:
 def test_every_public_function_has_a_case() -> None:
     attention = ("attention", "cascade", "decode", "mla", "prefill", "sparse")
     rows = ("activation", "gemm", "norm", "quantization", "rope", "sampling", "topk")
-    modules = (*attention, *rows, "concat_ops", "page")
+    modules = (*attention, *rows, "causal_conv1d", "concat_ops", "gdn_decode", "page")
     public = {name for module in modules for name in importlib.import_module(f"flashinfer.{module}").__all__}
     public |= {name for name, value in vars(utils).items() if getattr(value, "__module__", "") == utils.__name__}
     aliases = {"top_p_renorm_prob", "top_k_renorm_prob"}

@@ -268,6 +268,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"x": lambda x: x[None]}, ValueError, r"expected \[dim, tokens\]"),
     ({"x": None}, TypeError, "x is NoneType"),
     ({"x": lambda x: x.double()}, UnsupportedConfig, "x is torch.float64"),
+    ({"weight": None}, TypeError, "weight is NoneType"),
     ({"weight": lambda w: w[:32]}, ValueError, "weight has shape"),
     ({"weight": lambda w: w.half()}, ValueError, "weight is torch.float16"),
     ({"weight": lambda w: w[:, :1].contiguous()}, UnsupportedConfig, "width=1 is not supported"),

@@ -112,6 +112,11 @@ def _fused_add_rmsnorm_quant(d: Draw) -> Iterator[Call]:
     yield from d.maybe_hostile(Call("fused_add_rmsnorm_quant", function, arguments, expect, ("out", "residual")))
 
 
+def _require_finite(gate: torch.Tensor) -> None:
+    if bool(gate.isinf().any()):
+        raise Unspecified  # the limit of silu, or what the formula gives: NaN
+
+
 def _gated_rmsnorm(d: Draw) -> Iterator[Call]:
     dtype, hidden_size = d.kernel(*FLOATS), d.kernel(64, 8, 33)
     shape = _shape(d, hidden_size, 2)
@@ -125,6 +130,7 @@ def _gated_rmsnorm(d: Draw) -> Iterator[Call]:
 
     def expect(input: Any, gate: Any, weight: Any, eps: Any, out: Any, enable_pdl: Any) -> Mapping[str, Check]:
         _require_rows(input, weight, gate, *([] if out is None else [out]))
+        _require_finite(gate)
         expected = near(oracle.gated_rmsnorm(input, gate, weight, number(eps)), input.dtype)
         return {"return": expected} if out is None else {"return": expected, "out": expected}
 
@@ -145,6 +151,7 @@ def _gated_rmsnorm_quant(d: Draw) -> Iterator[Call]:
         out: Any, input: Any, gate: Any, weight: Any, scale: Any, eps: Any, enable_pdl: Any
     ) -> Mapping[str, Check]:
         _require_rows(input, weight, out, gate)
+        _require_finite(gate)
         expected = oracle.gated_rmsnorm(input, gate, weight, number(eps)) / scale_of(scale)
         return {"return": near_fp8(expected, out.dtype), "out": near_fp8(expected, out.dtype)}
 
