@@ -3,9 +3,10 @@
 Requests of different lengths arrive, are prefilled into a paged KV cache, decode together, and leave. Two layers of
 each model run through flashinfer's normalization, rotary embedding, paged cache, attention and gated activation; the
 projections are torch's. Models with latent attention (DeepSeek, Kimi) prefill whole prompts with keys and values of
-every head, and decode in the latent space; both are compared with the equations as published. Where a precompiled set
-is installed, no kernel is compiled. At the end one model outside the core set shows what a miss looks like. Runs on a
-GPU where there is one, and on any CPU.
+every head, and decode in the latent space; both are compared with the equations as published. Qwen3-Next, 3.5 and 3.6
+have four layers, three of a gated delta rule and one of attention with a gated output; the rule is compared too. Where
+a precompiled set is installed, no kernel is compiled. At the end one model outside the core set shows what a miss looks
+like. Runs on a GPU where there is one, and on any CPU.
 
     python examples/serve_shapes.py [--device cpu|cuda] [--config core] [--model NAME …] [--quick]
 
@@ -25,10 +26,11 @@ import torch
 from torch.nn import functional
 
 import flashinfer
+from flashinfer import causal_conv1d, gdn_decode, gdn_prefill
 from flashinfer.aot.config import Model, find_config, read_config
 from flashinfer.jit import default_resolver
 
-NUM_LAYERS = 2  # with --quick 1
+NUM_LAYERS = 2  # with --quick 1; of a model with a gated delta rule four
 VOCABULARY = 4096  # tokens with an embedding; the others of a model's vocabulary have no probability
 PAGE_SIZE = 16
 MAX_BATCH = 3
@@ -50,6 +52,7 @@ class Request:
     generated: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0  # tokens whose keys and values are in the cache
+    slot: int = -1  # of its states
 
     @property
     def pending(self) -> list[int]:
@@ -73,6 +76,8 @@ class Batch:
     kv_indices: torch.Tensor  # pages of every request
     kv_last_page_len: torch.Tensor  # [batch_size]
     kv_lens: torch.Tensor  # [batch_size], with the tokens of this step
+    slots: torch.Tensor  # [batch_size]
+    has_state: torch.Tensor  # [batch_size], bool
     is_new: bool  # no request has anything in the cache yet
 
     @staticmethod
@@ -94,16 +99,23 @@ class Batch:
             kv_indices=tensor([page for request in requests for page in request.pages]),
             kv_last_page_len=tensor([(kv_len - 1) % PAGE_SIZE + 1 for kv_len in kv_lens]),
             kv_lens=tensor(kv_lens),
+            slots=tensor([request.slot for request in requests]),
+            has_state=torch.tensor([request.num_cached > 0 for request in requests], device=device),
             is_new=all(request.num_cached == 0 for request in requests),
         )
 
+    @property
+    def is_decode(self) -> bool:
+        """One token each."""
+        return self.tokens.numel() == self.slots.numel()
+
 
 class Scheduler:
-    """Admits requests as they arrive, gives them pages, and takes the pages back."""
+    """Admits requests as they arrive, gives them pages and a slot, and takes those back."""
 
     def __init__(self, num_pages: int) -> None:
         self._waiting = [(step, Request(list(range(1, length + 1)), count)) for step, length, count in REQUESTS]
-        self._free_pages = list(range(num_pages))
+        self._free_pages, self._free_slots = list(range(num_pages)), list(range(MAX_BATCH))
         self.running: list[Request] = []
         self.num_finished = 0
 
@@ -114,6 +126,7 @@ class Scheduler:
     def admit(self, step: int) -> None:
         while self._waiting and self._waiting[0][0] <= step and len(self.running) < MAX_BATCH:
             self.running.append(self._waiting.pop(0)[1])
+            self.running[-1].slot = self._free_slots.pop()
         for request in self.running:
             needed = -(-(request.num_cached + len(request.pending)) // PAGE_SIZE)
             while len(request.pages) < needed:
@@ -125,6 +138,7 @@ class Scheduler:
             request.generated.append(token)
             if request.is_finished:
                 self._free_pages += request.pages
+                self._free_slots.append(request.slot)
                 self.num_finished += 1
         self.running = [request for request in self.running if not request.is_finished]
 
@@ -176,6 +190,8 @@ class GroupedQueryAttention:
         self.model, self.dtype = model, dtype
         self.num_qo_heads, self.num_kv_heads = model.num_qo_heads // ranks, max(1, model.num_kv_heads // ranks)
         hidden_size, head_dim = model.hidden_size, model.head_dim
+        gate_size = self.num_qo_heads * head_dim if model.linear_num_value_heads else 0
+        self.gate = weights.matrix(gate_size, hidden_size) if gate_size else None
         self.qkv = weights.matrix((self.num_qo_heads + 2 * self.num_kv_heads) * head_dim, hidden_size)
         self.output = weights.matrix(hidden_size, self.num_qo_heads * head_dim)
         self.head_norm = Norm(model, weights, head_dim)
@@ -192,7 +208,7 @@ class GroupedQueryAttention:
     def plan(self, batch: Batch) -> None:
         heads = (self.num_qo_heads, self.num_kv_heads, self.model.head_dim, PAGE_SIZE)
         pages = (batch.kv_indptr, batch.kv_indices, batch.kv_last_page_len)
-        if batch.tokens.numel() == batch.kv_last_page_len.numel():  # one token each
+        if batch.is_decode:
             self.decode.plan(*pages, *heads, q_data_type=self.dtype)
             self.planned = self.decode
         else:
@@ -210,7 +226,104 @@ class GroupedQueryAttention:
         flashinfer.apply_rope_pos_ids_inplace(q, k, batch.positions, rope_theta=5e5, **turns)
         pages = (batch.kv_indices, batch.kv_indptr, batch.kv_last_page_len)
         flashinfer.append_paged_kv_cache(k, v, batch.batch_indices, batch.positions, cache, *pages)
-        return functional.linear(self.planned.run(q, cache).flatten(1), self.output)
+        out = self.planned.run(q, cache).flatten(1)
+        if self.gate is not None:
+            out = out * torch.sigmoid(functional.linear(x, self.gate))
+        return functional.linear(out, self.output)
+
+
+class GatedDeltaNet:
+    """A gated delta rule: what a layer keeps of a request is a matrix a head, and the last rows of a convolution."""
+
+    def __init__(self, model: Model, weights: Weights, num_layers: int, device: str, dtype: torch.dtype) -> None:
+        ranks = model.tensor_parallel[0]
+        self.model, self.most_off = model, 0.0
+        num_k, num_v = model.linear_num_key_heads // ranks, model.linear_num_value_heads // ranks
+        self.dims = model.linear_key_head_dim, model.linear_key_head_dim, model.linear_value_head_dim
+        self.widths = [heads * dim for heads, dim in zip((num_k, num_k, num_v), self.dims)]
+        hidden_size, width = model.hidden_size, model.linear_conv_kernel_dim
+        self.qkv = weights.matrix(sum(self.widths), hidden_size)
+        self.z = weights.matrix(self.widths[2], hidden_size)
+        self.ba = weights.matrix(2 * num_v, hidden_size)
+        self.conv = (weights.matrix(sum(self.widths), width) * 25).contiguous()
+        self.A_log = torch.linspace(-1, 1, num_v, device=device, dtype=torch.float32)
+        self.dt_bias = torch.linspace(1, -1, num_v, device=device, dtype=torch.float32)
+        self.norm = weights.vector(self.dims[2])
+        self.output = weights.matrix(hidden_size, self.widths[2])
+        # Rows of the convolution with dense channels; states V-major and in fp32.
+        self.rows = [
+            torch.zeros(MAX_BATCH, width - 1, sum(self.widths), device=device, dtype=dtype).transpose(1, 2)
+            for _ in range(num_layers)
+        ]
+        shape = (MAX_BATCH, num_v, self.dims[2], self.dims[0])
+        self.states = [torch.zeros(shape, device=device, dtype=torch.float32) for _ in range(num_layers)]
+
+    def run(self, x: torch.Tensor, layer: int, batch: Batch) -> torch.Tensor:
+        rows, states = self.rows[layer], self.states[layer]
+        qkv, z = functional.linear(x, self.qkv), functional.linear(x, self.z)
+        b, a = functional.linear(x, self.ba).chunk(2, dim=-1)
+        states[batch.slots[~batch.has_state].long()] = 0.0  # left by those who had the slots before
+        before = rows.clone(), states.clone()
+        if batch.is_decode:
+            mixed = causal_conv1d.causal_conv1d_update(qkv, rows, self.conv, None, "silu", batch.slots)
+            q, k, v = self._heads(mixed[:, None])
+            gates = self.A_log, a[:, None], self.dt_bias, b[:, None]
+            out, _ = gdn_decode.gated_delta_rule_decode_pretranspose(
+                q, k, v, None, *gates, initial_state=states, initial_state_indices=batch.slots
+            )
+            out = out[:, 0]
+        else:
+            sequences = batch.qo_indptr, batch.slots, batch.has_state
+            mixed = causal_conv1d.causal_conv1d_fn(qkv.T, self.conv, None, rows, *sequences).T
+            alpha = torch.exp(-torch.exp(self.A_log) * torch.log1p(torch.exp(a.float() + self.dt_bias)))
+            out, _ = gdn_prefill.chunk_gated_delta_rule(
+                *self._heads(mixed),
+                alpha,
+                torch.sigmoid(b.float()),
+                initial_state=states,
+                output_final_state=True,
+                cu_seqlens=batch.qo_indptr,
+                use_qk_l2norm_in_kernel=True,
+                output_state=states,
+                state_indices=batch.slots,
+            )
+        gated = flashinfer.gated_rmsnorm(out, z.view_as(out), self.norm)
+        self._compare(gated, (qkv, z, a, b), before, layer, batch)
+        return functional.linear(gated.flatten(1), self.output)
+
+    def _heads(self, mixed: torch.Tensor) -> list[torch.Tensor]:
+        return [part.unflatten(-1, (-1, dim)) for part, dim in zip(mixed.split(self.widths, dim=-1), self.dims)]
+
+    def _compare(
+        self,
+        out: torch.Tensor,
+        inputs: tuple[torch.Tensor, ...],
+        before: tuple[torch.Tensor, ...],
+        layer: int,
+        batch: Batch,
+    ) -> None:
+        """With the recurrence, token by token in fp32, from the states that the step began with."""
+        qkv, z, a, b = (x.float() for x in inputs)
+        alpha = torch.exp(-torch.exp(self.A_log) * torch.log1p(torch.exp(a + self.dt_bias)))
+        for request, slot in enumerate(batch.slots.tolist()):
+            begin, end = batch.qo_indptr[request : request + 2].tolist()
+            history, s = before[0][slot].T.float() * batch.has_state[request], before[1][slot].clone()
+            window, expected = torch.cat([history, qkv[begin:end]]), []
+            for t in range(begin, end):
+                taps = window[t - begin : t - begin + self.conv.shape[1]]
+                q, k, v = self._heads(torch.nn.functional.silu((taps * self.conv.T.float()).sum(0)))
+                q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+                q, k = (x.repeat_interleave(len(v) // len(x), dim=0) for x in (q, k))
+                s = alpha[t, :, None, None] * s
+                u = torch.sigmoid(b[t])[:, None] * (v - torch.einsum("hvk,hk->hv", s, k))
+                s = s + torch.einsum("hv,hk->hvk", u, k)
+                o = torch.einsum("hvk,hk->hv", s, q) * self.dims[0] ** -0.5
+                norm = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+                expected.append(norm * torch.nn.functional.silu(z[t].view_as(o)))
+            pairs = ((out[begin:end].float(), torch.stack(expected)), (self.states[layer][slot], s))
+            self.most_off = max(self.most_off, *(float((ours - x).norm() / x.norm()) for ours, x in pairs))
+        if not self.most_off < MOST_OFF:
+            sys.exit(f"{self.model.name}: the gated delta rule is {self.most_off:.1%} off the equations")
 
 
 class LatentAttention:
@@ -300,7 +413,8 @@ class LatentAttention:
 
 
 class Decoder:
-    """A decoder in Llama's style: RMSNorm, attention over a paged cache, SwiGLU."""
+    """A decoder in Llama's style: RMSNorm, attention over a paged cache, SwiGLU; in three of four layers a gated delta
+    rule in the place of attention, if the model has one."""
 
     def __init__(
         self, model: Model, weights: Weights, num_layers: int, num_pages: int, device: str, dtype: torch.dtype
@@ -308,7 +422,11 @@ class Decoder:
         ranks = model.tensor_parallel[0]  # the share of one GPU, where a model needs several
         kind = LatentAttention if model.kv_lora_rank else GroupedQueryAttention
         self.num_layers, self.vocab_size = num_layers, model.vocab_size or VOCABULARY
-        self.attention = kind(model, weights, num_layers, num_pages, device, dtype)
+        self.delta_net: GatedDeltaNet | None = None
+        if model.linear_num_value_heads:
+            self.num_layers = 4
+            self.delta_net = GatedDeltaNet(model, weights, 3, device, dtype)
+        self.attention = kind(model, weights, self.num_layers, num_pages, device, dtype)
         intermediate_size, hidden_size = model.intermediate_sizes[0] // ranks, model.hidden_size
         self.embedding = weights.matrix(min(VOCABULARY, self.vocab_size), hidden_size)
         self.gate_up = weights.matrix(2 * intermediate_size, hidden_size)
@@ -321,7 +439,8 @@ class Decoder:
         residual = functional.embedding(batch.tokens, self.embedding)
         x = self.norm(residual)
         for layer in range(self.num_layers):
-            x = self.attention.run(x, layer, batch)
+            is_attention = self.delta_net is None or layer == self.num_layers - 1
+            x = (self.attention if is_attention else self.delta_net).run(x, layer, batch)
             self.norm.add(x, residual)
             x = functional.linear(flashinfer.silu_and_mul(functional.linear(x, self.gate_up)), self.down)
             self.norm.add(x, residual)
@@ -353,8 +472,9 @@ def serve(model: Model, weights: Weights, num_layers: int, device: str, dtype: t
     new = ", ".join(f"{count} from {store}" for store, count in sorted(stores.items())) or "none new"
     shape = f"{model.hidden_size} wide, {decoder.attention}"
     line = f"{number}{model.name:34} {shape:34} {num_tokens:3} tokens in {seconds:5.1f} s   kernels: {new}"
-    if isinstance(decoder.attention, LatentAttention):
-        line += f"   off the equations: {decoder.attention.most_off:.2%}"
+    compared = decoder.attention if isinstance(decoder.attention, LatentAttention) else decoder.delta_net
+    if compared is not None:
+        line += f"   off the equations: {compared.most_off:.2%}"
     print(line, flush=True)
 
 

