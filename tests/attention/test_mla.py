@@ -17,7 +17,21 @@ from flashinfer.attention.mla import launch
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.attention import mla as families
 from flashinfer.jit import default_resolver
-from tests.attention.mla_kit import Batch, Case, check, expect, make_batch, make_wrapper, plan, run
+from tests.attention.mla_kit import (
+    DEEPSEEK_SCALE,
+    SCALED,
+    Batch,
+    Case,
+    check,
+    check_scaled,
+    expect,
+    make_batch,
+    make_wrapper,
+    pack_rows,
+    plan,
+    run,
+    unpack_rows,
+)
 from tests.attention.named_cases import named
 from tests.attention.prefill_kit import BF16, E4M3, FP16, FP32
 from tests.tolerances import assert_close
@@ -72,9 +86,19 @@ CASES = [
     Case("fp8_heads_128_dims_256_64", kv_dtype=E4M3, num_heads=128, dims=(256, 64), causal=False),
     Case("fp8_page_1_fp16", kv_dtype=E4M3, q_dtype=FP16, page_size=1),
     Case("fp8_dims_256_64", kv_dtype=E4M3, dims=(256, 64), page_size=16),
+    # Rows with scales of their own, in the tile for few rows and in that for many.
+    Case("scaled", kv_dtype=SCALED),
+    Case("scaled_append", kv_dtype=SCALED, qo_lens=APPEND, num_heads=20),
+    Case("scaled_heads_128", kv_dtype=SCALED, num_heads=128),
+    Case("scaled_splits", kv_dtype=SCALED, qo_lens=(1, 2), kv_lens=(5000, 900), num_heads=128),
+    Case("scaled_splits_short", kv_dtype=SCALED, qo_lens=(1,), kv_lens=(20000,), num_heads=4),
+    Case("scaled_page_1", kv_dtype=SCALED, qo_lens=(1, 3, 1), kv_lens=(400, 129, 0), num_heads=128, page_size=1),
+    Case("scaled_page_3_short", kv_dtype=SCALED, page_size=3, num_heads=7),
+    Case("scaled_wide", kv_dtype=SCALED, rows="wide", causal=False),
+    Case("scaled_shared_pages", kv_dtype=SCALED, num_shared_pages=3, kv_lens=(200, 193, 400, 192), num_heads=64),
 ]
 SANITIZED = {"decode", "heads_128", "page_1", "page_3", "append", "many_splits", "no_kv", "spare_pages_1", "wide_rows"}
-SANITIZED |= {"dims_512_0", "dims_256_64", "fp8", "fp8_page_1_fp16"}
+SANITIZED |= {"dims_512_0", "dims_256_64", "fp8", "fp8_page_1_fp16", "scaled", "scaled_wide"}
 
 
 @pytest.fixture(params=["cpu", *[pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "cuda_any")]])
@@ -93,7 +117,11 @@ def test_against_the_oracle(device: torch.device, case: Case) -> None:
     batch = make_batch(case, device)
     wrapper = make_wrapper(device)
     plan(wrapper, batch)
-    check(run(wrapper, batch), expect(batch))
+    if case.kv_dtype == SCALED:
+        num_rows = case.num_heads * sum(case.qo_lens) // len(case.qo_lens)
+        check_scaled(run(wrapper, batch), expect(batch), num_rows, device)
+    else:
+        check(run(wrapper, batch), expect(batch))
 
 
 @pytest.mark.parametrize("dims", [(512, 64), (512, 0)], ids=str)
@@ -140,6 +168,59 @@ def test_scale_of_a_quantized_cache(device: torch.device, given: dict[str, float
     plan(wrapper, batch)
     check(run(wrapper, batch, **given), expect(batch, given["ckv_scale"]))
     check(run(wrapper, batch), expect(batch))
+
+
+@pytest.mark.parametrize("num_heads", [16, 128])
+@pytest.mark.parametrize("kind", ["tiny", "huge", "rising", "falling", "zero"])
+def test_scales_of_any_magnitude(device: torch.device, kind: str, num_heads: int) -> None:
+    """Scales beyond the range of 16 bits, and scales that change from tile to tile; logits stay as small as ever."""
+    batch = make_batch(Case("magnitude", kv_lens=(40, 300, 517, 130), kv_dtype=SCALED, num_heads=num_heads), device)
+    (cache,), size = batch.caches, batch.case.page_size
+    for i, length in enumerate(batch.case.kv_lens):
+        exponents = torch.linspace(-24, 0, length).round()
+        factor = {
+            "tiny": torch.full((length,), 2.0**-30),
+            "huge": torch.full((length,), 2.0**40),
+            "zero": torch.zeros(length),
+            "rising": 2**exponents,
+            "falling": 2 ** exponents.flip(0),
+        }[kind][:, None]
+        packed = pack_rows(torch.randn(length, 576, generator=torch.Generator().manual_seed(i)), torch.Generator())
+        packed[:, 512:528] = (packed[:, 512:528].contiguous().view(torch.float32) * factor).view(torch.uint8)
+        pages = batch.indices[2][batch.indices[1][i] : batch.indices[1][i + 1]].long()
+        for page, piece in zip(pages.tolist(), packed.split(size)):
+            cache[page, : len(piece)] = piece.to(device)
+        batch.kv[i] = unpack_rows(packed)[:, None]
+    unit = {"huge": 2.0**40, "tiny": 2.0**-30}.get(kind, 1.0)  # exact in bf16
+    batch = replace(batch, case=replace(batch.case, sm_scale=DEEPSEEK_SCALE / max(unit, 1.0)))
+    wrapper = make_wrapper(device)
+    plan(wrapper, batch)
+    (out, lse), (expected_out, expected_lse) = run(wrapper, batch), expect(batch)
+    check_scaled((out / unit, lse), (expected_out / unit, expected_lse), num_heads, device)
+
+
+def test_rows_with_scales_say_what_they_need(device: torch.device) -> None:
+    batch = make_batch(Case("scaled", kv_dtype=SCALED), device)
+    wrapper = make_wrapper(device)
+    plan(wrapper, batch)
+    (cache,), q = batch.caches, batch.q
+    uneven = torch.zeros(*cache.shape[:2], 664, dtype=SCALED, device=device)[..., 8:]
+    for message, error, given, options in (
+        (r"dim 2 \(head_dim\) is 576", ValueError, (cache[..., :576],), {}),
+        ("kpe_cache is a tensor beside", ValueError, (cache, cache[..., 528:]), {}),
+        ("scale of a cache whose rows have their own", UnsupportedConfig, (cache,), {"ckv_scale": 0.5}),
+        (r"ckv_cache is torch\.bfloat16", ValueError, (torch.zeros_like(cache, dtype=BF16),), {}),
+        ("multiples of 16 bytes", ValueError, (uneven,), {}),
+    ):
+        with pytest.raises(error, match=message):
+            wrapper.run(*q, *given, **options)
+    for changed in ({"q_data_type": FP16}, {"head_dim_ckv": 256}, {"head_dim_kpe": 0}):
+        with pytest.raises(UnsupportedConfig, match=r"expected bf16 and 512 \+ 64"):
+            plan(wrapper, batch, **changed)
+    check(run(wrapper, batch), expect(batch))  # of few rows, whose kernel does not round
+    plan(wrapper, make_batch(Case("plain"), device))
+    with pytest.raises(TypeError, match="kpe_cache is NoneType"):
+        wrapper.run(*q, cache)
 
 
 def test_two_plans_and_another_signature(device: torch.device) -> None:
@@ -459,7 +540,7 @@ def test_every_option_compiles(target: str) -> None:
         spec = families.mla(
             target,
             q_dtype=q_dtype,
-            kv_dtype=q_dtype if case.kv_dtype is None else "fp8_e4m3",
+            kv_dtype={None: q_dtype, E4M3: "fp8_e4m3", SCALED: families.SCALED_ROWS}[case.kv_dtype],
             head_dim_ckv=case.dims[0],
             head_dim_kpe=case.dims[1],
             short_queries=short_queries,

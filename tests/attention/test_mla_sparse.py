@@ -12,7 +12,7 @@ from torch import Tensor
 import flashinfer
 from flashinfer.attention.mla import sparse
 from flashinfer.errors import UnsupportedConfig
-from tests.attention.mla_kit import DEEPSEEK_SCALE, check
+from tests.attention.mla_kit import DEEPSEEK_SCALE, check, check_scaled, pack_rows, unpack_rows
 from tests.attention.prefill_kit import BF16, E4M3, FP16, FP32
 from tests.oracles.attention import attention
 
@@ -107,6 +107,23 @@ def test_decode_over_pages(device: torch.device, page_size: int, has_head_axis: 
     assert again[0] is own[0] and again[1] is own[1]
     assert torch.equal(own[0], out) and torch.equal(own[1], lse)
     assert torch.equal(flashinfer.sparse_mla_decode(q_batch, cache, given, DEEPSEEK_SCALE), out)
+
+
+@pytest.mark.parametrize("num_heads", [16, 128])
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_rows_with_scales(device: torch.device, page_size: int, num_heads: int) -> None:
+    q, rows = draw(device, 5, num_heads, 640)
+    packed = pack_rows(rows.cpu(), torch.Generator().manual_seed(3))
+    lists = draw_lists(5, 200, 640, "anywhere")
+    expected = expect(q, unpack_rows(packed), lists, 512)
+    packed = packed.to(device)
+    result = flashinfer.sparse_mla_prefill(q, packed, lists.to(device), DEEPSEEK_SCALE, return_lse=True)
+    check_scaled((result[0], result[1]), expected, num_heads, device)
+    cache, given = packed.view(-1, page_size, 1, 656), lists.to(device)[:, None]
+    out, lse = flashinfer.sparse_mla_decode(q[:, None], cache, given, DEEPSEEK_SCALE, return_lse=True)
+    check_scaled((out[:, 0], lse[:, 0]), expected, num_heads, device)
+    with pytest.raises(ValueError, match=r"dim 2 \(head_dim\) is 655"):
+        flashinfer.sparse_mla_prefill(q, packed[:, :655], lists.to(device), DEEPSEEK_SCALE)
 
 
 def test_all_rows_are_dense_attention(device: torch.device) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tests.attention.mla_kit import check_scaled, unpack_rows
 from tests.attention.prefill_kit import check
 from tests.compat import pages
 from tests.oracles.attention import attention
@@ -37,5 +38,13 @@ def test_the_page(device: torch.device, monkeypatch: Any) -> None:
     sparse = joined(*[over(query[None], cache[numbers], causal=False) for query, numbers in zip(q, chosen)])
     for result in (names["sparse"], names["same"][:, 0]):
         check((result, sparse[1].float()), sparse)
+    packed = unpack_rows(names["packed"].cpu()).flatten(0, 1)[:, None].to(device)
+    of_second = torch.cat([packed[64 * page : 64 * page + 64] for page in (7, 1, 2, 5)])[:200]
+    of_first = torch.cat([packed[64 * 3 : 64 * 4], packed[:64]])[:100]
+    check_scaled(
+        (names["of_packed"], names["packed_lse"]), joined(over(q[:1], of_first), over(q[1:], of_second)), 32, device
+    )
+    sparse = joined(*[over(query[None], packed[numbers], causal=False) for query, numbers in zip(q, chosen)])
+    check_scaled((names["from_packed"][:, 0], sparse[1].float()), sparse, 16, device)
     own = attention(names["q_own"], names["k"], names["v"], causal=True)
     check((names["of_prompt"], own[1].float()), own)

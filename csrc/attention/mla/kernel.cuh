@@ -56,7 +56,7 @@ __device__ __forceinline__ void finish_unit(MlaWalk<Config>& walk) {
     }
   }
   __syncthreads();
-  walk.scale_output();
+  walk.scale_output(walk.unit);
 
   const int thread_idx = thread_idx_after_loop(), lane_idx = thread_idx % 32;
   const int first_column = thread_idx / 32 * Shape::kNumColumns + OutputPair<Shape>::lane_column(lane_idx % 4);

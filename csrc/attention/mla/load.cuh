@@ -8,11 +8,12 @@ namespace flashinfer {
 // Copies kNumRows rows of two parts, by all threads. The addresses of the rows that a warp copies are found by its
 // lanes, one each: those of the first part by lanes 0 to 7 of every 16, or of larger tiles 0 to 15 of all, those of the
 // second by the others. The warp's lanes get them by shuffle.
-template <class Shape, class Element, int kNumRows>
+template <class Shape, class CkvElement, class KpeElement, int kNumRows>
 struct LatentCopy {
-  static constexpr int kSize = int(sizeof(Element)), kHeadDimCkv = Shape::kHeadDimCkv, kHeadDimKpe = Shape::kHeadDimKpe;
-  using Ckv = RowCopy<SwizzledRows<kHeadDimCkv * kSize>, kNumRows, Shape::kNumThreads>;
-  using Kpe = RowCopy<SwizzledRows<(kHeadDimKpe > 0 ? kHeadDimKpe : 64) * kSize>, kNumRows, Shape::kNumThreads>;
+  static constexpr int kCkvBytes = Shape::kHeadDimCkv * int(sizeof(CkvElement)), kHeadDimKpe = Shape::kHeadDimKpe;
+  using Ckv = RowCopy<SwizzledRows<kCkvBytes>, kNumRows, Shape::kNumThreads>;
+  using Kpe = RowCopy<SwizzledRows<(kHeadDimKpe > 0 ? kHeadDimKpe : 64) * int(sizeof(KpeElement))>, kNumRows,
+                      Shape::kNumThreads>;
 
   __device__ __forceinline__ static bool finds_kpe() {
     return kHeadDimKpe > 0 && Shape::thread_idx() / kNumFound % 2 == 1;
@@ -26,8 +27,13 @@ struct LatentCopy {
   // row_gmem: what this lane has found. Rows from num_valid on become zeros.
   __device__ __forceinline__ static void copy(uint32_t ckv_smem, int num_valid, const uint8_t* row_gmem) {
     copy_part<Ckv, 0>(ckv_smem, num_valid, row_gmem);
-    if constexpr (kHeadDimKpe > 0)
-      copy_part<Kpe, kNumFound>(ckv_smem + kNumRows * kHeadDimCkv * kSize, num_valid, row_gmem);
+    if constexpr (kHeadDimKpe > 0) copy_part<Kpe, kNumFound>(ckv_smem + kNumRows * kCkvBytes, num_valid, row_gmem);
+  }
+  // 16 bytes that follow the first part of each row, by the lanes that have found it.
+  __device__ __forceinline__ static void copy_rest(uint32_t rest_smem, int num_valid, const uint8_t* row_gmem) {
+    const int row = row_found();
+    if (finds_kpe() || Shape::thread_idx() % 32 >= kNumFound || row >= kNumRows) return;
+    cp_async_16(rest_smem + row * 16, row_gmem + kCkvBytes, row < num_valid);
   }
 
  private:
@@ -60,7 +66,7 @@ template <class Config, class Shape = MlaShape<Config>>
 __device__ __forceinline__ void load_queries_async(const MlaParams& params, const PrefillUnit& work,
                                                    const FastDivisor& group_size, uint32_t q_smem) {
   using Q = typename Config::Q;
-  using Copy = LatentCopy<Shape, Q, Shape::kBlockM>;
+  using Copy = LatentCopy<Shape, Q, Q, Shape::kBlockM>;
   const QueryRow query = work.query_row(group_size, work.item.q_tile * Shape::kBlockM + Copy::row_found());
   const Q* row_gmem = Copy::finds_kpe() ? static_cast<const Q*>(params.q_pe) +
                                               work.offset(query, params.q_pe_token_stride, params.q_pe_head_stride)
@@ -76,7 +82,8 @@ template <class Config>
 struct LatentKvLoader {
   using Shape = MlaShape<Config>;
   using Kv = typename Config::Kv;
-  using Copy = LatentCopy<Shape, Kv, Shape::kBlockN>;
+  using Kpe = typename Config::Kpe;
+  using Copy = LatentCopy<Shape, Kv, Kpe, Shape::kBlockN>;
   const LatentKvParams& kv;
   MlaSmem<Config>& smem;
   int32_t kv_begin, kv_len, tile_begin;
@@ -101,13 +108,18 @@ struct LatentKvLoader {
     const void* part_gmem = is_kpe ? kv.kpe : kv.ckv;
     const int64_t page_stride = is_kpe ? kv.kpe_page_stride : kv.ckv_page_stride;
     const int64_t entry_stride = is_kpe ? kv.kpe_entry_stride : kv.ckv_entry_stride;
-    return reinterpret_cast<const uint8_t*>(static_cast<const Kv*>(part_gmem) +
-                                            (page_idx * page_stride + entry_idx * entry_stride));
+    const int64_t offset = page_idx * page_stride + entry_idx * entry_stride;
+    return static_cast<const uint8_t*>(part_gmem) + offset * (is_kpe ? int(sizeof(Kpe)) : int(sizeof(Kv)));
   }
 
   // A group is committed for every tile, there or not: so "all but the latest" counts tiles.
   __device__ __forceinline__ void load_async(int tile, const uint8_t* row_gmem) const {
-    if (tile >= tile_begin) Copy::copy(smem_address(smem.stage(tile)), kv_len - tile * Shape::kBlockN, row_gmem);
+    if (tile >= tile_begin) {
+      const uint32_t stage_smem = smem_address(smem.stage(tile));
+      const int num_valid = kv_len - tile * Shape::kBlockN;
+      Copy::copy(stage_smem, num_valid, row_gmem);
+      if constexpr (Shape::kHasScales) Copy::copy_rest(stage_smem + Shape::kScalesOffset, num_valid, row_gmem);
+    }
     cp_async_commit();
   }
 };
@@ -128,7 +140,7 @@ __device__ __forceinline__ const uint8_t* load_first_tiles_async(const MlaParams
 }
 
 // What is multiplied with keys of fp8: the queries in T, each 16 columns as even ones, then odd ones, the order in
-// which the codec hands out a key's elements.
+// which the codec hands out a key's elements. Those of kpe stay as they are where it is not of fp8.
 template <class Config, class Shape = MlaShape<Config>>
 __device__ __forceinline__ void reorder_queries(uint8_t* q_smem) {
   using T = typename Shape::T;
@@ -142,7 +154,8 @@ __device__ __forceinline__ void reorder_queries(uint8_t* q_smem) {
     *low = uint4{even(a.x, a.y), even(a.z, a.w), even(b.x, b.y), even(b.z, b.w)};
     *high = uint4{odd(a.x, a.y), odd(a.z, a.w), odd(b.x, b.y), odd(b.z, b.w)};
   };
-  constexpr int kGroupsOfRow = Shape::kPanels * 4, kCkvGroups = Shape::kCkvPanels * 4;
+  constexpr int kCkvGroups = Shape::kCkvPanels * 4;
+  constexpr int kGroupsOfRow = kCkvGroups + (Shape::kHasScales ? 0 : Shape::kPePanels * 4);
 #pragma unroll 1
   for (int i = fresh_thread_idx(); i < Shape::kBlockM * kGroupsOfRow; i += Shape::kNumThreads) {
     const int row = i / kGroupsOfRow, group = i % kGroupsOfRow;

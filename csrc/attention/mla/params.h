@@ -15,7 +15,8 @@
 
 namespace flashinfer {
 
-// A cache of latent rows. Its two parts are often one row of memory, whose views the caller passes.
+// A cache of latent rows. Its two parts are often one row of memory, whose views the caller passes. Where kScaleBlock
+// is not 0, ckv[j] above is a float32 for every kScaleBlock elements times those; they follow its elements in the row.
 struct LatentKvParams {
   const void* ckv;  // [num_pages, page_size, kHeadDimCkv]: the values, and the larger part of the keys
   const void* kpe;  // [num_pages, page_size, kHeadDimKpe]: the part of the keys that has positions; null if it is empty

@@ -20,6 +20,7 @@ struct MlaWalk {
   Output& out;                                      // the warp's columns, yet to be normalized
   float max[2] = {kMinusInfinity, kMinusInfinity};  // of the unscaled scores of this lane's two rows; lags behind
   float sum[2] = {0.f, 0.f};                        // of the keys it owns; this lane's share until the end
+  float unit = Shape::kHasScales ? kMinUnit : 1.f;  // of the output: see raise_unit()
 
   __device__ __forceinline__ static int lane_idx() { return int(Shape::thread_idx() % 32); }
   __device__ __forceinline__ static Split split() { return Split::of(Shape::thread_idx() / 32); }
@@ -52,13 +53,60 @@ struct MlaWalk {
       const int32_t page_idx = loader.look_up(tile - Shape::kNumAhead - 1);
       const uint32_t stage_smem = smem_address(smem.stage(tile));
       Scores scores;
-      compute_latent_scores<Config>(scores, queries, smem_address(smem.q), stage_smem, split());
+      const Split split = this->split();
+      LatentScores<Config>{queries, smem_address(smem.q), stage_smem, split}.compute(scores);
       Owned owned;
       add_up(scores, owned);
       row_gmem = loader.find(tile - Shape::kNumAhead - 1, page_idx);
       if ((tile + 1) * Shape::kBlockN > num_whole) mask(owned, tile);
       publish_probabilities(owned);
-      accumulate_latent_output<Config>(out, smem_address(smem.exchange), stage_smem);
+      if constexpr (Shape::kHasScales) raise_unit(stage_smem + Shape::kScalesOffset);
+      accumulate_latent_output<Config>(out, smem_address(smem.exchange), stage_smem, [&](auto& p, int step) {
+        if constexpr (Shape::kHasScales) weigh(p, step, stage_smem + Shape::kScalesOffset);
+      });
+    }
+  }
+
+  // Values with scales stay as they are; probabilities are multiplied by the scales instead. For 16 bits to hold that,
+  // scales, and so the output, are in units of a power of two: that of the largest scale of the warp's columns so far,
+  // or less by up to kMaxRatio.
+  static constexpr float kMinUnit = __builtin_bit_cast(float, 0x00800000u), kMaxRatio = 32.f;
+  __device__ __forceinline__ static float inverse_of(float unit) {
+    return __uint_as_float(0x7f000000u - __float_as_uint(unit));
+  }
+  __device__ __forceinline__ static int scale_block() { return Shape::thread_idx() / 32 * Shape::kNumColumns / 128; }
+
+  __device__ __forceinline__ void raise_unit(uint32_t scales_smem) {
+    float largest = 0.f;
+#pragma unroll
+    for (int key = 0; key < Shape::kBlockN; key += 32) {
+      largest = fmaxf(largest, fabsf(load_scale(scales_smem, key + lane_idx(), scale_block())));
+    }
+    const uint32_t bits = __reduce_max_sync(0xffffffffu, __float_as_uint(largest));
+    if (__uint_as_float(bits) < unit * kMaxRatio) return;
+    const float new_unit = __uint_as_float(min(bits & 0x7f800000u, 0x7e800000u));
+    const float factor = unit * inverse_of(new_unit);
+    unit = new_unit;
+#pragma unroll
+    for (int m = 0; m < Shape::kFragsM; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4 * Shape::kFragsD; ++i) out[m][i / 4][i % 4] *= factor;
+    }
+  }
+  template <int kNum>
+  __device__ __forceinline__ void weigh(uint32_t (&p)[kNum][4], int step, uint32_t scales_smem) const {
+    const float factor = inverse_of(unit);
+    uint32_t weights[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int key = step * 16 + i * 8 + lane_column(lane_idx());
+      weights[i] = pack_16bit<fp16>(load_scale(scales_smem, key, scale_block()) * factor,
+                                    load_scale(scales_smem, key + 1, scale_block()) * factor);
+    }
+#pragma unroll
+    for (int m = 0; m < kNum; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(p[m][i]) : "r"(weights[i / 2]));
     }
   }
 
@@ -212,7 +260,7 @@ struct MlaWalk {
         sum[half] *= smem.factor_of_row[row(half)];
       }
     }
-    scale_output();
+    scale_output(1.f);
   }
   // What each warp knows of its keys, of a lane's two rows, to where it can be reduced over all keys.
   __device__ __forceinline__ void share(const float (&x)[2]) const {
@@ -222,12 +270,12 @@ struct MlaWalk {
     }
     __syncthreads();
   }
-  __device__ __forceinline__ void scale_output() const {
+  __device__ __forceinline__ void scale_output(float factor_of_all) const {
 #pragma unroll
     for (int m = 0; m < Shape::kFragsM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float factor = smem.factor_of_row[m * 16 + row_of(half) + lane_row(lane_idx())];
+        const float factor = smem.factor_of_row[m * 16 + row_of(half) + lane_row(lane_idx())] * factor_of_all;
 #pragma unroll
         for (int i = 0; i < 2 * Shape::kFragsD; ++i) at(out[m], half, i) *= factor;
       }

@@ -13,6 +13,7 @@ struct MlaState : TileState<Config::kHeadDimQk, Config::kHeadDimVo> {
   using Base = TileState<Config::kHeadDimQk, Config::kHeadDimVo>;
   using Q = typename Config::Q;
   using Kv = typename Config::Kv;
+  using Kpe = typename Config::Kpe;
   using Out = typename Config::Out;
   using View = KvView<Config::kKvStorage>;
   using Base::kM, Base::kN, Base::q, Base::scores, Base::k_transposed, Base::v, Base::token, Base::qo_head;
@@ -58,9 +59,13 @@ struct MlaState : TileState<Config::kHeadDimQk, Config::kHeadDimVo> {
       const KvRow at = view.locate(first_key + j);
       const Kv* ckv =
           static_cast<const Kv*>(kv.ckv) + at.page_idx * kv.ckv_page_stride + at.entry_idx * kv.ckv_entry_stride;
-      const Kv* kpe =
-          static_cast<const Kv*>(kv.kpe) + at.page_idx * kv.kpe_page_stride + at.entry_idx * kv.kpe_entry_stride;
+      const Kpe* kpe =
+          static_cast<const Kpe*>(kv.kpe) + at.page_idx * kv.kpe_page_stride + at.entry_idx * kv.kpe_entry_stride;
       for (int d = 0; d < kDimCkv; ++d) v[j][d] = to_float(ckv[d]);
+      if constexpr (Config::kScaleBlock > 0) {
+        const float* scales = reinterpret_cast<const float*>(ckv + kDimCkv);
+        for (int d = 0; d < kDimCkv; ++d) v[j][d] *= scales[d / Config::kScaleBlock];
+      }
       for (int d = 0; d < kDimCkv; ++d) k_transposed[d][j] = v[j][d];
       for (int d = 0; d < kDimKpe; ++d) k_transposed[kDimCkv + d][j] = to_float(kpe[d]);
     }

@@ -29,7 +29,8 @@ def load_kernel(
 ) -> PrefillKernel:
     """types: of q and of the cache; head_dims: of ckv and kpe. Raises UnsupportedConfig where there is no kernel, or
     what `Resolver.load` does."""
-    q_dtype, kv_dtype = map(dtypes.short_name, types)
+    q_dtype = dtypes.short_name(types[0])
+    kv_dtype = families.SCALED_ROWS if types[1] == torch.uint8 else dtypes.short_name(types[1])
     machine = target.of_device(device)
     request = functools.partial(
         families.mla,
@@ -61,8 +62,12 @@ def bind_launch(
     """A launch with everything but the addresses laid out.
 
     rows: q_nope, q_pe and out, `[num_tokens, num_heads, head_dim]`; caches: ckv and kpe, `[num_pages, page_size,
-    head_dim]`; options: sm_scale and v_scale.
+    head_dim]`, or ckv alone, bytes of rows that hold both; options: sm_scale and v_scale.
     """
+    kpe_offset = 0
+    if "kpe" not in caches:
+        kpe_offset = families.SCALED_KPE_OFFSET
+        caches = {"ckv": caches["ckv"], "kpe": caches["ckv"][..., kpe_offset:].view(torch.bfloat16)}
     num_tokens, num_heads, _ = rows["q_nope"].shape
     values = {
         "kv.index.len": 0,
@@ -75,9 +80,21 @@ def bind_launch(
         **options,
         **schedule,
     }
+    launch: BoundLaunch
     if kernel.launcher.params is families.Sm90MlaParams:
-        return sm90.bind_launch(kernel.launcher, kernel.num_blocks, values, page_size)
-    return kernel.launcher.prepare((kernel.num_blocks or 1, 1, 1), values, varying=families.ADDRESSES)
+        launch = sm90.bind_launch(kernel.launcher, kernel.num_blocks, values, page_size)
+    else:
+        launch = kernel.launcher.prepare((kernel.num_blocks or 1, 1, 1), values, varying=families.ADDRESSES)
+    if kpe_offset == 0:
+        return launch
+
+    def launch_at(*addresses: int) -> None:
+        launch(*addresses[:_KPE], addresses[_KPE] + kpe_offset, *addresses[_KPE + 1 :])
+
+    return launch_at
+
+
+_KPE = families.ADDRESSES.index("kv.kpe")
 
 
 def _strides(tensors: dict[str, torch.Tensor], axes: tuple[str, ...]) -> dict[str, int]:

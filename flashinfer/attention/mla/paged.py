@@ -95,7 +95,9 @@ class BatchMLAPagedAttentionWrapper(PlannedAttention):
             causal: query i sees keys up to its own position.
             sm_scale: factor of the logits. Of DeepSeek's models 1 / sqrt(128 + 64), times what YaRN asks for.
             q_data_type, kv_data_type: dtypes of q (and of the output) and of the cache: the same, or a cache of fp8
-                e4m3. fp16 or bf16; fp32 on the CPU.
+                e4m3. fp16 or bf16; fp32 on the CPU. `torch.uint8`, under bf16 and 512 + 64: rows of 656 bytes as
+                DeepSeek-V3.2 stores them (vLLM's fp8_ds_mla), 512 elements of e4m3, float32 scales of each 128 of them,
+                64 elements of bf16.
             use_profiler: must be False; the kernels record no profile.
             later: what later releases added, as far as it asks for nothing that is not here (compat.py).
 
@@ -138,7 +140,7 @@ class BatchMLAPagedAttentionWrapper(PlannedAttention):
         q_nope: torch.Tensor,
         q_pe: torch.Tensor,
         ckv_cache: torch.Tensor,
-        kpe_cache: torch.Tensor,
+        kpe_cache: Optional[torch.Tensor] = None,
         out: Optional[torch.Tensor] = None,
         lse: Optional[torch.Tensor] = None,
         return_lse: bool = False,
@@ -161,11 +163,12 @@ class BatchMLAPagedAttentionWrapper(PlannedAttention):
             q_pe: `[num_tokens, num_heads, head_dim_kpe]`, rotated already.
             ckv_cache, kpe_cache: `[num_pages, page_size, head_dim_ckv]` and `[…, head_dim_kpe]`, usually views of one
                 row of 576: any strides over rows. What lies in entries no request uses is never read into a result, NaN
-                included. Without a rotary part q_pe and kpe_cache have no columns.
+                included. Without a rotary part q_pe and kpe_cache have no columns. Of rows of 656 bytes, ckv_cache is
+                uint8 `[num_pages, page_size, 656]`, at multiples of 16 bytes, and kpe_cache None.
             out: `[num_tokens, num_heads, head_dim_ckv]`, dtype of q; allocated when None.
             lse: fp32 `[num_tokens, num_heads]`; allocated when None and return_lse.
             return_lse: also return the base-2 logarithm of the sum of exponentials.
-            ckv_scale, kpe_scale: factor of a quantized cache; kpe_scale None or the same.
+            ckv_scale, kpe_scale: factor of a quantized cache without scales of its own; kpe_scale None or the same.
             enable_pdl: programmatic dependent launch; None: where the hardware has it (sm_90 and later).
             profiler_buffer, kv_len, page_table, return_lse_base_on_e, o_scale: of upstream's other backends; leave them
                 out.
@@ -182,7 +185,10 @@ class BatchMLAPagedAttentionWrapper(PlannedAttention):
         if kpe_scale is not None and kpe_scale is not ckv_scale:
             self._require_one_scale(ckv_scale, kpe_scale)
         scales = (None, ckv_scale, ckv_scale)
-        return self._run(q_nope, (ckv_cache, kpe_cache), out, lse, return_lse, scales, enable_pdl, None, q_pe)
+        if kpe_cache is None and isinstance(self._plan, MlaPlan) and self._plan.has_scaled_rows:
+            kpe_cache = ckv_cache
+        kv: Any = ckv_cache, kpe_cache
+        return self._run(q_nope, kv, out, lse, return_lse, scales, enable_pdl, None, q_pe)
 
     def _require_one_scale(self, ckv_scale: object, kpe_scale: object) -> None:
         given = [1.0 if scale is None else scale for scale in (ckv_scale, kpe_scale)]

@@ -10,9 +10,10 @@ from flashinfer.attention.mla import launch as launches
 from flashinfer.attention.plan import BoundRun, Call, Plan, Shape, no_launch
 from flashinfer.attention.prefill.launch import NO_SCHEDULE, Extent, PrefillKernel, Schedule
 from flashinfer.attention.variant import Factors, Variant
-from flashinfer.families.attention.mla import SHORT_ROWS, STORAGE, costs
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.families.attention.mla import SCALED_ROW_BYTES, SHORT_ROWS, STORAGE, costs
 from flashinfer.host import checks, paged_cache
-from flashinfer.host.rows import require_rows
+from flashinfer.host.rows import alignment_of, require_rows
 from flashinfer.jit.loader import PreparedLaunch
 
 
@@ -32,6 +33,7 @@ class MlaPlan(Plan):
         """shape: of one KV head, with head dimensions of whole rows and of ckv. types: of q and of the cache.
         workspaces: of integers and of floats."""
         super().__init__(op, device, shape, (*types, types[0]), mask, variant)
+        self.has_scaled_rows = types[1] == torch.uint8  # of bytes that hold everything
         self._head_dims = shape.head_dim_vo, shape.head_dim_qk - shape.head_dim_vo
         self._schedule: Optional[Schedule] = None
         if device.type == "cuda" and shape.batch_size > 0:
@@ -65,6 +67,10 @@ class MlaPlan(Plan):
         q_scale, k_scale, v_scale = call.scales
         factors = Factors.of(self.op, (q_scale,), (k_scale,), (v_scale,))
         factors.require_known(self.op)
+        if self.has_scaled_rows and (factors.qk, factors.v) != (1.0, 1.0):
+            raise UnsupportedConfig(
+                f"{self.op}: a scale of a cache whose rows have their own; expected none. Next step: leave it out"
+            )
         kernel = self._load(queries, call.pdl)
         if self._schedule is not None:
             self._schedule.require_items(self.op, num_tokens * self.shape.num_qo_heads, kernel, batch_size)
@@ -102,11 +108,19 @@ class MlaPlan(Plan):
         return q_pe
 
     def _caches(self, call: Call) -> dict[str, torch.Tensor]:
-        """ckv and kpe, `[num_pages, page_size, head_dim]` in any strides over dense rows."""
+        """ckv and kpe, `[num_pages, page_size, head_dim]` in any strides over dense rows; rows with scales as ckv."""
         op, axes = self.op, ("pages", "page_size", "head_dim")
         ckv, kpe = call.kv
         sizes: dict[str, tuple[int, str]] = {"page_size": (self.shape.page_size, "the plan says")}
-        for name, cache, dim in (("ckv_cache", ckv, self._head_dims[0]), ("kpe_cache", kpe, self._head_dims[1])):
+        parts = [("ckv_cache", ckv, self._head_dims[0]), ("kpe_cache", kpe, self._head_dims[1])]
+        if self.has_scaled_rows:
+            checks.require(
+                kpe.data_ptr() == ckv.data_ptr() and kpe.stride() == ckv.stride(),
+                op,
+                f"kpe_cache is a tensor beside rows of {SCALED_ROW_BYTES} bytes; expected None, they hold it",
+            )
+            parts = [("ckv_cache", ckv, SCALED_ROW_BYTES)]
+        for name, cache, dim in parts:
             of_row = {**sizes, "head_dim": (dim, "the plan says")}
             paged_cache.require_sizes(
                 op, name, cache, axes, of_row, "pass a cache that matches the plan, or plan again"
@@ -116,4 +130,7 @@ class MlaPlan(Plan):
                 cache.dtype == self.kv_dtype, op, f"{name} is {cache.dtype}; planned with kv_data_type {self.kv_dtype}"
             )
             require_rows(op, name, cache)
+        if self.has_scaled_rows:
+            checks.require(alignment_of(ckv) == 0, op, "rows of ckv_cache do not start at multiples of 16 bytes")
+            return {"ckv": ckv}
         return {"ckv": ckv, "kpe": kpe}

@@ -34,12 +34,14 @@ def sparse_mla_prefill(
     Args:
         q: `[num_tokens, num_heads, head_dim_ckv + head_dim_kpe]`, fp16 or bf16 (fp32 on the CPU).
         kv: `[num_rows, head_dim_ckv + head_dim_kpe]`, or with an axis of one head in between: latent rows, in the dtype
-            of q or fp8 e4m3. Rows may lie apart.
+            of q or fp8 e4m3. Rows may lie apart. Or uint8 `[num_rows, 656]`, under bf16 and 512 + 64: as
+            DeepSeek-V3.2 stores them (vLLM's fp8_ds_mla), 512 elements of e4m3, float32 scales of each 128 of them, 64
+            elements of bf16.
         indices: int32 `[num_tokens, top_k]`, or with an axis of one head in between: rows of kv in any order. A
             negative number, anywhere in the list, is none; a row that is named twice counts twice.
         sm_scale: factor of the logits.
         head_dim_ckv: elements of a row that are values: 512 or 256, of rows that have 64 more or none.
-        kv_scale: factor of a quantized cache.
+        kv_scale: factor of a quantized cache without scales of its own.
         out: `[num_tokens, num_heads, head_dim_ckv]`, dtype of q; allocated when None.
         lse: fp32 `[num_tokens, num_heads]`; allocated when None and return_lse.
         return_lse: also return the base-2 logarithm of the sum of exponentials.
@@ -71,8 +73,8 @@ def sparse_mla_decode(
 
     Args:
         q: `[batch_size, q_len, num_heads, head_dim_ckv + head_dim_kpe]`.
-        kv_cache: `[num_pages, page_size, head_dim_ckv + head_dim_kpe]`, or with an axis of one head before the last.
-            All rows lie evenly apart, as those of one tensor do.
+        kv_cache: `[num_pages, page_size, head_dim_ckv + head_dim_kpe]`, or with an axis of one head before the last; or
+            uint8 with 656 columns. All rows lie evenly apart, as those of one tensor do.
         indices: int32 `[batch_size, q_len, top_k]`: row `page * page_size + entry`.
         out, lse: `[batch_size, q_len, num_heads, head_dim_ckv]` and `[batch_size, q_len, num_heads]`, dense.
         sm_scale, head_dim_ckv, kv_scale, return_lse: as there.
@@ -123,8 +125,9 @@ def _run(
     dim = checks.integer(op, "head_dim_ckv", head_dim_ckv, 1)
     is_batch = op == "sparse_mla_decode"
     rows, lists = _rows(op, kv, is_batch), _lists(op, q, indices, is_batch)
+    has_scaled_rows = rows.dtype == torch.uint8
     checks.require(
-        q.shape[-1] == rows.shape[1] >= dim,
+        (has_scaled_rows or q.shape[-1] == rows.shape[1]) and q.shape[-1] >= dim,
         op,
         f"q has rows of {q.shape[-1]}, kv of {rows.shape[1]}; expected equal ones of at least head_dim_ckv {dim}",
     )
@@ -144,6 +147,8 @@ def _run(
         planned = _compact(op, lists, rows.shape[0])
         attention.plan(*planned, num_heads, dim, dim_qk - dim, 1, False, sm_scale, q.dtype, kv.dtype)
         caches, scales = (rows[:, None, :dim], rows[:, None, dim:]), (None, kv_scale, kv_scale)
+        if has_scaled_rows:
+            caches = (rows[:, None],) * 2
         return attention._run(q[..., :dim], caches, out, lse, return_lse, scales, None, None, q[..., dim:])
 
     num_tokens, step = len(flat_q), _tokens_at_once(flat_q.shape[1], lists.shape[1])

@@ -20,6 +20,11 @@ MAX_BLOCKS = 960  # of a grid: PrefillSchedule has a bit for each (csrc/attentio
 STORAGE = "paged_lens"  # of the KV, to the planner and to the kernels
 HEAD_DIMS_CKV = (512, 256)
 HEAD_DIMS_KPE = (64, 0)
+# A cache as DeepSeek-V3.2 stores it, by the name that vLLM has for it: a row is 512 elements of fp8 e4m3, a float32 for
+# every SCALE_BLOCK of them, and 64 of bf16 that have positions. Tensors of it are bytes.
+SCALED_ROWS = "fp8_ds_mla"
+SCALE_BLOCK = 128
+SCALED_ROW_BYTES, SCALED_KPE_OFFSET = 656, 528
 
 # Mirrors of the structs in csrc/attention/mla/params.h, nested ones laid out flat.
 _LATENT_KV: Fields = [
@@ -64,11 +69,19 @@ def _constants(spec: KernelSpec) -> Constants:
     dim_ckv, dim_kpe = spec.arg("head_dim_ckv"), spec.arg("head_dim_kpe")
     if targets.kind(spec.target) == "cuda" and q_dtype == "fp32":
         raise UnsupportedConfig("mla: fp32 is supported on the CPU alone; use float16 or bfloat16 on CUDA")
-    if kv_dtype not in (q_dtype, "fp8_e4m3"):
+    has_scales = kv_dtype == SCALED_ROWS
+    if has_scales and (q_dtype, dim_ckv, dim_kpe) != ("bf16", 512, 64):
+        raise UnsupportedConfig(
+            f"mla: a cache of {SCALED_ROWS} under {q_dtype} queries of {dim_ckv} + {dim_kpe}; "
+            "expected bf16 and 512 + 64"
+        )
+    if kv_dtype not in (q_dtype, "fp8_e4m3", SCALED_ROWS):
         raise UnsupportedConfig(f"mla: q is {q_dtype} and the cache {kv_dtype}; expected the same dtype, or fp8_e4m3")
     return {
         "Q": CxxType(q_dtype),
-        "Kv": CxxType(kv_dtype),
+        "Kv": CxxType("fp8_e4m3" if has_scales else kv_dtype),
+        "Kpe": CxxType("bf16" if has_scales else kv_dtype),
+        "kScaleBlock": SCALE_BLOCK if has_scales else 0,
         "Out": CxxType(q_dtype),
         "kHeadDimCkv": dim_ckv,
         "kHeadDimKpe": dim_kpe,
@@ -103,7 +116,7 @@ _NUM_THREADS = 256
 
 def _suits(spec: KernelSpec, tile: Tile) -> bool:
     """Whether eight warps can share out its scores (MlaSplit): a load of fp8 keys is of 32 rows."""
-    return tile[0] > 16 or tile[1] >= 64 or ITEMSIZE[spec.arg("kv_dtype")] == 2
+    return tile[0] > 16 or tile[1] >= 64 or ITEMSIZE.get(spec.arg("kv_dtype")) == 2
 
 
 def costs(block_m: int) -> PlanCosts:
@@ -114,9 +127,9 @@ def costs(block_m: int) -> PlanCosts:
 def _smem_bytes(spec: KernelSpec, tile: Tile) -> int:
     """MlaSmem in csrc/attention/mla/tile.cuh."""
     block_m, block_n, num_stages, keeps_q = tile
-    dim, itemsize = spec.arg("head_dim_ckv") + spec.arg("head_dim_kpe"), ITEMSIZE[spec.arg("kv_dtype")]
+    dim, kv_dtype = spec.arg("head_dim_ckv") + spec.arg("head_dim_kpe"), spec.arg("kv_dtype")
     size = 128 if keeps_q else block_m * dim * 2
-    size += num_stages * block_n * dim * itemsize
+    size += num_stages * block_n * (SCALED_ROW_BYTES if kv_dtype == SCALED_ROWS else dim * ITEMSIZE[kv_dtype])
     size += 8 << 10 if block_m == 64 else 12 * block_m * block_n  # exchange
     return int(size + 256 + block_m * 8 + 512)
 
@@ -144,7 +157,7 @@ MLA = Family(
     name="mla",
     axes={
         "q_dtype": DTYPES,
-        "kv_dtype": (*DTYPES, "fp8_e4m3"),
+        "kv_dtype": (*DTYPES, "fp8_e4m3", SCALED_ROWS),
         "head_dim_ckv": HEAD_DIMS_CKV,
         "head_dim_kpe": HEAD_DIMS_KPE,
         "short_queries": (False, True),

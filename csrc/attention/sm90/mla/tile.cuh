@@ -8,11 +8,19 @@
 
 namespace flashinfer::sm90::mla {
 
+// What is multiplied. Keys that are scaled as they are widened no longer fit fp16, whatever the scale.
+template <class Q, class Kv, bool kHasScales>
+struct LatentOperand : CheapestOperand<Q, Kv> {};
+template <class Q, class Kv>
+struct LatentOperand<Q, Kv, true> : QueryOperand<Q, Kv> {};
+
 // Two consumers share 64 query rows. Of a KV tile, each has the scores of one half of the keys; of the output, one half
 // of the columns. Half 0 of either is the first consumer's.
 template <class Config>
 struct Shape {
-  using T = typename CheapestOperand<typename Config::Q, typename Config::Kv>::Type;  // what is multiplied
+  static constexpr bool kHasScales = Config::kScaleBlock > 0;
+  static_assert(!kHasScales || (Config::kScaleBlock == 128 && Config::kHeadDimCkv == 512));
+  using T = typename LatentOperand<typename Config::Q, typename Config::Kv, kHasScales>::Type;
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kNumStages = Config::kNumStages;
   static constexpr int kNumKeys = kBlockN / 2, kNumColumns = Config::kHeadDimCkv / 2;  // of a half
   static_assert(kBlockM == 64 && kNumKeys == 64, "a panel is 64 rows, of queries or of keys");
@@ -46,6 +54,7 @@ struct Smem {
   using Shape = mla::Shape<Config>;
   alignas(1024) uint8_t q[Shape::kCkvPanels + Shape::kPePanels][Shape::kPanelSize];
   alignas(1024) uint8_t kv[Shape::kNumStages][2][Shape::kPanels][Shape::kPanelSize];  // by stage and half of the keys
+  alignas(16) float scales[2][Shape::kHasScales ? Shape::kNumKeys : 1][4];            // by half of the keys
   MbarrierRing<1> q_full, q_empty;                                                    // a turn a unit
   MbarrierRing<Shape::kNumStages> kv_full[2][kNumParts];  // a turn a KV tile; by half of the keys and part
   MbarrierRing<Shape::kNumStages> kv_empty[2][2];         // by half of the keys and consumer

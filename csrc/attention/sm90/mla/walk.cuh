@@ -106,6 +106,7 @@ struct TileWalk {
       } else {
         smem.kv_full[kConsumer][part].wait_full(turn);
       }
+      wgmma_fence();  // after every loop that waits: else ptxas adds it, and says so
 #pragma unroll
       for (int panel = first; panel < first + num; ++panel) {
 #pragma unroll
@@ -117,7 +118,6 @@ struct TileWalk {
       }
     };
     pin(scores);
-    wgmma_fence();
     multiply(0, 0, Shape::kPanelsOfHalf, false);
     multiply(1, Shape::kPanelsOfHalf, Shape::kPanelsOfHalf, true);
     if constexpr (Shape::kPePanels > 0) multiply(kPositional, Shape::kCkvPanels, 1, true);
