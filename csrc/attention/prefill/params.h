@@ -85,6 +85,9 @@ struct PlanCosts {
   float of_item;      // to start one
   float of_partial;   // to write and to merge a partial result
   int32_t min_split;  // KV tiles; a shorter split is not worth it
+  // Whether blocks take the list in its order, an item when that before is about to end (or at the start, the first):
+  // then short items fill the gaps that long ones leave. Of one KV head.
+  int32_t fills_gaps;
 };
 
 struct PrefillPlanParams {

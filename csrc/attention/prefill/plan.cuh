@@ -1,7 +1,8 @@
 // The planner of prefill: one block that reads the lengths on the device and writes the list of work items.
 //
 //   query tiles of request b:  ceil(qo_len_b * group_size / block_m), each over the KV tiles that its rows see
-//   items:                     of a query tile of n KV tiles max(1, ceil(n / limit)), runs of about equal length
+//   items:                     of a query tile of n KV tiles max(1, ceil(n / limit)), runs of about equal length, or
+//                              of `limit` each and a rest
 //
 //   qo_indptr [batch_size + 1], the KV's lengths -> items [max_items], the longest first, and the head of the schedule
 //   (prefill/params.h)
@@ -54,11 +55,12 @@ struct PrefillPlanSmem {
   int32_t first_item_of_cost[CostBins::kNum];
   int32_t max_cost, max_rows;      // of any query tile
   int32_t num_kv_pages;            // of requests with queries
-  unsigned long long best_choice;  // estimated time and number of splits, to be minimized
+  unsigned long long best_choice;  // estimated time and whose it is, to be minimized
+  int32_t limit;                   // that one's
   int32_t num_partial_rows, num_counters;
 };
 
-// Number of splits of an item of this cost when no run may be longer than `limit`, and the longest of them.
+// Number of splits of an item of this cost when no run may be longer than `limit`.
 __device__ __forceinline__ int32_t num_splits_of(int32_t cost, int32_t limit) {
   return cost > limit ? ceil_div(cost, limit) : 1;
 }
@@ -147,6 +149,20 @@ struct PrefillPlanner {
     __syncthreads();
   }
 
+  __device__ __forceinline__ bool fills_gaps() const { return params.costs.fills_gaps != 0; }
+
+  // How an item is cut: `num` runs of `len` KV tiles, the last of last_len. Where short items fill gaps, runs as long
+  // as may be are few, and rests are short.
+  struct Runs {
+    int32_t num, len, last_len;
+  };
+  __device__ __forceinline__ Runs runs_of(int32_t cost, int32_t limit) const {
+    const int32_t num = num_splits_of(cost, limit);
+    if (num == 1) return {1, cost, cost};
+    if (fills_gaps()) return {num, limit, cost - (num - 1) * limit};
+    return {num, ceil_div(cost, num), ceil_div(cost, num)};
+  }
+
   // In KV tiles of time.
   struct Estimate {
     float load;     // of a block on average
@@ -158,22 +174,32 @@ struct PrefillPlanner {
   // item, or as many rounds of the longest as there are. With one KV head the list really is taken in that order, and
   // an item ends no later than the load of those before it plus itself: those that are split, which are longer than
   // half of the limit, come before all that are shorter.
+  //
+  // Where short items fill gaps it is no bound, but closer: in the first round an item takes as long as it does; later
+  // ones end near the average load of all up to them, the shorter the nearer, but not before as many rounds of
+  // themselves, since all before them are longer. Rests count as if they came first.
   __device__ __forceinline__ Estimate estimate(int32_t limit) const {
+    constexpr float kShareOfLast = 0.35f;
     const bool is_in_order = params.num_kv_heads == 1;
     const float num_blocks = float(params.num_blocks);
     float num_units = 0.f, load = 0.f, longest = 0.f, num_counters = 0.f, num_slots = 0.f, time = 0.f;
     for (int i = 0; i < smem.num_occupied; ++i) {
       const int bin = smem.occupied_bins[i];
-      const int32_t cost = bin_cost(bin), num_splits = num_splits_of(cost, limit);
+      const int32_t cost = bin_cost(bin);
+      const Runs runs = runs_of(cost, limit);
+      const int32_t num_splits = runs.num;
       const float count = float(smem.num_tiles_of_cost[bin]) * float(params.num_kv_heads);
       const float split_cost =
-          float(ceil_div(cost, num_splits)) + params.costs.of_item + (num_splits > 1 ? params.costs.of_partial : 0.f);
+          float(runs.len) + params.costs.of_item + (num_splits > 1 ? params.costs.of_partial : 0.f);
       num_units += count * float(num_splits);
-      load += count * float(num_splits) * split_cost;
+      load += count * (float(num_splits) * split_cost - float(runs.len - runs.last_len));
       longest = fmaxf(longest, split_cost);
       if (is_in_order || i + 1 == smem.num_occupied) {
+        const float num_rounds = ceilf(num_units / num_blocks);
         const float last = is_in_order && 2 * cost <= limit ? split_cost : longest;
-        time = fmaxf(time, fminf(load / num_blocks + last, ceilf(num_units / num_blocks) * longest));
+        float end = fminf(load / num_blocks + (fills_gaps() ? kShareOfLast * split_cost : last), num_rounds * longest);
+        if (fills_gaps()) end = num_rounds > 1.f ? fmaxf(end, num_rounds * split_cost) : split_cost;
+        time = fmaxf(time, end);
       }
       if (num_splits > 1) {
         const PartialResults partial = PartialResults::of(num_splits);
@@ -209,25 +235,41 @@ struct PrefillPlanner {
     return min(num_splits_of(cost, params.fixed_split), kMaxFixedSplits);
   }
 
-  // The choices: cut the longest item into 1, 2, ..., kNumThreads splits, and the others into splits no longer.
+  // The choices: cut the longest item into 1, 2, ..., kNumThreads splits, and the others into splits no longer. Where
+  // runs are as long as may be: not at all, or into runs of any length up to twice a block's share.
   __device__ __forceinline__ int32_t choose_limit() const {
-    const int32_t num_splits = threadIdx.x + 1,
-                  limit = max(ceil_div(smem.max_cost, num_splits), params.costs.min_split);
+    const int32_t idx = threadIdx.x, max_cost = smem.max_cost;
+    int32_t own = ceil_div(max_cost, idx + 1);
+    bool has_every_length = false;
+    if (fills_gaps()) {
+      float load = 0.f;
+      for (int i = 0; i < smem.num_occupied; ++i) {
+        const int bin = smem.occupied_bins[i];
+        load += float(smem.num_tiles_of_cost[bin]) * float(bin_cost(bin));
+      }
+      const float longest =
+          fminf(2.f * load / float(params.num_blocks) + float(params.costs.min_split), float(max_cost));
+      has_every_length = longest < float(kNumThreads);
+      if (has_every_length && idx > 0) own = int32_t(longest) + 1 - idx;
+    }
+    const int32_t limit = max(max(own, params.costs.min_split), 1);
+    const bool is_choice = idx == 0 || (has_every_length ? own == limit : ceil_div(max_cost, limit) == idx + 1);
     if (params.fixed_split > 0) {
       if (threadIdx.x == 0)
         params.schedule->num_heads_abreast = num_heads_abreast(this->estimate(max(smem.max_cost, 1)));
       return 0;
     }
     Estimate estimate = {};
-    if (threadIdx.x == 0 || ceil_div(smem.max_cost, limit) == num_splits) {
+    if (is_choice) {
       estimate = this->estimate(limit);
-      const float time = estimate.time * (threadIdx.x == 0 ? 0.97f : 1.f);  // a draw goes to not splitting
-      atomicMin(&smem.best_choice, (static_cast<unsigned long long>(__float_as_uint(time)) << 32) | num_splits);
+      const float time = estimate.time * (idx == 0 ? 0.97f : 1.f);  // a draw goes to not splitting, or to fewer splits
+      atomicMin(&smem.best_choice, (static_cast<unsigned long long>(__float_as_uint(time)) << 32) | uint32_t(idx));
     }
     __syncthreads();
     const int32_t best = int32_t(smem.best_choice & 0xffffffffu);
-    if (num_splits == best) params.schedule->num_heads_abreast = num_heads_abreast(estimate);
-    return max(ceil_div(max(smem.max_cost, 1), best), params.costs.min_split);
+    if (idx == best) smem.limit = limit, params.schedule->num_heads_abreast = num_heads_abreast(estimate);
+    __syncthreads();
+    return smem.limit;
   }
 
   // Where the items of each cost start in the list, the longest first.
@@ -240,8 +282,9 @@ struct PrefillPlanner {
     }
     for (int i = threadIdx.x; i < smem.num_occupied && params.fixed_split == 0; i += kNumThreads) {
       const int bin = smem.occupied_bins[i];
-      const int32_t num_splits = num_splits_of(bin_cost(bin), limit);
-      atomicAdd(&smem.num_items_of_cost[split_bin(bin, limit)], smem.num_tiles_of_cost[bin] * num_splits);
+      const Runs runs = runs_of(bin_cost(bin), limit);
+      atomicAdd(&smem.num_items_of_cost[CostBins::of(runs.len)], smem.num_tiles_of_cost[bin] * (runs.num - 1));
+      atomicAdd(&smem.num_items_of_cost[CostBins::of(runs.last_len)], smem.num_tiles_of_cost[bin]);
     }
     __syncthreads();
     const int bin = CostBins::kNum - 1 - threadIdx.x;
@@ -251,20 +294,29 @@ struct PrefillPlanner {
     if (bin == 0) params.schedule->num_items = min(scan.total, params.max_items);
     __syncthreads();
   }
-  __device__ __forceinline__ int split_bin(int bin, int32_t limit) const {
-    const int32_t cost = bin_cost(bin);
-    return CostBins::of(ceil_div(cost, num_splits_of(cost, limit)));
-  }
 
   __device__ __forceinline__ void write_items(int32_t limit) const {
     for_each_tile([&](PrefillItem item, int32_t cost) {
-      const int bin = CostBins::of(cost);
       const bool is_fixed = params.fixed_split > 0;
       // Else fixed by the bin, as counted. A split may be left empty where the cost is below the bin's bound.
-      const int32_t num_splits = is_fixed ? fixed_splits_of(item, cost) : num_splits_of(bin_cost(bin), limit);
-      const int32_t split_len = ceil_div(cost, num_splits), first_tile = item.tile_begin, end_tile = item.tile_end;
-      const int split_bin = is_fixed ? CostBins::of(split_len) : this->split_bin(bin, limit);
-      int32_t place = atomicAdd(&smem.first_item_of_cost[split_bin], num_splits);
+      const Runs of_bin = runs_of(bin_cost(CostBins::of(cost)), limit);
+      const int32_t num_splits = is_fixed ? fixed_splits_of(item, cost) : of_bin.num;
+      const int32_t even_len = ceil_div(cost, num_splits), first_tile = item.tile_begin, end_tile = item.tile_end;
+      const Runs runs = is_fixed ? Runs{num_splits, even_len, even_len} : of_bin;
+      const int32_t split_len = is_fixed || !fills_gaps() ? even_len : runs.len;
+      // Where the list is taken in its order, tiles that are cut alike take turns in it: those of one request are then
+      // at work on the same KV at the same time, and find it in the L2 cache.
+      const int32_t lane_idx = threadIdx.x % kWarpSize;
+      const uint32_t alike =
+          fills_gaps() && !is_fixed ? __match_any_sync(__activemask(), CostBins::of(cost)) : 1u << lane_idx;
+      const int32_t num_alike = __popc(alike), leader = __ffs(alike) - 1, rank = __popc(alike & ((1u << lane_idx) - 1));
+      int32_t place = 0, last_place = 0;
+      if (lane_idx == leader) {
+        place = atomicAdd(&smem.first_item_of_cost[CostBins::of(runs.len)], num_alike * (num_splits - 1));
+        last_place = atomicAdd(&smem.first_item_of_cost[CostBins::of(runs.last_len)], num_alike);
+      }
+      place = __shfl_sync(alike, place, leader) + rank;
+      last_place = __shfl_sync(alike, last_place, leader) + rank;
       item.num_splits = num_splits;
       if (num_splits > 1) {
         const PartialResults partial = PartialResults::of(num_splits);
@@ -276,10 +328,11 @@ struct PrefillPlanner {
                           item.counter + partial.num_counters() <= params.max_counters;
         if (is_fixed && !fits) item.qo_len = 0, item.num_splits = 1;
       }
-      for (int32_t split = 0; split < num_splits; ++split, ++place) {
+      for (int32_t split = 0; split < num_splits; ++split, place += num_alike) {
         item.split_idx = split;
         item.tile_begin = min(first_tile + split * split_len, end_tile);
         item.tile_end = min(item.tile_begin + split_len, end_tile);
+        if (split + 1 == num_splits) place = last_place;
         if (place < params.max_items) params.items[place] = item;
       }
     });

@@ -53,10 +53,10 @@ class MlaPlan(Plan):
     def _bind_planner(self, extent: Extent) -> PreparedLaunch:
         if self._schedule is None:
             return no_launch
-        shape = self.shape
+        shape, kernel = self.shape, self._load("short" if extent.block_m <= SHORT_ROWS else "medium", None)
         return self._schedule.bind_planner(
             self.device, STORAGE, extent, shape.page_size, shape.batch_size, 1, shape.num_qo_heads,
-            costs=costs(extent.block_m),
+            costs=costs(extent.block_m, kernel.launcher.params),
         )  # fmt: skip
 
     def bind(self, call: Call, queries: str) -> BoundRun:

@@ -16,6 +16,7 @@ from flashinfer.jit.spec import Config, Constants, CxxType, Family, Implementati
 
 # In KV tiles: one takes longer than in prefill, or, in those for short queries, not so long.
 _COSTS, _SHORT_COSTS = PlanCosts(0.6, 2.4, 1), PlanCosts(2.0, 2.5, 4)
+_SM90_COSTS = PlanCosts(1.6, 3.0, 1, fills_gaps=True)
 MAX_BLOCKS = 960  # of a grid: PrefillSchedule has a bit for each (csrc/attention/prefill/params.h)
 STORAGE = "paged_lens"  # of the KV, to the planner and to the kernels
 HEAD_DIMS_CKV = (512, 256)
@@ -119,8 +120,10 @@ def _suits(spec: KernelSpec, tile: Tile) -> bool:
     return tile[0] > 16 or tile[1] >= 64 or ITEMSIZE.get(spec.arg("kv_dtype")) == 2
 
 
-def costs(block_m: int) -> PlanCosts:
-    """Of the kernel of that tile."""
+def costs(block_m: int, params: type[ctypes.Structure]) -> PlanCosts:
+    """Of the kernel of that tile that takes these parameters."""
+    if params is Sm90MlaParams:
+        return _SM90_COSTS
     return _SHORT_COSTS if block_m <= SHORT_ROWS else _COSTS
 
 

@@ -91,7 +91,7 @@ class PrefillPlanParams(ctypes.Structure):
         *[(name, I32) for name in ("batch_size", "qo_len", "num_kv_heads", "group_size", "num_blocks")],
         *[(name, I32) for name in ("max_items", "max_counters", "max_partial_rows", "block_m", "block_n")],
         *[(name, I32) for name in ("mask", "window_left", "fixed_split")],
-        *nested("costs", [("of_item", F32), ("of_partial", F32), ("min_split", I32)]),
+        *nested("costs", [("of_item", F32), ("of_partial", F32), ("min_split", I32), ("fills_gaps", I32)]),
     ]
 
 
@@ -101,6 +101,7 @@ class PlanCosts(NamedTuple):
     of_item: float
     of_partial: float
     min_split: int
+    fills_gaps: bool = False
 
 
 COSTS = PlanCosts(1.5, 3.0, 2)

@@ -39,19 +39,17 @@ __device__ __forceinline__ void publish(const LatentUnits& units, Smem<Config>& 
   __syncwarp();
 }
 
-// A warp has the cache, unless it is gathered by all; the others have the queries, and the first of them the schedule.
-// A unit is published before its queries are loaded: that needs room for them, as does the next unit.
+// A warp has the cache, unless it is gathered by all; the others have the queries. One that brings in the cache has the
+// schedule too: it takes a unit when the last keys of that before are under way, so that nothing waits for it, and a
+// block that is at a long unit does not take from the others.
 template <class Config>
 __device__ __forceinline__ void produce(const Sm90MlaParams& params, Smem<Config>& smem) {
   using Shape = mla::Shape<Config>;
+  constexpr int kScheduler = Shape::kGathers ? 0 : Shape::kNumQueryProducers;
   const int warp_idx = fresh_thread_idx() % kWarpgroupSize / 32;
-  if (warp_idx == Shape::kNumQueryProducers) {
-    KvProducer<Config>{params, smem}.run();
-    return;
-  }
   const LatentUnits units{params};
   const auto prepare = [&](uint32_t turn) {
-    if (warp_idx == 0) publish(units, smem, turn);
+    if (warp_idx == kScheduler) publish(units, smem, turn);
   };
   uint32_t kv_turn = 0;
   const auto load = [&](const Work& work, uint32_t turn) {
@@ -62,8 +60,13 @@ __device__ __forceinline__ void produce(const Sm90MlaParams& params, Smem<Config
       KvGatherer<Config>{params, smem, warp_idx}.run(work.item, kv_turn);
     }
   };
-  for_each_unit(smem, load, prepare);
-  if (warp_idx == 0 && fresh_thread_idx() % 32 == 0) units.close();
+  bool is_done = false;
+  if constexpr (!Shape::kGathers) {
+    is_done = warp_idx == kScheduler;
+    if (is_done) KvProducer<Config>{params, smem}.run(prepare);
+  }
+  if (!is_done) for_each_unit(smem, load, prepare);
+  if (warp_idx == kScheduler && fresh_thread_idx() % 32 == 0) units.close();
   cp_async_wait_all();  // a block may not end with copies under way
 }
 

@@ -73,10 +73,12 @@ struct KvProducer {
     return {found.page_idx, found.entry_idx, max(min(item.kv_len - kv_idx, params.box_rows), 1)};
   }
 
-  __device__ __forceinline__ void run() const {
+  // prepare(turn) ahead of the turn-th unit.
+  template <class Prepare>
+  __device__ __forceinline__ void run(const Prepare& prepare) const {
     const int row = fresh_thread_idx() % 32 * params.box_rows;
     uint32_t turn = 0;
-    for_each_unit(smem, [&](const Work& work, uint32_t) {
+    const auto send_unit = [&](const Work& work, uint32_t) {
       Box next = find_box(work.item, work.item.tile_end - 1, row);
       for (int tile = work.item.tile_end - 1; tile >= work.item.tile_begin; --tile, ++turn) {
         const Box box = next;
@@ -84,7 +86,8 @@ struct KvProducer {
         send_keys<0>(turn, box, row);
         send_keys<1>(turn, box, row);
       }
-    });
+    };
+    for_each_unit(smem, send_unit, prepare);
   }
 
   // A half of the tile's keys.
