@@ -325,7 +325,8 @@ def attend_latent(model: Model, place: Place) -> None:
             for num_tokens in (1, 40):
                 queries, lists = tensor(num_tokens, num_heads, sum(dims)), tensor(num_tokens, 32, of=torch.int32)
                 flashinfer.mla.sparse_mla_prefill(queries, cache.flatten(0, 1), lists, 0.1, dims[0])
-    sparse._compact("sparse_mla_prefill", int32(0, 1, 2)[:, None], 32)
+    if not place.is_gpu:
+        sparse._launch_on_cpu(sparse._OfLists((3, 1), 1, 32))
 
     for num_tokens in (3, 80) if place.is_gpu else (3,):
         q, k = (tensor(num_tokens, num_heads, model.head_dim) for _ in range(2))

@@ -3,6 +3,8 @@
 //   compacted[l, :lengths[l]] = those of indices[l, :max_len] that are at least 0 and below num_rows, in order
 //   qo_indptr[l] = l      kv_indptr[l] = l * max_len
 //
+// and the schedule of attention over them.
+//
 // A block a list. It goes through it in strips of its width, each scanned for the places of what is kept.
 #pragma once
 
@@ -11,6 +13,38 @@
 #include "device/scan.cuh"
 
 namespace flashinfer {
+
+// Query tiles of a list are neighbours, which read the same rows at the same time.
+template <class Config>
+__device__ __forceinline__ void write_items(const CompactIndicesParams& params, int32_t list_idx, int32_t num_kept) {
+  const int32_t num_q_tiles = ceil_div(params.num_heads, params.block_m), num_splits = params.num_splits;
+  const int32_t num_tiles = ceil_div(num_kept, params.block_n), split_len = ceil_div(num_tiles, num_splits);
+  for (int32_t i = threadIdx.x; i < num_q_tiles * num_splits; i += Config::kNumThreads) {
+    PrefillItem item = {};
+    item.request_idx = item.q_begin = list_idx;
+    item.q_tile = i % num_q_tiles;
+    item.qo_len = 1;
+    item.kv_begin = list_idx * params.max_len;
+    item.kv_len = num_kept;
+    item.split_idx = i / num_q_tiles;
+    item.num_splits = num_splits;
+    item.tile_begin = min(item.split_idx * split_len, num_tiles);
+    item.tile_end = min(item.tile_begin + split_len, num_tiles);
+    item.partial_row = (list_idx * params.num_heads + item.q_tile * params.block_m) * num_splits;
+    item.counter = list_idx * num_q_tiles + item.q_tile;
+    params.items[(item.split_idx * params.num_lists + list_idx) * num_q_tiles + item.q_tile] = item;
+    if (num_splits > 1) params.counters[item.counter] = 0;
+  }
+  PrefillSchedule& schedule = *params.schedule;
+  if (list_idx > 0 || threadIdx.x >= sizeof(schedule.taken) / 4) return;
+  schedule.taken[threadIdx.x] = 0;
+  if (threadIdx.x > 0) return;
+  schedule.num_items = params.num_lists * num_q_tiles * num_splits;
+  schedule.num_heads_abreast = 1;
+  schedule.has_splits = num_splits > 1;
+  schedule.num_kv_pages = 0;
+  schedule.next_unit = schedule.num_done = 0;
+}
 
 template <class Config>
 __device__ __forceinline__ void compact_indices(const CompactIndicesParams& params) {
@@ -28,6 +62,7 @@ __device__ __forceinline__ void compact_indices(const CompactIndicesParams& para
     if (is_row) compacted_gmem[num_kept + scan.before] = row;
     num_kept += scan.total;
   }
+  write_items<Config>(params, int32_t(list_idx), num_kept);
   if (threadIdx.x > 0) return;
   params.lengths[list_idx] = num_kept;
   if (list_idx == 0) params.qo_indptr[0] = params.kv_indptr[0] = 0;

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Optional
 
 import torch
 
 from flashinfer.attention.mla import launch as launches
-from flashinfer.attention.plan import BoundRun, Call, Plan, Shape, no_launch
+from flashinfer.attention.plan import BoundLaunch, BoundRun, Call, Plan, Shape, no_launch
 from flashinfer.attention.prefill.launch import NO_SCHEDULE, Extent, PrefillKernel, Schedule
 from flashinfer.attention.variant import Factors, Variant
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.attention.mla import SCALED_ROW_BYTES, SHORT_ROWS, STORAGE, costs
+from flashinfer.families.attention.prefill import PlanCosts
 from flashinfer.host import checks, paged_cache
 from flashinfer.host.rows import alignment_of, require_rows
-from flashinfer.jit.loader import PreparedLaunch
 
 
 class MlaPlan(Plan):
@@ -36,6 +37,8 @@ class MlaPlan(Plan):
         self.has_scaled_rows = types[1] == torch.uint8  # of bytes that hold everything
         self._head_dims = shape.head_dim_vo, shape.head_dim_qk - shape.head_dim_vo
         self._schedule: Optional[Schedule] = None
+        # In place of that of prefill.
+        self.own_planner: Optional[Callable[[Schedule, Extent, PlanCosts], BoundLaunch]] = None
         if device.type == "cuda" and shape.batch_size > 0:
             self._schedule = Schedule.of(op, *workspaces, shape.batch_size, 1, shape.head_dim_vo)
 
@@ -50,13 +53,17 @@ class MlaPlan(Plan):
     def _extent(self, queries: str) -> Extent:
         return Extent.of(self._load(queries, None), self.mask, self.variant)
 
-    def _bind_planner(self, extent: Extent) -> PreparedLaunch:
+    def _bind_planner(self, extent: Extent) -> BoundLaunch:
         if self._schedule is None:
             return no_launch
-        shape, kernel = self.shape, self._load("short" if extent.block_m <= SHORT_ROWS else "medium", None)
+        kernel = self._load("short" if extent.block_m <= SHORT_ROWS else "medium", None)
+        of_kernel = costs(extent.block_m, kernel.launcher.params)
+        if self.own_planner is not None:
+            return self.own_planner(self._schedule, extent, of_kernel)
+        shape = self.shape
         return self._schedule.bind_planner(
             self.device, STORAGE, extent, shape.page_size, shape.batch_size, 1, shape.num_qo_heads,
-            costs=costs(extent.block_m, kernel.launcher.params),
+            costs=of_kernel,
         )  # fmt: skip
 
     def bind(self, call: Call, queries: str) -> BoundRun:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 
 from flashinfer import target
 from flashinfer.attention.mla.paged import BatchMLAPagedAttentionWrapper
+from flashinfer.attention.mla.plan import MlaPlan
+from flashinfer.attention.plan import BoundLaunch
 from flashinfer.attention.planned import Result
+from flashinfer.attention.prefill.launch import Extent, Schedule
 from flashinfer.families.attention.mla import COMPACT_INDICES
+from flashinfer.families.attention.prefill import PlanCosts
 from flashinfer.host import checks, memo, traced
 from flashinfer.host import indices as _indices
 from flashinfer.jit import default_resolver
@@ -144,8 +149,8 @@ def _run(
 
     def attend(q: torch.Tensor, lists: torch.Tensor, out: _Output, lse: _Output) -> Result:
         num_heads, dim_qk = q.shape[1:]
-        planned = _compact(op, lists, rows.shape[0])
-        attention.plan(*planned, num_heads, dim, dim_qk - dim, 1, False, sm_scale, q.dtype, kv.dtype)
+        sizes, types = (num_heads, dim, dim_qk - dim, 1), (q.dtype, kv.dtype)
+        attention.plan_lists(lists, rows.shape[0], (sizes, False, sm_scale, types))
         caches, scales = (rows[:, None, :dim], rows[:, None, dim:]), (None, kv_scale, kv_scale)
         if has_scaled_rows:
             caches = (rows[:, None],) * 2
@@ -243,67 +248,144 @@ def _flat(
 
 
 class _Planned(NamedTuple):
-    """What plan() of the wrapper takes."""
+    """What plan() of the wrapper takes, in one piece of memory."""
 
     qo_indptr: torch.Tensor
     kv_indptr: torch.Tensor
     kv_indices: torch.Tensor
     kv_len_arr: torch.Tensor
 
+    @staticmethod
+    def of(op: str, lists: torch.Tensor) -> _Planned:
+        """Yet to be filled, by `_SparseAttention`."""
+        num_lists, max_len = lists.shape
+        checks.require(
+            num_lists * max_len < 1 << 31, op, f"indices has {num_lists * max_len} entries; expected 32 bits"
+        )
+        sizes = num_lists + 1, num_lists + 1, num_lists * max_len, num_lists
+        starts = [sum(-(-size // 4) * 4 for size in sizes[:i]) for i in range(len(sizes) + 1)]
+        memory = torch.empty(starts[-1], dtype=torch.int32, device=lists.device)
+        return _Planned(*[memory[start : start + size] for start, size in zip(starts, sizes)])
 
-def _compact(op: str, lists: torch.Tensor, num_rows: int) -> _Planned:
-    """Every token a request, of the rows in its list that are any."""
-    (num_lists, max_len), device = lists.shape, lists.device
-    checks.require(num_lists * max_len < 1 << 31, op, f"indices has {num_lists * max_len} entries; expected 32 bits")
-    sizes = num_lists + 1, num_lists + 1, num_lists * max_len, num_lists
-    starts = [sum(-(-size // 4) * 4 for size in sizes[:i]) for i in range(len(sizes) + 1)]
-    memory = torch.empty(starts[-1], dtype=torch.int32, device=device)
-    parts = _Planned(*[memory[start : start + size] for start, size in zip(starts, sizes)])
-    if num_lists == 0:
-        parts.qo_indptr.zero_()
-        parts.kv_indptr.zero_()
-        return parts
-    key = lists.shape, lists.stride(0), num_rows, device
-    launch = _compactions.get(key)
+
+class _OfLists(NamedTuple):
+    """Of the lists, what a launch that packs them depends on."""
+
+    shape: tuple[int, int]
+    stride: int
+    num_rows: int
+
+    def prepare(self, device: torch.device, schedule: dict[str, int]) -> PreparedLaunch:
+        """A launch that makes every list a request, of the rows in it that are any. Takes addresses: of the lists and
+        of a `_Planned`. schedule: what a GPU needs to lay out the work of attention over them."""
+        launcher = (
+            default_resolver()
+            .load(COMPACT_INDICES.spec(target.of_device(device)))
+            .on(-1 if device.index is None else device.index)
+        )
+        values = {
+            "list_stride": self.stride,
+            "num_lists": self.shape[0],
+            "max_len": self.shape[1],
+            "num_rows": self.num_rows,
+            **schedule,
+        }
+        varying = ("indices", "qo_indptr", "kv_indptr", "compacted", "lengths")
+        return launcher.prepare((self.shape[0], 1, 1), values, varying=varying)
+
+
+class _SparseAttention(BatchMLAPagedAttentionWrapper):
+    """On a GPU the kernel that packs lists is the planner: it knows first what lies in them, and lists that are as long
+    as each other, as most are, need no more of one."""
+
+    def __init__(self, float_workspace_buffer: torch.Tensor) -> None:
+        super().__init__(float_workspace_buffer)
+        self._addresses: tuple[int, ...] = ()
+        if self.device.type != "cpu":
+            self._may_see_indices = False  # they are not there yet; the lists have been looked at
+
+    def plan_lists(self, lists: torch.Tensor, num_rows: int, arguments: tuple[Any, ...]) -> None:
+        """arguments: those of `BatchMLAPagedAttentionWrapper._describe`."""
+        planned, of_lists = (
+            _Planned.of(self._op_name, lists),
+            _OfLists((lists.shape[0], lists.shape[1]), lists.stride(0), num_rows),
+        )
+        addresses = lists.data_ptr(), *(part.data_ptr() for part in planned)
+        if len(lists) == 0:
+            planned.qo_indptr.zero_()
+            planned.kv_indptr.zero_()
+        elif lists.device.type == "cpu":
+            _launch_on_cpu(of_lists)(*addresses)
+        self._addresses = addresses
+        self._settle(planned, (*arguments, of_lists))
+
+    def _describe(
+        self, batch_size: int, workspaces: tuple[torch.Tensor, torch.Tensor], arguments: tuple[Any, ...]
+    ) -> MlaPlan:
+        *arguments_of_mla, of_lists = arguments
+        plan = super()._describe(batch_size, workspaces, tuple(arguments_of_mla))
+
+        def bind(schedule: Schedule, extent: Extent, costs: PlanCosts) -> BoundLaunch:
+            num_heads = plan.shape.num_qo_heads
+            num_q_tiles, num_tiles = -(-num_heads // extent.block_m), -(-of_lists.shape[1] // extent.block_n)
+            room = min(
+                schedule.max_items // (batch_size * num_q_tiles), schedule.max_partial_rows // (batch_size * num_heads)
+            )
+            num_splits = 1
+            if batch_size * num_q_tiles <= schedule.max_counters:
+                num_splits = _splits_of(batch_size * num_q_tiles, num_tiles, extent, costs, room)
+            addresses = {"items": schedule.items, "schedule": schedule.header, "counters": schedule.counters}
+            sizes = {
+                "num_heads": num_heads, "block_m": extent.block_m, "block_n": extent.block_n, "num_splits": num_splits,
+            }  # fmt: skip
+            launch = of_lists.prepare(self.device, {**addresses, **sizes})
+            return lambda *planner_addresses: launch(*self._addresses)
+
+        plan.own_planner = bind
+        return plan
+
+
+def _splits_of(num_tiles: int, cost: int, extent: Extent, costs: PlanCosts, room: int) -> int:
+    """Into how many runs to cut each of so many query tiles, of `cost` KV tiles each: what
+    csrc/attention/prefill/plan.cuh decides where all cost the same. room: for so many."""
+    best = math.inf, 1
+    for limit in range(max(cost, 1), max(costs.min_split, 1) - 1, -1):
+        num = -(-max(cost, 1) // limit)
+        time = -(-num_tiles * num // extent.num_blocks) * (limit + costs.of_item + costs.of_partial * (num > 1))
+        if num <= max(room, 1):
+            best = min(best, (time * (0.97 if num == 1 else 1.0), num))
+    return best[1]
+
+
+_on_cpu: memo.Memo[PreparedLaunch] = memo.Memo()
+
+
+def _launch_on_cpu(of_lists: _OfLists) -> PreparedLaunch:
+    launch = _on_cpu.get(of_lists)
     if launch is None:
-        launch = _compactions.remember(key, _prepare_compaction(lists, num_rows))
-    launch(lists.data_ptr(), *(part.data_ptr() for part in parts))
-    return parts
-
-
-_compactions: memo.Memo[PreparedLaunch] = memo.Memo()
-
-
-def _prepare_compaction(lists: torch.Tensor, num_rows: int) -> PreparedLaunch:
-    launcher = default_resolver().load(COMPACT_INDICES.spec(target.of_device(lists.device))).on(lists.get_device())
-    values = {
-        "list_stride": lists.stride(0),
-        "num_lists": lists.shape[0],
-        "max_len": lists.shape[1],
-        "num_rows": num_rows,
-    }
-    varying = ("indices", "qo_indptr", "kv_indptr", "compacted", "lengths")
-    return launcher.prepare((lists.shape[0], 1, 1), values, varying=varying)
+        schedule = dict.fromkeys(("items", "schedule", "counters", "num_heads", "block_m", "block_n", "num_splits"), 0)
+        launch = _on_cpu.remember(of_lists, of_lists.prepare(torch.device("cpu"), schedule))
+    return launch
 
 
 class _OfThread(threading.local):
     """Wrappers of one thread, by device and stream: no other thread's plan comes between a plan and its run."""
 
     def __init__(self) -> None:
-        self.wrappers: dict[tuple[int, int], BatchMLAPagedAttentionWrapper] = {}
+        self.wrappers: dict[tuple[int, int], _SparseAttention] = {}
 
 
 _of_thread = _OfThread()
 _WORKSPACE_BYTES = 64 << 20  # of partial results: two of 128 rows for each block of a large GPU
 
 
-def _attention_here(device: torch.device) -> BatchMLAPagedAttentionWrapper:
+def _attention_here(device: torch.device) -> _SparseAttention:
     """A wrapper for the current stream. A captured graph has one of its own, so that a replay disturbs no other run."""
     is_cuda = device.type == "cuda"
 
-    def make() -> BatchMLAPagedAttentionWrapper:
+    def make() -> _SparseAttention:
         workspace = torch.empty(_WORKSPACE_BYTES if is_cuda else 0, dtype=torch.uint8, device=device)
-        return BatchMLAPagedAttentionWrapper(workspace)
+        return _SparseAttention(workspace)
 
     if is_cuda and torch.cuda.is_current_stream_capturing():
         return make()

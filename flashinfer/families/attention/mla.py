@@ -216,8 +216,12 @@ class CompactIndicesParams(ctypes.Structure):
 
     _fields_ = [
         *[(name, P) for name in ("indices", "qo_indptr", "kv_indptr", "compacted", "lengths")],
+        *[(name, P) for name in ("items", "schedule", "counters")],
         ("list_stride", I64),
-        *[(name, I32) for name in ("num_lists", "max_len", "num_rows")],
+        *[
+            (name, I32)
+            for name in ("num_lists", "max_len", "num_rows", "num_heads", "block_m", "block_n", "num_splits")
+        ],
     ]
 
 
