@@ -83,6 +83,7 @@ _EXPORTS = {
             "chain_speculative_sampling",
         ),
         "sparse": ("BlockSparseAttentionWrapper", "VariableBlockSparseAttentionWrapper"),
+        "variants": ("variant", "mask"),
         "topk": ("top_k", "top_k_page_table_transform", "top_k_ragged_transform", "TopKTieBreak"),
     }.items()
     for name in names

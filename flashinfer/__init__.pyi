@@ -17,6 +17,7 @@ from flashinfer import rope as rope
 from flashinfer import sampling as sampling
 from flashinfer import sparse as sparse
 from flashinfer import topk as topk
+from flashinfer import variants as variants
 from flashinfer.activation import gelu_and_mul as gelu_and_mul
 from flashinfer.activation import gelu_tanh_and_mul as gelu_tanh_and_mul
 from flashinfer.activation import silu_and_mul as silu_and_mul
@@ -92,4 +93,6 @@ from flashinfer.topk import TopKTieBreak as TopKTieBreak
 from flashinfer.topk import top_k as top_k
 from flashinfer.topk import top_k_page_table_transform as top_k_page_table_transform
 from flashinfer.topk import top_k_ragged_transform as top_k_ragged_transform
+from flashinfer.variants import mask as mask
+from flashinfer.variants import variant as variant
 from flashinfer.version import __version__ as __version__

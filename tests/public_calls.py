@@ -555,7 +555,7 @@ CALLS["utils.get_alibi_slopes"] = lambda i: [utils.get_alibi_slopes(6), utils.ge
 CALLS["utils.get_indptr"] = lambda i: utils.get_indptr(i.last_page_len)
 
 
-NO_OPERATORS = {"TopKTieBreak", "autotune_v2", "tag"}  # an enumeration, contexts
+NO_OPERATORS = {"TopKTieBreak", "autotune_v2", "mask", "tag", "variant"}  # an enumeration, contexts, decorators
 
 
 @functools.cache

@@ -37,6 +37,23 @@ struct KvParams {
   int64_t v_page_stride, v_entry_stride, v_head_stride;
 };
 
+// Values of what functions of scores and masks declare besides their arguments: of a tensor the address, of its axes
+// the lengths and of all but the last the strides; numbers. Where each is, the functions know.
+struct Extras {
+  alignas(8) uint8_t bytes[128];
+
+  template <class T>
+  FLASHINFER_FN T at(int offset) const {
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+    return *reinterpret_cast<const T*>(bytes + offset);
+#else
+    T value;
+    __builtin_memcpy(&value, bytes + offset, sizeof(T));
+    return value;
+#endif
+  }
+};
+
 // In this order, and with what a derived struct puts before it, addresses that change from call to call come first: a
 // launch packs nothing else anew.
 struct AttentionParams {
@@ -51,6 +68,7 @@ struct AttentionParams {
   const float *device_q_scale, *device_k_scale, *device_v_scale;
   int64_t q_token_stride, q_head_stride;      // elements; the last axis is contiguous
   int64_t out_token_stride, out_head_stride;  // elements; the last axis is contiguous
+  Extras extras;                              // of Config::Function
   int32_t batch_size;
   int32_t num_qo_heads, num_kv_heads;
   int32_t window_left;    // keys seen before a query's own position, if the variant has a window

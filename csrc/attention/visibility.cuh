@@ -9,6 +9,7 @@
 //                     and  j <= position, where j is of the prefix, or position is, or both are of one item
 //                                                                 under a mask of items
 //                     and  j >= position - window_left            in a window
+//                     and  the function of a caller says so       Config::Function
 //
 // keys_of() is the range outside of which a query sees nothing, whatever the kind of mask. Neither of its ends falls
 // from one query to the next; so what a run of queries sees follows from its first and its last. A mask that hides
@@ -17,7 +18,7 @@
 // A new kind of mask is an enumerator and a line in these three. docs/add_a_mask.md adds one.
 #pragma once
 
-#include "attention/params.h"
+#include "attention/function.cuh"
 
 namespace flashinfer {
 
@@ -51,15 +52,13 @@ FLASHINFER_FN uint32_t load_bits(const uint8_t* bytes, int64_t first_bit, int64_
 
 // What hides keys. In a kernel the compiler knows all of it but window_left, and drops what is not there; a planner is
 // told at run time.
-struct Visibility {
+template <class Function>
+struct VisibilityBy {
   int32_t mask;  // MaskKind
   bool has_window;
   int32_t window_left;
-
-  template <class Config>
-  FLASHINFER_FN static Visibility of(const AttentionParams& params) {
-    return {Config::kMask, Config::kHasWindow, params.window_left};
-  }
+  int32_t request_idx = 0;         // of the queries asked for, to the function
+  const Extras* extras = nullptr;  // of the function
 
   // The keys that a query may see.
   FLASHINFER_FN Range keys_of(int32_t position, int32_t kv_len) const {
@@ -69,16 +68,31 @@ struct Visibility {
       const int32_t hidden = (position > 0 ? position : 0) - window_left;
       keys.begin = hidden > 0 ? hidden : 0;
     }
+    if constexpr (Function::kHasBegin) {
+      const int32_t first_key = Function::first_key(*extras, request_idx, position);
+      keys.begin = first_key <= keys.begin ? keys.begin : first_key < kv_len ? first_key : kv_len;
+    }
+    if constexpr (Function::kHasEnd) {
+      const int32_t last_key = Function::last_key(*extras, request_idx, position);
+      keys.end = last_key >= keys.end ? keys.end : last_key < 0 ? 0 : last_key + 1;
+    }
     return keys;
   }
   // Whether ranges of keys begin past zero.
-  FLASHINFER_FN bool has_begin() const { return has_window; }
-  // Whether keys are hidden inside the range.
-  FLASHINFER_FN constexpr bool has_holes() const {
+  FLASHINFER_FN bool has_begin() const { return has_window || Function::kHasBegin; }
+  // Whether keys are hidden inside the range: by bits, or by the function.
+  FLASHINFER_FN constexpr bool has_holes() const { return has_bits() || Function::kHasHoles; }
+  FLASHINFER_FN constexpr bool has_bits() const {
     return mask == kMaskCustom || mask == kMaskDraft || mask == kMaskItems;
   }
 
-  // Where there are holes: which of 32 keys query qo_idx sees, bit k for key first_key + k. Bits of
+  // Whether the function leaves a key inside the range.
+  FLASHINFER_FN bool sees(int32_t qo_head_idx, int32_t position, int32_t kv_idx) const {
+    if constexpr (Function::kHasHoles) return Function::sees(*extras, {request_idx, qo_head_idx, position, kv_idx});
+    return true;
+  }
+
+  // Where there are bits: which of 32 keys query qo_idx sees, bit k for key first_key + k. Bits of
   // keys outside of the range mean nothing.
   template <class Params>
   FLASHINFER_FN uint32_t bits_of(const Params& params, int32_t request_idx, int32_t qo_idx, int32_t first_key,
@@ -155,5 +169,13 @@ struct Visibility {
                       block_n);
   }
 };
+using Visibility = VisibilityBy<NoFunction>;
+
+// Of the queries of a request, in a kernel.
+template <class Config>
+FLASHINFER_FN VisibilityBy<typename Config::Function> visibility_of(const AttentionParams& params,
+                                                                    int32_t request_idx) {
+  return {Config::kMask, Config::kHasWindow, params.window_left, request_idx, &params.extras};
+}
 
 }  // namespace flashinfer

@@ -13,6 +13,9 @@
     dtype = "bf16"
     …
 
+A kernel of attention may have variant = "module:function", of a function of scores, of a mask, or one of each with a
+comma between them (flashinfer/variants.py); records and reports hold their text instead.
+
 A row says what to build, never for which machine: targets are named where the set is built.
 """
 
@@ -285,7 +288,27 @@ def _kernel(where: str, table: dict[str, Any]) -> KernelRow:
         specs.family(family)
     except UnsupportedConfig as error:
         raise ConfigError(f"{where}: {error}") from None
+    if isinstance(args.get("variant"), str) and _NAMES.fullmatch(args["variant"]):
+        args["variant"] = _text_of_functions(where, args["variant"])
     return KernelRow(family, args)
+
+
+_NAMES = re.compile(r"\s*[\w.]+:[\w.]+\s*(,\s*[\w.]+:[\w.]+\s*)?")
+
+
+def _text_of_functions(where: str, names: str) -> str:
+    """Of functions of scores and masks, by "module:function". Raises ConfigError."""
+    try:
+        from flashinfer.variants import text_of
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{where}: variant names {names}, and {error.name} is not installed, which functions take. Next step: name "
+            "them by their text, which `flashinfer variants show` prints"
+        ) from None
+    try:
+        return text_of(names.split(","))
+    except UnsupportedConfig as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _checked(where: str, table: dict[str, Any], legal: Iterable[str]) -> dict[str, Any]:

@@ -40,12 +40,14 @@ _MULTI_ITEM = _Request(None, "multi-item scoring", "plan() of prefill takes it, 
 _PLANNED = _Request(-1, "what plan() of another wrapper settles", "pass it to plan() of decode, or of prefill")
 _FP4_OUTPUT = _Request(None, "an output in fp4", "quantize the output afterwards")
 _RANGES = _Request(None, "a range of keys for each query", "BatchPrefillWithPagedKVCacheWrapper takes a custom_mask")
+_FUNCTIONS = _Request(None, "a function of scores or of a mask", "plan() of decode and prefill takes it, no other call")
 _OWN_OFFSETS = _Request(None, "rows of v or out at other offsets than those of k and q", "copy them to the same ones")
 _REQUESTS = {
     "prefix_len_ptr": _MULTI_ITEM,
     "token_pos_in_items_ptr": _MULTI_ITEM,
     "token_pos_in_items_len": _Request(0, _MULTI_ITEM.what, _MULTI_ITEM.next_step),
     "max_item_len_ptr": _MULTI_ITEM,
+    **dict.fromkeys(("variant", "mask"), _FUNCTIONS),
     "v_indptr": _OWN_OFFSETS,
     "o_indptr": _OWN_OFFSETS,
     "fixed_split_size": _PLANNED,
@@ -105,12 +107,38 @@ def causal_by_window(op: str, later: dict[str, Any], causal: bool) -> bool:
     return True
 
 
+# What the C++ of upstream's known variants is called or reads, and the same here.
+_KNOWN_VARIANTS: dict[tuple[str, ...], str] = {
+    ("sink",): "run(..., sinks=sink), of an fp32 logit for each head",
+    ("alibi",): """plan(..., pos_encoding_mode="ALIBI"), or
+    @flashinfer.variant(slopes="f32[num_heads]")
+    def alibi(score, b, h, q, k, x): return score + x.slopes[h] * (k - q)""",
+    ("softcap", "soft_cap", "logits_cap"): """plan(..., logits_soft_cap=cap), or
+    @flashinfer.variant(cap="float > 0")
+    def soft_cap(score, b, h, q, k, x): return x.cap * tanh(score / x.cap)""",
+    ("window", "sliding"): """plan(..., window_left=n), or
+    @flashinfer.mask(n=int)
+    def window(b, h, q, k, x): return (k <= q) & (q - k <= x.n)""",
+    ("mask",): """plan(..., custom_mask=bits), or
+    @flashinfer.mask()
+    def causal(b, h, q, k): return k <= q""",
+    ("sigmoid",): "there is none: these kernels are made of a softmax, which it replaces",
+    ("scale",): """plan(..., sm_scale=s), or
+    @flashinfer.variant(s=float)
+    def scaled(score, b, h, q, k, x): return score * x.s""",
+}
+
+
 def require_no_jit_args(op: str, jit_args: object) -> None:
-    if jit_args is not None:
-        raise UnsupportedConfig(
-            f"{op}: jit_args brings C++ written for upstream's kernels; expected None. Masks, windows, soft caps and "
-            "position encodings are arguments of plan()"
-        )
+    """Upstream's C++ does not compile against these kernels; a variant that it is known for is shown in our form."""
+    if jit_args is None:
+        return
+    uri = str(jit_args[0]).lower() if isinstance(jit_args, (list, tuple)) and jit_args else ""
+    known = next((ours for words, ours in _KNOWN_VARIANTS.items() if any(word in uri for word in words)), "")
+    shown = f"the same here: {known}" if known else "write it in Python: docs/variants.md"
+    raise UnsupportedConfig(
+        f"{op}: jit_args brings C++ written for upstream's kernels; expected None. Next step: {shown}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- names

@@ -18,6 +18,7 @@ from flashinfer.families.layout import FP8_DTYPES
 from flashinfer.host import checks, memo, paged_cache
 from flashinfer.host.paged_cache import PagedCache
 from flashinfer.host.rows import require_distinct, require_rows
+from flashinfer.variants import LaunchFunctions, launch_functions
 
 
 class Extent(Protocol):
@@ -48,6 +49,19 @@ class Shape(NamedTuple):
         """Of sizes that a caller gave. Raises TypeError or ValueError."""
         lowest = [int(name != "batch_size") for name in Shape._fields]
         return Shape(*map(functools.partial(checks.integer, op), Shape._fields, sizes, lowest))
+
+
+NO_FUNCTIONS = (None, None)  # variant and mask
+
+
+def planned_functions(
+    op: str, functions: tuple[Any, Any], shape: Shape, device: torch.device
+) -> Optional[LaunchFunctions]:
+    """Of the arguments variant and mask of plan(). Raises TypeError, ValueError or UnsupportedConfig."""
+    batch_size, num_qo_heads, num_kv_heads = shape[:3]
+    return launch_functions(
+        op, *functions, device, batch_size=batch_size, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads
+    )
 
 
 def dtype_of(op: str, name: str, given: object) -> torch.dtype:

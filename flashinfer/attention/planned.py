@@ -226,7 +226,10 @@ class PlannedAttention(Uncopyable, EngineNames):
             plan = None  # of arguments without a hash, which `_describe` refuses
         if plan is None:
             workspaces = (self._int_workspace_buffer, self._float_workspace_buffer)
-            plan = self._plans.remember(key, self._describe(self._batch_size(sizes), workspaces, arguments))
+            plan = self._describe(self._batch_size(sizes), workspaces, arguments)
+            functions = plan.variant.functions
+            keep = self._plans.remember if functions is None or not functions.holds_tensors else self._plans.hold
+            keep(key, plan)
         return plan
 
     def _settled(self) -> tuple[Optional[Plan], Optional[Lengths], Optional[Extent]]:

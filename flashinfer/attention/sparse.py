@@ -8,7 +8,7 @@ from typing import Any, Optional, Union
 
 import torch
 
-from flashinfer.attention.plan import Shape, dtype_of
+from flashinfer.attention.plan import NO_FUNCTIONS, Shape, dtype_of
 from flashinfer.attention.planned import DataType, Result
 from flashinfer.attention.prefill.plan import RaggedKv
 from flashinfer.attention.prefill.wrapper import PrefillWrapper
@@ -224,7 +224,7 @@ class BlockSparseAttentionWrapper(_SparsePrefill):
         arguments = (
             kind, num_qo_heads, num_kv_heads, c, head_dim, None, q_data_type, kv_data_type,
             None if is_default else o_data_type,
-            (None, False), pos_encoding_mode, -1, logits_soft_cap, sm_scale, rope_scale, rope_theta,
+            (None, False), NO_FUNCTIONS, pos_encoding_mode, -1, logits_soft_cap, sm_scale, rope_scale, rope_theta,
         )  # fmt: skip
         self._settle((qo_indptr, indptr, indices, last_block_len), arguments, masks, longest=r)
         self._sizes = m, n, c
@@ -396,8 +396,8 @@ class VariableBlockSparseAttentionWrapper(_SparsePrefill):
         last = torch.full((heads * num_rows,), page_size, dtype=torch.int32, device=device)
         arguments = (
             "causal" if checks.boolean(op, "causal", causal) else "none", qo_heads // heads, 1, page_size, head_dim,
-            None, q_data_type, kv_data_type, None, (None, False), pos_encoding_mode, -1, logits_soft_cap, sm_scale,
-            rope_scale, rope_theta,
+            None, q_data_type, kv_data_type, None, (None, False), NO_FUNCTIONS, pos_encoding_mode, -1, logits_soft_cap,
+            sm_scale, rope_scale, rope_theta,
         )  # fmt: skip
         self._settle((qo_indptr, kv_indptr, kv_indices, last), arguments)
         self._sizes, self._lengths_of_heads = (qo_heads, heads, page_size), (lengths[0], lengths[1])

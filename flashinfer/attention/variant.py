@@ -15,7 +15,9 @@ from flashinfer.families.attention.params import DEVICE_SCALES
 from flashinfer.families.rope import frequency_table
 from flashinfer.host import checks, constants, quant_scale, traced
 from flashinfer.utils import get_alibi_slopes
+from flashinfer.variants import NO_RANGES, BoundFunction, Function, LaunchFunctions
 
+Functional = Union[Function, BoundFunction]  # of scores or of a mask; without extras, as it is
 # upstream's names -> the names of the kernels' axis
 POS_ENCODING_MODES = {"NONE": "none", "ROPE_LLAMA": "rope", "ALIBI": "alibi"}
 # A window that long hides nothing: no memory holds more rows of KV. Kernels subtract it from positions, of which those
@@ -91,6 +93,7 @@ class Variant:
     rope_scale: float
     rope_theta: float
     has_sinks: bool
+    functions: Optional[LaunchFunctions] = None  # of scores and masks, that a caller wrote
 
     @staticmethod
     def of(
@@ -104,6 +107,7 @@ class Variant:
         rope_theta: Optional[float] = None,
         *,
         has_sinks: bool = False,
+        functions: Optional[LaunchFunctions] = None,
     ) -> Variant:
         """From the public arguments; None takes the default. Raises UnsupportedConfig, ValueError or TypeError."""
         if not isinstance(pos_encoding_mode, str) or pos_encoding_mode not in POS_ENCODING_MODES:
@@ -112,6 +116,11 @@ class Variant:
         checks.integer(op, "head_dim", head_dim, 1)
         window = checks.integer(op, "window_left", window_left, -(1 << 63), (1 << 63) - 1)
         soft_cap = 0.0 if logits_soft_cap is None else checks.real(op, "logits_soft_cap", logits_soft_cap, at_least=0.0)
+        if functions is not None and functions.has_score and (soft_cap > 0 or pos_encoding_mode == "ALIBI"):
+            raise UnsupportedConfig(
+                f"{op}: variant with pos_encoding_mode={pos_encoding_mode!r}, logits_soft_cap={soft_cap}; expected "
+                "neither ALIBI nor a soft cap beside it. Next step: write them into the function (docs/variants.md)"
+            )
         return Variant(
             POS_ENCODING_MODES[pos_encoding_mode],
             -1 if window < 0 or window >= _LONGEST else window,
@@ -120,6 +129,7 @@ class Variant:
             1.0 if rope_scale is None else checks.real(op, "rope_scale", rope_scale, above=0.0),
             1e4 if rope_theta is None else checks.real(op, "rope_theta", rope_theta, above=0.0),
             has_sinks,
+            functions,
         )
 
     def updated(self, op: str, head_dim: int, overrides: Overrides) -> Variant:
@@ -142,9 +152,15 @@ class Variant:
             "has_window": self.window_left >= 0,
             "has_soft_cap": self.logits_soft_cap > 0,
             "has_sinks": self.has_sinks,
+            "variant": "none" if self.functions is None else self.functions.text,
         }
 
-    def values(self, num_qo_heads: int, head_dim: int, device: torch.device, factors: Factors) -> dict[str, float]:
+    @property
+    def ranges(self) -> tuple[str, bytes]:
+        """What a planner takes of the functions."""
+        return NO_RANGES if self.functions is None else self.functions.ranges
+
+    def values(self, num_qo_heads: int, head_dim: int, device: torch.device, factors: Factors) -> dict[str, Any]:
         """The fields of AttentionParams that hold options."""
         slopes = frequencies = b""
         if self.pos_encoding == "alibi":
@@ -155,12 +171,21 @@ class Variant:
         return {
             "alibi_slopes": constants.address_of(slopes, device) if slopes else 0,
             "rope_frequencies": constants.address_of(frequencies, device) if frequencies else 0,
+            "extras": b"" if self.functions is None else self.functions.extras,
             "window_left": self.window_left,
             **factors.values(device),
             "sm_scale": self.sm_scale * factors.qk,
             "v_scale": factors.v,
             "logits_soft_cap": self.logits_soft_cap,
         }
+
+
+def functions_are_planned(op: str) -> UnsupportedConfig:
+    """The error of a single call with functions that torch.compile traces."""
+    return UnsupportedConfig(
+        f"{op}: variant or mask under torch.compile; expected neither. Next step: plan a wrapper with them ahead of "
+        "the compiled code, which may run it"
+    )
 
 
 def signature_of_sinks(op: str, sinks: torch.Tensor) -> tuple[int, Any]:

@@ -44,6 +44,11 @@ class Memo(dict[Any, T], Generic[T]):
             self._last = key, value
         return value
 
+    def hold(self, key: Any, value: T) -> T:
+        """Until another signature comes: of what keeps memory alive."""
+        self._last = key, value
+        return value
+
     def remember(self, key: Any, value: T) -> T:
         if len(self) >= _MEMO_LIMIT:
             self.clear()

@@ -19,7 +19,7 @@ from pathlib import Path
 from flashinfer import env
 from flashinfer import target as targets
 from flashinfer.jit import spec as specs
-from flashinfer.jit.spec import Config, CxxType, Implementation, KernelSpec
+from flashinfer.jit.spec import Config, CxxMember, CxxType, Implementation, KernelSpec
 
 # Flags that change what the code means, in the spelling all compilers of a kind share.
 FLAGS = {
@@ -93,7 +93,9 @@ def _constants(config: Config) -> list[str]:
     return [f"  {_constant(name, value)}" for name, value in constants.items()]
 
 
-def _constant(name: str, value: CxxType | int | bool | float) -> str:
+def _constant(name: str, value: CxxType | CxxMember | int | bool | float) -> str:
+    if isinstance(value, CxxMember):
+        return value.strip()
     if isinstance(value, CxxType):
         return f"using {name} = flashinfer::{value};"
     if isinstance(value, bool):

@@ -4,8 +4,11 @@ told)."""
 from __future__ import annotations
 
 import ctypes
+import functools
+import hashlib
+import re
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Union
 
 from flashinfer import target as targets
@@ -26,14 +29,15 @@ class KernelSpec(NamedTuple):
 
     @property
     def name(self) -> str:
-        """`rmsnorm-dtype=bf16-hidden_size=4096`: unique for (family, args), usable as a file name."""
+        """`rmsnorm-dtype=bf16-hidden_size=4096`: unique for (family, args), usable as a file name. A text that is no
+        word, such as an expression, stands by its hash."""
         return "-".join([self.family, *(f"{axis}={_text(value)}" for axis, value in self.args)])
 
     def arg(self, axis: str) -> Any:
         for name, value in self.args:
             if name == axis:
                 return value
-        raise KeyError(axis)
+        return _families[self.family].optional[axis]
 
     def with_target(self, target: str) -> KernelSpec:
         return self._replace(target=target)
@@ -48,14 +52,27 @@ class KernelSpec(NamedTuple):
 
 
 def _text(value: ArgValue) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value)
+    text = str(int(value)) if isinstance(value, bool) else str(value)
+    return text if _WORD.fullmatch(text) else _hash(text)
+
+
+_WORD = re.compile(r"\w{0,32}")
+
+
+@functools.lru_cache(maxsize=256)
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class CxxType(str):
     """The name of a type in namespace flashinfer; rendered as `using NAME = flashinfer::TYPE;`."""
 
 
-Constants = Mapping[str, Union[CxxType, int, bool, float]]
+class CxxMember(str):
+    """The definition of a member, rendered as it is."""
+
+
+Constants = Mapping[str, Union[CxxType, CxxMember, int, bool, float]]
 
 
 @dataclass(frozen=True)
@@ -118,11 +135,14 @@ class Family:
         name: the entry point.
         axes: argument -> legal values, in canonical order.
         implementations: most specific first; the first that runs on the target and serves the spec computes it.
+        optional: axis -> the value at which it is no part of a spec, so that a kernel keeps its name, and its rows in
+            configs and records, when the family gets another axis.
     """
 
     name: str
     axes: Mapping[str, Container[Any]]
     implementations: tuple[Implementation, ...]
+    optional: Mapping[str, ArgValue] = field(default_factory=dict)
 
     def spec(self, target: str, /, **args: ArgValue) -> KernelSpec:
         """Check the arguments and build the request. Raises UnsupportedConfig naming the argument and what is
@@ -130,6 +150,7 @@ class Family:
         if not self.runs_on(target):
             known = ", ".join(implementation.on for implementation in self.implementations)
             raise UnsupportedConfig(f"{self.name}: no kernel for target {target}; this family has {known}")
+        args = {**self.optional, **args}
         if args.keys() != self.axes.keys():
             raise UnsupportedConfig(f"{self.name}: expected arguments {', '.join(self.axes)}; got {', '.join(args)}")
         for axis, legal in self.axes.items():
@@ -137,7 +158,11 @@ class Family:
                 raise UnsupportedConfig(
                     f"{self.name}: {axis}={args[axis]!r} is not supported; allowed: {_allowed(legal)}"
                 )
-        values = tuple((axis, _canonical(args[axis], legal)) for axis, legal in self.axes.items())
+        values = tuple(
+            (axis, _canonical(args[axis], legal))
+            for axis, legal in self.axes.items()
+            if axis not in self.optional or args[axis] != self.optional[axis]
+        )
         return KernelSpec(self.name, values, target)
 
     def runs_on(self, target: str) -> bool:

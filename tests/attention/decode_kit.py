@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import flashinfer
+from tests.attention.prefill_kit import evaluated
 from tests.oracles.attention import attention, paged_request
 from tests.tolerances import assert_close
 
@@ -95,9 +96,12 @@ class Batch:
 
     def expected(self, **options: Any) -> tuple[Tensor, Tensor]:
         outs, lses = [], []
+        functions = evaluated(self.case.options)
         for i, pages in enumerate(self.pages):
             k, v = paged_request(self.cache, self.case.layout, pages, int(self.last_page_len[i]))
-            out, lse = attention(self.q[i : i + 1], k, v, **{**self.case.options, **options})
+            out, lse = attention(
+                self.q[i : i + 1], k, v, **{**self.case.options, **functions, **options}, request_idx=i
+            )
             outs.append(out)
             lses.append(lse)
         if not outs:

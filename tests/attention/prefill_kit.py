@@ -162,12 +162,22 @@ def run(wrapper: Any, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+def evaluated(options: dict[str, Any]) -> dict[str, Any]:
+    """Functions of scores and masks among the options, as the oracle calls them."""
+    return {name: options[name].evaluate for name in ("variant", "mask") if name in options}
+
+
 def expect(batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
     outs, lses, begin = [], [], 0
     for i, qo_len in enumerate(batch.case.qo_lens):
         mask = {} if batch.masks is None else {"custom_mask": batch.masks[i]}
         q = batch.q[begin : begin + qo_len]
-        out, lse = attention(q, batch.k[i], batch.v[i], **{**batch.case.options, **mask, **options})
+        out, lse = attention(
+            q,
+            batch.k[i],
+            batch.v[i],
+            **{**batch.case.options, **mask, **evaluated(batch.case.options), "request_idx": i, **options},
+        )
         outs, lses, begin = [*outs, out], [*lses, lse], begin + qo_len
     if not outs:
         return torch.zeros(0, batch.case.heads[0], batch.case.head_dim).double(), torch.zeros(

@@ -23,7 +23,8 @@ _PLAN = """
     self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode="NONE",
     window_left=-1, logits_soft_cap=None, q_data_type=None, kv_data_type=None, data_type=None, sm_scale=None,
     rope_scale=None, rope_theta=None, non_blocking=True,
-    *, o_data_type=None, fixed_split_size=None, disable_split_kv=False, q_len_per_req=1, **later
+    *, o_data_type=None, fixed_split_size=None, disable_split_kv=False, q_len_per_req=1, variant=None, mask=None,
+    **later
 """
 _PREFILL_OPTIONS = """
     head_dim_vo=None, custom_mask=None, packed_custom_mask=None, causal=False, pos_encoding_mode="NONE",
@@ -47,7 +48,7 @@ SIGNATURES: dict[Any, str] = {
     decode.single_decode_with_kv_cache: """
         q, k, v, kv_layout="NHD", pos_encoding_mode="NONE", use_tensor_cores=False, q_scale=None, k_scale=None,
         v_scale=None, window_left=-1, logits_soft_cap=None, sm_scale=None, rope_scale=None, rope_theta=None,
-        return_lse=False, *, sinks=None, o_dtype=None
+        return_lse=False, *, sinks=None, o_dtype=None, variant=None, mask=None
     """,
     decode.BatchDecodeWithPagedKVCacheWrapper.__init__: """
         self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, use_tensor_cores=False,
@@ -71,7 +72,8 @@ SIGNATURES: dict[Any, str] = {
         q, k, v, custom_mask=None, packed_custom_mask=None, causal=False, kv_layout="NHD", pos_encoding_mode="NONE",
         use_fp16_qk_reduction=False, sm_scale=None, window_left=-1, logits_soft_cap=None, rope_scale=None,
         rope_theta=None, return_lse=False, backend="auto",
-        *, scale_q=None, scale_k=None, scale_v=None, k_scale=None, v_scale=None, o_dtype=None, sinks=None
+        *, scale_q=None, scale_k=None, scale_v=None, k_scale=None, v_scale=None, o_dtype=None, sinks=None,
+        variant=None, mask=None
     """,
     prefill.BatchPrefillWithPagedKVCacheWrapper.__init__: """
         self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, qo_indptr_buf=None,
@@ -83,7 +85,8 @@ SIGNATURES: dict[Any, str] = {
         self, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, num_qo_heads, num_kv_heads,
         head_dim_qk, page_size, {_PREFILL_OPTIONS}, sm_scale=None, window_left=-1, logits_soft_cap=None,
         rope_scale=None, rope_theta=None, q_data_type="float16", kv_data_type=None, non_blocking=True,
-        *, o_data_type=None, fixed_split_size=None, disable_split_kv=False, **later
+        *, o_data_type=None, fixed_split_size=None, disable_split_kv=False, variant=None,
+        mask=None, **later
     """,
     prefill.BatchPrefillWithPagedKVCacheWrapper.run: """
         self, q, paged_kv_cache, *args, q_scale=None, k_scale=None, v_scale=None, out=None, lse=None, return_lse=False,
@@ -102,7 +105,8 @@ SIGNATURES: dict[Any, str] = {
     prefill.BatchPrefillWithRaggedKVCacheWrapper.plan: f"""
         self, qo_indptr, kv_indptr, num_qo_heads, num_kv_heads, head_dim_qk, {_PREFILL_OPTIONS}, window_left=-1,
         logits_soft_cap=None, sm_scale=None, rope_scale=None, rope_theta=None, q_data_type="float16",
-        kv_data_type=None, *, o_data_type=None, fixed_split_size=None, disable_split_kv=False, **later
+        kv_data_type=None, *, o_data_type=None, fixed_split_size=None, disable_split_kv=False, variant=None,
+        mask=None, **later
     """,
     prefill.BatchPrefillWithRaggedKVCacheWrapper.run: """
         self, q, k, v, *args, q_scale=None, k_scale=None, v_scale=None, o_scale=None, out=None, lse=None,

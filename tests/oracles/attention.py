@@ -7,7 +7,7 @@ and values of one request from a paged cache, page by page.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,6 +49,9 @@ def attention(
     rope_theta: float | None = None,
     custom_mask: Tensor | None = None,  # [qo_len, kv_len], True = visible
     sinks: Tensor | None = None,  # [num_qo_heads]: a logit of each head, of a key whose value is zero
+    variant: Callable[..., Tensor] | None = None,  # (score, request, head, positions of query and key) -> score
+    mask: Callable[..., Tensor] | None = None,  # (request, head, positions of query and key) -> visible
+    request_idx: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Returns out [qo_len, num_qo_heads, head_dim_vo] and lse [qo_len, num_qo_heads] (base 2), both FP64.
 
@@ -74,7 +77,12 @@ def attention(
     if logits_soft_cap:
         logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
 
-    visible = torch.ones(qo_len, kv_len, dtype=torch.bool, device=device)
+    place = (request_idx, torch.arange(num_qo_heads, device=device)[:, None, None], q_positions[:, None], kv_positions)
+    if variant is not None:
+        logits = variant(logits, *place).double().expand(logits.shape)
+    visible = torch.ones(num_qo_heads, qo_len, kv_len, dtype=torch.bool, device=device)
+    if mask is not None:
+        visible &= mask(*place)
     if custom_mask is not None:
         visible &= custom_mask.to(device).bool().reshape(qo_len, kv_len)
     elif causal:

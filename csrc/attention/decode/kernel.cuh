@@ -257,7 +257,8 @@ template <class Config>
 __device__ __forceinline__ DecodeChunk load_chunk(const DecodeParams& params) {
   if constexpr (Config::kKvStorage == kKvSingle) {
     const int32_t kv_len = params.kv.index.len,
-                  first_key = Visibility::of<Config>(params).keys_of(kv_len - 1, kv_len).begin;
+                  begin = visibility_of<Config>(params, 0).keys_of(kv_len - 1, kv_len).begin,
+                  first_key = min(begin, max(kv_len - 1, 0));
     return single_chunk(kv_len, first_key, DecodeTile<Config>::kTileRows, gridDim.y, blockIdx.y);
   } else {
     return params.chunks[blockIdx.y];
@@ -306,7 +307,8 @@ __device__ void decode(const DecodeParams& params) {
         __syncwarp();
         const auto& arrived = smem.stages[warp_idx][stage];
         if (tile == first_tile) state.take_query(arrived, request.kv_len);
-        state.attend(arrived, request.first_key + tile * Tile::kTileRows + warp_idx * Tile::kWarpRows, request.kv_len);
+        state.attend(arrived, request.request_idx,
+                     request.first_key + tile * Tile::kTileRows + warp_idx * Tile::kWarpRows, request.kv_len);
         __syncwarp();
         free_stage = stage;
         stage = stage + 1 == Config::kNumStages ? 0 : stage + 1;

@@ -60,6 +60,8 @@ struct DecodePlanParams {
   int32_t table_len;    // entries of a row of the block table
   int32_t tile_len;     // KV rows of one tile
   int32_t window_left;  // -1: no window
+  int32_t reserved;
+  Extras extras;  // of Config::Function
 };
 
 }  // namespace flashinfer

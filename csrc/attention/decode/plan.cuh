@@ -27,6 +27,7 @@ struct TilesAndRequests {
 };
 
 // One request as the schedule lists it, its chunks still unknown.
+template <class Config>
 __device__ __forceinline__ DecodeRequest read_request(const DecodePlanParams& params, int32_t request_idx) {
   if (request_idx >= params.batch_size) return {request_idx, 0, 0, 0, 0, 0, 0, 0};
   const bool is_table = params.kv_indptr == nullptr;
@@ -41,8 +42,10 @@ __device__ __forceinline__ DecodeRequest read_request(const DecodePlanParams& pa
     num_rows = is_table ? min(last, num_before + params.page_size) : num_before + last;
   }
   const int32_t kv_len = int32_t(max(min(num_rows, min(max_len, kMaxLen)), int64_t(0)));
-  const Visibility visibility{kMaskNone, params.window_left >= 0, params.window_left};
-  const int32_t first_key = visibility.keys_of(kv_len - 1, kv_len).begin;
+  const VisibilityBy<typename Config::Function> visibility{kMaskNone, params.window_left >= 0, params.window_left,
+                                                           request_idx, &params.extras};
+  // One that sees nothing still has a tile, which leaves its result.
+  const int32_t first_key = min(visibility.keys_of(kv_len - 1, kv_len).begin, max(kv_len - 1, 0));
   return {request_idx, kv_len, first_key, begin, 0, 0, ceil_div(kv_len - first_key, params.tile_len), 0};
 }
 
@@ -58,14 +61,14 @@ __device__ void decode_plan(const DecodePlanParams& params) {
   for (int64_t i = threadIdx.x; i < num_counters; i += kNumThreads) params.counters[i] = 0;
   int32_t num_tiles = 0;
   for (int32_t first = 0; first < params.batch_size; first += kNumThreads) {
-    const DecodeRequest request = read_request(params, first + threadIdx.x);
+    const DecodeRequest request = read_request<Config>(params, first + threadIdx.x);
     num_tiles += int32_t(scan_block<kNumThreads>(uint64_t(request.num_tiles), warp_sums).total);
   }
   const ChunkSplit split = ChunkSplit::make(num_tiles, params.num_chunks);
 
   int32_t tiles_before = 0, num_listed = 0;
   for (int32_t first = 0; first < params.batch_size; first += kNumThreads) {
-    DecodeRequest request = read_request(params, first + threadIdx.x);
+    DecodeRequest request = read_request<Config>(params, first + threadIdx.x);
     const bool listed = request.kv_len > 0;
     const auto scan = scan_block<kNumThreads>(TilesAndRequests::pack(request.num_tiles, listed), warp_sums);
     const int32_t first_tile = tiles_before + TilesAndRequests::tiles_of(scan.before);

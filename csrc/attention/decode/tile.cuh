@@ -289,10 +289,11 @@ struct WarpState {
   }
 
   // Keys [first_row, first_row + kWarpRows) of a request of kv_len keys.
-  __device__ __forceinline__ void attend(const typename Smem::Stage& stage, int32_t first_row, int32_t kv_len) {
+  __device__ __forceinline__ void attend(const typename Smem::Stage& stage, int32_t request_idx, int32_t first_row,
+                                         int32_t kv_len) {
     float scores[Tile::kRowTiles][Tile::kHeadTiles][4];
     multiply_qk(stage.k, first_row, scores);
-    mask(scores, first_row, kv_len);
+    mask(scores, request_idx, first_row, kv_len);
     uint32_t weights[Tile::kRowTiles][Tile::kHeadTiles][2];
     softmax(scores, weights);
     multiply_pv(stage.v, weights);
@@ -367,19 +368,23 @@ struct WarpState {
     }
   }
 
-  __device__ __forceinline__ void mask(float (&scores)[Tile::kRowTiles][Tile::kHeadTiles][4], int32_t first_row,
-                                       int32_t kv_len) const {
-    const Visibility visibility = Visibility::of<Config>(params);
-    const Range keys = visibility.keys_of(kv_len - 1, kv_len);
-    if (S::kIsPlain && visibility.contains_all(keys, first_row, Tile::kWarpRows)) return;
+  __device__ __forceinline__ void mask(float (&scores)[Tile::kRowTiles][Tile::kHeadTiles][4], int32_t request_idx,
+                                       int32_t first_row, int32_t kv_len) const {
+    const int32_t position = kv_len - 1;
+    const auto visibility = visibility_of<Config>(params, request_idx);
+    const Range keys = visibility.keys_of(position, kv_len);
+    if (S::kIsPlain && !visibility.has_holes() && visibility.contains_all(keys, first_row, Tile::kWarpRows)) return;
 #pragma unroll
     for (int i = 0; i < 2 * Tile::kRowTiles; ++i) {
       const int32_t kv_idx = first_row + i / 2 * kMmaRows + i % 2 * 8 + group;
-      const bool visible = visibility.contains(keys, kv_idx);
+      const bool is_inside = visibility.contains(keys, kv_idx);
 #pragma unroll
       for (int j = 0; j < 2 * Tile::kHeadTiles; ++j) {
+        const int32_t head = heads.first_head + min(j / 2 * kMmaHeads + 2 * column + j % 2, heads.num_heads - 1);
+        const bool visible = is_inside && visibility.sees(head, position, kv_idx);
         float& score = at(scores[i / 2], i % 2, j);
-        score = visible ? S::transform(params, score, slope_rmem[j / 2][j % 2], kv_idx - (kv_len - 1)) : kMinusInfinity;
+        score = visible ? S::transform(params, score, slope_rmem[j / 2][j % 2], {request_idx, head, position, kv_idx})
+                        : kMinusInfinity;
       }
     }
   }

@@ -74,7 +74,7 @@ __device__ __forceinline__ void attend(const PrefillParams& params, PrefillSmem<
   const int warp_idx = int(fresh_thread_idx()) / 32, warp_row = warp_idx * Shape::kRowsPerWarp;
   uint8_t* warp_rows_smem = smem.q + warp_row * Shape::kHeadDimQk * 2;
   const WarpTiles<Config>& tiles = smem.warp_tiles[warp_idx];
-  const Visibility visibility = Visibility::of<Config>(params);
+  const auto visibility = visibility_of<Config>(params, work.item.request_idx);
   const float scale_log2 = Score<Config>::scale_log2(params);
   const KvTileLoader<Config> loader{params, work, smem};
 

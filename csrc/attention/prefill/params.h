@@ -108,6 +108,8 @@ struct PrefillPlanParams {
   int32_t window_left;       // -1: no window
   int32_t fixed_split;       // KV tiles of a split, whatever shares the batch; 0: as it is fastest
   PlanCosts costs;
+  int32_t reserved;
+  Extras extras;  // of Config::Function
 };
 
 }  // namespace flashinfer

@@ -65,7 +65,7 @@ __device__ __forceinline__ int32_t num_splits_of(int32_t cost, int32_t limit) {
   return cost > limit ? ceil_div(cost, limit) : 1;
 }
 
-// Config: kKvStorage, kNumThreads.
+// Config: kKvStorage, kNumThreads, Function.
 template <class Config>
 struct PrefillPlanner {
   static constexpr int kNumThreads = Config::kNumThreads;
@@ -105,9 +105,10 @@ struct PrefillPlanner {
   template <class Visit>
   __device__ __forceinline__ void for_each_tile(const Visit& visit) const {
     const int32_t num_tiles = params.tile_indptr[params.batch_size];
-    const Visibility visibility{params.mask, params.window_left >= 0, params.window_left};
     for (int32_t i = threadIdx.x; i < num_tiles; i += kNumThreads) {
       const int32_t request_idx = find_segment(params.tile_indptr, params.batch_size, i);
+      const VisibilityBy<typename Config::Function> visibility{params.mask, params.window_left >= 0, params.window_left,
+                                                               request_idx, &params.extras};
       const auto view = KvView<Config::kKvStorage>::of_request(params.kv, request_idx);
       PrefillItem item = {};
       item.request_idx = request_idx;

@@ -61,7 +61,7 @@ template <class Config, class Shape = PrefillShape<Config>>
 __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kFragsM][Shape::kFragsN][4],
                                                    const PrefillParams& params, const PrefillWork& work, int warp_row,
                                                    int tile, bool needs_mask) {
-  const Visibility visibility = Visibility::of<Config>(params);
+  const auto visibility = visibility_of<Config>(params, work.item.request_idx);
   const int lane_idx = int(fresh_thread_idx() % 32);
   const int first_kv = tile * Shape::kBlockN + lane_column(lane_idx);  // of this lane
 #pragma unroll
@@ -75,7 +75,8 @@ __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kFrags
 #pragma unroll
         for (int i = 0; i < 2 * Shape::kFragsN; ++i) {
           float& score = at(scores[m], half, i);
-          score = Score<Config>::transform(params, score, slope, first_kv + column_of(i) - position);
+          const ScoreAt at_score = {work.item.request_idx, query.qo_head_idx, position, first_kv + column_of(i)};
+          score = Score<Config>::transform(params, score, slope, at_score);
         }
       }
       if (!needs_mask) continue;
@@ -83,7 +84,7 @@ __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kFrags
 #pragma unroll
       for (int word = 0; word < Shape::kBlockN / 32; ++word) {
         uint32_t bits = 0xffffffffu;
-        if (visibility.has_holes()) {
+        if (visibility.has_bits()) {
           bits = visibility.bits_of(params, work.item.request_idx, query.token_idx, tile * Shape::kBlockN + word * 32,
                                     work.item.qo_len, work.item.kv_len);
         }
@@ -91,7 +92,8 @@ __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kFrags
         for (int i = 0; i < 8; ++i) {  // 4 fragments of 8 keys to a word of 32
           const int offset = column_of(i), kv_idx = first_kv + word * 32 + offset;
           bool visible = visibility.contains(keys, kv_idx);
-          if (visibility.has_holes()) visible = visible && (bits >> (offset + lane_column(lane_idx))) & 1;
+          if (visibility.has_bits()) visible = visible && (bits >> (offset + lane_column(lane_idx))) & 1;
+          visible = visible && visibility.sees(query.qo_head_idx, position, kv_idx);
           float& score = at(scores[m], half, word * 8 + i);
           score = visible ? score : kMinusInfinity;
         }

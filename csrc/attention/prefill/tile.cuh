@@ -92,7 +92,7 @@ struct WarpTiles {
   __device__ __forceinline__ static WarpTiles of(const PrefillParams& params, const PrefillWork& work, int first_row) {
     const int32_t last_row = min(first_row + Shape::kRowsPerWarp, work.num_rows(Shape::kBlockM)) - 1;
     if (last_row < first_row) return {{0, 0}, {0, 0}};
-    const Visibility visibility = Visibility::of<Config>(params);
+    const auto visibility = visibility_of<Config>(params, work.item.request_idx);
     const int32_t kv_len = work.item.kv_len;
     const int32_t first = work.position(work.template query_row<Shape>(first_row));
     const int32_t last = work.position(work.template query_row<Shape>(last_row));

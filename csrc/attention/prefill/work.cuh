@@ -49,8 +49,8 @@ struct PrefillUnit {
 template <class Config>
 __device__ __forceinline__ PrefillItem item_of_single(const PrefillParams& params, int32_t q_tile) {
   const Range tiles =
-      Visibility::of<Config>(params).tiles_of(q_tile, Config::kBlockM, params.num_qo_heads / params.num_kv_heads,
-                                              params.qo_len, params.kv.index.len, Config::kBlockN);
+      visibility_of<Config>(params, 0).tiles_of(q_tile, Config::kBlockM, params.num_qo_heads / params.num_kv_heads,
+                                                params.qo_len, params.kv.index.len, Config::kBlockN);
   PrefillItem item = {};
   item.q_tile = q_tile;
   item.qo_len = params.qo_len;

@@ -121,7 +121,7 @@ __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kNumSc
   const int thread_idx = fresh_thread_idx(), lane_idx = thread_idx % 32;
   const int first_row = item.q_tile * Shape::kBlockM + thread_idx / 32 * Shape::kRowsPerWarp + lane_row(lane_idx);
   const int first_kv = tile * Shape::kBlockN + lane_column(lane_idx);  // of this lane
-  const Visibility visibility = Visibility::of<Config>(params);
+  const auto visibility = visibility_of<Config>(params, item.request_idx);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const QueryRow query = work.query_row(group_size, first_row + row_of(half));
@@ -131,7 +131,8 @@ __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kNumSc
 #pragma unroll
       for (int i = 0; i < Shape::kNumScores / 2; ++i) {
         float& score = at(scores, half, i);
-        score = Score<Config>::transform(params, score, slope, first_kv + column_of(i) - position);
+        const ScoreAt at_score = {item.request_idx, query.qo_head_idx, position, first_kv + column_of(i)};
+        score = Score<Config>::transform(params, score, slope, at_score);
       }
     }
     if (!needs_mask) continue;
@@ -143,7 +144,7 @@ __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kNumSc
     for (int i = 0; i < Shape::kNumScores / 2; ++i) {
       const int offset = column_of(i);
       bool visible = visibility.contains(from_here, offset);
-      if (visibility.has_holes()) {
+      if (visibility.has_bits()) {
         if (offset % 128 == 0) {
           lane_bits = visibility.bits_of(params, item.request_idx, query.token_idx,
                                          tile * Shape::kBlockN + offset + lane_idx % 4 * 32, item.qo_len, item.kv_len);
@@ -151,6 +152,7 @@ __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kNumSc
         const uint32_t bits = __shfl_sync(0xffffffffu, lane_bits, offset % 128 / 32, 4);
         visible = visible && (bits >> (offset % 32 + lane_column(lane_idx))) & 1;
       }
+      visible = visible && visibility.sees(query.qo_head_idx, position, first_kv + offset);
       float& score = at(scores, half, i);
       score = visible ? score : kMinusInfinity;
     }

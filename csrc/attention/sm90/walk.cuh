@@ -45,7 +45,8 @@ struct TileWalk {
   static constexpr int kColumnsAtOnce = 64;
   // Masks of bits take so much code that there is one copy of it: the first tile is a step like the others, beside the
   // products of its own values with zeros.
-  static constexpr bool kHasHoles = Visibility{Config::kMask, Config::kHasWindow, 0}.has_holes();
+  static constexpr bool kHasHoles =
+      VisibilityBy<typename Config::Function>{Config::kMask, Config::kHasWindow, 0}.has_holes();
   const Sm90PrefillParams& params;
   Smem<Config>& smem;
   const Work& work;
@@ -62,20 +63,21 @@ struct TileWalk {
     const auto position_of_row = [&](int row) {
       return position_of(int32_t(smem.group_size.divide(row)), work.item.qo_len, work.item.kv_len);
     };
-    return {params,
-            smem,
-            work,
-            Visibility::of<Config>(params).tiles_seen_whole(position_of_row(first_row), position_of_row(last_row),
-                                                            work.item.kv_len, Shape::kBlockN),
-            depth_major_operand(common_address(smem.q_of(unit_turn, consumer_idx()))),
-            Score<Config>::scale_log2(params),
-            out,
-            softmax};
+    return {
+        params,
+        smem,
+        work,
+        visibility_of<Config>(params, work.item.request_idx)
+            .tiles_seen_whole(position_of_row(first_row), position_of_row(last_row), work.item.kv_len, Shape::kBlockN),
+        depth_major_operand(common_address(smem.q_of(unit_turn, consumer_idx()))),
+        Score<Config>::scale_log2(params),
+        out,
+        softmax};
   }
 
   // From the last tile to the first; kv_turn counts on.
   __device__ __forceinline__ void run(uint32_t& kv_turn) {
-    const Visibility visibility = Visibility::of<Config>(params);
+    const auto visibility = visibility_of<Config>(params, work.item.request_idx);
     const uint32_t first_turn = kv_turn, turn_plus_tile = kv_turn + work.item.tile_end - 1;
     Probabilities p = {};
     const auto walk_down_to = [&](int end_tile, auto needs_mask) {

@@ -76,9 +76,12 @@ struct DecodeState {
   float q[kDecodeGroup][kDimQk];
   float out[kDecodeGroup][kDimVo];
   float max[kDecodeGroup], sum[kDecodeGroup], slope[kDecodeGroup];
+  int32_t request_idx, first_head;
 
   void begin(const AttentionParams& params, int32_t request_idx, int32_t first_head, int num_heads, int32_t kv_len) {
     std::memset(this, 0, sizeof(*this));
+    this->request_idx = request_idx;
+    this->first_head = first_head;
     for (int h = 0; h < num_heads; ++h) {
       const Q* src = static_cast<const Q*>(params.q) + request_idx * params.q_token_stride +
                      (first_head + h) * params.q_head_stride;
@@ -151,13 +154,23 @@ struct DecodeState {
     }
   }
 
-  // Keys that the query does not see are none of an item's (DecodeItems).
+  // Keys before those that the query may see are none of an item's (DecodeItems).
   void transform(const AttentionParams& params, float* scores, int h, int32_t first, int num_rows,
                  int32_t kv_len) const {
     for (int j = num_rows; j < kDecodeBlock; ++j) scores[j] = -kInfinity;
+    const int32_t head = first_head + h, position = kv_len - 1;
     if constexpr (!S::kIsPlain) {
       for (int j = 0; j < num_rows; ++j) {
-        scores[j] = S::transform(params, scores[j], slope[h], first + j - (kv_len - 1));
+        scores[j] = S::transform(params, scores[j], slope[h], {request_idx, head, position, first + j});
+      }
+    }
+    using Function = typename Config::Function;
+    if constexpr (Function::kHasEnd || Function::kHasHoles) {
+      const auto visibility = visibility_of<Config>(params, request_idx);
+      const Range keys = visibility.keys_of(position, kv_len);
+      for (int j = 0; j < num_rows; ++j) {
+        const bool visible = first + j < keys.end && visibility.sees(head, position, first + j);
+        scores[j] = visible ? scores[j] : -kInfinity;
       }
     }
   }
@@ -241,22 +254,22 @@ struct DecodeItems {
   int32_t range_len, num_head_blocks;
   int32_t* range_indptr;  // [batch_size + 1]
 
-  static int32_t first_key(const AttentionParams& params, int32_t kv_len) {
-    return Visibility::of<Config>(params).keys_of(kv_len - 1, kv_len).begin;
+  static int32_t first_key(const AttentionParams& params, int32_t request_idx, int32_t kv_len) {
+    return visibility_of<Config>(params, request_idx).keys_of(kv_len - 1, kv_len).begin;
   }
 
   void cut(const AttentionParams& params, int num_threads) {
     int64_t num_keys = 0;
     for (int32_t r = 0; r < params.batch_size; ++r) {
       const int32_t kv_len = View::of_request(params.kv.index, r).len;
-      num_keys += kv_len - first_key(params, kv_len);
+      num_keys += kv_len - first_key(params, r, kv_len);
     }
     const int64_t even = num_keys * num_head_blocks / (int64_t(num_threads) * kItemsPerThread) + 1;
     range_len = int32_t(even < kMinRange ? kMinRange : ceil_div(even, kDecodeBlock) * kDecodeBlock);
     range_indptr[0] = 0;
     for (int32_t r = 0; r < params.batch_size; ++r) {
       const int32_t kv_len = View::of_request(params.kv.index, r).len;
-      const int32_t num_ranges = ceil_div(kv_len - first_key(params, kv_len), range_len);
+      const int32_t num_ranges = ceil_div(kv_len - first_key(params, r, kv_len), range_len);
       range_indptr[r + 1] = range_indptr[r] + (num_ranges > 1 ? num_ranges : 1);
     }
   }
@@ -304,7 +317,7 @@ bool decode(const DecodeParams& params) {
     int32_t first_head;
     int num_heads;
     head_block(block, first_head, num_heads);
-    const int32_t first_key = DecodeItems<Config>::first_key(params, view.len);
+    const int32_t first_key = DecodeItems<Config>::first_key(params, request_idx, view.len);
     const int32_t begin = first_key + (range - items.range_indptr[request_idx]) * items.range_len;
     const int32_t end = view.len - begin < items.range_len ? view.len : begin + items.range_len;
 

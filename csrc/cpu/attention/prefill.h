@@ -160,7 +160,8 @@ struct PrefillState : TileState<Config::kHeadDimQk, Config::kHeadDimVo> {
     const int32_t group_size = params.num_qo_heads / params.num_kv_heads;
     this->begin(q_tile, kv_head, group_size, qo_len, [&](int row) { load_q(params, row, q_begin, qo_len, view.len); });
 
-    const Range blocks = Visibility::of<Config>(params).tiles_of(q_tile, kM, group_size, qo_len, view.len, kN);
+    const Range blocks =
+        visibility_of<Config>(params, request_idx).tiles_of(q_tile, kM, group_size, qo_len, view.len, kN);
     const float scale = S::scale_log2(params), v_scale = S::v_scale(params);
     for (int32_t block = blocks.begin; block < blocks.end; ++block) {
       const int32_t first_key = block * kN, num_keys = view.len - first_key < kN ? view.len - first_key : kN;
@@ -207,19 +208,22 @@ struct PrefillState : TileState<Config::kHeadDimQk, Config::kHeadDimVo> {
     const int32_t position = position_of(token[row], qo_len, kv_len);
     if constexpr (!S::kIsPlain) {
       for (int j = 0; j < num_keys; ++j) {
-        row_scores[j] = S::transform(params, row_scores[j], slope[row], first_key + j - position);
+        const ScoreAt at = {request_idx, qo_head[row], position, first_key + j};
+        row_scores[j] = S::transform(params, row_scores[j], slope[row], at);
       }
     }
-    const Visibility visibility = Visibility::of<Config>(params);
+    const auto visibility = visibility_of<Config>(params, request_idx);
     const Range keys = visibility.keys_of(position, kv_len);
     if (!visibility.has_holes() && visibility.contains_all(keys, first_key, kN)) return;
     for (int word = 0; word < kN; word += 32) {
       uint32_t bits = 0xffffffffu;
-      if (visibility.has_holes()) {
+      if (visibility.has_bits()) {
         bits = visibility.bits_of(params, request_idx, token[row], first_key + word, qo_len, kv_len);
       }
       for (int j = 0; j < 32; ++j) {
-        const bool visible = visibility.contains(keys, first_key + word + j) && (bits >> j) & 1;
+        const int32_t key = first_key + word + j;
+        const bool visible =
+            visibility.contains(keys, key) && (bits >> j) & 1 && visibility.sees(qo_head[row], position, key);
         row_scores[word + j] = visible ? row_scores[word + j] : -kInfinity;
       }
     }

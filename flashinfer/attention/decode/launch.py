@@ -17,6 +17,7 @@ from flashinfer.families.attention import decode as families
 from flashinfer.host import memo
 from flashinfer.jit import KernelSpec, default_resolver
 from flashinfer.jit.loader import Launcher, PreparedLaunch
+from flashinfer.variants import NO_RANGES
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def load_kernel(
         **variant.spec_args,
     )
     if kv_storage == "paged" and device.type == "cuda" and not default_resolver().holds(spec):
-        default_resolver().expect([families.DECODE_PLAN.spec(machine)])
+        default_resolver().expect([families.DECODE_PLAN.spec(machine, variant=variant.ranges[0])])
     return _load(device, spec, *num_heads, pdl)
 
 
@@ -79,8 +80,10 @@ def _load(
 
 
 @functools.cache
-def load_planner(device: torch.device) -> Launcher:
-    return default_resolver().load(families.DECODE_PLAN.spec(target.of_device(device))).on(device.index)
+def load_planner(device: torch.device, ranges: str = "none") -> Launcher:
+    """ranges: canonical text of functions with a range of keys."""
+    spec = families.DECODE_PLAN.spec(target.of_device(device), variant=ranges)
+    return default_resolver().load(spec).on(device.index)
 
 
 # Sizes of the structs in csrc/attention/decode/params.h, which asserts them.
@@ -153,10 +156,11 @@ class Schedule:
         page_size: int,
         window_left: int,
         table_len: int = 0,
+        ranges: tuple[str, bytes] = NO_RANGES,
     ) -> PreparedLaunch:
         """The planner, which takes the addresses of kv_indptr and last_page_len; table_len: entries of a row of the
         block table, where there is no kv_indptr."""
-        values = {
+        values: dict[str, int | bytes] = {
             "chunks": self.chunks,
             "requests": self.requests,
             "empty": self.empty,
@@ -169,5 +173,7 @@ class Schedule:
             "table_len": table_len,
             "tile_len": kernel.tile_len,
             "window_left": window_left,
+            "reserved": 0,
+            "extras": ranges[1],
         }
-        return load_planner(device).prepare((1, 1, 1), values, varying=("kv_indptr", "last_page_len"))
+        return load_planner(device, ranges[0]).prepare((1, 1, 1), values, varying=("kv_indptr", "last_page_len"))

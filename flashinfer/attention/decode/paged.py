@@ -8,10 +8,10 @@ import torch
 
 from flashinfer.attention.compat import IndexBuffer, causal_by_window, check_later_arguments
 from flashinfer.attention.decode.plan import DecodePlan
-from flashinfer.attention.plan import Shape, dtype_of
+from flashinfer.attention.plan import Shape, dtype_of, planned_functions
 from flashinfer.attention.planned import DataType, GivenScales, PlannedAttention, Result
 from flashinfer.attention.prefill.plan import UniformPlan, fixed_split
-from flashinfer.attention.variant import GivenScale, Overrides, Variant
+from flashinfer.attention.variant import Functional, GivenScale, Overrides, Variant
 from flashinfer.host import checks
 from flashinfer.host.paged_cache import PagedCache, PagedKv
 
@@ -96,6 +96,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
         fixed_split_size: Optional[int] = None,
         disable_split_kv: bool = False,
         q_len_per_req: int = 1,
+        variant: Optional[Functional] = None,
+        mask: Optional[Functional] = None,
         **later: Any,
     ) -> None:
         """Describe the batch that the following runs work on. Neither copies from the device nor waits for it.
@@ -117,6 +119,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
                 the same, bit by bit, whatever shares the batch.
             q_len_per_req: queries of every request, as in speculative decoding: q is `[batch_size * q_len_per_req, …]`,
                 and they see each other causally.
+            variant, mask: as in `BatchPrefillWithPagedKVCacheWrapper.plan`.
             non_blocking: accepted for compatibility.
             later: what later releases added, as far as it asks for nothing that is not here (compat.py).
                 window_right: anything, as no key is behind a query.
@@ -133,7 +136,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
             check_later_arguments(self._op_name, later)
         arguments = (
             num_qo_heads, num_kv_heads, page_size, head_dim, q_data_type, kv_data_type, data_type, o_data_type,
-            (fixed_split_size, disable_split_kv), q_len_per_req,
+            (fixed_split_size, disable_split_kv), q_len_per_req, (variant, mask),
             pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta,
         )  # fmt: skip
         self._settle((indptr, indices, last_page_len), arguments)
@@ -149,9 +152,10 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
         kv_dtype = of_both or q_dtype if kv_type is None else dtype_of(op, "kv_data_type", kv_type)
         o_dtype = q_dtype if o_type is None else dtype_of(op, "o_data_type", o_type)
         shape = Shape.of(op, batch_size, *counts, head_dim, head_dim)
-        splitting, q_len_per_req, *options = arguments[8:]
+        splitting, q_len_per_req, functions, *options = arguments[8:]
         types = (q_dtype, kv_dtype, o_dtype)
-        variant = Variant.of(op, head_dim, *options, has_sinks=self._has_sinks)
+        functions = planned_functions(op, functions, shape, self.device)
+        variant = Variant.of(op, head_dim, *options, has_sinks=self._has_sinks, functions=functions)
         fixed, q_len = (
             fixed_split(op, shape.page_size, splitting),
             checks.integer(op, "q_len_per_req", q_len_per_req, 1),

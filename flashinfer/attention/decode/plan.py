@@ -17,21 +17,24 @@ from flashinfer.families.layout import fast_divisor
 from flashinfer.host import checks
 from flashinfer.host.paged_cache import PagedKv
 from flashinfer.jit.loader import PreparedLaunch
+from flashinfer.variants import NO_RANGES
 
 
 class Extent(NamedTuple):
     """The keys that a schedule brings to the blocks: those a window shows, which is what it leaves out."""
 
     window_left: int  # -1: all
+    ranges: tuple[str, bytes] = NO_RANGES  # of functions
 
     def covers(self, other: Extent) -> bool:
-        return self.window_left < 0 or 0 <= other.window_left <= self.window_left
+        window = self.window_left < 0 or 0 <= other.window_left <= self.window_left
+        return window and self.ranges in (NO_RANGES, other.ranges)
 
     def suits(self, other: Extent, is_captured: bool) -> bool:
         return self.covers(other)
 
     def joined(self, other: Extent) -> Extent:
-        return self if self.covers(other) else other
+        return self if self.covers(other) else other if other.covers(self) else Extent(-1)
 
 
 class DecodePlan(Plan):
@@ -68,14 +71,15 @@ class DecodePlan(Plan):
         )  # fmt: skip
 
     def _extent(self, queries: str) -> Extent:
-        return Extent(self.variant.window_left)
+        return Extent(self.variant.window_left, self.variant.ranges)
 
     def _bind_planner(self, extent: Extent) -> PreparedLaunch:
         if self._schedule is None:
             return no_launch
         return self._schedule.bind_planner(
-            self.device, self.shape.batch_size, self._kernel, self.shape.page_size, extent.window_left, self._table_len
-        )
+            self.device, self.shape.batch_size, self._kernel, self.shape.page_size, extent.window_left, self._table_len,
+            extent.ranges,
+        )  # fmt: skip
 
     def bind(self, call: Call, queries: str) -> BoundRun:
         op, q, shape, schedule = self.op, call.q, self.shape, self._schedule or Schedule()
@@ -122,7 +126,7 @@ class DecodePlan(Plan):
             prepared(True) if kernel.launcher.is_dependent else launch,
             new_out,
             new_lse,
-            Extent(variant.window_left),
+            Extent(variant.window_left, variant.ranges),
             call.v_offset,
             shape.batch_size,
             call.num_pages,

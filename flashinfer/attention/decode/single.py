@@ -14,9 +14,11 @@ from flashinfer.attention.planned import DataType
 from flashinfer.attention.sequence import check_sequence
 from flashinfer.attention.variant import (
     Factors,
+    Functional,
     GivenScale,
     Variant,
     are_plain,
+    functions_are_planned,
     read_scales,
     require_sinks,
     signature_of_sinks,
@@ -27,6 +29,7 @@ from flashinfer.host import checks, memo, traced
 from flashinfer.host.checks import LOWEST_ADDRESS
 from flashinfer.host.traced import is_dynamo_compiling
 from flashinfer.jit.loader import PreparedLaunch
+from flashinfer.variants import launch_functions
 
 _OP = "single_decode"
 
@@ -50,6 +53,8 @@ def single_decode_with_kv_cache(
     *,
     sinks: Optional[torch.Tensor] = None,
     o_dtype: Optional[DataType] = None,
+    variant: Optional[Functional] = None,
+    mask: Optional[Functional] = None,
 ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Attention of one query token over one sequence (split along the KV as in Flash-Decoding, Dao et al. 2023).
 
@@ -69,6 +74,7 @@ def single_decode_with_kv_cache(
             value would (GPT-OSS): one more term exp(sinks[h]) of the denominator, on which no scale and no soft cap has
             an effect. -inf for none.
         o_dtype: of the output; default that of q. Needed where q is fp8.
+        variant, mask: as in `single_prefill_with_kv_cache`.
 
     Returns:
         `[num_qo_heads, head_dim]`, dtype of q or o_dtype; with return_lse also the base-2 logarithm of the sum of
@@ -89,12 +95,14 @@ def single_decode_with_kv_cache(
     options = (kv_layout, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
     scales = (q_scale, k_scale, v_scale)
     if is_dynamo_compiling():
+        if variant is not None or mask is not None:
+            raise functions_are_planned(_OP)
         out_dtype = q.dtype if o_dtype is None else dtypes.torch_dtype(o_dtype)
         out = torch.empty((q.shape[0], v.shape[2]), dtype=out_dtype, device=q.device)
         lse = torch.empty(q.shape[:1], dtype=torch.float32, device=q.device) if return_lse else None
         _door(q, k, v, out, lse, sinks, options, *scales)
         return out if lse is None else (out, lse)
-    return _run(q, k, v, None, None, return_lse, o_dtype, sinks, options, scales)
+    return _run(q, k, v, None, None, return_lse, o_dtype, sinks, options, scales, (variant, mask))
 
 
 # kv_layout; arguments of Variant.of after head_dim.
@@ -112,6 +120,7 @@ def _run(
     sinks: Optional[torch.Tensor],
     options: _Options,
     scales: tuple[Any, ...],
+    functions: tuple[Any, Any] = (None, None),
 ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     rows, heads = (0, 1) if options[0] == "NHD" else (1, 0)
     q_ptr, k_ptr, v_ptr, k_shape, v_shape = q.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape, v.shape
@@ -124,11 +133,13 @@ def _run(
     key = (
         q.dtype, q.shape, q.stride(), q.device, k.dtype, k_shape[heads], k_shape[2], k.stride(), k.get_device(),
         v.dtype, v_shape[heads], v_shape[2], v.stride(), v.get_device(), sinks_key, options, scales, o_dtype,
-        (q_ptr | k_ptr | v_ptr) & 15,
+        functions, (q_ptr | k_ptr | v_ptr) & 15,
     )  # fmt: skip
     single = _singles.find(key)
     if single is None or v_shape[rows] != kv_len:
-        single = _singles.remember(key, _BoundSingle(q, k, v, sinks, options, scales, o_dtype))
+        single = _BoundSingle(q, k, v, sinks, options, scales, o_dtype, functions)
+        keep = _singles.hold if single.holds_tensors else _singles.remember
+        keep(key, single)
     if out is None:
         out = single.new_out()
     if return_lse and lse is None:
@@ -173,12 +184,17 @@ class _BoundSingle:
         options: _Options,
         scales: tuple[Any, ...],
         o_dtype: Optional[DataType],
+        functions: tuple[Any, Any],
     ) -> None:
         op, (kv_layout, *variant_options) = _OP, options
         factors = Factors.of(op, *((scale,) for scale in scales))
         sequence, device = check_sequence(op, q, k, v, kv_layout), q.device
         num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, _, kv_strides = sequence
-        variant = Variant.of(op, head_dim_qk, *variant_options, has_sinks=sinks is not None)
+        launched = launch_functions(
+            op, *functions, device, batch_size=1, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads
+        )
+        variant = Variant.of(op, head_dim_qk, *variant_options, has_sinks=sinks is not None, functions=launched)
+        self.holds_tensors = launched is not None and launched.holds_tensors
         if sinks is not None:
             require_sinks(op, sinks, num_qo_heads, device)
         out_dtype = q.dtype if o_dtype is None else dtype_of(op, "o_dtype", o_dtype)
@@ -201,7 +217,7 @@ class _BoundSingle:
             "num_qo_heads": num_qo_heads,
             "num_kv_heads": num_kv_heads,
             **variant.values(num_qo_heads, head_dim_qk, device, factors),
-            "plan_is_settled": True,
+            "plan_is_settled": launched is None,  # what bounds of a mask read, the kernel before may write
         }
         self.launch_whole = self.prepare(1)
         self.launches: dict[tuple[int, int], PreparedLaunch] = {}  # (stream, number of chunks)

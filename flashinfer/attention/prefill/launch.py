@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 
@@ -21,6 +21,7 @@ from flashinfer.host import checks, memo
 from flashinfer.host.paged_cache import KvStrides
 from flashinfer.jit import KernelSpec, default_resolver
 from flashinfer.jit.loader import Launcher, PreparedLaunch
+from flashinfer.variants import NO_RANGES
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def load_kernel(
     )
     spec = request(queries=queries)
     if kv_storage != "single" and device.type == "cuda" and not default_resolver().holds(spec):
-        planner = families.PREFILL_PLAN.spec(machine, kv_storage=kv_storage)
+        planner = families.PREFILL_PLAN.spec(machine, kv_storage=kv_storage, variant=variant.ranges[0])
         others = dict.fromkeys(request(queries=other) for other in QUERIES)
         default_resolver().expect([planner, *(other for other in others if other != spec)])
     return load_spec(device, spec, pdl)
@@ -84,12 +85,10 @@ def load_spec(device: torch.device, spec: KernelSpec, pdl: Optional[bool]) -> Pr
 
 
 @functools.cache
-def load_planner(device: torch.device, kv_storage: str) -> Launcher:
-    return (
-        default_resolver()
-        .load(families.PREFILL_PLAN.spec(target.of_device(device), kv_storage=kv_storage))
-        .on(device.index)
-    )
+def load_planner(device: torch.device, kv_storage: str, ranges: str = "none") -> Launcher:
+    """ranges: canonical text of functions with a range of keys."""
+    spec = families.PREFILL_PLAN.spec(target.of_device(device), kv_storage=kv_storage, variant=ranges)
+    return default_resolver().load(spec).on(device.index)
 
 
 # ------------------------------------------------------------------------------------------------------------- schedule
@@ -103,15 +102,18 @@ class Extent(NamedTuple):
     block_m: int
     block_n: int
     num_blocks: int
+    ranges: tuple[str, bytes] = NO_RANGES  # of functions
 
     @staticmethod
     def of(kernel: PrefillKernel, mask: str, variant: Variant) -> Extent:
-        return Extent(MASKS[mask], variant.window_left, kernel.block_m, kernel.block_n, kernel.num_blocks)
+        sizes = (kernel.block_m, kernel.block_n, kernel.num_blocks)
+        return Extent(MASKS[mask], variant.window_left, *sizes, variant.ranges)
 
     def covers(self, other: Extent) -> bool:
         mask = self.mask in (MASKS["none"], other.mask)
         window = self.window_left < 0 or 0 <= other.window_left <= self.window_left
-        return mask and window and self[2:] == other[2:]
+        ranges = self.ranges in (NO_RANGES, other.ranges)
+        return mask and window and ranges and self[2:5] == other[2:5]
 
     def suits(self, other: Extent, is_captured: bool) -> bool:
         """Needless tiles cost more than planning again, but for a capture, which keeps its schedule."""
@@ -120,7 +122,8 @@ class Extent(NamedTuple):
     def joined(self, other: Extent) -> Extent:
         window = -1 if min(self.window_left, other.window_left) < 0 else max(self.window_left, other.window_left)
         mask = self.mask if self.mask == other.mask else MASKS["none"]
-        return other._replace(mask=mask, window_left=window)
+        ranges = self.ranges if self.ranges == other.ranges else NO_RANGES
+        return other._replace(mask=mask, window_left=window, ranges=ranges)
 
 
 _MAX_COUNTERS = 1 << 15  # query tiles times KV heads that may be split
@@ -200,11 +203,13 @@ class Schedule:
             "max_items": self.max_items,
             "max_counters": self.max_counters,
             "max_partial_rows": self.max_partial_rows,
-            **extent._asdict(),
+            **{name: getattr(extent, name) for name in ("mask", "window_left", "block_m", "block_n", "num_blocks")},
+            "reserved": 0,
+            "extras": extent.ranges[1],
             "fixed_split": -(-fixed_split // extent.block_n),
             **inside("costs", costs._asdict()),
         }
-        launcher = load_planner(device, kv_storage)
+        launcher = load_planner(device, kv_storage, extent.ranges[0])
         return launcher.prepare((1, 1, 1), values, varying=("qo_indptr", "kv.indptr", "kv.last_page_len"))
 
     def require_items(self, op: str, num_rows: int, kernel: PrefillKernel, batch_size: int) -> None:
@@ -257,7 +262,7 @@ def bind_launch(
     row_strides: tuple[int, int, int, int],
     kv_strides: KvStrides,
     schedule: dict[str, int],
-    options: dict[str, float],
+    options: dict[str, Any],
     *,
     batch_size: int,
     num_tokens: int,

@@ -11,7 +11,7 @@ from flashinfer.attention.plan import Shape
 from flashinfer.attention.planned import DataType, Result
 from flashinfer.attention.prefill.plan import RaggedKv
 from flashinfer.attention.prefill.wrapper import PrefillWrapper
-from flashinfer.attention.variant import GivenScale, Overrides
+from flashinfer.attention.variant import Functional, GivenScale, Overrides
 from flashinfer.host.paged_cache import PagedCache, PagedKv
 
 
@@ -101,6 +101,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         o_data_type: Optional[DataType] = None,
         fixed_split_size: Optional[int] = None,
         disable_split_kv: bool = False,
+        variant: Optional[Functional] = None,
+        mask: Optional[Functional] = None,
         **later: Any,
     ) -> None:
         """Describe the batch that the following runs work on. Neither copies from the device nor waits for it.
@@ -129,6 +131,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
                 batch. Requests of one tile of queries (128 rows or so: tokens times query heads of a KV head) are split
                 by so many pages, into 16 splits at most; or one block walks all KV of its queries. Give the workspace
                 room: up to 20 partial results for each row of such requests.
+            variant, mask: functions of scores and of masks that flashinfer.variant and flashinfer.mask made
+                (docs/variants.md). A mask hides keys besides those that causal, the window or a custom mask do.
             use_fp16_qk_reduction, non_blocking: accepted for compatibility.
             later: what later releases added, as far as it asks for nothing that is not here (compat.py). window_right
                 is -1, or with causal any, or 0, which is causal. Multi-item scoring is prefix_len_ptr, integers
@@ -141,10 +145,10 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             ValueError: a shape, dtype or device does not fit, or a workspace is too small.
             UnsupportedConfig: no kernel for these arguments.
         """
-        mask, masks = self._mask_of(custom_mask, packed_custom_mask, causal, later)
+        kind, masks = self._mask_of(custom_mask, packed_custom_mask, causal, later)
         arguments = (
-            mask, num_qo_heads, num_kv_heads, page_size, head_dim_qk, head_dim_vo, q_data_type, kv_data_type,
-            o_data_type, (fixed_split_size, disable_split_kv),
+            kind, num_qo_heads, num_kv_heads, page_size, head_dim_qk, head_dim_vo, q_data_type, kv_data_type,
+            o_data_type, (fixed_split_size, disable_split_kv), (variant, mask),
             pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta,
         )  # fmt: skip
         given = (qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)

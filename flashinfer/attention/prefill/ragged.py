@@ -11,7 +11,7 @@ from flashinfer.attention.plan import Shape
 from flashinfer.attention.planned import DataType, Result
 from flashinfer.attention.prefill.plan import RaggedKv
 from flashinfer.attention.prefill.wrapper import PrefillWrapper
-from flashinfer.attention.variant import GivenScale, Overrides
+from flashinfer.attention.variant import Functional, GivenScale, Overrides
 from flashinfer.host.paged_cache import PagedKv
 
 
@@ -71,6 +71,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         o_data_type: Optional[DataType] = None,
         fixed_split_size: Optional[int] = None,
         disable_split_kv: bool = False,
+        variant: Optional[Functional] = None,
+        mask: Optional[Functional] = None,
         **later: Any,
     ) -> None:
         """Describe the batch that the following runs work on. Neither copies from the device nor waits for it.
@@ -80,10 +82,10 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
 
         Other arguments and raises: as `BatchPrefillWithPagedKVCacheWrapper.plan`.
         """
-        mask, masks = self._mask_of(custom_mask, packed_custom_mask, causal, later)
+        kind, masks = self._mask_of(custom_mask, packed_custom_mask, causal, later)
         arguments = (
-            mask, num_qo_heads, num_kv_heads, 1, head_dim_qk, head_dim_vo, q_data_type, kv_data_type,
-            o_data_type, (fixed_split_size, disable_split_kv),
+            kind, num_qo_heads, num_kv_heads, 1, head_dim_qk, head_dim_vo, q_data_type, kv_data_type,
+            o_data_type, (fixed_split_size, disable_split_kv), (variant, mask),
             pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta,
         )  # fmt: skip
         given = (qo_indptr, kv_indptr)

@@ -16,9 +16,11 @@ from flashinfer.attention.prefill.launch import Extent, Schedule
 from flashinfer.attention.sequence import check_sequence
 from flashinfer.attention.variant import (
     Factors,
+    Functional,
     GivenScale,
     Variant,
     are_plain,
+    functions_are_planned,
     read_scales,
     require_sinks,
     signature_of_sinks,
@@ -29,6 +31,7 @@ from flashinfer.host.checks import LOWEST_ADDRESS
 from flashinfer.host.traced import is_dynamo_compiling
 from flashinfer.host.uploads import upload
 from flashinfer.quantization import packbits
+from flashinfer.variants import launch_functions
 
 _OP = "single_prefill"
 
@@ -58,6 +61,8 @@ def single_prefill_with_kv_cache(
     v_scale: GivenScale = None,
     o_dtype: Optional[DataType] = None,
     sinks: Optional[torch.Tensor] = None,
+    variant: Optional[Functional] = None,
+    mask: Optional[Functional] = None,
 ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Attention of the queries of one sequence over its keys and values (FlashAttention-2, Dao 2023, arXiv:2307.08691).
 
@@ -82,6 +87,8 @@ def single_prefill_with_kv_cache(
         sinks: fp32 `[num_qo_heads]`, a logit for each query head that takes part in the softmax as a key without a
             value would (GPT-OSS): one more term exp(sinks[h]) of the denominator, on which no scale and no soft cap has
             an effect. -inf for none.
+        variant, mask: functions of scores and of masks that flashinfer.variant and flashinfer.mask made
+            (docs/variants.md), of one request. Not under torch.compile, where a wrapper takes them.
         use_fp16_qk_reduction, backend: accepted for compatibility.
 
     Returns:
@@ -98,12 +105,14 @@ def single_prefill_with_kv_cache(
     )  # fmt: skip
     scales = (scale_q, scale_k, scale_v, k_scale, v_scale)
     if is_dynamo_compiling():
+        if variant is not None or mask is not None:
+            raise functions_are_planned(_OP)
         out_dtype = q.dtype if o_dtype is None else dtypes.torch_dtype(o_dtype)
         out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype, device=q.device)
         lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
         _door(q, k, v, out, lse, sinks, *given, *scales)
         return out if lse is None else (out, lse)
-    return _run(q, k, v, None, None, return_lse, o_dtype, sinks, *given, *scales)
+    return _run(q, k, v, None, None, return_lse, o_dtype, sinks, *given, *scales, functions=(variant, mask))
 
 
 def _run(
@@ -120,6 +129,7 @@ def _run(
     causal: bool,
     kv_layout: str,
     *given: Any,
+    functions: tuple[Any, Any] = (None, None),
 ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     is_custom = custom_mask is not None or packed_custom_mask is not None
     mask = "custom" if is_custom else "causal" if causal else "none"
@@ -135,11 +145,14 @@ def _run(
         scales = read_scales(_OP, dict(zip(_SCALES, scales)), q.device)
     key = (
         q.dtype, q.shape, q.stride(), q.device, k.dtype, k.shape, k.stride(), k.get_device(), v.dtype, v.shape,
-        v.stride(), v.get_device(), kv_layout, mask, sinks_key, options, scales, o_dtype, (q_ptr | k_ptr | v_ptr) & 15,
+        v.stride(), v.get_device(), kv_layout, mask, sinks_key, options, scales, o_dtype, functions,
+        (q_ptr | k_ptr | v_ptr) & 15,
     )  # fmt: skip
     single = _singles.find(key)
     if single is None:
-        single = _singles.remember(key, _BoundSingle(q, k, v, sinks, kv_layout, mask, options, scales, o_dtype))
+        single = _BoundSingle(q, k, v, sinks, kv_layout, mask, options, scales, o_dtype, functions)
+        keep = _singles.hold if single.holds_tensors else _singles.remember
+        keep(key, single)
     mask_bits = _mask_bits(q, k, custom_mask, packed_custom_mask, kv_layout) if is_custom else None
     if out is None:
         out = single.new_out()
@@ -234,12 +247,17 @@ class _BoundSingle:
         options: tuple[Any, ...],
         scales: tuple[Any, ...],
         o_dtype: Optional[DataType],
+        functions: tuple[Any, Any],
     ) -> None:
-        """options: arguments of `Variant.of` after head_dim."""
+        """options: arguments of `Variant.of` after head_dim; functions: variant and mask."""
         checks.require(q.dim() == 3, _OP, f"q has shape {list(q.shape)}; expected [qo_len, num_qo_heads, head_dim]")
         sequence, qo_len, device = check_sequence(_OP, q, k, v, kv_layout), q.shape[0], q.device
         num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, kv_len, kv_strides = sequence
-        variant = Variant.of(_OP, head_dim_qk, *options, has_sinks=sinks is not None)
+        launched = launch_functions(
+            _OP, *functions, device, batch_size=1, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads
+        )
+        variant = Variant.of(_OP, head_dim_qk, *options, has_sinks=sinks is not None, functions=launched)
+        self.holds_tensors = launched is not None and launched.holds_tensors
         if sinks is not None:
             require_sinks(_OP, sinks, num_qo_heads, device)
         scale_q, scale_k, scale_v, k_scale, v_scale = scales

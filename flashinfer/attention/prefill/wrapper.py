@@ -9,7 +9,7 @@ import torch
 
 from flashinfer.attention.compat import IndexBuffer, causal_by_window, check_later_arguments
 from flashinfer.attention.items import Items, items_of
-from flashinfer.attention.plan import Shape, dtype_of
+from flashinfer.attention.plan import Shape, dtype_of, planned_functions
 from flashinfer.attention.planned import Masks, PlannedAttention, Result
 from flashinfer.attention.prefill.plan import PrefillPlan, RaggedKv, fixed_split
 from flashinfer.attention.variant import Variant
@@ -52,7 +52,7 @@ class PrefillWrapper(PlannedAttention):
         self, batch_size: int, workspaces: tuple[torch.Tensor, torch.Tensor], arguments: tuple[Any, ...]
     ) -> PrefillPlan:
         op, (mask, *counts, head_dim_qk, head_dim_vo) = self._op_name, arguments[:6]
-        q_type, kv_type, o_type, splitting, *options = arguments[6:]
+        q_type, kv_type, o_type, splitting, functions, *options = arguments[6:]
         q_dtype = dtype_of(op, "q_data_type", q_type)
         kv_dtype = q_dtype if kv_type is None else dtype_of(op, "kv_data_type", kv_type)
         o_dtype = q_dtype if o_type is None else dtype_of(op, "o_data_type", o_type)
@@ -62,9 +62,10 @@ class PrefillWrapper(PlannedAttention):
             )
         head_dims = (head_dim_qk, head_dim_qk if head_dim_vo is None else head_dim_vo)
         shape = Shape.of(op, batch_size, *counts, *head_dims)
+        launched = planned_functions(op, functions, shape, self.device)
         plan = PrefillPlan(
             op, self.device, shape, (q_dtype, kv_dtype, o_dtype), mask,
-            Variant.of(op, head_dim_qk, *options, has_sinks=self._has_sinks),
+            Variant.of(op, head_dim_qk, *options, has_sinks=self._has_sinks, functions=launched),
             self._kv(shape, kv_dtype), workspaces, split_kv=not splitting[1],
             fixed_split=fixed_split(op, shape.page_size, splitting),
         )  # fmt: skip

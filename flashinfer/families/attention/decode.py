@@ -10,6 +10,7 @@ from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.arch import arch
 from flashinfer.families.attention.params import (
     ATTENTION,
+    EXTRAS,
     HEAD_DIMS,
     KV_DTYPES,
     KV_STORAGE,
@@ -18,8 +19,10 @@ from flashinfer.families.attention.params import (
     Q_DTYPES,
     require_dtypes,
 )
+from flashinfer.families.attention.variants import NONE, VARIANT_TEXTS
+from flashinfer.families.attention.variants.cxx import function_of
 from flashinfer.families.layout import DTYPES, I32, P
-from flashinfer.jit.spec import Config, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
+from flashinfer.jit.spec import Config, CxxMember, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
 
 
 class DecodeParams(ctypes.Structure):
@@ -40,6 +43,8 @@ class DecodePlanParams(ctypes.Structure):
         *[(name, P) for name in ("chunks", "requests", "empty", "tile_indptr", "counters")],
         *[(name, I32) for name in ("batch_size", "num_chunks", "num_head_blocks", "page_size")],
         *[(name, I32) for name in ("table_len", "tile_len", "window_left")],
+        ("reserved", I32),
+        EXTRAS,
     ]
 
 
@@ -85,7 +90,7 @@ def _decode_config(spec: KernelSpec) -> Config:
         raise UnsupportedConfig("decode: fp32 is supported on the CPU alone; use float16 or bfloat16 on CUDA")
     if not is_cuda and (q_dtype == "fp32") != (kv_dtype == "fp32"):
         raise UnsupportedConfig(f"decode: q is {q_dtype} and the KV cache {kv_dtype}; use fp32 for both or neither")
-    constants: dict[str, CxxType | int | bool | float] = {
+    constants: dict[str, CxxType | CxxMember | int | bool | float] = {
         "Q": CxxType(q_dtype),
         "Kv": CxxType(kv_dtype),
         "O": CxxType(spec.arg("o_dtype")),
@@ -99,6 +104,7 @@ def _decode_config(spec: KernelSpec) -> Config:
         "kHasSinks": spec.arg("has_sinks"),
         "kHasDeviceScales": spec.arg("device_scales"),
         "kGroupTile": spec.arg("group_tile"),
+        **function_of(spec.arg("variant")),
     }
     if not is_cuda:
         return Config(constants)
@@ -121,7 +127,9 @@ DECODE = Family(
         "has_sinks": (False, True),
         "device_scales": (False, True),  # scales of quantized tensors that the host does not know
         "group_tile": (8, 16),  # query heads that share one pass over the KV
+        "variant": VARIANT_TEXTS,
     },
+    optional={"variant": NONE},
     implementations=twins(
         DecodeParams, _decode_config, cuda="attention/decode/kernel.cuh", cpu="cpu/attention/decode.h"
     ),
@@ -148,6 +156,7 @@ def decode(
     has_soft_cap: bool = False,
     has_sinks: bool = False,
     device_scales: bool = False,
+    variant: str = NONE,
 ) -> KernelSpec:
     """One query token per request over its KV. `group_size` is query heads per KV head."""
     return DECODE.spec(
@@ -164,6 +173,7 @@ def decode(
         has_sinks=has_sinks,
         device_scales=device_scales,
         group_tile=group_tile(target, group_size, head_dim),
+        variant=variant,
     )
 
 
@@ -183,10 +193,14 @@ def decode_num_chunks(resident_blocks: int, num_head_blocks: int) -> int:
 
 DECODE_PLAN = Family(
     name="decode_plan",
-    axes={},
+    axes={"variant": VARIANT_TEXTS},  # of ranges of keys
+    optional={"variant": NONE},
     implementations=(
         Implementation(
-            "cuda", "attention/decode/plan.cuh", DecodePlanParams, lambda spec: Config({}, Launch(num_threads=512))
+            "cuda",
+            "attention/decode/plan.cuh",
+            DecodePlanParams,
+            lambda spec: Config(function_of(spec.arg("variant")), Launch(num_threads=512)),
         ),
     ),
 )

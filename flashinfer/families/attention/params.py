@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+
 from flashinfer.errors import UnsupportedConfig
+from flashinfer.families.attention.variants.tree import EXTRAS_BYTES
 from flashinfer.families.layout import DTYPES, F32, FAST_DIVISOR, FP8_DTYPES, I32, I64, Fields, P, nested
 
 Q_DTYPES = (*DTYPES, "fp8_e4m3")
@@ -18,6 +21,7 @@ POS_ENCODINGS = {"none": 0, "rope": 1, "alibi": 2}
 
 
 DEVICE_SCALES = ("device_q_scale", "device_k_scale", "device_v_scale")
+EXTRAS = ("extras", ctypes.c_uint8 * EXTRAS_BYTES)  # of functions of scores and masks
 
 
 # Mirrors of the structs in csrc/attention/params.h, nested ones laid out flat.
@@ -36,6 +40,7 @@ ATTENTION: Fields = [
     *nested("kv", KV),
     *[(name, P) for name in ("alibi_slopes", "rope_frequencies", *DEVICE_SCALES)],
     *[(f"{name}_stride", I64) for name in ("q_token", "q_head", "out_token", "out_head")],
+    EXTRAS,
     *[(name, I32) for name in ("batch_size", "num_qo_heads", "num_kv_heads", "window_left")],
     *[(name, F32) for name in ("sm_scale", "v_scale", "logits_soft_cap")],
 ]

@@ -12,6 +12,7 @@ from flashinfer.families.arch import arch
 from flashinfer.families.attention import prefill_sm90
 from flashinfer.families.attention.params import (
     ATTENTION,
+    EXTRAS,
     HEAD_DIMS,
     KV_DTYPES,
     KV_INDEX,
@@ -23,6 +24,8 @@ from flashinfer.families.attention.params import (
     QUERIES,
     require_dtypes,
 )
+from flashinfer.families.attention.variants import NONE, VARIANT_TEXTS
+from flashinfer.families.attention.variants.cxx import changes_scores, function_of
 from flashinfer.families.layout import DTYPES, F32, FP8_DTYPES, I32, Fields, P, nested
 from flashinfer.jit.spec import Config, Constants, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
 
@@ -92,6 +95,8 @@ class PrefillPlanParams(ctypes.Structure):
         *[(name, I32) for name in ("max_items", "max_counters", "max_partial_rows", "block_m", "block_n")],
         *[(name, I32) for name in ("mask", "window_left", "fixed_split")],
         *nested("costs", [("of_item", F32), ("of_partial", F32), ("min_split", I32), ("fills_gaps", I32)]),
+        ("reserved", I32),
+        EXTRAS,
     ]
 
 
@@ -146,7 +151,8 @@ def _smem_bytes(spec: KernelSpec, tile: Tile) -> int:
 
 def _is_plain(spec: KernelSpec) -> bool:
     """Whether nothing happens to a score beyond a causal mask or a window: all registers are left to the tile."""
-    return spec.arg("mask") not in MASKS_OF_BITS and spec.arg("pos_encoding") == "none" and not spec.arg("has_soft_cap")
+    is_plain = spec.arg("mask") not in MASKS_OF_BITS and spec.arg("pos_encoding") == "none"
+    return is_plain and not spec.arg("has_soft_cap") and not changes_scores(spec.arg("variant"))
 
 
 def _tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:
@@ -200,6 +206,7 @@ def _constants(spec: KernelSpec) -> Constants:
         "kHasSoftCap": spec.arg("has_soft_cap"),
         "kHasSinks": spec.arg("has_sinks"),
         "kHasDeviceScales": spec.arg("device_scales"),
+        **function_of(spec.arg("variant")),
     }
 
 
@@ -232,7 +239,9 @@ PREFILL = Family(
         "has_soft_cap": (False, True),
         "has_sinks": (False, True),
         "device_scales": (False, True),  # scales of quantized tensors that the host does not know
+        "variant": VARIANT_TEXTS,
     },
+    optional={"variant": NONE},
     implementations=(
         Implementation(
             "sm_90a", "attention/sm90/prefill.cuh", Sm90PrefillParams, _sm90_config, serves=prefill_sm90.serves
@@ -259,6 +268,7 @@ def prefill(
     has_soft_cap: bool = False,
     has_sinks: bool = False,
     device_scales: bool = False,
+    variant: str = NONE,
 ) -> KernelSpec:
     """Many query rows per request over its KV. `head_dim_vo` 0: the same as head_dim; `o_dtype` "": that of q.
 
@@ -280,6 +290,7 @@ def prefill(
         "has_soft_cap": has_soft_cap,
         "has_sinks": has_sinks,
         "device_scales": device_scales,
+        "variant": variant,
     }
     # What makes no difference to a kernel makes no two kernels.
     spec = PREFILL.spec(target, **axes)
@@ -293,13 +304,17 @@ def prefill(
 
 PREFILL_PLAN = Family(
     name="prefill_plan",
-    axes={"kv_storage": tuple(KV_STORAGE)},
+    axes={"kv_storage": tuple(KV_STORAGE), "variant": VARIANT_TEXTS},  # of ranges of keys
+    optional={"variant": NONE},
     implementations=(
         Implementation(
             "cuda",
             "attention/prefill/plan.cuh",
             PrefillPlanParams,
-            lambda spec: Config({"kKvStorage": KV_STORAGE[spec.arg("kv_storage")]}, Launch(num_threads=1024)),
+            lambda spec: Config(
+                {"kKvStorage": KV_STORAGE[spec.arg("kv_storage")], **function_of(spec.arg("variant"))},
+                Launch(num_threads=1024),
+            ),
         ),
     ),
 )

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from flashinfer.dtypes import ITEMSIZE
 from flashinfer.families.attention.params import MASKS_OF_BITS
+from flashinfer.families.attention.variants import cxx
 from flashinfer.jit.spec import Config, Constants, KernelSpec, Launch
 
 # TMA brings boxes of a page's entries. Of a smaller page, or one that is no multiple, they would be too small: all
@@ -13,6 +14,9 @@ from flashinfer.jit.spec import Config, Constants, KernelSpec, Launch
 # 615; with twice the instructions a copy 434 / 460.
 MIN_BOX_ROWS = 8
 _PANEL_BYTES = 128  # of a row of a tile
+# Of functions of scores and masks, on each of the 64 scores of a thread. 12 and 20 spill nothing but 16 bytes in one
+# case, 90 spill 480 and compile for 12 seconds, where the kernel for every GPU takes 3 and spills none.
+MOST_OPERATIONS = 40
 
 
 class Tile(NamedTuple):
@@ -51,7 +55,7 @@ LONG_TILES = {
 # Where more happens to a score than a causal mask or a window, or KV are gathered, which takes registers: three
 # consumers have not got them, nor two with tiles of 128 keys beside 256 dimensions.
 SMALLER_TILES = {(64, 64): Tile(128, 128, 2, 2)}
-# Both: a custom mask of gathered rows. 80 keys spill 60 bytes.
+# Both: a mask with holes of gathered rows. 80 keys spill 60 bytes.
 SMALLEST_TILES = {(256, 256): Tile(128, 64, 2, 1)}
 # At most 64 query rows a request, which wait for memory. Microseconds of 64 x 16 on 4096, pages of 16, 32 query heads
 # on 8 (head_dim 256: 16 on 4; 192: 8 x 32, 128 heads). One block an SM has fewer partial results to merge than two.
@@ -141,13 +145,15 @@ def _widens(spec: KernelSpec) -> bool:
 def _changes_scores(spec: KernelSpec) -> bool:
     """Whether more happens to a score than a causal mask or a window."""
     arg = spec.arg
-    return arg("mask") in MASKS_OF_BITS or arg("pos_encoding") != "none" or arg("has_soft_cap") is True
+    has_option = arg("mask") in MASKS_OF_BITS or arg("pos_encoding") != "none" or arg("has_soft_cap") is True
+    return has_option or cxx.changes_scores(arg("variant"))
 
 
 def has_long_tile(spec: KernelSpec) -> bool:
     """Whether long queries have a tile of their own, where there is one that gains."""
     dims, is_quantized = (spec.arg("head_dim_qk"), spec.arg("head_dim_vo")), ITEMSIZE[spec.arg("kv_dtype")] == 1
-    return dims in LONG_TILES and not (is_quantized or gathers(spec) or _changes_scores(spec) or spec.arg("has_window"))
+    has_begin = spec.arg("has_window") or cxx.has_begin(spec.arg("variant"))
+    return dims in LONG_TILES and not (is_quantized or gathers(spec) or _changes_scores(spec) or has_begin)
 
 
 def _tiles(spec: KernelSpec) -> dict[tuple[int, int], Tile]:
@@ -162,7 +168,8 @@ def _tile(spec: KernelSpec) -> Tile:
         return _tiles(spec)[dims]
     if spec.arg("queries") == "long" and has_long_tile(spec):
         return LONG_TILES[dims]
-    if spec.arg("mask") in MASKS_OF_BITS and gathers(spec) and _tiles(spec) is TILES and dims in SMALLEST_TILES:
+    has_holes = spec.arg("mask") in MASKS_OF_BITS or cxx.has_holes(spec.arg("variant"))
+    if has_holes and gathers(spec) and _tiles(spec) is TILES and dims in SMALLEST_TILES:
         return SMALLEST_TILES[dims]
     tiles, smaller = _tiles(spec), SMALLER_FP8_TILES if _is_fp8(spec) else SMALLER_TILES
     return smaller.get(dims, tiles[dims]) if _changes_scores(spec) or gathers(spec) else tiles[dims]
@@ -180,6 +187,7 @@ def serves(spec: KernelSpec) -> bool:
         (arg("q_dtype") == arg("kv_dtype") or _widens(spec))
         and (arg("head_dim_qk"), arg("head_dim_vo")) in _tiles(spec)
         and arg("pos_encoding") != "rope"
+        and cxx.num_operations(arg("variant")) <= MOST_OPERATIONS
         and not (_is_fp8(spec) and gathers(spec) and arg("head_dim_qk") == 256 and arg("queries") != "short")
     )
 
