@@ -1,0 +1,241 @@
+"""Functions of scores and masks: beside the option that does the same, and beside FlexAttention on the same function.
+
+python benchmarks/bench_variants.py [--only documents] [--no-flex] [--json]
+
+bf16, 32 query heads on 8, head_dim 128. Prefill over rows, decode over pages of 16, FlexAttention over contiguous KV,
+compiled with dynamic=False, its block mask made ahead. Each pair is timed in turns inside CUDA graphs, and the median
+of the rounds is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import DEVICE, Times, device_us, environment, print_table, run, table, write_results
+
+import flashinfer
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from examples import attention_variants as examples
+
+HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
+ROUNDS = 3
+DISTANCE, WINDOW, NUM_FIRST, CHUNK, DOCUMENT = 128, 1024, 4, 2048, 1024
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    batch: int
+    length: int
+    functions: Callable[[Tables], dict[str, Any]]
+    option: dict[str, Any] = field(default_factory=dict)  # that does the same; none: nothing does
+    is_decode: bool = False
+
+
+class Tables:
+    """Tensors of the functions of one case."""
+
+    def __init__(self, batch: int, length: int) -> None:
+        self.bias = torch.randn(HEADS, 2 * DISTANCE + 1, device=DEVICE)
+        self.slopes = flashinfer.utils.get_alibi_slopes(HEADS, torch.device(DEVICE))
+        documents = torch.arange(length, device=DEVICE) // DOCUMENT
+        self.documents = documents.int().expand(batch, -1).contiguous()
+        self.starts = (documents * DOCUMENT).int().expand(batch, -1).contiguous()
+        self.prefix_len = torch.full((batch,), length // 4, dtype=torch.int32, device=DEVICE)
+
+
+@flashinfer.mask(n=int)
+def window(b, h, q, k, x):
+    return (k <= q) & (q - k <= x.n)
+
+
+def t5(t: Tables) -> Any:
+    return examples.t5(bias=t.bias, L=DISTANCE)
+
+
+CAUSAL: dict[str, Any] = {"mask": examples.causal}
+CASES = [
+    Case("causal", 4, 4096, lambda t: CAUSAL, {"causal": True}),
+    Case("ALiBi", 4, 4096, lambda t: {**CAUSAL, "variant": examples.alibi(slopes=t.slopes)},
+         {"causal": True, "pos_encoding_mode": "ALIBI"}),
+    Case("soft cap", 4, 4096, lambda t: {**CAUSAL, "variant": examples.soft_cap(cap=30.0)},
+         {"causal": True, "logits_soft_cap": 30.0}),
+    Case("window", 1, 16384, lambda t: {"mask": window(n=WINDOW)}, {"causal": True, "window_left": WINDOW}),
+    Case("T5", 4, 4096, lambda t: {**CAUSAL, "variant": t5(t)}),
+    Case("prefix-LM", 4, 4096, lambda t: {"mask": examples.prefix_lm(prefix_len=t.prefix_len)}),
+    Case("documents", 1, 16384, lambda t: {"mask": examples.documents(document=t.documents)}),
+    Case("documents by start", 1, 16384, lambda t: {"mask": examples.documents_from(start=t.starts)}),
+    Case("window and first", 1, 16384,
+         lambda t: {"mask": examples.window_and_first(window=WINDOW, num_first=NUM_FIRST)}),
+    Case("chunks", 1, 16384, lambda t: {"mask": examples.chunked(chunk=CHUNK)}),
+    Case("decode, ALiBi", 64, 4096, lambda t: {"variant": examples.alibi(slopes=t.slopes)},
+         {"pos_encoding_mode": "ALIBI"}, is_decode=True),
+    Case("decode, T5", 64, 4096, lambda t: {"variant": t5(t)}, is_decode=True),
+]  # fmt: skip
+if DEVICE == "cpu":  # that they run
+    CASES = [Case(c.name, 1, 64, c.functions, c.option, c.is_decode) for c in CASES]
+
+
+class Problem:
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(0)
+        self.case, self.tables = case, Tables(case.batch, case.length)
+        num_queries = 1 if case.is_decode else case.length
+        self.q = torch.randn(case.batch * num_queries, HEADS, HEAD_DIM, device=DEVICE).bfloat16()
+        self.k, self.v = (
+            torch.randn(case.batch * case.length, KV_HEADS, HEAD_DIM, device=DEVICE).bfloat16() for _ in "kv"
+        )
+        self.out = torch.empty_like(self.q)
+
+    def launch(self, options: dict[str, Any]) -> Callable[[], Any]:
+        case, size = self.case, 256 << 20 if DEVICE == "cuda" else 8
+        workspace = torch.empty(size, dtype=torch.uint8, device=DEVICE)
+        steps = torch.arange(case.batch + 1, dtype=torch.int32, device=DEVICE)
+        wrapper: Any
+        if case.is_decode:
+            num_pages = case.length // PAGE_SIZE
+            pages = torch.arange(case.batch * num_pages, dtype=torch.int32, device=DEVICE)
+            last = torch.full((case.batch,), PAGE_SIZE, dtype=torch.int32, device=DEVICE)
+            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace)
+            wrapper.plan(
+                steps * num_pages,
+                pages,
+                last,
+                HEADS,
+                KV_HEADS,
+                HEAD_DIM,
+                PAGE_SIZE,
+                q_data_type=torch.bfloat16,
+                **options,
+            )
+            cache = tuple(x.view(-1, PAGE_SIZE, KV_HEADS, HEAD_DIM) for x in (self.k, self.v))
+            return lambda: wrapper.run(self.q, cache, out=self.out)
+        wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace)
+        indptr = steps * case.length
+        wrapper.plan(indptr, indptr, HEADS, KV_HEADS, HEAD_DIM, q_data_type=torch.bfloat16, **options)
+        return lambda: wrapper.run(self.q, self.k, self.v, out=self.out)
+
+    def flex(self, compiled: Callable[..., Any]) -> Callable[[], Any]:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        case, tables = self.case, self.tables
+        q, k, v = (x.view(case.batch, -1, x.shape[1], HEAD_DIM).transpose(1, 2) for x in (self.q, self.k, self.v))
+        score_mod, mask_mod = flex_functions(case.name, tables)
+        mask = None
+        if mask_mod is not None:
+            mask = create_block_mask(
+                mask_mod, case.batch if case.name == "prefix-LM" else None, None, case.length, case.length, DEVICE
+            )
+        return lambda: compiled(q, k, v, score_mod=score_mod, block_mask=mask, enable_gqa=True)
+
+
+def flex_functions(name: str, t: Tables) -> tuple[Any, Any]:
+    """The same, as FlexAttention takes them: tensors of the closure, numbers compiled in."""
+    length = t.documents.shape[1]
+
+    def causal(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return k <= q
+
+    masks = {
+        "window": lambda b, h, q, k: (k <= q) & (q - k <= WINDOW),
+        "prefix-LM": lambda b, h, q, k: (k <= q) | (k < t.prefix_len[b]),
+        "documents": lambda b, h, q, k: (k <= q) & (t.documents[0, q] == t.documents[0, k]),
+        "documents by start": lambda b, h, q, k: (k <= q) & (k >= t.starts[0, q]),
+        "window and first": lambda b, h, q, k: (k <= q) & ((q - k <= WINDOW) | (k < NUM_FIRST)),
+        "chunks": lambda b, h, q, k: (k <= q) & (q // CHUNK == k // CHUNK),
+        **dict.fromkeys(("decode, ALiBi", "decode, T5")),
+    }
+    at = length - 1 if name.startswith("decode") else 0
+    scores = {
+        "ALiBi": lambda score, b, h, q, k: score + t.slopes[h] * (k - q - at),
+        "T5": lambda score, b, h, q, k: score + t.bias[h, (q + at - k).clamp(-DISTANCE, DISTANCE) + DISTANCE],
+        "soft cap": lambda score, b, h, q, k: 30.0 * torch.tanh(score / 30.0),
+    }
+    return scores.get(name.removeprefix("decode, ")), masks.get(name, causal)
+
+
+def in_turns(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median microseconds of each, one after the other in every round."""
+    rounds = [{name: device_us([call], repeats=10) for name, call in calls.items()} for _ in range(ROUNDS)]
+    return {name: statistics.median(each[name] for each in rounds) for name in calls}
+
+
+def is_named(names: str, case: Case) -> bool:
+    """By one of several texts with commas between them."""
+    return any(name in case.name for name in names.split(","))
+
+
+def prepare(case: Case) -> tuple[Problem, dict[str, Callable[[], Any]]]:
+    problem = Problem(case)
+    calls = {"function": problem.launch(case.functions(problem.tables))}
+    if case.option:
+        calls["option"] = problem.launch(case.option)
+    for call in calls.values():
+        call()
+    return problem, calls
+
+
+def measure(args: argparse.Namespace, times: Times) -> None:
+    compiled = None
+    if DEVICE == "cuda" and not args.no_flex:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        torch._dynamo.config.recompile_limit = 64
+        compiled = torch.compile(flex_attention, dynamic=False)
+    chosen = [case for case in CASES if is_named(args.only, case)]
+    with ThreadPoolExecutor(8) as pool:  # kernels compile side by side
+        prepared = list(pool.map(prepare, chosen))
+    for case, (problem, calls) in zip(chosen, prepared):
+        calls["function"]()
+        if case.option:
+            ours = problem.out.clone()
+            calls["option"]()
+            torch.testing.assert_close(ours, problem.out, atol=3e-2, rtol=3e-2)
+        if compiled is not None and is_named(args.flex, case):
+            calls["function"]()
+            try:
+                flex = problem.flex(compiled)
+                theirs = flex().transpose(1, 2).reshape(problem.out.shape)
+            except RuntimeError as error:  # what it does not compile
+                print(f"FlexAttention, {case.name}: {str(error).splitlines()[0]:.200}", file=sys.stderr)
+            else:
+                torch.testing.assert_close(problem.out, theirs, atol=3e-2, rtol=3e-2)
+                calls["FlexAttention"] = flex
+        for name, us in in_turns(calls).items():
+            times.measure(case.name, name, lambda us=us: us)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose name contains this text, or one of several with commas")
+    parser.add_argument(
+        "--flex", default="", help="likewise, of these, which are timed beside FlexAttention, whose compiles take long"
+    )
+    parser.add_argument("--no-flex", action="store_true", help="without FlexAttention")
+    args, ours, _ = run(parser, measure)
+    print(environment())
+    rows: list[list[object]] = []
+    timed = []
+    for case in CASES:
+        if not is_named(args.only, case):
+            continue
+        us, option, flex = (ours.us(case.name, name) for name in ("function", "option", "FlexAttention"))
+        size = f"{case.batch} x {case.length}"
+        rows.append([case.name, size, us, option, us / option, flex, flex / us])
+        timed.append((f"{case.name}, {size}", us, {"option": option, "FlexAttention": flex}, {}))
+    columns = ["case", "batch x length", "us", "option us", "of the option", "FlexAttention us", "times as fast"]
+    print_table("Variants, bf16", columns, rows)
+    write_results(args, {"variants": table("us", timed, partial=args.only)})
+
+
+if __name__ == "__main__":
+    main()
