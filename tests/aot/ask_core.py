@@ -28,6 +28,7 @@ from flashinfer.aot.models import WINDOWED_LAYERS, Model
 from flashinfer.attention.mla import sparse
 from flashinfer.dtypes import torch_dtype
 from flashinfer.families.attention.prefill import LONG_ROWS, MANY_ROWS
+from flashinfer.jit import loader
 from flashinfer.jit import spec as specs
 from flashinfer.jit.loader import Grid, Values
 from flashinfer.jit.resolver import Resolver
@@ -47,7 +48,7 @@ GPUS = {
 
 
 class Idle:
-    """A kernel that does nothing, and its launcher."""
+    """A kernel that does nothing, and its launcher, which packs parameters as one for a GPU does."""
 
     is_dependent = False
 
@@ -61,10 +62,17 @@ class Idle:
     def max_blocks_per_sm(self) -> int:
         return 1
 
-    def __call__(self, grid: Grid, stream: int, values: Values) -> None: ...
+    def __call__(self, grid: Grid, stream: int, values: Values) -> None:
+        loader._packer(self.params).pack(*loader._in_order(self.params, values))
 
     def prepare(self, grid: Grid, values: Values, *, varying: Sequence[str]) -> Callable[..., None]:
-        return lambda *first_values: None
+        loader._packer(self.params).pack(*loader._in_order(self.params, values, varying))
+        pack_varying = loader._packer(self.params, len(varying)).pack
+
+        def launch(*first_values: Any) -> None:
+            pack_varying(*first_values)
+
+        return launch
 
 
 @dataclass(frozen=True)

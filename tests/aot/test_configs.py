@@ -179,7 +179,9 @@ def test_core_answers_what_operators_ask_for() -> None:
 
 
 @pytest.mark.usefixtures("_families")
-@pytest.mark.parametrize("target", GPUS)
+@pytest.mark.parametrize(
+    "target", [pytest.param(name, marks=[] if name in ("sm_80", "sm_90a") else pytest.mark.slow) for name in GPUS]
+)
 def test_core_holds_what_is_asked_for_on_gpus(target: str) -> None:
     """By operators, by examples/serve_shapes.py and by the calls of engines, latent attention included, for every
     model; and nothing else. Nothing is compiled."""

@@ -255,7 +255,8 @@ def bind(monkeypatch: pytest.MonkeyPatch, strides: tuple[int, int, int], page_si
     monkeypatch.setattr(loader, "stream_getter", lambda: lambda device: 0)
     launcher = loader.CudaLauncher("prefill", found.config, params, ctypes.c_void_p(1), 0, True)
     varying = (*families.ROWS, *ADDRESSES)
-    values: dict[str, Any] = {name: 0 for name, _ in families.PrefillParams._fields_ if name not in varying}
+    values: dict[str, Any] = {name: 0 for name, *_ in families.PrefillParams._fields_ if name not in varying}
+    values["extras"] = b""
     values["num_kv_heads"] = 8
     for half in "kv":
         values |= {f"kv.{half}_{axis}_stride": stride for axis, stride in zip(("page", "entry", "head"), strides)}

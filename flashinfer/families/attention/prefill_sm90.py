@@ -55,7 +55,7 @@ LONG_TILES = {
 # Where more happens to a score than a causal mask or a window, or KV are gathered, which takes registers: three
 # consumers have not got them, nor two with tiles of 128 keys beside 256 dimensions.
 SMALLER_TILES = {(64, 64): Tile(128, 128, 2, 2)}
-# Both: a mask with holes of gathered rows. 80 keys spill 60 bytes.
+# A mask with holes and besides it gathered rows, of which 80 keys spill 60 bytes, or a window or ALiBi, up to 20.
 SMALLEST_TILES = {(256, 256): Tile(128, 64, 2, 1)}
 # At most 64 query rows a request, which wait for memory. Microseconds of 64 x 16 on 4096, pages of 16, 32 query heads
 # on 8 (head_dim 256: 16 on 4; 192: 8 x 32, 128 heads). One block an SM has fewer partial results to merge than two.
@@ -169,7 +169,8 @@ def _tile(spec: KernelSpec) -> Tile:
     if spec.arg("queries") == "long" and has_long_tile(spec):
         return LONG_TILES[dims]
     has_holes = spec.arg("mask") in MASKS_OF_BITS or cxx.has_holes(spec.arg("variant"))
-    if has_holes and gathers(spec) and _tiles(spec) is TILES and dims in SMALLEST_TILES:
+    has_more = gathers(spec) or spec.arg("has_window") or spec.arg("pos_encoding") != "none"
+    if has_holes and has_more and _tiles(spec) is TILES and dims in SMALLEST_TILES:
         return SMALLEST_TILES[dims]
     tiles, smaller = _tiles(spec), SMALLER_FP8_TILES if _is_fp8(spec) else SMALLER_TILES
     return smaller.get(dims, tiles[dims]) if _changes_scores(spec) or gathers(spec) else tiles[dims]
@@ -181,12 +182,20 @@ def gathers(spec: KernelSpec) -> bool:
     return has_small_pages or (spec.arg("queries") == "short" and ITEMSIZE[spec.arg("kv_dtype")] > 1)
 
 
+def _spills(spec: KernelSpec) -> bool:
+    """Whether there are no registers for it: everything at once, of rows of 256 that are gathered and widened."""
+    arg, is_largest = spec.arg, (spec.arg("head_dim_qk"), spec.arg("queries")) == (256, "medium")
+    has_all = arg("mask") in MASKS_OF_BITS and arg("pos_encoding") == "alibi" and arg("has_soft_cap")
+    return bool(is_largest and has_all and _widens(spec) and gathers(spec))
+
+
 def serves(spec: KernelSpec) -> bool:
     arg = spec.arg
     return (
         (arg("q_dtype") == arg("kv_dtype") or _widens(spec))
         and (arg("head_dim_qk"), arg("head_dim_vo")) in _tiles(spec)
         and arg("pos_encoding") != "rope"
+        and not _spills(spec)
         and cxx.num_operations(arg("variant")) <= MOST_OPERATIONS
         and not (_is_fp8(spec) and gathers(spec) and arg("head_dim_qk") == 256 and arg("queries") != "short")
     )
