@@ -82,6 +82,7 @@ _EXPORTS = {
             "top_k_mask_logits",
             "chain_speculative_sampling",
         ),
+        "sparse": ("BlockSparseAttentionWrapper", "VariableBlockSparseAttentionWrapper"),
         "topk": ("top_k", "top_k_page_table_transform", "top_k_ragged_transform", "TopKTieBreak"),
     }.items()
     for name in names

@@ -15,6 +15,7 @@ from flashinfer import prefill as prefill
 from flashinfer import quantization as quantization
 from flashinfer import rope as rope
 from flashinfer import sampling as sampling
+from flashinfer import sparse as sparse
 from flashinfer import topk as topk
 from flashinfer.activation import gelu_and_mul as gelu_and_mul
 from flashinfer.activation import gelu_tanh_and_mul as gelu_tanh_and_mul
@@ -85,6 +86,8 @@ from flashinfer.sampling import top_k_top_p_sampling_from_logits as top_k_top_p_
 from flashinfer.sampling import top_k_top_p_sampling_from_probs as top_k_top_p_sampling_from_probs
 from flashinfer.sampling import top_p_renorm_probs as top_p_renorm_probs
 from flashinfer.sampling import top_p_sampling_from_probs as top_p_sampling_from_probs
+from flashinfer.sparse import BlockSparseAttentionWrapper as BlockSparseAttentionWrapper
+from flashinfer.sparse import VariableBlockSparseAttentionWrapper as VariableBlockSparseAttentionWrapper
 from flashinfer.topk import TopKTieBreak as TopKTieBreak
 from flashinfer.topk import top_k as top_k
 from flashinfer.topk import top_k_page_table_transform as top_k_page_table_transform

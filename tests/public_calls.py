@@ -480,6 +480,53 @@ def _delta_rule_prefill(i: Inputs) -> Any:
     return gdn_prefill.chunk_gated_delta_rule(*rows, *gates, None, states, True, i.qo_indptr, True)
 
 
+def _blocks(i: Inputs) -> tuple[Tensor, Tensor]:
+    """Of 5 queries by 12 keys, in blocks of 2 by 4: rows of two, no and one block."""
+    starts = torch.tensor([0, 2, 2, 3], dtype=torch.int32, device=i.device)
+    return starts, torch.tensor([0, 2, 1], dtype=torch.int32, device=i.device)
+
+
+@call("BlockSparseAttentionWrapper")
+def _block_sparse(i: Inputs) -> Any:
+    wrapper = flashinfer.BlockSparseAttentionWrapper(i.workspace)
+    sizes = (TOKENS, 12, 2, 4, HEADS, KV_HEADS, DIM)
+    results = []
+    for options in ({}, {"causal": True}, {"mask": i.bits[:24].view(3, 2, 4)}):
+        wrapper.plan(*_blocks(i), *sizes, q_data_type=torch.bfloat16, **options)
+        results.append(wrapper.run(i.q, *i.kv, return_lse=True))
+    return [*results, wrapper.forward(i.q, *i.kv, logits_soft_cap=3.0)]
+
+
+@call("VariableBlockSparseAttentionWrapper")
+def _variable_block_sparse(i: Inputs) -> Any:
+    wrapper = flashinfer.VariableBlockSparseAttentionWrapper(i.workspace)
+    rows, columns = ([[2, 3], [4, 1]], [[4, 4, 4], [8, 0, 4]])
+    given = [torch.tensor(sizes, dtype=torch.int32, device=i.device) for sizes in (rows, columns)]
+    blocks = i.bits[:12].view(2, 2, 3)
+    wrapper.plan(blocks, *given, HEADS, KV_HEADS, DIM, q_data_type=torch.bfloat16)
+    operands = [x.transpose(0, 1).contiguous() for x in (i.q, *i.kv)]
+    results = [wrapper.run(*operands, return_lse=True), wrapper.forward(*operands, sm_scale=0.1)]
+    wrapper.plan(*(x.cpu() for x in (blocks, *given)), KV_HEADS, KV_HEADS, DIM, q_data_type=torch.bfloat16)
+    return [*results, wrapper.run(operands[0][:KV_HEADS], *operands[1:])]
+
+
+@call("sparse.convert_bsr_mask_layout")
+def _bsr_mask(i: Inputs) -> Any:
+    from flashinfer import sparse
+
+    return sparse.convert_bsr_mask_layout(i.bits[:24].view(3, 2, 4), _blocks(i)[0])
+
+
+@call("page.block_sparse_indices_to_vector_sparse_offsets")
+def _vector_offsets(i: Inputs) -> Any:
+    from flashinfer import page
+
+    offsets = torch.full_like(i.lengths, -1).repeat(4)
+    return page.block_sparse_indices_to_vector_sparse_offsets(
+        i.pages, i.kv_indptr, offsets, i.kv_indptr * 4, i.kv_lens, 8, 2, PAGE
+    )
+
+
 @call("MultiLevelCascadeAttentionWrapper")
 def _cascade(i: Inputs) -> Any:
     wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, i.workspace)
@@ -515,7 +562,7 @@ NO_OPERATORS = {"TopKTieBreak", "autotune_v2", "tag"}  # an enumeration, context
 def public_names() -> frozenset[str]:
     """What the package exports, and what its modules export besides."""
     names = set(flashinfer._EXPORTS)
-    attention = ("cascade", "decode", "mla", "prefill")
+    attention = ("cascade", "decode", "mla", "prefill", "sparse")
     rows = ("activation", "gemm", "norm", "quantization", "rope", "sampling", "topk")
     for module in (*attention, *rows, "concat_ops", "page"):
         exported = getattr(flashinfer, module).__all__

@@ -14,11 +14,12 @@ import torch
 from flashinfer.host.paged_cache import PagedCache
 from flashinfer.host.quant_scale import Scale
 from flashinfer.host.traced import is_dynamo_compiling
-from flashinfer.page import append, lengths
+from flashinfer.page import append, lengths, sparse_offsets
 
 __all__ = [
     "append_paged_kv_cache",
     "append_paged_mla_kv_cache",
+    "block_sparse_indices_to_vector_sparse_offsets",
     "get_batch_indices_positions",
     "get_seq_lens",
 ]
@@ -143,3 +144,42 @@ def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_s
     """
     run = lengths.trace_seq_lens if is_dynamo_compiling() else lengths.run_seq_lens
     return run(kv_indptr, kv_last_page_len, page_size)
+
+
+def block_sparse_indices_to_vector_sparse_offsets(
+    block_sparse_indices: torch.Tensor,
+    block_sparse_indptr: torch.Tensor,
+    vector_sparse_offsets: torch.Tensor,
+    vector_sparse_indptr: torch.Tensor,
+    kv_lens: torch.Tensor,
+    stride_block: int,
+    stride_n: int,
+    block_size: int,
+) -> torch.Tensor:
+    """Where each row of the blocks of a batch starts. Kernels of this library look up blocks and need no such list.
+
+    Row `r < kv_lens[b]` of request `b` gets, at `vector_sparse_indptr[b] + r` of vector_sparse_offsets,
+    `block_sparse_indices[block_sparse_indptr[b] + r // block_size] * stride_block + r % block_size * stride_n`.
+    Other entries are left as they are.
+
+    Args:
+        block_sparse_indices: numbers of blocks, of all requests one after the other, int32 or int64, as the others.
+        block_sparse_indptr: `[batch_size + 1]`; where each request's blocks start.
+        vector_sparse_offsets: the output; may be longer than needed.
+        vector_sparse_indptr: `[batch_size + 1]`; where each request's rows start in it.
+        kv_lens: `[batch_size]`, rows of each request.
+        stride_block, stride_n: distances of blocks and of rows, in whatever the offsets count.
+        block_size: rows of a block.
+
+    Returns:
+        vector_sparse_offsets.
+
+    Raises:
+        ValueError, TypeError, IndexError: a shape, dtype, device or type does not fit; or, where the host sees values,
+            offsets descend or end past their lists, or a request has more rows than its blocks.
+    """
+    sparse_offsets.fill_offsets(
+        block_sparse_indices, block_sparse_indptr, vector_sparse_offsets, vector_sparse_indptr, kv_lens, stride_block,
+        stride_n, block_size,
+    )  # fmt: skip
+    return vector_sparse_offsets

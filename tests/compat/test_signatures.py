@@ -13,7 +13,7 @@ import pytest
 import torch  # noqa: F401  # in defaults of the table
 
 import flashinfer
-from flashinfer import cascade, concat_ops, decode, gdn_decode, gdn_prefill, mla, prefill, topk
+from flashinfer import cascade, concat_ops, decode, gdn_decode, gdn_prefill, mla, page, prefill, sparse, topk
 
 _FORWARD = """
     self, q, paged_kv_cache, pos_encoding_mode="NONE", q_scale=None, k_scale=None, v_scale=None, window_left=-1,
@@ -32,6 +32,10 @@ _PREFILL_OPTIONS = """
 _RUN_WITH_SINKS = """
     self, q, paged_kv_cache, sinks=None, sm_scale=None, *args, q_scale=None, k_scale=None, v_scale=None, out=None,
     lse=None, return_lse=False, enable_pdl=None, window_left=None, **later
+"""
+_SPARSE_OPTIONS = """
+    pos_encoding_mode="NONE", use_fp16_qk_reduction=False, logits_soft_cap=None, sm_scale=None, rope_scale=None,
+    rope_theta=None
 """
 _RESET = "self, float_workspace_buffer, int_workspace_buffer"
 _UNIQUE = "unique_kv_indptr, unique_kv_indices, unique_kv_last_page_len"
@@ -165,6 +169,37 @@ SIGNATURES: dict[Any, str] = {
         skip_softmax_threshold_scale_factor=None, uses_shared_paged_kv_idx=True, causal=True, lse=None,
         return_lse=False, multi_ctas_kv_counter_buffer=None, use_fp16_softmax=None, uses_spcompress=None,
         backend="trtllm-gen", window_right=-1, **later
+    """,
+    sparse.BlockSparseAttentionWrapper.__init__: 'self, float_workspace_buffer, backend="auto"',
+    sparse.BlockSparseAttentionWrapper.reset_workspace_buffer: _RESET,
+    sparse.BlockSparseAttentionWrapper.plan: f"""
+        self, indptr, indices, M, N, R, C, num_qo_heads, num_kv_heads, head_dim, mask=None, packed_mask=None,
+        causal=False, {_SPARSE_OPTIONS}, q_data_type="float16", kv_data_type=None, o_data_type="float16",
+        non_blocking=True, block_mask=None, kv_block_lens=None, q2k_indices=None, q2k_num=None, kv_splits=None,
+        use_clc=None, q_scale=None, k_scale=None, v_scale=None
+    """,
+    sparse.BlockSparseAttentionWrapper.run: """
+        self, q, k, v, scale_q=None, scale_k=None, scale_v=None, out=None, lse=None, return_lse=False, enable_pdl=None
+    """,
+    sparse.BlockSparseAttentionWrapper.forward: f"""
+        self, q, k, v, scale_q=None, scale_k=None, scale_v=None, {_SPARSE_OPTIONS}
+    """,
+    sparse.BlockSparseAttentionWrapper.end_forward: "self",
+    sparse.VariableBlockSparseAttentionWrapper.__init__: 'self, float_workspace_buffer, backend="auto"',
+    sparse.VariableBlockSparseAttentionWrapper.reset_workspace_buffer: _RESET,
+    sparse.VariableBlockSparseAttentionWrapper.plan: f"""
+        self, block_mask_map, block_row_sz, block_col_sz, num_qo_heads, num_kv_heads, head_dim, causal=False,
+        {_SPARSE_OPTIONS}, non_blocking=True, q_data_type="float16", kv_data_type=None, q_scale=None, k_scale=None,
+        v_scale=None
+    """,
+    sparse.VariableBlockSparseAttentionWrapper.run: """
+        self, q, k, v, out=None, lse=None, return_lse=False, enable_pdl=None
+    """,
+    sparse.VariableBlockSparseAttentionWrapper.forward: f"self, q, k, v, {_SPARSE_OPTIONS}",
+    sparse.convert_bsr_mask_layout: "mask, indptr",
+    page.block_sparse_indices_to_vector_sparse_offsets: """
+        block_sparse_indices, block_sparse_indptr, vector_sparse_offsets, vector_sparse_indptr, kv_lens, stride_block,
+        stride_n, block_size
     """,
     topk.top_k_page_table_transform: """
         input, src_page_table, lengths, k, row_to_batch=None, deterministic=False, tie_break=0, dsa_graph_safe=False,

@@ -24,6 +24,7 @@ _MODULES = (
     "planned_cascade",
     "block_table",
     "mla",
+    "block_sparse",
     "helpers",
 )
 
