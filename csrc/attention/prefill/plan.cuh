@@ -13,11 +13,16 @@
 //   3. choose the longest run of KV tiles one item may have: every thread estimates the time of one choice
 //   4. write the items, sorted by cost with the longest first, split where longer than the choice allows
 //
+// Requests of few rows, in a tile for many, wait for memory; the others for the tensor cores. So where there are both,
+// each kind is a list of its own, the longest first, and the two are mixed: as much of the one's cost as of the other's
+// has been taken at any time. A launch then computes while it reads, instead of first the one and then the other.
+//
 // Offsets and lengths may be anything. Nothing is written outside of the workspace for that: there are at most
 // max_items query tiles, of at most kMaxKvLen keys each, and the kernel keeps their rows within q and out.
 #pragma once
 
 #include "attention/kv_view.cuh"
+#include "attention/prefill/mix.h"
 #include "attention/prefill/work.cuh"
 #include "attention/visibility.cuh"
 #include "device/pdl.cuh"
@@ -45,13 +50,19 @@ struct CostBins {
 constexpr int32_t kMaxKvLen = 1 << 30;   // of a request that can be true
 constexpr int32_t kMaxFixedSplits = 16;  // for which the host makes sure of room (prefill/launch.py)
 
+// Kinds of tiles: of requests that keep the tensor cores busy, and of those that wait for memory.
+enum TileKind : int { kLong = 0, kShort = 1, kNumKinds = 2 };
+
 struct PrefillPlanSmem {
   alignas(16) int32_t warp_sums[kWarpSize];
-  int32_t num_tiles_of_cost[CostBins::kNum];
+  long long warp_costs[kWarpSize];
+  int32_t num_tiles_of_cost[kNumKinds][CostBins::kNum];
   int32_t occupied_bins[CostBins::kNum];  // those with a tile in them, the most costly first
   int32_t num_occupied;
-  int32_t num_items_of_cost[CostBins::kNum];  // after splitting
-  int32_t first_item_of_cost[CostBins::kNum];
+  int32_t num_items_of_cost[kNumKinds][CostBins::kNum];   // after splitting
+  int32_t first_item_of_cost[kNumKinds][CostBins::kNum];  // in the list of its kind
+  // Where both kinds are mixed, by bins from the most costly on: long items before those of the bin, and short ones.
+  int32_t num_long_before[CostBins::kNum + 1], num_short_before[CostBins::kNum + 1];
   int32_t max_cost, max_rows;      // of any query tile
   int32_t num_kv_pages;            // of requests with queries
   unsigned long long best_choice;  // estimated time and number of splits, to be minimized
@@ -127,9 +138,19 @@ struct PrefillPlanner {
     return num_left < params.block_m ? int32_t(num_left) : params.block_m;
   }
 
+  // Tiles of 128 rows leave out the products of rows that do not exist, by half a tile or by less. Smaller ones are for
+  // few rows, which all of them have, and larger ones do not leave them out.
+  __device__ __forceinline__ int kind_of(const PrefillItem& item) const {
+    const bool is_short = 2 * int64_t(item.qo_len) * params.group_size <= params.block_m;
+    return params.block_m == 128 && is_short ? kShort : kLong;
+  }
+  __device__ __forceinline__ int32_t num_tiles(int bin) const {
+    return smem.num_tiles_of_cost[kLong][bin] + smem.num_tiles_of_cost[kShort][bin];
+  }
+
   __device__ __forceinline__ void count_costs() const {
     for_each_tile([&](const PrefillItem& item, int32_t cost) {
-      atomicAdd(&smem.num_tiles_of_cost[CostBins::of(cost)], 1);
+      atomicAdd(&smem.num_tiles_of_cost[kind_of(item)][CostBins::of(cost)], 1);
       atomicMax(&smem.max_cost, cost);
       atomicMax(&smem.max_rows, num_rows_of(item));
       const bool is_table = Config::kKvStorage == kKvPaged && params.kv.indptr == nullptr;
@@ -140,7 +161,7 @@ struct PrefillPlanner {
     __syncthreads();
     static_assert(CostBins::kNum <= kNumThreads);
     const int bin = CostBins::kNum - 1 - int(threadIdx.x);
-    const bool is_occupied = bin >= 0 && smem.num_tiles_of_cost[bin] > 0;
+    const bool is_occupied = bin >= 0 && num_tiles(bin) > 0;
     const auto scan = scan_block<kNumThreads>(int32_t(is_occupied), smem.warp_sums);
     if (is_occupied) smem.occupied_bins[scan.before] = bin;
     if (threadIdx.x == 0) smem.num_occupied = scan.total;
@@ -165,7 +186,7 @@ struct PrefillPlanner {
     for (int i = 0; i < smem.num_occupied; ++i) {
       const int bin = smem.occupied_bins[i];
       const int32_t cost = bin_cost(bin), num_splits = num_splits_of(cost, limit);
-      const float count = float(smem.num_tiles_of_cost[bin]) * float(params.num_kv_heads);
+      const float num_tiles = float(this->num_tiles(bin)), count = num_tiles * float(params.num_kv_heads);
       const float split_cost =
           float(ceil_div(cost, num_splits)) + params.costs.of_item + (num_splits > 1 ? params.costs.of_partial : 0.f);
       num_units += count * float(num_splits);
@@ -177,8 +198,8 @@ struct PrefillPlanner {
       }
       if (num_splits > 1) {
         const PartialResults partial = PartialResults::of(num_splits);
-        num_counters += float(smem.num_tiles_of_cost[bin]) * float(partial.num_counters());
-        num_slots += float(smem.num_tiles_of_cost[bin]) * float(partial.num_slots());
+        num_counters += num_tiles * float(partial.num_counters());
+        num_slots += num_tiles * float(partial.num_slots());
       }
     }
     const bool fits = num_slots * float(smem.max_rows) <= float(params.max_partial_rows) &&
@@ -230,26 +251,60 @@ struct PrefillPlanner {
     return max(ceil_div(max(smem.max_cost, 1), best), params.costs.min_split);
   }
 
-  // Where the items of each cost start in the list, the longest first.
+  // Where the items of each cost start in the list of their kind, the longest first.
   __device__ __forceinline__ void place_costs(int32_t limit) const {
     if (params.fixed_split > 0) {
       for_each_tile([&](const PrefillItem& item, int32_t cost) {
         const int32_t num_splits = fixed_splits_of(item, cost);
-        atomicAdd(&smem.num_items_of_cost[CostBins::of(ceil_div(cost, num_splits))], num_splits);
+        atomicAdd(&smem.num_items_of_cost[kind_of(item)][CostBins::of(ceil_div(cost, num_splits))], num_splits);
       });
     }
     for (int i = threadIdx.x; i < smem.num_occupied && params.fixed_split == 0; i += kNumThreads) {
       const int bin = smem.occupied_bins[i];
       const int32_t num_splits = num_splits_of(bin_cost(bin), limit);
-      atomicAdd(&smem.num_items_of_cost[split_bin(bin, limit)], smem.num_tiles_of_cost[bin] * num_splits);
+      for (int kind = 0; kind < kNumKinds; ++kind) {
+        atomicAdd(&smem.num_items_of_cost[kind][split_bin(bin, limit)], smem.num_tiles_of_cost[kind][bin] * num_splits);
+      }
     }
     __syncthreads();
     const int bin = CostBins::kNum - 1 - threadIdx.x;
-    const int32_t num_items = bin >= 0 ? smem.num_items_of_cost[bin] : 0;
-    const auto scan = scan_block<kNumThreads>(num_items, smem.warp_sums);
-    if (bin >= 0) smem.first_item_of_cost[bin] = scan.before;
-    if (bin == 0) params.schedule->num_items = min(scan.total, params.max_items);
+    int32_t num_items[kNumKinds], num_before[kNumKinds], total = 0;
+#pragma unroll
+    for (int kind = 0; kind < kNumKinds; ++kind) {
+      num_items[kind] = bin >= 0 ? smem.num_items_of_cost[kind][bin] : 0;
+      const auto scan = scan_block<kNumThreads>(num_items[kind], smem.warp_sums);
+      num_before[kind] = scan.before;
+      if (bin >= 0) smem.first_item_of_cost[kind][bin] = scan.before;
+      total += scan.total;
+      if (kind == kShort) mix_kinds(bin, num_before[kLong], num_items[kLong], scan.total);
+    }
+    if (bin == 0) params.schedule->num_items = min(total, params.max_items);
     __syncthreads();
+  }
+
+  // Short items go where the long ones before them have the same share of all long ones' cost.
+  __device__ __forceinline__ void mix_kinds(int bin, int32_t num_long_before, int32_t num_long,
+                                            int32_t num_short) const {
+    const long long cost = bin >= 0 ? (long long)(num_long) * (CostBins::bound(bin) + 1) : 0;
+    const auto scan = scan_block<kNumThreads>(cost, smem.warp_costs);
+    if (bin < 0) return;
+    const double share = scan.total > 0 ? double(scan.before) / double(scan.total) : 0.;
+    smem.num_long_before[threadIdx.x] = num_long_before;
+    smem.num_short_before[threadIdx.x] = int32_t(share * double(num_short));
+    if (bin == 0) {
+      smem.num_long_before[CostBins::kNum] = num_long_before + num_long;
+      smem.num_short_before[CostBins::kNum] = num_short;
+    }
+  }
+  // The place in the list of the i-th item of its kind; split_bin: of its cost.
+  __device__ __forceinline__ int32_t place_of(int kind, int32_t i, int split_bin) const {
+    const int segment = kind == kLong ? CostBins::kNum - 1 - split_bin
+                                      : min(find_segment(smem.num_short_before, CostBins::kNum, i), CostBins::kNum - 1);
+    const int32_t long_before = smem.num_long_before[segment], short_before = smem.num_short_before[segment];
+    const Mix mix = {smem.num_long_before[segment + 1] - long_before,
+                     smem.num_short_before[segment + 1] - short_before};
+    const int32_t place = kind == kLong ? mix.place_of_first(i - long_before) : mix.place_of_second(i - short_before);
+    return long_before + short_before + place;
   }
   __device__ __forceinline__ int split_bin(int bin, int32_t limit) const {
     const int32_t cost = bin_cost(bin);
@@ -264,7 +319,8 @@ struct PrefillPlanner {
       const int32_t num_splits = is_fixed ? fixed_splits_of(item, cost) : num_splits_of(bin_cost(bin), limit);
       const int32_t split_len = ceil_div(cost, num_splits), first_tile = item.tile_begin, end_tile = item.tile_end;
       const int split_bin = is_fixed ? CostBins::of(split_len) : this->split_bin(bin, limit);
-      int32_t place = atomicAdd(&smem.first_item_of_cost[split_bin], num_splits);
+      const int kind = kind_of(item);
+      const int32_t first = atomicAdd(&smem.first_item_of_cost[kind][split_bin], num_splits);
       item.num_splits = num_splits;
       if (num_splits > 1) {
         const PartialResults partial = PartialResults::of(num_splits);
@@ -276,11 +332,12 @@ struct PrefillPlanner {
                           item.counter + partial.num_counters() <= params.max_counters;
         if (is_fixed && !fits) item.qo_len = 0, item.num_splits = 1;
       }
-      for (int32_t split = 0; split < num_splits; ++split, ++place) {
+      for (int32_t split = 0; split < num_splits; ++split) {
         item.split_idx = split;
         item.tile_begin = min(first_tile + split * split_len, end_tile);
         item.tile_end = min(item.tile_begin + split_len, end_tile);
-        if (place < params.max_items) params.items[place] = item;
+        const int32_t place = place_of(kind, first + split, split_bin);
+        if (uint32_t(place) < uint32_t(params.max_items)) params.items[place] = item;
       }
     });
     __syncthreads();
