@@ -16,7 +16,11 @@ _EXPORTS = {
     name: module
     for module, names in {
         "activation": ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul_quant"),
-        "attention": ("BatchAttentionWithAttentionSinkWrapper", "BatchDecodeWithAttentionSinkWrapper"),
+        "attention": (
+            "BatchAttention",
+            "BatchAttentionWithAttentionSinkWrapper",
+            "BatchDecodeWithAttentionSinkWrapper",
+        ),
         "autotuner": ("autotune_v2",),
         "cascade": (
             "merge_state",
@@ -48,6 +52,7 @@ _EXPORTS = {
             "gated_rmsnorm_quant",
         ),
         "page": ("append_paged_kv_cache", "append_paged_mla_kv_cache", "get_batch_indices_positions", "get_seq_lens"),
+        "pod": ("BatchPODWithPagedKVCacheWrapper", "PODWithPagedKVCacheWrapper"),
         "prefill": (
             "single_prefill_with_kv_cache",
             "single_prefill_with_kv_cache_return_lse",

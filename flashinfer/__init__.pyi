@@ -11,6 +11,7 @@ from flashinfer import gemm as gemm
 from flashinfer import mla as mla
 from flashinfer import norm as norm
 from flashinfer import page as page
+from flashinfer import pod as pod
 from flashinfer import prefill as prefill
 from flashinfer import quantization as quantization
 from flashinfer import rope as rope
@@ -21,6 +22,7 @@ from flashinfer.activation import gelu_and_mul as gelu_and_mul
 from flashinfer.activation import gelu_tanh_and_mul as gelu_tanh_and_mul
 from flashinfer.activation import silu_and_mul as silu_and_mul
 from flashinfer.activation import silu_and_mul_quant as silu_and_mul_quant
+from flashinfer.attention import BatchAttention as BatchAttention
 from flashinfer.attention import BatchAttentionWithAttentionSinkWrapper as BatchAttentionWithAttentionSinkWrapper
 from flashinfer.attention import BatchDecodeWithAttentionSinkWrapper as BatchDecodeWithAttentionSinkWrapper
 from flashinfer.autotuner import autotune_v2 as autotune_v2
@@ -57,6 +59,8 @@ from flashinfer.page import append_paged_kv_cache as append_paged_kv_cache
 from flashinfer.page import append_paged_mla_kv_cache as append_paged_mla_kv_cache
 from flashinfer.page import get_batch_indices_positions as get_batch_indices_positions
 from flashinfer.page import get_seq_lens as get_seq_lens
+from flashinfer.pod import BatchPODWithPagedKVCacheWrapper as BatchPODWithPagedKVCacheWrapper
+from flashinfer.pod import PODWithPagedKVCacheWrapper as PODWithPagedKVCacheWrapper
 from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper as BatchPrefillWithPagedKVCacheWrapper
 from flashinfer.prefill import BatchPrefillWithRaggedKVCacheWrapper as BatchPrefillWithRaggedKVCacheWrapper
 from flashinfer.prefill import single_prefill_with_kv_cache as single_prefill_with_kv_cache

@@ -480,6 +480,34 @@ def _delta_rule_prefill(i: Inputs) -> Any:
     return gdn_prefill.chunk_gated_delta_rule(*rows, *gates, None, states, True, i.qo_indptr, True)
 
 
+@call("BatchAttention")
+def _batch_attention(i: Inputs) -> Any:
+    wrapper = flashinfer.BatchAttention(device=i.device)
+    given = (i.qo_indptr, i.kv_indptr, i.pages, i.kv_lens)
+    wrapper.plan(*given, HEADS, KV_HEADS, DIM, DIM, PAGE, causal=True)
+    results = [wrapper.run(i.q, i.cache), wrapper.run(i.q, i.cache, logits_soft_cap=3.0)]
+    wrapper.plan(*(tensor.cpu() for tensor in given), HEADS, KV_HEADS, DIM, DIM, PAGE)
+    return [*results, wrapper.run(i.q, i.cache)]
+
+
+@call("BatchPODWithPagedKVCacheWrapper")
+def _batch_pod(i: Inputs) -> Any:
+    wrapper = flashinfer.BatchPODWithPagedKVCacheWrapper(i.workspace)
+    ones = torch.arange(3, dtype=torch.int32, device=i.device)
+    results = []
+    for of_decode in (ones, ones.cpu()):
+        wrapper.plan(i.qo_indptr, *i.paged, of_decode, *i.paged, *SHAPES, q_data_type=torch.bfloat16)
+        results.append(wrapper.run(i.q, i.cache, i.q[:2], i.cache, causal_p=True, return_lse=True))
+    return [part for pair in results for part in pair]
+
+
+@call("PODWithPagedKVCacheWrapper")
+def _pod(i: Inputs) -> Any:
+    wrapper = flashinfer.PODWithPagedKVCacheWrapper(i.workspace)
+    wrapper.plan(*i.paged, *SHAPES, q_data_type=torch.bfloat16)
+    return wrapper.run(i.q, *i.kv, i.q[:2], i.cache, causal_p=True)
+
+
 def _blocks(i: Inputs) -> tuple[Tensor, Tensor]:
     """Of 5 queries by 12 keys, in blocks of 2 by 4: rows of two, no and one block."""
     starts = torch.tensor([0, 2, 2, 3], dtype=torch.int32, device=i.device)
@@ -562,7 +590,7 @@ NO_OPERATORS = {"TopKTieBreak", "autotune_v2", "tag"}  # an enumeration, context
 def public_names() -> frozenset[str]:
     """What the package exports, and what its modules export besides."""
     names = set(flashinfer._EXPORTS)
-    attention = ("cascade", "decode", "mla", "prefill", "sparse")
+    attention = ("cascade", "decode", "mla", "pod", "prefill", "sparse")
     rows = ("activation", "gemm", "norm", "quantization", "rope", "sampling", "topk")
     for module in (*attention, *rows, "concat_ops", "page"):
         exported = getattr(flashinfer, module).__all__

@@ -13,7 +13,7 @@ import pytest
 import torch  # noqa: F401  # in defaults of the table
 
 import flashinfer
-from flashinfer import cascade, concat_ops, decode, gdn_decode, gdn_prefill, mla, page, prefill, sparse, topk
+from flashinfer import cascade, concat_ops, decode, gdn_decode, gdn_prefill, mla, page, pod, prefill, sparse, topk
 
 _FORWARD = """
     self, q, paged_kv_cache, pos_encoding_mode="NONE", q_scale=None, k_scale=None, v_scale=None, window_left=-1,
@@ -36,6 +36,10 @@ _RUN_WITH_SINKS = """
 _SPARSE_OPTIONS = """
     pos_encoding_mode="NONE", use_fp16_qk_reduction=False, logits_soft_cap=None, sm_scale=None, rope_scale=None,
     rope_theta=None
+"""
+_POD_OPTIONS = """
+    pos_encoding_mode="NONE", window_left=-1, q_data_type="float16", kv_data_type=None, data_type=None, sm_scale=None,
+    rope_scale=None, rope_theta=None, non_blocking=True
 """
 _RESET = "self, float_workspace_buffer, int_workspace_buffer"
 _UNIQUE = "unique_kv_indptr, unique_kv_indices, unique_kv_last_page_len"
@@ -170,6 +174,43 @@ SIGNATURES: dict[Any, str] = {
         return_lse=False, multi_ctas_kv_counter_buffer=None, use_fp16_softmax=None, uses_spcompress=None,
         backend="trtllm-gen", window_right=-1, **later
     """,
+    flashinfer.BatchAttention.__init__: 'self, kv_layout="NHD", device="cuda"',
+    flashinfer.BatchAttention.plan: """
+        self, qo_indptr, kv_indptr, kv_indices, kv_len_arr, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo,
+        page_size, causal=False, sm_scale=None, logits_soft_cap=None, q_data_type=torch.bfloat16,
+        kv_data_type=torch.bfloat16, use_profiler=False
+    """,
+    flashinfer.BatchAttention.prewarm_paged_kv_stride_variant: 'self, variant="independent"',
+    flashinfer.BatchAttention.run: """
+        self, q, kv_cache, out=None, lse=None, k_scale=None, v_scale=None, logits_soft_cap=0.0, profiler_buffer=None,
+        kv_cache_sf=None
+    """,
+    pod.PODWithPagedKVCacheWrapper.__init__: """
+        self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, paged_kv_indptr_buffer=None,
+        paged_kv_indices_buffer=None, paged_kv_last_page_len_buffer=None, jit_args=None
+    """,
+    pod.PODWithPagedKVCacheWrapper.reset_workspace_buffer: _RESET,
+    pod.PODWithPagedKVCacheWrapper.plan: f"self, indptr, indices, last_page_len, {_SHAPES}, {_POD_OPTIONS}",
+    pod.PODWithPagedKVCacheWrapper.run: """
+        self, q_p, k_p, v_p, q_d, paged_kv_cache_d, custom_mask_p=None, packed_custom_mask_p=None, causal_p=False,
+        kv_layout_p="NHD", pos_encoding_mode_p="NONE", sm_scale_p=None, window_left_p=-1, rope_scale_p=None,
+        rope_theta_p=None, return_lse_p=False, custom_mask_d=None, packed_custom_mask_d=None, causal_d=False,
+        kv_layout_d="NHD", pos_encoding_mode_d="NONE", sm_scale_d=None, window_left_d=-1, rope_scale_d=None,
+        rope_theta_d=None, q_scale=None, k_scale=None, v_scale=None, return_lse_d=False, use_fp16_qk_reduction=False,
+        enable_pdl=None, *args
+    """,
+    pod.PODWithPagedKVCacheWrapper.end_forward: "self",
+    pod.BatchPODWithPagedKVCacheWrapper.__init__: 'self, float_workspace_buffer, kv_layout="NHD"',
+    pod.BatchPODWithPagedKVCacheWrapper.plan: f"""
+        self, qo_indptr_p, kv_indptr_p, kv_indices_p, last_page_len_p, qo_indptr_d, kv_indptr_d, kv_indices_d,
+        last_page_len_d, {_SHAPES}, {_POD_OPTIONS}
+    """,
+    pod.BatchPODWithPagedKVCacheWrapper.run: """
+        self, q_p, paged_kv_cache_p, q_d, paged_kv_cache_d, custom_mask_p=None, packed_custom_mask_p=None,
+        causal_p=False, q_scale=None, k_scale=None, v_scale=None, return_lse=False, use_fp16_qk_reduction=False,
+        enable_pdl=None
+    """,
+    pod.BatchPODWithPagedKVCacheWrapper.end_forward: "self",
     sparse.BlockSparseAttentionWrapper.__init__: 'self, float_workspace_buffer, backend="auto"',
     sparse.BlockSparseAttentionWrapper.reset_workspace_buffer: _RESET,
     sparse.BlockSparseAttentionWrapper.plan: f"""

@@ -41,7 +41,7 @@ def test_a_campaign_finds_nothing() -> None:
 
 
 def test_every_public_function_has_a_case() -> None:
-    attention = ("attention", "cascade", "decode", "mla", "prefill", "sparse")
+    attention = ("attention", "cascade", "decode", "mla", "pod", "prefill", "sparse")
     rows = ("activation", "gemm", "norm", "quantization", "rope", "sampling", "topk")
     modules = (*attention, *rows, "concat_ops", "page")
     public = {name for module in modules for name in importlib.import_module(f"flashinfer.{module}").__all__}

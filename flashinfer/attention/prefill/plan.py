@@ -75,6 +75,7 @@ class PrefillPlan(Plan):
         super().__init__(op, device, shape, dtypes, mask, variant)
         self._lengths, self._fixed_split = lengths, fixed_split
         self._kv, self._storage = kv, "ragged" if isinstance(kv, RaggedKv) else "paged"
+        self._planner_storage = self._storage
         self._group_size = shape.num_qo_heads // shape.num_kv_heads
         self._schedule: Optional[Schedule] = None
         if device.type == "cuda" and shape.batch_size > 0:
@@ -112,8 +113,8 @@ class PrefillPlan(Plan):
             return no_launch
         shape = self.shape
         return self._schedule.bind_planner(
-            self.device, self._storage, extent, shape.page_size, shape.batch_size, shape.num_kv_heads, self._group_size,
-            self._lengths, fixed_split=self._fixed_split or 0,
+            self.device, self._planner_storage, extent, shape.page_size, shape.batch_size, shape.num_kv_heads,
+            self._group_size, self._lengths, fixed_split=self._fixed_split or 0,
         )  # fmt: skip
 
     def bind(self, call: Call, short_queries: bool) -> BoundRun:
@@ -164,6 +165,17 @@ class PrefillPlan(Plan):
             is_empty,
             short_queries,
         )
+
+
+class WholeLengthsPlan(PrefillPlan):
+    """Over pages, of index tensors with the lengths of requests and not of their last pages. On a GPU the planner alone
+    reads them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._planner_storage = "paged_lens"
+        if self.device.type == "cpu":
+            self._storage = self._planner_storage
 
 
 class UniformPlan(PrefillPlan):

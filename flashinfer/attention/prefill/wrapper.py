@@ -21,6 +21,7 @@ class PrefillWrapper(PlannedAttention):
     _qo_indptr_buf = IndexBuffer("qo_indptr")
     _custom_mask_buf = IndexBuffer("mask")
     _mask_indptr_buf = IndexBuffer("mask_indptr")
+    _plan_class: type[PrefillPlan] = PrefillPlan
     _sinks: Optional[torch.Tensor] = None  # which vLLM assigns, for runs that bring none
 
     @property
@@ -62,7 +63,7 @@ class PrefillWrapper(PlannedAttention):
             )
         head_dims = (head_dim_qk, head_dim_qk if head_dim_vo is None else head_dim_vo)
         shape = Shape.of(op, batch_size, *counts, *head_dims)
-        plan = PrefillPlan(
+        plan = self._plan_class(
             op, self.device, shape, (q_dtype, kv_dtype, o_dtype), mask,
             Variant.of(op, head_dim_qk, *options, has_sinks=self._has_sinks),
             self._kv(shape, kv_dtype), workspaces, split_kv=not splitting[1],

@@ -168,6 +168,8 @@ def _constants(spec: KernelSpec) -> Constants:
             f"prefill: head_dim_qk {dims[0]} with head_dim_vo {dims[1]}; they are equal or 192 and 128"
         )
     require_dtypes("prefill", q_dtype, kv_dtype, is_cuda)
+    if is_cuda and spec.arg("kv_storage") == "paged_lens":
+        raise UnsupportedConfig("prefill: lengths of whole requests are read by the planner alone on CUDA; use paged")
     if q_dtype not in FP8_DTYPES and o_dtype != q_dtype:
         raise UnsupportedConfig(f"prefill: q is {q_dtype} and the output {o_dtype}; expected the dtype of q")
     if q_dtype != kv_dtype and kv_dtype not in FP8_DTYPES:
@@ -208,7 +210,7 @@ PREFILL = Family(
         "o_dtype": DTYPES,
         "head_dim_qk": HEAD_DIMS,
         "head_dim_vo": HEAD_DIMS,
-        "kv_storage": ("single", "ragged", "paged"),
+        "kv_storage": tuple(KV_STORAGE),
         "short_queries": (False, True),
         "large_pages": (False, True),
         "mask": tuple(MASKS),

@@ -25,6 +25,7 @@ _MODULES = (
     "block_table",
     "mla",
     "block_sparse",
+    "mixed",
     "helpers",
 )
 
