@@ -305,19 +305,25 @@ struct PrefillPlanner {
       const int32_t even_len = ceil_div(cost, num_splits), first_tile = item.tile_begin, end_tile = item.tile_end;
       const Runs runs = is_fixed ? Runs{num_splits, even_len, even_len} : of_bin;
       const int32_t split_len = is_fixed || !fills_gaps() ? even_len : runs.len;
-      // Where the list is taken in its order, tiles that are cut alike take turns in it: those of one request are then
-      // at work on the same KV at the same time, and find it in the L2 cache.
-      const int32_t lane_idx = threadIdx.x % kWarpSize;
-      const uint32_t alike =
-          fills_gaps() && !is_fixed ? __match_any_sync(__activemask(), CostBins::of(cost)) : 1u << lane_idx;
-      const int32_t num_alike = __popc(alike), leader = __ffs(alike) - 1, rank = __popc(alike & ((1u << lane_idx) - 1));
-      int32_t place = 0, last_place = 0;
-      if (lane_idx == leader) {
-        place = atomicAdd(&smem.first_item_of_cost[CostBins::of(runs.len)], num_alike * (num_splits - 1));
-        last_place = atomicAdd(&smem.first_item_of_cost[CostBins::of(runs.last_len)], num_alike);
+      int32_t num_alike = 1, place, last_place;
+      if (is_fixed || !fills_gaps()) {
+        place = atomicAdd(&smem.first_item_of_cost[CostBins::of(runs.len)], num_splits);
+        last_place = place + num_splits - 1;
+      } else {
+        // Where the list is taken in its order, tiles that are cut alike take turns in it: those of one request are
+        // then at work on the same KV at the same time, and find it in the L2 cache.
+        const int32_t lane_idx = threadIdx.x % kWarpSize;
+        const uint32_t alike = __match_any_sync(__activemask(), CostBins::of(cost));
+        const int32_t leader = __ffs(alike) - 1, rank = __popc(alike & ((1u << lane_idx) - 1));
+        num_alike = __popc(alike);
+        place = last_place = 0;
+        if (lane_idx == leader) {
+          place = atomicAdd(&smem.first_item_of_cost[CostBins::of(runs.len)], num_alike * (num_splits - 1));
+          last_place = atomicAdd(&smem.first_item_of_cost[CostBins::of(runs.last_len)], num_alike);
+        }
+        place = __shfl_sync(alike, place, leader) + rank;
+        last_place = __shfl_sync(alike, last_place, leader) + rank;
       }
-      place = __shfl_sync(alike, place, leader) + rank;
-      last_place = __shfl_sync(alike, last_place, leader) + rank;
       item.num_splits = num_splits;
       if (num_splits > 1) {
         const PartialResults partial = PartialResults::of(num_splits);
