@@ -300,11 +300,13 @@ struct PrefillPlanner {
     for_each_tile([&](PrefillItem item, int32_t cost) {
       const bool is_fixed = params.fixed_split > 0;
       // Else fixed by the bin, as counted. A split may be left empty where the cost is below the bin's bound.
-      const Runs of_bin = runs_of(bin_cost(CostBins::of(cost)), limit);
-      const int32_t num_splits = is_fixed ? fixed_splits_of(item, cost) : of_bin.num;
-      const int32_t even_len = ceil_div(cost, num_splits), first_tile = item.tile_begin, end_tile = item.tile_end;
-      const Runs runs = is_fixed ? Runs{num_splits, even_len, even_len} : of_bin;
-      const int32_t split_len = is_fixed || !fills_gaps() ? even_len : runs.len;
+      const auto fixed_runs = [&] {
+        const int32_t num = fixed_splits_of(item, cost), len = ceil_div(cost, num);
+        return Runs{num, len, len};
+      };
+      const Runs runs = is_fixed ? fixed_runs() : runs_of(bin_cost(CostBins::of(cost)), limit);
+      const int32_t num_splits = runs.num, first_tile = item.tile_begin, end_tile = item.tile_end;
+      const int32_t split_len = is_fixed || !fills_gaps() ? ceil_div(cost, num_splits) : runs.len;
       int32_t num_alike = 1, place, last_place;
       if (is_fixed || !fills_gaps()) {
         place = atomicAdd(&smem.first_item_of_cost[CostBins::of(runs.len)], num_splits);
