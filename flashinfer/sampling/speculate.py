@@ -69,19 +69,20 @@ def speculate(
     if seed is not None or offset is not None:
         state, words_like = randomness.given(op, seed, offset)
     try:
+        draft_ptr = draft_probs.data_ptr() or checks.no_address(op, "draft_probs", draft_probs)
+        target_ptr = target_probs.data_ptr() or checks.no_address(op, "target_probs", target_probs)
+        ids_ptr = draft_token_ids.data_ptr() or checks.no_address(op, "draft_token_ids", draft_token_ids)
+        counts_like = None
+        if accepted is not None or emitted is not None:
+            counts_like = tuple(None if count is None else memo.signature(count) for count in (accepted, emitted))
         key = (
-            *memo.signature(draft_probs),
-            *memo.signature(target_probs),
-            *memo.signature(draft_token_ids),
-            None if accepted is None else memo.signature(accepted),
-            None if emitted is None else memo.signature(emitted),
-            words_like,
-        )
-        inputs = (
-            draft_probs.data_ptr() or checks.no_address(op, "draft_probs", draft_probs),
-            target_probs.data_ptr() or checks.no_address(op, "target_probs", target_probs),
-            draft_token_ids.data_ptr() or checks.no_address(op, "draft_token_ids", draft_token_ids),
-        )
+            draft_probs.dtype, draft_probs.shape, draft_probs.stride(), draft_probs.device,
+            target_probs.dtype, target_probs.shape, target_probs.stride(),
+            target_probs.get_device() if target_ptr else target_probs.device,
+            draft_token_ids.dtype, draft_token_ids.shape, draft_token_ids.stride(),
+            draft_token_ids.get_device() if ids_ptr else draft_token_ids.device,
+            counts_like, words_like,
+        )  # fmt: skip
     except AttributeError:
         rows = {"draft_probs": draft_probs, "draft_token_ids": draft_token_ids, "target_probs": target_probs}
         counts = zip(_PUBLIC_NAMES.values(), (accepted, emitted))
@@ -96,17 +97,18 @@ def speculate(
         prepared = _speculators.remember(key, _prepare(chain))
     launch, new_token_ids, new_count, num_words = prepared
     token_ids = new_token_ids() if out is None else out
+    are_given = accepted is not None and emitted is not None
     if accepted is None:
         accepted = new_count()
     if emitted is None:
         emitted = new_count()
     accepted_ptr = accepted.data_ptr() or checks.no_address(op, _PUBLIC_NAMES["accepted"], accepted)
     emitted_ptr = emitted.data_ptr() or checks.no_address(op, _PUBLIC_NAMES["emitted"], emitted)
-    if abs(accepted_ptr - emitted_ptr) < emitted.nbytes:
+    if are_given and abs(accepted_ptr - emitted_ptr) < emitted.nbytes:
         raise ValueError(f"{op}: {' and '.join(_PUBLIC_NAMES.values())} share memory; expected a place for each count")
     if state is None:
         state, words = randomness.drawn(op, draft_probs, generator, num_words)
-    launch(*inputs, token_ids.data_ptr(), accepted_ptr, emitted_ptr, *state)
+    launch(draft_ptr, target_ptr, ids_ptr, token_ids.data_ptr(), accepted_ptr, emitted_ptr, *state)
     del words  # they were there until now
     return token_ids, accepted, emitted
 
