@@ -44,7 +44,7 @@ Masks = tuple[Optional[torch.Tensor], Optional[torch.Tensor]]  # custom_mask, pa
 
 
 _SCALES = ("q_scale", "k_scale", "v_scale")
-_NO_SCALES = (None, None, None)
+NO_SCALES = (None, None, None)  # what most calls give, by identity
 _MASK_ROLES = ("mask", "mask_indptr")
 _NO_RUN: Any = (None, None)
 _NO_PLAN = (None, None)
@@ -307,7 +307,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         plan, found = self._plan, self._lengths
         if plan is None or found is None:
             raise ValueError(f"{self._op_name}: run() before plan(); call plan() with the batch's lengths first")
-        if scales != _NO_SCALES and not are_plain(scales):
+        if scales is not NO_SCALES and not are_plain(scales):
             scales = read_scales(self._op_name, dict(zip(_SCALES, scales)), self.device)  # type: ignore[assignment]
         try:
             out_ptr, lse_ptr, pe_key, sinks_key, out_key, lse_key = 0, 0, None, None, None, None
@@ -363,10 +363,11 @@ class PlannedAttention(Uncopyable, EngineNames):
         if return_lse and lse is None:
             lse = run.new_lse()
             lse_ptr = lse.data_ptr()
-        launch = run.settled_launch if self._is_settled else run.launch
-        launch(*rows, q_ptr, out_ptr, lse_ptr, k_ptr, v_ptr + run.v_offset, *found.kv_addresses)
-        if not run.is_empty:
-            self._is_settled = True
+        if self._is_settled:
+            run.settled_launch(*rows, q_ptr, out_ptr, lse_ptr, k_ptr, v_ptr + run.v_offset, *found.kv_addresses)
+        else:
+            run.launch(*rows, q_ptr, out_ptr, lse_ptr, k_ptr, v_ptr + run.v_offset, *found.kv_addresses)
+            self._is_settled = not run.is_empty
         return (out, lse) if return_lse and lse is not None else out
 
     def _low_address(self, name: str, tensor: torch.Tensor) -> int:

@@ -9,7 +9,7 @@ import torch
 from flashinfer.attention.compat import IndexBuffer, causal_by_window, check_later_arguments
 from flashinfer.attention.decode.plan import DecodePlan
 from flashinfer.attention.plan import Shape, dtype_of, planned_functions
-from flashinfer.attention.planned import DataType, GivenScales, PlannedAttention, Result
+from flashinfer.attention.planned import NO_SCALES, DataType, GivenScales, PlannedAttention, Result
 from flashinfer.attention.prefill.plan import UniformPlan, fixed_split
 from flashinfer.attention.variant import Functional, GivenScale, Overrides, Variant
 from flashinfer.host import checks
@@ -217,7 +217,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
         if later:
             check_later_arguments(self._op_name, later)
         overrides = None if window_left is None else Overrides(window_left=window_left)
-        scales = (q_scale, k_scale, v_scale)
+        scales = NO_SCALES if q_scale is k_scale is v_scale is None else (q_scale, k_scale, v_scale)
         return self._run(q, paged_kv_cache, out, lse, return_lse, scales, enable_pdl, overrides, None, sinks)
 
     def forward(

@@ -8,7 +8,7 @@ import torch
 
 from flashinfer.attention.compat import IndexBuffer, check_later_arguments
 from flashinfer.attention.plan import Shape
-from flashinfer.attention.planned import DataType, Result
+from flashinfer.attention.planned import NO_SCALES, DataType, Result
 from flashinfer.attention.prefill.plan import RaggedKv
 from flashinfer.attention.prefill.wrapper import PrefillWrapper
 from flashinfer.attention.variant import Functional, GivenScale, Overrides
@@ -212,7 +212,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         if sinks is None:
             sinks = self._sinks
         overrides = None if window_left is None else Overrides(window_left=window_left)
-        scales = (q_scale, k_scale, v_scale)
+        scales = NO_SCALES if q_scale is k_scale is v_scale is None else (q_scale, k_scale, v_scale)
         return self._run(q, paged_kv_cache, out, lse, return_lse, scales, enable_pdl, overrides, None, sinks)
 
     def forward(

@@ -8,7 +8,7 @@ import torch
 
 from flashinfer.attention.compat import IndexBuffer, check_later_arguments
 from flashinfer.attention.plan import Shape
-from flashinfer.attention.planned import DataType, Result
+from flashinfer.attention.planned import NO_SCALES, DataType, Result
 from flashinfer.attention.prefill.plan import RaggedKv
 from flashinfer.attention.prefill.wrapper import PrefillWrapper
 from flashinfer.attention.variant import Functional, GivenScale, Overrides
@@ -136,7 +136,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
             v_scale = (1.0 if v_scale is None else v_scale) / o_scale
         if sinks is None:
             sinks = self._sinks
-        scales = (q_scale, k_scale, v_scale)
+        scales = NO_SCALES if q_scale is k_scale is v_scale is None else (q_scale, k_scale, v_scale)
         return self._run(q, (k, v), out, lse, return_lse, scales, enable_pdl, None, None, sinks)
 
     def forward(
