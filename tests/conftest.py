@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flashinfer import log
+from flashinfer.attention import served
 from flashinfer.jit import cache_dir
 
 
@@ -37,6 +38,14 @@ def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.environ["FLASHINFER_CACHE_DIR"] = str(folder)
     yield folder
     del os.environ["FLASHINFER_CACHE_DIR"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_kernels_of_other_tests() -> Iterator[None]:
+    """No test of decode has prefill compiled on a GPU, nor the other way round: that is what servers need."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served, "_is_served", lambda axes: False)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import torch
 from flashinfer import target
 from flashinfer.attention import workspace
 from flashinfer.attention.plan import short_names
+from flashinfer.attention.served import beside_decode
 from flashinfer.attention.variant import Variant
 from flashinfer.attention.workspace import Memory
 from flashinfer.families.attention import decode as families
@@ -39,25 +40,22 @@ def load_kernel(
     variant: Variant,
     pdl: Optional[bool] = None,
     device_scales: bool = False,
+    page_size: int = 1,
 ) -> DecodeKernel:
     """types: of q, KV and output; head_dims: of queries and keys, and of values; num_heads: of queries and KV. Raises
     UnsupportedConfig where there is no kernel, or what `Resolver.load` does."""
     q_dtype, kv_dtype, o_dtype = short_names("decode", types)
     machine = target.of_device(device)
+    axes = {
+        "q_dtype": q_dtype, "kv_dtype": kv_dtype, "o_dtype": o_dtype,
+        "head_dim": head_dims[0], "head_dim_vo": head_dims[1], **variant.spec_args,
+    }  # fmt: skip
     spec = families.decode(
-        machine,
-        q_dtype=q_dtype,
-        kv_dtype=kv_dtype,
-        o_dtype=o_dtype,
-        head_dim=head_dims[0],
-        head_dim_vo=head_dims[1],
-        group_size=num_heads[0] // num_heads[1],
-        kv_storage=kv_storage,
-        device_scales=device_scales,
-        **variant.spec_args,
+        machine, group_size=num_heads[0] // num_heads[1], kv_storage=kv_storage, device_scales=device_scales, **axes
     )
     if kv_storage == "paged" and device.type == "cuda" and not default_resolver().holds(spec):
-        default_resolver().expect([families.DECODE_PLAN.spec(machine, variant=variant.ranges[0])])
+        planner = families.DECODE_PLAN.spec(machine, variant=variant.ranges[0])
+        default_resolver().expect([planner, *beside_decode(machine, page_size, axes)])
     return _load(device, spec, *num_heads, pdl)
 
 

@@ -67,7 +67,7 @@ class DecodePlan(Plan):
         shape = self.shape
         return launches.load_kernel(
             self.device, (self.q_dtype, self.kv_dtype, self.o_dtype), (shape.head_dim_qk, shape.head_dim_vo),
-            (shape.num_qo_heads, shape.num_kv_heads), "paged", variant, pdl, device_scales,
+            (shape.num_qo_heads, shape.num_kv_heads), "paged", variant, pdl, device_scales, shape.page_size,
         )  # fmt: skip
 
     def _extent(self, queries: str) -> Extent:

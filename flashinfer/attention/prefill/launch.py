@@ -12,6 +12,7 @@ from flashinfer import target
 from flashinfer.attention import workspace
 from flashinfer.attention.plan import BoundLaunch, short_names
 from flashinfer.attention.prefill import sm90
+from flashinfer.attention.served import beside_prefill
 from flashinfer.attention.variant import Variant
 from flashinfer.attention.workspace import Memory
 from flashinfer.families.attention import prefill as families
@@ -45,30 +46,26 @@ def load_kernel(
     page_size: int = 1,
     pdl: Optional[bool] = None,
     device_scales: bool = False,
+    group_size: int = 1,
 ) -> PrefillKernel:
     """types: of q, KV and output; head_dims: of queries and keys, and of values; queries: of QUERIES. Raises
     UnsupportedConfig where there is no kernel, or what `Resolver.load` does."""
     q_dtype, kv_dtype, o_dtype = short_names("prefill", types)
     machine = target.of_device(device)
+    axes = {
+        "q_dtype": q_dtype, "kv_dtype": kv_dtype, "o_dtype": o_dtype,
+        "head_dim": head_dims[0], "head_dim_vo": head_dims[1], **variant.spec_args,
+    }  # fmt: skip
     request = functools.partial(
-        families.prefill,
-        machine,
-        q_dtype=q_dtype,
-        kv_dtype=kv_dtype,
-        o_dtype=o_dtype,
-        head_dim=head_dims[0],
-        head_dim_vo=head_dims[1],
-        kv_storage=kv_storage,
-        page_size=page_size,
-        mask=mask,
-        device_scales=device_scales,
-        **variant.spec_args,
-    )
+        families.prefill, machine, kv_storage=kv_storage, page_size=page_size, mask=mask, device_scales=device_scales,
+        **axes,
+    )  # fmt: skip
     spec = request(queries=queries)
     if kv_storage != "single" and device.type == "cuda" and not default_resolver().holds(spec):
         planner = families.PREFILL_PLAN.spec(machine, kv_storage=kv_storage, variant=variant.ranges[0])
         others = dict.fromkeys(request(queries=other) for other in QUERIES)
-        default_resolver().expect([planner, *(other for other in others if other != spec)])
+        served = beside_prefill(machine, group_size, axes) if (kv_storage, mask) == ("paged", "causal") else []
+        default_resolver().expect([planner, *served, *(other for other in others if other != spec)])
     return load_spec(device, spec, pdl)
 
 

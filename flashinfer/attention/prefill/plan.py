@@ -95,7 +95,17 @@ class PrefillPlan(Plan):
         dims = (self.shape.head_dim_qk, self.shape.head_dim_vo)
         page_size = self.shape.page_size
         return launches.load_kernel(
-            self.device, types, dims, self._storage, mask, variant, queries, page_size, pdl, device_scales
+            self.device,
+            types,
+            dims,
+            self._storage,
+            mask,
+            variant,
+            queries,
+            page_size,
+            pdl,
+            device_scales,
+            self._group_size,
         )
 
     def queries_of(self, num_tokens: int) -> str:
