@@ -246,17 +246,20 @@ def take(
     device: torch.device,
     page_size: int,
     whole_lengths: bool = False,
+    goes_on: bool = False,
 ) -> Lengths:
     """Index tensors that are checked first, as far as the host can look at them: as contiguous int32 on the device,
-    themselves where they are that, else copies of our own. Raises what `_check` does."""
+    themselves where they are that, else copies of our own. goes_on: to `FixedBuffers.fill`, for which the copies may
+    be in pinned memory. Raises what `_check` does."""
     num_tokens, num_kv_rows = _check(op, names, given, page_size, whole_lengths)
-    found = Lengths(_on_device(op, names, given, device), -1 if device.index is None else device.index)
+    taken = _on_device(op, names, given, device, goes_on)
+    found = Lengths(taken, -1 if device.index is None else device.index)
     found.num_tokens, found.num_kv_rows = num_tokens, num_kv_rows
     return found
 
 
 def _on_device(
-    op: str, names: Sequence[str], given: tuple[torch.Tensor, ...], device: torch.device
+    op: str, names: Sequence[str], given: tuple[torch.Tensor, ...], device: torch.device, goes_on: bool
 ) -> tuple[torch.Tensor, ...]:
     if device.type == "cpu":
         for name, tensor in zip(names, given):
@@ -271,8 +274,10 @@ def _on_device(
             _require_readable(op, names[i], tensor, device)
             staged.append(i)
     if staged:
-        for i, copy in zip(staged, _upload([given[i] for i in staged], device)):
-            taken[i] = copy
+        pinned, places = _pin([given[i] for i in staged])
+        copies = pinned if goes_on else pinned.to(device, non_blocking=True)
+        for i, (begin, end) in zip(staged, places):
+            taken[i] = copies[begin:end]
     return tuple(taken)
 
 
@@ -281,17 +286,16 @@ def _require_readable(op: str, name: str, tensor: torch.Tensor, device: torch.de
         raise ValueError(f"{op}: {name} is on {tensor.device}; expected {device} or the CPU")
 
 
-def _upload(given: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """Host tensors, on their way to the device in one copy."""
+def _pin(given: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Host tensors side by side, for one copy to the device, and where each of them is."""
     places, end = [], 0
     for tensor in given:
         places.append((end, end + tensor.numel()))
         end += -(-tensor.numel() // _STAGED_ALIGNMENT) * _STAGED_ALIGNMENT
-    staging = torch.empty(end, dtype=torch.int32, device="cpu", pin_memory=True)  # ours: see host/uploads.py
+    pinned = torch.empty(end, dtype=torch.int32, device="cpu", pin_memory=True)  # ours: see host/uploads.py
     for tensor, (begin, stop) in zip(given, places):
-        staging[begin:stop].copy_(tensor)
-    arrived = staging.to(device, non_blocking=True)
-    return [arrived[begin:stop] for begin, stop in places]
+        pinned[begin:stop].copy_(tensor)
+    return pinned, places
 
 
 class FixedBuffers:
@@ -339,5 +343,6 @@ class FixedBuffers:
         kernels read: the buffers, or on the CPU, which has no graphs, the copies, which nobody changes."""
         for buffer, values in zip(self._buffers.values(), given):
             if values.data_ptr() != buffer.data_ptr():
-                buffer[: values.numel()].copy_(values, non_blocking=True)
+                front = buffer if buffer.numel() == values.numel() else buffer[: values.numel()]
+                front.copy_(values, non_blocking=True)
         return tuple(given if self._device.type == "cpu" else self._buffers.values())

@@ -178,8 +178,9 @@ class PlannedAttention(Uncopyable, EngineNames):
             self._described = key, plan
         if not found.are_in_place or (self._may_see_indices and self._sees_indices()):
             self._require_tensors(given)
+            goes_on = self._fixed is not None and masks is None
             found = lengths.take(
-                self._op_name, self._index_names, given, self.device, plan.shape.page_size, self._whole_lengths
+                self._op_name, self._index_names, given, self.device, plan.shape.page_size, self._whole_lengths, goes_on
             )
             self._followed = _NO_RUN  # which may not have what these lengths need
         num_tokens = found.num_tokens
