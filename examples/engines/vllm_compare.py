@@ -1,6 +1,6 @@
 """vLLM with FlashInfer's attention and sampler (B) beside vLLM with FlashAttention and its own sampler (A).
 
-    python examples/engines/vllm_compare.py [--stages cold,agree,speed,fp8,ngram,xqa] [--models llama,qwen3]
+    python examples/engines/vllm_compare.py [--stages cold,agree,speed,v1,xqa,fp8,ngram] [--models llama,qwen3]
 
 Models of the true shapes of Llama-3-8B and Qwen3-8B, a few layers, random weights: nothing is downloaded. Every engine
 is a process of its own; two that are compared are alive together and take turns. README.md beside this file says how to
@@ -51,7 +51,8 @@ NEW_TOKENS = 48
 NEAR, NEAR_IN_8_BITS = 0.1, 0.4
 OURS = {"backend": "FLASHINFER", "use_trtllm_attention": False}  # attention_config
 GRAPHS = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}
-STAGES = ("cold", "agree", "speed", "fp8", "ngram", "xqa")
+STAGES = ("cold", "agree", "speed", "fp8", "ngram", "xqa", "v1")
+STEPS = 32  # of decode, in a profile
 
 
 # ----------------------------------------------------------------------------------------------- in an engine's process
@@ -70,6 +71,32 @@ def draw_weights(model: Any) -> int:
                 deviation = 1.0 if "embed" in name else 1.28 / parameter.shape[-1] ** 0.5
                 parameter.normal_(0.0, deviation, generator=generator)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def steps_of(events: Sequence[tuple[str, bool, int, int]]) -> Optional[dict[str, Any]]:
+    """Of one step of decode, which is one replay of a graph: milliseconds from one to the next, in which the GPU works,
+    in which it has nothing to do, and in which the host waits in calls of CUDA; and how many kernels and copies run.
+
+    events: name, whether it is the GPU's, begin and end in nanoseconds.
+    """
+    replays = sorted(begin for name, _, begin, _ in events if name.startswith("cudaGraphLaunch"))
+    if len(replays) < 6:
+        return None
+    first, last, count = replays[3], replays[-1], len(replays) - 4  # the first steps are not yet in step
+    of_gpu = sorted((begin, end) for _, is_gpu, begin, end in events if is_gpu and first <= begin < last)
+    busy = reached = 0
+    for begin, end in of_gpu:
+        busy += max(0, min(end, last) - max(begin, reached))
+        reached = max(reached, end)
+    waits: dict[str, float] = {}
+    for name, is_gpu, begin, end in events:
+        if not is_gpu and first <= begin < last and ("Synchronize" in name or "Memcpy" in name):
+            waits[name] = waits.get(name, 0.0) + (end - begin) / 1e6 / count
+    span = (last - first) / 1e6 / count
+    return {
+        "step": span, "gpu": busy / 1e6 / count, "idle": span - busy / 1e6 / count, "on_gpu": len(of_gpu) / count,
+        "host": {name: round(ms, 4) for name, ms in waits.items()},
+    }  # fmt: skip
 
 
 def wait() -> None:
@@ -136,8 +163,13 @@ class Worker:
         kernels = {event.key: event.self_device_time_total / 1e3 for event in profiled.key_averages()}
         words = ("flash", "attention", "prefill", "decode", "merge", "combine", "plan")
         of_attention = {name: ms for name, ms in kernels.items() if any(word in name.lower() for word in words) and ms}
-        longest = sorted(kernels.items(), key=lambda item: -item[1])[:6]
+        longest = sorted(kernels.items(), key=lambda item: -item[1])[:8]
+        events = [
+            (event.name(), "CUDA" in str(event.device_type()), event.start_ns(), event.start_ns() + event.duration_ns())
+            for event in profiled.profiler.kineto_results.events()
+        ]
         return {
+            "steps": steps_of(events),
             "total": sum(kernels.values()),
             "attention": sum(of_attention.values()),
             "longest": [(name[:90], ms) for name, ms in longest],
@@ -201,6 +233,11 @@ class Engine:
     environment: dict[str, str]
     logs: Path
     ran: dict[str, Any] = field(default_factory=dict)
+    was_asked: bool = False  # to start
+
+    @property
+    def is_ours(self) -> bool:
+        return bool(self.options["attention_config"]["backend"] == "FLASHINFER")
 
     def launch(self) -> Engine:
         """Begin to import vLLM, without waiting for it."""
@@ -247,6 +284,7 @@ class Engine:
         return self.answer(min(limit, clock.left()))
 
     def start(self) -> float:
+        self.was_asked = True
         self.ran = self.ask("start", **self.options)
         return float(self.ran["seconds"])
 
@@ -371,17 +409,20 @@ class Comparison:
         if "fp8" in stages:
             fp8: dict[str, Any] = {"kv_cache_dtype": "fp8"}
             wide = {**OURS, "disable_flashinfer_q_quantization": True}
-            compiled = {**fp8, "compilation_config": GRAPHS}
+            # Unless it is compiled, queries of Llama are cut out of wider rows, which vLLM's own backend asserts
+            # against; those of Qwen3 are normalized into rows of their own.
             found["fp8"] = [
-                self.engine(f"{first} A fp8", first, ours=False, **fp8),
-                self.engine(f"{first} B fp8 queries in 16 bits", first, ours=True, attention=wide, **fp8),
-                # Without torch.compile vLLM's queries are cut out of wider rows, which its own backend asserts against.
-                self.engine(f"{first} B fp8", first, ours=True, **compiled),
+                self.engine("qwen3 A fp8", "qwen3", ours=False, **fp8),
+                self.engine("qwen3 B fp8 queries in 16 bits", "qwen3", ours=True, attention=wide, **fp8),
+                self.engine("qwen3 B fp8", "qwen3", ours=True, **fp8),
             ]
         if "xqa" in stages:  # what vLLM does on Hopper when NVIDIA's servers, or its cubins, are within reach
             cubins, attention = {"VLLM_HAS_FLASHINFER_CUBIN": "1"}, {"backend": "FLASHINFER"}
             found["xqa"] = [self.engine(f"{first} B xqa", first, True, cubins, attention=attention)]
-        found["speed"] = found["agree"][:2] + found["xqa"] + found["agree"][2:]
+        if "v1" in stages:  # vLLM's older model runner, which knows the lengths of the batch on the host
+            older = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+            found["v1"] = [self.engine(f"{first} {side} v1", first, side == "B", older) for side in "AB"]
+        found["speed"] = found["agree"][:2] + found["xqa"] + found["v1"] + found["agree"][2:]
         return {stage: engines for stage, engines in found.items() if stage in stages}
 
     def empty_caches(self, name: str) -> dict[str, str]:
@@ -399,13 +440,15 @@ class Comparison:
         for engine in used.values():
             self.attempt(engine.name, engine.answer, clock.left())
         say(f"{len(used)} processes have imported vLLM")
+        if "cold" not in stages:
+            self.started([*used.values()])
         for stage, engines in stages.items():
             if clock.left() < 15:
                 self.note(stage, error="not run: out of time")
                 continue
             say(f"---- {stage}")
             self.attempt(stage, getattr(self, f"stage_{stage}"), engines)
-            if stage not in ("cold", "agree"):
+            if stage not in ("cold", "agree", "v1"):
                 for engine in engines:
                     if stage != "speed" or not engine.name.startswith(self.arguments.models[0]):
                         engine.stop()
@@ -432,12 +475,12 @@ class Comparison:
 
     def started(self, engines: Sequence[Engine]) -> None:
         """Those that are not yet, side by side. What is timed does not begin before all have."""
-        missing = [engine for engine in engines if not engine.ran]
+        missing = [engine for engine in engines if not engine.was_asked]
         with concurrent.futures.ThreadPoolExecutor(len(missing) or 1) as pool:
             list(pool.map(lambda engine: self.attempt(engine.name, engine.start), missing))
-        for engine in engines:
-            if engine.ran and "drawn" not in engine.ran:
-                engine.ran["drawn"] = engine.ask("draw")
+            undrawn = [engine for engine in engines if engine.ran and "drawn" not in engine.ran]
+            for engine, drawn in zip(undrawn, pool.map(lambda engine: engine.ask("draw"), undrawn)):
+                engine.ran["drawn"] = drawn
 
     # ------------------------------------------------------------------------------------------------------- the stages
 
@@ -510,11 +553,13 @@ class Comparison:
             rows = prompts_of(vocab, 7, [4096] * count)
             short, long = (
                 float(engine.ask("generate", prompts=rows, tokens=tokens, sampled=sampled)["seconds"])
-                for tokens in (2, 66)
+                for tokens in (2, 130)
             )
-            return count * 64 / (long - short)
+            return count * 128 / (long - short)
 
         def row(name: str, time_one: Callable[[Engine, int], float]) -> None:
+            if not name.startswith(tuple(self.arguments.rows)) or clock.left() < 10:
+                return
             speeds: dict[str, list[float]] = {engine.name: [] for engine in engines}
             for turn in range(repeats + 1):
                 seed = next(seeds)  # other tokens each time, or the prefix cache would answer
@@ -523,27 +568,30 @@ class Comparison:
                     if turn:  # the first warms up
                         speeds[engine.name].append(speed)
             medians = {name: statistics.median(values) for name, values in speeds.items()}
+            beside = engines[0].name
             for engine in engines:
                 values = speeds[engine.name]
+                beside = beside if engine.is_ours else engine.name  # each B beside the A ahead of it
                 self.note(
                     "speed", engine=engine.name, row=name, unit="tokens/s", median=medians[engine.name],
-                    best=max(values), worst=min(values), ratio=medians[engine.name] / medians[engines[0].name],
-                    ratio_of_best=max(values) / max(speeds[engines[0].name]),
+                    best=max(values), worst=min(values), ratio=medians[engine.name] / medians[beside],
+                    ratio_of_best=max(values) / max(speeds[beside]),
                 )  # fmt: skip
 
         row("prefill 32 x 2048", lambda engine, seed: prefill(engine, 32, 2048, seed))
         row("prefill 4 x 16384", lambda engine, seed: prefill(engine, 4, 16384, seed))
         row("decode 64 at 4096", lambda engine, _: decode(engine, 64, False))
         row("decode 1 at 4096", lambda engine, _: decode(engine, 1, False))
-        row("decode 64 at 4096, top-k top-p", lambda engine, _: decode(engine, 64, True))
+        row("top-k top-p, decode 64 at 4096", lambda engine, _: decode(engine, 64, True))
 
     def profiles(self, engines: Sequence[Engine]) -> None:
         vocab = self.vocab(engines[0])
         for name, rows, tokens in (
             ("prefill 4 x 16384", prompts_of(vocab, 99, [16384] * 4), 1),
-            ("decode 64 at 4096, 8 steps, and the prefix", prompts_of(vocab, 7, [4096] * 64), 9),
+            (f"decode 64 at 4096, {STEPS} steps, and the prefix", prompts_of(vocab, 7, [4096] * 64), STEPS + 1),
+            (f"decode 1 at 4096, {STEPS} steps, and the prefix", prompts_of(vocab, 7, [4096]), STEPS + 1),
         ):
-            for engine in engines:
+            for engine in engines if name.startswith(tuple(self.arguments.rows)) else ():
                 found = engine.ask("profile", prompts=rows, tokens=tokens)
                 self.note("profile", engine=engine.name, row=name, unit="ms of GPU", **found)
 
@@ -557,6 +605,10 @@ class Comparison:
         self.started(engines)
         a, b = engines
         self.agreement("ngram", a, b, repetitive(self.vocab(a), 1, LENGTHS))
+
+    def stage_v1(self, engines: Sequence[Engine]) -> None:
+        self.started(engines)
+        self.agreement("v1", *engines, prompts_of(self.vocab(engines[0]), 1, LENGTHS, SHARED))
 
     def stage_xqa(self, engines: Sequence[Engine]) -> None:
         (b,) = engines
@@ -580,6 +632,7 @@ def main() -> None:
     parser.add_argument("--models", type=names, default=list(SHAPES), help=f"of {','.join(SHAPES)}")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each row")
+    parser.add_argument("--rows", type=names, default=[""], help="of speed, those that begin so: decode,prefill 32")
     parser.add_argument("--compile", action="store_true", help="torch.compile, as vLLM does by default")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--upstream", metavar="DIR", help="upstream's flashinfer (pip install --target DIR), for cold")
