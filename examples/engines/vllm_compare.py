@@ -106,6 +106,20 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+def noted(holder: Any, name: str) -> list[tuple[float, float]]:
+    """When calls of a function begin and end, from now on."""
+    call, times = getattr(holder, name), []
+
+    def timed(*given: Any, **named: Any) -> Any:
+        begin = time.perf_counter()
+        result = call(*given, **named)
+        times.append((begin, time.perf_counter()))
+        return result
+
+    setattr(holder, name, timed)
+    return times
+
+
 class Worker:
     """What the other process asks for, by name."""
 
@@ -123,7 +137,19 @@ class Worker:
 
         begin = time.perf_counter()
         self.llm = LLM(**options)
-        return {"seconds": time.perf_counter() - begin}
+        seconds = time.perf_counter() - begin
+        # On the host, of every step: all of it, the layout of its batch for attention, and of that the plan of decode.
+        self.times = {"step": noted(self.llm.llm_engine, "step")}
+        for group in itertools.chain.from_iterable(self.runner().attn_groups):
+            self.times["layout"] = noted(group.get_metadata_builder(0), "build")
+        backend = sys.modules.get("vllm.v1.attention.backends.flashinfer")
+        if backend is not None:
+            self.times["plan"] = noted(backend, "fast_plan_decode")
+        return {"seconds": seconds}
+
+    def runner(self) -> Any:
+        worker = self.llm.llm_engine.model_executor.driver_worker
+        return getattr(worker, "worker", worker).model_runner
 
     def draw(self) -> dict[str, Any]:
         parameters = self.llm.apply_model(draw_weights)
@@ -137,6 +163,8 @@ class Worker:
 
         how = {"temperature": 0.8, "top_k": 50, "top_p": 0.9} if sampled else {"temperature": 0.0}
         params = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=logprobs, **how)
+        for times in self.times.values():
+            times.clear()
         wait()
         begin = time.perf_counter()
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
@@ -150,7 +178,12 @@ class Worker:
                     "logprobs": [{str(t): p.logprob for t, p in step.items()} for step in best.logprobs],
                 }
             )
-        return {"seconds": seconds, "rows": rows}
+        host = {
+            name: statistics.median(end - begin for begin, end in times) for name, times in self.times.items() if times
+        }
+        ends = [end for _, end in self.times["step"]][4:]  # the first are not yet in step
+        between = [after - before for before, after in itertools.pairwise(ends)]
+        return {"seconds": seconds, "rows": rows, "host": host, "step": statistics.median(between) if between else 0.0}
 
     def profile(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
         """GPU time, milliseconds: of everything, and of the kernels of attention."""
@@ -177,9 +210,7 @@ class Worker:
 
     def describe(self) -> dict[str, Any]:
         config = self.llm.llm_engine.vllm_config
-        worker = self.llm.llm_engine.model_executor.driver_worker
-        runner = getattr(worker, "worker", worker).model_runner
-        groups = itertools.chain.from_iterable(getattr(runner, "attn_groups", None) or ())
+        groups = itertools.chain.from_iterable(self.runner().attn_groups)
         found: dict[str, Any] = {
             "vllm": self.version,
             "backends": sorted({group.backend.get_name() for group in groups}),
@@ -369,7 +400,8 @@ class Comparison:
         given: dict[str, Any] = {
             "model": str(self.folder / model), "load_format": "dummy", "skip_tokenizer_init": True,
             "dtype": "bfloat16", "max_model_len": 20480, "max_num_batched_tokens": 8192, "max_num_seqs": 64,
-            "gpu_memory_utilization": 0.12, "kv_cache_memory_bytes": 6 << 30, "seed": 0, "disable_log_stats": True,
+            "gpu_memory_utilization": 0.12, "kv_cache_memory_bytes": (self.arguments.layers * 3) << 29,
+            "seed": 0, "disable_log_stats": True,
             "compilation_config": GRAPHS if self.arguments.compile else {"mode": 0, **GRAPHS},
             "attention_config": attention, **options,
         }  # fmt: skip
@@ -549,13 +581,11 @@ class Comparison:
             return count * length / float(engine.ask("generate", prompts=rows, tokens=1)["seconds"])
 
         def decode(engine: Engine, count: int, sampled: bool) -> float:
-            """The prompts are in the prefix cache; what the first two tokens take is left out."""
+            """By the median step: the prompts are in the prefix cache, and what is not decode does not count."""
             rows = prompts_of(vocab, 7, [4096] * count)
-            short, long = (
-                float(engine.ask("generate", prompts=rows, tokens=tokens, sampled=sampled)["seconds"])
-                for tokens in (2, 130)
-            )
-            return count * 128 / (long - short)
+            ran = engine.ask("generate", prompts=rows, tokens=130, sampled=sampled)
+            engine.ran["host"] = {name: 1e3 * seconds for name, seconds in ran["host"].items()}
+            return count / float(ran["step"])
 
         def row(name: str, time_one: Callable[[Engine, int], float]) -> None:
             if not name.startswith(tuple(self.arguments.rows)) or clock.left() < 10:
@@ -570,12 +600,13 @@ class Comparison:
             medians = {name: statistics.median(values) for name, values in speeds.items()}
             beside = engines[0].name
             for engine in engines:
+                host = {"host_ms": engine.ran.pop("host")} if "host" in engine.ran else {}
                 values = speeds[engine.name]
                 beside = beside if engine.is_ours else engine.name  # each B beside the A ahead of it
                 self.note(
                     "speed", engine=engine.name, row=name, unit="tokens/s", median=medians[engine.name],
                     best=max(values), worst=min(values), ratio=medians[engine.name] / medians[beside],
-                    ratio_of_best=max(values) / max(speeds[beside]),
+                    ratio_of_best=max(values) / max(speeds[beside]), **host,
                 )  # fmt: skip
 
         row("prefill 32 x 2048", lambda engine, seed: prefill(engine, 32, 2048, seed))
