@@ -152,6 +152,8 @@ class Worker:
         return getattr(worker, "worker", worker).model_runner
 
     def draw(self) -> dict[str, Any]:
+        if hasattr(os, "sched_setaffinity"):  # this thread, of every engine on the same processor: they take turns
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
         parameters = self.llm.apply_model(draw_weights)
         self.llm.reset_prefix_cache()  # of other weights
         return {"parameters": parameters}
