@@ -7,7 +7,8 @@
 //   those without; chunks [num_chunks], each with the tile it starts at (decode/params.h)
 //
 // One block. It scans the lengths as many at a time as it has threads, then finds the request of each chunk by
-// bisection.
+// bisection. A batch with a thread for each request, which is nearly every one, is read once and searched in shared
+// memory: attention over a block table plans in every layer.
 #pragma once
 
 #include "attention/decode/schedule.cuh"
@@ -49,35 +50,46 @@ __device__ __forceinline__ DecodeRequest read_request(const DecodePlanParams& pa
   return {request_idx, kv_len, first_key, begin, 0, 0, ceil_div(kv_len - first_key, params.tile_len), 0};
 }
 
-// Grid: one block. Two passes over the requests: how many tiles there are, then who owns which.
+// Grid: one block. Two passes over the requests, of which a short list needs the second alone: how many tiles there
+// are, then who owns which.
 template <class Config>
 __device__ void decode_plan(const DecodePlanParams& params) {
   constexpr int kNumThreads = Config::kNumThreads;
   __shared__ uint64_t warp_sums[kWarpSize];
+  __shared__ int32_t first_tiles_smem[kNumThreads];
+  __shared__ DecodeRequest requests_smem[kNumThreads];
+  const bool is_short_list = params.batch_size <= kNumThreads;
+  int32_t* first_tiles = is_short_list ? first_tiles_smem : params.tile_indptr;
+  const DecodeRequest* requests = is_short_list ? requests_smem : params.requests;
   wait_for_previous_kernel();
   allow_next_kernel();
 
   const int64_t num_counters = (int64_t(params.batch_size) + 2 * params.num_chunks) * params.num_head_blocks;
   for (int64_t i = threadIdx.x; i < num_counters; i += kNumThreads) params.counters[i] = 0;
-  int32_t num_tiles = 0;
-  for (int32_t first = 0; first < params.batch_size; first += kNumThreads) {
-    const DecodeRequest request = read_request<Config>(params, first + threadIdx.x);
-    num_tiles += int32_t(scan_block<kNumThreads>(uint64_t(request.num_tiles), warp_sums).total);
+  ChunkSplit split{0, 0, 0};
+  if (!is_short_list) {
+    int32_t num_tiles = 0;
+    for (int32_t first = 0; first < params.batch_size; first += kNumThreads) {
+      const DecodeRequest request = read_request<Config>(params, first + threadIdx.x);
+      num_tiles += int32_t(scan_block<kNumThreads>(uint64_t(request.num_tiles), warp_sums).total);
+    }
+    split = ChunkSplit::make(num_tiles, params.num_chunks);
   }
-  const ChunkSplit split = ChunkSplit::make(num_tiles, params.num_chunks);
 
   int32_t tiles_before = 0, num_listed = 0;
   for (int32_t first = 0; first < params.batch_size; first += kNumThreads) {
     DecodeRequest request = read_request<Config>(params, first + threadIdx.x);
     const bool listed = request.kv_len > 0;
     const auto scan = scan_block<kNumThreads>(TilesAndRequests::pack(request.num_tiles, listed), warp_sums);
+    if (is_short_list) split = ChunkSplit::make(TilesAndRequests::tiles_of(scan.total), params.num_chunks);
     const int32_t first_tile = tiles_before + TilesAndRequests::tiles_of(scan.before);
     const int32_t position = num_listed + TilesAndRequests::requests_of(scan.before);
     if (listed) {
       request.first_chunk = split.chunk_of(first_tile);
       request.num_chunks = split.chunk_of(first_tile + request.num_tiles - 1) - request.first_chunk + 1;
       params.requests[position] = request;
-      params.tile_indptr[position] = first_tile;
+      if (is_short_list) requests_smem[position] = request;
+      first_tiles[position] = first_tile;
     } else if (request.request_idx < params.batch_size) {
       params.empty[request.request_idx - position] = request.request_idx;
     }
@@ -90,15 +102,15 @@ __device__ void decode_plan(const DecodePlanParams& params) {
     DecodeChunk chunk{0, 0, 0, params.batch_size - num_listed, {0, 0, 0, 0, 0, 0, 0, 0}};
     if (chunk_idx < split.num_chunks) {
       const int32_t first_tile = split.first_tile(chunk_idx);
-      int32_t low = 0, high = num_listed;  // tile_indptr[low] <= first_tile < tile_indptr[high]
+      int32_t low = 0, high = num_listed;  // first_tiles[low] <= first_tile < first_tiles[high]
       while (high - low > 1) {
         const int32_t middle = (low + high) / 2;
-        (params.tile_indptr[middle] <= first_tile ? low : high) = middle;
+        (first_tiles[middle] <= first_tile ? low : high) = middle;
       }
       chunk.first_request = low;
-      chunk.first_tile = first_tile - params.tile_indptr[low];
+      chunk.first_tile = first_tile - first_tiles[low];
       chunk.num_tiles = split.first_tile(chunk_idx + 1) - first_tile;
-      chunk.request = params.requests[low];
+      chunk.request = requests[low];
     }
     params.chunks[chunk_idx] = chunk;
   }
