@@ -9,6 +9,9 @@ cache_dir.py  where all of it is kept          trust.py       who signed a regis
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from flashinfer.jit.resolver import default_resolver
 from flashinfer.jit.spec import ArgValue, Config, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
 
@@ -27,8 +30,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> bool:
+# What TVM's compiler imports from here: flashinfer_tvm, of the extra `tvm`, answers.
+_OF_TVM = ("gen_customize_batch_prefill_module", "gen_customize_batch_decode_module", "gen_batch_mla_module")
+
+
+def __getattr__(name: str) -> Any:
     # Upstream's flag, read by serving engines: true when precompiled kernels are installed.
     if name == "has_prebuilt_ops":
         return bool(default_resolver().aot.registries)
+    if name in _OF_TVM:
+        try:
+            return getattr(importlib.import_module("flashinfer_tvm.modules"), name)
+        except ModuleNotFoundError as error:
+            raise AttributeError(
+                f"flashinfer.jit.{name} is for TVM and needs {error.name}; pip install 'flashinfer[tvm]'"
+            ) from None
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,81 @@
+"""Tensors of the FFI as torch sees them, and the stream that the FFI has for a device.
+
+Torch is what the checks and launches of flashinfer are written for, so tensors pass through it: a view of 1.5 µs each,
+on the CPU, which copies nothing. Its allocator and its streams stay out of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+import tvm_ffi
+from torch.utils.dlpack import from_dlpack
+
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.host import memo
+
+
+def tensor(op: str, name: str, given: Any) -> torch.Tensor:
+    """A view of a tensor of the FFI. Raises TypeError for what is none, UnsupportedConfig for what torch has no dtype
+    or device for."""
+    if isinstance(given, torch.Tensor):
+        return given
+    try:
+        capsule = given.__dlpack__()
+    except AttributeError:
+        raise TypeError(f"{op}: {name} is {type(given).__name__}; expected a tensor") from None
+    try:
+        return from_dlpack(capsule)
+    except (RuntimeError, BufferError) as error:
+        reason = str(error).splitlines()[0]
+        raise UnsupportedConfig(
+            f"{op}: {name} is {given.dtype} on {given.device}, which torch does not take ({reason}); expected a dtype "
+            "and a device of torch"
+        ) from None
+
+
+def tensors(op: str, **given: Any) -> list[torch.Tensor]:
+    return [tensor(op, name, value) for name, value in given.items()]
+
+
+@functools.cache
+def _ffi_device(index: int) -> Any:
+    return tvm_ffi.device("cuda", index)
+
+
+_NO_CHANGE = contextlib.nullcontext()
+
+
+def environment_stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes the stream that the FFI has for a device torch's current one, which launches go to."""
+    if device.type != "cuda":
+        return _NO_CHANGE
+    handle = tvm_ffi.get_raw_stream(_ffi_device(device.index))
+    if handle == memo.current_stream(device.index):
+        return _NO_CHANGE
+    stream = torch.cuda.ExternalStream(handle, device=device) if handle else torch.cuda.default_stream(device)
+    return torch.cuda.stream(stream)
+
+
+class _Memory:
+    """Memory on a CUDA device that somebody else keeps alive, in the protocol that torch reads without owning it."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
+def borrowed(workspace: torch.Tensor) -> torch.Tensor:
+    """The bytes of a workspace, which this does not keep alive. On the CPU, whose kernels need none, an empty one."""
+    if workspace.device.type != "cuda":
+        return torch.empty(0, dtype=torch.uint8)
+    memory = _Memory(workspace.data_ptr(), workspace.numel() * workspace.element_size())
+    return torch.as_tensor(memory, device=workspace.device)
