@@ -24,11 +24,12 @@ ROOT = Path(__file__).resolve().parent
 SET = "flashinfer/precompiled"  # flashinfer.jit.stores looks there
 # Folders of the source tree that live inside the installed package. An editable install finds them where they are.
 _PACKAGE_DATA = ("csrc", "aot_configs")
+_PACKAGES = ("flashinfer", "flashinfer_tvm")
 _METADATA = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "flashinfer/version.py")
 _SDIST = (
     *_METADATA,
     *_PACKAGE_DATA,
-    "flashinfer",
+    *_PACKAGES,
     "scripts",
     "tests",
     "docs",
@@ -79,7 +80,7 @@ prepare_metadata_for_build_editable = prepare_metadata_for_build_wheel
 def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
     directory = str(Path(wheel_directory).absolute())
     inside = {f"flashinfer/{place}": path for place, path in files_of(ROOT, *_PACKAGE_DATA).items()}
-    files = {**files_of(ROOT, *_METADATA, "flashinfer"), **inside}
+    files = {**files_of(ROOT, *_METADATA, *_PACKAGES), **inside}
     with tempfile.TemporaryDirectory(prefix="flashinfer-set-") as name:
         if _is_aot():
             folder = Path(name)

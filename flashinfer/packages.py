@@ -20,6 +20,7 @@ RUNTIME = {
 }
 BUILD = {"ninja": "ninja", "tqdm": "tqdm"}
 TRUST = {"cryptography": "cryptography>=3.4"}  # signatures of sets
+TVM = {"tvm_ffi": "apache-tvm-ffi>=0.1.11,<0.2"}
 # What any build of CUDA kernels needs where no torch brings it. Drivers before 580 want cubins of CUDA 12: extra cu12.
 NVRTC, CUDA_HEADERS = "nvidia-cuda-nvrtc>=13,<14", "nvidia-cuda-runtime>=13,<14"
 CU12 = ("nvidia-cuda-nvrtc-cu12>=12.8", "nvidia-cuda-runtime-cu12>=12.8")
@@ -35,7 +36,7 @@ def is_missing(module: str) -> bool:
 
 def requirement(module: str) -> str | None:
     """What pip installs for a module of this list or one inside of it; None for any other."""
-    for known, text in {**RUNTIME, **BUILD, **TRUST}.items():
+    for known, text in {**RUNTIME, **BUILD, **TRUST, **TVM}.items():
         if module == known or module.startswith(f"{known}.") or known.startswith(f"{module}."):
             return text
     return None

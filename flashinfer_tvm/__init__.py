@@ -15,6 +15,7 @@ from typing import Any
 
 import tvm_ffi
 
+from flashinfer.errors import CompileError, KernelMissing, ToolchainMissing, UnsupportedConfig
 from flashinfer_tvm.latent import batch_mla_plan, batch_mla_run
 from flashinfer_tvm.paged import (
     batch_decode_plan,
@@ -38,11 +39,13 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "batch_mla_run": batch_mla_run,
     "flashinfer.sampling.parallel_sampling_from_prob": parallel_sampling_from_prob,
 }
+# Errors that arrive as what they are where Python calls; by their names, as all do, elsewhere.
+_ERRORS = (UnsupportedConfig, KernelMissing, ToolchainMissing, CompileError)
 _registered: dict[str, Any] = {}
 
 
 def register(override: bool = False) -> None:
-    """Make every function of `FUNCTIONS` a global function of tvm_ffi, once in a process.
+    """Make every function of `FUNCTIONS` a global function of tvm_ffi: once in a process, before it loads a model.
 
     Args:
         override: take the place of functions that somebody else registered under these names.
@@ -57,5 +60,7 @@ def register(override: bool = False) -> None:
             f"flashinfer_tvm.register: {', '.join(taken)} of another library are registered; expected none. Next step: "
             "register(override=True) takes their place"
         )
+    for error in _ERRORS:
+        tvm_ffi.register_error(error)
     for name in names:
         _registered[name] = tvm_ffi.register_global_func(name, FUNCTIONS[name], override=override)

@@ -77,8 +77,8 @@ def batch_mla_run(
     is_natural = checks.boolean(op, "return_lse_base_on_e", return_lse_base_on_e)
     operands = {"q_nope": q_nope, "q_pe": q_pe, "ckv_cache": ckv_cache, "kpe_cache": kpe_cache}
     found = schedules.run(
-        op, "batch_mla_plan", _describe, (float_workspace, int_workspace), plan_info, operands, out, lse, (kv_indices,),
-        (mask_mode_code, num_heads, page_size, sm_scale), kv_is_pair=False,
+        op, "batch_mla_plan", _describe, (float_workspace, int_workspace), plan_info, operands, out, lse,
+        {"kv_indices": kv_indices}, (mask_mode_code, num_heads, page_size, sm_scale), kv_is_pair=False,
     )  # fmt: skip
     if found is not None and is_natural:
         with environment_stream(found.device):
@@ -86,7 +86,7 @@ def batch_mla_run(
 
 
 def _describe(
-    op: str, batch: Batch, taken: list[torch.Tensor], index: tuple[Any, ...], options: tuple[Any, ...]
+    op: str, batch: Batch, taken: list[torch.Tensor], index: dict[str, Any], options: tuple[Any, ...]
 ) -> Described:
     q_nope, q_pe, ckv = taken[:3]
     mask_mode_code, num_heads, page_size, sm_scale = options
@@ -97,7 +97,7 @@ def _describe(
         heads == batch.shape.num_qo_heads, op, f"num_heads is {heads}; planned for {batch.shape.num_qo_heads}"
     )
     rows, offsets, lengths = batch.lengths
-    places = (rows, offsets, take_index(op, "kv_indices", index[0], batch.num_entries, q_nope.device), lengths)
+    pages = take_index(op, "kv_indices", index["kv_indices"], batch.num_entries, q_nope.device)
     arguments = {
         "num_heads": heads,
         "head_dim_ckv": batch.shape.head_dim_vo,
@@ -108,4 +108,4 @@ def _describe(
         "q_data_type": q_nope.dtype,
         "kv_data_type": ckv.dtype,
     }
-    return Described(BatchMLAPagedAttentionWrapper, None, places, arguments)
+    return Described(BatchMLAPagedAttentionWrapper, None, (rows, offsets, pages, lengths), arguments)

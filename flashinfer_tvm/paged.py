@@ -112,7 +112,8 @@ def batch_prefill_paged_run(
     """
     schedules.run(
         "batch_prefill_paged_run", "batch_prefill_plan", _describe_paged, (float_workspace, int_workspace), plan_info,
-        {"q": q, "k_pages": k_pages, "v_pages": v_pages}, out, lse, (qo_indptr, kv_indptr, kv_indices, last_page_len),
+        {"q": q, "k_pages": k_pages, "v_pages": v_pages}, out, lse,
+        {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr, "kv_indices": kv_indices, "last_page_len": last_page_len},
         (kv_layout_code, mask_mode_code, window_left, sm_scale), enable_pdl,
     )  # fmt: skip
 
@@ -143,7 +144,7 @@ def batch_prefill_ragged_run(
     """
     schedules.run(
         "batch_prefill_ragged_run", "batch_prefill_plan", _describe_ragged, (float_workspace, int_workspace), plan_info,
-        {"q": q, "k": k, "v": v}, out, lse, (qo_indptr, kv_indptr),
+        {"q": q, "k": k, "v": v}, out, lse, {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr},
         (kv_layout_code, mask_mode_code, window_left, sm_scale), enable_pdl, kv_is_pair=False,
     )  # fmt: skip
 
@@ -215,7 +216,8 @@ def batch_decode_run(
     `batch_prefill_paged_run`."""
     schedules.run(
         "batch_decode_run", "batch_decode_plan", _describe_decode, (float_workspace, int_workspace), plan_info,
-        {"q": q, "k_pages": k_pages, "v_pages": v_pages}, out, lse, (kv_indptr, kv_indices, last_page_len),
+        {"q": q, "k_pages": k_pages, "v_pages": v_pages}, out, lse,
+        {"kv_indptr": kv_indptr, "kv_indices": kv_indices, "last_page_len": last_page_len},
         (kv_layout_code, window_left, sm_scale), enable_pdl,
     )  # fmt: skip
 
@@ -224,19 +226,18 @@ def batch_decode_run(
 
 
 def _describe_paged(
-    op: str, batch: Batch, taken: list[torch.Tensor], index: tuple[Any, ...], options: tuple[Any, ...]
+    op: str, batch: Batch, taken: list[torch.Tensor], index: dict[str, Any], options: tuple[Any, ...]
 ) -> Described:
     layout, *mask_and_scale = options
     q, device = taken[0], taken[0].device
     schedules.require_reach(op, batch, "q", q, batch.num_tokens)
     arguments = {"page_size": batch.shape.page_size, **_arguments_of_prefill(op, batch, taken, *mask_and_scale)}
-    rows = take_index(op, "qo_indptr", index[0], batch.shape.batch_size + 1, device)
-    places = (rows, *_pages(op, batch, index[1:], device))
+    places = _index(op, batch, index, device)
     return Described(BatchPrefillWithPagedKVCacheWrapper, schedules.layout_of(op, layout), places, arguments)
 
 
 def _describe_ragged(
-    op: str, batch: Batch, taken: list[torch.Tensor], index: tuple[Any, ...], options: tuple[Any, ...]
+    op: str, batch: Batch, taken: list[torch.Tensor], index: dict[str, Any], options: tuple[Any, ...]
 ) -> Described:
     layout, *mask_and_scale = schedules.layout_of(op, options[0]), *options[1:]
     q, k, device = taken[0], taken[1], taken[0].device
@@ -244,15 +245,14 @@ def _describe_ragged(
         batch.shape.page_size == 1, op, f"planned for pages of {batch.shape.page_size}; expected page_size 1"
     )
     schedules.require_reach(op, batch, "q", q, batch.num_tokens)
-    schedules.require_reach(op, batch, "k", k.transpose(0, 1) if layout == "HND" else k, batch.num_entries)
-    offsets = zip(("qo_indptr", "kv_indptr"), index)
-    places = tuple(take_index(op, name, given, batch.shape.batch_size + 1, device) for name, given in offsets)
+    schedules.require_reach(op, batch, "k", k, batch.num_entries, axis=int(layout == "HND"))
+    places = _index(op, batch, index, device)
     arguments = _arguments_of_prefill(op, batch, taken, *mask_and_scale)
     return Described(BatchPrefillWithRaggedKVCacheWrapper, layout, places, arguments)
 
 
 def _describe_decode(
-    op: str, batch: Batch, taken: list[torch.Tensor], index: tuple[Any, ...], options: tuple[Any, ...]
+    op: str, batch: Batch, taken: list[torch.Tensor], index: dict[str, Any], options: tuple[Any, ...]
 ) -> Described:
     layout, window_left, sm_scale = options
     arguments = {
@@ -265,14 +265,16 @@ def _describe_decode(
         "o_data_type": taken[-1].dtype,
         **batch.options,
     }
-    places = _pages(op, batch, index, taken[0].device)
+    places = _index(op, batch, index, taken[0].device)
     return Described(BatchDecodeWithPagedKVCacheWrapper, schedules.layout_of(op, layout), places, arguments)
 
 
-def _pages(op: str, batch: Batch, index: tuple[Any, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
+def _index(op: str, batch: Batch, index: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, ...]:
     num_requests = batch.shape.batch_size
-    sizes = {"kv_indptr": num_requests + 1, "kv_indices": batch.num_entries, "last_page_len": num_requests}
-    return tuple(take_index(op, name, given, sizes[name], device) for name, given in zip(sizes, index))
+    sizes = {"kv_indices": batch.num_entries, "last_page_len": num_requests}
+    return tuple(
+        take_index(op, name, given, sizes.get(name, num_requests + 1), device) for name, given in index.items()
+    )
 
 
 def _arguments_of_prefill(

@@ -17,7 +17,7 @@ import torch
 from flashinfer.attention.plan import Shape
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.host import checks, indices
-from flashinfer_tvm.tensors import borrowed, environment_stream, tensor
+from flashinfer_tvm.tensors import address, borrowed, environment_stream, tensor
 
 _MOST_WORKSPACES = 256  # that are planned for at a time; a cache of TVM has seven
 _MOST_WRAPPERS = 16  # of a workspace: one for each operator and float workspace
@@ -38,16 +38,16 @@ class Batch(NamedTuple):
 
 
 class Described(NamedTuple):
-    """What a run is planned with: a class of wrappers, its layout if it has one, and arguments of its plan()."""
+    """What a run is planned with: a class of wrappers, its layout if it has one, what its plan() takes."""
 
     wrapper_class: Callable[..., Any]
     layout: Optional[str]
-    index: tuple[torch.Tensor, ...]
+    places: tuple[torch.Tensor, ...]  # the index tensors
     arguments: dict[str, Any]
 
 
 # Of the name of the function, the batch, operands and out, index arrays, and what else the caller chose.
-Describe = Callable[[str, Batch, list[torch.Tensor], tuple[Any, ...], tuple[Any, ...]], Described]
+Describe = Callable[[str, Batch, list[torch.Tensor], dict[str, Any], tuple[Any, ...]], Described]
 
 
 class Workspace:
@@ -61,7 +61,7 @@ class Workspace:
 
     def settle(self, described: Described, floats: torch.Tensor, ints: torch.Tensor, asked: Any) -> None:
         """Launch the planner. floats, ints: the workspaces."""
-        wrapper_class, layout, index, arguments = described
+        wrapper_class, layout, places, arguments = described
         kind = (wrapper_class, layout, floats.device, floats.data_ptr(), floats.nbytes, ints.nbytes)
         self.asked, self.wrapper = None, self.wrappers.get(kind)
         if self.wrapper is None:
@@ -72,7 +72,7 @@ class Workspace:
             if len(self.wrappers) >= _MOST_WRAPPERS:
                 self.wrappers.clear()
             self.wrappers[kind] = self.wrapper
-        self.wrapper.plan(*index, **arguments)
+        self.wrapper.plan(*places, **arguments)
         self.asked = asked
 
 
@@ -81,20 +81,16 @@ _workspaces: dict[int, Workspace] = {}  # by address, that which was planned for
 
 def note(int_workspace: torch.Tensor, plan: str, shape: Shape, options: dict[str, Any], *others: Any) -> list[int]:
     """Take note of a batch. others: fields of `Batch` from num_tokens on. Returns what its runs have to bring."""
-    address, batch = int_workspace.data_ptr(), Batch(next(_numbers), plan, shape, options, *others)
-    before = _workspaces.pop(address, None)
-    _workspaces[address] = Workspace(batch, {} if before is None else before.wrappers)
+    place, batch = int_workspace.data_ptr(), Batch(next(_numbers), plan, shape, options, *others)
+    before = _workspaces.pop(place, None)
+    _workspaces[place] = Workspace(batch, {} if before is None else before.wrappers)
     if len(_workspaces) > _MOST_WORKSPACES:
         _workspaces.pop(next(iter(_workspaces)), None)
     return [batch.number]
 
 
 def _planned(op: str, plan: str, int_workspace: Any, plan_info: Any) -> Workspace:
-    try:
-        address = int_workspace.data_ptr()
-    except AttributeError:
-        raise checks.not_tensors(op, int_workspace=int_workspace) from None
-    workspace = _workspaces.get(address)
+    workspace = _workspaces.get(address(op, "int_workspace", int_workspace))
     try:
         number = plan_info[0] if len(plan_info) == 1 else None
     except TypeError:
@@ -116,7 +112,7 @@ def run(
     operands: dict[str, Any],
     out: Any,
     lse: Any,
-    index: tuple[Any, ...],
+    index: dict[str, Any],
     options: tuple[Any, ...],
     enable_pdl: Any = None,
     *,
@@ -128,6 +124,7 @@ def run(
     Args:
         workspaces: of floats and of integers.
         operands: arguments of the wrapper's run(), queries first.
+        index: index arrays; options: numbers that a plan depends on.
         kv_is_pair: it takes those behind as one pair.
 
     Returns:
@@ -140,10 +137,7 @@ def run(
     taken = [tensor(op, name, given) for name, given in (*operands.items(), ("out", out))]
     taken_lse = None if lse is None else tensor(op, "lse", lse)
     pdl = None if enable_pdl is None else checks.boolean(op, "enable_pdl", enable_pdl)
-    try:
-        addresses = [given.data_ptr() for given in (workspaces[0], *index)]
-    except AttributeError:
-        addresses = []  # of what is no tensor, which is found below
+    addresses = [address(op, name, given) for name, given in (("float_workspace", workspaces[0]), *index.items())]
     asked = (addresses, options, [(given.dtype, given.shape) for given in taken])
     with environment_stream(taken[0].device):
         if asked != workspace.asked:
@@ -197,12 +191,12 @@ def require_lengths(op: str, name: str, lengths: torch.Tensor, offsets: torch.Te
         raise ValueError(f"{op}: {name}[{i}] is {int(lengths[i])}; expected 0 to {int(room[i])}, what its pages hold")
 
 
-def require_reach(op: str, batch: Batch, name: str, values: torch.Tensor, planned_length: int) -> None:
+def require_reach(op: str, batch: Batch, name: str, values: torch.Tensor, planned_length: int, axis: int = 0) -> None:
     """Of queries or keys: as many rows as the offsets of the plan say, at least."""
     checks.require(values.dim() == 3, op, f"{name} has shape {list(values.shape)}; expected three dimensions")
     checks.require(
-        len(values) >= planned_length, op,
-        f"{name} has {len(values)} rows; {batch.plan} was given offsets that end at {planned_length}",
+        values.shape[axis] >= planned_length, op,
+        f"{name} has {values.shape[axis]} rows; {batch.plan} was given offsets that end at {planned_length}",
     )  # fmt: skip
 
 

@@ -41,8 +41,18 @@ def tensors(op: str, **given: Any) -> list[torch.Tensor]:
     return [tensor(op, name, value) for name, value in given.items()]
 
 
+def address(op: str, name: str, given: Any) -> int:
+    """Of a tensor of the FFI, which in later releases than 0.1.11 tells it without a view."""
+    try:
+        found: int = given.data_ptr()
+    except AttributeError:
+        found = tensor(op, name, given).data_ptr()
+    return found
+
+
 @functools.cache
 def _ffi_device(index: int) -> Any:
+    torch.cuda.init()  # the process may have used CUDA without torch so far
     return tvm_ffi.device("cuda", index)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from flashinfer import packages
 from flashinfer.jit.resolver import default_resolver
 from flashinfer.jit.spec import ArgValue, Config, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
 
@@ -43,6 +44,7 @@ def __getattr__(name: str) -> Any:
             return getattr(importlib.import_module("flashinfer_tvm.modules"), name)
         except ModuleNotFoundError as error:
             raise AttributeError(
-                f"flashinfer.jit.{name} is for TVM and needs {error.name}; pip install 'flashinfer[tvm]'"
+                f"flashinfer.jit.{name} is for TVM, and there is no {error.name}; next step: "
+                f"{packages.pip_install(packages.TVM.values())}, as the extra flashinfer[tvm] does"
             ) from None
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -54,7 +54,9 @@ def test_front_wheel_is_pure_and_whole(front_wheel: Path) -> None:
     assert {f"flashinfer/{name}" for name in headers} <= held
     assert {"flashinfer/aot_configs/core.toml", "flashinfer/aot_configs/smoke.toml"} <= held
     assert {"flashinfer/py.typed", "flashinfer/__init__.pyi", "flashinfer/aot/figures.json"} <= held
-    assert not [name for name in held if not name.startswith(("flashinfer/", f"flashinfer-{__version__}.dist-info/"))]
+    assert {"flashinfer_tvm/__init__.py", "flashinfer_tvm/py.typed"} <= held
+    packed = ("flashinfer/", "flashinfer_tvm/")
+    assert not [name for name in held if not name.startswith((*packed, f"flashinfer-{__version__}.dist-info/"))]
 
 
 def test_front_metadata(front_wheel: Path) -> None:
@@ -66,14 +68,18 @@ def test_front_metadata(front_wheel: Path) -> None:
     assert "torch" in required, "no pin"
     assert f'flashinfer-aot=={__version__}; extra == "aot"' in required
     for text in (
-        *(text for group in (packages.RUNTIME, packages.BUILD, packages.TRUST) for text in group.values()),
+        *(
+            text
+            for group in (packages.RUNTIME, packages.BUILD, packages.TRUST, packages.TVM)
+            for text in group.values()
+        ),
         *(packages.NVRTC, packages.CUDA_HEADERS),
         *packages.CU12,
     ):
         names = {re.split(r"[ ;<>=]", line)[0]: line.split(";")[0].strip() for line in required}
         name = packages.names([text])
         assert set(re.split("[<>=,]+", names[name])) == set(re.split("[<>=,]+", text)), "what messages tell to install"
-    extras = {"aot", "build", "cu12", "cu13", "docs", "examples", "parquet", "test", "trust"}
+    extras = {"aot", "build", "cu12", "cu13", "docs", "examples", "parquet", "test", "trust", "tvm"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
 
 

@@ -18,7 +18,10 @@ from flashinfer import cli, families
 from flashinfer.jit import spec
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("aot_configs", "benchmarks", "csrc", "docs", "examples", "flashinfer", "flashinfer_aot", "scripts", "tests")
+FOLDERS = (
+    *("aot_configs", "benchmarks", "csrc", "docs", "examples", "flashinfer", "flashinfer_aot", "flashinfer_tvm"),
+    *("scripts", "tests"),
+)
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "flashinfer_aot").glob("*.md")])
 # A path from the root of the repository, as pages and comments write it. What holds a placeholder or a glob is not one.
 PATH = re.compile(rf"(?<![\w/.$-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w(?![\w$<*{{…-])")
@@ -64,7 +67,8 @@ def stale_paths(text: str) -> list[str]:
 
 
 def sources() -> Iterator[Path]:
-    for folder in ("benchmarks", "csrc", "examples", "flashinfer", "scripts"):  # tests write of packages' insides
+    # Tests write of packages' insides.
+    for folder in ("benchmarks", "csrc", "examples", "flashinfer", "flashinfer_tvm", "scripts"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in {".py", ".cuh", ".h", ".sh"}:
                 yield path
