@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -120,5 +121,5 @@ print("right")
 def test_memory_that_torch_did_not_make(device: torch.device) -> None:
     """In a process that has used its GPU without torch so far. Tensors start behind the address that they name."""
     program = FOREIGN.replace("DEVICE", repr(device.type))
-    out, _ = finish(spawn(program))
+    out, _ = finish(spawn(program, FLASHINFER_CACHE_DIR=os.environ["FLASHINFER_CACHE_DIR"]))
     assert out.strip() == "right"
