@@ -7,6 +7,7 @@ on the CPU, which copies nothing. Its allocator and its streams stay out of it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 from typing import Any
 
@@ -30,11 +31,26 @@ def tensor(op: str, name: str, given: Any) -> torch.Tensor:
     try:
         return from_dlpack(capsule)
     except (RuntimeError, BufferError) as error:
+        if given.__dlpack_device__()[0] == _PINNED:
+            return from_dlpack(_as_of_cpu(given.__dlpack__()))
         reason = str(error).splitlines()[0]
         raise UnsupportedConfig(
             f"{op}: {name} is {given.dtype} on {given.device}, which torch does not take ({reason}); expected a dtype "
             "and a device of torch"
         ) from None
+
+
+_CPU, _PINNED = 1, 3  # DLPack's kinds of devices
+_pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+
+
+def _as_of_cpu(capsule: object) -> object:
+    """A tensor in pinned memory, which is memory of the CPU but a kind of device that torch does not take. TVM keeps
+    the index arrays of the host there."""
+    managed = _pointer_of(capsule, b"dltensor")  # of this capsule alone; it begins with the address, then the device
+    ctypes.c_int32.from_address(managed + 8).value = _CPU
+    return capsule
 
 
 def tensors(op: str, **given: Any) -> list[torch.Tensor]:

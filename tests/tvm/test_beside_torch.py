@@ -90,24 +90,26 @@ if on_gpu:
     assert cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) == 0
     assert cuda.cuCtxSetCurrent(context) == 0
 
-def foreign(values, offset=16):
-    \"\"\"A copy at so many bytes behind the address that the tensor names.\"\"\"
+def foreign(values, offset=16, pinned=False):
+    \"\"\"A copy at so many bytes behind the address that the tensor names. pinned: on the host, of that kind.\"\"\"
     values, size = values.contiguous(), values.nbytes + offset
     memory = ctypes.create_string_buffer(size)
     ctypes.memmove(ctypes.addressof(memory) + offset, values.data_ptr(), values.nbytes)
     address = ctypes.c_uint64(ctypes.addressof(memory))
-    if on_gpu:
+    if on_gpu and not pinned:
         assert cuda.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(size)) == 0
         assert cuda.cuMemcpyHtoD_v2(address, memory, ctypes.c_size_t(size)) == 0
     shape = (ctypes.c_int64 * values.dim())(*values.shape)
-    tensor = Tensor(address.value, (2 if on_gpu else 1, 0), values.dim(), CODES[values.dtype],
+    kind = 3 if pinned else 2 if on_gpu else 1
+    tensor = Tensor(address.value, (kind, 0), values.dim(), CODES[values.dtype],
                     8 * values.element_size(), 1, ctypes.addressof(shape), None, offset, None, None)
     held.extend((memory, shape, tensor))
     return tvm_ffi.from_dlpack(capsule(ctypes.addressof(tensor), b"dltensor", None))
 
 step = kit.Decode(kit.Workspaces(torch.device("cpu")))
 workspaces = [foreign(torch.empty(size, dtype=torch.uint8)) for size in (64 << 20 if on_gpu else 64, 8 << 20)]
-planned = [*step.planned[:-2], foreign(step.run_with[0]), foreign(step.run_with[0])]
+queries = step.run_with[0]
+planned = [foreign(step.planned[0], pinned=True), *step.planned[1:-2], foreign(queries), foreign(queries)]
 run_with = [foreign(value) if isinstance(value, torch.Tensor) else value for value in step.run_with]
 assert not torch.cuda.is_initialized()
 info = kit.call("batch_decode_plan", *workspaces, step.workspaces[2], *planned)
@@ -119,7 +121,8 @@ print("right")
 
 
 def test_memory_that_torch_did_not_make(device: torch.device) -> None:
-    """In a process that has used its GPU without torch so far. Tensors start behind the address that they name."""
+    """In a process that has used its GPU without torch so far. Tensors start behind the address that they name,
+    and those of the host are in memory that is pinned."""
     program = FOREIGN.replace("DEVICE", repr(device.type))
     out, _ = finish(spawn(program, FLASHINFER_CACHE_DIR=os.environ["FLASHINFER_CACHE_DIR"]))
     assert out.strip() == "right"
