@@ -18,6 +18,12 @@ __device__ __forceinline__ void cp_async_16(uint32_t dst_smem, const void* src_g
                "r"(num_source_bytes));
 }
 
+// The same of 4 bytes, through L1: rows of a few of them share its lines.
+__device__ __forceinline__ void cp_async_4(uint32_t dst_smem, const void* src_gmem, bool valid) {
+  const int num_source_bytes = valid ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(dst_smem), "l"(src_gmem), "r"(num_source_bytes));
+}
+
 // For data that is read once: L2 gives its place away first, to what others will come back to.
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;

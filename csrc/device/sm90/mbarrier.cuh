@@ -27,6 +27,17 @@ struct Mbarrier {
         "r"(int(arrives))
         : "memory");
   }
+  // At the barrier in the same place of another block of the cluster.
+  __device__ __forceinline__ void arrive_at(uint32_t cluster_rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+        "}\n" ::"r"(smem_address(this)),
+        "r"(cluster_rank)
+        : "memory");
+  }
   // One arrival, and num_bytes that copies will bring.
   __device__ __forceinline__ void arrive_expecting(int num_bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(this)), "r"(num_bytes)

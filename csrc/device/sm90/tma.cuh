@@ -25,4 +25,23 @@ __device__ __forceinline__ void tma_load_5d(uint32_t dst_smem, const TensorMap& 
       : "memory");
 }
 
+__device__ __forceinline__ void tma_load_3d(uint32_t dst_smem, const TensorMap& map, Mbarrier& full, int32_t x0,
+                                            int32_t x1, int32_t x2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst_smem),
+      "l"(&map), "r"(smem_address(&full)), "r"(x0), "r"(x1), "r"(x2)
+      : "memory");
+}
+
+// To the same place in every block of the cluster whose bit is set, each of which is told of its bytes.
+__device__ __forceinline__ void tma_multicast_3d(uint32_t dst_smem, const TensorMap& map, Mbarrier& full, int32_t x0,
+                                                 int32_t x1, int32_t x2, uint32_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(dst_smem),
+      "l"(&map), "r"(smem_address(&full)), "r"(x0), "r"(x1), "r"(x2), "h"(uint16_t(ranks))
+      : "memory");
+}
+
 }  // namespace flashinfer

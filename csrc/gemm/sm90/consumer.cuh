@@ -1,0 +1,227 @@
+// The warpgroups of the Hopper kernel of products that multiply.
+#pragma once
+
+#include "gemm/sm90/tile.cuh"
+
+namespace flashinfer::sm90 {
+
+template <class Config>
+struct GemmConsumer {
+  using Shape = GemmShape<Config>;
+  using T = typename Shape::T;
+  using Products = Wgmma<T, Shape::kBlockN>;
+  using Sums = float[Shape::kNumSums];
+
+  const Sm90GroupGemmParams& params;
+  GemmSmem<Config>& smem;
+  const GemmPart<Config> part{params};
+  const int consumer_idx = int(threadIdx.x / kWarpgroupSize);
+  const int warp_row = int(threadIdx.x % kWarpgroupSize / 32) * 16 + lane_row(threadIdx.x % 32);
+
+  // Of the lane's first row in the tile.
+  __device__ __forceinline__ int row_of_wave(int wave) const {
+    return (consumer_idx * Shape::kWaves + wave) * 64 + warp_row;
+  }
+
+  // Starts the products of a step and 64 rows.
+  __device__ __forceinline__ void multiply(Sums& sums, uint32_t turn, int wave, bool accumulates) const {
+    const int stage = turn % Shape::kNumStages;
+    const Operand a = depth_major_operand(smem_address(smem.a[stage]) +
+                                          (consumer_idx * Shape::kWaves + wave) * 64 * kPanelBytes);
+    const uint32_t b_smem = smem_address(smem.b[stage]);
+#pragma unroll
+    for (int i = 0; i < Shape::kProducts; ++i) {
+      const bool accumulates_here = accumulates || i > 0;
+      if constexpr (Shape::kDepthMajor) {
+        Products::multiply(sums, a.advanced(32 * i), depth_major_operand(b_smem).advanced(32 * i), accumulates_here);
+      } else {
+        Products::template multiply<true>(sums, a.advanced(32 * i),
+                                          column_major_operand(b_smem, Shape::kDepth).advanced(16 * kPanelBytes * i),
+                                          accumulates_here);
+      }
+    }
+    wgmma_commit();
+  }
+
+  // The operands of a step have been read, by this warp, in every block that has its rows.
+  __device__ __forceinline__ void release(uint32_t turn) const {
+    const uint32_t lane_idx = fresh_thread_idx() % 32;
+    if constexpr (Shape::kShares == 1) {
+      smem.empty.at(turn).arrive_if(lane_idx == 0);
+    } else if (lane_idx < Shape::kShares) {
+      smem.empty.at(turn).arrive_at(part.split * Shape::kShares + lane_idx);
+    }
+  }
+
+  // What products of a step are multiplied by: of the lane's two rows, in each block of columns.
+  struct Scales {
+    float of[2][2];  // [block of columns][half]
+  };
+  __device__ __forceinline__ Scales scales_of(uint32_t turn, int wave) const {
+    const int stage = turn % Shape::kNumStages;
+    Scales scales;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float of_row = smem.scales.a[stage][row_of_wave(wave) + row_of(half)];
+      scales.of[0][half] = of_row * smem.scales.b[stage][0];
+      if constexpr (!Shape::kIsAligned) scales.of[1][half] = of_row * smem.scales.b[stage][1];
+    }
+    return scales;
+  }
+
+  // totals += products. The first num_groups groups of 8 columns are of the first block.
+  __device__ __forceinline__ static void add_scaled(Sums& totals, const Sums& products, const Scales& scales,
+                                                    int num_groups) {
+#pragma unroll
+    for (int group = 0; group < Shape::kBlockN / 8; ++group) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float scale = scales.of[0][half];
+        if constexpr (!Shape::kIsAligned) scale = group < num_groups ? scale : scales.of[1][half];
+#pragma unroll
+        for (int i = 2 * group; i < 2 * group + 2; ++i) at(totals, half, i) += at(products, half, i) * scale;
+      }
+    }
+  }
+
+  // The sums of a tile, from `turn` on.
+  __device__ __forceinline__ void sum(Sums (&totals)[Shape::kWaves], const GemmTile& tile, uint32_t turn) const {
+    const int num_steps = part.step_end - part.step_begin;
+    const int num_groups = (kScaleBlock - tile.column % kScaleBlock) / 8;
+#pragma unroll
+    for (int wave = 0; wave < Shape::kWaves; ++wave) {
+#pragma unroll
+      for (int i = 0; i < Shape::kNumSums; ++i) totals[wave][i] = 0.f;
+    }
+    if constexpr (!Shape::kIsScaled) {
+#pragma unroll
+      for (int wave = 0; wave < Shape::kWaves; ++wave) pin(totals[wave]);
+#pragma unroll 1
+      for (int step = 0; step < num_steps; ++step, ++turn) {
+        smem.full.wait_full(turn);
+        wgmma_fence();
+#pragma unroll
+        for (int wave = 0; wave < Shape::kWaves; ++wave) multiply(totals[wave], turn, wave, true);
+        wgmma_wait<Shape::kWaves>();
+        if (step > 0) release(turn - 1);
+      }
+      wgmma_wait<0>();
+#pragma unroll
+      for (int wave = 0; wave < Shape::kWaves; ++wave) pin(totals[wave]);
+      if (num_steps > 0) release(turn - 1);
+    } else if constexpr (Shape::kOverlaps) {
+      if (num_steps == 0) return;
+      Sums even, odd;  // steps
+      const uint32_t last = turn + num_steps - 1;
+      const auto start = [&](Sums& products, uint32_t turn) {
+        smem.full.wait_full(turn);
+        pin(products);
+        wgmma_fence();
+        multiply(products, turn, 0, false);
+      };
+      // After the wait for these products.
+      const auto finish = [&](Sums& products, uint32_t turn) {
+        pin(products);
+        const Scales scales = scales_of(turn, 0);
+        release(turn);
+        add_scaled(totals[0], products, scales, num_groups);
+      };
+      start(even, turn);
+#pragma unroll 1
+      for (; int32_t(last - turn) >= 2; turn += 2) {
+        start(odd, turn + 1);
+        wgmma_wait<1>();
+        finish(even, turn);
+        start(even, turn + 2);
+        wgmma_wait<1>();
+        finish(odd, turn + 1);
+      }
+      if (turn != last) {
+        start(odd, last);
+        wgmma_wait<1>();
+        finish(even, turn);
+        wgmma_wait<0>();
+        finish(odd, last);
+      } else {
+        wgmma_wait<0>();
+        finish(even, last);
+      }
+    } else {
+      Sums products;
+#pragma unroll 1
+      for (int step = 0; step < num_steps; ++step, ++turn) {
+        smem.full.wait_full(turn);
+#pragma unroll
+        for (int wave = 0; wave < Shape::kWaves; ++wave) {
+          pin(products);
+          wgmma_fence();
+          multiply(products, turn, wave, false);
+          const Scales scales = scales_of(turn, wave);
+          wgmma_wait<0>();
+          pin(products);
+          if (wave == Shape::kWaves - 1) release(turn);
+          add_scaled(totals[wave], products, scales, num_groups);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(const Sums (&totals)[Shape::kWaves], const GemmTile& tile) const {
+#pragma unroll
+    for (int wave = 0; wave < Shape::kWaves; ++wave) {
+      store_sums<typename Config::Out, Shape::kBlockN>(params, totals[wave], tile.row + row_of_wave(wave), tile.row_end,
+                                                       tile.column);
+    }
+  }
+
+  // Every split gives away the sums of the others' columns, and stores its own.
+  __device__ __forceinline__ void exchange_and_store(Sums& totals, const GemmTile& tile) const {
+    constexpr int kSplits = Shape::kSplits, kGroups = Shape::kSliceGroups;
+    const int thread_idx = threadIdx.x;
+    const auto pair_of = [&](int group, int half) -> float2 {
+      return {at(totals, half, 2 * group), at(totals, half, 2 * group + 1)};
+    };
+#pragma unroll
+    for (int to = 0; to < kSplits; ++to) {
+      if (to == part.split) continue;
+      const int place = part.split < to ? part.split : part.split - 1;  // among the others of `to`
+#pragma unroll
+      for (int i = 0; i < 2 * kGroups; ++i) {
+        smem.mailbox.send(&smem.exchange.sums[place][i][thread_idx], pair_of(to * kGroups + i / 2, i % 2),
+                          to * Shape::kShares + part.share);
+      }
+    }
+    smem.mailbox.receive(sizeof(smem.exchange.sums), 0);
+#pragma unroll
+    for (int own = 0; own < kSplits; ++own) {
+      if (own != part.split) continue;
+#pragma unroll
+      for (int i = 0; i < 2 * kGroups; ++i) {
+        const int group = own * kGroups + i / 2, half = i % 2;
+#pragma unroll
+        for (int place = 0; place < kSplits - 1; ++place) {
+          const float2 other = smem.exchange.sums[place][i][thread_idx];
+          at(totals, half, 2 * group) += other.x, at(totals, half, 2 * group + 1) += other.y;
+        }
+      }
+      store_sums<typename Config::Out, 8 * kGroups>(params, totals, tile.row + row_of_wave(0), tile.row_end,
+                                                    tile.column + 8 * kGroups * own, 2 * kGroups * own);
+    }
+  }
+
+  __device__ __forceinline__ void run() const {
+    uint32_t turn = 0;
+    part.for_each_tile(params, [&](const GemmTile& tile) {
+      Sums totals[Shape::kWaves];
+      sum(totals, tile, turn);
+      turn += part.step_end - part.step_begin;
+      if constexpr (Shape::kSplits > 1) {
+        exchange_and_store(totals[0], tile);
+      } else {
+        store(totals, tile);
+      }
+    });
+  }
+};
+
+}  // namespace flashinfer::sm90

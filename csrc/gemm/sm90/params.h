@@ -1,0 +1,19 @@
+// What the Hopper kernel of products is given besides GroupGemmParams: where TMA finds the operands.
+#pragma once
+
+#include "device/sm90/tma.cuh"
+#include "gemm/params.h"
+
+namespace flashinfer {
+
+// Tensors of three axes of 16-bit elements, those of 8 bits in pairs, the innermost first: a as depth, row, 1; b as
+// depth, column, weight, or column, depth, weight. A box is 128 bytes of rows.
+struct Sm90GemmMaps {
+  TensorMap a_map, b_map;
+};
+
+struct Sm90GroupGemmParams : Sm90GemmMaps, GroupGemmParams {
+  uint8_t padding[32];
+};
+
+}  // namespace flashinfer

@@ -1,0 +1,75 @@
+// The warps of the Hopper kernel of products that bring in what the others multiply: one has operands, by TMA, one has
+// scales, which lie at any strides.
+#pragma once
+
+#include "gemm/sm90/tile.cuh"
+
+namespace flashinfer::sm90 {
+
+template <class Config>
+__device__ __forceinline__ void produce_operands(const Sm90GroupGemmParams& params, GemmSmem<Config>& smem) {
+  using Shape = GemmShape<Config>;
+  const GemmPart<Config> part{params};
+  uint32_t turn = 0;
+  part.for_each_tile(params, [&](const GemmTile& tile) {
+    for (int step = part.step_begin; step < part.step_end; ++step, ++turn) {
+      const int stage = turn % Shape::kNumStages;
+      smem.empty.wait_empty(turn);
+      if (elect_lane()) {
+        constexpr int kWidth = kPanelBytes / 2;  // of a box, in elements of 16 bits
+        Mbarrier& full = smem.full.at(turn);
+        full.arrive_expecting(Shape::kABytes + Shape::kBBytes);
+        if constexpr (Shape::kShares == 1) {
+          tma_load_3d(smem_address(smem.a[stage]), params.a_map, full, step * kWidth, tile.row, 0);
+        } else {
+          constexpr int kRows = Shape::kBlockM / Shape::kShares;
+          constexpr uint32_t kRanks = (1u << Shape::kShares) - 1;
+          tma_multicast_3d(smem_address(smem.a[stage]) + part.share * kRows * kPanelBytes, params.a_map, full,
+                           step * kWidth, tile.row + part.share * kRows, 0, kRanks << part.split * Shape::kShares);
+        }
+        if constexpr (Shape::kDepthMajor) {
+          tma_load_3d(smem_address(smem.b[stage]), params.b_map, full, step * kWidth, tile.column, tile.weight);
+        } else {
+#pragma unroll
+          for (int column = 0; column < Shape::kBlockN; column += Shape::kPanelColumns) {
+            tma_load_3d(smem_address(smem.b[stage]) + column / Shape::kPanelColumns * Shape::kDepth * kPanelBytes,
+                        params.b_map, full, tile.column + column, step * Shape::kDepth, tile.weight);
+          }
+        }
+      }
+      __syncwarp();
+    }
+  });
+}
+
+template <class Config>
+__device__ __forceinline__ void produce_scales(const Sm90GroupGemmParams& params, GemmSmem<Config>& smem) {
+  using Shape = GemmShape<Config>;
+  const GemmPart<Config> part{params};
+  const int lane_idx = threadIdx.x % 32, num_blocks_of_columns = ceil_div(params.num_columns, kScaleBlock);
+  uint32_t turn = 0;
+  part.for_each_tile(params, [&](const GemmTile& tile) {
+    const float* a_scale = params.a_scale + (tile.row + lane_idx) * params.a_scale_row_stride;
+    const int block = tile.column / kScaleBlock + lane_idx;
+    const float* b_scale =
+        params.b_scale + tile.weight * params.b_scale_weight_stride + block * params.b_scale_row_stride;
+    for (int step = part.step_begin; step < part.step_end; ++step, ++turn) {
+      const int stage = turn % Shape::kNumStages;
+      smem.empty.wait_empty(turn);
+#pragma unroll
+      for (int row = 0; row < Shape::kBlockM; row += 32) {
+        cp_async_4(smem_address(&smem.scales.a[stage][row + lane_idx]),
+                   a_scale + row * params.a_scale_row_stride + step * params.a_scale_block_stride,
+                   tile.row + row + lane_idx < tile.row_end);
+      }
+      if (lane_idx < 2) {
+        cp_async_4(smem_address(&smem.scales.b[stage][lane_idx]), b_scale + step * params.b_scale_block_stride,
+                   block < num_blocks_of_columns);
+      }
+      cp_async_arrive(smem.full.at(turn));
+    }
+  });
+  cp_async_wait_all();  // a block may not end with copies under way
+}
+
+}  // namespace flashinfer::sm90

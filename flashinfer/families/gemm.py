@@ -1,0 +1,264 @@
+"""Products of segments of rows with weights, and what makes their rows 8 bits wide."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+from flashinfer import target as targets
+from flashinfer.dtypes import ITEMSIZE
+from flashinfer.errors import UnsupportedConfig
+from flashinfer.families.arch import arch
+from flashinfer.families.layout import DTYPES, I32, I64, P
+from flashinfer.jit.spec import Config, Constants, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
+
+SCALE_BLOCK = 128  # kScaleBlock in csrc/gemm/params.h
+ADDRESSES = ("a", "b", "a_scale", "b_scale", "indptr", "weight_indices", "output")
+_STRIDES = (
+    "a_row_stride", "b_weight_stride", "b_row_stride", "output_row_stride", "a_scale_row_stride",
+    "a_scale_block_stride", "b_scale_weight_stride", "b_scale_row_stride", "b_scale_block_stride",
+)  # fmt: skip
+_COUNTS = (
+    "num_rows", "num_columns", "depth", "num_groups", "num_weights", "has_long_indptr", "has_long_indices", "reserved",
+)  # fmt: skip
+
+
+class GroupGemmParams(ctypes.Structure):
+    """Mirror of csrc/gemm/params.h."""
+
+    _fields_ = [
+        *[(name, P) for name in ADDRESSES],
+        *[(name, I64) for name in _STRIDES],
+        *[(name, I32) for name in _COUNTS],
+    ]
+
+
+class Sm90GroupGemmParams(ctypes.Structure):
+    """Mirror of csrc/gemm/sm90/params.h. The descriptors of a and b hold their addresses."""
+
+    _fields_ = [
+        ("a_map", ctypes.c_uint8 * 128),
+        ("b_map", ctypes.c_uint8 * 128),
+        *GroupGemmParams._fields_,
+        ("padding", ctypes.c_uint8 * 32),
+    ]
+
+
+class QuantizeGroupsParams(ctypes.Structure):
+    """Mirror of csrc/gemm/params.h."""
+
+    _fields_ = [
+        *[(name, P) for name in ("input", "output", "scale")],
+        ("input_row_stride", I64),
+        ("num_rows", I32),
+        ("num_columns", I32),
+    ]
+
+
+class Tile(NamedTuple):
+    """Rows and columns of the output that a block computes at a time, warps along the rows, stages, blocks an SM."""
+
+    block_m: int
+    block_n: int
+    warps_m: int
+    num_warps: int
+    num_stages: int
+    blocks_per_sm: int
+
+
+TILES = {
+    "m16": Tile(16, 128, 1, 4, 4, 1),
+    "m64": Tile(64, 128, 2, 4, 3, 1),
+    "m128": Tile(128, 128, 2, 8, 3, 1),
+}
+CPU_TILE = "m128"  # of which the CPU makes nothing
+
+
+class Sm90Tile(NamedTuple):
+    """The same on Hopper. Of a cluster, `shares` blocks side by side multiply the same rows, each of which one of them
+    brings in; `splits` divide the depth."""
+
+    block_m: int
+    block_n: int
+    num_stages: int
+    shares: int = 1
+    splits: int = 1
+    blocks_per_sm: int = 1
+
+
+SM90_SCALED_TILES = {
+    **{f"m64n64k{splits}": Sm90Tile(64, 64, 5, 1, splits, 2) for splits in (1, 2, 4, 8)},
+    **{f"m64n128k{splits}": Sm90Tile(64, 128, 7, 1, splits) for splits in (1, 2, 4, 8)},
+    **{f"m128n128k{splits}": Sm90Tile(128, 128, 5, 1, splits) for splits in (1, 2, 4)},
+    "m128n128c2": Sm90Tile(128, 128, 6, 2),
+    "m256n128c2": Sm90Tile(256, 128, 4, 2),
+    "m256n96c2": Sm90Tile(256, 96, 5, 2),
+}
+SM90_TILES = {
+    "m64n128": Sm90Tile(64, 128, 4, blocks_per_sm=2),
+    "m128n256": Sm90Tile(128, 256, 4),
+}
+
+
+def _is_scaled(spec: KernelSpec) -> bool:
+    return bool(spec.arg("scale_columns"))
+
+
+def _constants(spec: KernelSpec) -> Constants:
+    return {
+        "T": CxxType(spec.arg("dtype")),
+        "Out": CxxType(spec.arg("out_dtype")),
+        "kDepthMajor": spec.arg("depth_major"),
+        "kScaleColumns": spec.arg("scale_columns"),
+    }
+
+
+def _require(spec: KernelSpec) -> None:
+    """What every implementation asks for."""
+    is_fp8 = ITEMSIZE[spec.arg("dtype")] == 1
+    if is_fp8 != _is_scaled(spec) or (is_fp8 and not spec.arg("depth_major")):
+        raise UnsupportedConfig(f"{spec.name}: expected scales of 8-bit operands alone, whose weights are depth-major")
+
+
+def _cpu_config(spec: KernelSpec) -> Config:
+    _require(spec)
+    return Config(_constants(spec))
+
+
+def _config(spec: KernelSpec) -> Config:
+    _require(spec)
+    if "fp32" in (spec.arg("dtype"), spec.arg("out_dtype")):
+        raise UnsupportedConfig(f"{spec.family}: fp32 is for the CPU; expected fp16 or bf16")
+    if spec.arg("tile") not in TILES:
+        raise UnsupportedConfig(f"{spec.family}: tile={spec.arg('tile')} is of Hopper; expected {', '.join(TILES)}")
+    tile = TILES[spec.arg("tile")]
+    stage = (tile.block_m + tile.block_n) * 128
+    num_stages = min(tile.num_stages, arch(spec.target).smem_per_block // stage)
+    of_tile: Constants = {
+        "kBlockM": tile.block_m,
+        "kBlockN": tile.block_n,
+        "kWarpsM": tile.warps_m,
+        "kNumStages": num_stages,
+    }
+    launch = Launch(tile.num_warps * 32, tile.blocks_per_sm, num_stages * stage)
+    return Config({**_constants(spec), **of_tile}, launch)
+
+
+def _sm90_tiles(spec: KernelSpec) -> dict[str, Sm90Tile]:
+    if not _is_scaled(spec):
+        return SM90_TILES
+    return SM90_SCALED_TILES if spec.arg("scale_columns") == SCALE_BLOCK else {}
+
+
+def _sm90_config(spec: KernelSpec) -> Config:
+    _require(spec)
+    tile, is_scaled = _sm90_tiles(spec)[spec.arg("tile")], _is_scaled(spec)
+    num_consumers = 2 if tile.block_m > 64 else 1
+    of_tile: Constants = {
+        "kBlockM": tile.block_m,
+        "kBlockN": tile.block_n,
+        "kNumStages": tile.num_stages,
+        "kShares": tile.shares,
+        "kSplits": tile.splits,
+    }
+    # sm90::GemmSmem.
+    smem_bytes = tile.num_stages * (tile.block_m + tile.block_n) * 128
+    smem_bytes += (tile.splits - 1) * tile.block_n // tile.splits * num_consumers * 64 * 4
+    smem_bytes += tile.num_stages * (tile.block_m * 4 * is_scaled + 2 * 4) + tile.num_stages * 16 + 8
+    smem_bytes = -(-smem_bytes // 1024) * 1024
+    launch = Launch((num_consumers + 1) * 128, tile.blocks_per_sm, smem_bytes, tile.shares * tile.splits)
+    return Config({**_constants(spec), **of_tile}, launch)
+
+
+def _sm90_serves(spec: KernelSpec) -> bool:
+    return spec.arg("tile") in _sm90_tiles(spec)
+
+
+GROUP_GEMM = Family(
+    name="group_gemm",
+    axes={
+        "dtype": (*DTYPES, "fp8_e4m3"),
+        "out_dtype": DTYPES,
+        "depth_major": (False, True),  # weights are [num_columns, depth], not [depth, num_columns]
+        "scale_columns": (0, 1, SCALE_BLOCK),  # that have a scale of the weight in common; 0: nothing has scales
+        "tile": tuple(dict.fromkeys((*TILES, *SM90_TILES, *SM90_SCALED_TILES))),
+    },
+    implementations=(
+        Implementation("sm_90a", "gemm/sm90/kernel.cuh", Sm90GroupGemmParams, _sm90_config, serves=_sm90_serves),
+        Implementation("cuda", "gemm/kernel.cuh", GroupGemmParams, _config),
+        Implementation("cpu", "cpu/gemm/group_gemm.h", GroupGemmParams, _cpu_config),
+    ),
+)
+
+
+def group_gemm(
+    target: str,
+    *,
+    dtype: str,
+    out_dtype: str,
+    depth_major: bool,
+    scale_columns: int,
+    num_rows: int,
+    num_groups: int | None,
+    num_columns: int,
+    depth: int,
+    num_sms: int,
+) -> KernelSpec:
+    """The kernel for a product of such a size. num_groups None: of all rows with one weight."""
+    axes = {"dtype": dtype, "out_dtype": out_dtype, "depth_major": depth_major, "scale_columns": scale_columns}
+    tile = CPU_TILE
+    if targets.kind(target) == "cuda":
+        rows_of_group = -(-num_rows // (num_groups or 1))
+        tile = "m16" if rows_of_group <= 16 else "m64" if rows_of_group <= 64 else "m128"
+        if "sm_90a" in targets.candidates(target) and dtype in ("fp16", "bf16"):
+            tile = "m64n128" if rows_of_group <= 64 else "m128n256"
+        elif "sm_90a" in targets.candidates(target) and scale_columns == SCALE_BLOCK:
+            tile = _sm90_scaled_tile(num_rows, num_groups, num_columns, depth, num_sms)
+    return GROUP_GEMM.spec(target, **axes, tile=tile)
+
+
+def _sm90_scaled_tile(num_rows: int, num_groups: int | None, num_columns: int, depth: int, num_sms: int) -> str:
+    if num_groups is not None:
+        rows_of_group = -(-num_rows // max(1, num_groups))
+        return "m64n128k1" if rows_of_group <= 64 else "m128n128k1" if rows_of_group <= 256 else "m256n128c2"
+    num_steps = -(-depth // SCALE_BLOCK)
+    if num_rows <= 64:
+        num_tiles, most = -(-num_columns // 64), 2 * num_sms
+        splits = next(k for k in (8, 4, 2, 1) if k == 1 or (num_tiles * k <= most and num_steps >= 4 * k))
+        return f"m64n64k{splits}"
+    if num_rows <= 128:
+        num_tiles = -(-num_columns // 128)
+        splits = next(k for k in (4, 2, 1) if k == 1 or (num_tiles * k <= num_sms and num_steps >= 4 * k))
+        return f"m128n128k{splits}"
+
+    def cost(name: str) -> float:
+        tile = SM90_SCALED_TILES[name]
+        num_tiles = -(-num_rows // tile.block_m) * -(-num_columns // (tile.block_n * tile.shares)) * tile.shares
+        return -(-num_tiles // num_sms) * tile.block_m * (tile.block_n + 16)
+
+    return min(("m256n128c2", "m256n96c2", "m128n128c2"), key=cost)
+
+
+def grid(config: Config, num_rows: int, num_groups: int, num_columns: int, num_sms: int) -> int:
+    """Blocks of a launch: as many as run at the same time, or of splits of the depth one for each."""
+    constants, launch = config.constants, config.launch
+    block_m, shares = int(constants["kBlockM"]), int(constants.get("kShares", 1))
+    row_tiles = -(-num_rows // block_m) if num_groups == 1 else num_rows // block_m + num_groups
+    num_clusters = row_tiles * -(-num_columns // (int(constants["kBlockN"]) * shares))
+    if int(constants.get("kSplits", 1)) == 1:
+        num_clusters = min(num_clusters, num_sms * launch.min_blocks_per_sm // launch.cluster_size)
+    return num_clusters * launch.cluster_size
+
+
+def _quantize_config(spec: KernelSpec) -> Config:
+    return Config({"T": CxxType(spec.arg("dtype"))}, Launch(num_threads=256))
+
+
+QUANTIZE_GROUPS = Family(
+    name="quantize_groups",
+    axes={"dtype": DTYPES[:2]},
+    implementations=twins(
+        QuantizeGroupsParams, _quantize_config, cuda="gemm/quantize_groups.cuh", cpu="cpu/gemm/quantize_groups.h"
+    ),
+)
+register(GROUP_GEMM, QUANTIZE_GROUPS)
