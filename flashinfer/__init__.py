@@ -38,7 +38,7 @@ _EXPORTS = {
             "fast_decode_plan",
         ),
         "events": ("tag",),
-        "gemm": ("bmm_fp8",),
+        "gemm": ("SegmentGEMMWrapper", "bmm_fp8", "gemm_fp8_nt_groupwise", "group_gemm_fp8_nt_groupwise"),
         "mla": ("BatchMLAPagedAttentionWrapper", "sparse_mla_decode", "sparse_mla_prefill"),
         "norm": (
             "rmsnorm",

@@ -43,7 +43,10 @@ from flashinfer.decode import CUDAGraphBatchDecodeWithPagedKVCacheWrapper as CUD
 from flashinfer.decode import fast_decode_plan as fast_decode_plan
 from flashinfer.decode import single_decode_with_kv_cache as single_decode_with_kv_cache
 from flashinfer.events import tag as tag
+from flashinfer.gemm import SegmentGEMMWrapper as SegmentGEMMWrapper
 from flashinfer.gemm import bmm_fp8 as bmm_fp8
+from flashinfer.gemm import gemm_fp8_nt_groupwise as gemm_fp8_nt_groupwise
+from flashinfer.gemm import group_gemm_fp8_nt_groupwise as group_gemm_fp8_nt_groupwise
 from flashinfer.mla import BatchMLAPagedAttentionWrapper as BatchMLAPagedAttentionWrapper
 from flashinfer.mla import sparse_mla_decode as sparse_mla_decode
 from flashinfer.mla import sparse_mla_prefill as sparse_mla_prefill
