@@ -76,11 +76,11 @@ struct GemmTiles {
   }
 };
 
-// Stores kNumColumns columns, from `column` on, of the 16 rows of a warp whose first of this lane is `row`. Of `sums`,
-// these columns are the lane's elements from `begin` on (device/fragment.cuh).
+// Stores kNumColumns columns, from `column` on, of the 16 rows of a warp whose first of this lane is `row`: `sums` as
+// device/fragment.cuh has them.
 template <class Out, int kNumColumns, class Sums>
 __device__ __forceinline__ void store_sums(const GroupGemmParams& params, const Sums& sums, int32_t row,
-                                           int32_t row_end, int32_t column, int begin = 0) {
+                                           int32_t row_end, int32_t column) {
   constexpr int kWide = kNumColumns / 32 * 32;
   const int lane_in_row = fresh_thread_idx() % 4;
 #pragma unroll
@@ -88,7 +88,7 @@ __device__ __forceinline__ void store_sums(const GroupGemmParams& params, const 
     const int32_t this_row = row + row_of(half);
     Out* output = static_cast<Out*>(params.output) + this_row * params.output_row_stride;
     const auto pair = [&](int first) {
-      return pack_16bit<Out>(at(sums, half, begin + first / 4), at(sums, half, begin + first / 4 + 1));
+      return pack_16bit<Out>(at(sums, half, first / 4), at(sums, half, first / 4 + 1));
     };
 #pragma unroll
     for (int first = 0; first < kWide; first += 32) {

@@ -87,12 +87,14 @@ class Sm90Tile(NamedTuple):
 
 
 SM90_SCALED_TILES = {
-    **{f"m64n64k{splits}": Sm90Tile(64, 64, 5, 1, splits, 2) for splits in (1, 2, 4, 8)},
-    **{f"m64n128k{splits}": Sm90Tile(64, 128, 7, 1, splits) for splits in (1, 2, 4, 8)},
-    **{f"m128n128k{splits}": Sm90Tile(128, 128, 5, 1, splits) for splits in (1, 2, 4)},
+    **{f"m64n64k{splits}": Sm90Tile(64, 64, 6, 1, splits, 2) for splits in (1, 2, 4)},
+    **{f"m64n128k{splits}": Sm90Tile(64, 128, 4, 1, splits, 2) for splits in (1, 2)},
+    "m128n128": Sm90Tile(128, 128, 6),
     "m128n128c2": Sm90Tile(128, 128, 6, 2),
+    "m128n192": Sm90Tile(128, 192, 5),
+    "m128n192c2": Sm90Tile(128, 192, 5, 2),
+    "m256n128": Sm90Tile(256, 128, 4),
     "m256n128c2": Sm90Tile(256, 128, 4, 2),
-    "m256n96c2": Sm90Tile(256, 96, 5, 2),
 }
 SM90_TILES = {
     "m64n128": Sm90Tile(64, 128, 4, blocks_per_sm=2),
@@ -163,7 +165,8 @@ def _sm90_config(spec: KernelSpec) -> Config:
     }
     # sm90::GemmSmem.
     smem_bytes = tile.num_stages * (tile.block_m + tile.block_n) * 128
-    smem_bytes += (tile.splits - 1) * tile.block_n // tile.splits * num_consumers * 64 * 4
+    exchanged = (tile.splits - 1) * tile.block_n // tile.splits * 64 * 4
+    smem_bytes += num_consumers * (4 * 16 * 128 if tile.splits == 1 else exchanged)
     smem_bytes += tile.num_stages * (tile.block_m * 4 * is_scaled + 2 * 4) + tile.num_stages * 16 + 8
     smem_bytes = -(-smem_bytes // 1024) * 1024
     launch = Launch((num_consumers + 1) * 128, tile.blocks_per_sm, smem_bytes, tile.shares * tile.splits)
@@ -220,23 +223,19 @@ def group_gemm(
 def _sm90_scaled_tile(num_rows: int, num_groups: int | None, num_columns: int, depth: int, num_sms: int) -> str:
     if num_groups is not None:
         rows_of_group = -(-num_rows // max(1, num_groups))
-        return "m64n128k1" if rows_of_group <= 64 else "m128n128k1" if rows_of_group <= 256 else "m256n128c2"
+        return "m64n128k1" if rows_of_group <= 64 else "m128n128" if rows_of_group <= 256 else "m256n128c2"
     num_steps = -(-depth // SCALE_BLOCK)
-    if num_rows <= 64:
-        num_tiles, most = -(-num_columns // 64), 2 * num_sms
-        splits = next(k for k in (8, 4, 2, 1) if k == 1 or (num_tiles * k <= most and num_steps >= 4 * k))
-        return f"m64n64k{splits}"
     if num_rows <= 128:
-        num_tiles = -(-num_columns // 128)
+        num_tiles = -(-num_rows // 64) * -(-num_columns // 64)
         splits = next(k for k in (4, 2, 1) if k == 1 or (num_tiles * k <= num_sms and num_steps >= 4 * k))
-        return f"m128n128k{splits}"
+        return f"m64n64k{splits}"
 
     def cost(name: str) -> float:
         tile = SM90_SCALED_TILES[name]
         num_tiles = -(-num_rows // tile.block_m) * -(-num_columns // (tile.block_n * tile.shares)) * tile.shares
         return -(-num_tiles // num_sms) * tile.block_m * (tile.block_n + 16)
 
-    return min(("m256n128c2", "m256n96c2", "m128n128c2"), key=cost)
+    return min(("m256n128c2", "m128n192c2", "m128n128c2"), key=cost)
 
 
 def grid(config: Config, num_rows: int, num_groups: int, num_columns: int, num_sms: int) -> int:
@@ -245,9 +244,11 @@ def grid(config: Config, num_rows: int, num_groups: int, num_columns: int, num_s
     block_m, shares = int(constants["kBlockM"]), int(constants.get("kShares", 1))
     row_tiles = -(-num_rows // block_m) if num_groups == 1 else num_rows // block_m + num_groups
     num_clusters = row_tiles * -(-num_columns // (int(constants["kBlockN"]) * shares))
-    if int(constants.get("kSplits", 1)) == 1:
-        num_clusters = min(num_clusters, num_sms * launch.min_blocks_per_sm // launch.cluster_size)
-    return num_clusters * launch.cluster_size
+    if int(constants.get("kSplits", 1)) > 1:
+        return num_clusters * launch.cluster_size
+    most = num_sms * launch.min_blocks_per_sm // launch.cluster_size
+    num_rounds = -(-num_clusters // most)
+    return -(-num_clusters // num_rounds) * launch.cluster_size
 
 
 def _quantize_config(spec: KernelSpec) -> Config:

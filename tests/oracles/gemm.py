@@ -1,4 +1,4 @@
-"""Products of segments of rows, from the equations, in FP64 on the CPU."""
+"""Products of segments of rows, from the equations, in FP64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def segments(
 
 def dequantized(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x: `[..., rows, depth]` in 8 bits; scale: `[..., rows or blocks of them, blocks of the depth]`."""
-    x, scale = x.cpu().double(), scale.cpu().double()
+    x, scale = x.double(), scale.double()
     if scale.shape[-2] != x.shape[-2] or x.shape[-2] == 1:
         scale = scale.repeat_interleave(BLOCK, dim=-2)
     scale = scale.repeat_interleave(BLOCK, dim=-1)

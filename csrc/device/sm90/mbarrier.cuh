@@ -27,13 +27,14 @@ struct Mbarrier {
         "r"(int(arrives))
         : "memory");
   }
-  // At the barrier in the same place of another block of the cluster.
+  // At the barrier in the same place of another block of the cluster, as if it were a thread of that block: writes that
+  // all of the cluster should see take a release of that scope, which waits for those to memory.
   __device__ __forceinline__ void arrive_at(uint32_t cluster_rank) {
     asm volatile(
         "{\n"
         ".reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
         "}\n" ::"r"(smem_address(this)),
         "r"(cluster_rank)
         : "memory");

@@ -1,6 +1,8 @@
 // The warpgroups of the Hopper kernel of products that multiply.
 #pragma once
 
+#include "device/swizzle.cuh"
+#include "device/vec.cuh"
 #include "gemm/sm90/tile.cuh"
 
 namespace flashinfer::sm90 {
@@ -166,11 +168,42 @@ struct GemmConsumer {
     }
   }
 
+  // A warp turns 16 rows of 64 columns at a time into runs of 128 bytes.
   __device__ __forceinline__ void store(const Sums (&totals)[Shape::kWaves], const GemmTile& tile) const {
+    using Out = typename Config::Out;
+    using Rows = SwizzledRows<kPanelBytes>;
+    constexpr int kColumns = kPanelBytes / sizeof(Out), kGranule = 16 / sizeof(Out);
+    static_assert(Shape::kBlockN % kColumns == 0);
+    const int lane_idx = fresh_thread_idx() % 32, warp_idx = fresh_thread_idx() / 32;
+    const uint32_t rows_smem = smem_address(smem.exchange.rows[warp_idx]);
 #pragma unroll
     for (int wave = 0; wave < Shape::kWaves; ++wave) {
-      store_sums<typename Config::Out, Shape::kBlockN>(params, totals[wave], tile.row + row_of_wave(wave), tile.row_end,
-                                                       tile.column);
+      const int first_row = tile.row + row_of_wave(wave) - lane_row(lane_idx);
+#pragma unroll
+      for (int first = 0; first < Shape::kBlockN; first += kColumns) {
+        __syncwarp();
+#pragma unroll
+        for (int column = 0; column < kColumns; column += 16) {
+          uint32_t x[4];  // 8 x 8 of the upper rows, of the lower rows, and the same 8 columns further
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int begin = (first + column) / 4 + i / 2 * 2;
+            x[i] = pack_16bit<Out>(at(totals[wave], i % 2, begin), at(totals[wave], i % 2, begin + 1));
+          }
+          stmatrix_x4(rows_smem + Rows::offset(lane_idx % 16, column / 8 + lane_idx / 16), x);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = 4 * i + lane_idx / 8, granule = lane_idx % 8;
+          const int32_t column = tile.column + first + granule * kGranule;
+          const uint4 x = load_shared_16(rows_smem + Rows::offset(row, granule));
+          if (first_row + row < tile.row_end && column < params.num_columns) {
+            Out* output = static_cast<Out*>(params.output) + (first_row + row) * params.output_row_stride + column;
+            *reinterpret_cast<uint4*>(output) = x;
+          }
+        }
+      }
     }
   }
 
@@ -192,21 +225,25 @@ struct GemmConsumer {
       }
     }
     smem.mailbox.receive(sizeof(smem.exchange.sums), 0);
+    float slice[4 * kGroups];
 #pragma unroll
-    for (int own = 0; own < kSplits; ++own) {
-      if (own != part.split) continue;
+    for (int i = 0; i < 2 * kGroups; ++i) {
+      const int half = i % 2, first = i / 2 * 2;
+      float2 sum{0.f, 0.f};
 #pragma unroll
-      for (int i = 0; i < 2 * kGroups; ++i) {
-        const int group = own * kGroups + i / 2, half = i % 2;
-#pragma unroll
-        for (int place = 0; place < kSplits - 1; ++place) {
-          const float2 other = smem.exchange.sums[place][i][thread_idx];
-          at(totals, half, 2 * group) += other.x, at(totals, half, 2 * group + 1) += other.y;
-        }
+      for (int own = 0; own < kSplits; ++own) {
+        const float2 mine = pair_of(own * kGroups + i / 2, half);
+        sum.x = own == part.split ? mine.x : sum.x, sum.y = own == part.split ? mine.y : sum.y;
       }
-      store_sums<typename Config::Out, 8 * kGroups>(params, totals, tile.row + row_of_wave(0), tile.row_end,
-                                                    tile.column + 8 * kGroups * own, 2 * kGroups * own);
+#pragma unroll
+      for (int place = 0; place < kSplits - 1; ++place) {
+        const float2 other = smem.exchange.sums[place][i][thread_idx];
+        sum.x += other.x, sum.y += other.y;
+      }
+      at(slice, half, first) = sum.x, at(slice, half, first + 1) = sum.y;
     }
+    store_sums<typename Config::Out, 8 * kGroups>(params, slice, tile.row + row_of_wave(0), tile.row_end,
+                                                  tile.column + 8 * kGroups * part.split);
   }
 
   __device__ __forceinline__ void run() const {

@@ -35,10 +35,13 @@ __device__ void group_gemm(const Sm90GroupGemmParams& params) {
   Mailbox<Shape::kClusterSize>::open(&smem.mailbox, 1);
   __syncthreads();
   cluster_await<Shape::kClusterSize>();
+  const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  if constexpr (Shape::kPrefetches) {
+    if (warp_idx == Shape::kNumConsumers * 4) sm90::prefetch_first_weights<Config>(params);
+  }
   wait_for_previous_kernel();
   allow_next_kernel();
 
-  const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp_idx >= Shape::kNumConsumers * 4) {
     if constexpr (Shape::kMovesRegisters) shrink_registers<Shape::kProducerRegisters>();
     if (warp_idx == Shape::kNumConsumers * 4) {

@@ -25,8 +25,8 @@ struct GemmShape {
   static_assert(kBlockM == 64 * kNumConsumers * kWaves && kBlockM <= 256 && kBlockN <= 256);
   static_assert(Config::kNumThreads == (kNumConsumers + 1) * kWarpgroupSize);
   static constexpr int kNumSums = kBlockN / 2;  // of a thread, of 64 rows
-  // The products of a step while those of the one before are scaled. Two waves have no registers for it.
-  static constexpr bool kOverlaps = kIsScaled && kWaves == 1;
+  // The products of a step while those of the one before are scaled. Two waves, or more columns, have no registers for it.
+  static constexpr bool kOverlaps = kIsScaled && kWaves == 1 && kBlockN <= 128;
 
   static constexpr int kLaunchRegisters = 65536 / (Config::kNumThreads * Config::kMinBlocksPerSm) / 8 * 8;
   static constexpr bool kMovesRegisters = kLaunchRegisters < 256;
@@ -42,13 +42,15 @@ struct GemmShape {
   static_assert(kDepthMajor || (sizeof(T) == 2 && kBlockN % kPanelColumns == 0));
   static_assert(!kIsScaled || (kDepth == kScaleBlock && Config::kScaleColumns == kScaleBlock));
 
-  // Columns that share scales of b: a tile has two such blocks at most.
+  // Columns that share scales of b: a tile has two such blocks at most. Of 192 columns, the first 64 or 128.
   static constexpr bool kIsAligned = kScaleBlock % kBlockN == 0;
-  static_assert(!kIsScaled || kIsAligned || (kBlockN % 16 == 0 && kBlockN <= kScaleBlock + 16));
+  static_assert(!kIsScaled || kIsAligned || kBlockN == 192);
 
   // Of the sums, each split has the columns of a slice to finish: groups of 8.
   static constexpr int kSliceGroups = kBlockN / 8 / kSplits;
   static_assert(kSplits == 1 || (kWaves == 1 && kBlockN % (8 * kSplits) == 0));
+
+  static constexpr bool kPrefetches = kBlockM == 64;
 
   using Tiles = GemmTiles<kBlockM, kBlockN * kShares>;
 };
@@ -61,9 +63,12 @@ struct GemmScales<Shape, true> {
   float b[Shape::kNumStages][2];  // of the block of the tile's first column, and the next
 };
 
-// Sums that the other splits have of this one's slice.
-template <class Shape, bool kExist = (Shape::kSplits > 1)>
-struct GemmExchange {};
+// Where sums go on their way out: a warp's 16 rows, 128 bytes of each at a time; or those that the other splits have of
+// this one's slice.
+template <class Shape, bool kExchanges = (Shape::kSplits > 1)>
+struct GemmExchange {
+  alignas(128) uint8_t rows[Shape::kNumConsumers * 4][16 * kPanelBytes];
+};
 template <class Shape>
 struct GemmExchange<Shape, true> {
   float2 sums[Shape::kSplits - 1][2 * Shape::kSliceGroups][Shape::kNumConsumers * kWarpgroupSize];
@@ -98,13 +103,15 @@ struct GemmPart {
     step_begin = num_steps * split / Shape::kSplits, step_end = num_steps * (split + 1) / Shape::kSplits;
   }
 
+  __device__ __forceinline__ uint32_t first_tile() const { return blockIdx.x / Shape::kClusterSize; }
+
   // visit(tile) for the tiles of this block.
   template <class Visit>
   __device__ __forceinline__ void for_each_tile(const GroupGemmParams& params, const Visit& visit) const {
     typename Shape::Tiles tiles{params};
     GemmTile tile;
 #pragma unroll 1
-    for (uint32_t index = blockIdx.x / Shape::kClusterSize; tiles.find(index, tile);
+    for (uint32_t index = first_tile(); tiles.find(index, tile);
          index += gridDim.x / Shape::kClusterSize) {
       tile.column += share * Shape::kBlockN;
       visit(tile);
