@@ -54,6 +54,11 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address_smem) {
                : "memory");
   return vec;
 }
+__device__ __forceinline__ float load_shared_float(uint32_t address_smem) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address_smem) : "memory");
+  return x;
+}
 __device__ __forceinline__ uint2 load_shared_8(uint32_t address_smem) {
   uint2 vec;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(vec.x), "=r"(vec.y) : "r"(address_smem) : "memory");

@@ -96,8 +96,7 @@ struct GemmBlock {
       uint32_t a[Shape::kFragsM][4];
 #pragma unroll
       for (int i = 0; i < Shape::kFragsM; ++i) {
-        ldmatrix_x4(a[i],
-                    a_smem(step) + ARows::offset(first_row + 16 * i + lane_idx % 16, granule + lane_idx / 16));
+        ldmatrix_x4(a[i], a_smem(step) + ARows::offset(first_row + 16 * i + lane_idx % 16, granule + lane_idx / 16));
       }
 #pragma unroll
       for (int j = 0; j < Shape::kFragsN; j += 2) {  // 16 columns
@@ -118,10 +117,10 @@ struct GemmBlock {
     }
   }
 
-  // 32 bytes deep. Of 8-bit elements a register holds four of a row: the first two stand for elements 2q and 2q + 1 of a
-  // product 16 deep, the others for 2q + 8 and 2q + 9, in a and b alike.
-  __device__ __forceinline__ static void multiply_16_columns(float (&left)[4], float (&right)[4], const uint32_t (&a)[4],
-                                                             const uint32_t (&b)[4]) {
+  // 32 bytes deep. Of 8-bit elements a register holds four of a row: the first two stand for elements 2q and 2q + 1 of
+  // a product 16 deep, the others for 2q + 8 and 2q + 9, in a and b alike.
+  __device__ __forceinline__ static void multiply_16_columns(float (&left)[4], float (&right)[4],
+                                                             const uint32_t (&a)[4], const uint32_t (&b)[4]) {
     if constexpr (sizeof(T) == 2) {
       mma_m16n8k16<T>(left, a, b[0], b[1]);
       mma_m16n8k16<T>(right, a, b[2], b[3]);

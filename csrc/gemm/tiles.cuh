@@ -23,9 +23,9 @@ struct GemmTiles {
 
   const GroupGemmParams& params;
   uint32_t num_column_tiles = ceil_div(params.num_columns, kTileColumns);
-  int32_t next_group = 0;                      // after those at hand
-  uint32_t end_of_groups = 0;                  // tiles of rows up to there
-  GemmGroup group{0, 0, 0};                    // the lane's
+  int32_t next_group = 0;                          // after those at hand
+  uint32_t end_of_groups = 0;                      // tiles of rows up to there
+  GemmGroup group{0, 0, 0};                        // the lane's
   uint32_t first_row_tile = 0, num_row_tiles = 0;  // of it
 
   // False if there is none.

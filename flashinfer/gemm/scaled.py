@@ -230,9 +230,7 @@ class _Quantizer(NamedTuple):
 _memo: memo.Memo[_Quantizer] = memo.Memo()
 
 
-def _quantized(
-    op: str, name: str, x: torch.Tensor, scale: Optional[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantized(op: str, name: str, x: torch.Tensor, scale: Optional[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """The matrix in 8 bits, and its scales by row and block of the depth."""
     if x.dtype == _FP8:
         if scale is None:
@@ -298,5 +296,3 @@ def _prepare(op: str, name: str, x: torch.Tensor) -> _Quantizer:
     grid = -(-x.numel() // (8 * launcher.config.launch.num_threads))
     launch = launcher.prepare((grid, 1, 1), values, varying=("input", "output", "scale"))
     return _Quantizer(launch, new_output, new_scale)
-
-

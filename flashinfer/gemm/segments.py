@@ -29,9 +29,7 @@ class SegmentGEMMWrapper:
             backend in expected, "SegmentGEMMWrapper", f"backend is {backend!r:.40}; expected one of {expected}"
         )
 
-    def reset_workspace_buffer(
-        self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor
-    ) -> None:
+    def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor) -> None:
         """Accepted for compatibility."""
 
     def run(
@@ -91,9 +89,7 @@ class SegmentGEMMWrapper:
     forward = run
 
     @staticmethod
-    def _offsets(
-        batch_size: int, lengths: Optional[torch.Tensor], offsets: Optional[torch.Tensor]
-    ) -> torch.Tensor:
+    def _offsets(batch_size: int, lengths: Optional[torch.Tensor], offsets: Optional[torch.Tensor]) -> torch.Tensor:
         if offsets is not None:
             if not isinstance(offsets, torch.Tensor):
                 raise checks.not_tensors(_OP, seg_indptr=offsets)

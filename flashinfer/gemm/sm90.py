@@ -18,20 +18,22 @@ _MAX_MAPS = 1024  # addresses a launch remembers: a model has a weight per layer
 def bind_launch(launcher: Launcher, grid: int, values: Mapping[str, Any]) -> PreparedLaunch:
     """A launch with everything but the addresses laid out: called like one of any other implementation."""
     constants = launcher.config.constants
+    size = ITEMSIZE[str(constants["T"])]
+    num_rows, num_columns, depth = (int(values[name]) for name in ("num_rows", "num_columns", "depth"))
+    block_m, block_n, shares = (int(constants[name]) for name in ("kBlockM", "kBlockN", "kShares"))
+    # Rows that there are not would be filled with zeros, which takes as long as to bring them.
+    a_rows = block_m // shares if shares > 1 else min(block_m, -(-num_rows // 8) * 8)
     launch = launcher.prepare(
-        (grid, 1, 1), {**values, "padding": b""}, varying=("a_map", "b_map", *families.ADDRESSES)
-    )
-    size, num_rows, num_columns, depth = ITEMSIZE[str(constants["T"])], *(
-        int(values[name]) for name in ("num_rows", "num_columns", "depth")
-    )
-    block_m, block_n = int(constants["kBlockM"]), int(constants["kBlockN"])
+        (grid, 1, 1), {**values, "a_box_rows": a_rows, "padding": b""},
+        varying=("a_map", "b_map", *families.ADDRESSES),
+    )  # fmt: skip
     a_axes = (depth, (num_rows, values["a_row_stride"]), (1, 0))
     weights = values["num_weights"], values["b_weight_stride"]
     if constants["kDepthMajor"]:
         b_axes, b_rows = (depth, (num_columns, values["b_row_stride"]), weights), block_n
     else:
         b_axes, b_rows = (num_columns, (depth, values["b_row_stride"]), weights), _PANEL_BYTES // size
-    a_map_at = _maps(size, a_axes, block_m // int(constants["kShares"]))
+    a_map_at = _maps(size, a_axes, a_rows)
     b_map_at = _maps(size, b_axes, b_rows)
 
     def launch_at(a: int, b: int, *others: int) -> None:

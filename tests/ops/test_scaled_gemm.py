@@ -134,7 +134,7 @@ def test_rows_of_no_group(device: torch.device) -> None:
     close(out[3:14].contiguous(), of_groups(given, indptr.cpu()))
 
 
-# ------------------------------------------------------------------------------------------------------- 16-bit operands
+# ------------------------------------------------------------------------------------------------------ 16-bit operands
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)

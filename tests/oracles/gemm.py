@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Optional
 
 import torch
@@ -14,7 +15,7 @@ def segments(
 ) -> torch.Tensor:
     """weights: `[num_weights, d_out, d_in]`. untouched: what rows of no segment hold."""
     result = untouched.cpu().double().clone()
-    for i, (begin, end) in enumerate(zip(indptr, indptr[1:])):
+    for i, (begin, end) in enumerate(itertools.pairwise(indptr)):
         weight = weights[i if indices is None else indices[i]].cpu().double()
         result[begin:end] = x[begin:end].cpu().double() @ weight.T
     return result

@@ -51,9 +51,10 @@ inline void group_gemm_tile(const GroupGemmParams& params, const GemmGroup& grou
     }
     const int32_t block = first / kScaleBlock;
     for (int row = 0; row < num_rows; ++row) {
-      const float a_scale = Config::kScaleColumns == 0 ? 1.f
-                                                       : params.a_scale[(first_row + row) * params.a_scale_row_stride +
-                                                                        block * params.a_scale_block_stride];
+      const float a_scale =
+          Config::kScaleColumns == 0
+              ? 1.f
+              : params.a_scale[(first_row + row) * params.a_scale_row_stride + block * params.a_scale_block_stride];
       for (int column = 0; column < num_columns; ++column) {
         float sum = 0.f;
 #pragma omp simd reduction(+ : sum)

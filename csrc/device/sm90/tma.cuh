@@ -34,13 +34,6 @@ __device__ __forceinline__ void tma_load_3d(uint32_t dst_smem, const TensorMap& 
       : "memory");
 }
 
-// Brings a box as far as the L2 cache. What is written there later is seen by whoever reads it after that.
-__device__ __forceinline__ void tma_prefetch_3d(const TensorMap& map, int32_t x0, int32_t x1, int32_t x2) {
-  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(&map), "r"(x0), "r"(x1),
-               "r"(x2)
-               : "memory");
-}
-
 // To the same place in every block of the cluster whose bit is set, each of which is told of its bytes.
 __device__ __forceinline__ void tma_multicast_3d(uint32_t dst_smem, const TensorMap& map, Mbarrier& full, int32_t x0,
                                                  int32_t x1, int32_t x2, uint32_t ranks) {

@@ -16,8 +16,9 @@ struct GemmConsumer {
 
   const Sm90GroupGemmParams& params;
   GemmSmem<Config>& smem;
+  const int consumer_idx;  // the same in all lanes, as the compiler knows: descriptors are made of it
   const GemmPart<Config> part{params};
-  const int consumer_idx = int(threadIdx.x / kWarpgroupSize);
+  const int lane_idx = int(threadIdx.x % 32);
   const int warp_row = int(threadIdx.x % kWarpgroupSize / 32) * 16 + lane_row(threadIdx.x % 32);
 
   // Of the lane's first row in the tile.
@@ -28,8 +29,8 @@ struct GemmConsumer {
   // Starts the products of a step and 64 rows.
   __device__ __forceinline__ void multiply(Sums& sums, uint32_t turn, int wave, bool accumulates) const {
     const int stage = turn % Shape::kNumStages;
-    const Operand a = depth_major_operand(smem_address(smem.a[stage]) +
-                                          (consumer_idx * Shape::kWaves + wave) * 64 * kPanelBytes);
+    const Operand a =
+        depth_major_operand(smem_address(smem.a[stage]) + (consumer_idx * Shape::kWaves + wave) * 64 * kPanelBytes);
     const uint32_t b_smem = smem_address(smem.b[stage]);
 #pragma unroll
     for (int i = 0; i < Shape::kProducts; ++i) {
@@ -47,7 +48,6 @@ struct GemmConsumer {
 
   // The operands of a step have been read, by this warp, in every block that has its rows.
   __device__ __forceinline__ void release(uint32_t turn) const {
-    const uint32_t lane_idx = fresh_thread_idx() % 32;
     if constexpr (Shape::kShares == 1) {
       smem.empty.at(turn).arrive_if(lane_idx == 0);
     } else if (lane_idx < Shape::kShares) {
@@ -55,31 +55,31 @@ struct GemmConsumer {
     }
   }
 
-  // What products of a step are multiplied by: of the lane's two rows, in each block of columns.
+  // What products of a step are multiplied by: of the lane's two rows, and of the two blocks of columns. They are read
+  // before the products are started, and multiplied with each other after the wait for them: between products, the
+  // tensor cores would wait for it.
   struct Scales {
-    float of[2][2];  // [block of columns][half]
+    float a[2], b[2];
+
+    __device__ __forceinline__ void hold() { asm volatile("" : "+f"(a[0]), "+f"(a[1]), "+f"(b[0]), "+f"(b[1])); }
   };
   __device__ __forceinline__ Scales scales_of(uint32_t turn, int wave) const {
     const int stage = turn % Shape::kNumStages;
-    Scales scales;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float of_row = smem.scales.a[stage][row_of_wave(wave) + row_of(half)];
-      scales.of[0][half] = of_row * smem.scales.b[stage][0];
-      if constexpr (!Shape::kIsAligned) scales.of[1][half] = of_row * smem.scales.b[stage][1];
-    }
-    return scales;
+    const uint32_t a_smem = smem_address(&smem.scales.a[stage][row_of_wave(wave)]);
+    const uint2 b = load_shared_8(smem_address(smem.scales.b[stage]));
+    return {{load_shared_float(a_smem), load_shared_float(a_smem + row_of(1) * sizeof(float))},
+            {__uint_as_float(b.x), __uint_as_float(b.y)}};
   }
 
   // totals += products. The first num_groups groups of 8 columns are of the first block.
-  __device__ __forceinline__ static void add_scaled(Sums& totals, const Sums& products, const Scales& scales,
-                                                    int num_groups) {
+  __device__ __forceinline__ static void add_scaled(Sums& totals, const Sums& products, Scales scales, int num_groups) {
+    scales.hold();
 #pragma unroll
-    for (int group = 0; group < Shape::kBlockN / 8; ++group) {
+    for (int half = 0; half < 2; ++half) {
+      const float first = scales.a[half] * scales.b[0], second = scales.a[half] * scales.b[1];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float scale = scales.of[0][half];
-        if constexpr (!Shape::kIsAligned) scale = group < num_groups ? scale : scales.of[1][half];
+      for (int group = 0; group < Shape::kBlockN / 8; ++group) {
+        const float scale = Shape::kIsAligned || group < num_groups ? first : second;
 #pragma unroll
         for (int i = 2 * group; i < 2 * group + 2; ++i) at(totals, half, i) += at(products, half, i) * scale;
       }
@@ -114,55 +114,58 @@ struct GemmConsumer {
     } else if constexpr (Shape::kOverlaps) {
       if (num_steps == 0) return;
       Sums even, odd;  // steps
+      Scales even_scales, odd_scales;
       const uint32_t last = turn + num_steps - 1;
-      const auto start = [&](Sums& products, uint32_t turn) {
+      const auto start = [&](Sums& products, Scales& scales, uint32_t turn) {
         smem.full.wait_full(turn);
+        scales = scales_of(turn, 0);
         pin(products);
         wgmma_fence();
         multiply(products, turn, 0, false);
       };
       // After the wait for these products.
-      const auto finish = [&](Sums& products, uint32_t turn) {
+      const auto finish = [&](Sums& products, const Scales& scales, uint32_t turn) {
         pin(products);
-        const Scales scales = scales_of(turn, 0);
         release(turn);
         add_scaled(totals[0], products, scales, num_groups);
       };
-      start(even, turn);
+      start(even, even_scales, turn);
 #pragma unroll 1
       for (; int32_t(last - turn) >= 2; turn += 2) {
-        start(odd, turn + 1);
+        start(odd, odd_scales, turn + 1);
         wgmma_wait<1>();
-        finish(even, turn);
-        start(even, turn + 2);
+        finish(even, even_scales, turn);
+        start(even, even_scales, turn + 2);
         wgmma_wait<1>();
-        finish(odd, turn + 1);
+        finish(odd, odd_scales, turn + 1);
       }
       if (turn != last) {
-        start(odd, last);
+        start(odd, odd_scales, last);
         wgmma_wait<1>();
-        finish(even, turn);
+        finish(even, even_scales, turn);
         wgmma_wait<0>();
-        finish(odd, last);
+        finish(odd, odd_scales, last);
       } else {
         wgmma_wait<0>();
-        finish(even, last);
+        finish(even, even_scales, last);
       }
     } else {
       Sums products;
 #pragma unroll 1
       for (int step = 0; step < num_steps; ++step, ++turn) {
         smem.full.wait_full(turn);
+        Scales scales[Shape::kWaves];
+#pragma unroll
+        for (int wave = 0; wave < Shape::kWaves; ++wave) scales[wave] = scales_of(turn, wave);
 #pragma unroll
         for (int wave = 0; wave < Shape::kWaves; ++wave) {
           pin(products);
           wgmma_fence();
           multiply(products, turn, wave, false);
-          const Scales scales = scales_of(turn, wave);
           wgmma_wait<0>();
           pin(products);
           if (wave == Shape::kWaves - 1) release(turn);
-          add_scaled(totals[wave], products, scales, num_groups);
+          add_scaled(totals[wave], products, scales[wave], num_groups);
         }
       }
     }
@@ -174,7 +177,7 @@ struct GemmConsumer {
     using Rows = SwizzledRows<kPanelBytes>;
     constexpr int kColumns = kPanelBytes / sizeof(Out), kGranule = 16 / sizeof(Out);
     static_assert(Shape::kBlockN % kColumns == 0);
-    const int lane_idx = fresh_thread_idx() % 32, warp_idx = fresh_thread_idx() / 32;
+    const int warp_idx = threadIdx.x / 32;
     const uint32_t rows_smem = smem_address(smem.exchange.rows[warp_idx]);
 #pragma unroll
     for (int wave = 0; wave < Shape::kWaves; ++wave) {

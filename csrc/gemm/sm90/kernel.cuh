@@ -36,9 +36,6 @@ __device__ void group_gemm(const Sm90GroupGemmParams& params) {
   __syncthreads();
   cluster_await<Shape::kClusterSize>();
   const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-  if constexpr (Shape::kPrefetches) {
-    if (warp_idx == Shape::kNumConsumers * 4) sm90::prefetch_first_weights<Config>(params);
-  }
   wait_for_previous_kernel();
   allow_next_kernel();
 
@@ -51,7 +48,7 @@ __device__ void group_gemm(const Sm90GroupGemmParams& params) {
     }
   } else {
     if constexpr (Shape::kMovesRegisters) grow_registers<Shape::kConsumerRegisters>();
-    sm90::GemmConsumer<Config>{params, smem}.run();
+    sm90::GemmConsumer<Config>{params, smem, warp_idx / 4}.run();
   }
   // Other blocks arrive at barriers here, and TMA writes what they have brought.
   if constexpr (Shape::kShares > 1) {

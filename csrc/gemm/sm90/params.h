@@ -13,7 +13,8 @@ struct Sm90GemmMaps {
 };
 
 struct Sm90GroupGemmParams : Sm90GemmMaps, GroupGemmParams {
-  uint8_t padding[32];
+  int32_t a_box_rows;  // that one copy brings: a block's part of a tile's, or all there are in multiples of 8
+  uint8_t padding[28];
 };
 
 }  // namespace flashinfer

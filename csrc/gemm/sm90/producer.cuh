@@ -6,10 +6,6 @@
 
 namespace flashinfer::sm90 {
 
-// Of a few rows the weights take all the time, and more of them have to be under way than there are stages: so many steps
-// ahead, they come as far as the L2 cache.
-constexpr int kPrefetchedSteps = 12;
-
 // Where a step's part of b lies: copy(offset in the stage, coordinates) for each of its boxes.
 template <class Config, class Copy>
 __device__ __forceinline__ void for_each_box_of_b(const GemmTile& tile, int step, const Copy& copy) {
@@ -26,30 +22,6 @@ __device__ __forceinline__ void for_each_box_of_b(const GemmTile& tile, int step
 }
 
 template <class Config>
-__device__ __forceinline__ void prefetch_b(const Sm90GroupGemmParams& params, const GemmTile& tile, int step) {
-  if (elect_lane()) {
-    for_each_box_of_b<Config>(tile, step, [&](int, int32_t x0, int32_t x1, int32_t x2) {
-      tma_prefetch_3d(params.b_map, x0, x1, x2);
-    });
-  }
-}
-
-// Ahead of the wait for the previous kernel, whose results the operands may be: weights of the first tile come as far as
-// the L2 cache, where they are read after it.
-template <class Config>
-__device__ __forceinline__ void prefetch_first_weights(const Sm90GroupGemmParams& params) {
-  if (params.indptr != nullptr) return;  // groups are such results too
-  const GemmPart<Config> part{params};
-  typename GemmShape<Config>::Tiles tiles{params};
-  GemmTile tile;
-  if (!tiles.find(part.first_tile(), tile)) return;
-  tile.column += part.share * GemmShape<Config>::kBlockN;
-  for (int step = part.step_begin; step < min(part.step_end, part.step_begin + kPrefetchedSteps); ++step) {
-    prefetch_b<Config>(params, tile, step);
-  }
-}
-
-template <class Config>
 __device__ __forceinline__ void produce_operands(const Sm90GroupGemmParams& params, GemmSmem<Config>& smem) {
   using Shape = GemmShape<Config>;
   const GemmPart<Config> part{params};
@@ -57,14 +29,11 @@ __device__ __forceinline__ void produce_operands(const Sm90GroupGemmParams& para
   part.for_each_tile(params, [&](const GemmTile& tile) {
     for (int step = part.step_begin; step < part.step_end; ++step, ++turn) {
       const int stage = turn % Shape::kNumStages;
-      if constexpr (Shape::kPrefetches) {
-        if (step + kPrefetchedSteps < part.step_end) prefetch_b<Config>(params, tile, step + kPrefetchedSteps);
-      }
       smem.empty.wait_empty(turn);
       if (elect_lane()) {
         constexpr int kWidth = kPanelBytes / 2;  // of a box, in elements of 16 bits
         Mbarrier& full = smem.full.at(turn);
-        full.arrive_expecting(Shape::kABytes + Shape::kBBytes);
+        full.arrive_expecting(Shape::kShares * params.a_box_rows * kPanelBytes + Shape::kBBytes);
         if constexpr (Shape::kShares == 1) {
           tma_load_3d(smem_address(smem.a[stage]), params.a_map, full, step * kWidth, tile.row, 0);
         } else {

@@ -25,7 +25,8 @@ struct GemmShape {
   static_assert(kBlockM == 64 * kNumConsumers * kWaves && kBlockM <= 256 && kBlockN <= 256);
   static_assert(Config::kNumThreads == (kNumConsumers + 1) * kWarpgroupSize);
   static constexpr int kNumSums = kBlockN / 2;  // of a thread, of 64 rows
-  // The products of a step while those of the one before are scaled. Two waves, or more columns, have no registers for it.
+  // The products of a step while those of the one before are scaled. Two waves, or more columns, have no registers for
+  // it.
   static constexpr bool kOverlaps = kIsScaled && kWaves == 1 && kBlockN <= 128;
 
   static constexpr int kLaunchRegisters = 65536 / (Config::kNumThreads * Config::kMinBlocksPerSm) / 8 * 8;
@@ -49,8 +50,6 @@ struct GemmShape {
   // Of the sums, each split has the columns of a slice to finish: groups of 8.
   static constexpr int kSliceGroups = kBlockN / 8 / kSplits;
   static_assert(kSplits == 1 || (kWaves == 1 && kBlockN % (8 * kSplits) == 0));
-
-  static constexpr bool kPrefetches = kBlockM == 64;
 
   using Tiles = GemmTiles<kBlockM, kBlockN * kShares>;
 };
@@ -85,7 +84,7 @@ struct GemmSmem {
   Mailbox<Shape::kClusterSize> mailbox;
 
   __device__ __forceinline__ void init() {
-    full.init(Shape::kIsScaled ? 33 : 1);  // who copies, and the warp that brings scales
+    full.init(Shape::kIsScaled ? 33 : 1);                   // who copies, and the warp that brings scales
     empty.init(Shape::kShares * Shape::kNumConsumers * 4);  // warps that multiply these rows
   }
 };
@@ -111,8 +110,7 @@ struct GemmPart {
     typename Shape::Tiles tiles{params};
     GemmTile tile;
 #pragma unroll 1
-    for (uint32_t index = first_tile(); tiles.find(index, tile);
-         index += gridDim.x / Shape::kClusterSize) {
+    for (uint32_t index = first_tile(); tiles.find(index, tile); index += gridDim.x / Shape::kClusterSize) {
       tile.column += share * Shape::kBlockN;
       visit(tile);
     }
