@@ -190,7 +190,7 @@ def _sm90_config(spec: KernelSpec) -> Config:
     smem_bytes = tile.num_stages * (tile.block_m + tile.block_n) * 128
     exchanged = (tile.splits - 1) * tile.block_n // tile.splits * 64 * 4
     smem_bytes += num_consumers * (4 * 16 * 128 if tile.splits == 1 else exchanged)
-    smem_bytes += tile.num_stages * (tile.block_m * 4 * is_scaled + 2 * 4) + tile.num_stages * 16 + 8
+    smem_bytes += tile.num_stages * (tile.block_m + 1) * 4 * is_scaled + tile.num_stages * 16 + 8
     smem_bytes = -(-smem_bytes // 1024) * 1024
     launch = Launch((num_consumers + 1) * 128, tile.blocks_per_sm, smem_bytes, tile.shares * tile.splits)
     return Config({**_constants(spec), **of_tile}, launch)

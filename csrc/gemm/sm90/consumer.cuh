@@ -55,41 +55,30 @@ struct GemmConsumer {
     }
   }
 
-  // What products of a step are multiplied by: of the lane's two rows, and of the two blocks of columns. They are read
-  // before the products are started, and multiplied with each other after the wait for them: between products, the
-  // tensor cores would wait for it.
+  // What products of a step are multiplied by: of the lane's two rows, and of the columns. They are read before the
+  // products are started, for between them the tensor cores would wait for it.
   struct Scales {
-    float a[2], b[2];
-
-    __device__ __forceinline__ void hold() { asm volatile("" : "+f"(a[0]), "+f"(a[1]), "+f"(b[0]), "+f"(b[1])); }
+    float a[2], b;
   };
   __device__ __forceinline__ Scales scales_of(uint32_t turn, int wave) const {
     const int stage = turn % Shape::kNumStages;
     const uint32_t a_smem = smem_address(&smem.scales.a[stage][row_of_wave(wave)]);
-    const uint2 b = load_shared_8(smem_address(smem.scales.b[stage]));
     return {{load_shared_float(a_smem), load_shared_float(a_smem + row_of(1) * sizeof(float))},
-            {__uint_as_float(b.x), __uint_as_float(b.y)}};
+            load_shared_float(smem_address(&smem.scales.b[stage]))};
   }
 
-  // totals += products. The first num_groups groups of 8 columns are of the first block.
-  __device__ __forceinline__ static void add_scaled(Sums& totals, const Sums& products, Scales scales, int num_groups) {
-    scales.hold();
+  __device__ __forceinline__ static void add_scaled(Sums& totals, const Sums& products, const Scales& scales) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float first = scales.a[half] * scales.b[0], second = scales.a[half] * scales.b[1];
+      const float scale = scales.a[half] * scales.b;
 #pragma unroll
-      for (int group = 0; group < Shape::kBlockN / 8; ++group) {
-        const float scale = Shape::kIsAligned || group < num_groups ? first : second;
-#pragma unroll
-        for (int i = 2 * group; i < 2 * group + 2; ++i) at(totals, half, i) += at(products, half, i) * scale;
-      }
+      for (int i = 0; i < Shape::kBlockN / 4; ++i) at(totals, half, i) += at(products, half, i) * scale;
     }
   }
 
   // The sums of a tile, from `turn` on.
-  __device__ __forceinline__ void sum(Sums (&totals)[Shape::kWaves], const GemmTile& tile, uint32_t turn) const {
+  __device__ __forceinline__ void sum(Sums (&totals)[Shape::kWaves], uint32_t turn) const {
     const int num_steps = part.step_end - part.step_begin;
-    const int num_groups = (kScaleBlock - tile.column % kScaleBlock) / 8;
 #pragma unroll
     for (int wave = 0; wave < Shape::kWaves; ++wave) {
 #pragma unroll
@@ -127,7 +116,7 @@ struct GemmConsumer {
       const auto finish = [&](Sums& products, const Scales& scales, uint32_t turn) {
         pin(products);
         release(turn);
-        add_scaled(totals[0], products, scales, num_groups);
+        add_scaled(totals[0], products, scales);
       };
       start(even, even_scales, turn);
 #pragma unroll 1
@@ -165,7 +154,7 @@ struct GemmConsumer {
           wgmma_wait<0>();
           pin(products);
           if (wave == Shape::kWaves - 1) release(turn);
-          add_scaled(totals[wave], products, scales[wave], num_groups);
+          add_scaled(totals[wave], products, scales[wave]);
         }
       }
     }
@@ -253,7 +242,7 @@ struct GemmConsumer {
     uint32_t turn = 0;
     part.for_each_tile(params, [&](const GemmTile& tile) {
       Sums totals[Shape::kWaves];
-      sum(totals, tile, turn);
+      sum(totals, turn);
       turn += part.step_end - part.step_begin;
       if constexpr (Shape::kSplits > 1) {
         exchange_and_store(totals[0], tile);

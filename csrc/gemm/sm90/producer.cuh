@@ -55,13 +55,12 @@ template <class Config>
 __device__ __forceinline__ void produce_scales(const Sm90GroupGemmParams& params, GemmSmem<Config>& smem) {
   using Shape = GemmShape<Config>;
   const GemmPart<Config> part{params};
-  const int lane_idx = threadIdx.x % 32, num_blocks_of_columns = ceil_div(params.num_columns, kScaleBlock);
+  const int lane_idx = threadIdx.x % 32;
   uint32_t turn = 0;
   part.for_each_tile(params, [&](const GemmTile& tile) {
     const float* a_scale = params.a_scale + (tile.row + lane_idx) * params.a_scale_row_stride;
-    const int block = tile.column / kScaleBlock + lane_idx;
-    const float* b_scale =
-        params.b_scale + tile.weight * params.b_scale_weight_stride + block * params.b_scale_row_stride;
+    const float* b_scale = params.b_scale + tile.weight * params.b_scale_weight_stride +
+                           tile.column / kScaleBlock * params.b_scale_row_stride;
     for (int step = part.step_begin; step < part.step_end; ++step, ++turn) {
       const int stage = turn % Shape::kNumStages;
       smem.empty.wait_empty(turn);
@@ -71,9 +70,9 @@ __device__ __forceinline__ void produce_scales(const Sm90GroupGemmParams& params
                    a_scale + row * params.a_scale_row_stride + step * params.a_scale_block_stride,
                    tile.row + row + lane_idx < tile.row_end);
       }
-      if (lane_idx < 2) {
-        cp_async_4(smem_address(&smem.scales.b[stage][lane_idx]), b_scale + step * params.b_scale_block_stride,
-                   block < num_blocks_of_columns);
+      if (lane_idx == 0) {  // a tile past the last column has none
+        cp_async_4(smem_address(&smem.scales.b[stage]), b_scale + step * params.b_scale_block_stride,
+                   tile.column < params.num_columns);
       }
       cp_async_arrive(smem.full.at(turn));
     }

@@ -27,11 +27,11 @@ struct GemmShape {
   static constexpr int kNumSums = kBlockN / 2;  // of a thread, of 64 rows
   // The products of a step while those of the one before are scaled. Two waves, or more columns, have no registers for
   // it.
-  static constexpr bool kOverlaps = kIsScaled && kWaves == 1 && kBlockN <= 128;
+  static constexpr bool kOverlaps = kIsScaled && kWaves == 1;
 
   static constexpr int kLaunchRegisters = 65536 / (Config::kNumThreads * Config::kMinBlocksPerSm) / 8 * 8;
   static constexpr bool kMovesRegisters = kLaunchRegisters < 256;
-  static constexpr int kProducerRegisters = 40;
+  static constexpr int kProducerRegisters = 56;
   static constexpr int kMostRegisters =
       (kLaunchRegisters * (kNumConsumers + 1) - kProducerRegisters) / kNumConsumers / 8 * 8;
   static constexpr int kConsumerRegisters = kMostRegisters < 240 ? kMostRegisters : 240;
@@ -43,9 +43,7 @@ struct GemmShape {
   static_assert(kDepthMajor || (sizeof(T) == 2 && kBlockN % kPanelColumns == 0));
   static_assert(!kIsScaled || (kDepth == kScaleBlock && Config::kScaleColumns == kScaleBlock));
 
-  // Columns that share scales of b: a tile has two such blocks at most. Of 192 columns, the first 64 or 128.
-  static constexpr bool kIsAligned = kScaleBlock % kBlockN == 0;
-  static_assert(!kIsScaled || kIsAligned || kBlockN == 192);
+  static_assert(!kIsScaled || kScaleBlock % kBlockN == 0, "the columns of a tile share scales of b");
 
   // Of the sums, each split has the columns of a slice to finish: groups of 8.
   static constexpr int kSliceGroups = kBlockN / 8 / kSplits;
@@ -59,7 +57,7 @@ struct GemmScales {};
 template <class Shape>
 struct GemmScales<Shape, true> {
   float a[Shape::kNumStages][Shape::kBlockM];
-  float b[Shape::kNumStages][2];  // of the block of the tile's first column, and the next
+  float b[Shape::kNumStages];
 };
 
 // Where sums go on their way out: a warp's 16 rows, 128 bytes of each at a time; or those that the other splits have of
