@@ -142,26 +142,29 @@ struct GemmBlock {
     const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
     const int row = tile.row + warp_idx / Shape::kWarpsN * Shape::kRowsPerWarp + lane_row(lane_idx);
     const int column = tile.column + warp_idx % Shape::kWarpsN * Shape::kColumnsPerWarp + lane_column(lane_idx);
-    const float* b_scale =
-        params.b_scale + tile.weight * params.b_scale_weight_stride + step * params.b_scale_block_stride;
-    float of_columns[2 * Shape::kFragsN];
-#pragma unroll
-    for (int i = 0; i < 2 * Shape::kFragsN; ++i) {
-      // One of all columns of the warp, or each its own.
-      const int among = Config::kScaleColumns >= Shape::kBlockN ? 0 : column_of(i);
-      const int this_column = min(column + among, params.num_columns - 1);
-      of_columns[i] = __ldg(b_scale + this_column / Config::kScaleColumns * params.b_scale_row_stride);
-    }
+    float of_rows[Shape::kFragsM][2];
 #pragma unroll
     for (int m = 0; m < Shape::kFragsM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int this_row = min(row + 16 * m + row_of(half), tile.row_end - 1);
-        const float of_row =
+        of_rows[m][half] =
             __ldg(params.a_scale + this_row * params.a_scale_row_stride + step * params.a_scale_block_stride);
+      }
+    }
+    const float* b_scale =
+        params.b_scale + tile.weight * params.b_scale_weight_stride + step * params.b_scale_block_stride;
 #pragma unroll
-        for (int i = 0; i < 2 * Shape::kFragsN; ++i) {
-          at(totals[m], half, i) += at(products[m], half, i) * (of_row * of_columns[i]);
+    for (int i = 0; i < 2 * Shape::kFragsN; ++i) {
+      // One of all columns of the warp, or each its own.
+      const int among = Config::kScaleColumns >= Shape::kBlockN ? 0 : column_of(i);
+      const int this_column = min(column + among, params.num_columns - 1);
+      const float of_column = __ldg(b_scale + this_column / Config::kScaleColumns * params.b_scale_row_stride);
+#pragma unroll
+      for (int m = 0; m < Shape::kFragsM; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          at(totals[m], half, i) += at(products[m], half, i) * (of_rows[m][half] * of_column);
         }
       }
     }

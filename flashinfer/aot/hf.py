@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from flashinfer.errors import FlashInferError
+from flashinfer.families.gemm import SCALE_BLOCK
 
 _LINEAR = (
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
@@ -290,6 +291,8 @@ def _variants(keys: _Keys, values: Mapping[str, Any]) -> Iterator[tuple[str, Any
     gate = _gate(keys)
     if gate != "silu":
         yield "activation", gate
+    if _has_fp8_blocks(keys):
+        yield "fp8_blocks", True
     windows = _windowed_layers(keys)
     if "head_dim" not in values:
         if windows != "none":
@@ -308,6 +311,11 @@ def _variants(keys: _Keys, values: Mapping[str, Any]) -> Iterator[tuple[str, Any
     if _has_delta_rule(keys):
         for key in _LINEAR:
             yield key, keys.size(key)
+
+
+def _has_fp8_blocks(keys: _Keys) -> bool:
+    quantization = keys.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("weight_block_size") == [SCALE_BLOCK, SCALE_BLOCK]
 
 
 def _has_delta_rule(keys: _Keys) -> bool:
@@ -421,7 +429,7 @@ def _other_layers(keys: _Keys, values: Mapping[str, Any]) -> None:
 
 def _numbers(keys: _Keys, values: Mapping[str, Any]) -> None:
     quantization = keys.get("quantization_config")
-    if quantization:
+    if quantization and not values.get("fp8_blocks"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         keys.note(f"quantization_config ({method}): of weights, for matrix products; the row has fp8 outputs by tensor")
     dtype = keys.get("dtype", "torch_dtype")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashinfer import target as targets
-from flashinfer.families import activation, concat, conv, layout, norm, page, quantization, rope, sampling
+from flashinfer.families import activation, concat, conv, gemm, layout, norm, page, quantization, rope, sampling
 from flashinfer.families.attention import decode, merge, mla, prefill
 from flashinfer.families.attention.params import QUERIES
 from flashinfer.families.gdn import decode as gdn_decode
@@ -51,6 +51,7 @@ class Model:
     linear_key_head_dim: int = 0
     linear_value_head_dim: int = 0
     linear_conv_kernel_dim: int = 0  # width of the convolution before the rule
+    fp8_blocks: bool = False  # weights are published in fp8 with scales of 128 x 128 elements
     tensor_parallel: tuple[int, ...] = (1,)  # degrees to serve; heads and intermediate sizes are divided by them
     dtypes: tuple[str, ...] = ("bf16", "fp16")  # on CUDA targets; what is fp8 there goes with the first
     cpu_dtypes: tuple[str, ...] = ("fp32", "bf16")
@@ -115,6 +116,16 @@ def _fp8_outputs(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
         )
     for spec in _activations(model, dtype, target) if model.activation == "silu" else ():
         yield activation.ACT_AND_MUL_QUANT.spec(target, **dict(spec.args), out_dtype="fp8_e4m3")
+
+
+def _products(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
+    """By weights in fp8 with scales of blocks, of any number of rows, on GPUs whose tensor cores multiply it. Their sizes
+    are no part of a kernel."""
+    is_first = dtype == model.dtypes[0]
+    if not (model.fp8_blocks and is_first and targets.kind(target) == "cuda" and targets.capability(target) >= (8, 9)):
+        return
+    yield gemm.QUANTIZE_GROUPS.spec(target, dtype=dtype)
+    yield from gemm.scaled(target, dtype)
 
 
 def _kv_dtypes(model: Model, dtype: str, target: str) -> tuple[str, ...]:
@@ -322,6 +333,7 @@ EXPANSIONS: tuple[Callable[[Model, str, str], Iterator[KernelSpec]], ...] = (
     _norms,
     _activations,
     _fp8_outputs,
+    _products,
     _attention,
     _latent_attention,
     _gated_delta_rule,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from flashinfer import target as targets
@@ -80,9 +81,10 @@ class Tile(NamedTuple):
 
 TILES = {
     "m16": Tile(16, 128, 1, 4, 4, 1),
-    "m64": Tile(64, 128, 2, 4, 3, 1),
+    "m64": Tile(64, 128, 2, 8, 3, 1),
     "m128": Tile(128, 128, 2, 8, 3, 1),
 }
+SCALED_TILES = ("m16", "m64")  # of two sets of sums: there are no registers for those of the largest
 CPU_TILE = "m128"  # of which the CPU makes nothing
 
 
@@ -154,8 +156,9 @@ def _config(spec: KernelSpec) -> Config:
     _require(spec)
     if "fp32" in (spec.arg("dtype"), spec.arg("out_dtype")):
         raise UnsupportedConfig(f"{spec.family}: fp32 is for the CPU; expected fp16 or bf16")
-    if spec.arg("tile") not in TILES:
-        raise UnsupportedConfig(f"{spec.family}: tile={spec.arg('tile')} is of Hopper; expected {', '.join(TILES)}")
+    legal = SCALED_TILES if _is_scaled(spec) else tuple(TILES)
+    if spec.arg("tile") not in legal:
+        raise UnsupportedConfig(f"{spec.name}: tile is {spec.arg('tile')}; expected {', '.join(legal)} on {spec.target}")
     tile = TILES[spec.arg("tile")]
     stage = (tile.block_m + tile.block_n) * 128
     num_stages = min(tile.num_stages, arch(spec.target).smem_per_block // stage)
@@ -240,12 +243,21 @@ def group_gemm(
     tile = CPU_TILE
     if targets.kind(target) == "cuda":
         rows_of_group = -(-num_rows // (num_groups or 1))
-        tile = "m16" if rows_of_group <= 16 else "m64" if rows_of_group <= 64 else "m128"
+        tile = "m16" if rows_of_group <= 16 else "m64" if rows_of_group <= 64 or scale_columns else "m128"
         if "sm_90a" in targets.candidates(target) and dtype in ("fp16", "bf16"):
             tile = "m64n128" if rows_of_group <= 64 or num_columns <= 128 else "m128n256"
         elif "sm_90a" in targets.candidates(target) and scale_columns == SCALE_BLOCK:
             tile = _sm90_scaled_tile(num_rows, num_groups, num_columns, depth, num_sms)
     return GROUP_GEMM.spec(target, **axes, tile=tile)
+
+
+def scaled(target: str, out_dtype: str) -> Iterator[KernelSpec]:
+    """Those of `group_gemm` for fp8 with scales of blocks, of any size, on a GPU."""
+    tiles = SM90_SCALED_TILES if "sm_90a" in targets.candidates(target) else SCALED_TILES
+    for tile in tiles:
+        yield GROUP_GEMM.spec(
+            target, dtype="fp8_e4m3", out_dtype=out_dtype, depth_major=True, scale_columns=SCALE_BLOCK, tile=tile
+        )
 
 
 def _sm90_scaled_tile(num_rows: int, num_groups: int | None, num_columns: int, depth: int, num_sms: int) -> str:

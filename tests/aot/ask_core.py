@@ -120,6 +120,8 @@ def serve(model: Model, rank: int, place: Place) -> None:
     norm(model.hidden_size, model.gemma_norm, place)
     for size in model.intermediate_sizes:
         activate(size // rank, model.activation, place)
+    if model.fp8_blocks and place.multiplies_fp8:
+        multiply(model.hidden_size, model.intermediate_sizes[-1], place)
     share = {"num_qo_heads": model.num_qo_heads // rank, "num_kv_heads": max(1, model.num_kv_heads // rank)}
     rest = {"name": "", "hidden_size": 0, "intermediate_sizes": (), "vocab_size": 0, "tensor_parallel": ()}
     if model.linear_num_value_heads:
@@ -153,6 +155,20 @@ def activate(size: int, activation: str, place: Place) -> None:
     getattr(flashinfer, f"{activation}_and_mul")(gate_up)
     if place.multiplies_fp8 and activation == "silu":
         flashinfer.activation.silu_and_mul_quant(place.tensor(3, size, of=FP8), gate_up, 1.0)
+
+
+@functools.cache
+def multiply(hidden_size: int, intermediate_size: int, place: Place) -> None:
+    """Projections up and down, of latent rows and of one head, of few rows and of many; experts of the same."""
+    sizes = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size), (2112, hidden_size), (128, 512)
+    for (n, k), num_rows in itertools.product(sizes, (1, 100, 300, 5000)):
+        weight, scale = place.tensor(n, k, of=FP8), place.tensor(-(-n // 128), k // 128, of=torch.float32)
+        flashinfer.gemm.fp8_blockscale_gemm_sm90(place.tensor(num_rows, k), weight, None, scale, None, place.dtype)
+    x, x_scale = place.tensor(4000, k, of=FP8), place.tensor(k // 128, 4000, of=torch.float32)
+    for num_experts in (2, 16, 100):
+        weights = place.tensor(num_experts, n, k, of=FP8), place.tensor(num_experts, k // 128, 1, of=torch.float32)
+        offsets = torch.zeros(num_experts + 1, dtype=torch.int32, device=place.device)
+        flashinfer.group_gemm_fp8_nt_groupwise(x, weights[0], x_scale, weights[1], offsets, out_dtype=place.dtype)
 
 
 def sample(vocab_size: int, device: torch.device) -> None:

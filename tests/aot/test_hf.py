@@ -293,6 +293,13 @@ def test_rows_are_those_of_the_core_set() -> None:
     assert compared >= 6
 
 
+def test_fp8_weights_of_other_scales() -> None:
+    for weights in ({"quant_method": "fp8"}, {"quant_method": "fp8", "weight_block_size": [64, 64]}):
+        row = hf.translate({**DEEPSEEK_V3, "quantization_config": weights}, "m", [8])
+        assert "fp8_blocks" not in row.values
+        assert_notes(row.notes, [r"quantization_config \(fp8\)"])
+
+
 @pytest.mark.parametrize(
     ("changes", "expected", "notes"),
     [
@@ -324,7 +331,8 @@ def test_latent_attention(changes: dict[str, Any], expected: dict[str, Any], not
     assert {key: row.values.get(key) for key in expected} == expected
     assert ("q_lora_rank" in row.values) == ("q_lora_rank" in expected)
     assert not {"num_kv_heads", "head_dim"} & row.values.keys()
-    assert_notes(row.notes, [*notes, r"quantization_config \(fp8\)"])
+    assert row.values["fp8_blocks"] is True
+    assert_notes(row.notes, notes)
     (tmp_path / "row.toml").write_text(hf.toml(row))
     (read,) = read_config(tmp_path / "row.toml")
     assert isinstance(read.content, Model) and read.content.kv_lora_rank == 512 and read.content.num_kv_heads == 1
