@@ -16,13 +16,13 @@ from flashinfer.errors import UnsupportedConfig
 
 _FP4_CACHE = "a KV cache in fp4", "vLLM: --kv-cache-dtype auto or fp8"
 _FP4_OUTPUT = "attention with its output in fp4", "vLLM: --compilation-config.pass_config.fuse_attn_quant=false"
-_FP8_GEMM = "matrix products in fp8", "SGLang: --fp8-gemm-backend triton or deep_gemm"
+_MXFP8_GEMM = "matrix products in mxfp8", "SGLang: --fp8-gemm-backend triton or deep_gemm"
 _MOE = "mixture-of-experts kernels", "SGLang: --moe-runner-backend triton or marlin"
 _MNNVL = "communication over multi-node NVLink", "vLLM: another --all2all-backend; SGLang: another --moe-a2a-backend"
 
 # name -> what it is, and the option that avoids it
 ROWS: dict[str, tuple[str, str]] = {
-    "flashinfer.SfLayout": _FP8_GEMM,
+    "flashinfer.SfLayout": _MXFP8_GEMM,
     "flashinfer.comm.mnnvl.CommBackend": _MNNVL,
     "flashinfer.fp4_quantization.block_scale_interleave": _MOE,
     "flashinfer.fused_moe.convert_to_block_layout": _MOE,
@@ -31,20 +31,14 @@ ROWS: dict[str, tuple[str, str]] = {
     "flashinfer.fused_moe.trtllm_fp4_block_scale_moe": _MOE,
     "flashinfer.fused_moe.trtllm_fp4_block_scale_routed_moe": _MOE,
     "flashinfer.fused_moe.trtllm_mxint4_block_scale_moe": _MOE,
-    "flashinfer.gemm.fp8_blockscale_gemm_sm90": _FP8_GEMM,
-    "flashinfer.gemm.gemm_fp8_nt_groupwise": _FP8_GEMM,
-    "flashinfer.mm_mxfp8": _FP8_GEMM,
-    "flashinfer.mxfp8_quantize": _FP8_GEMM,
+    "flashinfer.mm_mxfp8": _MXFP8_GEMM,
+    "flashinfer.mxfp8_quantize": _MXFP8_GEMM,
     "flashinfer.nvfp4_block_scale_interleave": _MOE,
     "flashinfer.nvfp4_quantize_append_paged_kv_cache_with_slot_mapping": _FP4_CACHE,
     "flashinfer.shuffle_matrix_a": _MOE,
     "flashinfer.shuffle_matrix_sf_a": _MOE,
     "flashinfer.utils.FP4Tensor": _FP4_OUTPUT,
 }
-
-# SGLang imports it on Hopper as it starts; vLLM takes it for fp8 linear layers where `hasattr` finds it. It is a
-# submodule, which an import finds and `hasattr` does not.
-IMPORTED_ONLY = frozenset({"flashinfer.gemm.fp8_blockscale_gemm_sm90"})
 
 
 @functools.cache
@@ -66,7 +60,7 @@ def names_of(module: str) -> Callable[[str], Any]:
 
     def look_up(attribute: str) -> Any:
         name = f"{module}.{attribute}"
-        if name in ROWS and name not in IMPORTED_ONLY:
+        if name in ROWS:
             return kernel(name)
         raise AttributeError(f"module {module!r} has no attribute {attribute!r}")
 

@@ -305,12 +305,43 @@ def _fused_qk_rmsnorm_rope(i: Inputs) -> Any:
     return qkv
 
 
-# ------------------------------------------------------------------------------------------------------------- sampling
+# ------------------------------------------------------------------------------------------------------ matrix products
 
 CALLS["bmm_fp8"] = lambda i: flashinfer.bmm_fp8(
     i.x.to(torch.float8_e4m3fn)[None], i.table[:, :32].contiguous().to(torch.float8_e4m3fn).mT[None], i.scale, i.scale,
     torch.bfloat16,
 )  # fmt: skip
+
+
+@call("SegmentGEMMWrapper")
+def _segment_gemm(i: Inputs) -> Any:
+    weights = i.gated[:, None, :].expand(TOKENS, 16, 64).reshape(TOKENS, 32, 32).contiguous()
+    wrapper = flashinfer.SegmentGEMMWrapper(i.workspace)
+    return wrapper.run(i.x, weights, 2, True, seg_indptr=i.qo_indptr, weight_indices=i.batch_indices[2:4])
+
+
+def _scaled(i: Inputs) -> tuple[Tensor, ...]:
+    """Rows and a weight of 32, in fp8, and scales of each."""
+    a, b = i.x.to(torch.float8_e4m3fn), i.table[:, :32].contiguous().to(torch.float8_e4m3fn)
+    return a, b, i.logits[:, :1].abs().contiguous(), i.scale[:, None]
+
+
+CALLS["gemm_fp8_nt_groupwise"] = lambda i: flashinfer.gemm_fp8_nt_groupwise(*_scaled(i), "K")
+
+
+@call("group_gemm_fp8_nt_groupwise")
+def _group_gemm(i: Inputs) -> Any:
+    a, b, a_scale, b_scale = _scaled(i)
+    weights, scales = torch.stack((b, b)), torch.stack((b_scale, 2 * b_scale))
+    return flashinfer.group_gemm_fp8_nt_groupwise(a, weights, a_scale, scales, i.qo_indptr, scale_major_mode="K")
+
+
+CALLS["gemm.fp8_blockscale_gemm_sm90"] = lambda i: flashinfer.gemm.fp8_blockscale_gemm_sm90(
+    i.q.flatten(1), i.table.repeat(1, HEADS).to(torch.float8_e4m3fn), None, i.scale[:, None].expand(1, 2)
+)
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
 
 STATE = {"seed": 3, "offset": 0}
 CALLS |= {

@@ -119,8 +119,7 @@ def _fp8_outputs(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
 
 
 def _products(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
-    """By weights in fp8 with scales of blocks, of any number of rows, on GPUs whose tensor cores multiply it. Their sizes
-    are no part of a kernel."""
+    """By weights in fp8 with scales of blocks, on GPUs that multiply it. Sizes are no part of a kernel."""
     is_first = dtype == model.dtypes[0]
     if not (model.fp8_blocks and is_first and targets.kind(target) == "cuda" and targets.capability(target) >= (8, 9)):
         return

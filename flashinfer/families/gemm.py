@@ -158,7 +158,7 @@ def _config(spec: KernelSpec) -> Config:
         raise UnsupportedConfig(f"{spec.family}: fp32 is for the CPU; expected fp16 or bf16")
     legal = SCALED_TILES if _is_scaled(spec) else tuple(TILES)
     if spec.arg("tile") not in legal:
-        raise UnsupportedConfig(f"{spec.name}: tile is {spec.arg('tile')}; expected {', '.join(legal)} on {spec.target}")
+        raise UnsupportedConfig(f"{spec.name}: no such tile on {spec.target}; expected {', '.join(legal)}")
     tile = TILES[spec.arg("tile")]
     stage = (tile.block_m + tile.block_n) * 128
     num_stages = min(tile.num_stages, arch(spec.target).smem_per_block // stage)

@@ -3,7 +3,6 @@ blocks, as DeepSeek's models have them, and of batches of fp8 matrices."""
 
 from __future__ import annotations
 
-from flashinfer import absent
 from flashinfer.gemm.batched import bmm_fp8
 from flashinfer.gemm.scaled import fp8_blockscale_gemm_sm90, gemm_fp8_nt_groupwise, group_gemm_fp8_nt_groupwise
 from flashinfer.gemm.segments import SegmentGEMMWrapper
@@ -15,5 +14,3 @@ __all__ = [
     "gemm_fp8_nt_groupwise",
     "group_gemm_fp8_nt_groupwise",
 ]
-
-__getattr__ = absent.names_of(__name__)

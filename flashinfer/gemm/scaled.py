@@ -175,7 +175,7 @@ def _require_fp8(op: str, **given: torch.Tensor) -> None:
 
 
 def _require_granularity(op: str, granularity: tuple[int, int, int]) -> None:
-    if tuple(granularity) != _GRANULARITY:
+    if not isinstance(granularity, (tuple, list)) or tuple(granularity) != _GRANULARITY:
         raise UnsupportedConfig(f"{op}: scale_granularity_mnk is {granularity!r:.60}; expected {_GRANULARITY}")
 
 

@@ -20,7 +20,7 @@ import pytest
 
 from flashinfer import absent
 from flashinfer.errors import UnsupportedConfig
-from tests.kit import ROOT, finish, spawn
+from tests.kit import ROOT
 
 ENGINES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "engine_imports.json").read_text())
 
@@ -141,17 +141,6 @@ def test_attempts_to_import_an_absent_kernel_fail_or_are_harmless() -> None:
         if set(names) & set(absent.ROWS) and all(name in absent.ROWS for name in names)
     }
     assert missing == set(HARMLESS)
-
-
-def test_a_name_that_is_imported_by_one_engine_and_looked_for_by_the_other() -> None:
-    code = """
-    import flashinfer.gemm
-    assert not hasattr(flashinfer.gemm, "fp8_blockscale_gemm_sm90")
-    from flashinfer.gemm import fp8_blockscale_gemm_sm90 as kernel
-    from flashinfer import absent
-    assert kernel is absent.kernel("flashinfer.gemm.fp8_blockscale_gemm_sm90")
-    """
-    finish(spawn(code))
 
 
 ENGINE = {

@@ -26,6 +26,7 @@ _MODULES = (
     "mla",
     "block_sparse",
     "gdn",
+    "gemm",
     "mixed",
     "helpers",
 )

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-import flashinfer
 from flashinfer import utils
-from tests.fuzz.call import Call, Check, Refused, Unspecified, Wrong, equal, near
+from tests.fuzz.call import Call, Check, Refused, Wrong, equal, near
 from tests.fuzz.draw import FLOATS, FP8, Draw
 from tests.fuzz.table import Case
 from tests.fuzz.table.indices import whole
@@ -113,32 +112,7 @@ def _backend(name: str, expected: Any, d: Draw) -> Iterator[Call]:
     yield Call(name, getattr(utils, name), {**device, **given, **kinds}, lambda **_: {"return": answer})
 
 
-def _bmm_fp8(d: Draw) -> Iterator[Call]:
-    batch, m, k, n = d.size(3), d.size(5), d.choice((1, 16, 33)), d.choice((1, 7, 32))
-    dtypes, dtype = d.choice(((FP8[0], FP8[0]), (FP8[0], FP8[1]), (FP8[1], FP8[0]))), d.choice(FLOATS[1:])
-    arguments = {
-        "A": d.dense(torch.randn(batch, m, k, generator=d.torch).to(dtypes[0])),
-        "B": d.dense(torch.randn(batch, n, k, generator=d.torch).to(dtypes[1])).mT,
-        "A_scale": d.dense(torch.tensor([0.5])), "B_scale": d.dense(torch.tensor([1.25])), "dtype": dtype,
-        "out": d.blank(batch, m, n, dtype=dtype) if d.chance(0.4) else None, "backend": "cublas",
-    }  # fmt: skip
-
-    def expect(A: Any, B: Any, A_scale: Any, B_scale: Any, dtype: Any, out: Any, **_: Any) -> Mapping[str, Check]:  # noqa: N803
-        if A.dtype not in FP8 or B.dtype not in FP8 or A.dim() != 3 or B.dim() != 3 or dtype not in FLOATS[1:]:
-            raise Refused("no matrices of fp8, or no dtype for them")
-        if any(scale.numel() != 1 or scale.dtype != torch.float32 for scale in (A_scale, B_scale)):
-            raise Refused("no scale")
-        if not (bool(A_scale.isfinite().all()) and bool(B_scale.isfinite().all())):
-            raise Unspecified  # which factor comes first
-        exact = A.double() @ B.double() * (A_scale.double().reshape(()) * B_scale.double().reshape(()))
-        checked = near(exact, dtype)
-        return {"return": checked, **({} if out is None else {"out": checked})}
-
-    yield from d.maybe_hostile(Call("bmm_fp8", flashinfer.bmm_fp8, arguments, expect, outputs=("out",)))
-
-
 CASES: dict[str, Case] = {
-    "bmm_fp8": _bmm_fp8,
     "get_indptr": _get_indptr,
     "get_alibi_slopes": _get_alibi_slopes,
     "get_trtllm_gen_multi_ctas_kv_counter_bytes": _counter_bytes,
