@@ -213,8 +213,8 @@ GROUP_GEMM = Family(
         "tile": tuple(dict.fromkeys((*TILES, *SM90_TILES, *SM90_SCALED_TILES))),
     },
     implementations=(
-        Implementation("sm_90a", "gemm/sm90/kernel.cuh", Sm90GroupGemmParams, _sm90_config, serves=_sm90_serves),
-        Implementation("cuda", "gemm/kernel.cuh", GroupGemmParams, _config),
+        Implementation("sm_90a", "gemm/sm90/group_gemm.cuh", Sm90GroupGemmParams, _sm90_config, serves=_sm90_serves),
+        Implementation("cuda", "gemm/group_gemm.cuh", GroupGemmParams, _config),
         Implementation("cpu", "cpu/gemm/group_gemm.h", GroupGemmParams, _cpu_config),
     ),
 )

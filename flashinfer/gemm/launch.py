@@ -23,7 +23,7 @@ class Operands(NamedTuple):
     b: [num_weights, num_columns, depth], or with depth_major False [num_weights, depth, num_columns]
     a_scale: [num_rows, depth blocks]; b_scale: [num_weights, columns or blocks of 128, depth blocks]; both or none
     indptr: [num_groups + 1]; None: one group of all rows
-    weight_indices: [num_groups]; None: group i has weight i
+    weight_indices: [num_groups], below 0: the group's rows are left as they are; None: group i has weight i
     """
 
     a: torch.Tensor
@@ -203,7 +203,8 @@ def _require_dense_rows(op: str, name: str, tensor: torch.Tensor) -> None:
 def _check_values(op: str, operands: Operands) -> None:
     if operands.indptr is not None:
         indices.require_offsets(op, "indptr", operands.indptr, operands.a.shape[0], "the rows of a")
-    if operands.weight_indices is not None:
+    chosen, num_weights = operands.weight_indices, operands.b.shape[0]
+    if chosen is not None:
         indices.require_within(
-            op, "weight_indices", operands.weight_indices, 0, operands.b.shape[0], f"{operands.b.shape[0]} weights"
+            op, "weight_indices", chosen, 0, num_weights, f"{num_weights} weights", where=lambda: chosen >= 0
         )

@@ -158,6 +158,7 @@ def test_our_own_failures_are_errors(stub: tuple[str, str], tmp_path: Path) -> N
         ["bench_sampling.py", "--rows", "1", "--logits", "normal", "--vocab", "1000", "--no-host"],
         ["bench_elementwise.py", "--only", "append"],
         ["bench_gdn_decode.py", "--only", "norm"],
+        pytest.param(["bench_gemm.py", "--only", "16 x 2112", "--no-host"], marks=pytest.mark.slow),
         ["bench_host.py", "--device", "cpu", "--only", "rmsnorm(out=)", "--no-start"],
     ],
     ids=lambda command: command[0],

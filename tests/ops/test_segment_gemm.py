@@ -107,6 +107,16 @@ def test_weight_indices(device: torch.device, index_dtype: torch.dtype, dtype: t
     assert_close(problem.run(**given), problem.expected())
 
 
+def test_segments_without_a_weight(device: torch.device) -> None:
+    """Requests without an adapter: an index below 0."""
+    problem = draw(device, (4, 9, 5), indices=(1, 0, 1))
+    out = torch.full((18, 48), 7.0, dtype=BF16, device=device)
+    problem.run(out=out, weight_indices=problem.index([1, -1, 1]))
+    expected = problem.expected()
+    expected[4:13] = 7.0
+    assert_close(out, expected)
+
+
 def test_rows_of_no_segment(device: torch.device) -> None:
     problem = draw(device, (4, 9), more_rows=3)
     out = torch.full((16, 48), 7.0, dtype=BF16, device=device)

@@ -73,7 +73,9 @@ def _segment_gemm(d: Draw) -> Iterator[Call]:
         assert x.dtype == weights.dtype and weight_column_major in (True, False)
         _require_small(x, weights)
         indices = list(range(batch_size)) if weight_indices is None else weight_indices.tolist()
-        assert all(0 <= index < len(weights) for index in indices) and len(indices) == batch_size
+        assert all(index < len(weights) for index in indices) and len(indices) == batch_size
+        if min(indices, default=0) < 0:
+            raise Unspecified  # rows that are left as they are, among poison
         rows = weights if weight_column_major else weights.mT
         untouched = torch.zeros(len(x), rows.shape[1], dtype=x.dtype) if out is None else out
         exact = oracle.segments(x, rows, ends, indices, untouched)

@@ -1,5 +1,8 @@
 // Products of segments of rows with weights (gemm/params.h) on Hopper: TMA, wgmma, warps that specialize.
 //
+//   output[r, n] = sum_k a[r, k] b[w, n, k]        of a segment's rows r and its weight w
+//   output[r, n] = sum_j a_scale[r, j] b_scale[w, n / 128, j] sum_(k in block j) a[r, k] b[w, n, k]
+//
 //   a [num_rows, depth] T, b [num_weights, num_columns, depth] or [num_weights, depth, num_columns] T
 //   -> output [num_rows, num_columns] Out
 //

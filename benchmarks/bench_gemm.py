@@ -1,0 +1,214 @@
+"""Matrix products: microseconds beside PyTorch's, DeepGEMM's and another installation of flashinfer.
+
+python benchmarks/bench_gemm.py [--only "4096 x 4096"] [--peer FOLDER] [--no-host] [--json]
+
+fp8 with scales of 1 x 128 by 128 x 128 elements, of sizes that DeepSeek-V3's layers have; segments of bf16 rows with
+weights of their own. DeepGEMM is timed where `deep_gemm` can be imported, its scales laid out beforehand, and with
+dependent launch as our kernels have it. Calls are timed inside a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from common import (
+    DEVICE,
+    Times,
+    copies_for,
+    device_us_in_turns,
+    environment,
+    host_table,
+    measure_host,
+    print_failures,
+    print_host,
+    print_table,
+    run,
+    table,
+    write_results,
+)
+
+import flashinfer
+from flashinfer import gemm
+
+E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
+TORCH, DEEP_GEMM = "PyTorch", "DeepGEMM"
+Calls = list[Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """fp8 with scales: rows by a weight of [columns, depth]."""
+
+    rows: int
+    columns: int
+    depth: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.rows} x {self.columns} x {self.depth}"
+
+    @property
+    def num_bytes(self) -> int:
+        return self.columns * self.depth + self.rows * (self.depth + 2 * self.columns)
+
+    @property
+    def num_flops(self) -> int:
+        return 2 * self.rows * self.columns * self.depth
+
+    def draw(self) -> tuple[torch.Tensor, ...]:
+        blocks = self.depth // 128
+        return (
+            torch.randn(self.rows, self.depth, device=DEVICE).to(E4M3),
+            torch.randn(self.columns, self.depth, device=DEVICE).to(E4M3),
+            torch.rand(blocks, self.rows, device=DEVICE).T + 0.1,  # rows side by side, as PyTorch wants them
+            torch.rand(-(-self.columns // 128), blocks, device=DEVICE) + 0.1,
+            torch.empty(self.rows, self.columns, device=DEVICE, dtype=BF16),
+        )
+
+    def ours(self, a: torch.Tensor, b: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor, out: Any) -> Any:
+        return gemm.gemm_fp8_nt_groupwise(a, b, a_scale, b_scale, "K", out=out)
+
+    def torchs(self, sets: list[Any]) -> Calls:
+        def padded(scale: torch.Tensor) -> torch.Tensor:  # rows at multiples of 16 bytes
+            width = scale.shape[1]
+            return torch.nn.functional.pad(scale, (0, -width % 4))[:, :width]
+
+        return [
+            functools.partial(torch._scaled_mm, a, b.T, a_scale, padded(b_scale).T, out_dtype=BF16)
+            for a, b, a_scale, b_scale, _ in sets
+        ]
+
+    def deep_gemms(self, sets: list[Any]) -> Optional[Calls]:
+        library = deep_gemm()
+        if library is None:
+            return None
+        library.set_pdl(True)
+        layout = library.get_mn_major_tma_aligned_tensor
+        return [
+            functools.partial(library.fp8_gemm_nt, (a, layout(a_scale)), (b, b_scale), out, disable_ue8m0_cast=True)
+            for a, b, a_scale, b_scale, out in sets
+        ]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Segments of so many rows by weights of [columns, depth]."""
+
+    segments: int
+    rows: int
+    columns: int
+    depth: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.segments} segments of {self.rows}, {self.columns} x {self.depth}"
+
+    @property
+    def num_bytes(self) -> int:
+        return 2 * self.segments * (self.columns * self.depth + self.rows * (self.depth + self.columns))
+
+    @property
+    def num_flops(self) -> int:
+        return 2 * self.segments * self.rows * self.columns * self.depth
+
+    @functools.cached_property
+    def offsets(self) -> torch.Tensor:
+        return torch.arange(self.segments + 1, device=DEVICE, dtype=torch.int32) * self.rows
+
+    def draw(self) -> tuple[torch.Tensor, ...]:
+        num_rows = self.segments * self.rows
+        return (
+            torch.randn(num_rows, self.depth, device=DEVICE, dtype=BF16),
+            torch.randn(self.segments, self.columns, self.depth, device=DEVICE, dtype=BF16),
+            torch.empty(num_rows, self.columns, device=DEVICE, dtype=BF16),
+        )
+
+    def ours(self, x: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> Any:
+        wrapper = flashinfer.SegmentGEMMWrapper(out.view(-1)[:1])
+        return wrapper.run(x, weights, self.segments, True, out=out, seg_indptr=self.offsets)
+
+    def torchs(self, sets: list[Any]) -> Calls:
+        return [functools.partial(torch._grouped_mm, x, weights.mT, offs=self.offsets[1:]) for x, weights, _ in sets]
+
+    def deep_gemms(self, sets: list[Any]) -> Optional[Calls]:
+        return None
+
+
+@functools.cache
+def deep_gemm() -> Any:
+    try:
+        return importlib.import_module("deep_gemm")
+    except ImportError:
+        return None
+
+
+# Projections of DeepSeek-V3's layers, of eight GPUs or one; goals beside DeepGEMM.
+SHAPES = ((4096, 7168), (7168, 2048), (2112, 7168), (24576, 1536))
+CASES: list[Any] = [
+    *(Scaled(rows, *shape) for rows in (16, 64, 128, 4096) for shape in SHAPES),
+    *(Segments(64, 2, 4096, 4096), Segments(64, 16, 4096, 2048), Segments(8, 512, 4096, 4096)),
+    Segments(8, 4096, 4096, 4096),
+]
+
+
+def measure(args: argparse.Namespace, times: Times) -> None:
+    for case in CASES:
+        if args.only not in case.name:
+            continue
+        torch.manual_seed(0)
+        sets = [case.draw() for _ in range(min(12, copies_for(case.num_bytes)))]
+        kinds: dict[str, Any] = {"": [functools.partial(case.ours, *one) for one in sets]}
+        if not times.is_peer and DEVICE == "cuda":
+            kinds[TORCH] = case.torchs(sets)
+            if (calls := case.deep_gemms(sets)) is not None:
+                kinds[DEEP_GEMM] = calls
+        with times.noting(case.name):
+            for column, us in device_us_in_turns(kinds).items():
+                times.columns.setdefault(column, {})[case.name] = us
+    if not args.no_host:
+        with times.noting("host costs"):
+            small, segments = Scaled(16, 256, 256), Segments(4, 4, 256, 256)
+            operands, rows = small.draw(), segments.draw()
+            x = torch.randn(16, 256, device=DEVICE, dtype=BF16)
+            calls: dict[str, Callable[[], Any]] = {
+                "gemm_fp8_nt_groupwise": lambda: small.ours(*operands),
+                "fp8_blockscale_gemm_sm90": lambda: gemm.fp8_blockscale_gemm_sm90(x, operands[1], None, operands[3]),
+                "SegmentGEMMWrapper.run": lambda: segments.ours(*rows),
+            }
+            measure_host(times, calls)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose name contains this text")
+    parser.add_argument("--no-host", action="store_true", help="leave out the host costs")
+    args, ours, peers = run(parser, measure)
+    print(environment())
+    rows: list[list[object]] = []
+    timed = []
+    others = [TORCH, DEEP_GEMM, *(peer.library for peer in peers)]
+    for case in CASES:
+        if args.only not in case.name:
+            continue
+        us = [ours.us(case.name), *(ours.us(case.name, column) for column in others[:2])]
+        us += [peer.us(case.name) for peer in peers]
+        rows.append([case.name, us[0], case.num_flops / us[0] / 1e6, case.num_bytes / us[0] / 1e6, *us[1:]])
+        amounts = {"bytes": case.num_bytes, "flops": case.num_flops}
+        timed.append((case.name, us[0], dict(zip(others, us[1:])), amounts))
+    columns = ["us", "TFLOP/s", "TB/s", *(f"{other} us" for other in others)]
+    print_table("Matrix products", ["rows x columns x depth, fp8 with scales; segments, bf16", *columns], rows)
+    if not args.no_host:
+        print_host(ours, peers)
+    print_failures(peers)
+    tables = {"gemm": table("us", timed, partial=args.only)}
+    write_results(args, tables if args.no_host else {**tables, "gemm host": host_table(ours, peers)})
+
+
+if __name__ == "__main__":
+    main()
