@@ -9,6 +9,7 @@ import torch
 from flashinfer.families.layout import DTYPES
 from flashinfer.gemm.launch import Operands, multiply
 from flashinfer.host import checks
+from flashinfer.host.traced import is_dynamo_compiling
 
 _OP = "SegmentGEMMWrapper.run"
 
@@ -76,7 +77,8 @@ class SegmentGEMMWrapper:
             x.dim() == 2 and weights.dim() == 3, _OP,
             f"x has shape {list(x.shape)}, weights {list(weights.shape)}; expected [num_rows, d_in] and 3 dimensions",
         )  # fmt: skip
-        checks.require_supported(_OP, "x", x, DTYPES if x.is_cpu else DTYPES[:2])
+        if not is_dynamo_compiling():
+            checks.require_supported(_OP, "x", x, DTYPES if x.is_cpu else DTYPES[:2])
         indptr = self._offsets(batch_size, seg_lens, seg_indptr)
         if out is None:
             out = x.new_zeros((x.shape[0], weights.shape[1 if depth_major else 2]))
