@@ -60,9 +60,10 @@ def multiply(op: str, operands: Operands, output: torch.Tensor, depth_major: boo
         prepared = _memo.remember(key, _prepare(op, operands, output, depth_major))
     if prepared.checks_values and indices.are_visible(*operands[4:]):
         _check_values(op, operands)
-    for name, tensor, address in zip((*operands._fields, "output"), tensors, addresses):
-        if tensor is not None and address < checks.LOWEST_ADDRESS:
-            checks.low_address(op, name, tensor)
+    if min(filter(None, addresses), default=0) < checks.LOWEST_ADDRESS or not (addresses[0] and addresses[6]):
+        for name, tensor in _named(operands, output).items():
+            if tensor.data_ptr() < checks.LOWEST_ADDRESS:
+                checks.low_address(op, name, tensor)
     prepared.launch(*addresses)
 
 

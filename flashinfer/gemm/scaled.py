@@ -108,9 +108,8 @@ def group_gemm_fp8_nt_groupwise(
     _require_matrices(op, 2, a=a, a_scale=a_scale)
     _require_matrices(op, 3, b=b, b_scale=b_scale)
     _require_granularity(op, scale_granularity_mnk)
-    checks.require(
-        scale_major_mode in ("MN", "K"), op, f"scale_major_mode is {scale_major_mode!r:.20}; expected 'MN' or 'K'"
-    )
+    if scale_major_mode not in ("MN", "K"):
+        raise ValueError(f"{op}: scale_major_mode is {scale_major_mode!r:.20}; expected 'MN' or 'K'")
     checks.require(isinstance(m_indptr, torch.Tensor), op, "m_indptr is no tensor; expected [num_groups + 1]")
     out = _output(op, a.shape[0], b.shape[1], a, out, out_dtype)
     if scale_major_mode == "MN":
@@ -145,10 +144,9 @@ def fp8_blockscale_gemm_sm90(
     """
     op = "fp8_blockscale_gemm_sm90"
     _require_matrices(op, 2, input=input, weight=weight)
-    checks.require(
-        input.shape[1] == weight.shape[1], op,
-        f"input has shape {list(input.shape)}, weight {list(weight.shape)}; expected [m, k] and [n, k]",
-    )  # fmt: skip
+    if input.shape[1] != weight.shape[1]:
+        shapes = f"input has shape {list(input.shape)}, weight {list(weight.shape)}"
+        raise ValueError(f"{op}: {shapes}; expected [m, k] and [n, k]")
     if input.dtype == _FP8 and weight.dtype != _FP8:
         raise UnsupportedConfig(f"{op}: input is {input.dtype}, weight {weight.dtype}; expected a weight of 8 bits too")
     out = _output(op, input.shape[0], weight.shape[0], input, out, out_dtype)
@@ -158,12 +156,15 @@ def fp8_blockscale_gemm_sm90(
     return out
 
 
+# Every call passes through what follows: messages are made where there is a fault.
+
+
 def _require_matrices(op: str, num_axes: int, **given: torch.Tensor) -> None:
     for name, tensor in given.items():
         if not isinstance(tensor, torch.Tensor):
             raise checks.not_tensors(op, **{name: tensor})
-        expected = f"{num_axes} dimensions"
-        checks.require(tensor.dim() == num_axes, op, f"{name} has shape {list(tensor.shape)}; expected {expected}")
+        if tensor.dim() != num_axes:
+            raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}; expected {num_axes} dimensions")
 
 
 def _require_fp8(op: str, **given: torch.Tensor) -> None:
@@ -210,9 +211,8 @@ def _output(
         return torch.empty((num_rows, num_columns), dtype=dtype, device=like.device)
     if not isinstance(out, torch.Tensor):
         raise checks.not_tensors(op, out=out)
-    checks.require(
-        dtype is None or out.dtype == dtype, op, f"out is {out.dtype}, out_dtype {dtype!r:.60}; expected one dtype"
-    )
+    if dtype is not None and out.dtype != dtype:
+        raise ValueError(f"{op}: out is {out.dtype}, out_dtype {dtype!r:.60}; expected one dtype")
     if out.dtype not in _HALF:
         raise UnsupportedConfig(f"{op}: out is {out.dtype}; expected torch.float16 or torch.bfloat16")
     return out
@@ -239,7 +239,8 @@ def _quantized(op: str, name: str, x: torch.Tensor, scale: Optional[torch.Tensor
         return x, scale
     if x.dtype not in _HALF:
         raise UnsupportedConfig(f"{op}: {name} is {x.dtype}; expected {_FP8}, torch.float16 or torch.bfloat16")
-    checks.require(scale is None, op, f"{name}_scale is given, and {name} {x.dtype}; expected None, or a {_FP8}")
+    if scale is not None:
+        raise ValueError(f"{op}: {name}_scale is given, and {name} {x.dtype}; expected None, or a {_FP8}")
     if traced.is_dynamo_compiling():
         output = torch.empty(x.shape, dtype=_FP8, device=x.device)
         scale = torch.empty((x.shape[1] // SCALE_BLOCK, x.shape[0]), dtype=torch.float32, device=x.device)

@@ -12,6 +12,7 @@ from flashinfer.host import checks
 from flashinfer.host.traced import is_dynamo_compiling
 
 _OP = "SegmentGEMMWrapper.run"
+_HALF = torch.float16, torch.bfloat16
 
 
 class SegmentGEMMWrapper:
@@ -68,23 +69,25 @@ class SegmentGEMMWrapper:
             IndexError: an offset or a weight past the end, where the host looks at them (docs/safety.md).
             UnsupportedConfig: a dtype or size without a kernel.
         """
-        batch_size = checks.integer(_OP, "batch_size", batch_size, 0)
+        # Messages are made where there is a fault: every call passes here.
+        if type(batch_size) is not int or batch_size < 0:
+            batch_size = checks.integer(_OP, "batch_size", batch_size, 0)
         depth_major = checks.boolean(_OP, "weight_column_major", weight_column_major)
         for name, tensor in (("x", x), ("weights", weights)):
             if not isinstance(tensor, torch.Tensor):
                 raise checks.not_tensors(_OP, **{name: tensor})
-        checks.require(
-            x.dim() == 2 and weights.dim() == 3, _OP,
-            f"x has shape {list(x.shape)}, weights {list(weights.shape)}; expected [num_rows, d_in] and 3 dimensions",
-        )  # fmt: skip
-        if not is_dynamo_compiling():
+        if x.dim() != 2 or weights.dim() != 3:
+            shapes = f"x has shape {list(x.shape)}, weights {list(weights.shape)}"
+            raise ValueError(f"{_OP}: {shapes}; expected [num_rows, d_in] and 3 dimensions")
+        if not is_dynamo_compiling() and x.dtype not in _HALF:
             checks.require_supported(_OP, "x", x, DTYPES if x.is_cpu else DTYPES[:2])
         indptr = self._offsets(batch_size, seg_lens, seg_indptr)
         if out is None:
             out = x.new_zeros((x.shape[0], weights.shape[1 if depth_major else 2]))
         elif not isinstance(out, torch.Tensor):
             raise checks.not_tensors(_OP, out=out)
-        checks.require_dtype_device(_OP, "out", out, x, "x")
+        if out.dtype != x.dtype:
+            checks.require_dtype_device(_OP, "out", out, x, "x")
         multiply(_OP, Operands(x, weights, None, None, indptr, weight_indices), out, depth_major)
         return out
 
@@ -95,7 +98,8 @@ class SegmentGEMMWrapper:
         if offsets is not None:
             if not isinstance(offsets, torch.Tensor):
                 raise checks.not_tensors(_OP, seg_indptr=offsets)
-            checks.check_index(_OP, "seg_indptr", offsets, batch_size + 1)
+            if offsets.shape != (batch_size + 1,):
+                checks.check_index(_OP, "seg_indptr", offsets, batch_size + 1)
             return offsets
         if lengths is None:
             raise ValueError(f"{_OP}: seg_lens and seg_indptr are None; expected one of them")

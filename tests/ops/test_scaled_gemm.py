@@ -67,6 +67,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 SIZES = [(1, 128, 128), (5, 8, 16), (7, 200, 400), (64, 128, 256), (65, 136, 384), (130, 264, 1024), (300, 576, 512)]
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("m, n, k", SIZES)
 def test_product(device: torch.device, m: int, n: int, k: int) -> None:
     given = draw(device, m, n, k)

@@ -75,6 +75,7 @@ def _no_other_launches() -> Iterator[None]:
     launch._memo.clear()
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("column_major", [True, False])
 @pytest.mark.parametrize("lengths", [(1,), (5,), (0, 3, 0, 70, 0), (16, 17, 15), (129, 1), (1,) * 40], ids=str)
 def test_segments(device: torch.device, lengths: tuple[int, ...], column_major: bool) -> None:
