@@ -57,8 +57,8 @@ class SegmentGEMMWrapper:
                 where no segment is.
             seg_lens: int32 or int64 `[batch_size]`: rows of each segment, one after the other. Unread with seg_indptr.
             seg_indptr: int32 or int64 `[batch_size + 1]`: segment i has the rows seg_indptr[i] to seg_indptr[i + 1].
-            weight_indices: int32 or int64 `[batch_size]`; None: segment i has weight i. Below 0: its rows of out are left
-                as they are.
+            weight_indices: int32 or int64 `[batch_size]`; None: segment i has weight i. Below 0: its rows of out are
+                left as they are.
 
         Returns:
             out.
