@@ -198,7 +198,7 @@ def test_extremes(device: torch.device) -> None:
 
 
 def all_tiles() -> list[str]:
-    return [*families.TILES, *families.SM90_SCALED_TILES]
+    return [*families.SCALED_TILES, *families.SM90_SCALED_TILES]
 
 
 @pytest.mark.gpu
