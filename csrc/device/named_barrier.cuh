@@ -13,5 +13,16 @@ __device__ __forceinline__ void named_barrier_sync(int barrier, int num_threads)
 __device__ __forceinline__ void named_barrier_arrive(int barrier, int num_threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(num_threads) : "memory");
 }
+// Without a branch, for between the start of products and the wait for them.
+__device__ __forceinline__ void named_barrier_arrive_if(bool arrives, int barrier, int num_threads) {
+  asm volatile(
+      "{\n"
+      ".reg .pred arrives;\n"
+      "setp.ne.b32 arrives, %0, 0;\n"
+      "@arrives bar.arrive %1, %2;\n"
+      "}\n" ::"r"(int(arrives)),
+      "r"(barrier), "r"(num_threads)
+      : "memory");
+}
 
 }  // namespace flashinfer

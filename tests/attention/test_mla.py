@@ -199,6 +199,32 @@ def test_scales_of_any_magnitude(device: torch.device, kind: str, num_heads: int
     check_scaled((out / unit, lse), (expected_out / unit, expected_lse), num_heads, device)
 
 
+@pytest.mark.parametrize("num_heads", [16, 128])
+def test_splits_of_any_magnitude(device: torch.device, num_heads: int) -> None:
+    """What splits leave is stored in fewer bits than it is summed in: rows of any magnitude; columns of one row, and
+    splits of one request, far from each other."""
+    length, exponents = 700, (100, -100, 0, 0)
+    batch = make_batch(Case("magnitude", kv_lens=(length,) * 4, num_heads=num_heads), device)
+    batch.q[0].zero_()  # values are of no matter to the logits
+    factors = torch.tensor([2.0**e for e in exponents])[:, None, None].repeat(1, length, 512)
+    factors[2, :, 1::2] = 2.0**-20
+    factors[3, 300:] = 2.0**-20
+    (ckv, _), size = batch.caches, batch.case.page_size
+    for i, rows in enumerate(batch.kv):
+        rows[..., :512] *= factors[i, :, None]
+        pages = batch.indices[2][batch.indices[1][i] : batch.indices[1][i + 1]].long()
+        for page, piece in zip(pages.tolist(), rows[:, 0, :512].split(size)):
+            ckv[page, : len(piece)] = piece.to(device)
+    wrapper = make_wrapper(device)
+    plan(wrapper, batch)
+    (out, lse), (expected_out, expected_lse) = run(wrapper, batch), expect(batch)
+    # What brings every element of the results near one; exact in bf16, but for the square root.
+    units = torch.tensor([2.0**-e for e in exponents], dtype=torch.float64)[:, None, None].repeat(1, 1, 512)
+    units[2, :, 1::2] = 2.0**20
+    units *= length**0.5
+    check(((out.cpu().double() * units).to(BF16), lse), (expected_out * units, expected_lse))
+
+
 def test_rows_with_scales_say_what_they_need(device: torch.device) -> None:
     batch = make_batch(Case("scaled", kv_dtype=SCALED), device)
     wrapper = make_wrapper(device)

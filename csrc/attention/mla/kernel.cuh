@@ -41,26 +41,32 @@ __device__ __forceinline__ void finish_unit(MlaWalk<Config>& walk) {
   }
   walk.share(walk.sum);
   const int row = thread_idx_after_loop();
+  float lse = 0.f;
   if (row < num_rows) {
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < MlaSplit<Config>::kNumParts; ++i) sum += smem.stats[i * Shape::kBlockM + row];
     smem.factor_of_row[row] = sum > 0.f ? __fdividef(params.v_scale, sum) : 0.f;
-    // A row that saw no key: -inf - inf.
-    const float lse = smem.max_of_row[row] * walk.scale_log2 + fast_log2(sum);
-    if (is_split) {
-      params.partial_lse[first_partial_row + row] = lse;
-    } else if (params.lse != nullptr) {
+    lse = smem.max_of_row[row] * walk.scale_log2 + fast_log2(sum);  // a row that saw no key: -inf - inf
+    if (!is_split && params.lse != nullptr) {
       const QueryRow query = work.query_row(smem.group_size, item.q_tile * Shape::kBlockM + row);
       params.lse[int64_t(item.q_begin + query.token_idx) * params.num_qo_heads + query.qo_head_idx] = lse;
     }
   }
+  if (row < Shape::kBlockM) smem.largest_of_row[row] = 0;
   __syncthreads();
   walk.scale_output(walk.unit);
+  if (is_split) {
+    walk.find_largest();
+    __syncthreads();
+    if (row < num_rows) {
+      const auto unit = PartialUnit::of(__uint_as_float(smem.largest_of_row[row]));
+      *PartialRow<Config>::at(params, first_partial_row + row).stats() = {lse, unit.value()};
+    }
+  }
 
   const int thread_idx = thread_idx_after_loop(), lane_idx = thread_idx % 32;
   const int first_column = thread_idx / 32 * Shape::kNumColumns + OutputPair<Shape>::lane_column(lane_idx % 4);
-  const int first_partial_column = thread_idx / 32 * Shape::kNumColumns + 4 * (lane_idx % 4);
 #pragma unroll
   for (int m = 0; m < Shape::kFragsM; ++m) {
 #pragma unroll
@@ -68,14 +74,19 @@ __device__ __forceinline__ void finish_unit(MlaWalk<Config>& walk) {
       const int row = m * 16 + row_of(half) + lane_row(lane_idx);
       if (row >= num_rows) continue;
       if (is_split) {
-        // A lane's pairs of 16 columns, as one vector.
-        float* row_gmem = params.partial_out + (first_partial_row + row) * Shape::kHeadDimCkv + first_partial_column;
+        const float factor = PartialUnit::of(__uint_as_float(smem.largest_of_row[row])).inverse();
+        uint4* vec_gmem = PartialRow<Config>::at(params, first_partial_row + row)
+                              .vec(thread_idx / 32 * (Shape::kNumColumns / 8) + lane_idx % 4);
 #pragma unroll
-        for (int i = 0; i < Shape::kFragsD / 2; ++i) {
-          const auto first = OutputPair<Shape>::of(i, 0), second = OutputPair<Shape>::of(i, 1);
-          *reinterpret_cast<float4*>(row_gmem + 16 * i) =
-              float4{at(walk.out[m], half, first.idx[0]), at(walk.out[m], half, first.idx[1]),
-                     at(walk.out[m], half, second.idx[0]), at(walk.out[m], half, second.idx[1])};
+        for (int i = 0; i < Shape::kFragsD / 4; ++i) {
+          uint32_t pairs[4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const auto place = OutputPair<Shape>::of(2 * i + j / 2, j % 2);
+            pairs[j] = pack_16bit<fp16>(at(walk.out[m], half, place.idx[0]) * factor,
+                                        at(walk.out[m], half, place.idx[1]) * factor);
+          }
+          vec_gmem[4 * i] = {pairs[0], pairs[1], pairs[2], pairs[3]};
         }
       } else {
         const QueryRow query = work.query_row(smem.group_size, item.q_tile * Shape::kBlockM + row);
@@ -105,6 +116,7 @@ __device__ void mla(const MlaParams& params) {
   static_assert(sizeof(MlaSmem<Config>) <= Config::kSmemBytes);
   auto& smem = *reinterpret_cast<MlaSmem<Config>*>(smem_bytes);
   wait_for_previous_kernel();
+  allow_next_kernel();
   const LatentUnits units{params};
   if (fresh_thread_idx() == 0) {
     smem.group_size = FastDivisor::of(params.num_qo_heads);

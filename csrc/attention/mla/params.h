@@ -7,8 +7,9 @@
 // To planner and merge this is prefill with one KV head, which all query heads are the group of: a request's rows are
 // (token, head) with the head innermost, row r is token r / num_qo_heads. A kernel takes units off the planner's list
 // as prefill does (prefill/params.h, prefill/work.cuh): a PrefillItem is rows [q_tile * kBlockM, +kBlockM) of a request
-// against KV tiles [tile_begin, tile_end) of kBlockN rows; it leaves its output, or a slot of PartialResults which
-// merge_splits() merges. KvView<kKvPagedLens>{params.kv.index, item.kv_begin, item.kv_len} says where rows are.
+// against KV tiles [tile_begin, tile_end) of kBlockN rows; it leaves its output, or a PartialRow of each row, which
+// merge_shares() merges (mla/merge.cuh). KvView<kKvPagedLens>{params.kv.index, item.kv_begin, item.kv_len} says where
+// rows are.
 #pragma once
 
 #include "attention/prefill/params.h"

@@ -116,8 +116,9 @@ struct MlaSmem {
   PrefillUnit work, next_work;
   FastDivisor group_size;
   uint32_t has_work, has_next, has_late;
-  float max_of_row[Shape::kBlockM];     // of the unscaled scores; lags behind
-  float factor_of_row[Shape::kBlockM];  // of the output
+  float max_of_row[Shape::kBlockM];         // of the unscaled scores; lags behind
+  float factor_of_row[Shape::kBlockM];      // of the output
+  uint32_t largest_of_row[Shape::kBlockM];  // the largest magnitude in it, as bits: those of floats are in their order
   float stats[Split::kNumParts * Shape::kBlockM];
 
   __device__ __forceinline__ uint8_t* stage(int tile) { return kv[uint32_t(tile) % Shape::kNumStages]; }

@@ -270,6 +270,23 @@ struct MlaWalk {
     }
     __syncthreads();
   }
+  // The largest magnitude of each row of the output, among those that other warps have found.
+  __device__ __forceinline__ void find_largest() const {
+#pragma unroll
+    for (int m = 0; m < Shape::kFragsM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float largest = 0.f;
+#pragma unroll
+        for (int i = 0; i < 2 * Shape::kFragsD; ++i) largest = fmaxf(largest, fabsf(at(out[m], half, i)));
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+        if (leads_row()) {
+          atomicMax(&smem.largest_of_row[m * 16 + row_of(half) + lane_row(lane_idx())], __float_as_uint(largest));
+        }
+      }
+    }
+  }
   __device__ __forceinline__ void scale_output(float factor_of_all) const {
 #pragma unroll
     for (int m = 0; m < Shape::kFragsM; ++m) {

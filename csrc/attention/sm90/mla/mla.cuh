@@ -60,28 +60,28 @@ __device__ __forceinline__ void produce(const Sm90MlaParams& params, Smem<Config
       KvGatherer<Config>{params, smem, warp_idx}.run(work.item, kv_turn);
     }
   };
-  bool is_done = false;
-  if constexpr (!Shape::kGathers) {
-    is_done = warp_idx == kScheduler;
-    if (is_done) KvProducer<Config>{params, smem}.run(prepare);
+  if constexpr (Shape::kGathers) {
+    for_each_unit(smem, load, prepare);
+  } else if (warp_idx == kScheduler) {
+    KvProducer<Config>{params, smem}.run(prepare);
+  } else {
+    for_each_unit(smem, load);
   }
-  if (!is_done) for_each_unit(smem, load, prepare);
   if (warp_idx == kScheduler && fresh_thread_idx() % 32 == 0) units.close();
   cp_async_wait_all();  // a block may not end with copies under way
 }
 
-template <class Config, int kConsumer>
-__device__ __forceinline__ void consume(const Sm90MlaParams& params, Smem<Config>& smem) {
+template <class Config>
+__device__ __forceinline__ void consume(const Sm90MlaParams& params, Smem<Config>& smem, int consumer) {
   uint32_t kv_turn = 0;  // KV tiles so far
   for_each_unit(smem, [&](const Work& work, uint32_t turn) {
-    float out[Shape<Config>::kNumOutputs] = {};
-    TileWalk<Config, kConsumer> walk{params, smem, work, params.sm_scale * kLog2E, out};
+    RowStates<Config> rows;
     smem.await(smem.q_full, turn);
     cast_queries(smem);
-    walk.run(kv_turn);
+    TileWalk<Config>{{}, params, smem, work, consumer, params.sm_scale * kLog2E, rows}.run(kv_turn);
     __syncwarp();
     if (elect_lane()) smem.q_empty.at(turn).arrive();
-    finish_unit(walk);
+    finish_unit(params, smem, work, rows, consumer);
   });
 }
 
@@ -105,6 +105,7 @@ __device__ void mla(const Sm90MlaParams& params) {
   }
   __syncthreads();
   wait_for_previous_kernel();
+  allow_next_kernel();  // whose blocks find room as these end: registers are all in use
 
   const int warpgroup_idx = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupSize, 0);
   if (warpgroup_idx == Shape::kNumConsumers) {
@@ -113,11 +114,7 @@ __device__ void mla(const Sm90MlaParams& params) {
     return;
   }
   grow_registers<Shape::kConsumerRegisters>();
-  if (warpgroup_idx == 0) {
-    sm90::mla::consume<Config, 0>(params, smem);
-  } else {
-    sm90::mla::consume<Config, 1>(params, smem);
-  }
+  sm90::mla::consume<Config>(params, smem, warpgroup_idx);
   constexpr int kNumThreads = Shape::kNumConsumerThreads;
   const auto sync = [] { named_barrier_sync(sm90::mla::kBothConsumers, kNumThreads); };
   merge_shares<Config, kNumThreads, 8>(params, smem.group_size, sync);

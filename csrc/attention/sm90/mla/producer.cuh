@@ -83,21 +83,20 @@ struct KvProducer {
       for (int tile = work.item.tile_end - 1; tile >= work.item.tile_begin; --tile, ++turn) {
         const Box box = next;
         next = find_box(work.item, tile - 1, row);
-        send_keys<0>(turn, box, row);
-        send_keys<1>(turn, box, row);
+#pragma unroll 1
+        for (int keys = 0; keys < 2; ++keys) send_keys(keys, turn, box, row);
       }
     };
     for_each_unit(smem, send_unit, prepare);
   }
 
   // A half of the tile's keys.
-  template <int kKeys>
-  __device__ __forceinline__ void send_keys(uint32_t turn, const Box& box, int row) const {
-    smem.kv_empty[kKeys][0].wait_empty(turn);
-    send<0, Shape::kPanelsOfHalf>(params.ckv_map, 0, kKeys, turn, box, row);
-    smem.kv_empty[kKeys][1].wait_empty(turn);
-    send<Shape::kPanelsOfHalf, Shape::kPanelsOfHalf>(params.ckv_map, 1, kKeys, turn, box, row);
-    if constexpr (Shape::kPePanels > 0) send<Shape::kCkvPanels, 1>(params.kpe_map, kPositional, kKeys, turn, box, row);
+  __device__ __forceinline__ void send_keys(int keys, uint32_t turn, const Box& box, int row) const {
+    smem.kv_empty[keys][0].wait_empty(turn);
+    send<0, Shape::kPanelsOfHalf>(params.ckv_map, 0, keys, turn, box, row);
+    smem.kv_empty[keys][1].wait_empty(turn);
+    send<Shape::kPanelsOfHalf, Shape::kPanelsOfHalf>(params.ckv_map, 1, keys, turn, box, row);
+    if constexpr (Shape::kPePanels > 0) send<Shape::kCkvPanels, 1>(params.kpe_map, kPositional, keys, turn, box, row);
   }
   template <int kFirst, int kNum>
   __device__ __forceinline__ void send(const TensorMap& map, int part, int keys, uint32_t turn, const Box& box,

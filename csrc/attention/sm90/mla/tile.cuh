@@ -25,7 +25,7 @@ struct Shape {
   static constexpr int kNumKeys = kBlockN / 2, kNumColumns = Config::kHeadDimCkv / 2;  // of a half
   static_assert(kBlockM == 64 && kNumKeys == 64, "a panel is 64 rows, of queries or of keys");
 
-  static constexpr int kNumConsumers = 2, kRowsPerWarp = 16;
+  static constexpr int kNumConsumers = 2;
   static constexpr int kNumConsumerThreads = kNumConsumers * kWarpgroupSize;
   static constexpr bool kGathers = Config::kGathersKv;  // row by row, by all warps of the producers: gather.cuh
   static constexpr bool kWidens = sizeof(typename Config::Kv) == 1;  // in the same way: widen.cuh
@@ -60,7 +60,7 @@ struct Smem {
   MbarrierRing<Shape::kNumStages> kv_empty[2][2];         // by half of the keys and consumer
   MbarrierRing<kNumWorkSlots> work_full, work_empty;      // a turn a unit
   Work work[kNumWorkSlots];
-  float max_of_row[2][64], sum_of_row[2][64];  // by consumer
+  float max_of_row[2][64], sum_of_row[2][64], largest_of_row[2][64];  // by consumer; the last of the output
   FastDivisor group_size;
 
   // Until a stage that copies of threads filled is full.

@@ -24,74 +24,90 @@
 
 namespace flashinfer::sm90::mla {
 
-template <class Config, int kConsumer>
-struct TileWalk {
+// Two of the 64 query rows, as far as one thread of a consumer has them.
+template <class Config>
+struct RowStates {
+  float out[Shape<Config>::kNumOutputs] = {};       // of this consumer's columns, yet to be normalized
+  float max[2] = {kMinusInfinity, kMinusInfinity};  // of the unscaled scores; lags behind
+  float sum[2] = {0.f, 0.f};                        // of this consumer's keys; this lane's share until the end
+};
+
+struct ConsumerThread {
+  __device__ __forceinline__ static int lane_idx() { return fresh_thread_idx() % 32; }
+  __device__ __forceinline__ static int warp_row() { return fresh_thread_idx() % kWarpgroupSize / 32 * 16; }
+  // Of the tile; one of this lane's two.
+  __device__ __forceinline__ static int row(int half) { return warp_row() + lane_row(lane_idx()) + row_of(half); }
+  // Of the four lanes that share a row.
+  __device__ __forceinline__ static bool leads_row() { return lane_idx() % 4 == 0; }
+};
+
+template <class Config>
+struct TileWalk : ConsumerThread {
   using Shape = mla::Shape<Config>;
   using T = typename Shape::T;
   using Scores = float[Shape::kNumScores];
   using Output = float[Shape::kNumOutputs];
   using Probabilities = uint32_t[Shape::kNumProbabilityRegisters];
-  static constexpr int kOther = 1 - kConsumer;
 
   const Sm90MlaParams& params;
   Smem<Config>& smem;
   const Work& work;
+  int consumer;
   float scale_log2;
-  Output& out;                                      // this consumer's columns, yet to be normalized
-  float max[2] = {kMinusInfinity, kMinusInfinity};  // of the unscaled scores of this lane's two rows; lags behind
-  float sum[2] = {0.f, 0.f};                        // of this consumer's keys; this lane's share until the end
+  RowStates<Config>& rows;
+  Output& out = rows.out;
+  float (&max)[2] = rows.max, (&sum)[2] = rows.sum;
 
-  // From the last tile to the first; kv_turn counts on.
+  // From the last tile to the first; kv_turn counts on. What both consumers do alike is there once: it takes long to
+  // compile.
   __device__ __forceinline__ void run(uint32_t& kv_turn) {
 #pragma unroll 1
     for (int tile = work.item.tile_end - 1; tile >= work.item.tile_begin; --tile, ++kv_turn) {
-      if constexpr (kConsumer == 0) {
-        step_of_first(tile, kv_turn);
+      Scores scores;
+      if (consumer == 1) {  // then the tensor cores have time for these
+        named_barrier_sync(kFirstHasScores, Shape::kNumConsumerThreads);
+      }
+      start_scores(scores, kv_turn);
+      named_barrier_arrive_if(consumer == 0, kFirstHasScores, Shape::kNumConsumerThreads);
+      wait_for_scores(scores);
+      mask(scores, tile);
+      if (consumer == 0) {
+        go_on_first(scores, kv_turn);
       } else {
-        step_of_second(tile, kv_turn);
+        go_on_second(scores, kv_turn);
       }
     }
   }
 
-  __device__ __forceinline__ void step_of_first(int tile, uint32_t turn) {
-    Scores scores;
-    start_scores(scores, turn);
-    named_barrier_arrive(kFirstHasScores, Shape::kNumConsumerThreads);
-    wait_for_scores(scores);
-    mask(scores, tile);
+  __device__ __forceinline__ void go_on_first(Scores& scores, uint32_t turn) {
     float rescale[2];
     raise_max(scores, rescale);
     Probabilities p;
     exponentiate(scores, p);
-    hand_over(p, turn);
+    hand_over<0>(p, turn);
     rescale_output(rescale);
-    start_output(p, turn);
-    wait_for_output(0, turn);
+    start_output<0>(p, turn);
+    wait_for_output<0>(0, turn);
     pin(p);
-    take_over(rescale);
+    take_over<0>(rescale);
     rescale_output(rescale);
-    start_output_of_other(turn);
-    wait_for_output(1, turn);
+    start_output_of_other<0>(turn);
+    wait_for_output<0>(1, turn);
   }
 
-  __device__ __forceinline__ void step_of_second(int tile, uint32_t turn) {
-    Scores scores;
-    named_barrier_sync(kFirstHasScores, Shape::kNumConsumerThreads);  // then the tensor cores have time for these
-    start_scores(scores, turn);
-    wait_for_scores(scores);
-    mask(scores, tile);
+  __device__ __forceinline__ void go_on_second(Scores& scores, uint32_t turn) {
     float rescale[2];
-    take_over(rescale);
+    take_over<1>(rescale);
     rescale_output(rescale);
-    start_output_of_other(turn);
+    start_output_of_other<1>(turn);
     raise_max(scores, rescale);
     Probabilities p;
     exponentiate(scores, p);
-    hand_over(p, turn);
-    wait_for_output(0, turn);
+    hand_over<1>(p, turn);
+    wait_for_output<1>(0, turn);
     rescale_output(rescale);
-    start_output(p, turn);
-    wait_for_output(1, turn);
+    start_output<1>(p, turn);
+    wait_for_output<1>(1, turn);
     pin(p);
   }
 
@@ -99,12 +115,12 @@ struct TileWalk {
   __device__ __forceinline__ void start_scores(Scores& scores, uint32_t turn) const {
     uint32_t q_smem = smem_address(smem.q);
     asm volatile("" : "+r"(q_smem));  // else the operands of all steps would stay in registers, tile after tile
-    const Operand q = depth_major_operand(q_smem), k = depth_major_operand(smem_address(panels_of(kConsumer, turn)));
+    const Operand q = depth_major_operand(q_smem), k = depth_major_operand(smem_address(panels_of(consumer, turn)));
     const auto multiply = [&](int part, int first, int num, bool accumulate) {
       if constexpr (Shape::kGathers) {
-        smem.await(smem.kv_full[kConsumer][part], turn);
+        smem.await(smem.kv_full[consumer][part], turn);
       } else {
-        smem.kv_full[kConsumer][part].wait_full(turn);
+        smem.kv_full[consumer][part].wait_full(turn);
       }
       wgmma_fence();  // after every loop that waits: else ptxas adds it, and says so
 #pragma unroll
@@ -129,8 +145,9 @@ struct TileWalk {
   }
 
   // O += P V of this consumer's columns, of its own keys.
+  template <int kConsumer>
   __device__ __forceinline__ void start_output(Probabilities& p, uint32_t turn) const {
-    const Operand v = values_of(kConsumer, turn);
+    const Operand v = values_of<kConsumer>(kConsumer, turn);
     pin(out);
     pin(p);
     wgmma_fence();
@@ -141,8 +158,11 @@ struct TileWalk {
     wgmma_commit();
   }
   // The same of the other's keys, whose probabilities are in shared memory.
+  template <int kConsumer>
   __device__ __forceinline__ void start_output_of_other(uint32_t turn) const {
-    const Operand v = values_of(kOther, turn), p = depth_major_operand(smem_address(probabilities_of(kOther, turn)));
+    constexpr int kOther = 1 - kConsumer;
+    const Operand v = values_of<kConsumer>(kOther, turn),
+                  p = depth_major_operand(smem_address(probabilities_of(kOther, turn)));
     pin(out);
     wgmma_fence();
 #pragma unroll
@@ -153,6 +173,7 @@ struct TileWalk {
     wgmma_commit();
   }
   // Then this consumer's columns of a half of the keys have been read.
+  template <int kConsumer>
   __device__ __forceinline__ void wait_for_output(int keys, uint32_t turn) const {
     wgmma_wait<0>();
     pin(out);
@@ -165,25 +186,17 @@ struct TileWalk {
   __device__ __forceinline__ uint8_t* probabilities_of(int keys, uint32_t turn) const {
     return panels_of(keys, turn) + Shape::kCkvPanels * Shape::kPanelSize;
   }
+  template <int kConsumer>
   __device__ __forceinline__ Operand values_of(int keys, uint32_t turn) const {
     const int bytes = kConsumer * Shape::kPanelsOfHalf * Shape::kPanelSize;
     return column_major_operand(smem_address(panels_of(keys, turn) + bytes), Shape::kNumKeys);
   }
 
-  __device__ __forceinline__ static int lane_idx() { return fresh_thread_idx() % 32; }
-  __device__ __forceinline__ static int warp_row() {
-    return fresh_thread_idx() % kWarpgroupSize / 32 * Shape::kRowsPerWarp;
-  }
-  // Of the tile; one of this lane's two.
-  __device__ __forceinline__ static int row(int half) { return warp_row() + lane_row(lane_idx()) + row_of(half); }
-  // Of the four lanes that share a row.
-  __device__ __forceinline__ static bool leads_row() { return lane_idx() % 4 == 0; }
-
   // -inf where a query does not see a key.
   __device__ __forceinline__ void mask(Scores& scores, int tile) const {
     constexpr Visibility kVisibility = {Config::kMask, false, 0};
     const PrefillItem& item = work.item;
-    const int first_kv = tile * Shape::kBlockN + kConsumer * Shape::kNumKeys;
+    const int first_kv = tile * Shape::kBlockN + consumer * Shape::kNumKeys;
     const int first_token = smem.group_size.divide(item.q_tile * Shape::kBlockM);
     if (kVisibility.contains_all(kVisibility.keys_of(position_of(first_token, item.qo_len, item.kv_len), item.kv_len),
                                  first_kv, Shape::kNumKeys)) {
@@ -255,6 +268,7 @@ struct TileWalk {
   }
 
   // Probabilities, and the maximum that scales them, to where the other consumer finds them.
+  template <int kConsumer>
   __device__ __forceinline__ void hand_over(const Probabilities& p, uint32_t turn) const {
     const uint32_t panel_smem = smem_address(probabilities_of(kConsumer, turn));
     const int stored_row = warp_row() + lane_idx() % 16;  // whose address this lane passes to stmatrix
@@ -268,7 +282,9 @@ struct TileWalk {
     named_barrier_arrive(kHasHandedOver + kConsumer, Shape::kNumConsumerThreads);
   }
   // Waits for those of the other.
+  template <int kConsumer>
   __device__ __forceinline__ void take_over(float (&rescale)[2]) {
+    constexpr int kOther = 1 - kConsumer;
     named_barrier_sync(kHasHandedOver + kOther, Shape::kNumConsumerThreads);
     const float new_max[2] = {smem.max_of_row[kOther][row(0)], smem.max_of_row[kOther][row(1)]};
     move_max_to(new_max, rescale);
