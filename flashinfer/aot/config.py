@@ -42,6 +42,7 @@ from flashinfer.jit.spec import KernelSpec
 _SHAPE = ("name", "hidden_size", "num_qo_heads", "intermediate_sizes")
 _ORDINARY = ("num_kv_heads", "head_dim")  # of rows without latent attention, and these of rows with it
 _LATENT = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+_OF_LATENT = ("q_lora_rank", "scaled_rows")  # and may be left out
 _OF_ORDINARY = ("rotary_dim", "interleave", "windowed_layers", "soft_cap")  # and may be left out
 _DTYPES = ("fp16", "bf16", "fp32")
 
@@ -242,7 +243,7 @@ def _tables(path: Path, text: str, data: dict[str, Any], kind: str) -> Iterator[
 
 _TYPES: dict[str, Any] = typing.get_type_hints(Model)
 _MODEL_KEYS = frozenset(field.name for field in dataclasses.fields(Model))
-_DEFAULTS = _MODEL_KEYS - {*_SHAPE, *_ORDINARY, *_OF_ORDINARY, *_LATENT, "q_lora_rank"}
+_DEFAULTS = _MODEL_KEYS - {*_SHAPE, *_ORDINARY, *_OF_ORDINARY, *_LATENT, *_OF_LATENT}
 
 
 def _model(where: str, table: dict[str, Any]) -> Model:
@@ -250,7 +251,7 @@ def _model(where: str, table: dict[str, Any]) -> Model:
     missing = [key for key in (*_SHAPE, *(_LATENT if is_latent else _ORDINARY)) if key not in table]
     if missing:
         raise ConfigError(f"{where}: {', '.join(missing)} is missing")
-    strange = [key for key in (_ORDINARY if is_latent else (*_LATENT, "q_lora_rank")) if key in table]
+    strange = [key for key in (_ORDINARY if is_latent else (*_LATENT, *_OF_LATENT)) if key in table]
     if strange:
         kind = "with" if is_latent else "without"
         raise ConfigError(f"{where}: {', '.join(strange)} is given; a model {kind} kv_lora_rank has none")

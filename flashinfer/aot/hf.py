@@ -297,6 +297,8 @@ def _variants(keys: _Keys, values: Mapping[str, Any]) -> Iterator[tuple[str, Any
     if "head_dim" not in values:
         if windows != "none":
             keys.note("sliding_window: latent attention has no kernels with one")
+        if keys.get("index_topk") and (values["kv_lora_rank"], values["qk_rope_head_dim"]) == (512, 64):
+            yield "scaled_rows", True  # as engines keep them for its lists
         keys.ignore("rope_parameters", "rope_scaling")
         return
     rotary_dim = _rotary_dim(keys, values["head_dim"])

@@ -46,6 +46,7 @@ class Model:
     qk_rope_head_dim: int = 0  # the other part of a cached row
     qk_nope_head_dim: int = 0  # of a head's queries and keys, where these are not absorbed, the part without positions
     v_head_dim: int = 0  # of a head's values, likewise
+    scaled_rows: bool = False  # of a latent cache, fp8 with scales, attended to by lists: DeepSeek-V3.2's fp8_ds_mla
     linear_num_key_heads: int = 0  # layers of a gated delta rule, beside those of attention; 0: there are none
     linear_num_value_heads: int = 0
     linear_key_head_dim: int = 0
@@ -196,6 +197,13 @@ def _latent_attention(model: Model, dtype: str, target: str) -> Iterator[KernelS
             for page_size in (1, 64):  # one for each kernel that there may be
                 for short_queries in (False, True):
                     yield mla.mla(target, **common, short_queries=short_queries, page_size=page_size, mask=mask)
+    # Of lists: one query a request, pages of one row. On the GPUs of which engines have an indexer.
+    if model.scaled_rows and is_cuda and targets.capability(target) in ((9, 0), (10, 0)) and dtype == "bf16":
+        for short_queries in (False, True):
+            yield mla.mla(
+                target, q_dtype=dtype, kv_dtype=mla.SCALED_ROWS, head_dim_ckv=model.kv_lora_rank,
+                head_dim_kpe=model.qk_rope_head_dim, short_queries=short_queries, mask="none",
+            )  # fmt: skip
     yield mla.COMPACT_INDICES.spec(target)
     if is_cuda:
         yield mla.mla_plan(target)

@@ -99,6 +99,11 @@ class Place:
         return self.is_gpu and self.has_fp8 and torch.cuda.get_device_capability(self.device.index) >= (8, 9)
 
     @property
+    def has_indexer(self) -> bool:
+        """Whether engines pick lists of rows there."""
+        return self.is_gpu and torch.cuda.get_device_capability(self.device.index)[0] in (9, 10)
+
+    @property
     def cache_dtypes(self) -> tuple[torch.dtype, ...]:
         return (self.dtype, FP8) if self.is_gpu and self.has_fp8 else (self.dtype,)
 
@@ -349,6 +354,12 @@ def attend_latent(model: Model, place: Place) -> None:
             for num_tokens in (1, 40):
                 queries, lists = tensor(num_tokens, num_heads, sum(dims)), tensor(num_tokens, 32, of=torch.int32)
                 flashinfer.mla.sparse_mla_prefill(queries, cache.flatten(0, 1), lists, 0.1, dims[0])
+    if place.has_indexer and model.scaled_rows:
+        packed = tensor(4, 64, 656, of=torch.uint8)
+        for num_tokens in (1, 40):
+            queries, lists = tensor(num_tokens, num_heads, sum(dims)), tensor(num_tokens, 32, of=torch.int32)
+            flashinfer.mla.sparse_mla_prefill(queries, packed.flatten(0, 1), lists, 0.1, dims[0])
+            flashinfer.mla.sparse_mla_decode(queries[:, None], packed, lists[:, None], 0.1)
     if not place.is_gpu:
         sparse._launch_on_cpu(sparse._OfLists((3, 1), 1, 32))
 

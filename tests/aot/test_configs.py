@@ -74,6 +74,14 @@ def test_a_model_with_latent_attention(tmp_path: Path) -> None:
     assert not {"decode", "rope_append"} & args.keys()
 
 
+def test_rows_with_scales_have_lists_of_bf16_queries(tmp_path: Path) -> None:
+    config = write_config(tmp_path, LATENT + "scaled_rows = true\n")
+    found = [spec for spec in read_specs([config], ["sm_80", "sm_90a", HOST]) if spec.family == "mla"]
+    scaled = [spec for spec in found if spec.arg("kv_dtype") == "fp8_ds_mla"]
+    assert {spec.arg("short_queries") for spec in scaled} == {False, True} and len(scaled) == 2
+    assert {(spec.target, spec.arg("q_dtype"), spec.arg("mask")) for spec in scaled} == {("sm_90a", "bf16", "none")}
+
+
 def test_model_expands_to_its_kernels_once(tmp_path: Path) -> None:
     twice = write_config(tmp_path, MODEL + MODEL.replace("tiny", "twin"))
     found = read_specs([twice], ["sm_90a", "x86-64-v3"])
@@ -121,6 +129,7 @@ def test_defaults_hold_where_a_row_is_silent(tmp_path: Path) -> None:
         ),
         (LATENT + "head_dim = 192\n", "row 1 (latent): head_dim is given; a model with kv_lora_rank has none"),
         (MODEL + "q_lora_rank = 64\n", "row 1 (tiny): q_lora_rank is given; a model without kv_lora_rank has none"),
+        (MODEL + "scaled_rows = true\n", "row 1 (tiny): scaled_rows is given; a model without kv_lora_rank has none"),
         (LATENT.replace("512", "500"), "row 1 (latent): mla: head_dim_ckv=500 is not supported"),
         ("[defaults]\nkv_lora_rank = 512\n" + LATENT, "config.toml: [defaults]: unknown key 'kv_lora_rank'"),
         (MODEL.replace("256", "'256'"), "row 1 (tiny): hidden_size is '256'; expected int"),

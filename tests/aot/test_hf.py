@@ -315,7 +315,7 @@ def test_fp8_weights_of_other_scales() -> None:
         ),
         (
             {"model_type": "deepseek_v32", "index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048},
-            {**LATENT, "q_lora_rank": 1536},
+            {**LATENT, "q_lora_rank": 1536, "scaled_rows": True},
             ["index_topk = 2048: the indexer"],
         ),
         (
