@@ -97,11 +97,10 @@ class Batch:
     def expected(self, **options: Any) -> tuple[Tensor, Tensor]:
         outs, lses = [], []
         functions = evaluated(self.case.options)
+        q = self.q.to(self.device)  # where the tensors are that functions read
         for i, pages in enumerate(self.pages):
             k, v = paged_request(self.cache, self.case.layout, pages, int(self.last_page_len[i]))
-            out, lse = attention(
-                self.q[i : i + 1], k, v, **{**self.case.options, **functions, **options}, request_idx=i
-            )
+            out, lse = attention(q[i : i + 1], k, v, **{**self.case.options, **functions, **options}, request_idx=i)
             outs.append(out)
             lses.append(lse)
         if not outs:
