@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.source import Source
 from flashinfer.jit.stores import AotStore
 from flashinfer.jit.toolchain import Compiled, HostCxx
+from tests import warm
 
 ROOT = Path(__file__).parent.parent
 
@@ -116,22 +117,27 @@ exec g++ "$@"
 
 def spawn(code: str, **variables: str | Path | None) -> subprocess.Popen[str]:
     """Run Python code in a process with these environment variables; None removes one. No AOT registry answers it."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FLASHINFER_")}
-    environment = {**kept, "PYTHONPATH": str(ROOT), "FLASHINFER_DISABLE_AOT": "1"}
-    for name, value in variables.items():
-        environment.pop(name, None)
-        if value is not None:
-            environment[name] = str(value)
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
-        env=environment,
+        env=_environment(variables),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+def fork(code: str, **variables: str | Path | None) -> warm.Process:
+    """The same in a process that finds torch imported."""
+    return warm.Process(["-c", textwrap.dedent(code)], _environment(variables))
+
+
+def _environment(variables: Mapping[str, str | Path | None]) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("FLASHINFER_")}
+    found = {**kept, "PYTHONPATH": str(ROOT), "FLASHINFER_DISABLE_AOT": "1", **variables}
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def finish(process: subprocess.Popen[str] | warm.Process) -> tuple[str, str]:
     """Wait for a process that has to succeed; its stdout and stderr."""
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, f"exit status {process.returncode}\n{out}\n{err}"

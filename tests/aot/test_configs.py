@@ -36,7 +36,7 @@ from tests.aot.kit import (
     tree,
     write_config,
 )
-from tests.kit import ROOT, CountingCxx, finish, rmsnorm_spec, spawn
+from tests.kit import ROOT, CountingCxx, finish, fork, rmsnorm_spec
 
 MODEL = """[[model]]
 name = "tiny"
@@ -175,7 +175,7 @@ def _families() -> None:
 
 
 def asked_for(*arguments: str) -> set[KernelSpec]:
-    out, _ = finish(spawn(f"from tests.aot import ask_core; ask_core.main(*{arguments})"))
+    out, _ = finish(fork(f"from tests.aot import ask_core; ask_core.main(*{arguments})"))
     return {KernelSpec.from_dict(spec) for spec in json.loads(out)}
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+from tests import warm
 from tests.compat import pages
 
 PROGRAM = """
@@ -68,13 +67,7 @@ def test_the_page_works(tmp_path: Path) -> None:
             path.write_text(text)
             edited.append(name[1])
     assert edited == ["csrc/attention/visibility.cuh", "flashinfer/families/attention/params.py"]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path), "sm_90a", "sm_80"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    program = ["-c", PROGRAM, str(tmp_path), "sm_90a", "sm_80"]
+    done = warm.run(program, {**os.environ, "PYTHONPATH": str(tmp_path)}, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.split() == ["attention/sm90/prefill.cuh", "attention/prefill/kernel.cuh"]

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import warm
+from tests.kit import ROOT
+
 sys.path.append(str(ROOT / "benchmarks"))
 
-import bench_parallel  # noqa: E402
-import results  # noqa: E402
+import bench_parallel
+import results
 
 # A benchmark of two cases, on flashinfer packages that say themselves how long they take. What stands in for torch
 # spares each process the import.
@@ -56,8 +58,11 @@ def microseconds(case, scale):
 """
 
 
-def run(*command: str, path: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
+def run(*command: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    """With another torch on the path in a process that has none yet."""
+    environment = {**os.environ, "PYTHONPATH": path or str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
+    if not path:
+        return warm.run(command, environment)
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
 
 
@@ -168,7 +173,7 @@ def test_benchmarks_run_beside_themselves(command: list[str], tmp_path: Path) ->
     file holds what was printed."""
     script, *arguments = command
     wanted = ["--peer", str(ROOT), "--json", str(tmp_path), "--commit", "0123abc"]
-    done = run(str(ROOT / "benchmarks" / script), *arguments, *wanted, path=str(ROOT))
+    done = run(str(ROOT / "benchmarks" / script), *arguments, *wanted)
     assert done.returncode == 0, done.stderr
     header, *rows = table(done.stdout)
     column = next(index for index, name in enumerate(header) if "peer" in name)
@@ -187,7 +192,7 @@ def test_ranks_are_timed_beside_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     for name, value in rank.items():
         monkeypatch.setenv(name, value)
-    done = run(script, "--json", str(tmp_path), "--commit", "0123abc", path=str(ROOT))
+    done = run(script, "--json", str(tmp_path), "--commit", "0123abc")
     assert done.returncode == 0, done.stderr
     (one,) = results.read(next(tmp_path.iterdir())).runs
     assert one.tables.keys() == {f"{kind}, 1 ranks" for kind in ("exchange", "decode", "latent", "ring")}
@@ -209,7 +214,7 @@ def test_more_ranks_are_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_compile_times_have_no_peers(tmp_path: Path) -> None:
     arguments = ["--config", "aot_configs/smoke.toml", "--limit", "1", "--json", str(tmp_path), "--commit", "0123abc"]
-    done = run(str(ROOT / "benchmarks" / "bench_compile.py"), *arguments, path=str(ROOT))
+    done = run(str(ROOT / "benchmarks" / "bench_compile.py"), *arguments)
     assert done.returncode == 0, done.stderr
     (one,) = results.read(next(tmp_path.iterdir())).runs
     assert one.tables.keys() == {"compile sm_90a, fastest", "compile sm_90a, slowest"} and one.driver is None

@@ -7,8 +7,6 @@ import importlib
 import os
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 
 from flashinfer import cli, families
 from flashinfer.jit import spec
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = (
@@ -223,12 +222,5 @@ def test_the_first_example_runs_as_printed(tmp_path: Path) -> None:
     assert example is not None
     check = "\nassert y.shape == x.shape and out.shape == q.shape and out.isfinite().all() and y.isfinite().all()\n"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", example[1] + check],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = warm.run(["-c", example[1] + check], environment, tmp_path)
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ import pytest
 
 from flashinfer import absent
 from flashinfer.errors import UnsupportedConfig
-from tests.kit import ROOT
+from tests.kit import ROOT, finish, fork
 
 ENGINES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "engine_imports.json").read_text())
 
@@ -102,7 +102,7 @@ def test_other_names_stay_absent() -> None:
 
 # What each probe looks for that is found, in a process where nothing was imported yet, by the means that engines have.
 FOUND = """
-import importlib, importlib.util, json, sys
+import importlib, importlib.util, json
 def module(name):
     try:
         return importlib.import_module(name)
@@ -113,7 +113,6 @@ def found(name, modules):
         parent, _, attribute = name.rpartition(".")
         return module(name) is not None or parent and hasattr(module(parent), attribute)
     return any(hasattr(module(one), name) for one in modules)
-asked = json.load(sys.stdin)
 for probe, names in asked.items():
     asked[probe] = [name for name in names if found(name, [one for one in names if one.startswith("flashinfer")])]
 print(json.dumps(asked))
@@ -123,12 +122,10 @@ print(json.dumps(asked))
 def test_probes_find_no_absent_kernel_for_a_kernel() -> None:
     """Where a function that looks for several names finds an absent kernel, it misses another."""
     asked = {probe: names for found in ENGINES.values() for probe, names in found["probes"].items()}
-    done = subprocess.run(
-        [sys.executable, "-c", FOUND], input=json.dumps(asked), cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    out, _ = finish(fork(f"asked = {asked}\n{FOUND}"))
     rows = {name.rpartition(".")[2] for name in absent.ROWS}
     assert len(asked) > 20
-    for probe, found in json.loads(done.stdout).items():
+    for probe, found in json.loads(out).items():
         assert not rows & set(found) or set(found) != set(asked[probe]), f"{probe} takes an absent kernel for one"
 
 

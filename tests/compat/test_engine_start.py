@@ -14,7 +14,7 @@ from flashinfer import autotuner
 from flashinfer.fused_moe.utils import get_hybrid_num_tokens_buckets
 from flashinfer.jit import cache_dir
 from flashinfer.version import __version__
-from tests.kit import finish, spawn
+from tests.kit import finish, fork
 
 
 def test_the_autotune_pass_of_an_engine(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_an_engine_that_silences_builds_does_not_silence_a_compile(tmp_path: Pat
     logger.setLevel(logging.ERROR)
     flashinfer.rmsnorm(torch.ones(2, 72), torch.ones(72))
     """
-    _, err = finish(spawn(code, FLASHINFER_CACHE_DIR=tmp_path, FLASHINFER_DISABLE_AOT="1", FLASHINFER_LOG_LEVEL=None))
+    _, err = finish(fork(code, FLASHINFER_CACHE_DIR=tmp_path, FLASHINFER_DISABLE_AOT="1", FLASHINFER_LOG_LEVEL=None))
     assert "compiled rmsnorm" in err
     assert not hasattr(__import__("flashinfer.jit.core").jit.core, "check_cuda_arch"), "vLLM's sampler would call it"
     assert logging.getLogger("flashinfer.jit").parent is logging.getLogger("flashinfer")

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import warm
+from tests.kit import ROOT
 
 
 def run(*command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False, env=_environment()
-    )
+    done = warm.run(command, {**os.environ, "PYTHONPATH": str(ROOT)}, ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def test_serve_shapes(device: object) -> None:

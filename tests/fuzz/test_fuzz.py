@@ -25,7 +25,8 @@ from tests.public_calls import NO_OPERATORS
 
 
 def campaign(*arguments: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # more than one, so that kernels share their work
+    # More than one thread, so that kernels share their work; what else it would start itself anew with.
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "MALLOC_PERTURB_": "165"}
     command = [sys.executable, "-m", "tests.fuzz", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

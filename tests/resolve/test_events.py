@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from flashinfer.events import Event
 from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.source import render
 from flashinfer.jit.stores import AotStore, Entry, Registry
-from tests.kit import ROOT, CountingCxx, cpu_resolver, finish, rmsnorm_spec, spawn
+from tests.kit import CountingCxx, cpu_resolver, finish, fork, rmsnorm_spec
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +161,7 @@ def test_a_child_counts_for_itself(tmp_path: Path) -> None:
     assert events.counters()["misses"] == 1
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """
-    finish(spawn(code, FLASHINFER_CACHE_DIR=tmp_path))
+    finish(fork(code, FLASHINFER_CACHE_DIR=tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------------------- spans
@@ -203,13 +202,12 @@ def test_a_tracer_that_fails_harms_nobody(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_opentelemetry_is_not_imported_for_those_who_do_not_use_it(tmp_path: Path) -> None:
-    code = """
-import sys
-from tests.kit import cpu_resolver, rmsnorm_spec
-from pathlib import Path
-cpu_resolver(Path(sys.argv[1])).load(rmsnorm_spec())
-print([name for name in sys.modules if name.startswith("opentelemetry")])
-"""
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    code = f"""
+    import sys
+    from tests.kit import cpu_resolver, rmsnorm_spec
+    from pathlib import Path
+    cpu_resolver(Path({str(tmp_path)!r})).load(rmsnorm_spec())
+    print([name for name in sys.modules if name.startswith("opentelemetry")])
+    """
+    out, _ = finish(fork(code))
+    assert out == "[]\n"

@@ -25,6 +25,7 @@ from tests.kit import (
     compiler_script,
     cpu_resolver,
     finish,
+    fork,
     miss_records,
     mounted_tmpfs,
     only_artifact,
@@ -32,7 +33,6 @@ from tests.kit import (
     rmsnorm_spec,
     run_rmsnorm,
     set_field,
-    spawn,
 )
 
 # The whole path of a user's process: an operator on CPU tensors.
@@ -40,7 +40,7 @@ CALL = """
     import torch, flashinfer
     x, weight = torch.randn(2, 64), torch.randn(64)
     out = flashinfer.rmsnorm(x, weight)
-    torch.testing.assert_close(out, x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight)
+    assert torch.allclose(out, x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight, atol=1e-5)
     from flashinfer.jit import default_resolver
     print(default_resolver().cache_dir)
 """
@@ -51,7 +51,7 @@ CALL = """
 
 def test_missing_cache_directory_is_made(tmp_path: Path) -> None:
     cache = tmp_path / "not" / "yet"
-    out, _ = finish(spawn(CALL, FLASHINFER_CACHE_DIR=cache))
+    out, _ = finish(fork(CALL, FLASHINFER_CACHE_DIR=cache))
     assert out.strip() == str(cache)
     only_artifact(cache)
 
@@ -65,7 +65,7 @@ def test_unusable_cache_directory_costs_a_warning(obstacle: str, tmp_path: Path)
         cache = Path("/proc/flashinfer")  # making a folder there fails for root too
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    out, err = finish(spawn(CALL, FLASHINFER_CACHE_DIR=cache, TMPDIR=temporary))
+    out, err = finish(fork(CALL, FLASHINFER_CACHE_DIR=cache, TMPDIR=temporary))
     used = Path(out.strip())
     assert used.parent == temporary
     assert err.count("WARNING") == 1 and f"the cache directory {cache} cannot be made" in err, err
@@ -153,7 +153,7 @@ def test_no_home_directory(tmp_path: Path) -> None:
     {CALL}
     """
     nowhere = {"HOME": None, "XDG_CACHE_HOME": None, "FLASHINFER_CACHE_DIR": None}
-    _, err = finish(spawn(code, **nowhere))
+    _, err = finish(fork(code, **nowhere))
     assert "no home directory" in err
     assert not list(tmp_path.iterdir())
 
@@ -165,7 +165,7 @@ def test_home_unset_but_known_to_the_system(tmp_path: Path) -> None:
     pwd.getpwuid = lambda uid: types.SimpleNamespace(pw_dir={str(tmp_path)!r})
     {CALL}
     """
-    out, _ = finish(spawn(code, HOME=None, XDG_CACHE_HOME=None, FLASHINFER_CACHE_DIR=None))
+    out, _ = finish(fork(code, HOME=None, XDG_CACHE_HOME=None, FLASHINFER_CACHE_DIR=None))
     assert out.strip() == str(tmp_path / ".cache" / "flashinfer")
 
 
@@ -179,7 +179,7 @@ def test_relative_cache_directory_stays_where_it_was(tmp_path: Path) -> None:
     os.chdir("elsewhere")
     {CALL}
     """
-    finish(spawn(code, FLASHINFER_CACHE_DIR="cache"))
+    finish(fork(code, FLASHINFER_CACHE_DIR="cache"))
     only_artifact(tmp_path / "cache")
 
 
@@ -189,7 +189,7 @@ def test_relative_cache_directory_stays_where_it_was(tmp_path: Path) -> None:
 def test_killed_in_the_middle_of_a_compile(tmp_path: Path) -> None:
     script, uses = compiler_script(tmp_path)
     cache = tmp_path / "cache"
-    process = spawn(CALL, FLASHINFER_CXX=script, FLASHINFER_CACHE_DIR=cache, COMPILE_DELAY="1.5")
+    process = fork(CALL, FLASHINFER_CXX=script, FLASHINFER_CACHE_DIR=cache, COMPILE_DELAY="1.5")
     deadline = time.monotonic() + 60
     while not uses.exists():
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
@@ -199,7 +199,7 @@ def test_killed_in_the_middle_of_a_compile(tmp_path: Path) -> None:
     process.communicate()
     assert not [path for path in (cache / "jit").iterdir() if path.is_dir()]
 
-    _, err = finish(spawn(CALL, FLASHINFER_CXX=script, FLASHINFER_CACHE_DIR=cache))
+    _, err = finish(fork(CALL, FLASHINFER_CXX=script, FLASHINFER_CACHE_DIR=cache))
     assert "waiting for another process" not in err, "the lock of a killed process is free"
     only_artifact(cache)
     assert len(uses.read_text().split()) == 2
@@ -211,14 +211,14 @@ def test_killed_while_writing_to_the_cache(tmp_path: Path) -> None:
     os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
     {CALL}
     """
-    process = spawn(killed, FLASHINFER_CACHE_DIR=tmp_path)
+    process = fork(killed, FLASHINFER_CACHE_DIR=tmp_path)
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
     (partial,) = [path for path in (tmp_path / "jit").iterdir() if path.is_dir()]
     assert partial.name.startswith(stores.PARTIAL)
     assert list(JitCache(tmp_path / "jit").folders()) == []
 
-    finish(spawn(CALL, FLASHINFER_CACHE_DIR=tmp_path))
+    finish(fork(CALL, FLASHINFER_CACHE_DIR=tmp_path))
     assert len(list(JitCache(tmp_path / "jit").folders())) == 1
     cache = JitCache(tmp_path / "jit")
     assert partial not in cache.leftovers(older_than=3600)
@@ -231,7 +231,7 @@ def test_killed_while_writing_to_the_cache(tmp_path: Path) -> None:
 def test_several_processes_on_one_cold_cache(tmp_path: Path) -> None:
     script, uses = compiler_script(tmp_path)
     cache = tmp_path / "cache"
-    processes = [spawn(CALL, FLASHINFER_CXX=script, FLASHINFER_CACHE_DIR=cache, COMPILE_DELAY="1.0") for _ in range(4)]
+    processes = [fork(CALL, FLASHINFER_CXX=script, FLASHINFER_CACHE_DIR=cache, COMPILE_DELAY="1.0") for _ in range(4)]
     logs = [finish(process)[1] for process in processes]
     only_artifact(cache)
     assert len(uses.read_text().split()) == 1, "one process compiles, the others wait for it"
@@ -309,7 +309,7 @@ def test_fork_keeps_records_apart_and_does_not_hang(tmp_path: Path) -> None:
     print(child)
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """
-    process = spawn(code, FLASHINFER_CXX=script, FLASHINFER_CACHE_DIR=cache)
+    process = fork(code, FLASHINFER_CXX=script, FLASHINFER_CACHE_DIR=cache)
     out, _ = finish(process)
     records = miss_records(cache / "misses")
     by_process: dict[str, list[int]] = {}
@@ -472,7 +472,7 @@ def test_no_compiler_but_a_warm_cache(tmp_path: Path) -> None:
 
 def test_no_room_for_temporary_files(tmp_path: Path) -> None:
     with mounted_tmpfs(tmp_path / "tmp", "8k") as temporary:
-        process = spawn(CALL, TMPDIR=temporary, FLASHINFER_CACHE_DIR=tmp_path / "cache")
+        process = fork(CALL, TMPDIR=temporary, FLASHINFER_CACHE_DIR=tmp_path / "cache")
         _, err = process.communicate(timeout=120)
         last = err.strip().splitlines()[-1]
         assert process.returncode == 1
