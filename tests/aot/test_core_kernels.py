@@ -1,7 +1,8 @@
 """No attention kernel of the core set spills registers, nor one of the other head dimensions that models have.
 
-Of kernels that differ in the mask and in where K and V lie alone, one is compiled in every run, mostly the causal one
-over pages, which keeps most in registers; the others carry the marker `slow`.
+Of kernels of one tile, which differ in the target, the options and where K and V lie, one is compiled in every run; the
+others carry the marker `slow`. It is the one with every option where test_prefill_sm90.py has it, which keeps most in
+registers, else mostly the causal one over pages.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ import pytest
 from flashinfer.aot import config
 from flashinfer.errors import ToolchainMissing
 from flashinfer.families.attention import prefill
+from flashinfer.jit import spec as specs
 from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.spec import KernelSpec
 from flashinfer.jit.stores import AotStore
 from flashinfer.jit.toolchain import Nvrtc
+from tests.attention import test_prefill_sm90
 
 TARGETS = ["sm_80", "sm_90a"]
 BF16 = {"q_dtype": "bf16", "kv_dtype": "bf16"}
 OTHER_HEAD_DIMS = [{"head_dim": 32, "kv_storage": "ragged", "mask": "none"}]
+OPTIONS = {"kMask", "kKvStorage", "kPosEncoding", *(f"kHas{name}" for name in ("Window", "SoftCap", "Sinks"))}
+OPTIONS |= {"kHasDeviceScales", "Function"}
 
 
 def attention_specs() -> list[KernelSpec]:
@@ -34,13 +39,19 @@ def attention_specs() -> list[KernelSpec]:
 
 
 def cases() -> list[Any]:
-    found, seen = [], set()
+    found, seen = [], {tile_of(spec) for spec in test_prefill_sm90.stand_ins()}
     for spec in attention_specs():
-        kind = (spec.family, spec.target, *(axis for axis in spec.args if axis[0] not in ("mask", "kv_storage")))
-        marks = [pytest.mark.slow] if kind in seen else []
+        marks = [pytest.mark.slow] if tile_of(spec) in seen else []
         found.append(pytest.param(spec, id=f"{spec.name}-{spec.target}", marks=marks))
-        seen.add(kind)
+        seen.add(tile_of(spec))
     return found
+
+
+def tile_of(spec: KernelSpec) -> tuple[Any, ...]:
+    """The header and its constants but for the options."""
+    implementation = specs.family(spec.family).implementation(spec)
+    constants = implementation.config(spec).constants
+    return implementation.header, *(item for item in constants.items() if item[0] not in OPTIONS)
 
 
 @pytest.fixture(scope="module")

@@ -173,17 +173,24 @@ def compiled_specs() -> list[KernelSpec]:
     return specs
 
 
-def cases() -> list[Any]:
-    """Of each tile and pair of dtypes, the kernel with every option is compiled in every run, since it keeps most in
-    registers; the others are slow. tests/aot/test_core_kernels.py has plain ones."""
-    found, seen = [], set()
+def stand_ins() -> list[KernelSpec]:
+    """Of each tile and pair of dtypes, the kernel with every option, which keeps most in registers."""
+    found: dict[Any, KernelSpec] = {}
     for spec in compiled_specs():
         tile = tuple(spec.arg(axis) for axis in ("q_dtype", "kv_dtype", "head_dim_qk", "head_dim_vo", "queries"))
-        stands_for_others = spec.arg("mask") == "custom" and tile not in seen
-        if stands_for_others:
-            seen.add(tile)
-        found.append(pytest.param(spec, id=spec.name, marks=[] if stands_for_others else [pytest.mark.slow]))
-    return found
+        if spec.arg("mask") == "custom":
+            found.setdefault(tile, spec)
+    return list(found.values())
+
+
+def cases() -> list[Any]:
+    """Those that stand for others are compiled in every run, the others are slow. tests/aot/test_core_kernels.py has
+    plain ones."""
+    in_every_run = stand_ins()
+    return [
+        pytest.param(spec, id=spec.name, marks=[] if spec in in_every_run else [pytest.mark.slow])
+        for spec in compiled_specs()
+    ]
 
 
 @pytest.mark.parametrize("spec", cases())
