@@ -410,7 +410,8 @@ def is_plain(model: Model) -> bool:
 
 
 def call_as_engines(models: Sequence[Model], place: Place) -> None:
-    """tests/compat/test_engine_calls.py, but for what it compares, with the shapes of each model."""
+    """tests/compat/test_engine_calls.py, but for what it compares, with the shapes of models: of those that differ in
+    how many groups of heads they have, one. `serve` has all."""
     from tests.compat import test_engine_calls
 
     calls: Any = test_engine_calls
@@ -435,7 +436,8 @@ def call_as_engines(models: Sequence[Model], place: Place) -> None:
                     continue  # which the core set leaves out: docs/packaging.md
                 for arguments in cases_of(test):
                     of_model = is_latent == bool(model.kv_lora_rank) and suits(arguments, model, place)
-                    key = (test, tuple(arguments.values()), shape, calls.LATENT_DIMS)
+                    heads = shape[0] if is_latent else shape[0] // shape[1]
+                    key = (test, tuple(arguments.values()), heads, shape[2], calls.LATENT_DIMS)
                     if of_model and key not in done:
                         done.add(key)
                         test(**arguments, device=place.device)
