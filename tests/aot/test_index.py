@@ -41,7 +41,7 @@ import sys, torch, flashinfer, flashinfer_aot
 assert flashinfer.__file__.startswith(sys.prefix) == INSTALLED, flashinfer.__file__
 x, weight = torch.randn(2, 64), torch.randn(64)
 expected = x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * weight
-torch.testing.assert_close(flashinfer.rmsnorm(x, weight), expected)
+assert torch.allclose(flashinfer.rmsnorm(x, weight), expected, atol=1e-5)
 assert flashinfer_aot.registry()["version"] == flashinfer.__version__
 print(flashinfer_aot.root())
 """

@@ -13,14 +13,18 @@ from pathlib import Path
 
 from tests.kit import ROOT
 
-NO_BYTECODE = {"PYTHONDONTWRITEBYTECODE": "1"}  # of build backends, beside them in the project
 PURE, MACHINE = "py3-none-any", f"py3-none-linux_{os.uname().machine}"
+
+
+def packing_variables() -> dict[str, str]:
+    """Bytecode of what packs is kept for the next process, that of build backends not beside them in the project."""
+    return {"PYTHONPYCACHEPREFIX": str(Path(os.environ["FLASHINFER_CACHE_DIR"]) / "bytecode")}
 
 
 def pip(*args: str | Path, environment: dict[str, str] | None = None) -> str:
     """Run pip as if no configuration file and no variable of it existed."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "FLASHINFER_"))}
-    clean.update(PIP_CONFIG_FILE=os.devnull, PIP_DISABLE_PIP_VERSION_CHECK="1", **NO_BYTECODE, **(environment or {}))
+    clean.update(PIP_CONFIG_FILE=os.devnull, PIP_DISABLE_PIP_VERSION_CHECK="1", **(environment or {}))
     command = [sys.executable, "-m", "pip", *map(str, args)]
     done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -30,7 +34,7 @@ def pip(*args: str | Path, environment: dict[str, str] | None = None) -> str:
 def wheel_of(project: Path, folder: Path, **variables: str | Path) -> Path:
     """The wheel pip makes of a project folder or sdist."""
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {name: str(value) for name, value in variables.items()}
+    environment = {**packing_variables(), **{name: str(value) for name, value in variables.items()}}
     pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, project, environment=environment)
     return only_wheel(folder)
 
@@ -47,7 +51,7 @@ def sdist_of(project: Path, folder: Path, **variables: str | Path) -> Path:
 def built_by_hook(hook: str, project: Path, folder: Path, **variables: str | Path) -> Path:
     """What the build backend's hook makes of a project: build_sdist, build_editable."""
     code = f"import sys; sys.path.insert(0, ''); from build_backend import {hook}; {hook}(sys.argv[1])"
-    environment = {**os.environ, **NO_BYTECODE, **{name: str(value) for name, value in variables.items()}}
+    environment = {**os.environ, **packing_variables(), **{name: str(value) for name, value in variables.items()}}
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-c", code, str(folder)]
     subprocess.run(command, cwd=project, env=environment, check=True, timeout=60, capture_output=True, text=True)
