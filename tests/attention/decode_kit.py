@@ -34,7 +34,6 @@ class Case:
     layout: str = "NHD"
     cache: str = "one"  # "one" 5-D tensor, "tuple" (k, v), "strided": rows cut out of a wider tensor
     options: dict[str, Any] = field(default_factory=dict)
-    cuda_only: bool = False
 
 
 def random_rows(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -42,6 +42,7 @@ class Case:
     num_shared_pages: int = 0  # that every request begins with
     spare_pages: int = 0  # of each request, listed but behind its last token
     sm_scale: float = DEEPSEEK_SCALE
+    cuda_only: bool = False  # named_cases.skip_elsewhere
 
 
 @dataclass

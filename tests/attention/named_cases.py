@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 
 def named(cases: Sequence[Any], *, sanitized: Collection[str]) -> list[Any]:
@@ -14,3 +15,9 @@ def named(cases: Sequence[Any], *, sanitized: Collection[str]) -> list[Any]:
     assert not unknown, f"no such case: {sorted(unknown)}"
     marks = {name: pytest.mark.sanitizer for name in sanitized}
     return [pytest.param(case, id=case.name, marks=marks.get(case.name, ())) for case in cases]
+
+
+def skip_elsewhere(case: Any, device: torch.device) -> None:
+    """A case about how a GPU shares work out is one like others on a CPU, and costs it seconds."""
+    if case.cuda_only and device.type == "cpu":
+        pytest.skip("differs from other cases on a GPU alone")

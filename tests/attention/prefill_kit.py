@@ -38,7 +38,7 @@ class Case:
     strided: bool = False  # rows cut out of wider tensors
     mask: str = ""  # "bool" or "packed": a random custom mask
     options: dict[str, Any] = field(default_factory=lambda: dict(CAUSAL))
-    cuda_only: bool = False
+    cuda_only: bool = False  # named_cases.skip_elsewhere
 
 
 # What every kernel has to get right, whatever it computes on.

@@ -32,7 +32,7 @@ from tests.attention.mla_kit import (
     run,
     unpack_rows,
 )
-from tests.attention.named_cases import named
+from tests.attention.named_cases import named, skip_elsewhere
 from tests.attention.prefill_kit import BF16, E4M3, FP16, FP32
 from tests.tolerances import assert_close
 
@@ -79,7 +79,7 @@ CASES = [
     Case("fp8_heads_128", kv_dtype=E4M3, num_heads=128),
     # Many heads, of which Hopper has a kernel that widens the cache as it comes in.
     Case("fp8_heads_64_fp16", kv_dtype=E4M3, q_dtype=FP16, num_heads=64, page_size=16),
-    Case("fp8_heads_128_splits", kv_dtype=E4M3, qo_lens=(1, 2), kv_lens=(5000, 900), num_heads=128),
+    Case("fp8_heads_128_splits", kv_dtype=E4M3, qo_lens=(1, 2), kv_lens=(5000, 900), num_heads=128, cuda_only=True),
     Case("fp8_heads_128_page_1", kv_dtype=E4M3, qo_lens=(1, 3, 1), kv_lens=(400, 129, 0), num_heads=128, page_size=1),
     Case("fp8_heads_128_two_caches", kv_dtype=E4M3, num_heads=128, rows="two"),
     Case("fp8_heads_128_dims_512_0", kv_dtype=E4M3, num_heads=128, dims=(512, 0)),
@@ -90,7 +90,7 @@ CASES = [
     Case("scaled", kv_dtype=SCALED),
     Case("scaled_append", kv_dtype=SCALED, qo_lens=APPEND, num_heads=20),
     Case("scaled_heads_128", kv_dtype=SCALED, num_heads=128),
-    Case("scaled_splits", kv_dtype=SCALED, qo_lens=(1, 2), kv_lens=(5000, 900), num_heads=128),
+    Case("scaled_splits", kv_dtype=SCALED, qo_lens=(1, 2), kv_lens=(5000, 900), num_heads=128, cuda_only=True),
     Case("scaled_splits_short", kv_dtype=SCALED, qo_lens=(1,), kv_lens=(20000,), num_heads=4),
     Case("scaled_page_1", kv_dtype=SCALED, qo_lens=(1, 3, 1), kv_lens=(400, 129, 0), num_heads=128, page_size=1),
     Case("scaled_page_3_short", kv_dtype=SCALED, page_size=3, num_heads=7),
@@ -114,6 +114,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 @pytest.mark.parametrize("case", named(CASES, sanitized=SANITIZED))
 def test_against_the_oracle(device: torch.device, case: Case) -> None:
+    skip_elsewhere(case, device)
     batch = make_batch(case, device)
     wrapper = make_wrapper(device)
     plan(wrapper, batch)

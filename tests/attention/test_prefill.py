@@ -15,7 +15,7 @@ import flashinfer
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.attention import prefill as families
 from flashinfer.jit import default_resolver
-from tests.attention.named_cases import named
+from tests.attention.named_cases import named, skip_elsewhere
 from tests.attention.prefill_kit import (
     BF16,
     CAUSAL,
@@ -142,6 +142,7 @@ SANITIZED |= {"fp8_e4m3", "fp8_e5m2", "fp8_page_1"}
 
 @pytest.mark.parametrize("case", named(CASES, sanitized=SANITIZED))
 def test_against_the_oracle(device: torch.device, case: Case) -> None:
+    skip_elsewhere(case, device)
     batch = make_batch(case, device)
     wrapper = make_wrapper(case, device)
     plan(wrapper, batch)

@@ -18,6 +18,7 @@ from flashinfer.families.attention import prefill as families
 from flashinfer.utils import get_alibi_slopes
 from flashinfer.variants import BoundFunction, Function, tanh, where
 from tests.attention import decode_kit, prefill_kit
+from tests.attention.named_cases import skip_elsewhere
 from tests.attention.prefill_kit import BF16, E4M3, FP16, FP32, Case
 from tests.oracles.attention import attention
 
@@ -120,8 +121,7 @@ MORE_PREFILLS = [
 
 @pytest.mark.parametrize("case", MORE_PREFILLS, ids=of_names)
 def test_prefill_of_both(case: Case, device: torch.device) -> None:
-    if case.cuda_only and device.type == "cpu":
-        pytest.skip("the same there as head_dim 128")
+    skip_elsewhere(case, device)
     if case.q_dtype == FP32 and device.type == "cuda":
         pytest.skip("rotated operands are rounded again: test_rope_on_the_fly.py")
     for functions in ((examples.t5, examples.window_and_first), (examples.soft_cap, examples.prefix_lm)):
