@@ -53,15 +53,16 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "soft_cap": {"logits_soft_cap": 5.0},
-    "alibi": {"pos_encoding_mode": "ALIBI"},
+FP8_KV = {"q_dtype": FP16, "kv_dtype": E4M3}
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "bf16": ({}, {}),
+    "fp8_kv": (FP8_KV, {}),
+    "soft_cap": (FP8_KV, {"logits_soft_cap": 5.0}),
+    "alibi": (FP8_KV, {"pos_encoding_mode": "ALIBI"}),
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("fields", [{"q_dtype": FP16, "kv_dtype": E4M3}, {}], ids=["fp8_kv", "bf16"])
+@pytest.mark.parametrize(("fields", "options"), CASES.values(), ids=CASES)
 def test_against_the_oracle(kind: str, fields: Any, options: dict[str, Any], device: torch.device) -> None:
     if kind != "decode":
         options = {"causal": True, **options}
