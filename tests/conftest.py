@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,12 @@ from flashinfer.jit import cache_dir
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each target in turn; `cuda` carries the marker `gpu`."""
     return torch.device(request.param)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now is left out of garbage collections, which tests ask for: half a second each otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
