@@ -18,7 +18,17 @@ from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.source import Source
 from flashinfer.jit.stores import AotStore
 from flashinfer.jit.toolchain import Compiled
-from tests.kit import CountingCxx, cpu_resolver, finish, miss_records, only_artifact, rmsnorm_spec, run_rmsnorm, spawn
+from tests.kit import (
+    CountingCxx,
+    cpu_resolver,
+    finish,
+    fork,
+    miss_records,
+    only_artifact,
+    rmsnorm_spec,
+    run_rmsnorm,
+    spawn,
+)
 
 SECONDS = 20
 
@@ -177,7 +187,7 @@ else:
     resolver.expect([rmsnorm_spec(512)])
     run_rmsnorm(resolver.load(rmsnorm_spec(512)), 512)
 """
-    finish(spawn(CODE + code, FLASHINFER_CACHE_DIR=tmp_path))
+    finish(fork(CODE + code, FLASHINFER_CACHE_DIR=tmp_path))
 
 
 @pytest.mark.gpu
