@@ -15,6 +15,7 @@ from tests.aot.wheels_kit import (
     build_index,
     metadata_of,
     only_wheel,
+    sdist_of,
     wheel_of,
 )
 from tests.kit import ROOT
@@ -82,6 +83,12 @@ def rows(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def front_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return only_wheel(made_once(tmp_path_factory, "front_wheel", lambda folder: wheel_of(ROOT, folder)))
+
+
+@pytest.fixture(scope="session")
+def front_sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = made_once(tmp_path_factory, "front_sdist", lambda folder: sdist_of(ROOT, folder / "made"))
+    return next((folder / "made").iterdir())
 
 
 @pytest.fixture(scope="session")

@@ -99,10 +99,9 @@ def test_the_description_has_no_link_that_leads_nowhere(front_wheel: Path) -> No
     assert description(page, "") == page.replace("[a](docs/x.md#y)", "a (`docs/x.md`)")
 
 
-def test_front_wheel_of_the_sdist_is_the_same(front_wheel: Path, tmp_path: Path) -> None:
-    sdist = sdist_of(ROOT, tmp_path / "sdist")
-    assert wheel_of(sdist, tmp_path / "wheel").read_bytes() == front_wheel.read_bytes()
-    with tarfile.open(sdist) as file:
+def test_front_wheel_of_the_sdist_is_the_same(front_wheel: Path, front_sdist: Path, tmp_path: Path) -> None:
+    assert wheel_of(front_sdist, tmp_path / "wheel").read_bytes() == front_wheel.read_bytes()
+    with tarfile.open(front_sdist) as file:
         held = {name.partition("/")[2] for name in file.getnames()}
     assert {
         "CHANGELOG.md",
@@ -120,10 +119,11 @@ def unpacked(sdist: Path, folder: Path) -> Path:
     return folder / sdist.name.removesuffix(".tar.gz")
 
 
-def test_the_same_bytes_from_every_checkout(front_wheel: Path, cuda_set: Path, tmp_path: Path) -> None:
+def test_the_same_bytes_from_every_checkout(
+    front_wheel: Path, front_sdist: Path, cuda_set: Path, tmp_path: Path
+) -> None:
     """Modes, times, folder and umask are those of whoever has it; what a run left behind is not packed."""
-    sdist = sdist_of(ROOT, tmp_path / "sdist")
-    other = unpacked(sdist, tmp_path / "other")
+    other = unpacked(front_sdist, tmp_path / "other")
     for path in other.rglob("*"):
         path.chmod(0o775 if path.stat().st_mode & 0o100 else 0o664)
         os.utime(path, (1, 1))
@@ -135,7 +135,7 @@ def test_the_same_bytes_from_every_checkout(front_wheel: Path, cuda_set: Path, t
     umask = os.umask(0o007)
     try:
         assert wheel_of(other, tmp_path / "wheel").read_bytes() == front_wheel.read_bytes()
-        assert sdist_of(other, tmp_path / "again").read_bytes() == sdist.read_bytes()
+        assert sdist_of(other, tmp_path / "again").read_bytes() == front_sdist.read_bytes()
         companions = [
             wheel_of(project / "flashinfer_aot", tmp_path / name, FLASHINFER_AOT_SET=cuda_set).read_bytes()
             for name, project in (("here", ROOT), ("there", other))
@@ -172,9 +172,9 @@ def test_kernels_are_compiled_during_an_install(tmp_path: Path) -> None:
     assert "all sound" in said and re.search(r"files +ok ", said)
 
 
-def test_kernels_are_compiled_during_an_editable_install(tmp_path: Path) -> None:
+def test_kernels_are_compiled_during_an_editable_install(front_sdist: Path, tmp_path: Path) -> None:
     """Into the checkout; installing again brings them up to date."""
-    checkout = unpacked(sdist_of(ROOT, tmp_path / "sdist"), tmp_path / "checkout")
+    checkout = unpacked(front_sdist, tmp_path / "checkout")
     config = write_config(tmp_path, rmsnorm_rows(64))
     plain = built_by_hook("build_editable", checkout, tmp_path / "plain", FLASHINFER_ENABLE_AOT="0")
     assert not (checkout / "flashinfer/precompiled").exists()
@@ -266,20 +266,21 @@ def aged(source: Path, to: Path) -> Path:
 
 
 @pytest.mark.parametrize("epoch", ["", "1700000000"])
-def test_a_set_makes_the_same_wheel_every_time(epoch: str, host_set: Path, tmp_path: Path) -> None:
+def test_a_set_makes_the_same_wheel_every_time(epoch: str, host_set: Path, host_wheel: Path, tmp_path: Path) -> None:
     variables = {"SOURCE_DATE_EPOCH": epoch} if epoch else {}
-    sets = (host_set, aged(host_set, tmp_path / "elsewhere" / "set"))
-    first, second = (
-        wheel_of(ROOT / "flashinfer_aot", tmp_path / f"wheel{i}", FLASHINFER_AOT_SET=root, **variables)
-        for i, root in enumerate(sets)
-    )
+
+    def wheel(root: Path, name: str) -> Path:
+        return wheel_of(ROOT / "flashinfer_aot", tmp_path / name, FLASHINFER_AOT_SET=root, **variables)
+
+    first = wheel(host_set, "first") if epoch else host_wheel
+    second = wheel(aged(host_set, tmp_path / "elsewhere" / "set"), "second")
     assert first.name == second.name and first.read_bytes() == second.read_bytes()
     if epoch:
         assert times_in(first) == {(2023, 11, 14, 22, 13, 20)}
 
 
 def test_a_checkout_makes_the_same_wheel_every_time(front_wheel: Path, tmp_path: Path) -> None:
-    for name in ("flashinfer", "csrc", "aot_configs"):
+    for name in ("flashinfer", "flashinfer_tvm", "csrc", "aot_configs"):
         aged(ROOT / name, tmp_path / "checkout" / name)
     for path in ROOT.iterdir():
         if path.is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tests.kit import finish, spawn
+from tests.kit import finish, fork
 
 # In a process with GPUs that are not there, whose kernels do nothing.
 PLAN_BOTH = """
@@ -51,5 +51,5 @@ PLAN_BOTH = """
 
 def test_what_a_server_plans_next_is_under_way() -> None:
     """Where the options are those that models have; what is tried for once is not."""
-    out, _ = finish(spawn(PLAN_BOTH))
+    out, _ = finish(fork(PLAN_BOTH))
     assert json.loads(out) == [True, True, False] * 2

@@ -1,5 +1,5 @@
-"""Ranks for tests: a process imports torch once and forks them, set after set; every rank of a set runs the same cases
-in the same order, and what failed is told by name.
+"""Ranks for tests: a process forks them, set after set; every rank of a set runs the same cases in the same order, and
+what failed is told by name.
 
     python -m tests.parallel.kit MODULE cpu|cuda FOLDER NUM_RANKS[:CASE,…] …
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests import warm
 from tests.kit import ROOT
 
 SECONDS = 120  # for all cases of a run, compiling included
@@ -54,18 +54,16 @@ def run(module: str, device: str, *sets: str) -> dict[str, list[str]]:
     Returns for each set and case what its ranks said: "" where it passed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "tests.parallel.kit", module, device, folder, *sets]
+        arguments = ["-m", "tests.parallel.kit", module, device, folder, *sets]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         if device == "cpu":
             environment |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS
-        )
+        out, err = warm.Process(arguments, environment, ROOT).communicate(SECONDS)
         found: dict[str, list[str]] = {}
         for one in sets:
             said = [_read(Path(folder) / one / f"{rank}.json") for rank in range(_num_ranks(one))]
             names = dict.fromkeys(name for each in said for name in each)
-            assert names, done.stdout + done.stderr
+            assert names, out + err
             for name in names:
                 found[f"{one}: {name}"] = [each.get(name, "did not get there") for each in said]
         return found
