@@ -42,7 +42,8 @@ class Process:
     def returncode(self) -> int | None:
         return self._process.exitcode
 
-    poll = returncode.fget
+    def poll(self) -> int | None:
+        return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)
@@ -56,8 +57,10 @@ class Process:
         self._process.kill()
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Once; the process may have been killed."""
         self.wait(timeout)
         out, err = (path.read_text() if path.exists() else "" for path in self._outputs)
+        self._folder.cleanup()
         return out, err
 
 
