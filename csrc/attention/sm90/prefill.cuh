@@ -28,8 +28,8 @@
 namespace flashinfer {
 
 // Config: Q, Kv, Out, kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kHasSinks, kPosEncoding,
-// kHasDeviceScales, kGathersKv, and the tile: kBlockM, kBlockN, kNumStages, kNumQueryStages, kNumThreads, kSmemBytes.
-// Grid: as many blocks as the planner was told; without a plan, any.
+// kHasDeviceScales, kGathersKv, kMixes, and the tile: kBlockM, kBlockN, kNumStages, kNumQueryStages, kNumThreads,
+// kSmemBytes. Grid: as many blocks as the planner was told; without a plan, any.
 template <class Config>
 __device__ void prefill(const Sm90PrefillParams& params) {
   using Shape = sm90::Shape<Config>;

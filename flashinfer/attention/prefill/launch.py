@@ -47,9 +47,12 @@ def load_kernel(
     pdl: Optional[bool] = None,
     device_scales: bool = False,
     group_size: int = 1,
+    mixed: bool = False,
+    planner_storage: str = "",
 ) -> PrefillKernel:
-    """types: of q, KV and output; head_dims: of queries and keys, and of values; queries: of QUERIES. Raises
-    UnsupportedConfig where there is no kernel, or what `Resolver.load` does."""
+    """types: of q, KV and output; head_dims: of queries and keys, and of values; queries: of QUERIES; mixed,
+    planner_storage: of `PrefillPlan`. Raises UnsupportedConfig where there is no kernel, or what `Resolver.load`
+    does."""
     q_dtype, kv_dtype, o_dtype = short_names("prefill", types)
     machine = target.of_device(device)
     axes = {
@@ -58,11 +61,13 @@ def load_kernel(
     }  # fmt: skip
     request = functools.partial(
         families.prefill, machine, kv_storage=kv_storage, page_size=page_size, mask=mask, device_scales=device_scales,
-        **axes,
+        mixed=mixed, **axes,
     )  # fmt: skip
     spec = request(queries=queries)
     if kv_storage != "single" and device.type == "cuda" and not default_resolver().holds(spec):
-        planner = families.PREFILL_PLAN.spec(machine, kv_storage=kv_storage, variant=variant.ranges[0])
+        planner = families.PREFILL_PLAN.spec(
+            machine, kv_storage=planner_storage or kv_storage, variant=variant.ranges[0], mixed=mixed
+        )
         others = dict.fromkeys(request(queries=other) for other in QUERIES)
         served = beside_prefill(machine, group_size, axes) if (kv_storage, mask) == ("paged", "causal") else []
         default_resolver().expect([planner, *served, *(other for other in others if other != spec)])
@@ -82,9 +87,9 @@ def load_spec(device: torch.device, spec: KernelSpec, pdl: Optional[bool]) -> Pr
 
 
 @functools.cache
-def load_planner(device: torch.device, kv_storage: str, ranges: str = "none") -> Launcher:
+def load_planner(device: torch.device, kv_storage: str, ranges: str = "none", mixed: bool = False) -> Launcher:
     """ranges: canonical text of functions with a range of keys."""
-    spec = families.PREFILL_PLAN.spec(target.of_device(device), kv_storage=kv_storage, variant=ranges)
+    spec = families.PREFILL_PLAN.spec(target.of_device(device), kv_storage=kv_storage, variant=ranges, mixed=mixed)
     return default_resolver().load(spec).on(device.index)
 
 
@@ -182,9 +187,11 @@ class Schedule:
         lengths: tuple[int, int] = (0, 0),
         costs: families.PlanCosts = families.COSTS,
         fixed_split: int = 0,
+        mixed: bool = False,
     ) -> PreparedLaunch:
         """The planner, which takes the addresses of qo_indptr, kv_indptr and last_page_len. `lengths`: qo_len and
-        kv_len of one sequence, or as in `PrefillPlan`; fixed_split: keys of a split whatever shares the batch, or 0."""
+        kv_len of one sequence, or as in `PrefillPlan`; fixed_split: keys of a split whatever shares the batch, or 0;
+        mixed: as in `MixedPlan`."""
         values = {
             "kv.indices": 0,
             "kv.len": lengths[1],
@@ -206,7 +213,7 @@ class Schedule:
             "fixed_split": -(-fixed_split // extent.block_n),
             **inside("costs", costs._asdict()),
         }
-        launcher = load_planner(device, kv_storage, extent.ranges[0])
+        launcher = load_planner(device, kv_storage, extent.ranges[0], mixed)
         return launcher.prepare((1, 1, 1), values, varying=("qo_indptr", "kv.indptr", "kv.last_page_len"))
 
     def require_items(self, op: str, num_rows: int, kernel: PrefillKernel, batch_size: int) -> None:

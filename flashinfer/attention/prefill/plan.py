@@ -55,6 +55,8 @@ def fixed_split(op: str, page_size: int, splitting: tuple[Any, Any]) -> Optional
 
 
 class PrefillPlan(Plan):
+    _is_mixed = False
+
     def __init__(
         self,
         op: str,
@@ -95,18 +97,9 @@ class PrefillPlan(Plan):
         dims = (self.shape.head_dim_qk, self.shape.head_dim_vo)
         page_size = self.shape.page_size
         return launches.load_kernel(
-            self.device,
-            types,
-            dims,
-            self._storage,
-            mask,
-            variant,
-            queries,
-            page_size,
-            pdl,
-            device_scales,
-            self._group_size,
-        )
+            self.device, types, dims, self._storage, mask, variant, queries, page_size, pdl, device_scales,
+            self._group_size, self._is_mixed, self._planner_storage,
+        )  # fmt: skip
 
     def queries_of(self, num_tokens: int) -> str:
         shape, length = self.shape, self._lengths[0]
@@ -126,7 +119,7 @@ class PrefillPlan(Plan):
         shape = self.shape
         return self._schedule.bind_planner(
             self.device, self._planner_storage, extent, shape.page_size, shape.batch_size, shape.num_kv_heads,
-            self._group_size, self._lengths, fixed_split=self._fixed_split or 0,
+            self._group_size, self._lengths, fixed_split=self._fixed_split or 0, mixed=self._is_mixed,
         )  # fmt: skip
 
     def bind(self, call: Call, queries: str) -> BoundRun:
@@ -179,7 +172,14 @@ class PrefillPlan(Plan):
         )
 
 
-class WholeLengthsPlan(PrefillPlan):
+class MixedPlan(PrefillPlan):
+    """Of prompts beside requests to decode: the planner mixes tiles of many rows and of few, and the kernel computes
+    the former while it reads for the latter."""
+
+    _is_mixed = True
+
+
+class WholeLengthsPlan(MixedPlan):
     """Over pages, of index tensors with the lengths of requests and not of their last pages. On a GPU the planner alone
     reads them."""
 

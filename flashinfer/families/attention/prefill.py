@@ -242,8 +242,9 @@ PREFILL = Family(
         "has_sinks": (False, True),
         "device_scales": (False, True),  # scales of quantized tensors that the host does not know
         "variant": VARIANT_TEXTS,
+        "mixed": (False, True),
     },
-    optional={"variant": NONE},
+    optional={"variant": NONE, "mixed": False},
     implementations=(
         Implementation(
             "sm_90a", "attention/sm90/prefill.cuh", Sm90PrefillParams, _sm90_config, serves=prefill_sm90.serves
@@ -271,11 +272,13 @@ def prefill(
     has_sinks: bool = False,
     device_scales: bool = False,
     variant: str = NONE,
+    mixed: bool = False,
 ) -> KernelSpec:
     """Many query rows per request over its KV. `head_dim_vo` 0: the same as head_dim; `o_dtype` "": that of q.
 
-    `queries`, of QUERIES, picks the tile that is fastest for them (`queries_of`), where there are several, and
-    `page_size` the kernel that reads pages of that size fastest; the results are the same.
+    `queries`, of QUERIES, picks the tile that is fastest for them (`queries_of`), where there are several, `page_size`
+    the kernel that reads pages of that size fastest, and `mixed` the one for batches in which many requests have fewer
+    rows than the tile; the results are the same.
     """
     axes: dict[str, str | int | bool] = {
         "q_dtype": q_dtype,
@@ -293,6 +296,7 @@ def prefill(
         "has_sinks": has_sinks,
         "device_scales": device_scales,
         "variant": variant,
+        "mixed": mixed,
     }
     # What makes no difference to a kernel makes no two kernels.
     spec = PREFILL.spec(target, **axes)
@@ -301,20 +305,30 @@ def prefill(
         axes["large_pages"] = False
     if queries == "long" and not (is_sm90 and prefill_sm90.has_long_tile(spec)):
         axes["queries"] = "medium"
+    if mixed and not (is_sm90 and axes["queries"] == "medium"):
+        axes["mixed"] = False  # warps, or the only warpgroup, leave out rows that do not exist as it is
     return PREFILL.spec(target, **axes)
 
 
 PREFILL_PLAN = Family(
     name="prefill_plan",
-    axes={"kv_storage": tuple(KV_STORAGE), "variant": VARIANT_TEXTS},  # of ranges of keys
-    optional={"variant": NONE},
+    axes={
+        "kv_storage": tuple(KV_STORAGE),
+        "variant": VARIANT_TEXTS,  # of ranges of keys
+        "mixed": (False, True),
+    },
+    optional={"variant": NONE, "mixed": False},
     implementations=(
         Implementation(
             "cuda",
             "attention/prefill/plan.cuh",
             PrefillPlanParams,
             lambda spec: Config(
-                {"kKvStorage": KV_STORAGE[spec.arg("kv_storage")], **function_of(spec.arg("variant"))},
+                {
+                    "kKvStorage": KV_STORAGE[spec.arg("kv_storage")],
+                    "kMixes": spec.arg("mixed"),
+                    **function_of(spec.arg("variant")),
+                },
                 Launch(num_threads=1024),
             ),
         ),

@@ -142,6 +142,11 @@ def _widens(spec: KernelSpec) -> bool:
     return ITEMSIZE[spec.arg("kv_dtype")] < ITEMSIZE[spec.arg("q_dtype")]
 
 
+def _has_two_consumers(spec: KernelSpec) -> bool:
+    """Whether the smaller tile is needed: for registers, or so that a consumer may pass units by."""
+    return _changes_scores(spec) or gathers(spec) or bool(spec.arg("mixed"))
+
+
 def _changes_scores(spec: KernelSpec) -> bool:
     """Whether more happens to a score than a causal mask or a window."""
     arg = spec.arg
@@ -173,7 +178,7 @@ def _tile(spec: KernelSpec) -> Tile:
     if has_holes and has_more and _tiles(spec) is TILES and dims in SMALLEST_TILES:
         return SMALLEST_TILES[dims]
     tiles, smaller = _tiles(spec), SMALLER_FP8_TILES if _is_fp8(spec) else SMALLER_TILES
-    return smaller.get(dims, tiles[dims]) if _changes_scores(spec) or gathers(spec) else tiles[dims]
+    return smaller.get(dims, tiles[dims]) if _has_two_consumers(spec) else tiles[dims]
 
 
 def gathers(spec: KernelSpec) -> bool:
@@ -211,6 +216,7 @@ def config(spec: KernelSpec, constants: Constants) -> Config:
         "kNumStages": tile.num_stages,
         "kNumQueryStages": tile.num_query_stages,
         "kGathersKv": gathers(spec),
+        "kMixes": spec.arg("mixed"),
     }
     # sm90::Smem: the tiles, and what is small.
     size = ITEMSIZE[spec.arg("q_dtype")]
