@@ -13,7 +13,7 @@ from flashinfer.attention.decode.paged import BatchDecodeWithPagedKVCacheWrapper
 from flashinfer.attention.plan import NO_FUNCTIONS, Shape
 from flashinfer.attention.planned import DataType, PlannedAttention, Result
 from flashinfer.attention.prefill.paged import BatchPrefillWithPagedKVCacheWrapper
-from flashinfer.attention.prefill.plan import RaggedKv, WholeLengthsPlan
+from flashinfer.attention.prefill.plan import MixedPlan, RaggedKv, WholeLengthsPlan
 from flashinfer.attention.prefill.single import single_prefill_with_kv_cache
 from flashinfer.attention.prefill.wrapper import PrefillWrapper
 from flashinfer.attention.variant import GivenScale, Overrides
@@ -21,6 +21,7 @@ from flashinfer.errors import UnsupportedConfig
 from flashinfer.host import checks, indices
 from flashinfer.host.handles import Uncopyable
 from flashinfer.host.paged_cache import PagedCache, PagedKv
+from flashinfer.host.traced import is_dynamo_compiling
 
 _FLOAT_WORKSPACE_BYTES = 128 << 20
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -28,7 +29,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 class BatchAttention(PrefillWrapper):
     """Attention of a batch over a paged cache in which some requests are prefilled and others decoded: one plan and one
-    launch, of the kernels of `BatchPrefillWithPagedKVCacheWrapper`.
+    launch, of the kernels of `BatchPrefillWithPagedKVCacheWrapper`, which compute for the former while they read for
+    the latter.
 
     Plan and run may be captured in one CUDA graph, and replayed for other lengths in the same index tensors.
 
@@ -323,9 +325,16 @@ def _one_each(qo_indptr: Any) -> bool:
     return indices.are_visible(qo_indptr) and qo_indptr.dim() == 1 and qo_indptr.tolist() == [*range(len(qo_indptr))]
 
 
+class _MixedWrapper(BatchPrefillWithPagedKVCacheWrapper):
+    _plan_class = MixedPlan
+
+
 class BatchPODWithPagedKVCacheWrapper(Uncopyable):
-    """Prefill of some requests beside decode of others, each over a paged cache: two plans and two launches, one behind
-    the other. For one launch, list all requests over one cache and use `BatchAttention`.
+    """Prefill of some requests beside decode of others, each over a paged cache.
+
+    On a GPU it is one launch, as of `BatchAttention`, where the two are slices of one batch: q_d follows q_p in memory,
+    both have the same cache, plan() was given qo_indptr_d on the CPU, with one query each, and run() has no mask and no
+    scales. Otherwise it is two launches, one behind the other.
 
     Args:
         float_workspace_buffer, kv_layout: as of `BatchPrefillWithPagedKVCacheWrapper`.
@@ -337,7 +346,11 @@ class BatchPODWithPagedKVCacheWrapper(Uncopyable):
         self._prefill = BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout)
         self._decode = BatchDecodeWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout)
         self._append = BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout)
+        self._both = _MixedWrapper(float_workspace_buffer, kv_layout)
         self._planned: PlannedAttention = self._decode  # which of the two has the requests to decode
+        self._plan_both: Optional[Callable[[int], None]] = None  # after so many rows of q_p
+        self._rows_before = -1  # of which that was called last
+        self._joins = self._prefill.device.type == "cuda"  # on a CPU two calls are faster
         self._replan: Optional[Callable[..., None]] = None  # what is prefilled, with or without a mask
         self._is_causal = self._has_mask = False  # the last run
 
@@ -415,6 +428,8 @@ class BatchPODWithPagedKVCacheWrapper(Uncopyable):
             self._prefill._resettle(*before)
             raise
         assert self._prefill._lengths is not None
+        self._plan_both = functools.partial(self._plan_as_one, shapes, options)
+        self._rows_before = -1
         replan: Callable[..., None] = self._prefill.plan
         self._replan = functools.partial(replan, *self._prefill._lengths.held, *shapes, **options)
         self._has_mask = False
@@ -465,6 +480,10 @@ class BatchPODWithPagedKVCacheWrapper(Uncopyable):
         if has_mask or self._has_mask:
             self._replan(custom_mask=custom_mask_p, packed_custom_mask=packed_custom_mask_p, causal=is_causal)
         self._is_causal, self._has_mask = is_causal, has_mask
+        if not has_mask and q_scale is k_scale is v_scale is None:
+            q = self._joined(q_p, paged_kv_cache_p, q_d, paged_kv_cache_d)
+            if q is not None:
+                return self._run_both(q, len(q_p), paged_kv_cache_p, is_causal, return_lse, enable_pdl)
         first = self._prefill._run(
             q_p, paged_kv_cache_p, None, None, return_lse, (None, None, None), enable_pdl, Overrides(causal=is_causal)
         )
@@ -476,3 +495,76 @@ class BatchPODWithPagedKVCacheWrapper(Uncopyable):
             return (first[0], second[0]), (first[1], second[1])
         assert isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
         return first, second
+
+    def _joined(
+        self, q_p: torch.Tensor, kv_p: PagedCache, q_d: torch.Tensor, kv_d: PagedCache
+    ) -> Optional[torch.Tensor]:
+        """The queries of both, where one launch computes them: requests of one query see the same keys under a causal
+        mask and without one, so that all are one batch, if they are over one cache and one tensor."""
+        is_one = self._joins and self._planned is self._decode and not is_dynamo_compiling() and _is_same(kv_p, kv_d)
+        q = _following(q_p, q_d) if is_one else None
+        lengths = self._decode._lengths
+        return q if lengths is not None and q is not None and len(q_d) == len(lengths.held[0]) - 1 else None
+
+    def _plan_as_one(self, shapes: tuple[int, int, int, int], options: dict[str, Any], num_rows: int) -> None:
+        """All requests as one batch, those to decode behind num_rows rows of q_p. Between the two there are two of
+        nobody: one without queries has the pages that the list of the former holds beyond theirs, and one without keys
+        the rows of q_p beyond theirs."""
+        assert self._prefill._lengths is not None and self._decode._lengths is not None
+        qo_indptr, kv_indptr, pages, last_page_len = self._prefill._lengths.held
+        kv_indptr_d, pages_d, last_page_len_d = self._decode._lengths.held
+        if indices.are_visible(kv_indptr, pages):  # or they would be looked at
+            pages = pages[: int(kv_indptr[-1])]
+        begins = kv_indptr_d + len(pages)
+        rows = torch.arange(num_rows, num_rows + len(begins), dtype=torch.int32, device=begins.device)
+        self._both.plan(
+            torch.cat([qo_indptr, qo_indptr[-1:], rows]),
+            torch.cat([kv_indptr, begins[:1], begins]),
+            torch.cat([pages, pages_d]),
+            torch.cat([last_page_len, torch.ones_like(begins[:1]).expand(2), last_page_len_d]),
+            *shapes,
+            causal=self._is_causal,
+            **options,
+        )
+
+    def _run_both(
+        self,
+        q: torch.Tensor,
+        num_rows: int,
+        kv: PagedCache,
+        is_causal: bool,
+        return_lse: bool,
+        pdl: Optional[bool],
+    ) -> Union[Pair, tuple[Pair, Pair]]:
+        """num_rows: of q_p."""
+        if self._rows_before != num_rows:
+            assert self._plan_both is not None
+            self._plan_both(num_rows)
+            self._rows_before = num_rows
+        overrides = Overrides(causal=is_causal)
+        result = self._both._run(q, kv, None, None, return_lse, (None, None, None), pdl, overrides)
+        if isinstance(result, tuple):
+            out, lse = result
+            return (out[:num_rows], out[num_rows:]), (lse[:num_rows], lse[num_rows:])
+        return result[:num_rows], result[num_rows:]
+
+
+def _following(first: torch.Tensor, second: torch.Tensor) -> Optional[torch.Tensor]:
+    """Both as one tensor, if the second follows the first in memory."""
+    try:
+        if first.dim() != 3 or first.shape[1:] != second.shape[1:] or first.stride() != second.stride():
+            return None
+        follows = first.data_ptr() + len(first) * first.stride(0) * first.element_size() == second.data_ptr()
+        is_one = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    except (AttributeError, RuntimeError):
+        return None  # of what is no tensor in memory, as the launch will say
+    if not (follows and is_one and first.dtype == second.dtype and len(first) and len(second)):
+        return None
+    return first.as_strided((len(first) + len(second), *first.shape[1:]), first.stride())
+
+
+def _is_same(first: PagedCache, second: PagedCache) -> bool:
+    """Whether both caches are the same tensors."""
+    if isinstance(first, torch.Tensor) or isinstance(second, torch.Tensor):
+        return first is second
+    return len(first) == len(second) and all(one is other for one, other in zip(first, second))

@@ -13,6 +13,7 @@ from torch import Tensor
 import flashinfer
 from flashinfer.attention.mixed import BatchPODWithPagedKVCacheWrapper, PODWithPagedKVCacheWrapper
 from flashinfer.errors import UnsupportedConfig
+from flashinfer.families.attention import prefill as families
 from tests.attention.named_cases import named
 from tests.attention.prefill_kit import (
     BF16,
@@ -182,6 +183,28 @@ def test_refusals() -> None:
         wrapper.run(batch.q, batch.kv, kv_cache_sf=batch.q)
 
 
+@pytest.mark.parametrize("axes", [{}, {"head_dim": 64}, {"head_dim": 256}, {"page_size": 1}, {"kv_dtype": "fp8_e4m3"}])
+def test_mixed_batches_have_a_kernel_of_two_consumers_on_hopper(axes: dict[str, Any]) -> None:
+    plain = {"q_dtype": "bf16", "kv_dtype": "bf16", "head_dim": 128, "page_size": 16, **axes}
+    spec = families.prefill("sm_90a", **plain, mixed=True)
+    assert families.prefill("sm_90a", **plain) != spec
+    config = families.PREFILL.implementation(spec).config(spec)
+    assert config.constants["kMixes"] is True and config.constants["kBlockM"] == 128
+    assert config.launch.num_threads == 3 * 128
+
+
+@pytest.mark.parametrize(
+    ("target", "axes"),
+    [
+        ("sm_80", {}), ("sm_100f", {}), ("x86-64-v3", {}), ("sm_90a", {"queries": "short"}),
+        ("sm_90a", {"queries": "long"}), ("sm_90a", {"pos_encoding": "rope"}),
+    ],
+)  # fmt: skip
+def test_no_kernel_of_their_own_where_it_would_be_the_same(target: str, axes: dict[str, Any]) -> None:
+    plain = {"q_dtype": "bf16", "kv_dtype": "bf16", "head_dim": 128, "page_size": 16, **axes}
+    assert families.prefill(target, **plain, mixed=True) == families.prefill(target, **plain)
+
+
 # ------------------------------------------------------------------------------------------------------------------ POD
 
 
@@ -220,6 +243,42 @@ def test_batch_pod(decoded: Case, on_host: bool, device: torch.device) -> None:
     check((out_p, expect(batches[0])[1]), (expect(batches[0], causal=False)[0], expect(batches[0])[1]))
     expected = expect(batches[1], k_scale=0.5, v_scale=3.0)
     check((out_d, expected[1]), expected)
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["on_host", "on_device"])
+def test_batch_pod_of_one_batch_is_one_launch(
+    on_host: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slices of one tensor of queries, one cache, and pages that no request has behind those of the first kind."""
+    case = Case("both", qo_lens=(33, 130, 300, 1, 1, 1), kv_lens=(33, 1000, 300, 70, 4000, 1))
+    batch, num_pages, num_rows = make_batch(case, device), 3 + 63 + 19, 33 + 130 + 300
+    qo_indptr, kv_indptr, pages, last = batch.indices
+    first = (qo_indptr[:4], kv_indptr[:4], torch.cat([pages[:num_pages], pages[-2:] * 0 + 1]), last[:3])
+    second = (torch.arange(4, dtype=torch.int32), kv_indptr[3:] - num_pages, pages[num_pages:], last[3:])
+    wrapper = BatchPODWithPagedKVCacheWrapper(workspace(device))
+    monkeypatch.setattr(wrapper, "_joins", True)  # on the CPU too
+    launches, run_both = [], wrapper._run_both
+    monkeypatch.setattr(wrapper, "_run_both", lambda *args: launches.append(args) or run_both(*args))
+    q_p, q_d = batch.q[:num_rows], batch.q[num_rows:]
+    for _ in range(2):
+        where = torch.device("cpu") if on_host else device
+        given = [x.to(where) for x in first] + [second[0], *(x.to(where) for x in second[1:])]
+        wrapper.plan(*given, *case.heads, case.head_dim, case.page_size, q_data_type=BF16)
+        for causal in (True, False, True):
+            outs, lses = wrapper.run(q_p, batch.kv, q_d, batch.kv, causal_p=causal, return_lse=True)
+            check((torch.cat(outs), torch.cat(lses)), expect(batch, causal=causal))
+        out_p, out_d = wrapper.run(q_p, batch.kv, q_d, batch.kv, causal_p=True)
+        assert torch.equal(out_p, outs[0]) and torch.equal(out_d, outs[1])
+        assert len(launches) == 4
+        wrapper.run(q_p.clone(), batch.kv, q_d, batch.kv)
+        wrapper.run(q_p, batch.kv, q_d, batch.kv, v_scale=2.0)
+        assert len(launches) == 4
+        padded = torch.cat([q_p, q_p[:5], q_d])  # rows of no request between the two
+        outs, lses = wrapper.run(padded[:-3], batch.kv, padded[-3:], batch.kv, causal_p=True, return_lse=True)
+        assert not outs[0][num_rows:].any() and len(launches) == 5
+        found = torch.cat([outs[0][:num_rows], outs[1]]), torch.cat([lses[0][:num_rows], lses[1]])
+        check(found, expect(batch, causal=True))
+        launches.clear()
 
 
 def test_batch_pod_under_a_mask(device: torch.device) -> None:
