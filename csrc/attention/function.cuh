@@ -21,8 +21,8 @@ struct ScoreAt {
 struct NoFunction {
   static constexpr bool kHasScore = false;
   // Of a mask: whether it is a range of keys that begins past zero, that ends before the last, and whether keys inside
-  // of the range are hidden.
-  static constexpr bool kHasBegin = false, kHasEnd = false, kHasHoles = false;
+  // of the range are hidden; of those, whether a run of them is known.
+  static constexpr bool kHasBegin = false, kHasEnd = false, kHasHoles = false, kHasGap = false;
 
   // logit = score() * scale(), of qk, the product before sm_scale. scale() > 0.
   FLASHINFER_FN static float scale(const Extras&, float) { return 1.f; }
@@ -30,6 +30,9 @@ struct NoFunction {
   FLASHINFER_FN static bool sees(const Extras&, const ScoreAt&) { return true; }
   FLASHINFER_FN static int32_t first_key(const Extras&, int32_t, int32_t) { return 0; }
   FLASHINFER_FN static int32_t last_key(const Extras&, int32_t, int32_t) { return 0; }
+  // The keys between these two, if there are any, are hidden. Neither falls from one query to the next.
+  FLASHINFER_FN static int32_t last_before_gap(const Extras&, int32_t, int32_t) { return 0; }
+  FLASHINFER_FN static int32_t first_behind_gap(const Extras&, int32_t, int32_t) { return 0; }
 };
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)

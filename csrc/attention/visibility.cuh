@@ -159,6 +159,16 @@ struct VisibilityBy {
     return {ceil_div(keys_of(last_position, kv_len).begin, tile_len), keys_of(first_position, kv_len).end / tile_len};
   }
 
+  // Tiles of keys inside the gap of a function, of which no query of a run sees anything.
+  FLASHINFER_FN Range tiles_hidden(int32_t first_position, int32_t last_position, int32_t kv_len,
+                                   int32_t tile_len) const {
+    const int32_t last_before = Function::last_before_gap(*extras, request_idx, last_position);
+    const int32_t first_behind = Function::first_behind_gap(*extras, request_idx, first_position);
+    const int32_t begin = last_before < 0 ? 0 : last_before < kv_len ? last_before + 1 : kv_len;
+    const int32_t end = first_behind < 0 ? 0 : first_behind < kv_len ? first_behind : kv_len;
+    return {ceil_div(begin, tile_len), end / tile_len};
+  }
+
   // tiles_seen of a tile of block_m query rows, where row r of a request is token r / group_size.
   FLASHINFER_FN Range tiles_of(int32_t q_tile, int32_t block_m, int32_t group_size, int32_t qo_len, int32_t kv_len,
                                int32_t block_n) const {
@@ -167,6 +177,14 @@ struct VisibilityBy {
     if (last_token >= qo_len) last_token = qo_len - 1;
     return tiles_seen(position_of(first_token, qo_len, kv_len), position_of(last_token, qo_len, kv_len), kv_len,
                       block_n);
+  }
+  // tiles_hidden likewise.
+  FLASHINFER_FN Range tiles_hidden_of(int32_t q_tile, int32_t block_m, int32_t group_size, int32_t qo_len,
+                                      int32_t kv_len, int32_t block_n) const {
+    const int32_t first_token = q_tile * block_m / group_size, last_row = q_tile * block_m + block_m - 1;
+    const int32_t last_token = last_row / group_size < qo_len ? last_row / group_size : qo_len - 1;
+    return tiles_hidden(position_of(first_token, qo_len, kv_len), position_of(last_token, qo_len, kv_len), kv_len,
+                        block_n);
   }
 };
 using Visibility = VisibilityBy<NoFunction>;

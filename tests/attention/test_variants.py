@@ -127,6 +127,41 @@ def test_prefill_of_both(case: Case, device: torch.device) -> None:
         run_prefill(case, device, **given(device, *functions))
 
 
+LONG: dict[str, Any] = {"qo_lens": (200, 1, 70), "kv_lens": (900, 700, 1500), "options": {}}
+GAPS = [
+    Case("paged", **LONG),
+    Case("page_1", **LONG, page_size=1),
+    Case("ragged", **LONG, storage="ragged", cuda_only=True),
+    Case("short", **{**LONG, "qo_lens": (3, 1, 9)}, cuda_only=True),
+    Case("head_dim_96", **LONG, head_dim=96, cuda_only=True),  # of no Hopper kernel
+    Case("head_dim_256", **LONG, head_dim=256, cuda_only=True),
+    Case("fp8_kv", **LONG, kv_dtype=E4M3, cuda_only=True),
+    Case("fp8_kv_page_1", **LONG, kv_dtype=E4M3, page_size=1, cuda_only=True),
+    Case("fp8", **LONG, q_dtype=E4M3, o_dtype=BF16, kv_dtype=E4M3, cuda_only=True),
+]
+
+
+@pytest.mark.parametrize("case", GAPS, ids=of_names)
+def test_tiles_between_the_first_tokens_and_a_window(case: Case, device: torch.device) -> None:
+    if case.cuda_only and device.type == "cpu":
+        pytest.skip("one loop for all of them")
+    for window, num_first in ((40, 4), (300, 130), (0, 0)):
+        run_prefill(case, device, mask=examples.window_and_first(window=window, num_first=num_first))
+
+
+@pytest.mark.parametrize("num_queries", [3, 40])
+def test_tiles_in_a_gap_are_not_read(num_queries: int, device: torch.device) -> None:
+    mask = examples.window_and_first(window=40, num_first=4)
+    case = Case("", qo_lens=(num_queries,), kv_lens=(2000,), options={"mask": mask})
+    batch = prefill_kit.make_batch(case, device)
+    expected = prefill_kit.expect(batch)
+    assert isinstance(batch.kv, Tensor)
+    batch.kv[batch.indices[2][192 // 16 : 1744 // 16].long().to(device)] = math.nan
+    wrapper = prefill_kit.make_wrapper(case, device)
+    prefill_kit.plan(wrapper, batch)
+    prefill_kit.check(prefill_kit.run(wrapper, batch), expected)
+
+
 @pytest.mark.parametrize("functions", PAIRS, ids=of_names)
 def test_decode(functions: tuple[Function, ...], device: torch.device) -> None:
     case = decode_kit.Case("", kv_lens=(33, 700, 0, 4000), options=given(device, *functions))

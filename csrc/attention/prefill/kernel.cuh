@@ -104,14 +104,14 @@ __device__ __forceinline__ void attend(const PrefillParams& params, PrefillSmem<
     const uint8_t* k_smem = prepare_k<Config>(params, smem, tile);
     int32_t next_page;
     // Where they take turns, a tile that the warp does not see is masked: a way around it costs all tiles more.
-    if (kHasRows && (Shape::kTakesTurns || visibility.contains(tiles.seen, tile))) {
+    if (kHasRows && (Shape::kTakesTurns || visibility.contains(tiles.seen, smem.gap.key_tile(tile)))) {
       float scores[Shape::kFragsM][Shape::kFragsN][4];
       compute_scores<Config>(scores, smem_address(warp_rows_smem), smem_address(k_smem));
       turn_to_values(tile);
       next_page = loader.look_up(tile - kNumAhead - 1);  // not sooner: the products above need every register
       const bool needs_mask = !visibility.contains(tiles.whole, tile);
       if (needs_mask || !Score<Config>::kIsPlain) {
-        transform_and_mask<Config>(scores, params, work, warp_row, tile, needs_mask);
+        transform_and_mask<Config>(scores, params, work, warp_row, smem.gap.key_tile(tile), needs_mask);
       }
       state.raise_max(scores, out, scale_log2);
       softmax_times_v<Config>(scores, state, out, smem_address(smem.v[stage_of<Config>(tile)]), scale_log2);

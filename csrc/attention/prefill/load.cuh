@@ -100,7 +100,7 @@ struct KvTileLoader {
   // in one register; where in the page the row is costs less to compute again than to hold.
   __device__ __forceinline__ int32_t look_up(int tile) const {
     if constexpr (!kIsPaged) return 0;
-    const int kv_idx = tile * Shape::kBlockN + int(threadIdx.x % Shape::kBlockN);
+    const int kv_idx = first_key_of(tile) + int(threadIdx.x % Shape::kBlockN);
     if (tile < work.item.tile_begin || kv_idx >= work.item.kv_len) return 0;
     return View{params.kv.index, work.item.kv_begin, work.item.kv_len}.locate(kv_idx).page_idx;
   }
@@ -110,7 +110,7 @@ struct KvTileLoader {
   __device__ __forceinline__ void publish(int tile, int32_t page_idx) const {
     if constexpr (kIsPaged) {
       const uint32_t thread_idx = fresh_thread_idx();
-      const int row = int(thread_idx % Shape::kBlockN), kv_idx = max(tile * Shape::kBlockN + row, 0);
+      const int row = int(thread_idx % Shape::kBlockN), kv_idx = max(first_key_of(tile) + row, 0);
       const FastDivisor& page_size = params.kv.index.page_size;
       const KvRow location = {page_idx, kv_idx - int32_t(page_size.divide(kv_idx) * page_size.divisor)};
       if (!kHasThreadsForEach || thread_idx / Shape::kBlockN == 0) {
@@ -128,12 +128,13 @@ struct KvTileLoader {
     return row % Copy::kRowsPerPass * Copy::kNumPasses + row / Copy::kRowsPerPass;
   }
 
+  __device__ __forceinline__ int first_key_of(int tile) const { return smem.gap.key_tile(tile) * Shape::kBlockN; }
   // Rows of the tile that exist, or more.
-  __device__ __forceinline__ int num_valid(int tile) const { return work.item.kv_len - tile * Shape::kBlockN; }
+  __device__ __forceinline__ int num_valid(int tile) const { return work.item.kv_len - first_key_of(tile); }
 
   template <bool kKeys, bool kValues>
   __device__ __forceinline__ void load_async(int tile, int num_valid) const {
-    const int stage = stage_of<Config>(tile), first_row = tile * Shape::kBlockN;
+    const int stage = stage_of<Config>(tile), first_row = first_key_of(tile);
     if constexpr (kIsPaged) {
       if constexpr (kKeys) copy_paged(CopyK::of(fresh_thread_idx()), smem.k[stage], num_valid, smem.rows[tile & 1][0]);
       if constexpr (kValues)

@@ -63,6 +63,7 @@ struct WorkQueue {
     smem.unit = smem.next_unit;
     smem.work = smem.next_work;
     smem.work.item.confine_to(params.num_tokens);
+    smem.gap = close_gap<Config>(params, smem.work.item, smem.work.group_size.divisor);
   }
 
   // The last block to leave resets the list for the next launch.

@@ -118,6 +118,7 @@ struct PrefillSmem {
   float lse[Shape::kBlockM];
   uint32_t unit, next_unit, num_units;
   uint32_t is_last;
+  TileGap<Config::Function::kHasGap> gap;  // of the unit
 };
 
 // Rotates rows [0, num_rows) of a tile for positions first_position + position_of(row), from storage type Src to T. A
@@ -229,7 +230,7 @@ __device__ __forceinline__ const uint8_t* prepare_k(const PrefillParams& params,
   using Shape = PrefillShape<Config>;
   const uint8_t* k_smem = smem.k[stage_of<Config>(tile)];
   if constexpr (!Shape::kHasRope) return k_smem;
-  const int first_kv = tile * Shape::kBlockN;
+  const int first_kv = smem.gap.key_tile(tile) * Shape::kBlockN;
   rotate_rows<Config, typename Config::Kv, typename Shape::KRows>(params, k_smem, smem.k_rotated, Shape::kBlockN,
                                                                   fresh_thread_idx(), Shape::kNumThreads,
                                                                   [&](int row) { return first_kv + row; });

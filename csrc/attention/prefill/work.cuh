@@ -61,6 +61,36 @@ __device__ __forceinline__ PrefillItem item_of_single(const PrefillParams& param
   return item;
 }
 
+// KV tiles that are left out among those of an item: from `begin` on its tiles are numbered without them.
+template <bool kExists>
+struct TileGap {
+  int32_t begin, len;
+
+  // Where the keys of a tile are, in tiles.
+  __device__ __forceinline__ int key_tile(int tile) const { return tile >= begin ? tile + len : tile; }
+};
+template <>
+struct TileGap<false> {
+  __device__ __forceinline__ static int key_tile(int tile) { return tile; }
+};
+
+// Takes the tiles that no row of an item sees anything of out of it. By one thread, before anyone else looks at it.
+template <class Config>
+__device__ __forceinline__ TileGap<Config::Function::kHasGap> close_gap(const AttentionParams& params,
+                                                                        PrefillItem& item, int32_t group_size) {
+  if constexpr (!Config::Function::kHasGap) {
+    return {};
+  } else {
+    const Range hidden =
+        visibility_of<Config>(params, item.request_idx)
+            .tiles_hidden_of(item.q_tile, Config::kBlockM, group_size, item.qo_len, item.kv_len, Config::kBlockN);
+    const int32_t begin = max(hidden.begin, item.tile_begin), end = min(hidden.end, item.tile_end);
+    const int32_t len = max(end - begin, 0);
+    item.tile_end -= len;
+    return {begin, len};
+  }
+}
+
 // What the splits of a query tile leave: a slot of partial results each, behind them one for every group of the tree;
 // and where they count: a counter for the tile, behind it one for every group.
 struct PartialResults {

@@ -28,9 +28,10 @@ struct Gatherer {
   Smem<Config>& smem;
   Unit unit = {};
   int32_t next_page = 0;  // of this lane's row
+  TileGap<Smem<Config>::kHasGap> gap = {};
 
-  __device__ __forceinline__ static int kv_idx_of_lane(int tile) {
-    return tile * Shape::kBlockN + producer_warp_idx() * kRows + int(fresh_thread_idx() % 32);
+  __device__ __forceinline__ int kv_idx_of_lane(int tile) const {
+    return gap.key_tile(tile) * Shape::kBlockN + producer_warp_idx() * kRows + int(fresh_thread_idx() % 32);
   }
 
   // The page of this lane's row: a load whose result is needed a tile later.
@@ -82,7 +83,7 @@ struct Gatherer {
   }
 
   __device__ __forceinline__ void bring(const Work&, int tile, uint32_t turn) {
-    const int num_valid = unit.kv_len - tile * Shape::kBlockN, stage = turn % Shape::kNumStages;
+    const int num_valid = unit.kv_len - gap.key_tile(tile) * Shape::kBlockN, stage = turn % Shape::kNumStages;
     const KvRow row = find_row(tile);
     copy_keys(row, turn, num_valid);
     copy_rows<Shape::kHeadDimVo>(smem.v[stage], unit.v + View::v_offset(params.kv, row, 0), num_valid,
@@ -115,7 +116,7 @@ struct TransposingGatherer : Gatherer<Config> {
   static_assert(Shape::kNumStages >= 2, "rows of two tiles are there at a time");
 
   __device__ __forceinline__ void bring(const Work& work, int tile, uint32_t turn) {
-    const int num_valid = this->unit.kv_len - tile * Shape::kBlockN;
+    const int num_valid = this->unit.kv_len - this->gap.key_tile(tile) * Shape::kBlockN;
     const KvRow row = this->find_row(tile);
     this->copy_keys(row, turn, num_valid);
     this->template copy_rows<Shape::kHeadDimVo>(this->smem.value_rows.stages[turn % Shape::kNumStages],

@@ -67,11 +67,12 @@ struct KvProducer {
   __device__ __forceinline__ void run() const {
     const BoxLane<Config> lane{params};
     uint32_t turn = 0;
-    for_each_unit(smem, [&](const Work& work, uint32_t) {
-      Box next = lane.find(work.item, work.item.tile_end - 1);
+    for_each_unit(smem, [&](const Work& work, uint32_t unit_turn) {
+      const auto gap = smem.gap_of(unit_turn);
+      Box next = lane.find(work.item, gap.key_tile(work.item.tile_end - 1));
       for (int tile = work.item.tile_end - 1; tile >= work.item.tile_begin; --tile, ++turn) {
         const Box box = next;
-        next = lane.find(work.item, tile - 1);
+        next = lane.find(work.item, gap.key_tile(tile - 1));
         const int stage = turn % Shape::kNumStages;
         if constexpr (kSendsKeys) {
           send<Shape::kQkPanels>(lane, params.k_map, smem.k[stage], smem.k_full, smem.k_empty, turn, work, box);
@@ -145,6 +146,7 @@ __device__ __forceinline__ void produce_together(const Sm90PrefillParams& params
   uint32_t kv_turn = 0;
   const auto load = [&](const Work& work, uint32_t turn) {
     const int32_t tile_begin = work.item.tile_begin;
+    kv.gap = smem.gap_of(turn);
     kv.begin(work, kv_turn);
     smem.q_empty.wait_empty(turn);
 #pragma unroll 1

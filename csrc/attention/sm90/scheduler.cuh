@@ -44,6 +44,8 @@ struct Scheduler {
       // Of a single sequence the last query tile is, under a causal mask, the longest.
       work.item = is_planned() ? params.items[item_idx] : item_of_single<Config>(params, num_items - 1 - item_idx);
       work.item.confine_to(params.num_tokens);
+      const auto gap = close_gap<Config>(params, work.item, group_size());
+      if constexpr (Smem<Config>::kHasGap) smem.gaps.of_slot[turn % kNumWorkSlots] = gap;
     }
     smem.work_full.at(turn).arrive();
     return !is_end;

@@ -117,6 +117,14 @@ struct RowAddresses<Shape, true> {
   uint64_t of_warp[kNumProducerWarps][Shape::kRowsPerPart];
 };
 
+// What is left out of the units that are in the slots for them.
+template <bool kExist>
+struct Gaps {
+  TileGap<true> of_slot[kNumWorkSlots];
+};
+template <>
+struct Gaps<false> {};
+
 template <class Config>
 struct Smem {
   using Shape = sm90::Shape<Config>;
@@ -134,6 +142,8 @@ struct Smem {
   MbarrierRing<kNumWorkSlots> work_full, work_empty;                 // a turn a unit
   Work work[kNumWorkSlots];
   RowAddresses<Shape> row_addresses;
+  static constexpr bool kHasGap = Config::Function::kHasGap;
+  [[no_unique_address]] Gaps<kHasGap> gaps;
   FastDivisor group_size;
   uint32_t is_last;  // of the splits of a query tile to be done: merges
   Mbarrier key_part_full[kNumProducerWarps], value_part_full[kNumProducerWarps];  // a turn a KV tile, if it is widened
@@ -146,6 +156,15 @@ struct Smem {
 
   __device__ __forceinline__ uint8_t* q_of(uint32_t unit_turn, int consumer_idx) {
     return q[unit_turn % Shape::kNumQueryStages][consumer_idx];
+  }
+
+  // Of the turn-th unit.
+  __device__ __forceinline__ TileGap<kHasGap> gap_of(uint32_t turn) const {
+    if constexpr (kHasGap) {
+      return gaps.of_slot[turn % kNumWorkSlots];
+    } else {
+      return {};
+    }
   }
 
   // By a consumer, until a stage of queries, keys or values is full.

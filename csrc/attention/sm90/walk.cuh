@@ -55,6 +55,7 @@ struct TileWalk {
   float scale_log2;
   Output& out;  // yet to be normalized
   Softmax<Config>& softmax;
+  uint32_t unit_turn;
 
   __device__ __forceinline__ static TileWalk of(const Sm90PrefillParams& params, Smem<Config>& smem, const Work& work,
                                                 uint32_t unit_turn, Output& out, Softmax<Config>& softmax) {
@@ -72,8 +73,12 @@ struct TileWalk {
         depth_major_operand(common_address(smem.q_of(unit_turn, consumer_idx()))),
         Score<Config>::scale_log2(params),
         out,
-        softmax};
+        softmax,
+        unit_turn};
   }
+
+  // Where the keys of a tile are; looked up where it is needed, which takes no register.
+  __device__ __forceinline__ int key_tile(int tile) const { return smem.gap_of(unit_turn).key_tile(tile); }
 
   // From the last tile to the first; kv_turn counts on.
   __device__ __forceinline__ void run(uint32_t& kv_turn) {
@@ -138,7 +143,7 @@ struct TileWalk {
     Turns::pass_on();
     wait_for_scores<0>(scores, turn, tile);
     float rescale[2];
-    transform_and_mask<Config>(scores, params, work, smem.group_size, tile, needs_mask);
+    transform_and_mask<Config>(scores, params, work, smem.group_size, key_tile(tile), needs_mask);
     if (softmax.raise_max(scores, scale_log2, rescale)) softmax.rescale_output(out, rescale);
     smem.await(smem.v_full, turn);
     softmax.template exponentiate<0, 2>(scores, scale_log2);
@@ -160,7 +165,7 @@ struct TileWalk {
     start_scores(scores, turn);
     wait_for_scores<0>(scores, turn, tile);
     float rescale[2];
-    transform_and_mask<Config>(scores, params, work, smem.group_size, tile, needs_mask);
+    transform_and_mask<Config>(scores, params, work, smem.group_size, key_tile(tile), needs_mask);
     softmax.raise_max(scores, scale_log2, rescale);
     softmax.exponentiate(scores, scale_log2);
     softmax.pack(scores, p);
@@ -208,7 +213,7 @@ struct TileWalk {
     Turns::pass_on();
     wait_for_scores<1>(scores, turn, tile);
     float rescale[2];
-    transform_and_mask<Config>(scores, params, work, smem.group_size, tile, needs_mask);
+    transform_and_mask<Config>(scores, params, work, smem.group_size, key_tile(tile), needs_mask);
     const bool is_raised = softmax.raise_max(scores, scale_log2, rescale);
     softmax.exponentiate(scores, scale_log2);
     pin(scores);  // not until all of it is done
@@ -222,7 +227,7 @@ struct TileWalk {
     start_scores(scores, turn);
     wait_for_scores<0>(scores, turn, tile);
     float no_rescale[2];
-    transform_and_mask<Config>(scores, params, work, smem.group_size, tile, Constant<true>{});
+    transform_and_mask<Config>(scores, params, work, smem.group_size, key_tile(tile), Constant<true>{});
     softmax.raise_max(scores, scale_log2, no_rescale);
     softmax.exponentiate(scores, scale_log2);
     softmax.pack(scores, p);

@@ -18,9 +18,14 @@ struct Widener {
   const Sm90PrefillParams& params;
   Smem<Config>& smem;
   Box key_box = {}, value_box = {};  // that are sent for next: keys are a tile ahead
+  TileGap<Smem<Config>::kHasGap> gap = {};
 
   __device__ __forceinline__ static int first_row() { return producer_warp_idx() * kRows; }
   __device__ __forceinline__ BoxLane<Config, kRows> lane() const { return {params, first_row()}; }
+
+  __device__ __forceinline__ Box find(const Work& work, int tile) const {
+    return lane().find(work.item, gap.key_tile(tile));
+  }
 
   __device__ __forceinline__ void send_keys(const Work& work, const Box& box) const {
     send<Shape::kHeadDimQk>(params.k_map, params.kv.k, View::k_offset(params.kv, first_of(box), work.kv_head_idx),
@@ -50,16 +55,16 @@ struct Widener {
 
   __device__ __forceinline__ void begin(const Work& work, uint32_t turn) {
     if (work.item.tile_begin >= work.item.tile_end) return;
-    const Box box = lane().find(work.item, work.item.tile_end - 1);
+    const Box box = find(work, work.item.tile_end - 1);
     send_keys(work, box);
     send_values(work, box);
-    key_box = lane().find(work.item, work.item.tile_end - 2);
+    key_box = find(work, work.item.tile_end - 2);
     if constexpr (Shape::kNumQueryStages == 1) bring_first_keys(work, turn);  // queries wait for the last unit's end
   }
   __device__ __forceinline__ void bring_first_keys(const Work& work, uint32_t turn) {
     bring_keys(work, work.item.tile_end - 1, turn);
     value_box = key_box;
-    key_box = lane().find(work.item, work.item.tile_end - 3);
+    key_box = find(work, work.item.tile_end - 3);
   }
 
   __device__ __forceinline__ void bring(const Work& work, int tile, uint32_t turn) {
@@ -71,7 +76,7 @@ struct Widener {
     publish(smem.v_full.at(turn));
     if (tile > work.item.tile_begin) send_values(work, value_box);
     value_box = key_box;
-    key_box = lane().find(work.item, tile - 3);
+    key_box = find(work, tile - 3);
   }
 
   __device__ __forceinline__ void bring_keys(const Work& work, int tile, uint32_t turn) const {

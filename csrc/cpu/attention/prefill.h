@@ -160,10 +160,13 @@ struct PrefillState : TileState<Config::kHeadDimQk, Config::kHeadDimVo> {
     const int32_t group_size = params.num_qo_heads / params.num_kv_heads;
     this->begin(q_tile, kv_head, group_size, qo_len, [&](int row) { load_q(params, row, q_begin, qo_len, view.len); });
 
-    const Range blocks =
-        visibility_of<Config>(params, request_idx).tiles_of(q_tile, kM, group_size, qo_len, view.len, kN);
+    const auto visibility = visibility_of<Config>(params, request_idx);
+    const Range blocks = visibility.tiles_of(q_tile, kM, group_size, qo_len, view.len, kN);
+    Range hidden = {0, 0};
+    if (Config::Function::kHasGap) hidden = visibility.tiles_hidden_of(q_tile, kM, group_size, qo_len, view.len, kN);
     const float scale = S::scale_log2(params), v_scale = S::v_scale(params);
     for (int32_t block = blocks.begin; block < blocks.end; ++block) {
+      if (block >= hidden.begin && block < hidden.end) continue;
       const int32_t first_key = block * kN, num_keys = view.len - first_key < kN ? view.len - first_key : kN;
       load_kv(params, view, kv_head, first_key, num_keys);
       this->attend_block(scale,

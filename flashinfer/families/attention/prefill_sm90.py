@@ -55,7 +55,8 @@ LONG_TILES = {
 # Where more happens to a score than a causal mask or a window, or KV are gathered, which takes registers: three
 # consumers have not got them, nor two with tiles of 128 keys beside 256 dimensions.
 SMALLER_TILES = {(64, 64): Tile(128, 128, 2, 2)}
-# A mask with holes and besides it gathered rows, of which 80 keys spill 60 bytes, or a window or ALiBi, up to 20.
+# A mask with holes and besides it gathered rows, of which 80 keys spill 60 bytes, or a window or ALiBi, up to 20, or a
+# gap, 88.
 SMALLEST_TILES = {(256, 256): Tile(128, 64, 2, 1)}
 # At most 64 query rows a request, which wait for memory. Microseconds of 64 x 16 on 4096, pages of 16, 32 query heads
 # on 8 (head_dim 256: 16 on 4; 192: 8 x 32, 128 heads). One block an SM has fewer partial results to merge than two.
@@ -174,7 +175,8 @@ def _tile(spec: KernelSpec) -> Tile:
     if spec.arg("queries") == "long" and has_long_tile(spec):
         return LONG_TILES[dims]
     has_holes = spec.arg("mask") in MASKS_OF_BITS or cxx.has_holes(spec.arg("variant"))
-    has_more = gathers(spec) or spec.arg("has_window") or spec.arg("pos_encoding") != "none"
+    has_gap = cxx.has_gap(spec.arg("variant"))
+    has_more = gathers(spec) or spec.arg("has_window") or spec.arg("pos_encoding") != "none" or has_gap
     if has_holes and has_more and _tiles(spec) is TILES and dims in SMALLEST_TILES:
         return SMALLEST_TILES[dims]
     tiles, smaller = _tiles(spec), SMALLER_FP8_TILES if _is_fp8(spec) else SMALLER_TILES

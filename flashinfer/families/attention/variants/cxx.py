@@ -43,6 +43,11 @@ def has_holes(text: str) -> bool:
     return _range(text).holes is not None
 
 
+def has_gap(text: str) -> bool:
+    """Whether tiles between others are left out."""
+    return _range(text).gap is not None
+
+
 def changes_scores(text: str) -> bool:
     """Whether more happens to a score than a range of keys asks for."""
     return has_holes(text) or read(text).score is not None
@@ -69,6 +74,7 @@ def _member(text: str) -> CxxMember:
         "kHasBegin": found.first is not None,
         "kHasEnd": found.last is not None,
         "kHasHoles": found.holes is not None,
+        "kHasGap": found.gap is not None,
     }
     lines += [f"  static constexpr bool {name} = true;" for name, is_set in flags.items() if is_set]
     if variants.score is not None:
@@ -79,7 +85,9 @@ def _member(text: str) -> CxxMember:
         lines += _function(variants, f"float score({arguments})", rest, "at.")
     if found.holes is not None:
         lines += _function(variants, "bool sees(const Extras& x, const ScoreAt& at)", found.holes, "at.")
-    for name, end in (("first_key", found.first), ("last_key", found.last)):
+    last_before_gap, first_behind_gap = found.gap or (None, None)
+    ends = {"first_key": found.first, "last_key": found.last}
+    for name, end in {**ends, "last_before_gap": last_before_gap, "first_behind_gap": first_behind_gap}.items():
         if end is not None:
             lines += _function(variants, f"int32_t {name}(const Extras& x, int32_t request_idx, int32_t q)", end, "")
     return CxxMember("\n".join(f"  {line}" for line in [*lines, "};"]))

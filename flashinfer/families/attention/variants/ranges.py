@@ -2,7 +2,9 @@
 
 A comparison whose sides differ by the key's position and something else, k <= q + x.n say, is one end of a range, if
 that end does not fall from one query to the next and is the same for all heads. So are & of such ends, and | of two
-ends of one kind. What else a mask consists of are holes, which are looked at key by key.
+ends of one kind. What else a mask consists of are holes, which are looked at key by key. Of these a gap is known, so
+that tiles inside of it are left out as well: under | of two parts the keys behind the end of the one and before the
+begin of the other, as between the first tokens and a window.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ _ZERO, _ONE = constant(0), constant(1)
 
 
 class KeyRange(NamedTuple):
-    """The first and the last key that may be seen, of b and q, and the condition on those between; None: no such."""
+    """The first and the last key that may be seen, of b and q, and the condition on those between; None: no such. gap:
+    the last key before it and the first one behind."""
 
     first: Optional[Node] = None
     last: Optional[Node] = None
     holes: Optional[Node] = None
+    gap: Optional[tuple[Node, Node]] = None
 
 
 def range_of(variants: Variants) -> KeyRange:
@@ -37,15 +41,16 @@ def range_of(variants: Variants) -> KeyRange:
         first = variants.first_key if first is None else _make("max", first, variants.first_key)
     if variants.last_key is not None:
         last = variants.last_key if last is None else _make("min", last, variants.last_key)
-    return KeyRange(first, last, found.holes)
+    return KeyRange(first, last, found.holes, found.gap)
 
 
 def _of(node: Node, variants: Variants) -> KeyRange:
     if node.op == "&":
         a, b = (_of(arg, variants) for arg in node.args)
         return KeyRange(
-            _joined("max", a.first, b.first), _joined("min", a.last, b.last), _joined("&", a.holes, b.holes)
-        )
+            _joined("max", a.first, b.first), _joined("min", a.last, b.last), _joined("&", a.holes, b.holes),
+            a.gap or b.gap,
+        )  # fmt: skip
     if node.op == "|":
         a, b = (_of(arg, variants) for arg in node.args)
         if a.holes is b.holes is None:
@@ -53,6 +58,7 @@ def _of(node: Node, variants: Variants) -> KeyRange:
                 return KeyRange(last=_make("max", a.last, b.last))
             if a.last is b.last is None and a.first is not None and b.first is not None:
                 return KeyRange(first=_make("min", a.first, b.first))
+        return _of_either(node, a, b)
     if node.op == "not":
         negated = _negation(node.args[0])
         if negated is not None:
@@ -62,6 +68,16 @@ def _of(node: Node, variants: Variants) -> KeyRange:
         if found is not None:
             return found
     return KeyRange(holes=node)
+
+
+def _of_either(node: Node, a: KeyRange, b: KeyRange) -> KeyRange:
+    """Of a | b, which stays to be looked at."""
+    first = None if a.first is None or b.first is None else _make("min", a.first, b.first)
+    last = None if a.last is None or b.last is None else _make("max", a.last, b.last)
+    gaps = [(one.last, other.first) for one, other in ((a, b), (b, a)) if one.last and other.first]
+    # Where either may be the one before, that which ends at the same key for all queries, or the first as written.
+    gaps.sort(key=lambda gap: "q" in gap[0].arguments)
+    return KeyRange(first, last, node, gaps[0] if gaps else None)
 
 
 def _joined(op: str, a: Optional[Node], b: Optional[Node]) -> Optional[Node]:
