@@ -4,7 +4,8 @@ python benchmarks/bench_mixed.py [--only "64 x 4096"] [--peer FOLDER] [--json]
 
 32 query heads on 8, head_dim 128, bf16, pages of 16 in a random order. `BatchAttention` takes all requests at once; the
 others are `BatchPrefillWithPagedKVCacheWrapper` and `BatchDecodeWithPagedKVCacheWrapper`, one behind the other and each
-alone; "prefill's wrapper" is the former over all requests, of a peer too. Calls are timed inside a CUDA graph.
+alone; "prefill's wrapper" is the former over all requests, of a peer too, whose launch does not mix. All are timed in
+turns inside CUDA graphs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import DEVICE, Times, device_us, environment, print_failures, print_table, run, table, write_results
+from common import (
+    DEVICE,
+    Times,
+    device_us_in_turns,
+    environment,
+    print_failures,
+    print_table,
+    run,
+    table,
+    write_results,
+)
 
 import flashinfer
 
@@ -77,11 +88,11 @@ class Problem:
         self.out = torch.empty_like(self.q)
         self.lse = torch.empty(self.q.shape[:2], device=DEVICE)
 
-    def _time(self, *runs: Callable[[torch.Tensor], Any]) -> float:
+    def _calls(self, *runs: Callable[[torch.Tensor], Any]) -> list[Callable[[], None]]:
         def call(cache: torch.Tensor) -> Callable[[], None]:
             return lambda: [one(cache) for one in runs] and None
 
-        return device_us([call(cache) for cache in self.caches * 4])
+        return [call(cache) for cache in self.caches * 4]
 
     def mixed(self) -> Callable[[torch.Tensor], Any]:
         wrapper = flashinfer.BatchAttention(device=DEVICE)
@@ -113,19 +124,19 @@ class Problem:
         return torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
 
     def measure(self, times: Times) -> None:
-        name, num_requests = self.case.name, len(self.case.lengths)
-        parts = {}
+        name, parts = self.case.name, {}
         if self.count:
             parts["prefill"] = self.prefill(self.count)
         if self.case.decodes[0]:
             parts["decode"] = self.decode()
-        times.measure(name, "", lambda: self._time(self.mixed()))  # of which a peer may have none
-        times.measure(name, "one behind the other", lambda: self._time(*parts.values()))
-        for part, launch in parts.items():
-            times.measure(name, part, self._time, launch)
+        kinds = {"one behind the other": self._calls(*parts.values())}
+        kinds |= {part: self._calls(launch) for part, launch in parts.items()}
         if len(parts) == 2:
-            times.measure(name, "prefill's wrapper", lambda: self._time(self.prefill(num_requests)))
-        times.measure(name, "", lambda: min(times.us(name), self._time(self.mixed())))  # as warm as the others
+            kinds["prefill's wrapper"] = self._calls(self.prefill(len(self.case.lengths)))
+        with times.noting(name):  # of which a peer may have none
+            kinds[""] = self._calls(self.mixed())
+        for column, us in device_us_in_turns(kinds).items():
+            times.measure(name, column, lambda us=us: us)
 
 
 def measure(args: argparse.Namespace, times: Times) -> None:
