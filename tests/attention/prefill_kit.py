@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 import flashinfer
+from flashinfer.attention.plan import Shape
+from flashinfer.attention.prefill.plan import PrefillPlan
+from flashinfer.attention.variant import Variant
+from flashinfer.host.paged_cache import PagedKv
 from tests.oracles.attention import attention
 from tests.tolerances import assert_close
 
@@ -123,6 +127,16 @@ def widen(x: Tensor) -> Tensor:
     narrow = wide[..., : x.shape[-2], : x.shape[-1]]
     narrow.copy_(x)
     return narrow
+
+
+def make_plan(kind: type[PrefillPlan], batch_size: int, lengths: tuple[int, int], fixed: int | None) -> PrefillPlan:
+    workspaces = (torch.empty(8, dtype=torch.uint8), torch.empty(8, dtype=torch.uint8))
+    shape = Shape(batch_size, 32, 8, 16, 128, 128)
+    kv = PagedKv("NHD", 16, 8, 128, 128, BF16)
+    device = torch.device("cpu")
+    return kind(
+        "op", device, shape, (BF16, BF16, BF16), "causal", Variant.of("op", 128), kv, workspaces, True, lengths, fixed
+    )
 
 
 def make_wrapper(case: Case, device: torch.device, **options: Any) -> Any:

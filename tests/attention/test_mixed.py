@@ -12,6 +12,7 @@ from torch import Tensor
 
 import flashinfer
 from flashinfer.attention.mixed import BatchPODWithPagedKVCacheWrapper, PODWithPagedKVCacheWrapper
+from flashinfer.attention.prefill.plan import MixedPlan, PrefillPlan
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.attention import prefill as families
 from tests.attention.named_cases import named
@@ -26,6 +27,7 @@ from tests.attention.prefill_kit import (
     check,
     expect,
     make_batch,
+    make_plan,
     offsets,
 )
 from tests.oracles.attention import attention
@@ -191,6 +193,12 @@ def test_mixed_batches_have_a_kernel_of_two_consumers_on_hopper(axes: dict[str, 
     config = families.PREFILL.implementation(spec).config(spec)
     assert config.constants["kMixes"] is True and config.constants["kBlockM"] == 128
     assert config.launch.num_threads == 3 * 128
+
+
+def test_a_few_queries_more_than_one_each_are_prompts() -> None:
+    plan = make_plan(MixedPlan, 65, (0, 0), None)  # of 4 query heads a KV head
+    assert [plan.queries_of(n) for n in (65, 4 * 65, 4 * 65 + 1, 64 + 512)] == ["short", "short", "medium", "medium"]
+    assert make_plan(PrefillPlan, 65, (0, 0), None).queries_of(64 + 512) == "short"
 
 
 @pytest.mark.parametrize(

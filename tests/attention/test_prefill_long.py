@@ -10,14 +10,11 @@ import torch
 from torch import Tensor
 
 import flashinfer
-from flashinfer.attention.plan import Shape
 from flashinfer.attention.prefill import single
 from flashinfer.attention.prefill.plan import PrefillPlan, UniformPlan
-from flashinfer.attention.variant import Variant
 from flashinfer.families.attention import prefill as families
 from flashinfer.families.attention import prefill_sm90
 from flashinfer.families.attention.params import QUERIES
-from flashinfer.host.paged_cache import PagedKv
 from flashinfer.jit import default_resolver
 from tests.attention.named_cases import named
 from tests.attention.prefill_kit import (
@@ -29,6 +26,7 @@ from tests.attention.prefill_kit import (
     check,
     expect,
     make_batch,
+    make_plan,
     make_wrapper,
     plan,
     replay_other_lengths,
@@ -110,16 +108,6 @@ def test_a_row_of_a_config_that_asks_for_it_all_the_same_has_the_medium_tile() -
     assert not prefill_sm90.has_long_tile(named)
     implementation = families.PREFILL.implementation(named)
     assert implementation.config(named) == families.PREFILL.implementation(spec).config(spec)
-
-
-def make_plan(kind: type[PrefillPlan], batch_size: int, lengths: tuple[int, int], fixed: int | None) -> PrefillPlan:
-    workspaces = (torch.empty(8, dtype=torch.uint8), torch.empty(8, dtype=torch.uint8))
-    shape = Shape(batch_size, 32, 8, 16, 128, 128)
-    kv = PagedKv("NHD", 16, 8, 128, 128, BF16)
-    device = torch.device("cpu")
-    return kind(
-        "op", device, shape, (BF16, BF16, BF16), "causal", Variant.of("op", 128), kv, workspaces, True, lengths, fixed
-    )
 
 
 def test_a_plan_goes_by_shapes_alone() -> None:

@@ -178,6 +178,11 @@ class MixedPlan(PrefillPlan):
 
     _is_mixed = True
 
+    def queries_of(self, num_tokens: int) -> str:
+        has_few_rows = num_tokens * self._group_size <= families.FEW_ROWS * self.shape.batch_size
+        queries = super().queries_of(num_tokens)
+        return "medium" if queries == "short" and not has_few_rows else queries
+
 
 class WholeLengthsPlan(MixedPlan):
     """Over pages, of index tensors with the lengths of requests and not of their last pages. On a GPU the planner alone
