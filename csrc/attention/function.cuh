@@ -21,7 +21,7 @@ struct ScoreAt {
 struct NoFunction {
   static constexpr bool kHasScore = false;
   // Of a mask: whether it is a range of keys that begins past zero, that ends before the last, and whether keys inside
-  // of the range are hidden; of those, whether a run of them is known.
+  // of the range are hidden: by sees(), and in a gap.
   static constexpr bool kHasBegin = false, kHasEnd = false, kHasHoles = false, kHasGap = false;
 
   // logit = score() * scale(), of qk, the product before sm_scale. scale() > 0.

@@ -78,8 +78,25 @@ struct VisibilityBy {
     }
     return keys;
   }
-  // Whether ranges of keys begin past zero.
-  FLASHINFER_FN bool has_begin() const { return has_window || Function::kHasBegin; }
+  // Keys that a query does not see, among those. It may end before it begins.
+  FLASHINFER_FN Range gap_of(int32_t position, int32_t kv_len) const {
+    if constexpr (!Function::kHasGap) return {0, 0};
+    const int32_t last_before = Function::last_before_gap(*extras, request_idx, position);
+    const int32_t first_behind = Function::first_behind_gap(*extras, request_idx, position);
+    return {last_before < 0        ? 0
+            : last_before < kv_len ? last_before + 1
+                                   : kv_len,
+            first_behind < 0        ? 0
+            : first_behind < kv_len ? first_behind
+                                    : kv_len};
+  }
+  // Whether a gap is all that is hidden of a range; else the function says so too.
+  static constexpr bool kGapIsAll = Function::kHasGap && !Function::kHasHoles;
+  FLASHINFER_FN static bool is_in_gap(const Range& gap, int32_t idx) {
+    return kGapIsAll && idx >= gap.begin && idx < gap.end;
+  }
+  // Whether ranges of keys begin past zero, or again behind a gap.
+  FLASHINFER_FN bool has_begin() const { return has_window || Function::kHasBegin || kGapIsAll; }
   // Whether keys are hidden inside the range: by bits, or by the function.
   FLASHINFER_FN constexpr bool has_holes() const { return has_bits() || Function::kHasHoles; }
   FLASHINFER_FN constexpr bool has_bits() const {
@@ -140,9 +157,10 @@ struct VisibilityBy {
   FLASHINFER_FN bool contains(const Range& range, int32_t idx) const {
     return idx < range.end && (!has_begin() || idx >= range.begin);
   }
-  // Whether all of the keys [first, first + count) are.
-  FLASHINFER_FN bool contains_all(const Range& keys, int32_t first, int32_t count) const {
-    return keys.end - first >= count && (!has_begin() || first >= keys.begin);
+  // Whether all of the keys [first, first + count) are, and none of them in the gap.
+  FLASHINFER_FN bool contains_all(const Range& keys, int32_t first, int32_t count, const Range& gap = {0, 0}) const {
+    const bool avoids_gap = !kGapIsAll || gap.end <= first || gap.begin >= first + count;
+    return keys.end - first >= count && (!has_begin() || first >= keys.begin) && avoids_gap;
   }
 
   // Tiles of keys that a run of queries sees anything of. The others are left out.
@@ -156,17 +174,18 @@ struct VisibilityBy {
   FLASHINFER_FN Range tiles_seen_whole(int32_t first_position, int32_t last_position, int32_t kv_len,
                                        int32_t tile_len) const {
     if (has_holes()) return {0, 0};
-    return {ceil_div(keys_of(last_position, kv_len).begin, tile_len), keys_of(first_position, kv_len).end / tile_len};
+    int32_t begin = keys_of(last_position, kv_len).begin;
+    if constexpr (kGapIsAll) {  // those behind it
+      const int32_t behind_gap = gap_of(last_position, kv_len).end;
+      begin = behind_gap <= begin ? begin : behind_gap;
+    }
+    return {ceil_div(begin, tile_len), keys_of(first_position, kv_len).end / tile_len};
   }
 
   // Tiles of keys inside the gap of a function, of which no query of a run sees anything.
   FLASHINFER_FN Range tiles_hidden(int32_t first_position, int32_t last_position, int32_t kv_len,
                                    int32_t tile_len) const {
-    const int32_t last_before = Function::last_before_gap(*extras, request_idx, last_position);
-    const int32_t first_behind = Function::first_behind_gap(*extras, request_idx, first_position);
-    const int32_t begin = last_before < 0 ? 0 : last_before < kv_len ? last_before + 1 : kv_len;
-    const int32_t end = first_behind < 0 ? 0 : first_behind < kv_len ? first_behind : kv_len;
-    return {ceil_div(begin, tile_len), end / tile_len};
+    return {ceil_div(gap_of(last_position, kv_len).begin, tile_len), gap_of(first_position, kv_len).end / tile_len};
   }
 
   // tiles_seen of a tile of block_m query rows, where row r of a request is token r / group_size.

@@ -283,9 +283,13 @@ def test_what_is_a_range() -> None:
     def of_head(b, h, q, k, x):
         return k <= q + h
 
-    whole, holes = [several, equal, examples.causal, examples.chunked, examples.prefix_lm, examples.documents_from], [
-        examples.documents, examples.window_and_first, examples.some_heads_local
-    ]  # fmt: skip
+    whole = [
+        several,
+        equal,
+        *(getattr(examples, name) for name in ("causal", "chunked", "prefix_lm", "documents_from")),
+    ]
+    whole.append(examples.window_and_first)  # but for a gap
+    holes = [examples.documents, examples.some_heads_local]
     for function in whole:
         assert has_range(text(function)) and not has_holes(text(function)), function
     for function in holes:

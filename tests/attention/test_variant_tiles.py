@@ -35,6 +35,11 @@ def own_chunk_and_prefix(b, h, q, k, x):
     return ((k >= q // x.chunk * x.chunk) | (k < x.n[b])) & (k <= q + 2)
 
 
+@flashinfer.mask(window=int, num_first=int, n=int)
+def of_two_gaps(b, h, q, k, x):
+    return (k <= q) & ((q - k <= x.window) | (k < x.num_first)) & ((k < 200) | (k > x.n))
+
+
 @flashinfer.mask()
 def two_windows(b, h, q, k):
     return (k >= q - 150) & (k < q - 100) | (k >= q - 20) & (k <= q)
@@ -65,18 +70,21 @@ GAPS = [
     examples.window_and_first(window=40, num_first=4),
     examples.window_and_first(window=0, num_first=100),
     examples.window_and_first(window=1 << 30, num_first=0),
+    examples.window_and_first(window=150, num_first=20),
     by_hand(window=33, num_first=17),
     hidden_by_not(window=10, n=N),
     own_chunk_and_prefix(chunk=48, n=N),
+    of_two_gaps(window=60, num_first=9, n=290),
     two_windows(),
     with_holes(window=25),
     some_heads(window=25, num_first=3),
 ]
+WIDE = GAPS[2:4]  # so that there are tiles that are seen whole
 NO_GAPS = [falls(n=90), ends_alone(n=50), examples.causal(), examples.chunked(chunk=32)]
 LENGTHS = [(300, 300), (64, 500), (1, 700), (257, 90)]  # of queries and keys
 TILES = [(128, 4, 64), (64, 1, 16), (16, 8, 32)]  # rows of a tile, query heads of a KV head, keys of a tile
 
-NUM_FIELDS = 11
+NUM_FIELDS = 13
 
 PROGRAM = r"""
 #include "attention/visibility.cuh"
@@ -96,8 +104,12 @@ void list(int*& row, const unsigned char (&bytes)[128]) {
         for (int tile = 0; tile * block_m < qo_len * group_size; ++tile) {
           const Range seen = visibility.tiles_of(tile, block_m, group_size, qo_len, kv_len, block_n);
           const Range hidden = visibility.tiles_hidden_of(tile, block_m, group_size, qo_len, kv_len, block_n);
-          const int values[] = {qo_len,      kv_len, block_m,    group_size, block_n,      request_idx,
-                                tile, seen.begin, seen.end,   hidden.begin, hidden.end};
+          const int last_row = tile * block_m + block_m - 1, last = last_row / group_size;
+          const Range whole = visibility.tiles_seen_whole(
+              position_of(tile * block_m / group_size, qo_len, kv_len),
+              position_of(last < qo_len ? last : qo_len - 1, qo_len, kv_len), kv_len, block_n);
+          const int values[] = {qo_len, kv_len, block_m, group_size, block_n, request_idx, tile,
+                                seen.begin, seen.end, hidden.begin, hidden.end, whole.begin, whole.end};
           for (int value : values) *row++ = value;
         }
       }
@@ -140,6 +152,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[list[int]]
     return rows
 
 
+def text(mask: BoundFunction) -> str:
+    return flashinfer.variants.canonical(None, mask.function).text
+
+
 def seen_by_any(mask: BoundFunction, request_idx: int, qo_len: int, kv_len: int) -> torch.Tensor:
     """bool [qo_len, kv_len], of any head."""
     b = torch.tensor(request_idx)
@@ -148,32 +164,37 @@ def seen_by_any(mask: BoundFunction, request_idx: int, qo_len: int, kv_len: int)
 
 
 @pytest.mark.parametrize("i", range(len(GAPS) + len(NO_GAPS)), ids=[m.function.name for m in [*GAPS, *NO_GAPS]])
-def test_no_key_that_is_seen_is_left_out(i: int, found: dict[int, list[list[int]]]) -> None:
+def test_tiles_left_out_and_seen_whole(i: int, found: dict[int, list[list[int]]]) -> None:
     mask, masks, num_hidden, num_missed = [*GAPS, *NO_GAPS][i], {}, 0, 0
+    num_whole = 0
     for qo_len, kv_len, block_m, group_size, block_n, request_idx, tile, *ends in found[i]:
         key = (request_idx, qo_len, kv_len)
         if key not in masks:
             masks[key] = seen_by_any(mask, *key)
         rows = range(tile * block_m, min((tile + 1) * block_m, qo_len * group_size))
-        tokens = masks[key][rows[0] // group_size : rows[-1] // group_size + 1].any(0)
-        is_seen = [bool(tokens[at : at + block_n].any()) for at in range(0, kv_len, block_n)]
-        begin, end, gap_begin, gap_end = ends
+        tokens = masks[key][rows[0] // group_size : rows[-1] // group_size + 1]
+        is_seen = [bool(tokens[:, at : at + block_n].any()) for at in range(0, kv_len, block_n)]
+        begin, end, gap_begin, gap_end, *whole = ends
+        for key_tile in range(*whole):
+            num_whole += 1
+            assert tokens[:, key_tile * block_n : (key_tile + 1) * block_n].all(), (found[i], key_tile)
         for key_tile, any_key in enumerate(is_seen):
             is_left_out = not begin <= key_tile < end or gap_begin <= key_tile < gap_end
             assert not (any_key and is_left_out), (found[i], key_tile)
         num_hidden += sum(not any_key for any_key in is_seen[begin : max(begin, end)])
         inside = range(max(begin, gap_begin), min(end, gap_end))
         num_missed += sum(not any_key for at, any_key in enumerate(is_seen) if begin <= at < end and at not in inside)
+    assert num_whole == 0 or not has_holes(text(mask))
+    assert num_whole > 0 or mask not in WIDE
     if mask in GAPS and num_hidden > 100:
         assert num_missed < 0.2 * num_hidden  # of queries and keys that are tiles
 
 
 def test_what_has_a_gap() -> None:
-    def text(mask: BoundFunction) -> str:
-        return flashinfer.variants.canonical(None, mask.function).text
-
     for mask in GAPS:
-        assert has_gap(text(mask)) and has_holes(text(mask))
+        assert has_gap(text(mask))
+    names = {mask.function.name for mask in GAPS if not has_holes(text(mask))}
+    assert names == {"window_and_first", "hidden_by_not", "own_chunk_and_prefix"}
     for mask in NO_GAPS:
         assert not has_gap(text(mask))
     for mask in (GAPS[0], by_hand(window=1, num_first=1), two_windows()):

@@ -373,11 +373,13 @@ struct WarpState {
     const int32_t position = kv_len - 1;
     const auto visibility = visibility_of<Config>(params, request_idx);
     const Range keys = visibility.keys_of(position, kv_len);
-    if (S::kIsPlain && !visibility.has_holes() && visibility.contains_all(keys, first_row, Tile::kWarpRows)) return;
+    const Range gap = visibility.gap_of(position, kv_len);
+    if (S::kIsPlain && !visibility.has_holes() && visibility.contains_all(keys, first_row, Tile::kWarpRows, gap))
+      return;
 #pragma unroll
     for (int i = 0; i < 2 * Tile::kRowTiles; ++i) {
       const int32_t kv_idx = first_row + i / 2 * kMmaRows + i % 2 * 8 + group;
-      const bool is_inside = visibility.contains(keys, kv_idx);
+      const bool is_inside = visibility.contains(keys, kv_idx) && !visibility.is_in_gap(gap, kv_idx);
 #pragma unroll
       for (int j = 0; j < 2 * Tile::kHeadTiles; ++j) {
         const int32_t head = heads.first_head + min(j / 2 * kMmaHeads + 2 * column + j % 2, heads.num_heads - 1);

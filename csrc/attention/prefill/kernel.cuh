@@ -109,7 +109,7 @@ __device__ __forceinline__ void attend(const PrefillParams& params, PrefillSmem<
       compute_scores<Config>(scores, smem_address(warp_rows_smem), smem_address(k_smem));
       turn_to_values(tile);
       next_page = loader.look_up(tile - kNumAhead - 1);  // not sooner: the products above need every register
-      const bool needs_mask = !visibility.contains(tiles.whole, tile);
+      const bool needs_mask = !visibility.contains(tiles.whole, smem.gap.key_tile(tile));
       if (needs_mask || !Score<Config>::kIsPlain) {
         transform_and_mask<Config>(scores, params, work, warp_row, smem.gap.key_tile(tile), needs_mask);
       }

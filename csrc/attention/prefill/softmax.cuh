@@ -81,6 +81,7 @@ __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kFrags
       }
       if (!needs_mask) continue;
       const Range keys = visibility.keys_of(position, work.item.kv_len);
+      const Range gap = visibility.gap_of(position, work.item.kv_len);
 #pragma unroll
       for (int word = 0; word < Shape::kBlockN / 32; ++word) {
         uint32_t bits = 0xffffffffu;
@@ -91,7 +92,7 @@ __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kFrags
 #pragma unroll
         for (int i = 0; i < 8; ++i) {  // 4 fragments of 8 keys to a word of 32
           const int offset = column_of(i), kv_idx = first_kv + word * 32 + offset;
-          bool visible = visibility.contains(keys, kv_idx);
+          bool visible = visibility.contains(keys, kv_idx) && !visibility.is_in_gap(gap, kv_idx);
           if (visibility.has_bits()) visible = visible && (bits >> (offset + lane_column(lane_idx))) & 1;
           visible = visible && visibility.sees(query.qo_head_idx, position, kv_idx);
           float& score = at(scores[m], half, word * 8 + i);

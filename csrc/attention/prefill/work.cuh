@@ -68,10 +68,15 @@ struct TileGap {
 
   // Where the keys of a tile are, in tiles.
   __device__ __forceinline__ int key_tile(int tile) const { return tile >= begin ? tile + len : tile; }
+  // The numbers of tiles behind the gap.
+  __device__ __forceinline__ Range numbers_of(const Range& key_tiles) const {
+    return {key_tiles.begin - len, key_tiles.end - len};
+  }
 };
 template <>
 struct TileGap<false> {
   __device__ __forceinline__ static int key_tile(int tile) { return tile; }
+  __device__ __forceinline__ static Range numbers_of(const Range& key_tiles) { return key_tiles; }
 };
 
 // Takes the tiles that no row of an item sees anything of out of it. By one thread, before anyone else looks at it.

@@ -138,12 +138,15 @@ __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kNumSc
     if (!needs_mask) continue;
     const Range keys = visibility.keys_of(position, item.kv_len);
     const Range from_here = {keys.begin - first_kv, keys.end - first_kv};
+    const Range gap = visibility.gap_of(position, item.kv_len);
+    const Range gap_from_here = {gap.begin - first_kv, gap.end - first_kv};
     // Four words of the mask at a time, one a lane of the four that share a row.
     uint32_t lane_bits = 0xffffffffu;
 #pragma unroll
     for (int i = 0; i < Shape::kNumScores / 2; ++i) {
       const int offset = column_of(i);
       bool visible = visibility.contains(from_here, offset);
+      if (visibility.kGapIsAll) visible = visible && !visibility.is_in_gap(gap_from_here, offset);
       if (visibility.has_bits()) {
         if (offset % 128 == 0) {
           lane_bits = visibility.bits_of(params, item.request_idx, query.token_idx,

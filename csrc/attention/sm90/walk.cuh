@@ -68,8 +68,9 @@ struct TileWalk {
         params,
         smem,
         work,
-        visibility_of<Config>(params, work.item.request_idx)
-            .tiles_seen_whole(position_of_row(first_row), position_of_row(last_row), work.item.kv_len, Shape::kBlockN),
+        smem.gap_of(unit_turn).numbers_of(visibility_of<Config>(params, work.item.request_idx)
+                                              .tiles_seen_whole(position_of_row(first_row), position_of_row(last_row),
+                                                                work.item.kv_len, Shape::kBlockN)),
         depth_major_operand(common_address(smem.q_of(unit_turn, consumer_idx()))),
         Score<Config>::scale_log2(params),
         out,

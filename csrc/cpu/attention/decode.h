@@ -165,11 +165,12 @@ struct DecodeState {
       }
     }
     using Function = typename Config::Function;
-    if constexpr (Function::kHasEnd || Function::kHasHoles) {
+    if constexpr (Function::kHasEnd || Function::kHasHoles || Function::kHasGap) {
       const auto visibility = visibility_of<Config>(params, request_idx);
-      const Range keys = visibility.keys_of(position, kv_len);
+      const Range keys = visibility.keys_of(position, kv_len), gap = visibility.gap_of(position, kv_len);
       for (int j = 0; j < num_rows; ++j) {
-        const bool visible = first + j < keys.end && visibility.sees(head, position, first + j);
+        const bool is_inside = first + j < keys.end && !visibility.is_in_gap(gap, first + j);
+        const bool visible = is_inside && visibility.sees(head, position, first + j);
         scores[j] = visible ? scores[j] : -kInfinity;
       }
     }

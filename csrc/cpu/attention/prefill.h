@@ -216,8 +216,8 @@ struct PrefillState : TileState<Config::kHeadDimQk, Config::kHeadDimVo> {
       }
     }
     const auto visibility = visibility_of<Config>(params, request_idx);
-    const Range keys = visibility.keys_of(position, kv_len);
-    if (!visibility.has_holes() && visibility.contains_all(keys, first_key, kN)) return;
+    const Range keys = visibility.keys_of(position, kv_len), gap = visibility.gap_of(position, kv_len);
+    if (!visibility.has_holes() && visibility.contains_all(keys, first_key, kN, gap)) return;
     for (int word = 0; word < kN; word += 32) {
       uint32_t bits = 0xffffffffu;
       if (visibility.has_bits()) {
@@ -225,8 +225,8 @@ struct PrefillState : TileState<Config::kHeadDimQk, Config::kHeadDimVo> {
       }
       for (int j = 0; j < 32; ++j) {
         const int32_t key = first_key + word + j;
-        const bool visible =
-            visibility.contains(keys, key) && (bits >> j) & 1 && visibility.sees(qo_head[row], position, key);
+        const bool is_inside = visibility.contains(keys, key) && !visibility.is_in_gap(gap, key);
+        const bool visible = is_inside && (bits >> j) & 1 && visibility.sees(qo_head[row], position, key);
         row_scores[word + j] = visible ? row_scores[word + j] : -kInfinity;
       }
     }

@@ -97,9 +97,9 @@ SMALLER_FP8_TILES = {
 }
 
 
-# Prompts beside requests to decode (`mixed`), of 16 bits and of fp8, two consumers all. Values come back to the producer
-# a tile and more after they are used first: by two stages a block that decodes alone takes 1.8 us a tile of 64 KB, by
-# three it would be half of it. 8 x 1024 beside 64 x 4096 with two stages of each 396 us, one behind the other 439.
+# Prompts beside requests to decode (`mixed`), of two consumers. A stage of values is free again late: with two, a block
+# that decodes takes 1.8 us for a tile of 64 KB even while few others read, and 8 x 1024 beside 64 x 4096 396 us (one
+# behind the other: 439). These have not run.
 MIXED_TILES = {
     (64, 64): Tile(128, 128, 4, 2),
     (128, 128): Tile(128, 128, 3, 1),
@@ -170,7 +170,8 @@ def _changes_scores(spec: KernelSpec) -> bool:
 def has_long_tile(spec: KernelSpec) -> bool:
     """Whether long queries have a tile of their own, where there is one that gains."""
     dims, is_quantized = (spec.arg("head_dim_qk"), spec.arg("head_dim_vo")), ITEMSIZE[spec.arg("kv_dtype")] == 1
-    has_begin = spec.arg("has_window") or cxx.has_begin(spec.arg("variant"))
+    variant = spec.arg("variant")
+    has_begin = spec.arg("has_window") or cxx.has_begin(variant) or cxx.has_gap(variant)
     return dims in LONG_TILES and not (is_quantized or gathers(spec) or _changes_scores(spec) or has_begin)
 
 

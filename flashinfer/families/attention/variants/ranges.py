@@ -2,9 +2,9 @@
 
 A comparison whose sides differ by the key's position and something else, k <= q + x.n say, is one end of a range, if
 that end does not fall from one query to the next and is the same for all heads. So are & of such ends, and | of two
-ends of one kind. What else a mask consists of are holes, which are looked at key by key. Of these a gap is known, so
-that tiles inside of it are left out as well: under | of two parts the keys behind the end of the one and before the
-begin of the other, as between the first tokens and a window.
+ends of one kind. Under | of two parts the keys behind the end of the one and before the begin of the other are a gap,
+as between the first tokens and a window: tiles inside of it are left out as well. What else a mask consists of are
+holes, which are looked at key by key.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ZERO, _ONE = constant(0), constant(1)
 
 class KeyRange(NamedTuple):
     """The first and the last key that may be seen, of b and q, and the condition on those between; None: no such. gap:
-    the last key before it and the first one behind."""
+    the last key before it and the first one behind, which where there are no holes is all that is hidden."""
 
     first: Optional[Node] = None
     last: Optional[Node] = None
@@ -47,13 +47,15 @@ def range_of(variants: Variants) -> KeyRange:
 def _of(node: Node, variants: Variants) -> KeyRange:
     if node.op == "&":
         a, b = (_of(arg, variants) for arg in node.args)
+        if a.gap is not None and b.gap is not None and b.holes is None:
+            b = b._replace(holes=node.args[1])  # of two gaps one is kept
         return KeyRange(
             _joined("max", a.first, b.first), _joined("min", a.last, b.last), _joined("&", a.holes, b.holes),
             a.gap or b.gap,
         )  # fmt: skip
     if node.op == "|":
         a, b = (_of(arg, variants) for arg in node.args)
-        if a.holes is b.holes is None:
+        if a.holes is b.holes is None and a.gap is b.gap is None:
             if a.first is b.first is None and a.last is not None and b.last is not None:
                 return KeyRange(last=_make("max", a.last, b.last))
             if a.last is b.last is None and a.first is not None and b.first is not None:
@@ -71,13 +73,17 @@ def _of(node: Node, variants: Variants) -> KeyRange:
 
 
 def _of_either(node: Node, a: KeyRange, b: KeyRange) -> KeyRange:
-    """Of a | b, which stays to be looked at."""
+    """Of a | b, which stays to be looked at unless it is the ends of a gap alone."""
     first = None if a.first is None or b.first is None else _make("min", a.first, b.first)
     last = None if a.last is None or b.last is None else _make("max", a.last, b.last)
     gaps = [(one.last, other.first) for one, other in ((a, b), (b, a)) if one.last and other.first]
     # Where either may be the one before, that which ends at the same key for all queries, or the first as written.
     gaps.sort(key=lambda gap: "q" in gap[0].arguments)
-    return KeyRange(first, last, node, gaps[0] if gaps else None)
+    is_gap_alone = any(
+        one.last and other.first and one == KeyRange(last=one.last) and other == KeyRange(first=other.first)
+        for one, other in ((a, b), (b, a))
+    )
+    return KeyRange(first, last, None if is_gap_alone else node, gaps[0] if gaps else None)
 
 
 def _joined(op: str, a: Optional[Node], b: Optional[Node]) -> Optional[Node]:
