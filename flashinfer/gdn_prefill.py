@@ -22,6 +22,8 @@ __all__ = ["chunk_gated_delta_rule"]
 
 _OP = "chunk_gated_delta_rule"
 _DIM = families.HEAD_DIM
+_AUTO = -1
+_SCANS = _DIM // families.SCAN_ROWS  # blocks of a head
 
 
 def chunk_gated_delta_rule(
@@ -83,9 +85,13 @@ def chunk_gated_delta_rule(
             and read by another.
         output_state_indices: slots of output_state, where they differ.
         gate_domain: "linear"; "log": g is the natural logarithm of alpha.
-        use_cp, max_seqlen, cu_seqlens_cpu: accepted for compatibility; how the work is spread follows from shapes.
+        use_cp: False: no sequence is split, so that bits do not depend on the number of tokens. Else long ones of few
+            heads are, on a GPU, into segments that are worked on at the same time, where that is faster.
+        max_seqlen: tokens of the longest sequence, which say whether that is so; taken for their mean when None.
+        _cp_chunk_len: tokens of a segment, a multiple of 64, in place of what is fastest.
+        cu_seqlens_cpu: accepted for compatibility.
         state_checkpoints, checkpoint_cu_starts, checkpoint_every_n_tokens, checkpoint_state_indices, prefix_lens,
-            use_gate_in_kernel, A_log, dt_bias, beta_is_logit, _cp_chunk_len, backend other than "auto" and
+            use_gate_in_kernel, A_log, dt_bias, beta_is_logit, backend other than "auto" and
             "flashinfer": refused.
 
     Returns:
@@ -102,7 +108,7 @@ def chunk_gated_delta_rule(
         "checkpoint_every_n_tokens": checkpoint_every_n_tokens or None,
         "checkpoint_state_indices": checkpoint_state_indices, "prefix_lens": prefix_lens,
         "use_gate_in_kernel": use_gate_in_kernel or None, "A_log": A_log, "dt_bias": dt_bias,
-        "beta_is_logit": beta_is_logit or None, "_cp_chunk_len": _cp_chunk_len,
+        "beta_is_logit": beta_is_logit or None,
     }  # fmt: skip
     for name, value in unsupported.items():
         if value is not None:
@@ -114,6 +120,14 @@ def chunk_gated_delta_rule(
         state_indices is not None or output_state_indices is None, _OP,
         "output_state_indices without state_indices; expected both, or output_state in the order of sequences",
     )  # fmt: skip
+    checks.require(use_cp in ("auto", True, False), _OP, f"use_cp is {use_cp!r}; expected 'auto', True or False")
+    segment = _AUTO if use_cp else 0
+    if use_cp and _cp_chunk_len is not None:
+        segment = _cp_chunk_len
+        checks.require(
+            isinstance(segment, int) and segment > 0 and segment % families.CHUNK == 0, _OP,
+            f"_cp_chunk_len is {segment!r}; expected None or a multiple of {families.CHUNK}",
+        )  # fmt: skip
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor):
             raise checks.not_tensors(_OP, **{name: tensor})
@@ -134,7 +148,8 @@ def chunk_gated_delta_rule(
         state_dtype = torch.float32 if initial_state is None else initial_state.dtype
         output_state = torch.empty((num_seqs, num_heads, _DIM, _DIM), dtype=state_dtype, device=q.device)
     final_indices = state_indices if output_state_indices is None else output_state_indices
-    options = _Options(scale, bool(use_qk_l2norm_in_kernel), gate_domain == "log")
+    longest = 0 if max_seqlen is None else max_seqlen
+    options = _Options(scale, bool(use_qk_l2norm_in_kernel), gate_domain == "log", segment, longest)
     operands = _Operands(q, k, v, g, beta, cu_seqlens, initial_state, state_indices, final_indices)
     if is_dynamo_compiling():
         if output_state is not None and output_state is initial_state:
@@ -150,7 +165,6 @@ _NO_CHECKPOINTS = "expected None: states between the tokens of a sequence are no
 _GATES = "expected None or False: compute alpha and beta before the call, alpha or its logarithm as g"
 _INSTEAD = {
     **dict.fromkeys(("use_gate_in_kernel", "A_log", "dt_bias", "beta_is_logit"), _GATES),
-    "_cp_chunk_len": "expected None: how a sequence is split follows from shapes",
 }
 
 
@@ -170,11 +184,14 @@ class _Options(NamedTuple):
     scale: Optional[float]
     normalize: bool
     log_gate: bool
+    segment: int  # tokens, 0: no sequence is split; or _AUTO
+    longest: int  # tokens of a sequence, or 0
 
 
 class _Prepared(NamedTuple):
     launches: tuple[PreparedLaunch, ...]  # take the addresses of operands, output, final state and scratch
     new_scratch: Optional[memo.Allocate]
+    segments_offset: int  # in it
     checks_values: bool
 
 
@@ -199,7 +216,8 @@ def _run(operands: _Operands, output: torch.Tensor, final_state: Optional[torch.
         if tensor is not None and address < checks.LOWEST_ADDRESS:
             checks.low_address(_OP, name, tensor)
     scratch = None if prepared.new_scratch is None else prepared.new_scratch()
-    addresses.append(0 if scratch is None else scratch.data_ptr())
+    first = 0 if scratch is None else scratch.data_ptr()
+    addresses += (first, first + prepared.segments_offset)
     for launch in prepared.launches:
         launch(*addresses)
 
@@ -208,7 +226,9 @@ _OPERANDS = traced.fields(
     _Operands, "Tensor q", "Tensor k", "Tensor v", "Tensor? gate", "Tensor? beta", "Tensor? cu_seqlens",
     "Tensor? initial_state", "Tensor? initial_indices", "Tensor? final_indices",
 )  # fmt: skip
-_OPTIONS = traced.fields(_Options, "float? scale", "bool normalize", "bool log_gate")
+_OPTIONS = traced.fields(
+    _Options, "float? scale", "bool normalize", "bool log_gate", "int segment", "int longest"
+)  # fmt: skip
 _door = traced.door(
     _OP, _run, {"operands": _OPERANDS, "output": "Tensor(!)", "final_state": "Tensor(!)?", "options": _OPTIONS}
 )
@@ -236,6 +256,9 @@ def _prepare(
     scale = 0.0 if options.scale is None else checks.real(_OP, "scale", options.scale)
     state = initial_state if initial_state is not None else final_state
     device_index, units = q.get_device(), num_seqs * num_heads
+    segment = _segment_tokens(options, q.shape[0], num_seqs, num_heads, device_index) if units else 0
+    if segment:
+        units = families.num_slots(q.shape[0], num_seqs, segment) * num_heads
     log_gate = options.log_gate and gate is not None  # of which, on a GPU, the kernel of chunks makes decays
     machine = target.of_device(q.device)
     spec = families.GDN_PREFILL.spec(
@@ -247,7 +270,7 @@ def _prepare(
         block_v=families.block_v(machine, units, memo.num_sms(device_index) if device_index >= 0 else 1),
     )
     if units == 0:
-        return _Prepared((), None, True)
+        return _Prepared((), None, 0, True)
     rows: dict[str, Optional[torch.Tensor]] = {"q": q, "k": k, "v": v, "output": output, "gate": gate, "beta": beta}
     states = {"initial": initial_state, "final": final_state}
     index = initial_indices if initial_indices is not None else final_indices
@@ -264,24 +287,42 @@ def _prepare(
         "has_long_seqlens": int(cu_seqlens is not None and cu_seqlens.dtype == torch.int64),
         "has_long_indices": int(index is not None and index.dtype == torch.int64),
         "scale": scale or _DIM**-0.5,
-        "reserved": 0,
+        "segment_tokens": segment,
     }
     checks_values = indices.may_be_visible(*operands[5:])
     launcher = default_resolver().load(spec).on(device_index)
     if device_index < 0:
-        return _Prepared((launcher.prepare((1, 1, 1), values, varying=families.ADDRESSES),), None, checks_values)
-    slots = families.num_chunk_slots(q.shape[0], num_seqs) * num_heads
+        return _Prepared((launcher.prepare((1, 1, 1), values, varying=families.ADDRESSES),), None, 0, checks_values)
+    chunk_slots = families.num_slots(q.shape[0], num_seqs, families.CHUNK) * num_heads
     chunks = families.GDN_PREFILL_CHUNKS.spec(
         machine, dtype=spec.arg("dtype"), log_gate=log_gate, normalize=options.normalize
     )
-    of_chunks = default_resolver().load(chunks).on(device_index)
-    grids = (slots, units * (_DIM // int(launcher.config.constants["kBlockV"])))
+    steps = [(chunks, chunk_slots)]
+    if segment:
+        rule = {name: spec.arg(name) for name in ("dtype", "state_dtype")}
+        steps += [
+            (families.GDN_PREFILL_SEGMENTS.spec(machine, **rule), units * 2 * _DIM // families.SEGMENTS_V),
+            (families.GDN_PREFILL_SCAN.spec(machine, state_dtype=rule["state_dtype"]), num_seqs * num_heads * _SCANS),
+        ]
+    steps.append((spec, units * _DIM // int(launcher.config.constants["kBlockV"])))
     launches = tuple(
-        each.prepare((grid, 1, 1), values, varying=families.ADDRESSES)
-        for each, grid in zip((of_chunks, launcher), grids)
+        default_resolver().load(each).on(device_index).prepare((grid, 1, 1), values, varying=families.ADDRESSES)
+        for each, grid in steps
     )
-    scratch = memo.allocator((slots * families.CHUNK_BYTES,), torch.uint8, q.device)
-    return _Prepared(launches, scratch, checks_values)
+    num_bytes = chunk_slots * families.CHUNK_BYTES
+    scratch = memo.allocator(
+        (num_bytes + (units * families.SEGMENT_BYTES if segment else 0),), torch.uint8, q.device
+    )  # fmt: skip
+    return _Prepared(launches, scratch, num_bytes, checks_values)
+
+
+def _segment_tokens(options: _Options, num_tokens: int, num_seqs: int, num_heads: int, device_index: int) -> int:
+    if device_index < 0:
+        return 0
+    if options.segment != _AUTO:
+        return options.segment if num_tokens > options.segment else 0
+    longest = min(options.longest or -(-num_tokens // num_seqs), num_tokens)
+    return families.segment_tokens(num_tokens, longest, num_seqs, num_heads, memo.num_sms(device_index))
 
 
 def _check(operands: _Operands, output: torch.Tensor, final_state: Optional[torch.Tensor]) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flashinfer import gdn_prefill
+from flashinfer import target as targets
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.gdn import prefill as families
 from flashinfer.gdn_prefill import chunk_gated_delta_rule
@@ -294,7 +295,8 @@ def test_deterministic(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_graph_capture() -> None:
+@pytest.mark.parametrize("segment", [None, 64])
+def test_graph_capture(segment: Optional[int]) -> None:
     """Lengths, slots and values change between replays."""
     device = torch.device("cuda")
     x = draw(device, (100, 60))
@@ -303,7 +305,7 @@ def test_graph_capture() -> None:
     output = torch.empty(160, 4, DIM, dtype=BF16, device=device)
     options = {
         "initial_state": pool, "output_state": pool, "state_indices": slots, "cu_seqlens": offsets, "output": output,
-        "output_final_state": True,
+        "output_final_state": True, "_cp_chunk_len": segment,
     }  # fmt: skip
     run = functools.partial(call, x, g=x.g.exp(), **options)
     run()
@@ -349,7 +351,6 @@ def test_torch_compile(device: torch.device) -> None:
         ({"use_gate_in_kernel": True}, "compute alpha and beta before the call"),
         ({"A_log": torch.zeros(1)}, "compute alpha and beta before the call"),
         ({"beta_is_logit": True}, "compute alpha and beta before the call"),
-        ({"_cp_chunk_len": 64}, "_cp_chunk_len is given"),
         ({"backend": "cudnn"}, "backend is 'cudnn'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -376,6 +377,9 @@ def test_other_head_sizes_and_dtypes(device: torch.device) -> None:
         (lambda x: {"beta": x.beta[:, :2]}, r"beta is torch.float32 of shape \[5, 2\]"),
         (lambda x: {"gate_domain": "square"}, "gate_domain is 'square'"),
         (lambda x: {"scale": math.nan}, "scale is nan"),
+        (lambda x: {"use_cp": "always"}, "use_cp is 'always'"),
+        (lambda x: {"_cp_chunk_len": 65}, "_cp_chunk_len is 65"),
+        (lambda x: {"_cp_chunk_len": -64}, "_cp_chunk_len is -64"),
         (lambda x: {"cu_seqlens": x.cu_seqlens.float()}, "cu_seqlens is torch.float32"),
         (lambda x: {"cu_seqlens": x.cu_seqlens[:0]}, "cu_seqlens is empty"),
         (lambda x: {"initial_state": x.state[:, :2]}, "initial_state has shape"),
@@ -396,15 +400,84 @@ def test_what_does_not_fit(device: torch.device, change: Any, message: str) -> N
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("segment", [None, 64])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("lengths", [(1,), (64,), (193,), (0, 5, 300, 70, 0)], ids=str)
-def test_narrow_blocks(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
-    """On Hopper too the kernel of other GPUs, which computes what its own does not: blocks of 32 columns."""
-    monkeypatch.setattr(families, "block_v", lambda *args: 32)
+def test_kernels_of_other_gpus(
+    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], dtype: torch.dtype, segment: Optional[int]
+) -> None:
+    """On Hopper too, as code without wgmma."""
+    machine = targets.of_device(torch.device("cuda")).rstrip("af")
+    monkeypatch.setattr(targets, "of_device", lambda device: machine)
     monkeypatch.setattr(gdn_prefill, "_memo", memo.Memo())
     x = draw(torch.device("cuda"), lengths, (1, 2, 4), dtype, unit=False)
-    options = {"use_qk_l2norm_in_kernel": True, "output_final_state": True}
+    options = {"use_qk_l2norm_in_kernel": True, "output_final_state": True, "_cp_chunk_len": segment}
     check(x, *call(x, **options), x.expected(use_qk_l2norm=True))
+
+
+# ---------------------------------------------------------------------------------------- sequences that are split
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "segment, lengths",
+    [
+        (64, (65,)), (64, (128,)), (64, (193,)), (64, (1, 300, 0, 64, 129)), (128, (0, 5, 0, 700, 128)), (192, (2000,)),
+        (1024, (900, 1100)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_segments(segment: int, lengths: tuple[int, ...]) -> None:
+    """One, two and many, and sequences that have but one beside them."""
+    x = draw(torch.device("cuda"), lengths, (1, 1, 4))
+    check(x, *call(x, output_final_state=True, _cp_chunk_len=segment), x.expected())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state_dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_segments_that_forget_nothing(dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    """Over 16 borders, from a state in a pool that the same launch overwrites."""
+    x = draw(torch.device("cuda"), (4096, 70), (1, 2, 2), dtype, state_dtype, decay=0.0, unit=False)
+    pool = torch.full((4, 2, DIM, DIM), 3.0, dtype=state_dtype, device="cuda")
+    slots = torch.tensor([2, 0], dtype=torch.int32, device="cuda")
+    pool[slots.long()] = x.state
+    expected = x.expected(use_qk_l2norm=True)
+    output, _ = call(
+        x, initial_state=pool, output_state=pool, state_indices=slots, output_final_state=True, _cp_chunk_len=256,
+        use_qk_l2norm_in_kernel=True, g=x.g, gate_domain="log",
+    )  # fmt: skip
+    assert_close(output, expected[0])
+    assert_close(pool[slots.long()].to(BF16), expected[1])
+    assert (pool[[1, 3]] == 3).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("alpha", [0.0, 1e-30, 0.5])
+def test_segments_that_forget(alpha: float) -> None:
+    """Transitions that are zero, or near it."""
+    x = draw(torch.device("cuda"), (300,), (1, 1, 1))
+    x = x._replace(g=torch.full_like(x.g, math.log(alpha) if alpha else -math.inf))
+    check(x, *call(x, output_final_state=True, _cp_chunk_len=64), x.expected())
+
+
+def test_segments_change_nothing_on_the_cpu() -> None:
+    x = draw(torch.device("cpu"), (150,))
+    whole, split = (
+        call(x, output_final_state=True, **options) for options in ({"use_cp": False}, {"_cp_chunk_len": 64})
+    )
+    assert torch.equal(whole[0], split[0]) and torch.equal(whole[1], split[1])
+
+
+def test_what_is_split() -> None:
+    """Long sequences of few heads, into whole chunks; none where the GPU is full, or the pieces would be too short."""
+    for num_heads in (8, 16):
+        for tokens in (8192, 65536):
+            segment = families.segment_tokens(tokens, tokens, 1, num_heads, 132)
+            assert segment % families.CHUNK == 0 and tokens / 32 <= segment <= tokens / 2
+    assert families.segment_tokens(65536 + 15 * 64, 65536, 16, 8, 132)  # the others hardly count
+    for num_tokens, num_seqs, num_heads in ((0, 1, 8), (64, 1, 8), (128, 1, 8), (16384, 16, 32), (65536, 64, 8)):
+        assert families.segment_tokens(num_tokens, num_tokens // num_seqs, num_seqs, num_heads, 132) == 0
 
 
 def test_heads_that_do_not_divide(device: torch.device) -> None:
@@ -453,5 +526,6 @@ def test_values_that_the_host_does_not_see() -> None:
     rows = torch.full((200, 4, DIM), 3.0, dtype=BF16, device=device)
     for offsets in ([0, 70, 5000], [-5, 70, 1 << 40], [50, 20, 103], [1 << 31, 1 << 32, 1 << 33]):
         wrong = torch.tensor(offsets, dtype=torch.int64, device=device)
-        call(x, cu_seqlens=wrong, output=rows[50:153], output_final_state=True)
+        for segment in (None, 64):
+            call(x, cu_seqlens=wrong, output=rows[50:153], output_final_state=True, _cp_chunk_len=segment)
         assert (rows[:50] == 3).all() and (rows[153:] == 3).all()

@@ -77,6 +77,7 @@ __device__ __forceinline__ void pin(uint32_t (&registers)[kNum]) {
 //               multiply<true>  d (+)= A B, of 16-bit elements, A depth-major and B column-major in shared memory
 //               multiply        d (+)= A B, A in registers, B in shared memory: column-major of 16-bit elements; of
 //                               8-bit ones Bᵀ is there, depth-major
+//               multiply<false> d (+)= A Bᵀ, of 16-bit elements, A in registers, B depth-major in shared memory
 template <class T, int kN>
 struct Wgmma;
 
@@ -118,9 +119,9 @@ struct Wgmma;
 #define FLASHINFER_REGS_128(d) FLASHINFER_REGS_120(d), FLASHINFER_EIGHT(d, 120)
 // clang-format on
 
-// num_regs = kN / 2; a0 to a5 are the numbers of the operands after those of d. depth_type: of A and B. majors,
+// num_regs = kN / 2; a0 to a6 are the numbers of the operands after those of d. depth_type: of A and B. majors,
 // b_major: how A and B lie in shared memory, which 8-bit operands have no choice of.
-#define FLASHINFER_WGMMA_OF(T, depth_type, majors, b_major, kN, num_regs, a0, a1, a2, a3, a4, a5)                  \
+#define FLASHINFER_WGMMA_OF(T, depth_type, majors, b_major, kN, num_regs, a0, a1, a2, a3, a4, a5, a6)              \
   template <>                                                                                                      \
   struct Wgmma<T, kN> {                                                                                            \
     template <bool kColumnMajor = false>                                                                           \
@@ -132,31 +133,34 @@ struct Wgmma;
                    : FLASHINFER_REGS_##num_regs(d)                                                                 \
                    : "l"(a.descriptor()), "l"(b.descriptor()), "r"(int(accumulate)), "n"(int(kColumnMajor)));      \
     }                                                                                                              \
+    template <bool kColumnMajor = true>                                                                            \
     __device__ __forceinline__ static void multiply(float (&d)[num_regs], const uint32_t* a, Operand b,            \
                                                     bool accumulate) {                                             \
       asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" a5                                       \
                    ", 0;\n"                                                                                        \
                    "wgmma.mma_async.sync.aligned.m64n" #kN depth_type " {" FLASHINFER_TEXT_##num_regs              \
-                   "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" a4 ", accumulate, 1, 1" b_major ";\n}\n"           \
+                   "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" a4 ", accumulate, 1, 1" b_major(a6) ";\n}\n"       \
                    : FLASHINFER_REGS_##num_regs(d)                                                                 \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(int(accumulate)));       \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(int(accumulate)),        \
+                     "n"(int(kColumnMajor)));                                                                      \
     }                                                                                                              \
   };
 #define FLASHINFER_MAJORS(b_major) ", 0, %" b_major
+#define FLASHINFER_B_MAJOR(b_major) ", %" b_major
 #define FLASHINFER_NO_MAJORS(b_major) ""
-#define FLASHINFER_WGMMA(...)                                                           \
-  FLASHINFER_WGMMA_OF(bf16, "k16.f32.bf16.bf16", FLASHINFER_MAJORS, ", 1", __VA_ARGS__) \
-  FLASHINFER_WGMMA_OF(fp16, "k16.f32.f16.f16", FLASHINFER_MAJORS, ", 1", __VA_ARGS__)   \
-  FLASHINFER_WGMMA_OF(fp8_e4m3, "k32.f32.e4m3.e4m3", FLASHINFER_NO_MAJORS, "", __VA_ARGS__)
+#define FLASHINFER_WGMMA(...)                                                                        \
+  FLASHINFER_WGMMA_OF(bf16, "k16.f32.bf16.bf16", FLASHINFER_MAJORS, FLASHINFER_B_MAJOR, __VA_ARGS__) \
+  FLASHINFER_WGMMA_OF(fp16, "k16.f32.f16.f16", FLASHINFER_MAJORS, FLASHINFER_B_MAJOR, __VA_ARGS__)   \
+  FLASHINFER_WGMMA_OF(fp8_e4m3, "k32.f32.e4m3.e4m3", FLASHINFER_NO_MAJORS, FLASHINFER_NO_MAJORS, __VA_ARGS__)
 
-FLASHINFER_WGMMA(64, 32, "32", "33", "34", "35", "36", "37")
-FLASHINFER_WGMMA(80, 40, "40", "41", "42", "43", "44", "45")
-FLASHINFER_WGMMA(96, 48, "48", "49", "50", "51", "52", "53")
-FLASHINFER_WGMMA(128, 64, "64", "65", "66", "67", "68", "69")
-FLASHINFER_WGMMA(160, 80, "80", "81", "82", "83", "84", "85")
-FLASHINFER_WGMMA(176, 88, "88", "89", "90", "91", "92", "93")
-FLASHINFER_WGMMA(192, 96, "96", "97", "98", "99", "100", "101")
-FLASHINFER_WGMMA(256, 128, "128", "129", "130", "131", "132", "133")
+FLASHINFER_WGMMA(64, 32, "32", "33", "34", "35", "36", "37", "38")
+FLASHINFER_WGMMA(80, 40, "40", "41", "42", "43", "44", "45", "46")
+FLASHINFER_WGMMA(96, 48, "48", "49", "50", "51", "52", "53", "54")
+FLASHINFER_WGMMA(128, 64, "64", "65", "66", "67", "68", "69", "70")
+FLASHINFER_WGMMA(160, 80, "80", "81", "82", "83", "84", "85", "86")
+FLASHINFER_WGMMA(176, 88, "88", "89", "90", "91", "92", "93", "94")
+FLASHINFER_WGMMA(192, 96, "96", "97", "98", "99", "100", "101", "102")
+FLASHINFER_WGMMA(256, 128, "128", "129", "130", "131", "132", "133", "134")
 
 // Four floats as a register of A of 8-bit elements, the first in the lowest byte.
 __device__ __forceinline__ uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {

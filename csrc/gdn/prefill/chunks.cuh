@@ -13,7 +13,6 @@
 
 #include "device/fast_math.cuh"
 #include "device/pdl.cuh"
-#include "device/search.cuh"
 #include "gdn/prefill/tile.cuh"
 
 namespace flashinfer {
@@ -285,24 +284,9 @@ __device__ void gdn_prefill_chunks(const GdnPrefillParams& params) {
   wait_for_previous_kernel();
   allow_next_kernel();
   const int slot = int(blockIdx.x) / params.num_heads, head = int(blockIdx.x) % params.num_heads;
-  // The last sequence that begins at this slot or before.
-  int seq_idx = 0;
-  if (params.cu_seqlens != nullptr) {
-    int end = params.num_seqs;
-    while (end - seq_idx > 1) {
-      const int middle = (seq_idx + end) / 2;
-      if (first_chunk_slot(GdnSequence::of(params, middle).begin, middle) <= slot) {
-        seq_idx = middle;
-      } else {
-        end = middle;
-      }
-    }
-  }
-  GdnSequence tokens = GdnSequence::of(params, seq_idx);
-  const int64_t chunk_idx = slot - first_chunk_slot(tokens.begin, seq_idx);
-  if (chunk_idx < 0 || chunk_idx * kGdnChunk >= tokens.end - tokens.begin) return;
-  tokens.begin += int(chunk_idx) * kGdnChunk;
-  GdnChunkSolver<Config>{params, smem, head, int(threadIdx.x) / 32, int(threadIdx.x) % 32}.run(tokens);
+  GdnPiece piece;
+  if (!piece.find(params, slot, kGdnChunk) || piece.tokens.begin == piece.tokens.end) return;
+  GdnChunkSolver<Config>{params, smem, head, int(threadIdx.x) / 32, int(threadIdx.x) % 32}.run(piece.tokens);
   __syncthreads();
   uint4* dst = reinterpret_cast<uint4*>(static_cast<GdnChunk*>(params.chunks) + blockIdx.x);
   const uint4* src = reinterpret_cast<const uint4*>(&smem.chunk);

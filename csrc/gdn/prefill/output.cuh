@@ -16,7 +16,6 @@ struct GdnOutput {
   using Barriers = GdnBarriers<Config>;
   using Smem = GdnSmem<Config>;
   using T = typename Config::T;
-  using ValueRows = typename Shape::ValueRows;
   static constexpr int kStateWarps = Shape::kStateWarps;
 
   const GdnPrefillParams& params;
@@ -26,19 +25,11 @@ struct GdnOutput {
 
   __device__ void run() {
     const int thread_idx = row_block * 32 + lane_idx;
-    Keys keys(params.k, params.k_strides, unit.head / params.heads_per_k, 0, unit.tokens, 0, thread_idx);
-    Values values(params.v, params.v_strides, unit.head / params.heads_per_v, unit.first_v, unit.tokens, 0, thread_idx);
+    GdnFeed<Config> feed(params, unit, thread_idx);
     Queries queries(params.q, params.q_strides, unit.head / params.heads_per_q, 0, unit.tokens, row_block * 16,
                     lane_idx);
-    const GdnChunk* chunks = chunks_of(params, unit.tokens, unit.seq_idx, unit.head);
     const auto load_async = [&](int chunk) {
-      if (chunk < unit.num_chunks) {
-        typename Smem::Stage& stage = smem.stages[chunk % Shape::kNumStages];
-        keys.load_async(smem_address(stage.k));
-        values.load_async(smem_address(stage.v));
-        load_chunk_async<Shape::kOutputThreads>(stage.chunk, chunks, thread_idx);
-        chunks += params.num_heads;
-      }
+      if (chunk < unit.num_chunks) feed.load_async(smem.stages[chunk % Shape::kNumStages]);
     };
     const auto load_q_async = [&](int chunk) {
       if (chunk < unit.num_chunks) queries.load_async(q_smem());
@@ -100,8 +91,6 @@ struct GdnOutput {
   }
 
  private:
-  using Keys = GdnRowStream<T, GdnRows, kGdnChunk, Shape::kOutputThreads, 16>;
-  using Values = GdnRowStream<T, ValueRows, kGdnChunk, Shape::kOutputThreads, Shape::kBlockV / 8>;
   using Queries = GdnRowStream<T, GdnRows, 16, 32, 4>;  // the warp's rows, which nobody else reads
 
   __device__ __forceinline__ uint32_t q_smem() const { return smem_address(smem.q) + row_block * 16 * kGdnDim * 2; }

@@ -31,6 +31,7 @@ struct GdnPrefillParams {
   void* output;                 // [num_tokens, num_heads, 128]
   void* final_state;            // [num_final_slots, num_heads, V, K] or null
   void* chunks;                 // scratch on a GPU: GdnChunk (gdn/prefill/tile.cuh) of [chunk slots, num_heads]
+  void* segments;               // the same: GdnSegment of [segment slots, num_heads], or null
   GdnRowStrides q_strides, k_strides, v_strides, output_strides;
   GdnRowStrides gate_strides, beta_strides;
   GdnStateStrides initial_strides, final_strides;
@@ -39,7 +40,7 @@ struct GdnPrefillParams {
   int32_t num_initial_slots, num_final_slots;
   int32_t has_long_seqlens, has_long_indices;  // whether these are int64
   float scale;
-  int32_t reserved;
+  int32_t segment_tokens;  // of the pieces that sequences are split into, whole chunks; 0: none is
 };
 
 FLASHINFER_HOST_DEVICE inline int64_t index_at(const void* indices, int32_t i, bool is_long) {

@@ -9,7 +9,6 @@
 #pragma once
 
 #include "device/fast_math.cuh"
-#include "device/vec.cuh"
 #include "gdn/prefill/block.cuh"
 
 namespace flashinfer {
@@ -20,7 +19,6 @@ struct GdnState {
   using Barriers = GdnBarriers<Config>;
   using Smem = GdnSmem<Config>;
   using T = typename Config::T;
-  using State = typename Config::State;
 
   const GdnPrefillParams& params;
   Smem& smem;
@@ -34,73 +32,64 @@ struct GdnState {
 #pragma unroll 1
     for (int chunk = 0; chunk < unit.num_chunks; ++chunk) {
       const typename Smem::Stage& stage = smem.stages[chunk % Shape::kNumStages];
-      typename Smem::HandedOver& handed_over = smem.handed_over[chunk & 1][warp_idx];
       const uint32_t k_smem = smem_address(stage.k);
-      if (chunk >= 2) Barriers::sync(GdnBarrier::kTaken, chunk);
+      if (Shape::kHasOutput && chunk >= 2) Barriers::sync(GdnBarrier::kTaken, chunk);
       Barriers::sync(GdnBarrier::kLoaded, chunk);
 
       float recalled[kGdnBlocks][2][4] = {};
-      hand_over_and_recall(recalled, handed_over, keys_as_b, k_smem);
+      hand_over_and_recall(recalled, chunk, keys_as_b, k_smem);
       Barriers::arrive(GdnBarrier::kState, chunk);
       uint32_t missing[kGdnBlocks][4];
       subtract_from_values(missing, recalled, stage);
       float u[kGdnBlocks][2][4] = {};
       solve(u, missing, smem_address(stage.chunk.inverse));
       uint32_t operand[kGdnBlocks][4];
-      hand_over_and_scale(operand, u, handed_over, stage.chunk);
-      Barriers::arrive(GdnBarrier::kU, chunk);
+      hand_over_and_scale(operand, u, chunk, stage.chunk);
+      if constexpr (Shape::kHasOutput) Barriers::arrive(GdnBarrier::kU, chunk);
       write(operand, fast_exp2(stage.chunk.log_decay[kGdnChunk - 1]), keys_as_a, k_smem);
     }
     store();
   }
 
  private:
-  // The lane's first element in row 0 of the warp's.
-  __device__ __forceinline__ int64_t first_element() const {
-    return int64_t(unit.first_v + warp_idx * 16 + lane_row(lane_idx)) * kGdnDim + lane_column(lane_idx);
-  }
-
   __device__ __forceinline__ void load() {
-    const State* initial = initial_state_of<State>(params, unit.seq_idx, unit.head);
+    unit.load_state<Config>(params, [&](const auto& pair_at) {
 #pragma unroll
-    for (int i = 0; i < kGdnDimBlocks; ++i) {
+      for (int i = 0; i < kGdnDimBlocks; ++i) {
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
+        for (int tile = 0; tile < 2; ++tile) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float2 pair = {0.f, 0.f};
-          if (initial != nullptr) {
-            const State* src = initial + first_element() + row_of(half) * kGdnDim + 16 * i + 8 * tile;
-            const auto vec = Vec<State, 2>::load(src);
-            pair = {to_float(vec[0]), to_float(vec[1])};
+          for (int half = 0; half < 2; ++half) {
+            const float2 pair = pair_at(first_row() + row_of(half), first_column() + 16 * i + 8 * tile);
+            state[i][tile][2 * half] = pair.x, state[i][tile][2 * half + 1] = pair.y;
           }
-          state[i][tile][2 * half] = pair.x, state[i][tile][2 * half + 1] = pair.y;
         }
       }
-    }
+    });
   }
 
   __device__ __forceinline__ void store() const {
-    State* final_state = final_state_of<State>(params, unit.seq_idx, unit.head);
-    if (final_state == nullptr) return;
+    unit.store_state<Config>(params, [&](const auto& store_pair) {
 #pragma unroll
-    for (int i = 0; i < kGdnDimBlocks; ++i) {
+      for (int i = 0; i < kGdnDimBlocks; ++i) {
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
+        for (int tile = 0; tile < 2; ++tile) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          Vec<State, 2> vec;
-          vec[0] = from_float<State>(state[i][tile][2 * half]);
-          vec[1] = from_float<State>(state[i][tile][2 * half + 1]);
-          vec.store(final_state + first_element() + row_of(half) * kGdnDim + 16 * i + 8 * tile);
+          for (int half = 0; half < 2; ++half) {
+            const float (&x)[4] = state[i][tile];
+            store_pair(first_row() + row_of(half), first_column() + 16 * i + 8 * tile, x[2 * half], x[2 * half + 1]);
+          }
         }
       }
-    }
+    });
   }
 
+  // Of the lane's first element of the transposed state.
+  __device__ __forceinline__ int first_row() const { return warp_idx * 16 + lane_row(lane_idx); }
+  __device__ __forceinline__ int first_column() const { return lane_column(lane_idx); }
+
   // Sᵀ Kᵀ, and the state in 16 bits for the output.
-  __device__ __forceinline__ void hand_over_and_recall(float (&recalled)[kGdnBlocks][2][4],
-                                                       typename Smem::HandedOver& handed_over,
+  __device__ __forceinline__ void hand_over_and_recall(float (&recalled)[kGdnBlocks][2][4], int chunk,
                                                        const GdnFragment<GdnRows>& keys, uint32_t k_smem) {
     uint32_t k[2][kGdnBlocks][4];
     const auto load = [&](int i) {
@@ -113,7 +102,9 @@ struct GdnState {
       if (i + 1 < kGdnDimBlocks) load(i + 1);
       uint32_t operand[4];
       pack_block<T>(operand, state[i]);
-      handed_over.state[i][lane_idx] = {operand[0], operand[2], operand[1], operand[3]};
+      if constexpr (Shape::kHasOutput) {
+        smem.handed_over[chunk & 1][warp_idx].state[i][lane_idx] = {operand[0], operand[2], operand[1], operand[3]};
+      }
 #pragma unroll
       for (int block = 0; block < kGdnBlocks; ++block) mma_block<T>(recalled[block], operand, k[i % 2][block]);
     }
@@ -162,13 +153,14 @@ struct GdnState {
   }
 
   __device__ __forceinline__ void hand_over_and_scale(uint32_t (&operand)[kGdnBlocks][4], float (&u)[kGdnBlocks][2][4],
-                                                      typename Smem::HandedOver& handed_over,
-                                                      const GdnChunk& chunk) const {
+                                                      int chunk_idx, const GdnChunk& chunk) const {
 #pragma unroll
     for (int block = 0; block < kGdnBlocks; ++block) {
-      uint32_t plain[4];
-      pack_block<T>(plain, u[block]);
-      handed_over.u[block][lane_idx] = {plain[0], plain[2], plain[1], plain[3]};
+      if constexpr (Shape::kHasOutput) {
+        uint32_t plain[4];
+        pack_block<T>(plain, u[block]);
+        smem.handed_over[chunk_idx & 1][warp_idx].u[block][lane_idx] = {plain[0], plain[2], plain[1], plain[3]};
+      }
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
         const int token = block * 16 + tile * 8 + lane_column(lane_idx);

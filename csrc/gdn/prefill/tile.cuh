@@ -26,10 +26,51 @@ struct alignas(128) GdnChunk {
   float write_scale[kGdnChunk];                // 2^(G_last - G_i) / |k_i|
 };
 
-// Sequence i has its chunks from this slot on: never those of another, whatever the lengths.
-FLASHINFER_HOST_DEVICE inline int64_t first_chunk_slot(int32_t first_token, int32_t seq_idx) {
-  return first_token / kGdnChunk + seq_idx;
-}
+// What is known of a segment of a sequence, some chunks, that was looked at apart from those before it: with the state
+// S_0 before the first token, S = S_0 transition + state, all of them as [V, K], after the last. Once that has been
+// followed from segment to segment (scan.cuh), `state` is S_0 itself.
+struct GdnSegment {
+  float state[kGdnDim * kGdnDim], transition[kGdnDim * kGdnDim];
+};
+
+// A chunk or a segment: `size` tokens of a sequence, or its last ones. Sequence i has its pieces in a row of slots,
+// never those of another sequence, whatever the lengths; one without tokens has an empty piece.
+struct GdnPiece {
+  int32_t seq_idx, num_before;  // pieces of the sequence
+  GdnSequence tokens;
+  bool is_last;
+
+  __device__ __forceinline__ static int32_t first_slot(const GdnSequence& tokens, int32_t seq_idx, int32_t size) {
+    return tokens.begin / size + seq_idx;
+  }
+  __device__ __forceinline__ static int32_t count(const GdnSequence& tokens, int32_t size) {
+    return max(1, ceil_div(tokens.end - tokens.begin, size));
+  }
+
+  // Whether there is one in this slot.
+  __device__ __forceinline__ bool find(const GdnPrefillParams& params, int32_t slot, int32_t size) {
+    seq_idx = 0;  // the last sequence that begins at this slot or before
+    if (params.cu_seqlens != nullptr) {
+      int end = params.num_seqs;
+      while (end - seq_idx > 1) {
+        const int middle = (seq_idx + end) / 2;
+        if (first_slot(GdnSequence::of(params, middle), middle, size) <= slot) {
+          seq_idx = middle;
+        } else {
+          end = middle;
+        }
+      }
+    }
+    const GdnSequence sequence = GdnSequence::of(params, seq_idx);
+    num_before = slot - first_slot(sequence, seq_idx, size);
+    const int32_t num_pieces = count(sequence, size);
+    if (num_before < 0 || num_before >= num_pieces) return false;
+    is_last = num_before == num_pieces - 1;
+    tokens.begin = sequence.begin + num_before * size;
+    tokens.end = min(tokens.begin + size, sequence.end);
+    return true;
+  }
+};
 
 // Where a lane finds its part of 16x16 blocks of 16-bit elements in shared memory, for ldmatrix.
 //

@@ -13,7 +13,7 @@ struct GdnOutput {
   using Barriers = GdnBarriers<Config>;
   using Smem = GdnSmem<Config>;
   using T = typename Config::T;
-  using Panel = GdnRowStream<T, GdnSquare, kGdnChunk, Shape::kOutputThreads, 8>;
+  using Panel = GdnPanelStream<Config>;
 
   const GdnPrefillParams& params;
   Smem& smem;
@@ -22,24 +22,16 @@ struct GdnOutput {
 
   __device__ __forceinline__ void run() {
     const int thread_idx = warp_idx * 32 + lane_idx;
-    const int q_head = unit.head / params.heads_per_q, k_head = unit.head / params.heads_per_k;
-    Panel q[2] = {Panel(params.q, params.q_strides, q_head, 0, unit.tokens, 0, thread_idx),
-                  Panel(params.q, params.q_strides, q_head, 64, unit.tokens, 0, thread_idx)};
-    Panel k[2] = {Panel(params.k, params.k_strides, k_head, 0, unit.tokens, 0, thread_idx),
-                  Panel(params.k, params.k_strides, k_head, 64, unit.tokens, 0, thread_idx)};
-    Panel v(params.v, params.v_strides, unit.head / params.heads_per_v, unit.first_v, unit.tokens, 0, thread_idx);
-    const GdnChunk* chunks = chunks_of(params, unit.tokens, unit.seq_idx, unit.head);
+    const int q_head = unit.head / params.heads_per_q;
+    GdnFeed<Config> feed(params, unit, thread_idx);
+    Panel queries[2] = {Panel(params.q, params.q_strides, q_head, 0, unit, thread_idx),
+                        Panel(params.q, params.q_strides, q_head, 64, unit, thread_idx)};
     const auto load_async = [&](int chunk) {
       if (chunk < unit.num_chunks) {
-        typename Smem::Stage& stage = smem.stages[chunk % Shape::kNumStages];
+        const int stage = chunk % Shape::kNumStages;
+        feed.load_async(smem.stages[stage]);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          k[i].load_async(smem_address(stage.k[i]));
-          q[i].load_async(smem_address(stage.q[i]));
-        }
-        v.load_async(smem_address(stage.v));
-        load_chunk_async<Shape::kOutputThreads>(stage.chunk, chunks, thread_idx);
-        chunks += params.num_heads;
+        for (int i = 0; i < 2; ++i) queries[i].load_async(smem_address(smem.q[stage][i]));
       }
       cp_async_commit();
     };
@@ -55,16 +47,14 @@ struct GdnOutput {
       const typename Smem::Stage& stage = smem.stages[chunk % Shape::kNumStages];
       const typename Smem::HandedOver& handed_over = smem.handed_over[chunk & 1];
       Barriers::sync_output();  // the chunk is there for all, and all have left the one before
+      uint32_t q[kGdnDimBlocks][4];
+      load_q(q, smem.q[chunk % Shape::kNumStages]);
       float scale[2] = {params.scale, params.scale};
-      if constexpr (Config::kNormalize) scale_to_length_1(scale, stage);
+      if constexpr (Config::kNormalize) scale_to_length_1(scale, q);
       float scores[kGdnChunk / 2], output[Shape::kBlockV / 2];
-      pin(scores), pin(output);
-      wgmma_fence();
-      multiply_panels<T>(scores, stage.q, stage.k);
-      wgmma_commit();
+      multiply_panels<T>(scores, q, stage.k);
       Barriers::sync(GdnBarrier::kState, chunk);
-      multiply_panels<T>(output, stage.q, handed_over.state);
-      wgmma_commit();
+      multiply_panels<T>(output, q, handed_over.state);
       load_async(chunk + kNumAhead);  // in place of the last chunk, which the state has left as well
       wgmma_wait<1>();
       pin(scores);
@@ -75,7 +65,7 @@ struct GdnOutput {
       if (chunk + 1 < unit.num_chunks) Barriers::arrive(GdnBarrier::kLoaded, chunk + 1);
 
       wgmma_wait<0>();
-      pin(output);
+      pin(output), pin_blocks(q);
 #pragma unroll
       for (int i = 0; i < Shape::kBlockV / 2; ++i) output[i] *= scale[i / 2 % 2];
       Barriers::sync(GdnBarrier::kU, chunk);
@@ -89,16 +79,21 @@ struct GdnOutput {
   }
 
  private:
-  __device__ __forceinline__ void scale_to_length_1(float (&scale)[2], const typename Smem::Stage& stage) const {
+  __device__ __forceinline__ void load_q(uint32_t (&q)[kGdnDimBlocks][4], const uint8_t (&panels)[2][kGdnPanel]) const {
     const auto fragment = GdnFragment<GdnSquare>::as_a(lane_idx);
+#pragma unroll
+    for (int i = 0; i < kGdnDimBlocks; ++i) {
+      ldmatrix_x4(q[i], fragment.address(smem_address(panels[i / 4]), warp_idx, i % 4));
+    }
+  }
+
+  __device__ __forceinline__ void scale_to_length_1(float (&scale)[2], const uint32_t (&q)[kGdnDimBlocks][4]) const {
     float sum[2] = {0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < kGdnDimBlocks; ++i) {
-      uint32_t q[4];
-      ldmatrix_x4(q, fragment.address(smem_address(stage.q[i / 4]), warp_idx, i % 4));
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float2 pair = unpack_16bit<T>(q[j]);
+        const float2 pair = unpack_16bit<T>(q[i][j]);
         sum[j % 2] += pair.x * pair.x + pair.y * pair.y;
       }
     }

@@ -20,7 +20,7 @@
 
 namespace flashinfer {
 
-// Config: T, State, kNormalize, kBlockV, kNumStages. Grid: sequences times heads times 128 / kBlockV.
+// Config and grids as of gdn/prefill/kernel.cuh.
 template <class Config>
 __device__ void gdn_prefill(const GdnPrefillParams& params) {
   using Shape = GdnShape<Config>;
@@ -30,12 +30,32 @@ __device__ void gdn_prefill(const GdnPrefillParams& params) {
   wait_for_previous_kernel();
   allow_next_kernel();
 
-  const GdnUnit unit = GdnUnit::of<Config>(params, blockIdx.x);
+  GdnUnit unit;
+  if (!unit.find<Config>(params, blockIdx.x)) return;
   const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane_idx = threadIdx.x % 32;
   if (warp_idx < Shape::kStateWarps) {
     sm90::GdnState<Config>{params, smem, unit, warp_idx, lane_idx}.run();
   } else {
     sm90::GdnOutput<Config>{params, smem, unit, warp_idx - Shape::kStateWarps, lane_idx}.run();
+  }
+}
+
+template <class Config>
+__device__ void gdn_prefill_segments(const GdnPrefillParams& params) {
+  using Shape = GdnShape<Config>;
+  extern __shared__ __align__(1024) uint8_t smem_bytes[];
+  static_assert(sizeof(sm90::GdnSmem<Config>) <= Config::kSmemBytes && Shape::kNumThreads == Config::kNumThreads);
+  auto& smem = *reinterpret_cast<sm90::GdnSmem<Config>*>(smem_bytes);
+  wait_for_previous_kernel();
+  allow_next_kernel();
+
+  GdnUnit unit;
+  if (!unit.find<Config>(params, blockIdx.x)) return;
+  const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane_idx = threadIdx.x % 32;
+  if (warp_idx < Shape::kStateWarps) {
+    sm90::GdnState<Config>{params, smem, unit, warp_idx, lane_idx}.run();
+  } else {
+    feed_state<Config, sm90::GdnFeed<Config>>(params, smem, unit, lane_idx);
   }
 }
 

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "device/fast_math.cuh"
-#include "device/vec.cuh"
 #include "gdn/sm90/tile.cuh"
 
 namespace flashinfer::sm90 {
@@ -15,7 +14,6 @@ struct GdnState {
   using Barriers = GdnBarriers<Config>;
   using Smem = GdnSmem<Config>;
   using T = typename Config::T;
-  using State = typename Config::State;
 
   const GdnPrefillParams& params;
   Smem& smem;
@@ -28,22 +26,21 @@ struct GdnState {
 #pragma unroll 1
     for (int chunk = 0; chunk < unit.num_chunks; ++chunk) {
       const typename Smem::Stage& stage = smem.stages[chunk % Shape::kNumStages];
-      typename Smem::HandedOver& handed_over = smem.handed_over[chunk & 1];
-      if (chunk >= 2) Barriers::sync(GdnBarrier::kTaken, chunk);
-      hand_over_state(state, handed_over);
+      uint32_t operand[kGdnDimBlocks][4];
+#pragma unroll
+      for (int i = 0; i < kGdnDimBlocks; ++i) pack_columns<T>(operand[i], state, i);
+      if (Shape::kHasOutput && chunk >= 2) Barriers::sync(GdnBarrier::kTaken, chunk);
+      hand_over_state(operand, chunk);
       Barriers::arrive(GdnBarrier::kState, chunk);
       Barriers::sync(GdnBarrier::kLoaded, chunk);
 
       float recalled[kGdnChunk / 2];
-      pin(recalled);
-      wgmma_fence();
-      multiply_panels<T>(recalled, handed_over.state, stage.k);
-      wgmma_commit();
+      multiply_panels<T>(recalled, operand, stage.k);
       const float decay = fast_exp2(stage.chunk.log_decay[kGdnChunk - 1]);
 #pragma unroll
       for (int i = 0; i < kGdnDim / 2; ++i) state[i] *= decay;
       wgmma_wait<0>();
-      pin(recalled);
+      pin(recalled), pin_blocks(operand);
 
       uint32_t missing[kGdnBlocks][4];
       subtract_from_values(missing, recalled, stage);
@@ -55,8 +52,7 @@ struct GdnState {
       uint32_t written[kGdnBlocks][4];
       scale(written, u, stage.chunk);
       multiply<128>(state, written, column_major_operand(smem_address(stage.k), kGdnChunk), true);
-      hand_over_u(u, handed_over);
-      Barriers::arrive(GdnBarrier::kU, chunk);
+      hand_over_u(u, chunk);
       wgmma_wait<0>();
       pin(state), pin_blocks(written);
     }
@@ -64,64 +60,61 @@ struct GdnState {
   }
 
  private:
-  __device__ __forceinline__ int64_t first_element() const {
-    return int64_t(unit.first_v + warp_idx * 16 + lane_row(lane_idx)) * kGdnDim + lane_column(lane_idx);
-  }
+  // Of the lane's first element of the transposed state.
+  __device__ __forceinline__ int first_row() const { return warp_idx * 16 + lane_row(lane_idx); }
+  __device__ __forceinline__ int first_column() const { return lane_column(lane_idx); }
 
   __device__ __forceinline__ void load(float (&state)[kGdnDim / 2]) const {
-    const State* initial = initial_state_of<State>(params, unit.seq_idx, unit.head);
+    unit.load_state<Config>(params, [&](const auto& pair_at) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int i = 0; i < kGdnDim / 4; i += 2) {
-        float2 pair = {0.f, 0.f};
-        if (initial != nullptr) {
-          const auto vec = Vec<State, 2>::load(initial + first_element() + row_of(half) * kGdnDim + column_of(i));
-          pair = {to_float(vec[0]), to_float(vec[1])};
+        for (int i = 0; i < kGdnDim / 4; i += 2) {
+          const float2 pair = pair_at(first_row() + row_of(half), first_column() + column_of(i));
+          at(state, half, i) = pair.x, at(state, half, i + 1) = pair.y;
         }
-        at(state, half, i) = pair.x, at(state, half, i + 1) = pair.y;
       }
-    }
+    });
   }
 
   __device__ __forceinline__ void store(const float (&state)[kGdnDim / 2]) const {
-    State* final_state = final_state_of<State>(params, unit.seq_idx, unit.head);
-    if (final_state == nullptr) return;
+    unit.store_state<Config>(params, [&](const auto& store_pair) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int i = 0; i < kGdnDim / 4; i += 2) {
-        Vec<State, 2> vec;
-        vec[0] = from_float<State>(at(state, half, i)), vec[1] = from_float<State>(at(state, half, i + 1));
-        vec.store(final_state + first_element() + row_of(half) * kGdnDim + column_of(i));
+        for (int i = 0; i < kGdnDim / 4; i += 2) {
+          store_pair(first_row() + row_of(half), first_column() + column_of(i), at(state, half, i),
+                     at(state, half, i + 1));
+        }
       }
+    });
+  }
+
+  // In 16 bits, as B of the output's product.
+  __device__ __forceinline__ void hand_over_state(const uint32_t (&operand)[kGdnDimBlocks][4], int chunk) const {
+    if constexpr (Shape::kHasOutput) {
+      const auto fragment = GdnFragment<GdnSquare>::as_a(lane_idx);
+      const auto& panels = smem.handed_over[chunk & 1].state;
+#pragma unroll
+      for (int i = 0; i < kGdnDimBlocks; ++i) {
+        stmatrix_x4(fragment.address(smem_address(panels[i / 4]), warp_idx, i % 4), operand[i]);
+      }
+      fence_async_proxy();
     }
   }
 
-  // In 16 bits, as A of the product here and as B of the output's.
-  __device__ __forceinline__ void hand_over_state(const float (&state)[kGdnDim / 2],
-                                                  typename Smem::HandedOver& handed_over) const {
-    const auto fragment = GdnFragment<GdnSquare>::as_a(lane_idx);
+  __device__ __forceinline__ void hand_over_u(const float (&u)[kGdnChunk / 2], int chunk) const {
+    if constexpr (Shape::kHasOutput) {
+      const auto fragment = GdnFragment<GdnSquare>::as_b(lane_idx);
 #pragma unroll
-    for (int i = 0; i < kGdnDimBlocks; ++i) {
-      uint32_t packed[4];
-      pack_columns<T>(packed, state, i);
-      stmatrix_x4(fragment.address(smem_address(handed_over.state[i / 4]), warp_idx, i % 4), packed);
+      for (int block = 0; block < kGdnBlocks; ++block) {
+        uint32_t packed[4];
+        pack_columns<T>(packed, u, block);
+        stmatrix_x4_trans(fragment.address(smem_address(smem.handed_over[chunk & 1].u), block, warp_idx), packed);
+      }
+      fence_async_proxy();
+      Barriers::arrive(GdnBarrier::kU, chunk);
     }
-    fence_async_proxy();
-    Barriers::sync_state();
-  }
-
-  __device__ __forceinline__ void hand_over_u(const float (&u)[kGdnChunk / 2],
-                                              typename Smem::HandedOver& handed_over) const {
-    const auto fragment = GdnFragment<GdnSquare>::as_b(lane_idx);
-#pragma unroll
-    for (int block = 0; block < kGdnBlocks; ++block) {
-      uint32_t packed[4];
-      pack_columns<T>(packed, u, block);
-      stmatrix_x4_trans(fragment.address(smem_address(handed_over.u), block, warp_idx), packed);
-    }
-    fence_async_proxy();
   }
 
   __device__ __forceinline__ void subtract_from_values(uint32_t (&missing)[kGdnBlocks][4],

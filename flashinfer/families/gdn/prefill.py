@@ -14,7 +14,7 @@ HEAD_DIM = 128
 STATE_DTYPES = ("fp32", "bf16")
 ADDRESSES = (
     "q", "k", "v", "gate", "beta", "cu_seqlens", "initial_state", "initial_indices", "final_indices", "output",
-    "final_state", "chunks",
+    "final_state", "chunks", "segments",
 )  # fmt: skip
 _ROW: Fields = [("token", I64), ("head", I64)]
 _STATE: Fields = [("slot", I64), ("head", I64)]
@@ -32,35 +32,37 @@ class GdnPrefillParams(ctypes.Structure):
         *[(name, I32) for name in ("heads_per_q", "heads_per_k", "heads_per_v")],
         *[(name, I32) for name in ("num_initial_slots", "num_final_slots", "has_long_seqlens", "has_long_indices")],
         ("scale", F32),
-        ("reserved", I32),
+        ("segment_tokens", I32),
     ]
 
 
-# csrc/gdn/prefill/tile.cuh: tokens of a chunk, and sizeof(GdnChunk).
+# csrc/gdn/prefill/tile.cuh: tokens of a chunk, sizeof(GdnChunk) and sizeof(GdnSegment).
 CHUNK = 64
 CHUNK_BYTES = CHUNK * CHUNK * 2 + 4 * CHUNK * 4
+SEGMENT_BYTES = 2 * HEAD_DIM * HEAD_DIM * 4
 
 
-def num_chunk_slots(num_tokens: int, num_seqs: int) -> int:
-    """Beyond the last that a sequence has: first_chunk_slot, in csrc/gdn/prefill/tile.cuh."""
-    return num_tokens // CHUNK + num_seqs
+def num_slots(num_tokens: int, num_seqs: int, size: int) -> int:
+    """Of pieces of so many tokens, beyond the last that a sequence has: GdnPiece, in csrc/gdn/prefill/tile.cuh."""
+    return num_tokens // size + num_seqs
 
 
+SEGMENTS_V = 64  # columns of a state, or rows of a transition, that a block takes through a segment
+SCAN_ROWS = 8  # of a state, that a block follows from segment to segment
 # Columns of the values that a block takes, stages of keys and values; the first that fits.
 _TILES = ((64, 3), (32, 4), (32, 2))
 
 
-def _smem_bytes(block_v: int, num_stages: int) -> int:
-    """GdnSmem in csrc/gdn/prefill/block.cuh."""
-    stage = CHUNK * (HEAD_DIM + block_v) * 2 + CHUNK_BYTES
+def _stages_bytes(block_v: int, num_stages: int) -> int:
+    """GdnStages in csrc/gdn/prefill/block.cuh, and in csrc/gdn/sm90/tile.cuh."""
+    return num_stages * (CHUNK * (HEAD_DIM + block_v) * 2 + CHUNK_BYTES)
+
+
+def _smem_bytes(block_v: int, num_stages: int, num_q_stages: int = 1) -> int:
+    """GdnSmem in the same files, with an output."""
+    q = num_q_stages * CHUNK * HEAD_DIM * 2
     handed_over = block_v * (HEAD_DIM + CHUNK) * 2
-    return num_stages * stage + CHUNK * HEAD_DIM * 2 + 2 * handed_over
-
-
-def _sm90_smem_bytes(num_stages: int) -> int:
-    """GdnSmem in csrc/gdn/sm90/tile.cuh."""
-    panel = CHUNK * 128
-    return num_stages * (5 * panel + CHUNK_BYTES) + 2 * 3 * panel
+    return _stages_bytes(block_v, num_stages) + q + 2 * handed_over
 
 
 def _require_16_bits(spec: KernelSpec) -> None:
@@ -86,14 +88,26 @@ def _config(spec: KernelSpec) -> Config:
     for width, num_stages in _TILES:
         if width <= spec.arg("block_v") and _smem_bytes(width, num_stages) <= limit:
             break
-    tile = {"kBlockV": width, "kNumStages": num_stages}
+    tile = {"kHasOutput": True, "kBlockV": width, "kNumStages": num_stages}
     return Config({**constants, **tile}, Launch(128 + 2 * width, 1, _smem_bytes(width, num_stages)))
 
 
 def _sm90_config(spec: KernelSpec) -> Config:
     _require_16_bits(spec)
-    tile = {"kBlockV": 64, "kNumStages": 3}
-    return Config({**_constants(spec), **tile}, Launch(256, 1, _sm90_smem_bytes(3)))
+    tile = {"kHasOutput": True, "kBlockV": 64, "kNumStages": 3}
+    return Config({**_constants(spec), **tile}, Launch(256, 1, _smem_bytes(64, 3, num_q_stages=3)))
+
+
+def _segments_config(spec: KernelSpec) -> Config:
+    """Two blocks an SM, where shared memory has room."""
+    num_stages = 3 if 2 * _stages_bytes(SEGMENTS_V, 3) <= arch(spec.target).smem_per_block else 2
+    constants = {"T": CxxType(spec.arg("dtype")), "State": CxxType(spec.arg("state_dtype"))}
+    tile = {"kHasOutput": False, "kBlockV": SEGMENTS_V, "kNumStages": num_stages}
+    return Config({**constants, **tile}, Launch(32 + 2 * SEGMENTS_V, 2, _stages_bytes(SEGMENTS_V, num_stages)))
+
+
+def _scan_config(spec: KernelSpec) -> Config:
+    return Config({"State": CxxType(spec.arg("state_dtype")), "kRows": SCAN_ROWS}, Launch(HEAD_DIM, 2))
 
 
 def _chunks_config(spec: KernelSpec) -> Config:
@@ -114,6 +128,40 @@ def blocks_v(target: str) -> tuple[int, ...]:
 def block_v(target: str, num_units: int, num_sms: int) -> int:
     """How many it takes, of so many heads of sequences in all."""
     return blocks_v(target)[-1 if num_units * (HEAD_DIM // 64) >= num_sms else 0]
+
+
+# Microseconds of a chunk, in a block that has its SM to itself, and in one of two that share it; of the scan, for each
+# segment; and of a split for the two launches more, and blocks that begin and end.
+_WHOLE_US, _STATE_US, _SHARED_STATE_US, _SCAN_US, _SPLIT_US = 0.9, 0.6, 0.9, 0.7, 8.0
+_MAX_SEGMENTS = 32
+
+
+def segment_tokens(num_tokens: int, longest: int, num_seqs: int, num_heads: int, num_sms: int) -> int:
+    """Tokens of the segments that sequences are split into, whole chunks; 0: they stay whole.
+
+    A sequence is a chain of chunks that each of its blocks goes along, and two blocks of 64 columns a head leave most
+    SMs idle where there are few sequences of few heads. Split into n segments, chains are n times shorter and blocks n
+    times as many, for the price of another pass before: of all segments but the last, two blocks a head for what they
+    add and of all but the first two more for their transition, without the output; 4 n - 6 blocks of 5.2 M
+    multiplications and additions a chunk where a block with an output has 10.5. So it pays up to about the n that fills
+    the SMs, and never where they are full.
+
+    longest: tokens of the longest sequence; the others are taken to be as long.
+    """
+    chunks = -(-longest // CHUNK)
+    blocks = 2 * num_heads * max(1, -(-num_tokens // max(1, longest)))  # of sequences with tokens
+    best_us, best = chunks * -(-blocks // num_sms) * _WHOLE_US, 0
+    for wanted in range(2, min(_MAX_SEGMENTS, chunks) + 1):
+        each = -(-chunks // wanted)
+        segments = -(-chunks // each)
+        first_blocks = blocks * (2 * segments - 3)
+        rounds = -(-first_blocks // (2 * num_sms))
+        first_us = each * (_STATE_US if first_blocks <= num_sms else rounds * _SHARED_STATE_US)
+        second_us = each * -(-blocks * segments // num_sms) * _WHOLE_US
+        us = first_us + second_us + segments * _SCAN_US + _SPLIT_US
+        if us < best_us:
+            best_us, best = us, each * CHUNK
+    return best
 
 
 GDN_PREFILL = Family(
@@ -142,4 +190,18 @@ GDN_PREFILL_CHUNKS = Family(
     axes={"dtype": DTYPES[:2], "log_gate": (False, True), "normalize": (False, True)},
     implementations=(Implementation("cuda", "gdn/prefill/chunks.cuh", GdnPrefillParams, _chunks_config),),
 )
-register(GDN_PREFILL, GDN_PREFILL_CHUNKS)
+# And of sequences that are split: their segments, all at once, and the states between these.
+GDN_PREFILL_SEGMENTS = Family(
+    name="gdn_prefill_segments",
+    axes={"dtype": DTYPES[:2], "state_dtype": STATE_DTYPES},
+    implementations=(
+        Implementation("sm_90a", "gdn/sm90/prefill.cuh", GdnPrefillParams, _segments_config),
+        Implementation("cuda", "gdn/prefill/kernel.cuh", GdnPrefillParams, _segments_config),
+    ),
+)
+GDN_PREFILL_SCAN = Family(
+    name="gdn_prefill_scan",
+    axes={"state_dtype": STATE_DTYPES},
+    implementations=(Implementation("cuda", "gdn/prefill/scan.cuh", GdnPrefillParams, _scan_config),),
+)
+register(GDN_PREFILL, GDN_PREFILL_CHUNKS, GDN_PREFILL_SEGMENTS, GDN_PREFILL_SCAN)
