@@ -152,6 +152,7 @@ _NAMES = {
         "num_accepted_tokens",
     ),
 }
+_MOST_TOKENS = 64  # of a thread
 _memo: memo.Memo[_Prepared] = memo.Memo()
 
 
@@ -296,7 +297,7 @@ def _prepare(op: str, operands: _Operands, index: _Index, settings: _Settings) -
         num_tokens, tokens_per_thread = x.shape[0], int(launcher.config.constants["kTokens"])
         if device_index >= 0:  # weights are loaded once for many tokens, as long as there are blocks for all of the GPU
             least = 8 * memo.num_sms(device_index)
-            while tokens_per_thread < 64 and blocks_per_row * num_tokens >= 2 * tokens_per_thread * least:
+            while tokens_per_thread < _MOST_TOKENS and blocks_per_row * num_tokens >= 2 * tokens_per_thread * least:
                 tokens_per_thread *= 2
         grid = (blocks_per_row * -(-num_tokens // tokens_per_thread), 1, 1)
         values |= {

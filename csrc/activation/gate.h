@@ -9,7 +9,9 @@
 
 #include "common.h"
 
-#if !defined(__CUDACC__)
+#if defined(__CUDACC__)
+#include "device/fast_math.cuh"
+#else
 #include "cpu/math.h"
 #endif
 
@@ -20,14 +22,18 @@ enum Gate : int { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
 template <int kGate>
 FLASHINFER_HOST_DEVICE inline float gate(float x) {
 #if defined(__CUDA_ARCH__)
-  const auto exp = [](float y) { return __expf(y); };
+  const auto exp = [](float y) { return fast_exp2(y * 1.44269504f); };
   const auto erf = [](float y) { return erff(y); };
 #else
   const auto exp = [](float y) { return cpu::fast_exp(y); };
   const auto erf = [](float y) { return __builtin_erff(y); };
 #endif
   if constexpr (kGate == kSilu) {
+#if defined(__CUDA_ARCH__)
+    return x * fast_rcp(1.f + exp(-x));  // a division takes as long as all the rest
+#else
     return x / (1.f + exp(-x));
+#endif
   } else if constexpr (kGate == kGelu) {
     constexpr float kSqrtHalf = 0.70710678118654752f;
     return 0.5f * x * (1.f + erf(x * kSqrtHalf));

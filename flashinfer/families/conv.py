@@ -43,6 +43,9 @@ class CausalConv1dUpdateParams(ctypes.Structure):
     ]
 
 
+TOKENS = 4  # of a thread whose loads are in flight while as many are computed
+
+
 def vec_size(dtype: str, num_channels: int, alignment: int = 0) -> int:
     """Of 8 bytes at most: a thread of 16 has twice the registers, of which few are loads in flight."""
     return layout.vec_size(dtype, num_channels, alignment | 8)
@@ -56,7 +59,7 @@ def _config(spec: KernelSpec) -> Config:
         "kVecSize": spec.arg("vec_size"),
         "kSilu": spec.arg("silu"),
         "kChannelsLast": spec.arg("channels_last"),
-        "kTokens": 4,  # whose loads are in flight while as many are computed
+        "kTokens": TOKENS,
     }
     return Config(constants, Launch(num_threads=128))
 
