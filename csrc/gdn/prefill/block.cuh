@@ -200,18 +200,16 @@ struct GdnFeed {
     load_chunk_async<Shape::kFeedThreads>(stage.chunk, chunks, thread_idx);
     chunks += params.num_heads;
   }
-  // Before a barrier tells others of what has arrived.
-  __device__ __forceinline__ static void publish() {}
 };
 
 // The warp that brings in chunks where there is no output.
-template <class Config, class Feed, class Smem>
-__device__ __forceinline__ void feed_state(const GdnPrefillParams& params, Smem& smem, const GdnUnit& unit,
+template <class Config>
+__device__ __forceinline__ void feed_state(const GdnPrefillParams& params, GdnSmem<Config>& smem, const GdnUnit& unit,
                                            int lane_idx) {
   using Shape = GdnShape<Config>;
   using Barriers = GdnBarriers<Config>;
   constexpr int kNumAhead = Shape::kNumStages - 1;
-  Feed feed(params, unit, lane_idx);
+  GdnFeed<Config> feed(params, unit, lane_idx);
   if (!feed.has_values) {
     for (auto& stage : smem.stages) {
       for (int i = lane_idx; i < int(sizeof(stage.v) / 16); i += 32) reinterpret_cast<uint4*>(stage.v)[i] = uint4{};
@@ -226,7 +224,6 @@ __device__ __forceinline__ void feed_state(const GdnPrefillParams& params, Smem&
 #pragma unroll 1
   for (int chunk = 0; chunk < unit.num_chunks; ++chunk) {
     cp_async_wait<kNumAhead - 1>();
-    Feed::publish();
     Barriers::arrive(GdnBarrier::kLoaded, chunk);
     Barriers::sync(GdnBarrier::kState, chunk);
     load_async(chunk + kNumAhead);  // in place of the last chunk

@@ -71,7 +71,7 @@ __device__ void gdn_prefill_segments(const GdnPrefillParams& params) {
   if (warp_idx < Shape::kStateWarps) {
     GdnState<Config>{params, smem, unit, warp_idx, lane_idx}.run();
   } else {
-    feed_state<Config, GdnFeed<Config>>(params, smem, unit, lane_idx);
+    feed_state<Config>(params, smem, unit, lane_idx);
   }
 }
 

@@ -1,4 +1,4 @@
-// Prefill of the gated delta rule on Hopper: the warpgroup that brings in chunks and writes the output, which stands in
+// Prefill of the gated delta rule on Hopper: the warpgroup that writes the output, which stands in
 // gdn/prefill/output.cuh.
 #pragma once
 
@@ -13,7 +13,6 @@ struct GdnOutput {
   using Barriers = GdnBarriers<Config>;
   using Smem = GdnSmem<Config>;
   using T = typename Config::T;
-  using Panel = GdnPanelStream<Config>;
 
   const GdnPrefillParams& params;
   Smem& smem;
@@ -21,49 +20,26 @@ struct GdnOutput {
   const int warp_idx, lane_idx;
 
   __device__ __forceinline__ void run() {
-    const int thread_idx = warp_idx * 32 + lane_idx;
-    const int q_head = unit.head / params.heads_per_q;
-    GdnFeed<Config> feed(params, unit, thread_idx);
-    Panel queries[2] = {Panel(params.q, params.q_strides, q_head, 0, unit, thread_idx),
-                        Panel(params.q, params.q_strides, q_head, 64, unit, thread_idx)};
-    const auto load_async = [&](int chunk) {
-      if (chunk < unit.num_chunks) {
-        const int stage = chunk % Shape::kNumStages;
-        feed.load_async(smem.stages[stage]);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) queries[i].load_async(smem_address(smem.q[stage][i]));
-      }
-      cp_async_commit();
-    };
-
-    constexpr int kNumAhead = Shape::kNumStages - 1;
-#pragma unroll
-    for (int i = 0; i < kNumAhead; ++i) load_async(i);
-    cp_async_wait<kNumAhead - 1>();
-    fence_async_proxy();
-    if (unit.num_chunks > 0) Barriers::arrive(GdnBarrier::kLoaded, 0);
 #pragma unroll 1
     for (int chunk = 0; chunk < unit.num_chunks; ++chunk) {
-      const typename Smem::Stage& stage = smem.stages[chunk % Shape::kNumStages];
+      const int stage_idx = chunk % Shape::kNumStages;
+      const typename Smem::Stage& stage = smem.stages[stage_idx];
       const typename Smem::HandedOver& handed_over = smem.handed_over[chunk & 1];
-      Barriers::sync_output();  // the chunk is there for all, and all have left the one before
+      smem.full.wait_full(chunk);
+      fence_async_proxy();
       uint32_t q[kGdnDimBlocks][4];
-      load_q(q, smem.q[chunk % Shape::kNumStages]);
+      load_q(q, smem.q[stage_idx]);
       float scale[2] = {params.scale, params.scale};
       if constexpr (Config::kNormalize) scale_to_length_1(scale, q);
       float scores[kGdnChunk / 2], output[Shape::kBlockV / 2];
       multiply_panels<T>(scores, q, stage.k);
       Barriers::sync(GdnBarrier::kState, chunk);
       multiply_panels<T>(output, q, handed_over.state);
-      load_async(chunk + kNumAhead);  // in place of the last chunk, which the state has left as well
+      if (chunk > 0 && elect_lane()) smem.empty.at(chunk - 1).arrive();  // the state has left it as well
       wgmma_wait<1>();
       pin(scores);
       uint32_t p[kGdnBlocks][4];
       decay(p, scores, scale, stage.chunk);
-      cp_async_wait<kNumAhead - 1>();
-      fence_async_proxy();
-      if (chunk + 1 < unit.num_chunks) Barriers::arrive(GdnBarrier::kLoaded, chunk + 1);
-
       wgmma_wait<0>();
       pin(output), pin_blocks(q);
 #pragma unroll
@@ -75,7 +51,6 @@ struct GdnOutput {
       if (chunk + 2 < unit.num_chunks) Barriers::arrive(GdnBarrier::kTaken, chunk);
       store(output, chunk);
     }
-    cp_async_wait_all();
   }
 
  private:

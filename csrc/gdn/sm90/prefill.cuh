@@ -9,54 +9,65 @@
 // chunks.
 //
 //   gdn/sm90/state.cuh   carry the state, in registers, over the chunks
-//   gdn/sm90/output.cuh  bring in the chunks, and follow with the output
+//   gdn/sm90/output.cuh  follow with the output
+//   gdn/sm90/feed.cuh    bring in the chunks
 //   gdn/sm90/tile.cuh    shared memory
 //   gdn/prefill/         the unit of work, barriers, and what the first kernel leaves
 #pragma once
 
 #include "device/pdl.cuh"
+#include "gdn/sm90/feed.cuh"
 #include "gdn/sm90/output.cuh"
 #include "gdn/sm90/state.cuh"
 
 namespace flashinfer {
 
-// Config and grids as of gdn/prefill/kernel.cuh.
+namespace sm90 {
+
 template <class Config>
-__device__ void gdn_prefill(const GdnPrefillParams& params) {
+__device__ __forceinline__ void run_gdn_block(const GdnPrefillParams& params) {
   using Shape = GdnShape<Config>;
+  using Smem = GdnSmem<Config>;
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
-  static_assert(sizeof(sm90::GdnSmem<Config>) <= Config::kSmemBytes && Shape::kNumThreads == Config::kNumThreads);
-  auto& smem = *reinterpret_cast<sm90::GdnSmem<Config>*>(smem_bytes);
+  static_assert(sizeof(Smem) <= Config::kSmemBytes && kGdnThreads<Config> == Config::kNumThreads);
+  auto& smem = *reinterpret_cast<Smem*>(smem_bytes);
   wait_for_previous_kernel();
   allow_next_kernel();
 
   GdnUnit unit;
   if (!unit.find<Config>(params, blockIdx.x)) return;
   const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane_idx = threadIdx.x % 32;
+  constexpr int kFeedWarps = kGdnFeedThreads<Config> / 32, kFirstFeedWarp = Config::kNumThreads / 32 - kFeedWarps;
+  const GdnFeed<Config> feed{params, smem, unit, int(threadIdx.x) - kFirstFeedWarp * 32};
+  if (threadIdx.x == 0) {
+    smem.full.init(kGdnFeedThreads<Config>);
+    smem.empty.init(4);
+    fence_mbarrier_init();
+  }
+  if (warp_idx >= kFirstFeedWarp) feed.clear_values();
+  __syncthreads();
   if (warp_idx < Shape::kStateWarps) {
-    sm90::GdnState<Config>{params, smem, unit, warp_idx, lane_idx}.run();
-  } else {
-    sm90::GdnOutput<Config>{params, smem, unit, warp_idx - Shape::kStateWarps, lane_idx}.run();
+    if constexpr (Shape::kHasOutput) grow_registers<kGdnStateRegisters>();
+    GdnState<Config>{params, smem, unit, warp_idx, lane_idx}.run();
+  } else if (warp_idx >= kFirstFeedWarp) {
+    if constexpr (Shape::kHasOutput) shrink_registers<kGdnFeedRegisters>();
+    feed.run();
+  } else if constexpr (Shape::kHasOutput) {
+    grow_registers<kGdnOutputRegisters>();
+    GdnOutput<Config>{params, smem, unit, warp_idx - Shape::kStateWarps, lane_idx}.run();
   }
 }
 
+}  // namespace sm90
+
+// Configs and grids as of gdn/prefill/kernel.cuh.
+template <class Config>
+__device__ void gdn_prefill(const GdnPrefillParams& params) {
+  sm90::run_gdn_block<Config>(params);
+}
 template <class Config>
 __device__ void gdn_prefill_segments(const GdnPrefillParams& params) {
-  using Shape = GdnShape<Config>;
-  extern __shared__ __align__(1024) uint8_t smem_bytes[];
-  static_assert(sizeof(sm90::GdnSmem<Config>) <= Config::kSmemBytes && Shape::kNumThreads == Config::kNumThreads);
-  auto& smem = *reinterpret_cast<sm90::GdnSmem<Config>*>(smem_bytes);
-  wait_for_previous_kernel();
-  allow_next_kernel();
-
-  GdnUnit unit;
-  if (!unit.find<Config>(params, blockIdx.x)) return;
-  const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane_idx = threadIdx.x % 32;
-  if (warp_idx < Shape::kStateWarps) {
-    sm90::GdnState<Config>{params, smem, unit, warp_idx, lane_idx}.run();
-  } else {
-    feed_state<Config, sm90::GdnFeed<Config>>(params, smem, unit, lane_idx);
-  }
+  sm90::run_gdn_block<Config>(params);
 }
 
 }  // namespace flashinfer

@@ -29,28 +29,38 @@ struct GdnState {
       uint32_t operand[kGdnDimBlocks][4];
 #pragma unroll
       for (int i = 0; i < kGdnDimBlocks; ++i) pack_columns<T>(operand[i], state, i);
-      if (Shape::kHasOutput && chunk >= 2) Barriers::sync(GdnBarrier::kTaken, chunk);
-      hand_over_state(operand, chunk);
-      Barriers::arrive(GdnBarrier::kState, chunk);
-      Barriers::sync(GdnBarrier::kLoaded, chunk);
+      if constexpr (Shape::kHasOutput) {
+        if (chunk >= 2) Barriers::sync(GdnBarrier::kTaken, chunk);
+        hand_over_state(operand, chunk);
+      } else {
+        if (chunk > 0 && elect_lane()) smem.empty.at(chunk - 1).arrive();
+      }
+      smem.full.wait_full(chunk);
+      const float decay = fast_exp2(stage.chunk.log_decay[kGdnChunk - 1]);
+      fence_async_proxy();  // what has landed, and what is handed over
+      if constexpr (Shape::kHasOutput) Barriers::arrive(GdnBarrier::kState, chunk);
 
+      // What the next step reads from shared memory it reads while a product is under way.
       float recalled[kGdnChunk / 2];
       multiply_panels<T>(recalled, operand, stage.k);
-      const float decay = fast_exp2(stage.chunk.log_decay[kGdnChunk - 1]);
 #pragma unroll
       for (int i = 0; i < kGdnDim / 2; ++i) state[i] *= decay;
+      uint32_t values[kGdnBlocks][4];
+      load_values(values, stage.v);
+      const Factors of_recalled = load_factors(stage.chunk.recall_scale);
       wgmma_wait<0>();
       pin(recalled), pin_blocks(operand);
 
       uint32_t missing[kGdnBlocks][4];
-      subtract_from_values(missing, recalled, stage);
+      subtract(missing, values, recalled, of_recalled);
       float u[kGdnChunk / 2];
       multiply<64>(u, missing, column_major_operand(smem_address(stage.chunk.inverse), kGdnChunk), false);
+      const Factors of_written = load_factors(stage.chunk.write_scale);
       wgmma_wait<0>();
       pin(u), pin_blocks(missing);
 
       uint32_t written[kGdnBlocks][4];
-      scale(written, u, stage.chunk);
+      scale(written, u, of_written);
       multiply<128>(state, written, column_major_operand(smem_address(stage.k), kGdnChunk), true);
       hand_over_u(u, chunk);
       wgmma_wait<0>();
@@ -92,14 +102,11 @@ struct GdnState {
 
   // In 16 bits, as B of the output's product.
   __device__ __forceinline__ void hand_over_state(const uint32_t (&operand)[kGdnDimBlocks][4], int chunk) const {
-    if constexpr (Shape::kHasOutput) {
-      const auto fragment = GdnFragment<GdnSquare>::as_a(lane_idx);
-      const auto& panels = smem.handed_over[chunk & 1].state;
+    const auto fragment = GdnFragment<GdnSquare>::as_a(lane_idx);
+    const auto& panels = smem.handed_over[chunk & 1].state;
 #pragma unroll
-      for (int i = 0; i < kGdnDimBlocks; ++i) {
-        stmatrix_x4(fragment.address(smem_address(panels[i / 4]), warp_idx, i % 4), operand[i]);
-      }
-      fence_async_proxy();
+    for (int i = 0; i < kGdnDimBlocks; ++i) {
+      stmatrix_x4(fragment.address(smem_address(panels[i / 4]), warp_idx, i % 4), operand[i]);
     }
   }
 
@@ -117,22 +124,41 @@ struct GdnState {
     }
   }
 
-  __device__ __forceinline__ void subtract_from_values(uint32_t (&missing)[kGdnBlocks][4],
-                                                       const float (&recalled)[kGdnChunk / 2],
-                                                       const typename Smem::Stage& stage) const {
+  // Of the tokens that are the lane's columns.
+  struct Factors {
+    float2 of[kGdnBlocks][2];
+  };
+  __device__ __forceinline__ Factors load_factors(const float (&of_tokens)[kGdnChunk]) const {
+    Factors factors;
+#pragma unroll
+    for (int i = 0; i < kGdnChunk / 8; ++i) {
+      factors.of[i / 2][i % 2] = reinterpret_cast<const float2&>(of_tokens[i * 8 + lane_column(lane_idx)]);
+    }
+    return factors;
+  }
+
+  // Tokens 0 to 7 and 8 to 15 of columns 0 to 7, the same of columns 8 to 15.
+  __device__ __forceinline__ void load_values(uint32_t (&values)[kGdnBlocks][4],
+                                              const uint8_t (&panel)[kGdnPanel]) const {
     const auto fragment = GdnFragment<GdnSquare>::as_a(lane_idx);
 #pragma unroll
     for (int block = 0; block < kGdnBlocks; ++block) {
-      uint32_t v[4];  // tokens 0 to 7 and 8 to 15 of columns 0 to 7, the same of columns 8 to 15
-      ldmatrix_x4_trans(v, fragment.address(smem_address(stage.v), block, warp_idx));
+      ldmatrix_x4_trans(values[block], fragment.address(smem_address(panel), block, warp_idx));
+    }
+  }
+
+  __device__ __forceinline__ static void subtract(uint32_t (&missing)[kGdnBlocks][4],
+                                                  const uint32_t (&values)[kGdnBlocks][4],
+                                                  const float (&recalled)[kGdnChunk / 2], const Factors& factors) {
+#pragma unroll
+    for (int block = 0; block < kGdnBlocks; ++block) {
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
-        const int token = block * 16 + tile * 8 + lane_column(lane_idx);
-        const float2 factor = reinterpret_cast<const float2&>(stage.chunk.recall_scale[token]);
+        const float2 factor = factors.of[block][tile];
         const float* x = recalled + block * 8 + tile * 4;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float2 value = unpack_16bit<T>(v[tile + 2 * half]);
+          const float2 value = unpack_16bit<T>(values[block][tile + 2 * half]);
           missing[block][2 * tile + half] =
               pack_16bit<T>(value.x - x[2 * half] * factor.x, value.y - x[2 * half + 1] * factor.y);
         }
@@ -140,14 +166,13 @@ struct GdnState {
     }
   }
 
-  __device__ __forceinline__ void scale(uint32_t (&written)[kGdnBlocks][4], const float (&u)[kGdnChunk / 2],
-                                        const GdnChunk& chunk) const {
+  __device__ __forceinline__ static void scale(uint32_t (&written)[kGdnBlocks][4], const float (&u)[kGdnChunk / 2],
+                                               const Factors& factors) {
 #pragma unroll
     for (int block = 0; block < kGdnBlocks; ++block) {
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
-        const int token = block * 16 + tile * 8 + lane_column(lane_idx);
-        const float2 factor = reinterpret_cast<const float2&>(chunk.write_scale[token]);
+        const float2 factor = factors.of[block][tile];
         const float* x = u + block * 8 + tile * 4;
         written[block][2 * tile] = pack_16bit<T>(x[0] * factor.x, x[1] * factor.y);
         written[block][2 * tile + 1] = pack_16bit<T>(x[2] * factor.x, x[3] * factor.y);

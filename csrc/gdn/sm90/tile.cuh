@@ -2,6 +2,7 @@
 // that the 128 dimensions of keys and queries are two panels of 64 tokens each.
 #pragma once
 
+#include "device/sm90/mbarrier.cuh"
 #include "device/sm90/warpgroup.cuh"
 #include "device/sm90/wgmma.cuh"
 #include "gdn/prefill/block.cuh"
@@ -9,6 +10,15 @@
 namespace flashinfer::sm90 {
 
 constexpr int kGdnPanel = kGdnChunk * kPanelBytes;  // bytes
+
+// After the warps of the state come those of the output, where there is one, and four that bring in chunks, or one. Of
+// registers the first two want more than an even share.
+template <class Config>
+constexpr int kGdnFeedThreads = Config::kHasOutput ? kWarpgroupSize : 32;
+constexpr int kGdnStateRegisters = 224, kGdnOutputRegisters = 208, kGdnFeedRegisters = 72;
+template <class Config>
+constexpr int kGdnThreads =
+    GdnShape<Config>::kStateThreads + (Config::kHasOutput ? kWarpgroupSize : 0) + kGdnFeedThreads<Config>;
 
 template <class Config>
 struct GdnStages {
@@ -21,6 +31,9 @@ struct GdnStages {
   };
   static_assert(sizeof(Stage) == 3 * kGdnPanel + sizeof(GdnChunk) && sizeof(GdnChunk) % 1024 == 0);
   Stage stages[Shape::kNumStages];
+  // By copies that have landed, which wgmma does not see yet: who waited for them says fence_async_proxy(). Emptied by
+  // the warps of the output, which know when the state has left a chunk, or without them by those of the state.
+  MbarrierRing<Shape::kNumStages> full, empty;
 };
 template <class Config, bool kHasOutput = Config::kHasOutput>
 struct GdnSmem : GdnStages<Config> {};
@@ -32,44 +45,6 @@ struct GdnSmem<Config, true> : GdnStages<Config> {
   };
   alignas(1024) uint8_t q[Config::kNumStages][2][kGdnPanel];
   HandedOver handed_over[2];
-};
-
-// The 64 elements from first_element on of a chunk's rows, as a panel.
-template <class Config>
-struct GdnPanelStream : GdnRowStream<typename Config::T, GdnSquare, kGdnChunk, GdnShape<Config>::kFeedThreads,
-                                     GdnShape<Config>::kThreadsPerValue> {
-  __device__ __forceinline__ GdnPanelStream(const void* base, const GdnRowStrides& strides, int head, int first_element,
-                                            const GdnUnit& unit, int thread_idx)
-      : GdnPanelStream::GdnRowStream(base, strides, head, first_element, unit.tokens, 0, thread_idx) {}
-};
-
-template <class Config>
-struct GdnFeed {
-  using Shape = GdnShape<Config>;
-  using Stage = typename GdnStages<Config>::Stage;
-  GdnPanelStream<Config> keys[2], values;
-  const GdnChunk* chunks;
-  const GdnPrefillParams& params;
-  const bool has_values;
-  const int thread_idx;
-
-  __device__ __forceinline__ GdnFeed(const GdnPrefillParams& params, const GdnUnit& unit, int thread_idx)
-      : keys{{params.k, params.k_strides, unit.head / params.heads_per_k, 0, unit, thread_idx},
-             {params.k, params.k_strides, unit.head / params.heads_per_k, 64, unit, thread_idx}},
-        values(params.v, params.v_strides, unit.head / params.heads_per_v, unit.first_v, unit, thread_idx),
-        chunks(chunks_of(params, unit)),
-        params(params),
-        has_values(Shape::kHasOutput || !unit.is_transition),
-        thread_idx(thread_idx) {}
-
-  __device__ __forceinline__ void load_async(Stage& stage) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) keys[i].load_async(smem_address(stage.k[i]));
-    if (has_values) values.load_async(smem_address(stage.v));
-    load_chunk_async<Shape::kFeedThreads>(stage.chunk, chunks, thread_idx);
-    chunks += params.num_heads;
-  }
-  __device__ __forceinline__ static void publish() { fence_async_proxy(); }
 };
 
 // Before products that have them as A, and after: until then nothing else may be in these registers.

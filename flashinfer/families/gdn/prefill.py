@@ -48,18 +48,21 @@ def num_slots(num_tokens: int, num_seqs: int, size: int) -> int:
 
 
 SEGMENTS_V = 64  # columns of a state, or rows of a transition, that a block takes through a segment
-SCAN_ROWS = 8  # of a state, that a block follows from segment to segment
+SCAN_ROWS = 8  # of a state, that a block follows from segment to segment: csrc/gdn/prefill/scan.cuh
 # Columns of the values that a block takes, stages of keys and values; the first that fits.
 _TILES = ((64, 3), (32, 4), (32, 2))
 
 
 def _stages_bytes(block_v: int, num_stages: int) -> int:
-    """GdnStages in csrc/gdn/prefill/block.cuh, and in csrc/gdn/sm90/tile.cuh."""
+    """GdnStages in csrc/gdn/prefill/block.cuh."""
     return num_stages * (CHUNK * (HEAD_DIM + block_v) * 2 + CHUNK_BYTES)
 
 
+_BARRIERS_BYTES = 1024  # beside the stages in csrc/gdn/sm90/tile.cuh, aligned
+
+
 def _smem_bytes(block_v: int, num_stages: int, num_q_stages: int = 1) -> int:
-    """GdnSmem in the same files, with an output."""
+    """GdnSmem with an output, there and in csrc/gdn/sm90/tile.cuh."""
     q = num_q_stages * CHUNK * HEAD_DIM * 2
     handed_over = block_v * (HEAD_DIM + CHUNK) * 2
     return _stages_bytes(block_v, num_stages) + q + 2 * handed_over
@@ -95,7 +98,7 @@ def _config(spec: KernelSpec) -> Config:
 def _sm90_config(spec: KernelSpec) -> Config:
     _require_16_bits(spec)
     tile = {"kHasOutput": True, "kBlockV": 64, "kNumStages": 3}
-    return Config({**_constants(spec), **tile}, Launch(256, 1, _smem_bytes(64, 3, num_q_stages=3)))
+    return Config({**_constants(spec), **tile}, Launch(384, 1, _BARRIERS_BYTES + _smem_bytes(64, 3, num_q_stages=3)))
 
 
 def _segments_config(spec: KernelSpec) -> Config:
@@ -103,11 +106,12 @@ def _segments_config(spec: KernelSpec) -> Config:
     num_stages = 3 if 2 * _stages_bytes(SEGMENTS_V, 3) <= arch(spec.target).smem_per_block else 2
     constants = {"T": CxxType(spec.arg("dtype")), "State": CxxType(spec.arg("state_dtype"))}
     tile = {"kHasOutput": False, "kBlockV": SEGMENTS_V, "kNumStages": num_stages}
-    return Config({**constants, **tile}, Launch(32 + 2 * SEGMENTS_V, 2, _stages_bytes(SEGMENTS_V, num_stages)))
+    num_bytes = _BARRIERS_BYTES + _stages_bytes(SEGMENTS_V, num_stages)
+    return Config({**constants, **tile}, Launch(32 + 2 * SEGMENTS_V, 2, num_bytes))
 
 
 def _scan_config(spec: KernelSpec) -> Config:
-    return Config({"State": CxxType(spec.arg("state_dtype")), "kRows": SCAN_ROWS}, Launch(HEAD_DIM, 2))
+    return Config({"State": CxxType(spec.arg("state_dtype"))}, Launch(2 * HEAD_DIM))
 
 
 def _chunks_config(spec: KernelSpec) -> Config:
