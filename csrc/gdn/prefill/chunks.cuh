@@ -20,10 +20,15 @@ namespace flashinfer {
 constexpr float kGdnLogZero = -128.f;  // log2 of what counts as zero: the power of 2 of it is
 
 struct GdnChunkSmem {
-  alignas(128) uint8_t k[kGdnChunk * kGdnDim * 2];
-  alignas(128)
-      uint8_t system[kGdnChunk * kGdnChunk * 2];  // fp16: A below the diagonal blocks, on it their inverses, transposed
-  alignas(16) float diagonal[kGdnBlocks][16][16];  // of A, transposed
+  struct Blocks {
+    alignas(128) uint8_t system[kGdnChunk * kGdnChunk * 2];  // fp16: A below the diagonal blocks, on it their inverses,
+                                                             // transposed
+    alignas(16) float diagonal[kGdnBlocks][16][16];          // of A, transposed
+  };
+  union {
+    alignas(128) uint8_t k[kGdnChunk * kGdnDim * 2];
+    Blocks blocks;  // when K Kᵀ is in registers
+  };
   float beta[kGdnChunk];
   GdnChunk chunk;
 };
@@ -51,7 +56,7 @@ struct GdnChunkSolver {
     if (warp_idx == 1) multiply_keys<1>(products);
     if (warp_idx == 2) multiply_keys<2>(products);
     if (warp_idx == 3) multiply_keys<3>(products);
-    if (Config::kNormalize) __syncthreads();  // for the lengths
+    __syncthreads();  // keys are done with, and lengths known
     if (warp_idx == 0) store_blocks<0>(products);
     if (warp_idx == 1) store_blocks<1>(products);
     if (warp_idx == 2) store_blocks<2>(products);
@@ -193,10 +198,10 @@ struct GdnChunkSolver {
         }
         const float2 a = {products[tile][2 * half] * scale.x, products[tile][2 * half + 1] * scale.y};
         if constexpr (kRowBlock == kColumnBlock) {  // substitution reads what lies below the diagonal alone
-          smem.diagonal[kRowBlock][column % 16][row % 16] = a.x;
-          smem.diagonal[kRowBlock][column % 16 + 1][row % 16] = a.y;
+          smem.blocks.diagonal[kRowBlock][column % 16][row % 16] = a.x;
+          smem.blocks.diagonal[kRowBlock][column % 16 + 1][row % 16] = a.y;
         } else {
-          store_pair(smem.system, row, column, pack_16bit<fp16>(a.x, a.y));
+          store_pair(smem.blocks.system, row, column, pack_16bit<fp16>(a.x, a.y));
         }
       }
     }
@@ -218,7 +223,7 @@ struct GdnChunkSolver {
       float below[16];  // a column of A
 #pragma unroll
       for (int i = (j + 1) / 4 * 4; i < 16; i += 4) {
-        const float4 part = reinterpret_cast<const float4&>(smem.diagonal[warp_idx][j][i]);
+        const float4 part = reinterpret_cast<const float4&>(smem.blocks.diagonal[warp_idx][j][i]);
         below[i] = part.x, below[i + 1] = part.y, below[i + 2] = part.z, below[i + 3] = part.w;
       }
 #pragma unroll
@@ -232,7 +237,7 @@ struct GdnChunkSolver {
       pairs[i] =
           is_upper ? pack_16bit<T>(x[2 * i] * beta, x[2 * i + 1] * beta) : pack_16bit<fp16>(x[2 * i], x[2 * i + 1]);
     }
-    uint8_t* tile = is_upper ? smem.chunk.inverse : smem.system;
+    uint8_t* tile = is_upper ? smem.chunk.inverse : smem.blocks.system;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       *reinterpret_cast<uint4*>(tile + GdnSquare::offset(first + column, first / 8 + i)) = {
@@ -242,7 +247,7 @@ struct GdnChunkSolver {
 
   // A column of blocks a warp. The blocks are held transposed: an accumulator is then the next product's A fragment.
   __device__ __forceinline__ void invert_below() {
-    const uint32_t system_smem = smem_address(smem.system);
+    const uint32_t system_smem = smem_address(smem.blocks.system);
     const auto as_a = GdnFragment<GdnSquare>::as_a(lane_idx), as_b = GdnFragment<GdnSquare>::as_b(lane_idx);
     const int column_block = warp_idx, row = lane_row(lane_idx), column = lane_column(lane_idx);
     uint32_t column_blocks[kGdnBlocks - 1][4];  // those of the inverse, from the diagonal down

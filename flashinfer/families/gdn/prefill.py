@@ -120,7 +120,7 @@ def _chunks_config(spec: KernelSpec) -> Config:
         "kLogGate": spec.arg("log_gate"),
         "kNormalize": spec.arg("normalize"),
     }
-    return Config(constants, Launch(128, 4))
+    return Config(constants, Launch(128, 7))
 
 
 def blocks_v(target: str) -> tuple[int, ...]:
