@@ -152,7 +152,6 @@ _NAMES = {
         "num_accepted_tokens",
     ),
 }
-_MOST_TOKENS = 64  # of a thread
 _memo: memo.Memo[_Prepared] = memo.Memo()
 
 
@@ -294,14 +293,8 @@ def _prepare(op: str, operands: _Operands, index: _Index, settings: _Settings) -
         }
         varying = ("x", "weight", "bias", "states", "offsets", "slots", "num_accepted", "output")
     else:
-        num_tokens, tokens_per_thread = x.shape[0], int(launcher.config.constants["kTokens"])
-        if device_index >= 0:  # weights are loaded once for many tokens, as long as there are blocks for all of the GPU
-            least = 8 * memo.num_sms(device_index)
-            while tokens_per_thread < _MOST_TOKENS and blocks_per_row * num_tokens >= 2 * tokens_per_thread * least:
-                tokens_per_thread *= 2
-        grid = (blocks_per_row * -(-num_tokens // tokens_per_thread), 1, 1)
+        grid = (blocks_per_row * -(-x.shape[0] // int(launcher.config.constants["kTokens"])), 1, 1)
         values |= {
-            "tokens_per_thread": tokens_per_thread,
             "x_stride": x.stride(0),
             "output_stride": num_channels,
             "num_tokens": x.shape[0],

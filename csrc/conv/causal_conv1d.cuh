@@ -8,11 +8,10 @@
 // Before the first token of a sequence are the inputs in its state, or zeros; its last kWidth − 1 inputs are left
 // there. A sequence whose slot is padding has an output of zeros, as have tokens of no sequence.
 //
-// Memory-bound. A thread has a vector of channels of params.tokens_per_thread tokens, kTokens at a time: the loads of
-// the next ones are in flight while these are computed, and the first ones' while it looks up the sequence. Where
-// another one begins among them it goes token by token. Who has the first token of a sequence has all that see its
-// state, also where they lie behind its own tokens, and writes the new state, from the inputs at its end: no two
-// threads meet in one.
+// Memory-bound. A thread has a vector of channels of kTokens tokens, and loads all of it, with the inputs before, ahead
+// of looking up the sequence: what hides the latencies are the loads in flight. Where another sequence begins among the
+// tokens it goes token by token. Who has the first token of a sequence has all that see its state, also where they lie
+// behind its own tokens, and writes the new state, from the inputs at its end: no two threads meet in one.
 #pragma once
 
 #include "conv/window.cuh"
@@ -89,7 +88,7 @@ struct ConvRun {
   using T = typename Config::T;
   using Channels = ConvChannels<Config>;
   using V = typename Channels::V;
-  static constexpr int kTokens = Config::kTokens, kHistory = Channels::kHistory;
+  static constexpr int kHistory = Channels::kHistory;
 
   ConvSequence<Config> sequence;
   Channels channels;
@@ -110,90 +109,78 @@ struct ConvRun {
     (token_idx < sequence.begin || sequence.is_padding() ? Channels::zeros() : y)
         .store(static_cast<T*>(params.output) + int64_t(token_idx) * params.output_stride + sequence.channel);
   }
-
-  __device__ __forceinline__ void load(int token_idx, V (&x)[kTokens]) const {
-    const int num_tokens = sequence.params.num_tokens;
-    if (token_idx + kTokens <= num_tokens) {
-      const T* src = static_cast<const T*>(sequence.params.x) + token_idx * sequence.params.x_stride + sequence.channel;
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i) x[i] = V::load(src + i * sequence.params.x_stride);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i) {
-        if (token_idx + i < num_tokens) x[i] = sequence.input(token_idx + i);
-      }
-    }
-  }
 };
 
-// Grid: ceil(num_channels / (kNumThreads · kVecSize)) · ceil(num_tokens / tokens_per_thread), channels first.
+// Grid: ceil(num_channels / (kNumThreads · kVecSize)) · ceil(num_tokens / kTokens), channels first.
 template <class Config>
 __device__ __forceinline__ void causal_conv1d(const CausalConv1dParams& params) {
   using Run = ConvRun<Config>;
   using V = typename Run::V;
-  constexpr int kTokens = Config::kTokens, kHistory = Run::kHistory;
+  constexpr int kTokens = Config::kTokens, kAhead = Config::kAhead, kHistory = Run::kHistory;
+  static_assert(kTokens >= kHistory && kTokens % kAhead == 0);
   const int blocks_per_row = ceil_div(params.num_channels, Config::kNumThreads * Config::kVecSize);
   const int tile_idx = int(blockIdx.x) / blocks_per_row;
   const int channel =
       ((int(blockIdx.x) - tile_idx * blocks_per_row) * Config::kNumThreads + int(threadIdx.x)) * Config::kVecSize;
-  const int first_token = tile_idx * params.tokens_per_thread;
-  const int end_token = min(first_token + params.tokens_per_thread, params.num_tokens);
+  const int first_token = tile_idx * kTokens, end_token = min(first_token + kTokens, params.num_tokens);
 
   wait_for_previous_kernel();
   allow_next_kernel();
   if (channel >= params.num_channels) return;
   Run run{{params, channel}};
-  V x[kTokens], before[kHistory];
-  run.load(first_token, x);
+  auto& sequence = run.sequence;
+  V x[2][kAhead], before[kHistory];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    if (first_token + i < params.num_tokens) x[0][i] = sequence.input(first_token + i);
+  }
 #pragma unroll
   for (int j = 0; j < kHistory; ++j) {
-    if (first_token - kHistory + j >= 0) before[j] = run.sequence.input(first_token - kHistory + j);
+    if (tile_idx > 0) before[j] = sequence.input(first_token - kHistory + j);
   }
   run.channels.load_weights(params.weight, params.bias, channel);
   const auto* offsets = static_cast<const typename Config::Index*>(params.offsets);
-  run.sequence.go_to(find_segment(offsets, params.num_sequences, first_token));
+  sequence.go_to(find_segment(offsets, params.num_sequences, first_token));
 
+  const bool begins = first_token == sequence.begin;
+  if (begins) run.begin_sequence(first_token);
   // Of a sequence that began shortly before, another thread has the first of these tokens.
-  int start_token = first_token;
-  if (run.sequence.begin < first_token) {
-    start_token = max(first_token, min(run.sequence.begin + kHistory, run.sequence.end));
-  }
-  if (first_token == run.sequence.begin) {
-    run.begin_sequence(first_token);
-  } else {
+  const bool is_whole = begins || first_token - sequence.begin >= kHistory;
+  if (is_whole && first_token + kTokens <= sequence.end && !sequence.is_padding()) {
+    if (!begins) {
 #pragma unroll
-    for (int j = 0; j < kHistory; ++j) {
-      to_floats(start_token == first_token ? before[j] : run.sequence.history(start_token, j), run.channels.history[j]);
+      for (int j = 0; j < kHistory; ++j) to_floats(before[j], run.channels.history[j]);
     }
+    using T = typename Config::T;
+    const T* src = static_cast<const T*>(params.x) + (first_token + kAhead) * params.x_stride + channel;
+    T* dst = static_cast<T*>(params.output) + first_token * params.output_stride + channel;
+#pragma unroll
+    for (int round = 0; round < kTokens / kAhead; ++round) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i, src += params.x_stride) {
+        if ((round + 1) * kAhead < kTokens) x[(round + 1) % 2][i] = V::load(src);
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i, dst += params.output_stride) run.channels.next(x[round % 2][i]).store(dst);
+    }
+    return;
   }
 
+  int start_token = first_token;
+  if (sequence.begin < first_token) start_token = max(first_token, min(sequence.begin + kHistory, sequence.end));
+  if (!begins) {
+#pragma unroll
+    for (int j = 0; j < kHistory; ++j) to_floats(sequence.history(start_token, j), run.channels.history[j]);
+  }
 #pragma unroll 1
-  for (int token_idx = first_token; token_idx < end_token; token_idx += kTokens) {
+  for (int token_idx = start_token; token_idx < end_token; ++token_idx) {
     if (token_idx > first_token && run.advance(token_idx)) run.begin_sequence(token_idx);
-    V next[kTokens];
-    if (token_idx + kTokens < end_token) run.load(token_idx + kTokens, next);
-    const bool is_inside = token_idx >= max(run.sequence.begin, start_token) && token_idx + kTokens <= run.sequence.end;
-    if (is_inside && token_idx + kTokens <= end_token && !run.sequence.is_padding()) {
-      auto* output_gmem = static_cast<typename Config::T*>(params.output) + token_idx * params.output_stride + channel;
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i) run.channels.next(x[i]).store(output_gmem + i * params.output_stride);
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < kTokens && token_idx + i < end_token; ++i) {
-        if (token_idx + i < start_token) continue;
-        if (i > 0 && run.advance(token_idx + i)) run.begin_sequence(token_idx + i);
-        run.compute(token_idx + i, run.sequence.input(token_idx + i));
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) x[i] = next[i];
+    run.compute(token_idx, sequence.input(token_idx));
   }
-  if (run.sequence.begin < first_token || run.sequence.idx >= params.num_sequences) return;
-  const int last = min(run.sequence.begin + kHistory, run.sequence.end);
+  if (sequence.begin < first_token || sequence.idx >= params.num_sequences) return;
+  const int last = min(sequence.begin + kHistory, sequence.end);
 #pragma unroll 1
-  for (int token_idx = end_token; token_idx < last; ++token_idx) {
-    run.compute(token_idx, run.sequence.input(token_idx));
-  }
+  for (int token_idx = end_token; token_idx < last; ++token_idx) run.compute(token_idx, sequence.input(token_idx));
 }
 
 }  // namespace flashinfer

@@ -36,7 +36,6 @@ struct CausalConv1dParams {
   ConvStates layout;
   int64_t x_stride, output_stride;  // elements between tokens
   int32_t num_tokens, num_sequences, num_channels;
-  int32_t tokens_per_thread;  // of the CUDA kernel, a multiple of kTokens
 };
 
 // The next tokens of each request, whose state is moved on.

@@ -26,7 +26,6 @@ class CausalConv1dParams(ctypes.Structure):
         ("num_tokens", I32),
         ("num_sequences", I32),
         ("num_channels", I32),
-        ("tokens_per_thread", I32),
     ]
 
 
@@ -43,7 +42,9 @@ class CausalConv1dUpdateParams(ctypes.Structure):
     ]
 
 
-TOKENS = 4  # of a thread whose loads are in flight while as many are computed
+BLOCKS_PER_SM = 5
+AHEAD = 4
+TOKENS = 16  # of a thread of the convolution over sequences
 
 
 def vec_size(dtype: str, num_channels: int, alignment: int = 0) -> int:
@@ -60,8 +61,9 @@ def _config(spec: KernelSpec) -> Config:
         "kSilu": spec.arg("silu"),
         "kChannelsLast": spec.arg("channels_last"),
         "kTokens": TOKENS,
+        "kAhead": AHEAD,
     }
-    return Config(constants, Launch(num_threads=128))
+    return Config(constants, Launch(128, BLOCKS_PER_SM))
 
 
 _AXES = {

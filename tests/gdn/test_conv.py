@@ -44,6 +44,7 @@ def index(device: torch.device, values: list[int], dtype: torch.dtype = torch.in
         (FP16, 96, 4, [1, 1, 1, 1, 5, 0, 0, 1], True, None),
         (FP32, 33, 3, [5, 9, 31, 2], True, "swish"),
         (BF16, 40, 2, [3, 16, 1], False, True),
+        (FP16, 64, 3, [100, 33, 64, 65], True, "silu"),
         (BF16, 2056, 4, [8, 8, 16, 7, 9], False, "silu"),
         (BF16, 256, 4, [7, 6, 9, 5, 2, 2, 11, 1, 4, 3, 3, 8, 5, 13, 6, 1, 1, 9, 10, 3], False, "silu"),
     ],

@@ -136,7 +136,7 @@ def block_v(target: str, num_units: int, num_sms: int) -> int:
 
 # Microseconds of a chunk, in a block that has its SM to itself, and in one of two that share it; of the scan, for each
 # segment; and of a split for the two launches more, and blocks that begin and end.
-_WHOLE_US, _STATE_US, _SHARED_STATE_US, _SCAN_US, _SPLIT_US = 0.9, 0.6, 0.9, 0.7, 8.0
+_WHOLE_US, _STATE_US, _SHARED_STATE_US, _SCAN_US, _SPLIT_US = 0.95, 0.65, 1.05, 0.9, 8.0
 _MAX_SEGMENTS = 32
 
 
