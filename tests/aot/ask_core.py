@@ -314,7 +314,7 @@ def advance(num_heads: int, num_v_heads: int, model: Model, place: Place) -> Non
         pool = tensor(3, num_v_heads, 128, 128, of=state_dtype)
         gdn_prefill.chunk_gated_delta_rule(
             q, k, v, gates, gates, None, pool, False, int32(*range(num_requests + 1)), normalize,
-            state_indices=int32(*[1] * num_requests),
+            state_indices=int32(*[1] * num_requests), _cp_chunk_len=64 if num_requests > 64 else None,
         )  # fmt: skip
     x = tensor(3, num_v_heads, dims[2])
     flashinfer.gated_rmsnorm(x, x, x[0, 0])
