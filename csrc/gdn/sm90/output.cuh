@@ -26,20 +26,22 @@ struct GdnOutput {
       const typename Smem::Stage& stage = smem.stages[stage_idx];
       const typename Smem::HandedOver& handed_over = smem.handed_over[chunk & 1];
       smem.full.wait_full(chunk);
-      fence_async_proxy();
       uint32_t q[kGdnDimBlocks][4];
       load_q(q, smem.q[stage_idx]);
       float scale[2] = {params.scale, params.scale};
       if constexpr (Config::kNormalize) scale_to_length_1(scale, q);
       float scores[kGdnChunk / 2], output[Shape::kBlockV / 2];
-      multiply_panels<T>(scores, q, stage.k);
+      // That what has landed is wgmma's to see the state's warps have said: a fence here would wait for the last
+      // chunk's output to reach memory.
       Barriers::sync(GdnBarrier::kState, chunk);
+      multiply_panels<T>(scores, q, stage.k);
       multiply_panels<T>(output, q, handed_over.state);
       if (chunk > 0 && elect_lane()) smem.empty.at(chunk - 1).arrive();  // the state has left it as well
       wgmma_wait<1>();
       pin(scores);
       uint32_t p[kGdnBlocks][4];
       decay(p, scores, scale, stage.chunk);
+      pin_blocks(p);  // meanwhile
       wgmma_wait<0>();
       pin(output), pin_blocks(q);
 #pragma unroll

@@ -31,8 +31,9 @@ struct GdnStages {
   };
   static_assert(sizeof(Stage) == 3 * kGdnPanel + sizeof(GdnChunk) && sizeof(GdnChunk) % 1024 == 0);
   Stage stages[Shape::kNumStages];
-  // By copies that have landed, which wgmma does not see yet: who waited for them says fence_async_proxy(). Emptied by
-  // the warps of the output, which know when the state has left a chunk, or without them by those of the state.
+  // By copies that have landed, which wgmma does not see yet: the state's warps wait for them and say
+  // fence_async_proxy(). Emptied by the warps of the output, which know when the state has left a chunk, or without
+  // them by those of the state.
   MbarrierRing<Shape::kNumStages> full, empty;
 };
 template <class Config, bool kHasOutput = Config::kHasOutput>
