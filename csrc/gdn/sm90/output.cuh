@@ -121,18 +121,26 @@ struct GdnOutput {
     wgmma_commit();
   }
 
-  // Four lanes write 16 bytes of a row together.
+  // Four lanes write 64 bytes of a row together.
   __device__ __forceinline__ void store(const float (&output)[Shape::kBlockV / 2], int chunk) const {
     const int64_t first_token =
         int64_t(unit.tokens.begin) + int64_t(chunk) * kGdnChunk + warp_idx * 16 + lane_row(lane_idx);
-    T* dst = static_cast<T*>(params.output) + unit.head * params.output_strides.head + unit.first_v +
-             lane_column(lane_idx) + first_token * params.output_strides.token;
+    T* dst = static_cast<T*>(params.output) + unit.head * params.output_strides.head + unit.first_v + lane_idx % 4 * 8 +
+             first_token * params.output_strides.token;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (first_token + row_of(half) >= unit.tokens.end) break;
 #pragma unroll
-      for (int i = 0; i < Shape::kBlockV / 4; i += 2) {
-        *reinterpret_cast<uint32_t*>(dst + column_of(i)) = pack_16bit<T>(at(output, half, i), at(output, half, i + 1));
+      for (int column = 0; column < Shape::kBlockV; column += 32) {
+        uint32_t x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int element = column / 4 + 2 * i;
+          x[i] = pack_16bit<T>(at(output, half, element), at(output, half, element + 1));
+        }
+        transpose_quad(x);
+        if (first_token + row_of(half) < unit.tokens.end) {
+          *reinterpret_cast<uint4*>(dst + column) = {x[0], x[1], x[2], x[3]};
+        }
       }
       dst += row_of(1) * params.output_strides.token;
     }
