@@ -3,8 +3,8 @@
 //
 //   S_{i+1} = S_i transition_i + state_i        state_i <- S_i
 //
-// In fp32, for the sake of what is never forgotten. A block has kRows rows of the state, a thread one column of them
-// and half of the sums: 64 elements of the same column of the transition. These come from the L2 cache, and the
+// In fp32, for the sake of what is never forgotten. A block has kGdnScanRows rows of the state, a thread one column
+// of them and half of the sums: 64 elements of the same column of the transition. These come from the L2 cache, and the
 // registers that a product frees take the next ones.
 #pragma once
 
@@ -15,31 +15,34 @@
 namespace flashinfer {
 
 // Config: State. Grid: sequences times heads times 128 / kGdnScanRows; 256 threads.
-constexpr int kGdnScanRows = 8;
+constexpr int kGdnScanRows = 16;
 
 template <class Config>
 __device__ void gdn_prefill_scan(const GdnPrefillParams& params) {
   using State = typename Config::State;
-  constexpr int kRows = kGdnScanRows, kSlices = kGdnDim / kRows, kTerms = kGdnDim / 2;
-  static_assert(Config::kNumThreads == 2 * kGdnDim && kRows == 8);
-  __shared__ float4 state_smem[kGdnDim][2], sums_smem[kGdnDim][2];  // four rows each
+  constexpr int kOwn = kGdnScanRows / 2, kSlices = kGdnDim / kGdnScanRows, kTerms = kGdnDim / 2;
+  static_assert(Config::kNumThreads == 2 * kGdnDim && kOwn % 4 == 0);
+  struct Rows {
+    float4 of[kOwn / 4];
+  };
+  __shared__ Rows state_smem[kGdnDim][2], sums_smem[kGdnDim][2];
   wait_for_previous_kernel();
   allow_next_kernel();
 
   const int seq_head = int(blockIdx.x) / kSlices;
   const int seq_idx = seq_head / params.num_heads, head = seq_head % params.num_heads;
   const int column = threadIdx.x % kGdnDim, half = threadIdx.x / kGdnDim;
-  const int first_row = int(blockIdx.x) % kSlices * kRows + half * 4;  // of the four whose sums the thread completes
+  const int first_row = int(blockIdx.x) % kSlices * kGdnScanRows + half * kOwn;  // of those whose sums it completes
   const GdnSequence tokens = GdnSequence::of(params, seq_idx);
   const int num_segments = GdnPiece::count(tokens, params.segment_tokens);
   const int64_t first_slot = GdnPiece::first_slot(tokens, seq_idx, params.segment_tokens);
   GdnSegment* segment = static_cast<GdnSegment*>(params.segments) + first_slot * params.num_heads + head;
 
-  float4 state = {};
+  float state[kOwn] = {};
   const State* initial = initial_state_of<State>(params, seq_idx, head);
   if (initial != nullptr) {
-    const State* src = initial + first_row * kGdnDim + column;
-    state = {to_float(src[0]), to_float(src[kGdnDim]), to_float(src[2 * kGdnDim]), to_float(src[3 * kGdnDim])};
+#pragma unroll
+    for (int row = 0; row < kOwn; ++row) state[row] = to_float(initial[(first_row + row) * kGdnDim + column]);
   }
   float transition[kTerms];
   const auto load_transition = [&](const GdnSegment* of, int i) {
@@ -52,35 +55,43 @@ __device__ void gdn_prefill_scan(const GdnPrefillParams& params) {
 #pragma unroll 1
   for (int i = 0; i < num_segments; ++i) {
     float* of_segment = segment->state + first_row * kGdnDim + column;
-    float4 next = {};
+    float next[kOwn] = {};
     if (i + 1 < num_segments) {
-      next = {of_segment[0], of_segment[kGdnDim], of_segment[2 * kGdnDim], of_segment[3 * kGdnDim]};
+#pragma unroll
+      for (int row = 0; row < kOwn; ++row) next[row] = of_segment[row * kGdnDim];
     }
-    of_segment[0] = state.x, of_segment[kGdnDim] = state.y;
-    of_segment[2 * kGdnDim] = state.z, of_segment[3 * kGdnDim] = state.w;
+#pragma unroll
+    for (int row = 0; row < kOwn; ++row) of_segment[row * kGdnDim] = state[row];
     segment += params.num_heads;
     if (i > 0 && i + 1 < num_segments) {  // the first segment began with the state itself
-      state_smem[column][half] = state;
+      float (&shared)[kOwn] = reinterpret_cast<float (&)[kOwn]>(state_smem[column][half]);
+#pragma unroll
+      for (int row = 0; row < kOwn; ++row) shared[row] = state[row];
       __syncthreads();
       const bool has_next = i + 2 < num_segments;  // the transition of the last segment is nobody's
-      float4 sums[2] = {};
+      float sums[2][kOwn] = {};
 #pragma unroll
       for (int j = 0; j < kTerms; ++j) {
 #pragma unroll
-        for (int part = 0; part < 2; ++part) {
-          const float4 x = state_smem[half * kTerms + j][part];
-          sums[part].x += x.x * transition[j], sums[part].y += x.y * transition[j];
-          sums[part].z += x.z * transition[j], sums[part].w += x.w * transition[j];
+        for (int part = 0; part < kGdnScanRows / 4; ++part) {
+          const float4 x = state_smem[half * kTerms + j][part / (kOwn / 4)].of[part % (kOwn / 4)];
+          float* sum = sums[part / (kOwn / 4)] + part % (kOwn / 4) * 4;
+          sum[0] += x.x * transition[j], sum[1] += x.y * transition[j];
+          sum[2] += x.z * transition[j], sum[3] += x.w * transition[j];
         }
         if (has_next) load_transition(segment, j);
       }
-      sums_smem[column][half] = half == 0 ? sums[1] : sums[0];  // those that the other thread completes
+      // Those that the other thread completes.
+      float (&given)[kOwn] = reinterpret_cast<float (&)[kOwn]>(sums_smem[column][half]);
+#pragma unroll
+      for (int row = 0; row < kOwn; ++row) given[row] = half == 0 ? sums[1][row] : sums[0][row];
       __syncthreads();
-      const float4 mine = half == 0 ? sums[0] : sums[1], others = sums_smem[column][1 - half];
-      next = {next.x + mine.x + others.x, next.y + mine.y + others.y, next.z + mine.z + others.z,
-              next.w + mine.w + others.w};
+      const float (&taken)[kOwn] = reinterpret_cast<const float (&)[kOwn]>(sums_smem[column][1 - half]);
+#pragma unroll
+      for (int row = 0; row < kOwn; ++row) next[row] += (half == 0 ? sums[0][row] : sums[1][row]) + taken[row];
     }
-    state = next;
+#pragma unroll
+    for (int row = 0; row < kOwn; ++row) state[row] = next[row];
   }
 }
 

@@ -10,7 +10,7 @@ struct GdnFeed {
   using Shape = GdnShape<Config>;
   using Smem = GdnSmem<Config>;
   static constexpr int kNumThreads = kGdnFeedThreads<Config>;
-  // 64 elements of each row of a chunk: a panel.
+  // 64 elements of each row of a chunk: a panel. Of values there may be one, of queries none.
   using Panel = GdnRowStream<typename Config::T, GdnSquare, kGdnChunk, kNumThreads, kNumThreads == 32 ? 4 : 8>;
 
   const GdnPrefillParams& params;
@@ -34,7 +34,8 @@ struct GdnFeed {
     };
     Panel k[2] = {panel(params.k, params.k_strides, params.heads_per_k, 0),
                   panel(params.k, params.k_strides, params.heads_per_k, 64)};
-    Panel v = panel(params.v, params.v_strides, params.heads_per_v, unit.first_v);
+    Panel v[2] = {panel(params.v, params.v_strides, params.heads_per_v, unit.first_v),
+                  panel(params.v, params.v_strides, params.heads_per_v, unit.first_v + 64)};
     Panel q[2] = {panel(params.q, params.q_strides, params.heads_per_q, 0),
                   panel(params.q, params.q_strides, params.heads_per_q, 64)};
     const GdnChunk* chunks = chunks_of(params, unit);
@@ -46,7 +47,10 @@ struct GdnFeed {
 #pragma unroll
       for (int i = 0; i < 2; ++i) k[i].load_async(smem_address(stage.k[i]));
       load_chunk_async<kNumThreads>(stage.chunk, chunks, thread_idx);
-      if (!unit.is_transition) v.load_async(smem_address(stage.v));
+      if (!unit.is_transition) {
+#pragma unroll
+        for (int i = 0; i < GdnStages<Config>::kStateWarpgroups; ++i) v[i].load_async(smem_address(stage.v[i]));
+      }
       if constexpr (Shape::kHasOutput) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) q[i].load_async(smem_address(smem.q[stage_idx][i]));

@@ -5,8 +5,8 @@
 //   q, k [num_tokens, heads of q or k, 128], v [num_tokens, heads of v, 128], states [slots, num_heads, V, K]
 //   -> output [num_tokens, num_heads, 128], states
 //
-// A block has 64 columns of a head's state, the rows of a warpgroup's products; two warpgroups work on neighbouring
-// chunks.
+// A block has 64 columns of a head's state, the rows of a warpgroup's products, and a second warpgroup works on the
+// chunk before; or, without an output, a warpgroup for either half of the columns.
 //
 //   gdn/sm90/state.cuh   carry the state, in registers, over the chunks
 //   gdn/sm90/output.cuh  follow with the output
@@ -41,7 +41,7 @@ __device__ __forceinline__ void run_gdn_block(const GdnPrefillParams& params) {
   const GdnFeed<Config> feed{params, smem, unit, int(threadIdx.x) - kFirstFeedWarp * 32};
   if (threadIdx.x == 0) {
     smem.full.init(kGdnFeedThreads<Config>);
-    smem.empty.init(4);
+    smem.empty.init(Shape::kHasOutput ? 4 : Shape::kStateWarps);
     fence_mbarrier_init();
   }
   if (warp_idx >= kFirstFeedWarp) feed.clear_values();

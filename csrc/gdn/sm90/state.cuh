@@ -46,7 +46,7 @@ struct GdnState {
 #pragma unroll
       for (int i = 0; i < kGdnDim / 2; ++i) state[i] *= decay;
       uint32_t values[kGdnBlocks][4];
-      load_values(values, stage.v);
+      load_values(values, stage.v[warp_idx / 4]);
       const Factors of_recalled = load_factors(stage.chunk.recall_scale);
       wgmma_wait<0>();
       pin(recalled), pin_blocks(operand);
@@ -143,7 +143,7 @@ struct GdnState {
     const auto fragment = GdnFragment<GdnSquare>::as_a(lane_idx);
 #pragma unroll
     for (int block = 0; block < kGdnBlocks; ++block) {
-      ldmatrix_x4_trans(values[block], fragment.address(smem_address(panel), block, warp_idx));
+      ldmatrix_x4_trans(values[block], fragment.address(smem_address(panel), block, warp_idx % 4));
     }
   }
 

@@ -11,8 +11,8 @@ namespace flashinfer::sm90 {
 
 constexpr int kGdnPanel = kGdnChunk * kPanelBytes;  // bytes
 
-// After the warps of the state come those of the output, where there is one, and four that bring in chunks, or one. Of
-// registers the first two want more than an even share.
+// After the warps of the state, a warpgroup for every 64 columns, come those of the output, where there is one, and
+// four that bring in chunks, or one. Of registers the first two want more than an even share.
 template <class Config>
 constexpr int kGdnFeedThreads = Config::kHasOutput ? kWarpgroupSize : 32;
 constexpr int kGdnStateRegisters = 224, kGdnOutputRegisters = 208, kGdnFeedRegisters = 72;
@@ -23,13 +23,14 @@ constexpr int kGdnThreads =
 template <class Config>
 struct GdnStages {
   using Shape = GdnShape<Config>;
-  static_assert(Shape::kBlockV == 64 && kGdnChunk == 64 && kGdnDim == 128, "a warpgroup has 64 rows of A");
+  static constexpr int kStateWarpgroups = Shape::kBlockV / 64;
+  static_assert(Shape::kBlockV % 64 == 0 && kGdnChunk == 64 && kGdnDim == 128, "a warpgroup has 64 rows of A");
   struct alignas(1024) Stage {
     uint8_t k[2][kGdnPanel];
-    uint8_t v[kGdnPanel];
+    uint8_t v[kStateWarpgroups][kGdnPanel];
     GdnChunk chunk;  // its inverse is a panel
   };
-  static_assert(sizeof(Stage) == 3 * kGdnPanel + sizeof(GdnChunk) && sizeof(GdnChunk) % 1024 == 0);
+  static_assert(sizeof(Stage) == (2 + kStateWarpgroups) * kGdnPanel + sizeof(GdnChunk) && sizeof(GdnChunk) % 1024 == 0);
   Stage stages[Shape::kNumStages];
   // By copies that have landed, which wgmma does not see yet: the state's warps wait for them and say
   // fence_async_proxy(). Emptied by the warps of the output, which know when the state has left a chunk, or without
@@ -40,6 +41,7 @@ template <class Config, bool kHasOutput = Config::kHasOutput>
 struct GdnSmem : GdnStages<Config> {};
 template <class Config>
 struct GdnSmem<Config, true> : GdnStages<Config> {
+  static_assert(GdnStages<Config>::kStateWarpgroups == 1, "an output is of one warpgroup");
   struct alignas(1024) HandedOver {
     uint8_t state[2][kGdnPanel];  // [64 columns of values, 128], at the start of a chunk
     uint8_t u[kGdnPanel];         // [64 tokens, 64 columns of values]

@@ -47,8 +47,8 @@ def num_slots(num_tokens: int, num_seqs: int, size: int) -> int:
     return num_tokens // size + num_seqs
 
 
-SEGMENTS_V = 64  # columns of a state, or rows of a transition, that a block takes through a segment
-SCAN_ROWS = 8  # of a state, that a block follows from segment to segment: csrc/gdn/prefill/scan.cuh
+SEGMENTS_V = 128  # columns of a state, or rows of a transition, that a block takes through a segment
+SCAN_ROWS = 16  # of a state, that a block follows from segment to segment: csrc/gdn/prefill/scan.cuh
 # Columns of the values that a block takes, stages of keys and values; the first that fits.
 _TILES = ((64, 3), (32, 4), (32, 2))
 
@@ -102,12 +102,11 @@ def _sm90_config(spec: KernelSpec) -> Config:
 
 
 def _segments_config(spec: KernelSpec) -> Config:
-    """Two blocks an SM, where shared memory has room."""
-    num_stages = 3 if 2 * _stages_bytes(SEGMENTS_V, 3) <= arch(spec.target).smem_per_block else 2
+    num_stages = 4 if _stages_bytes(SEGMENTS_V, 4) < arch(spec.target).smem_per_block else 2
     constants = {"T": CxxType(spec.arg("dtype")), "State": CxxType(spec.arg("state_dtype"))}
     tile = {"kHasOutput": False, "kBlockV": SEGMENTS_V, "kNumStages": num_stages}
     num_bytes = _BARRIERS_BYTES + _stages_bytes(SEGMENTS_V, num_stages)
-    return Config({**constants, **tile}, Launch(32 + 2 * SEGMENTS_V, 2, num_bytes))
+    return Config({**constants, **tile}, Launch(32 + 2 * SEGMENTS_V, 1, num_bytes))
 
 
 def _scan_config(spec: KernelSpec) -> Config:
@@ -134,10 +133,10 @@ def block_v(target: str, num_units: int, num_sms: int) -> int:
     return blocks_v(target)[-1 if num_units * (HEAD_DIM // 64) >= num_sms else 0]
 
 
-# Microseconds of a chunk, in a block that has its SM to itself, and in one of two that share it; of the scan, for each
-# segment; and of a split for the two launches more, and blocks that begin and end.
-_WHOLE_US, _STATE_US, _SHARED_STATE_US, _SCAN_US, _SPLIT_US = 0.95, 0.65, 1.05, 0.9, 8.0
-_MAX_SEGMENTS = 32
+# Microseconds of a chunk, in blocks with an output and in those without; of the scan, for each segment; and of a split
+# for the two launches more, and blocks that begin and end.
+_WHOLE_US, _STATE_US, _SCAN_US, _SPLIT_US = 1.2, 1.15, 1.2, 8.0
+_MAX_SEGMENTS, _LEAST_GAIN = 32, 0.9
 
 
 def segment_tokens(num_tokens: int, longest: int, num_seqs: int, num_heads: int, num_sms: int) -> int:
@@ -145,24 +144,26 @@ def segment_tokens(num_tokens: int, longest: int, num_seqs: int, num_heads: int,
 
     A sequence is a chain of chunks that each of its blocks goes along, and two blocks of 64 columns a head leave most
     SMs idle where there are few sequences of few heads. Split into n segments, chains are n times shorter and blocks n
-    times as many, for the price of another pass before: of all segments but the last, two blocks a head for what they
-    add and of all but the first two more for their transition, without the output; 4 n - 6 blocks of 5.2 M
-    multiplications and additions a chunk where a block with an output has 10.5. So it pays up to about the n that fills
-    the SMs, and never where they are full.
+    times as many, for the price of another pass before, without the output: of all segments but the last a block a
+    head for what they add, and of all but the first another for their transition, 2 n - 3 of 128 columns. One of these
+    has 2.6 M multiplications a chunk, as has a block of 64 columns with its output. So it pays up to about the n that
+    fills the SMs, and never where they are full.
 
     longest: tokens of the longest sequence; the others are taken to be as long.
     """
     chunks = -(-longest // CHUNK)
-    blocks = 2 * num_heads * max(1, -(-num_tokens // max(1, longest)))  # of sequences with tokens
-    best_us, best = chunks * -(-blocks // num_sms) * _WHOLE_US, 0
+    heads = num_heads * max(1, -(-num_tokens // max(1, longest)))  # of sequences with tokens
+
+    def rounds(blocks: int) -> int:
+        return -(-blocks // num_sms)
+
+    best_us, best = _LEAST_GAIN * chunks * rounds(2 * heads) * _WHOLE_US, 0
     for wanted in range(2, min(_MAX_SEGMENTS, chunks) + 1):
         each = -(-chunks // wanted)
         segments = -(-chunks // each)
-        first_blocks = blocks * (2 * segments - 3)
-        rounds = -(-first_blocks // (2 * num_sms))
-        first_us = each * (_STATE_US if first_blocks <= num_sms else rounds * _SHARED_STATE_US)
-        second_us = each * -(-blocks * segments // num_sms) * _WHOLE_US
-        us = first_us + second_us + segments * _SCAN_US + _SPLIT_US
+        chain_us = rounds((2 * segments - 3) * heads) * _STATE_US + rounds(2 * segments * heads) * _WHOLE_US
+        scan_us = segments * rounds(heads * HEAD_DIM // SCAN_ROWS) * _SCAN_US
+        us = each * chain_us + scan_us + _SPLIT_US
         if us < best_us:
             best_us, best = us, each * CHUNK
     return best
