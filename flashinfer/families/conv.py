@@ -42,9 +42,9 @@ class CausalConv1dUpdateParams(ctypes.Structure):
     ]
 
 
-BLOCKS_PER_SM = 5
-AHEAD = 4
-TOKENS = 16  # of a thread of the convolution over sequences
+# Over sequences a thread has so many tokens, and the loads of so many in flight while it computes as many before. With
+# more registers than six blocks leave it the compiler does but compute several tokens at once.
+TOKENS, AHEAD, BLOCKS_PER_SM = 16, 4, 6
 
 
 def vec_size(dtype: str, num_channels: int, alignment: int = 0) -> int:
