@@ -288,6 +288,7 @@ def _prepare(
         "has_long_indices": int(index is not None and index.dtype == torch.int64),
         "scale": scale or _DIM**-0.5,
         "segment_tokens": segment,
+        "has_bf16_states": int(state is not None and state.dtype == torch.bfloat16),
     }
     checks_values = indices.may_be_visible(*operands[5:])
     launcher = default_resolver().load(spec).on(device_index)
@@ -299,11 +300,9 @@ def _prepare(
     )
     steps = [(chunks, chunk_slots)]
     if segment:
-        rule = {name: spec.arg(name) for name in ("dtype", "state_dtype")}
-        steps += [
-            (families.GDN_PREFILL_SEGMENTS.spec(machine, **rule), units * 2 * _DIM // families.SEGMENTS_V),
-            (families.GDN_PREFILL_SCAN.spec(machine, state_dtype=rule["state_dtype"]), num_seqs * num_heads * _SCANS),
-        ]
+        segments = families.GDN_PREFILL_SEGMENTS.spec(machine, dtype=spec.arg("dtype"))
+        steps.append((segments, units * 2 * _DIM // families.SEGMENTS_V))
+        steps.append((families.GDN_PREFILL_SCAN.spec(machine), num_seqs * num_heads * _SCANS))
     steps.append((spec, units * _DIM // int(launcher.config.constants["kBlockV"])))
     launches = tuple(
         default_resolver().load(each).on(device_index).prepare((grid, 1, 1), values, varying=families.ADDRESSES)

@@ -242,9 +242,9 @@ def _gated_delta_rule(model: Model, dtype: str, target: str) -> Iterator[KernelS
                 yield gdn_prefill.GDN_PREFILL.spec(target, **rule, state_dtype=state_dtype, block_v=block_v)
             if is_cuda:
                 yield gdn_prefill.GDN_PREFILL_CHUNKS.spec(target, **rule)
-        for state_dtype in gdn_prefill.STATE_DTYPES if is_cuda else ():
-            yield gdn_prefill.GDN_PREFILL_SEGMENTS.spec(target, dtype=dtype, state_dtype=state_dtype)
-            yield gdn_prefill.GDN_PREFILL_SCAN.spec(target, state_dtype=state_dtype)
+        if is_cuda:
+            yield gdn_prefill.GDN_PREFILL_SEGMENTS.spec(target, dtype=dtype)
+            yield gdn_prefill.GDN_PREFILL_SCAN.spec(target)
     for family in (conv.CAUSAL_CONV1D, conv.CAUSAL_CONV1D_UPDATE):
         for channels_last in (False, True):  # SGLang's states, and vLLM's
             yield family.spec(

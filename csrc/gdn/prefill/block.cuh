@@ -124,20 +124,28 @@ struct GdnUnit {
   // first_v on.
   template <class Config, class Load>
   __device__ __forceinline__ void load_state(const GdnPrefillParams& params, const Load& load) const {
-    using State = typename Config::State;
-    if (Config::kHasOutput && segment != nullptr) {
-      load_from<float>(segment->state, load);
+    if constexpr (Config::kHasOutput) {
+      using State = typename Config::State;
+      if (segment != nullptr) {
+        load_from<float>(segment->state, load);
+      } else {
+        load_from<State>(initial_state_of<State>(params, seq_idx, head), load);
+      }
     } else {
-      const bool is_known = Config::kHasOutput || (is_first && !is_transition);
-      load_from<State>(is_known ? initial_state_of<State>(params, seq_idx, head) : nullptr, load);
+      const bool is_known = is_first && !is_transition;
+      if (is_known && params.has_bf16_states) {
+        load_from<bf16>(initial_state_of<bf16>(params, seq_idx, head), load);
+      } else {
+        load_from<float>(is_known ? initial_state_of<float>(params, seq_idx, head) : nullptr, load);
+      }
     }
   }
 
   // Calls `store` with a function that takes such a pair of the state behind the tokens, if anybody wants it.
   template <class Config, class Store>
   __device__ __forceinline__ void store_state(const GdnPrefillParams& params, const Store& store) const {
-    using State = typename Config::State;
     if constexpr (Config::kHasOutput) {
+      using State = typename Config::State;
       State* final_state = is_last ? final_state_of<State>(params, seq_idx, head) : nullptr;
       if (final_state != nullptr) store_to<State>(final_state, store);
     } else {

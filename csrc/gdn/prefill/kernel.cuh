@@ -55,7 +55,7 @@ __device__ void gdn_prefill(const GdnPrefillParams& params) {
   }
 }
 
-// Config: T, State, kHasOutput, kBlockV, kNumStages. Grid: slots of segments times heads times 256 / kBlockV.
+// Config: T, kHasOutput, kBlockV, kNumStages. Grid: slots of segments times heads times 256 / kBlockV.
 template <class Config>
 __device__ void gdn_prefill_segments(const GdnPrefillParams& params) {
   using Shape = GdnShape<Config>;

@@ -40,7 +40,8 @@ struct GdnPrefillParams {
   int32_t num_initial_slots, num_final_slots;
   int32_t has_long_seqlens, has_long_indices;  // whether these are int64
   float scale;
-  int32_t segment_tokens;  // of the pieces that sequences are split into, whole chunks; 0: none is
+  int32_t segment_tokens;   // of the pieces that sequences are split into, whole chunks; 0: none is
+  int32_t has_bf16_states;  // for kernels that are the same whatever states are; else they are fp32
 };
 
 FLASHINFER_HOST_DEVICE inline int64_t index_at(const void* indices, int32_t i, bool is_long) {

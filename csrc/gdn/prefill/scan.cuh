@@ -14,12 +14,11 @@
 
 namespace flashinfer {
 
-// Config: State. Grid: sequences times heads times 128 / kGdnScanRows; 256 threads.
+// Grid: sequences times heads times 128 / kGdnScanRows; 256 threads.
 constexpr int kGdnScanRows = 16;
 
 template <class Config>
 __device__ void gdn_prefill_scan(const GdnPrefillParams& params) {
-  using State = typename Config::State;
   constexpr int kOwn = kGdnScanRows / 2, kSlices = kGdnDim / kGdnScanRows, kTerms = kGdnDim / 2;
   static_assert(Config::kNumThreads == 2 * kGdnDim && kOwn % 4 == 0);
   struct Rows {
@@ -39,10 +38,15 @@ __device__ void gdn_prefill_scan(const GdnPrefillParams& params) {
   GdnSegment* segment = static_cast<GdnSegment*>(params.segments) + first_slot * params.num_heads + head;
 
   float state[kOwn] = {};
-  const State* initial = initial_state_of<State>(params, seq_idx, head);
-  if (initial != nullptr) {
+  const auto load_initial = [&](const auto* initial) {
+    if (initial == nullptr) return;
 #pragma unroll
     for (int row = 0; row < kOwn; ++row) state[row] = to_float(initial[(first_row + row) * kGdnDim + column]);
+  };
+  if (params.has_bf16_states) {
+    load_initial(initial_state_of<bf16>(params, seq_idx, head));
+  } else {
+    load_initial(initial_state_of<float>(params, seq_idx, head));
   }
   float transition[kTerms];
   const auto load_transition = [&](const GdnSegment* of, int i) {

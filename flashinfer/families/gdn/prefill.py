@@ -33,6 +33,7 @@ class GdnPrefillParams(ctypes.Structure):
         *[(name, I32) for name in ("num_initial_slots", "num_final_slots", "has_long_seqlens", "has_long_indices")],
         ("scale", F32),
         ("segment_tokens", I32),
+        ("has_bf16_states", I32),
     ]
 
 
@@ -103,14 +104,13 @@ def _sm90_config(spec: KernelSpec) -> Config:
 
 def _segments_config(spec: KernelSpec) -> Config:
     num_stages = 4 if _stages_bytes(SEGMENTS_V, 4) < arch(spec.target).smem_per_block else 2
-    constants = {"T": CxxType(spec.arg("dtype")), "State": CxxType(spec.arg("state_dtype"))}
     tile = {"kHasOutput": False, "kBlockV": SEGMENTS_V, "kNumStages": num_stages}
     num_bytes = _BARRIERS_BYTES + _stages_bytes(SEGMENTS_V, num_stages)
-    return Config({**constants, **tile}, Launch(32 + 2 * SEGMENTS_V, 1, num_bytes))
+    return Config({"T": CxxType(spec.arg("dtype")), **tile}, Launch(32 + 2 * SEGMENTS_V, 1, num_bytes))
 
 
 def _scan_config(spec: KernelSpec) -> Config:
-    return Config({"State": CxxType(spec.arg("state_dtype"))}, Launch(2 * HEAD_DIM))
+    return Config({}, Launch(2 * HEAD_DIM))
 
 
 def _chunks_config(spec: KernelSpec) -> Config:
@@ -198,7 +198,7 @@ GDN_PREFILL_CHUNKS = Family(
 # And of sequences that are split: their segments, all at once, and the states between these.
 GDN_PREFILL_SEGMENTS = Family(
     name="gdn_prefill_segments",
-    axes={"dtype": DTYPES[:2], "state_dtype": STATE_DTYPES},
+    axes={"dtype": DTYPES[:2]},
     implementations=(
         Implementation("sm_90a", "gdn/sm90/prefill.cuh", GdnPrefillParams, _segments_config),
         Implementation("cuda", "gdn/prefill/kernel.cuh", GdnPrefillParams, _segments_config),
@@ -206,7 +206,7 @@ GDN_PREFILL_SEGMENTS = Family(
 )
 GDN_PREFILL_SCAN = Family(
     name="gdn_prefill_scan",
-    axes={"state_dtype": STATE_DTYPES},
+    axes={},
     implementations=(Implementation("cuda", "gdn/prefill/scan.cuh", GdnPrefillParams, _scan_config),),
 )
 register(GDN_PREFILL, GDN_PREFILL_CHUNKS, GDN_PREFILL_SEGMENTS, GDN_PREFILL_SCAN)
