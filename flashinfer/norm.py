@@ -401,8 +401,7 @@ def _prepare(
     launcher = default_resolver().load(_spec(op, operands, output, alignment & 15)).on(device_index, pdl=pdl)
     grid = (1, 1, 1)
     if device_index >= 0:
-        rows_per_block = launcher.config.launch.num_threads // int(launcher.config.constants["kThreadsPerRow"])
-        grid = (-(-num_rows // rows_per_block), 1, 1)
+        grid = (-(-num_rows // launcher.config.launch.units_per_block), 1, 1)
     values: dict[str, Value] = {
         "input_row_stride": input_strides[0],
         "input_group_stride": input_strides[1],

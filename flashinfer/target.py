@@ -26,12 +26,12 @@ _CPU_LEVELS = (
     ("x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4"),
     ("armv8-a", "armv8.2-a"),
 )
-_X86_FLAGS = {
+X86_FLAGS = {
     "x86-64-v2": {"cx16", "popcnt", "sse4_1", "sse4_2", "ssse3"},
     "x86-64-v3": {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"},
     "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
 }
-_ARM_FLAGS = {"armv8.2-a": {"asimdhp", "fphp"}}
+ARM_FLAGS = {"armv8.2-a": {"asimdhp", "fphp"}}
 _CUDA = re.compile(r"sm_(\d+)(\d)([af]?)")
 # GPUs that exist, from the oldest that the compilers of CUDA 13 know. `a` is there from 9.0 on, `f` from 10.0 on.
 _CAPABILITIES = (75, 80, 86, 87, 88, 89, 90, 100, 101, 103, 110, 120, 121)
@@ -130,7 +130,7 @@ def host() -> str:
             raise UnsupportedConfig(f"{env.CPU_TARGET.name}={chosen!r}: expected a CPU level such as x86-64-v3")
         return chosen
     arm = platform.machine() in ("aarch64", "arm64")
-    level, steps = ("armv8-a", _ARM_FLAGS) if arm else ("x86-64", _X86_FLAGS)
+    level, steps = ("armv8-a", ARM_FLAGS) if arm else ("x86-64", X86_FLAGS)
     flags = _cpu_flags()
     for name, needed in steps.items():
         if not needed <= flags:

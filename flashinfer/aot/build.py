@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -31,6 +31,7 @@ from flashinfer.aot import tools, verify, worker
 from flashinfer.aot.estimate import DOUBT, Forecast, forecast
 from flashinfer.aot.kernel_set import Built, Failure, KernelSet, Key, results, sole_writer, unwritable, write_notes
 from flashinfer.errors import FlashInferError, ToolchainMissing, UnsupportedConfig
+from flashinfer.jit import description
 from flashinfer.jit.source import render
 from flashinfer.jit.spec import KernelSpec
 from flashinfer.jit.stores import Entry
@@ -138,8 +139,9 @@ def plan(
         key = spec.name, spec.target
         candidates = [there[key] for there in (held.held, unfinished) if key in there]
         fresh = next((built for built in candidates if _is_fresh(built.entry, spec, out)), None)
-        if fresh is not None:
-            result.fresh.append(fresh)
+        if fresh is not None:  # how it is launched is no part of its digest, and of old sets not told
+            entry = replace(fresh.entry, launch=description.launch(render(spec)))
+            result.fresh.append(replace(fresh, entry=entry))
         else:
             result.to_compile.append(spec)
     asked = {(spec.name, spec.target) for spec in wanted}

@@ -24,6 +24,7 @@ from typing import Any, Optional
 
 from flashinfer import families
 from flashinfer.errors import FlashInferError
+from flashinfer.jit import description
 from flashinfer.jit.source import render
 from flashinfer.jit.spec import KernelSpec
 from flashinfer.jit.stores import Entry
@@ -110,6 +111,7 @@ def compile_kernel(spec: KernelSpec, file: Path) -> tuple[Entry, int]:
         bytes=len(compiled.machine_code),
         compiler=compiler.identity,
         cuda=cuda_version(compiler.identity),
+        launch=description.launch(source),
     )
     return entry, sum(map(int, re.findall(r"(\d+) bytes spill stores", compiled.log)))
 

@@ -47,7 +47,8 @@ def _tile(spec: KernelSpec, vecs_per_thread: int = 4) -> tuple[dict[str, int], L
     while threads_per_row < 1024 and threads_per_row * vecs_per_thread < num_vecs:
         threads_per_row *= 2
     num_threads = max(128, threads_per_row) if threads_per_row <= 32 else threads_per_row
-    return {"kThreadsPerRow": threads_per_row}, Launch(num_threads=num_threads)
+    launch = Launch(num_threads=num_threads, units_per_block=num_threads // threads_per_row)
+    return {"kThreadsPerRow": threads_per_row}, launch
 
 
 def _rmsnorm_config(spec: KernelSpec) -> Config:

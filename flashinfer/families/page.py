@@ -101,7 +101,8 @@ def _append_config(spec: KernelSpec) -> Config:
         "kHeadsPerThread": spec.arg("heads_per_thread"),
         "kConvert": spec.arg("dtype") != spec.arg("cache_dtype"),
     }
-    return Config(constants, Launch(num_threads=num_threads))
+    groups = max(1, num_threads // num_lanes)  # more than 1024 lanes the CPU alone has
+    return Config(constants, Launch(num_threads=num_threads, units_per_block=groups))
 
 
 def _index_config(spec: KernelSpec) -> Config:

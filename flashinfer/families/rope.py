@@ -154,8 +154,13 @@ HEADS_PER_THREAD = 2
 
 
 def _launch(spec: KernelSpec, num_blocks: int = 6) -> Launch:
-    num_threads = max(128, lanes_per_head(spec))
-    return Launch(num_threads=num_threads, min_blocks_per_sm=num_blocks * 128 // num_threads)
+    num_lanes = lanes_per_head(spec)
+    num_threads = max(128, num_lanes)
+    return Launch(
+        num_threads=num_threads,
+        min_blocks_per_sm=num_blocks * 128 // num_threads,
+        units_per_block=num_threads // num_lanes,
+    )
 
 
 def _rope_config(spec: KernelSpec) -> Config:

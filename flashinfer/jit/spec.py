@@ -77,12 +77,17 @@ Constants = Mapping[str, Union[CxxType, CxxMember, int, bool, float]]
 
 @dataclass(frozen=True)
 class Launch:
-    """How the kernel is launched. Rendered as constants too, so that device code and host agree. Ignored on the CPU."""
+    """How the kernel is launched. Rendered as constants too, so that device code and host agree. Ignored on the CPU.
+
+    But for units_per_block, which is for hosts alone: how many a block takes of what a grid is counted in, where that
+    follows from the kernel (rows of a norm, groups of heads, KV rows of a tile of decode).
+    """
 
     num_threads: int = 128
     min_blocks_per_sm: int = 1
     smem_bytes: int = 0  # dynamic shared memory; the header asserts that its struct fits
     cluster_size: int = 1  # thread-block cluster along x
+    units_per_block: int = 1
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,10 @@ def register(*families: Family) -> None:
     """Make families known by name. Called by the modules of `flashinfer.families` when they are imported."""
     for entry in families:
         _families[entry.name] = entry
+
+
+def known_families() -> list[Family]:
+    return list(_families.values())
 
 
 def family(name: str) -> Family:

@@ -24,7 +24,7 @@ from typing import Any, Union
 from flashinfer import env, log
 from flashinfer import target as targets
 from flashinfer.errors import DriverError
-from flashinfer.jit import driver, trust
+from flashinfer.jit import description, driver, trust
 from flashinfer.jit.source import Source, render
 from flashinfer.jit.spec import KernelSpec
 from flashinfer.version import __version__
@@ -67,6 +67,7 @@ class Entry:
     bytes: int
     compiler: str
     cuda: str | None = None  # CUDA version of the compiler; the driver must be of the same major version or newer
+    launch: dict[str, Any] | None = None  # for hosts that are not Python (description.py); of older builds None
 
 
 _ENTRY_TYPES = {
@@ -87,6 +88,8 @@ def _entry(raw: Any) -> Entry:
             raise ValueError(f"entry {entry.name!r:.60}: {field} is {getattr(entry, field)!r:.40}")
     if entry.cuda is not None and not re.fullmatch(r"\d+\.\d+", str(entry.cuda)):
         raise ValueError(f"entry {entry.name!r:.60}: cuda is {entry.cuda!r:.40}")
+    if not isinstance(entry.launch, (dict, type(None))):
+        raise ValueError(f"entry {entry.name!r:.60}: launch is {entry.launch!r:.40}")
     return entry
 
 
@@ -118,6 +121,7 @@ class Registry:
         data = {
             "format": REGISTRY_FORMAT,
             "version": version,
+            "layouts": description.layouts(entry.family for entry in entries),
             "kernels": [vars(entry) for entry in sorted(entries, key=lambda entry: (entry.name, entry.target))],
         }
         partial = root / "registry.json.partial"

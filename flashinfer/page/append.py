@@ -232,7 +232,7 @@ def _prepare_append(
         **slot_axes,
     )
     launcher = default_resolver().load(spec).on(device_index, pdl=pdl)
-    groups_per_block = launcher.config.launch.num_threads // ((key_dim + value_dim) // vec)
+    groups_per_block = launcher.config.launch.units_per_block
     num_groups = num_tokens * -(-num_heads // heads_per_thread)
     scale_values, scale_fields = appending.scales(converts and bool(scales))
     launch = launcher.prepare(

@@ -154,7 +154,7 @@ def _prepare_append(
         launcher = default_resolver().load(spec).on(q.get_device(), pdl=pdl)
         scales, scale_fields = appending.scales(converts)
         launch = launcher.prepare(
-            grid(spec, launcher, num_tokens, *num_heads.values(), k.shape[1]),
+            grid(launcher, num_tokens, *num_heads.values(), k.shape[1]),
             {
                 **geometry.constants,
                 **num_heads,

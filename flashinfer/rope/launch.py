@@ -18,17 +18,15 @@ from flashinfer.host.rows import require_distinct
 from flashinfer.host.traced import is_dynamo_compiling
 from flashinfer.jit import default_resolver
 from flashinfer.jit.loader import Grid, Launcher, PreparedLaunch
-from flashinfer.jit.spec import KernelSpec
 from flashinfer.rope import rotation as rotary
 from flashinfer.rope.rotation import Rotation
 
 
-def grid(spec: KernelSpec, launcher: Launcher, num_tokens: int, *num_heads: int) -> Grid:
+def grid(launcher: Launcher, num_tokens: int, *num_heads: int) -> Grid:
     """Blocks for all groups of kHeadsPerThread heads of one kind (queries, keys, values) of one token."""
     heads_per_thread = int(launcher.config.constants["kHeadsPerThread"])
-    groups_per_block = launcher.config.launch.num_threads // families.lanes_per_head(spec)
     num_groups = num_tokens * sum(-(-count // heads_per_thread) for count in num_heads)
-    return -(-num_groups // groups_per_block), 1, 1
+    return -(-num_groups // launcher.config.launch.units_per_block), 1, 1
 
 
 # --------------------------------------------------------------------------------------------------------------- rotate
@@ -127,7 +125,7 @@ def _prepare_rope(
         )
         launcher = default_resolver().load(spec).on(q.get_device())
         launch = launcher.prepare(
-            grid(spec, launcher, q.shape[0], *num_heads.values()),
+            grid(launcher, q.shape[0], *num_heads.values()),
             {**geometry.constants, **num_heads},
             varying=("q", "k", "q_out", "k_out", *rotary.FIELDS),
         )
@@ -244,7 +242,7 @@ def _prepare_qk_norm(
         launcher = default_resolver().load(spec).on(qkv.get_device(), pdl=pdl)
         constants = {"eps": eps, "weight_bias": weight_bias, "num_qo_heads": num_qo_heads, "num_kv_heads": num_kv_heads}
         launch = launcher.prepare(
-            grid(spec, launcher, heads.shape[0], num_qo_heads, num_kv_heads),
+            grid(launcher, heads.shape[0], num_qo_heads, num_kv_heads),
             {**geometry.constants, **constants},
             varying=("q", "k", "q_weight", "k_weight", *rotary.FIELDS),
         )

@@ -2,13 +2,9 @@
 #pragma once
 
 #include "device/sm90/mbarrier.cuh"
+#include "device/sm90/tensor_map.h"
 
 namespace flashinfer {
-
-// CUtensorMap, as cuTensorMapEncodeTiled fills it in. It must be in the kernel's parameters.
-struct alignas(64) TensorMap {
-  uint64_t opaque[16];
-};
 
 __device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");

@@ -128,9 +128,6 @@ class Extent(NamedTuple):
         return other._replace(mask=mask, window_left=window, ranges=ranges)
 
 
-_MAX_COUNTERS = 1 << 15  # query tiles times KV heads that may be split
-
-
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """Where in the workspaces a plan writes, and how much fits. Depends on shapes alone: a captured run stays valid."""
@@ -156,7 +153,7 @@ class Schedule:
         head_dim_vo: int,
         split: bool = True,
     ) -> Schedule:
-        max_counters = max(1, _MAX_COUNTERS // num_kv_heads)
+        max_counters = max(1, families.MAX_COUNTERS // num_kv_heads)
         fixed = (families.SCHEDULE_BYTES, (batch_size + 1) * 4, max_counters * num_kv_heads * 4)
         header, tile_indptr, counters, items = workspace.carve(
             op, "the int workspace", int_workspace, (*fixed, 64 * families.ITEM_BYTES)

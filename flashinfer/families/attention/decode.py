@@ -79,7 +79,8 @@ def _decode_tile(spec: KernelSpec) -> tuple[dict[str, int], Launch]:
         raise UnsupportedConfig(
             f"decode: head_dim {dim_qk}/{dim_vo} needs {smem} bytes of shared memory on {spec.target}"
         )
-    return {"kWarpRows": warp_rows, "kNumStages": num_stages}, Launch(32 * num_warps, blocks_per_sm, smem)
+    launch = Launch(32 * num_warps, blocks_per_sm, smem, units_per_block=warp_rows * num_warps)
+    return {"kWarpRows": warp_rows, "kNumStages": num_stages}, launch
 
 
 def _decode_config(spec: KernelSpec) -> Config:
@@ -179,7 +180,7 @@ def decode(
 
 def decode_tile_len(config: Config) -> int:
     """KV rows of one tile, the unit in which a decode is planned."""
-    return int(config.constants["kWarpRows"]) * (config.launch.num_threads // 32)
+    return config.launch.units_per_block
 
 
 def decode_num_chunks(resident_blocks: int, num_head_blocks: int) -> int:

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention/mla/params.h"
-#include "device/sm90/tma.cuh"
+#include "device/sm90/tensor_map.h"
 
 namespace flashinfer {
 
