@@ -1,4 +1,4 @@
-// Attention over paged caches and ragged rows: decode, prefill, latent attention.
+// Attention over paged caches and ragged rows: what decode.hpp, prefill.hpp and mla.hpp share.
 //
 // plan() reads lengths on the device and leaves a schedule in the workspace: one launch, no copy, no wait, so that plan
 // and run may be captured into one CUDA graph. run() is one launch. What a plan was given has to stay where it is until
@@ -250,7 +250,3 @@ inline int itemsize_of_type(const Kernel& kernel, const char* name) {
 
 }  // namespace host
 }  // namespace flashinfer
-
-#include "flashinfer/decode.hpp"
-#include "flashinfer/mla.hpp"
-#include "flashinfer/prefill.hpp"

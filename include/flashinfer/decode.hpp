@@ -1,4 +1,4 @@
-// Decode: one query token a request. Part of attention.hpp.
+// Decode: one query token a request.
 #pragma once
 
 #include "flashinfer/attention.hpp"

@@ -6,5 +6,7 @@
 // Needs the folder of these headers and that of the kernels' own, csrc, on the include path, and -ldl. docs/cpp.md.
 #pragma once
 
-#include "flashinfer/attention.hpp"
+#include "flashinfer/decode.hpp"
+#include "flashinfer/mla.hpp"
 #include "flashinfer/operators.hpp"
+#include "flashinfer/prefill.hpp"

@@ -1,7 +1,7 @@
-// Multi-head latent attention (DeepSeek-V2 and later), over a paged cache of latent rows. Part of attention.hpp.
+// Multi-head latent attention (DeepSeek-V2 and later), over a paged cache of latent rows.
 #pragma once
 
-#include "flashinfer/attention.hpp"
+#include "flashinfer/prefill.hpp"
 
 namespace flashinfer {
 

@@ -1,4 +1,4 @@
-// Prefill: many query tokens a request, over pages or ragged rows. Part of attention.hpp.
+// Prefill: many query tokens a request, over pages or ragged rows.
 #pragma once
 
 #include "flashinfer/attention.hpp"
