@@ -177,8 +177,8 @@ int flashinfer_sample(flashinfer_kernels* kernels, const flashinfer_tensor* rows
                       const flashinfer_sample_options* options, void* stream) {
   return guarded([&] {
     const auto& given = present(options);
-    const SampleOptions read = {given.are_logits != 0,  given.top_k, given.top_p, given.min_p,
-                                given.top_k_first != 0, given.seed,  given.offset};
+    const SampleOptions read = {given.are_logits != 0,  given.top_k, given.top_p,  given.min_p,
+                                given.top_k_first != 0, given.seed,  given.offset, optional(given.row_indices)};
     sample(*kernels, of(rows), of(token_ids), read, stream);
   });
 }

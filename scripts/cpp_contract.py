@@ -2,7 +2,7 @@
 """Write include/flashinfer/contract.hpp: what kernels and their hosts agree on, for hosts in C++.
 
     python scripts/cpp_contract.py            # after a change of a parameter struct, or of a number that hosts use
-    python scripts/cpp_contract.py --check    # writes nothing; exit status 1 where the file is not what this would write
+    python scripts/cpp_contract.py --check    # writes nothing; exit status 1 where the file is stale
 
 Structs are those of csrc/, which this only asserts; numbers are those of flashinfer/families.
 """

@@ -81,6 +81,7 @@ typedef struct {
   float top_p, min_p;
   int32_t top_k_first;
   uint64_t seed, offset;
+  const flashinfer_tensor* row_indices; /* null: each row in order */
 } flashinfer_sample_options;
 
 typedef struct flashinfer_kernels flashinfer_kernels;

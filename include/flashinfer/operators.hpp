@@ -318,9 +318,10 @@ struct SampleOptions {
   // One state of Philox for all rows: draws of the same seed and offset are the same. An offset counts 32-bit words;
   // a call takes 8.
   uint64_t seed = 0, offset = 0;
+  Tensor row_indices;  // int32 or int64: of each token the row that it is drawn from; none: each row in order
 };
 
-// A token of each row [num_rows, vocab_size], int32 [num_rows].
+// A token of each row [num_rows, vocab_size], int32 [num_rows]. On a CPU row_indices are checked.
 inline void sample(Kernels& kernels, const Tensor& rows, const Tensor& token_ids, const SampleOptions& options,
                    Stream stream = nullptr) {
   using namespace host;
@@ -330,8 +331,11 @@ inline void sample(Kernels& kernels, const Tensor& rows, const Tensor& token_ids
           "; expected fp32, fp16 or bf16");
   require_data(op, "rows", rows);
   require_dense_rows(op, "rows", rows);
-  const int64_t num_rows = rows.shape[0], vocab_size = rows.shape[1];
+  const Tensor& indices = options.row_indices;
+  if (indices) require_index(op, "row_indices", indices, -1, false);
+  const int64_t num_rows = indices ? indices.shape[0] : rows.shape[0], vocab_size = rows.shape[1];
   require_index(op, "token_ids", token_ids, num_rows);
+  require(rows.shape[0] > 0 || num_rows == 0, op, ": row_indices name rows of an empty tensor");
   require(vocab_size >= 1 && vocab_size <= 1 << 24 && num_rows <= 1 << 28, op, ": rows are ", rows.described(),
           "; expected 1 to 2^24 tokens, and at most 2^28 rows");
   require(options.top_k >= 0 && options.top_p >= 0.f && options.top_p <= 1.f && options.min_p >= 0.f &&
@@ -348,6 +352,14 @@ inline void sample(Kernels& kernels, const Tensor& rows, const Tensor& token_ids
                        : has_p                                                        ? "top_p"
                                                                                       : "none";
   if (num_rows == 0) return;
+  if (indices && !kernels.device().is_cuda()) {
+    for (int64_t i = 0; i < num_rows; ++i) {
+      const int64_t row = indices.dtype == Dtype::kInt64 ? static_cast<const int64_t*>(indices.data)[i]
+                                                         : static_cast<const int32_t*>(indices.data)[i];
+      require(row >= 0 && row < rows.shape[0], op, ": row_indices[", i, "] is ", row, "; expected 0 to ",
+              rows.shape[0] - 1);
+    }
+  }
 
   // Any placement of a row draws the same; one is fastest. As many blocks as fill the device while rows are few, each
   // with its part of the row in shared memory, where the set has such a kernel.
@@ -388,7 +400,9 @@ inline void sample(Kernels& kernels, const Tensor& rows, const Tensor& token_ids
   params.top_k_value = has_k ? options.top_k : 0x7FFFFFFF;
   params.top_p_value = options.top_p;
   params.min_p_value = options.min_p;
-  params.num_inputs = num_rows;
+  params.row_indices = indices.data;
+  params.row_indices_are_int64 = indices.dtype == Dtype::kInt64;
+  params.num_inputs = rows.shape[0];
   params.input_stride = rows.stride[0];
   params.num_rows = int32_t(num_rows);
   params.vocab_size = int32_t(vocab_size);

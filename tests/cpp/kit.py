@@ -147,6 +147,7 @@ class SampleOptions(ctypes.Structure):
         ("top_k_first", ctypes.c_int32),
         ("seed", ctypes.c_uint64),
         ("offset", ctypes.c_uint64),
+        ("row_indices", ctypes.POINTER(CTensor)),
     ]
 
 

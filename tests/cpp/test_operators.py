@@ -15,7 +15,7 @@ from flashinfer.families.norm import RMSNORM
 from flashinfer.families.page import APPEND_PAGED_KV
 from flashinfer.families.rope import ROPE
 from flashinfer.families.sampling import SAMPLE_ROW
-from tests.cpp.kit import Api, Kernels, RopeOptions, SampleOptions, page_table, write_set
+from tests.cpp.kit import Api, CError, Kernels, RopeOptions, SampleOptions, page_table, tensor, write_set
 
 HOST = target.host()
 HIDDEN, HEADS, DIM, VOCAB = 48, 4, 32, 100
@@ -159,6 +159,16 @@ def test_sample(case: str, kernels: Kernels) -> None:
         expected = flashinfer.sampling.sampling_from_logits(logits, **words)
         kernels.sample(logits, out, SampleOptions(1, 0, 1.0, 0.0, 0, *state))
     assert torch.equal(out, expected) and len(set(out.tolist())) > 4
+
+
+def test_sample_of_chosen_rows(kernels: Kernels) -> None:
+    probs, out = torch.eye(8, VOCAB), torch.full((3,), -1, dtype=torch.int32)
+    chosen = SampleOptions(0, 0, 0.5, 0.0, 0, 1, 0, ctypes.pointer(tensor(_int([5, 0, 5]))))
+    kernels.sample(probs, out, chosen)
+    assert out.tolist() == [5, 0, 5]
+    wrong = SampleOptions(0, 0, 0.5, 0.0, 0, 1, 0, ctypes.pointer(tensor(_int([5, 0, 8]))))
+    with pytest.raises(CError, match=r"row_indices\[2\] is 8; expected 0 to 7"):
+        kernels.sample(probs, out, wrong)
 
 
 def _float(value: float) -> ctypes.c_float:
