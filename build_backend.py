@@ -23,7 +23,7 @@ from packing import copied, files_of, files_of_set, read_registry, write_sdist
 ROOT = Path(__file__).resolve().parent
 SET = "flashinfer/precompiled"  # flashinfer.jit.stores looks there
 # Folders of the source tree that live inside the installed package. An editable install finds them where they are.
-_PACKAGE_DATA = ("csrc", "aot_configs")
+_PACKAGE_DATA = ("csrc", "aot_configs", "include", "cpp")
 _PACKAGES = ("flashinfer", "flashinfer_tvm")
 _METADATA = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "flashinfer/version.py")
 _SDIST = (

@@ -1,4 +1,4 @@
-"""The command line: `flashinfer doctor | resolve | warmup | misses | cache | aot | variants`.
+"""The command line: `flashinfer doctor | resolve | warmup | misses | cache | aot | variants | bench | cpp`.
 
 Each command is a module with `add_parser(subparsers)`, which adds its parser and sets `run`, a function from the parsed
 arguments to the exit code: 0 for yes, 1 for no or failed, 2 for bad usage. Results go to stdout, progress and errors to
@@ -20,7 +20,7 @@ from flashinfer.aot.config import ConfigError
 from flashinfer.errors import FlashInferError, InvalidSetting, UnsupportedConfig
 from flashinfer.version import __version__
 
-_COMMANDS = ("doctor", "resolve", "warmup", "misses", "cache", "aot", "variants")
+_COMMANDS = ("doctor", "resolve", "warmup", "misses", "cache", "aot", "variants", "bench", "cpp")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -52,6 +52,8 @@ def test_front_wheel_is_pure_and_whole(front_wheel: Path) -> None:
     held = names_in(front_wheel)
     headers = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cuh")}
     assert {f"flashinfer/{name}" for name in headers} <= held
+    of_cpp = {path.relative_to(ROOT).as_posix() for name in ("include", "cpp") for path in (ROOT / name).rglob("*.*")}
+    assert {f"flashinfer/{name}" for name in of_cpp} <= held and "flashinfer/cpp/CMakeLists.txt" in held
     assert {"flashinfer/aot_configs/core.toml", "flashinfer/aot_configs/smoke.toml"} <= held
     assert {"flashinfer/py.typed", "flashinfer/__init__.pyi", "flashinfer/aot/figures.json"} <= held
     assert {"flashinfer_tvm/__init__.py", "flashinfer_tvm/py.typed"} <= held
@@ -280,7 +282,7 @@ def test_a_set_makes_the_same_wheel_every_time(epoch: str, host_set: Path, host_
 
 
 def test_a_checkout_makes_the_same_wheel_every_time(front_wheel: Path, tmp_path: Path) -> None:
-    for name in ("flashinfer", "flashinfer_tvm", "csrc", "aot_configs"):
+    for name in ("flashinfer", "flashinfer_tvm", "csrc", "aot_configs", "include", "cpp"):
         aged(ROOT / name, tmp_path / "checkout" / name)
     for path in ROOT.iterdir():
         if path.is_file():
