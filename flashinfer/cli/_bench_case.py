@@ -147,4 +147,6 @@ def _call(case: Case, device: torch.device) -> Callable[[], Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"us": measure(Case(*json.loads(sys.argv[1])))}))
+    import flashinfer
+
+    print(json.dumps({"us": measure(Case(*json.loads(sys.argv[1]))), "file": flashinfer.__file__}))

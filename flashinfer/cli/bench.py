@@ -55,7 +55,7 @@ def add_parser(subparsers: Any) -> None:
         )
         one.add_argument("--json", action="store_true", help="one JSON object in the place of a table")
         one.add_argument(
-            "--peer", type=Path, metavar="DIR", help="another installation, as pip install --target has it"
+            "--peer", type=Path, metavar="DIR", help="folder of another installation to time beside this one"
         )
         one.set_defaults(run=run, benchmark=name)
 
@@ -110,4 +110,9 @@ def _of_peer(folder: Path, case: tuple[Any, ...]) -> float:
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise FlashInferError(f"the installation in {folder} does not run this case: {last}")
-    return float(json.loads(done.stdout.strip().splitlines()[-1])["us"])
+    measured = json.loads(done.stdout.strip().splitlines()[-1])
+    if not Path(measured["file"]).resolve().is_relative_to(folder.resolve()):
+        raise FlashInferError(
+            f"{folder} holds no flashinfer; expected the folder of pip install --target, or a checkout"
+        )
+    return float(measured["us"])

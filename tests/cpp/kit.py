@@ -34,14 +34,15 @@ DTYPES = {
 }
 
 
-def compile_program(source: Path, out: Path, *flags: str, compiler: str = "g++") -> Path:
+def compile_program(source: Path, out: Path, *flags: str, compiler: str = "g++", links: Sequence[str] = ()) -> Path:
     """By g++ alone, as the docs tell a user to."""
     if shutil.which(compiler) is None:
         pytest.skip(f"needs {compiler}")
     standard = FLAGS if compiler == "g++" else ("-std=c99", "-Wall", "-Wextra", "-Werror", *INCLUDES)
     done = subprocess.run(
-        [compiler, *standard, *flags, str(source), "-ldl", "-o", str(out)], capture_output=True, text=True, check=False
-    )
+        [compiler, *standard, *flags, str(source), *links, "-ldl", "-o", str(out)], capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return out
 
