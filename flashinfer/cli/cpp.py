@@ -13,19 +13,34 @@ def add_parser(subparsers: Any) -> None:
         "cpp",
         help="where the headers for C++ are",
         description="Where the headers for C++ and C are (docs/cpp.md): cmake -Dflashinfer_DIR=$(flashinfer cpp "
-        "--cmake), PKG_CONFIG_PATH=$(flashinfer cpp --pkg-config), or g++ $(flashinfer cpp --flags).",
+        "--cmake), PKG_CONFIG_PATH=$(flashinfer cpp --pkg-config), or g++ $(flashinfer cpp --flags). Without an "
+        "option, all of it.",
     )
-    chosen = parser.add_mutually_exclusive_group(required=True)
-    chosen.add_argument("--cmake", action="store_true", help="folder of flashinfer-config.cmake")
-    chosen.add_argument("--pkg-config", action="store_true", help="folder of flashinfer.pc")
-    chosen.add_argument("--flags", action="store_true", help="flags of a compiler: include paths")
-    chosen.add_argument("--source", action="store_true", help="folder of the C interface and the benchmark programs")
+    chosen = parser.add_mutually_exclusive_group()
+    for option, about in _ABOUT.items():
+        chosen.add_argument(f"--{option}", dest="chosen", action="store_const", const=option, help=about)
     parser.set_defaults(run=run)
 
 
+_ABOUT = {
+    "flags": "flags of a compiler: include paths",
+    "cmake": "folder of flashinfer-config.cmake",
+    "pkg-config": "folder of flashinfer.pc",
+    "source": "folder of the C interface and the benchmark programs",
+}
+
+
 def run(args: argparse.Namespace) -> None:
-    root = include_root().parent
-    if args.flags:
-        print(f"-I{root / 'include'} -I{include_root()}")
-    else:
-        print(root / "cpp" / ("cmake" if args.cmake else "pkgconfig" if args.pkg_config else ""))
+    kernels = include_root()
+    root = kernels.parent
+    found = {
+        "flags": f"-I{root / 'include'} -I{kernels}",
+        "cmake": root / "cpp" / "cmake",
+        "pkg-config": root / "cpp" / "pkgconfig",
+        "source": root / "cpp",
+    }
+    if args.chosen is not None:
+        print(found[args.chosen])
+        return
+    for option, value in found.items():
+        print(f"{option:<12}{value}")

@@ -22,8 +22,9 @@ FOLDERS = (
     *("scripts", "tests"),
 )
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "flashinfer_aot").glob("*.md")])
-# A path from the root of the repository, as pages and comments write it. What holds a placeholder or a glob is not one.
-PATH = re.compile(rf"(?<![\w/.$-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w(?![\w$<*{{…-])")
+# A path from the root of the repository, as pages and comments write it. What holds a placeholder or a glob is not one,
+# nor is an #include.
+PATH = re.compile(rf"(?<![\w/.$<-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w(?![\w$<*{{…-])")
 # A header by its path from csrc/, or by the end of it.
 HEADER = re.compile(r"(?<![\w/.-])(?:\w+/)*\w+\.cuh\b")
 # Made by a build, or by whoever follows docs/add_a_kernel.md.

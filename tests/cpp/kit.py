@@ -187,7 +187,7 @@ class Api:
     """The library of cpp/c_api.cpp. Tensors and structs go by address; a null stands for None."""
 
     def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path))
+        self.library = ctypes.CDLL(str(path.resolve()))
         self.library.flashinfer_last_error.restype = ctypes.c_char_p
         self.library.flashinfer_kernels_target.restype = ctypes.c_char_p
 

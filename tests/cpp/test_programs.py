@@ -13,7 +13,7 @@ import flashinfer
 from flashinfer import families, target
 from flashinfer.aot.config import read_specs
 from tests.aot.kit import made_once
-from tests.cpp.engine_loop import Engine
+from tests.cpp.engine_loop import BUDGETS, DIM, KV_HEADS, LENGTHS, QO_HEADS, Engine, table
 from tests.cpp.kit import compile_program, run_program, write_set
 from tests.kit import ROOT
 
@@ -28,6 +28,31 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+def ranks(tokens: list[int], num_prompt: int, dtype: torch.dtype) -> list[int]:
+    """Of each drawn token, how many had a larger logit: by FP64 from the equations, given the tokens before it."""
+    x = torch.tensor(tokens)
+    q, k, v = (
+        table(which, heads * DIM).view(-1, heads, DIM).to(dtype).double()[x]
+        for which, heads in enumerate((QO_HEADS, KV_HEADS, KV_HEADS))
+    )
+    angles = torch.arange(len(x)).double()[:, None] * 1e4 ** (-2 * torch.arange(DIM // 2).double() / DIM)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    q, k = (
+        torch.cat((a * cos - b * sin, b * cos + a * sin), -1) for a, b in (rows.split(DIM // 2, -1) for rows in (q, k))
+    )
+    k, v = (rows.repeat_interleave(QO_HEADS // KV_HEADS, 1) for rows in (k, v))
+    scores = 0.5 * torch.einsum("ihd,jhd->hij", q, k)
+    hidden = torch.ones(len(x), len(x)).triu(1).bool()
+    logits = torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).reshape(len(x), -1)
+    return [int((logits[i] > logits[i, x[i + 1]]).sum()) for i in range(num_prompt - 1, len(x) - 1)]
+
+
+def require_allowed(found: list[list[int]], dtype: torch.dtype) -> None:
+    """Every token is among the 40 likeliest, which are a twelfth of all; of logits that rounding makes equal, 41."""
+    drawn = [rank for tokens, length in zip(found, LENGTHS) for rank in ranks(tokens, length, dtype)]
+    assert len(drawn) == sum(BUDGETS) and max(drawn) <= 40 and len(set(drawn)) > 10
+
+
 def tokens_of(output: str) -> list[list[int]]:
     return [list(map(int, line.split())) for line in output.splitlines()]
 
@@ -40,6 +65,7 @@ def test_engine(engine: Path, tmp_path: Path) -> None:
     assert found == Engine(torch.device("cpu"), torch.float32).run()
     drawn = {token for tokens in found for token in tokens}
     assert len(found) == 6 and len(drawn) > 20
+    require_allowed(found, torch.float32)
 
 
 def test_engine_says_what_is_missing(engine: Path, tmp_path: Path) -> None:
@@ -73,4 +99,5 @@ def test_engine_on_a_gpu(engine: Path) -> None:
     if "FLASHINFER_AOT_PATH" not in os.environ:
         pytest.skip("needs a set in FLASHINFER_AOT_PATH")
     found = tokens_of(run_program(engine / "engine", os.environ["FLASHINFER_AOT_PATH"], "cuda"))
+    require_allowed(found, torch.bfloat16)
     assert found == Engine(torch.device("cuda"), torch.bfloat16).run()
