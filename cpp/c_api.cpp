@@ -69,6 +69,13 @@ const T& present(const T* given) {
   return *given;
 }
 
+// An object of the caller's.
+template <class T>
+T& object(T* given) {
+  host::require(given != nullptr, "an object is null; expected one that was opened or made");
+  return *given;
+}
+
 PageTable of(const flashinfer_page_table* table) {
   present(table);
   return {of(&table->indptr), of(&table->indices), of(&table->last_page_len)};
@@ -124,7 +131,7 @@ int flashinfer_kernels_open(const char* roots, int device, flashinfer_kernels** 
     std::istringstream paths(roots == nullptr ? "" : roots);
     for (std::string path; std::getline(paths, path, ':');)
       if (!path.empty()) folders.push_back(path);
-    *opened = new flashinfer_kernels(device == FLASHINFER_CPU ? Device::cpu() : Device::cuda(device), folders);
+    object(opened) = new flashinfer_kernels(device == FLASHINFER_CPU ? Device::cpu() : Device::cuda(device), folders);
   });
 }
 
@@ -142,13 +149,14 @@ int flashinfer_synchronize(const flashinfer_kernels* kernels, void* stream) {
 
 int flashinfer_rmsnorm(flashinfer_kernels* kernels, const flashinfer_tensor* input, const flashinfer_tensor* weight,
                        const flashinfer_tensor* out, float eps, int is_gemma, void* stream) {
-  return guarded([&] { rmsnorm(*kernels, of(input), of(weight), of(out), eps, stream, is_gemma != 0); });
+  return guarded([&] { rmsnorm(object(kernels), of(input), of(weight), of(out), eps, stream, is_gemma != 0); });
 }
 
 int flashinfer_fused_add_rmsnorm(flashinfer_kernels* kernels, const flashinfer_tensor* input,
                                  const flashinfer_tensor* residual, const flashinfer_tensor* weight, float eps,
                                  int is_gemma, void* stream) {
-  return guarded([&] { fused_add_rmsnorm(*kernels, of(input), of(residual), of(weight), eps, stream, is_gemma != 0); });
+  return guarded(
+      [&] { fused_add_rmsnorm(object(kernels), of(input), of(residual), of(weight), eps, stream, is_gemma != 0); });
 }
 
 int flashinfer_append(flashinfer_kernels* kernels, const flashinfer_tensor* key, const flashinfer_tensor* value,
@@ -156,7 +164,7 @@ int flashinfer_append(flashinfer_kernels* kernels, const flashinfer_tensor* key,
                       const flashinfer_tensor* k_cache, const flashinfer_tensor* v_cache,
                       const flashinfer_page_table* table, float k_scale, float v_scale, void* stream) {
   return guarded([&] {
-    append(*kernels, of(key), of(value), of(batch_indices), of(positions), {of(k_cache), of(v_cache)}, of(table),
+    append(object(kernels), of(key), of(value), of(batch_indices), of(positions), {of(k_cache), of(v_cache)}, of(table),
            stream, k_scale, v_scale);
   });
 }
@@ -169,7 +177,7 @@ int flashinfer_rope(flashinfer_kernels* kernels, const flashinfer_tensor* q, con
     if (options != nullptr)
       read = {options->rotary_dim,      options->interleave != 0,  options->scale,          options->theta,
               options->low_freq_factor, options->high_freq_factor, options->old_context_len};
-    rope(*kernels, of(q), of(k), of(positions), of(q_out), of(k_out), read, stream);
+    rope(object(kernels), of(q), of(k), of(positions), of(q_out), of(k_out), read, stream);
   });
 }
 
@@ -179,25 +187,27 @@ int flashinfer_sample(flashinfer_kernels* kernels, const flashinfer_tensor* rows
     const auto& given = present(options);
     const SampleOptions read = {given.are_logits != 0,  given.top_k, given.top_p,  given.min_p,
                                 given.top_k_first != 0, given.seed,  given.offset, optional(given.row_indices)};
-    sample(*kernels, of(rows), of(token_ids), read, stream);
+    sample(object(kernels), of(rows), of(token_ids), read, stream);
   });
 }
 
 int flashinfer_single_decode(flashinfer_kernels* kernels, const flashinfer_workspace* workspace,
                              const flashinfer_tensor* q, const flashinfer_tensor* k, const flashinfer_tensor* v,
                              const flashinfer_tensor* out, const flashinfer_attention_options* options, void* stream) {
-  return guarded([&] { single_decode(*kernels, of(workspace), of(q), of(k), of(v), of(out), of(options), stream); });
+  return guarded(
+      [&] { single_decode(object(kernels), of(workspace), of(q), of(k), of(v), of(out), of(options), stream); });
 }
 
 int flashinfer_single_prefill(flashinfer_kernels* kernels, const flashinfer_workspace* workspace,
                               const flashinfer_tensor* q, const flashinfer_tensor* k, const flashinfer_tensor* v,
                               const flashinfer_tensor* out, const flashinfer_attention_options* options, void* stream) {
-  return guarded([&] { single_prefill(*kernels, of(workspace), of(q), of(k), of(v), of(out), of(options), stream); });
+  return guarded(
+      [&] { single_prefill(object(kernels), of(workspace), of(q), of(k), of(v), of(out), of(options), stream); });
 }
 
 int flashinfer_batch_decode_new(flashinfer_kernels* kernels, const flashinfer_workspace* workspace,
                                 flashinfer_batch_decode** made) {
-  return guarded([&] { *made = new flashinfer_batch_decode(*kernels, of(workspace)); });
+  return guarded([&] { object(made) = new flashinfer_batch_decode(object(kernels), of(workspace)); });
 }
 
 void flashinfer_batch_decode_free(flashinfer_batch_decode* decode) {
@@ -207,18 +217,18 @@ void flashinfer_batch_decode_free(flashinfer_batch_decode* decode) {
 int flashinfer_batch_decode_plan(flashinfer_batch_decode* decode, const flashinfer_page_table* table,
                                  const flashinfer_attention_shape* shape, const flashinfer_attention_options* options,
                                  void* stream) {
-  return guarded([&] { decode->plan(of(table), of(shape), of(options), stream); });
+  return guarded([&] { object(decode).plan(of(table), of(shape), of(options), stream); });
 }
 
 int flashinfer_batch_decode_run(flashinfer_batch_decode* decode, const flashinfer_tensor* q,
                                 const flashinfer_tensor* k_cache, const flashinfer_tensor* v_cache,
                                 const flashinfer_tensor* out, const flashinfer_tensor* lse, void* stream) {
-  return guarded([&] { decode->run(of(q), {of(k_cache), of(v_cache)}, of(out), optional(lse), stream); });
+  return guarded([&] { object(decode).run(of(q), {of(k_cache), of(v_cache)}, of(out), optional(lse), stream); });
 }
 
 int flashinfer_batch_prefill_new(flashinfer_kernels* kernels, const flashinfer_workspace* workspace,
                                  flashinfer_batch_prefill** made) {
-  return guarded([&] { *made = new flashinfer_batch_prefill(*kernels, of(workspace)); });
+  return guarded([&] { object(made) = new flashinfer_batch_prefill(object(kernels), of(workspace)); });
 }
 
 void flashinfer_batch_prefill_free(flashinfer_batch_prefill* prefill) {
@@ -229,13 +239,13 @@ int flashinfer_batch_prefill_plan(flashinfer_batch_prefill* prefill, const flash
                                   int64_t num_tokens, const flashinfer_page_table* table,
                                   const flashinfer_attention_shape* shape, const flashinfer_attention_options* options,
                                   void* stream) {
-  return guarded([&] { prefill->plan(of(qo_indptr), num_tokens, of(table), of(shape), of(options), stream); });
+  return guarded([&] { object(prefill).plan(of(qo_indptr), num_tokens, of(table), of(shape), of(options), stream); });
 }
 
 int flashinfer_batch_prefill_run(flashinfer_batch_prefill* prefill, const flashinfer_tensor* q,
                                  const flashinfer_tensor* k_cache, const flashinfer_tensor* v_cache,
                                  const flashinfer_tensor* out, const flashinfer_tensor* lse, void* stream) {
-  return guarded([&] { prefill->run(of(q), {of(k_cache), of(v_cache)}, of(out), optional(lse), stream); });
+  return guarded([&] { object(prefill).run(of(q), {of(k_cache), of(v_cache)}, of(out), optional(lse), stream); });
 }
 
 int flashinfer_batch_prefill_plan_ragged(flashinfer_batch_prefill* prefill, const flashinfer_tensor* qo_indptr,
@@ -243,17 +253,17 @@ int flashinfer_batch_prefill_plan_ragged(flashinfer_batch_prefill* prefill, cons
                                          const flashinfer_attention_shape* shape,
                                          const flashinfer_attention_options* options, void* stream) {
   return guarded(
-      [&] { prefill->plan_ragged(of(qo_indptr), num_tokens, of(kv_indptr), of(shape), of(options), stream); });
+      [&] { object(prefill).plan_ragged(of(qo_indptr), num_tokens, of(kv_indptr), of(shape), of(options), stream); });
 }
 
 int flashinfer_batch_prefill_run_ragged(flashinfer_batch_prefill* prefill, const flashinfer_tensor* q,
                                         const flashinfer_tensor* k, const flashinfer_tensor* v,
                                         const flashinfer_tensor* out, const flashinfer_tensor* lse, void* stream) {
-  return guarded([&] { prefill->run_ragged(of(q), of(k), of(v), of(out), optional(lse), stream); });
+  return guarded([&] { object(prefill).run_ragged(of(q), of(k), of(v), of(out), optional(lse), stream); });
 }
 
 int flashinfer_mla_new(flashinfer_kernels* kernels, const flashinfer_workspace* workspace, flashinfer_mla** made) {
-  return guarded([&] { *made = new flashinfer_mla(*kernels, of(workspace)); });
+  return guarded([&] { object(made) = new flashinfer_mla(object(kernels), of(workspace)); });
 }
 
 void flashinfer_mla_free(flashinfer_mla* mla) {
@@ -267,14 +277,14 @@ int flashinfer_mla_plan(flashinfer_mla* mla, const flashinfer_tensor* qo_indptr,
     const auto& given = present(shape);
     const MlaShape read = {given.num_heads, given.head_dim_ckv,      given.head_dim_kpe,
                            given.page_size, dtype_of(given.q_dtype), dtype_of(given.kv_dtype)};
-    mla->plan(of(qo_indptr), num_tokens, of(table), read, {is_causal != 0, sm_scale, kv_scale}, stream);
+    object(mla).plan(of(qo_indptr), num_tokens, of(table), read, {is_causal != 0, sm_scale, kv_scale}, stream);
   });
 }
 
 int flashinfer_mla_run(flashinfer_mla* mla, const flashinfer_tensor* q_nope, const flashinfer_tensor* q_pe,
                        const flashinfer_tensor* ckv, const flashinfer_tensor* kpe, const flashinfer_tensor* out,
                        const flashinfer_tensor* lse, void* stream) {
-  return guarded([&] { mla->run(of(q_nope), of(q_pe), of(ckv), of(kpe), of(out), optional(lse), stream); });
+  return guarded([&] { object(mla).run(of(q_nope), of(q_pe), of(ckv), of(kpe), of(out), optional(lse), stream); });
 }
 
 }  // extern "C"

@@ -23,6 +23,7 @@ from tests.cpp.kit import (
     Workspace,
     options,
     page_table,
+    tensor,
 )
 
 BF16, FP8, FP32, INT32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.int32
@@ -69,6 +70,7 @@ def cases() -> Iterator[Case]:
     for num_rows, vocab in ((1, 128256), (64, 128256), (512, 32000), (3, 1000)):
         for filter in ("top_p", "none"):
             yield sample_case(num_rows, vocab, filter)
+    yield sample_rows_case()
     for name, case in DECODES.items():
         yield decode_case(f"decode, {name}", **case)
     for kv_len in (100, 5000, 100000):
@@ -161,6 +163,22 @@ def sample_case(num_rows: int, vocab: int, filter: str) -> Case:
         return (out,)
 
     return Case(f"sample {filter} of {num_rows} x {vocab}", by_python, by_cpp)
+
+
+def sample_rows_case() -> Case:
+    """Of chosen rows of bf16 logits, by top-k and what top-p leaves of it."""
+    logits, indices, out = rows(9, 32000), ints(8, 2, 2), ints(0, 0, 0)
+
+    def by_python() -> Tensors:
+        sampler = flashinfer.sampling.top_k_top_p_sampling_from_logits
+        return (sampler(logits, 40, 0.75, indices=indices, seed=7, offset=8),)
+
+    def by_cpp(kernels: Kernels) -> Tensors:
+        chosen = ctypes.pointer(tensor(indices))
+        kernels.sample(logits, out, SampleOptions(1, 40, 0.75, 0.0, 1, 7, 8, chosen))
+        return (out,)
+
+    return Case("sample of chosen rows", by_python, by_cpp)
 
 
 # ----------------------------------------------------------------------------------------------------------- attention

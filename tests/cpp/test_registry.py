@@ -145,6 +145,19 @@ def test_no_registry(api: Api, tmp_path: Path) -> None:
         api.open([tmp_path / "nowhere"])
 
 
+def test_nothing_in_the_place_of_an_object(api: Api, host_copy: Path) -> None:
+    kernels = api.open([host_copy])
+    for call in (
+        lambda: api.call("rmsnorm", None, X, WEIGHT, X, ctypes.c_float(0), 0, None),
+        lambda: api.call("rmsnorm", kernels.handle, X, None, X, ctypes.c_float(0), 0, None),
+        lambda: api.call("kernels_open", str(host_copy).encode(), -1, None),
+        lambda: api.call("batch_decode_plan", None, None, None, None, None),
+        lambda: api.call("mla_run", None, X, X, X, X, X, None, None),
+    ):
+        with pytest.raises(CError, match="is null"):
+            call()
+
+
 def test_description_follows_the_family(tmp_path: Path) -> None:
     """Layouts of the registry are those of the structs; a set without descriptions gets them without a compile."""
     config = write_config(tmp_path, rmsnorm_rows(64))
