@@ -163,12 +163,11 @@ def test_sample(case: str, kernels: Kernels) -> None:
 
 def test_sample_of_chosen_rows(kernels: Kernels) -> None:
     probs, out = torch.eye(8, VOCAB), torch.full((3,), -1, dtype=torch.int32)
-    chosen = SampleOptions(0, 0, 0.5, 0.0, 0, 1, 0, ctypes.pointer(tensor(_int([5, 0, 5]))))
-    kernels.sample(probs, out, chosen)
+    chosen, wrong = _int([5, 0, 5]), _int([5, 0, 8])
+    kernels.sample(probs, out, SampleOptions(0, 0, 0.5, 0.0, 0, 1, 0, ctypes.pointer(tensor(chosen))))
     assert out.tolist() == [5, 0, 5]
-    wrong = SampleOptions(0, 0, 0.5, 0.0, 0, 1, 0, ctypes.pointer(tensor(_int([5, 0, 8]))))
     with pytest.raises(CError, match=r"row_indices\[2\] is 8; expected 0 to 7"):
-        kernels.sample(probs, out, wrong)
+        kernels.sample(probs, out, SampleOptions(0, 0, 0.5, 0.0, 0, 1, 0, ctypes.pointer(tensor(wrong))))
 
 
 def _float(value: float) -> ctypes.c_float:
