@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from flashinfer.jit.source import include_root
+from flashinfer.jit.stores import AotStore
 
 
 def add_parser(subparsers: Any) -> None:
@@ -27,6 +28,7 @@ _ABOUT = {
     "cmake": "folder of flashinfer-config.cmake",
     "pkg-config": "folder of flashinfer.pc",
     "source": "folder of the C interface and the benchmark programs",
+    "sets": "folders of the kernel registries that Python would ask, parted by ':'",
 }
 
 
@@ -38,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
         "cmake": root / "cpp" / "cmake",
         "pkg-config": root / "cpp" / "pkgconfig",
         "source": root / "cpp",
+        "sets": ":".join(map(str, AotStore().roots())),
     }
     if args.chosen is not None:
         print(found[args.chosen])

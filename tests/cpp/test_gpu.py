@@ -59,6 +59,7 @@ def differences(api: Api, root: Path | None) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.gpu
+@pytest.mark.slow  # some sixty kernels, unless a set has them
 def test_results(api: Api) -> None:
     wrong = {name: what for name, what in differences(api, None) if what}
     assert not wrong

@@ -82,6 +82,16 @@ def test_c_example(c_library: Path, host_set: Path, tmp_path: Path) -> None:
     assert second == pytest.approx(-2.0, abs=1e-4)
 
 
+def test_everything_at_once(
+    host_set: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHINFER_AOT_PATH", str(host_set))
+    assert printed(capsys, "cpp", "--sets").split(":")[0] == str(host_set)
+    assert [line.split()[0] for line in printed(capsys, "cpp").splitlines()] == [
+        "flags", "cmake", "pkg-config", "source", "sets",
+    ]  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------------------------- benchmarks
 
 
