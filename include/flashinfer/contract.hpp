@@ -14,6 +14,8 @@
 #include "conv/params.h"
 #include "gdn/decode_params.h"
 #include "gdn/prefill/params.h"
+#include "gemm/params.h"
+#include "gemm/sm90/params.h"
 #include "norm/params.h"
 #include "page/params.h"
 #include "quantization/params.h"
@@ -147,7 +149,7 @@ static_assert(__builtin_offsetof(AppendParams, num_heads) == 196);
 template <>
 struct Layout<CausalConv1dParams> {
   static constexpr const char* kName = "CausalConv1dParams";
-  static constexpr uint64_t kAbi = 0x915dd130d9c6ab65;
+  static constexpr uint64_t kAbi = 0xfe27ca3087a99ad8;
 };
 static_assert(sizeof(CausalConv1dParams) == 136);
 static_assert(__builtin_offsetof(CausalConv1dParams, x) == 0);
@@ -170,7 +172,6 @@ static_assert(__builtin_offsetof(CausalConv1dParams, output_stride) == 112);
 static_assert(__builtin_offsetof(CausalConv1dParams, num_tokens) == 120);
 static_assert(__builtin_offsetof(CausalConv1dParams, num_sequences) == 124);
 static_assert(__builtin_offsetof(CausalConv1dParams, num_channels) == 128);
-static_assert(__builtin_offsetof(CausalConv1dParams, tokens_per_thread) == 132);
 
 template <>
 struct Layout<CausalConv1dUpdateParams> {
@@ -375,9 +376,9 @@ static_assert(__builtin_offsetof(GdnDecodeParams, scale) == 352);
 template <>
 struct Layout<GdnPrefillParams> {
   static constexpr const char* kName = "GdnPrefillParams";
-  static constexpr uint64_t kAbi = 0x6cd97f9e77b20b1a;
+  static constexpr uint64_t kAbi = 0x09531b8f82e502c4;
 };
-static_assert(sizeof(GdnPrefillParams) == 272);
+static_assert(sizeof(GdnPrefillParams) == 288);
 static_assert(__builtin_offsetof(GdnPrefillParams, q) == 0);
 static_assert(__builtin_offsetof(GdnPrefillParams, k) == 8);
 static_assert(__builtin_offsetof(GdnPrefillParams, v) == 16);
@@ -390,34 +391,67 @@ static_assert(__builtin_offsetof(GdnPrefillParams, final_indices) == 64);
 static_assert(__builtin_offsetof(GdnPrefillParams, output) == 72);
 static_assert(__builtin_offsetof(GdnPrefillParams, final_state) == 80);
 static_assert(__builtin_offsetof(GdnPrefillParams, chunks) == 88);
-static_assert(__builtin_offsetof(GdnPrefillParams, q_strides.token) == 96);
-static_assert(__builtin_offsetof(GdnPrefillParams, q_strides.head) == 104);
-static_assert(__builtin_offsetof(GdnPrefillParams, k_strides.token) == 112);
-static_assert(__builtin_offsetof(GdnPrefillParams, k_strides.head) == 120);
-static_assert(__builtin_offsetof(GdnPrefillParams, v_strides.token) == 128);
-static_assert(__builtin_offsetof(GdnPrefillParams, v_strides.head) == 136);
-static_assert(__builtin_offsetof(GdnPrefillParams, output_strides.token) == 144);
-static_assert(__builtin_offsetof(GdnPrefillParams, output_strides.head) == 152);
-static_assert(__builtin_offsetof(GdnPrefillParams, gate_strides.token) == 160);
-static_assert(__builtin_offsetof(GdnPrefillParams, gate_strides.head) == 168);
-static_assert(__builtin_offsetof(GdnPrefillParams, beta_strides.token) == 176);
-static_assert(__builtin_offsetof(GdnPrefillParams, beta_strides.head) == 184);
-static_assert(__builtin_offsetof(GdnPrefillParams, initial_strides.slot) == 192);
-static_assert(__builtin_offsetof(GdnPrefillParams, initial_strides.head) == 200);
-static_assert(__builtin_offsetof(GdnPrefillParams, final_strides.slot) == 208);
-static_assert(__builtin_offsetof(GdnPrefillParams, final_strides.head) == 216);
-static_assert(__builtin_offsetof(GdnPrefillParams, num_seqs) == 224);
-static_assert(__builtin_offsetof(GdnPrefillParams, num_tokens) == 228);
-static_assert(__builtin_offsetof(GdnPrefillParams, num_heads) == 232);
-static_assert(__builtin_offsetof(GdnPrefillParams, heads_per_q) == 236);
-static_assert(__builtin_offsetof(GdnPrefillParams, heads_per_k) == 240);
-static_assert(__builtin_offsetof(GdnPrefillParams, heads_per_v) == 244);
-static_assert(__builtin_offsetof(GdnPrefillParams, num_initial_slots) == 248);
-static_assert(__builtin_offsetof(GdnPrefillParams, num_final_slots) == 252);
-static_assert(__builtin_offsetof(GdnPrefillParams, has_long_seqlens) == 256);
-static_assert(__builtin_offsetof(GdnPrefillParams, has_long_indices) == 260);
-static_assert(__builtin_offsetof(GdnPrefillParams, scale) == 264);
-static_assert(__builtin_offsetof(GdnPrefillParams, reserved) == 268);
+static_assert(__builtin_offsetof(GdnPrefillParams, segments) == 96);
+static_assert(__builtin_offsetof(GdnPrefillParams, q_strides.token) == 104);
+static_assert(__builtin_offsetof(GdnPrefillParams, q_strides.head) == 112);
+static_assert(__builtin_offsetof(GdnPrefillParams, k_strides.token) == 120);
+static_assert(__builtin_offsetof(GdnPrefillParams, k_strides.head) == 128);
+static_assert(__builtin_offsetof(GdnPrefillParams, v_strides.token) == 136);
+static_assert(__builtin_offsetof(GdnPrefillParams, v_strides.head) == 144);
+static_assert(__builtin_offsetof(GdnPrefillParams, output_strides.token) == 152);
+static_assert(__builtin_offsetof(GdnPrefillParams, output_strides.head) == 160);
+static_assert(__builtin_offsetof(GdnPrefillParams, gate_strides.token) == 168);
+static_assert(__builtin_offsetof(GdnPrefillParams, gate_strides.head) == 176);
+static_assert(__builtin_offsetof(GdnPrefillParams, beta_strides.token) == 184);
+static_assert(__builtin_offsetof(GdnPrefillParams, beta_strides.head) == 192);
+static_assert(__builtin_offsetof(GdnPrefillParams, initial_strides.slot) == 200);
+static_assert(__builtin_offsetof(GdnPrefillParams, initial_strides.head) == 208);
+static_assert(__builtin_offsetof(GdnPrefillParams, final_strides.slot) == 216);
+static_assert(__builtin_offsetof(GdnPrefillParams, final_strides.head) == 224);
+static_assert(__builtin_offsetof(GdnPrefillParams, num_seqs) == 232);
+static_assert(__builtin_offsetof(GdnPrefillParams, num_tokens) == 236);
+static_assert(__builtin_offsetof(GdnPrefillParams, num_heads) == 240);
+static_assert(__builtin_offsetof(GdnPrefillParams, heads_per_q) == 244);
+static_assert(__builtin_offsetof(GdnPrefillParams, heads_per_k) == 248);
+static_assert(__builtin_offsetof(GdnPrefillParams, heads_per_v) == 252);
+static_assert(__builtin_offsetof(GdnPrefillParams, num_initial_slots) == 256);
+static_assert(__builtin_offsetof(GdnPrefillParams, num_final_slots) == 260);
+static_assert(__builtin_offsetof(GdnPrefillParams, has_long_seqlens) == 264);
+static_assert(__builtin_offsetof(GdnPrefillParams, has_long_indices) == 268);
+static_assert(__builtin_offsetof(GdnPrefillParams, scale) == 272);
+static_assert(__builtin_offsetof(GdnPrefillParams, segment_tokens) == 276);
+static_assert(__builtin_offsetof(GdnPrefillParams, has_bf16_states) == 280);
+
+template <>
+struct Layout<GroupGemmParams> {
+  static constexpr const char* kName = "GroupGemmParams";
+  static constexpr uint64_t kAbi = 0xb13910116cd4d016;
+};
+static_assert(sizeof(GroupGemmParams) == 160);
+static_assert(__builtin_offsetof(GroupGemmParams, a) == 0);
+static_assert(__builtin_offsetof(GroupGemmParams, b) == 8);
+static_assert(__builtin_offsetof(GroupGemmParams, a_scale) == 16);
+static_assert(__builtin_offsetof(GroupGemmParams, b_scale) == 24);
+static_assert(__builtin_offsetof(GroupGemmParams, indptr) == 32);
+static_assert(__builtin_offsetof(GroupGemmParams, weight_indices) == 40);
+static_assert(__builtin_offsetof(GroupGemmParams, output) == 48);
+static_assert(__builtin_offsetof(GroupGemmParams, a_row_stride) == 56);
+static_assert(__builtin_offsetof(GroupGemmParams, b_weight_stride) == 64);
+static_assert(__builtin_offsetof(GroupGemmParams, b_row_stride) == 72);
+static_assert(__builtin_offsetof(GroupGemmParams, output_row_stride) == 80);
+static_assert(__builtin_offsetof(GroupGemmParams, a_scale_row_stride) == 88);
+static_assert(__builtin_offsetof(GroupGemmParams, a_scale_block_stride) == 96);
+static_assert(__builtin_offsetof(GroupGemmParams, b_scale_weight_stride) == 104);
+static_assert(__builtin_offsetof(GroupGemmParams, b_scale_row_stride) == 112);
+static_assert(__builtin_offsetof(GroupGemmParams, b_scale_block_stride) == 120);
+static_assert(__builtin_offsetof(GroupGemmParams, num_rows) == 128);
+static_assert(__builtin_offsetof(GroupGemmParams, num_columns) == 132);
+static_assert(__builtin_offsetof(GroupGemmParams, depth) == 136);
+static_assert(__builtin_offsetof(GroupGemmParams, num_groups) == 140);
+static_assert(__builtin_offsetof(GroupGemmParams, num_weights) == 144);
+static_assert(__builtin_offsetof(GroupGemmParams, has_long_indptr) == 148);
+static_assert(__builtin_offsetof(GroupGemmParams, has_long_indices) == 152);
+static_assert(__builtin_offsetof(GroupGemmParams, reserved) == 156);
 
 template <>
 struct Layout<MergeParams> {
@@ -690,6 +724,19 @@ static_assert(__builtin_offsetof(QkNormRopeParams, num_qo_heads) == 1132);
 static_assert(__builtin_offsetof(QkNormRopeParams, num_kv_heads) == 1136);
 
 template <>
+struct Layout<QuantizeGroupsParams> {
+  static constexpr const char* kName = "QuantizeGroupsParams";
+  static constexpr uint64_t kAbi = 0x6799b8b2255b21e1;
+};
+static_assert(sizeof(QuantizeGroupsParams) == 40);
+static_assert(__builtin_offsetof(QuantizeGroupsParams, input) == 0);
+static_assert(__builtin_offsetof(QuantizeGroupsParams, output) == 8);
+static_assert(__builtin_offsetof(QuantizeGroupsParams, scale) == 16);
+static_assert(__builtin_offsetof(QuantizeGroupsParams, input_row_stride) == 24);
+static_assert(__builtin_offsetof(QuantizeGroupsParams, num_rows) == 32);
+static_assert(__builtin_offsetof(QuantizeGroupsParams, num_columns) == 36);
+
+template <>
 struct Layout<RopeAppendParams> {
   static constexpr const char* kName = "RopeAppendParams";
   static constexpr uint64_t kAbi = 0xea0bd79de140b3a8;
@@ -826,6 +873,41 @@ static_assert(__builtin_offsetof(SeqLensParams, last_page_len) == 8);
 static_assert(__builtin_offsetof(SeqLensParams, seq_lens) == 16);
 static_assert(__builtin_offsetof(SeqLensParams, batch_size) == 24);
 static_assert(__builtin_offsetof(SeqLensParams, page_size) == 28);
+
+template <>
+struct Layout<Sm90GroupGemmParams> {
+  static constexpr const char* kName = "Sm90GroupGemmParams";
+  static constexpr uint64_t kAbi = 0x2d258874b0986f9c;
+};
+static_assert(sizeof(Sm90GroupGemmParams) == 448);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, a_map) == 0);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, b_map) == 128);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, a) == 256);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, b) == 264);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, a_scale) == 272);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, b_scale) == 280);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, indptr) == 288);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, weight_indices) == 296);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, output) == 304);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, a_row_stride) == 312);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, b_weight_stride) == 320);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, b_row_stride) == 328);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, output_row_stride) == 336);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, a_scale_row_stride) == 344);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, a_scale_block_stride) == 352);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, b_scale_weight_stride) == 360);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, b_scale_row_stride) == 368);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, b_scale_block_stride) == 376);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, num_rows) == 384);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, num_columns) == 388);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, depth) == 392);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, num_groups) == 396);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, num_weights) == 400);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, has_long_indptr) == 404);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, has_long_indices) == 408);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, reserved) == 412);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, a_box_rows) == 416);
+static_assert(__builtin_offsetof(Sm90GroupGemmParams, padding) == 420);
 
 template <>
 struct Layout<Sm90MlaParams> {

@@ -1,7 +1,7 @@
 // What the Hopper kernel of products is given besides GroupGemmParams: where TMA finds the operands.
 #pragma once
 
-#include "device/sm90/tma.cuh"
+#include "device/sm90/tensor_map.h"
 #include "gemm/params.h"
 
 namespace flashinfer {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device/mailbox.cuh"
+#include "device/sm90/tma.cuh"
 #include "device/sm90/warpgroup.cuh"
 #include "device/sm90/wgmma.cuh"
 #include "gemm/sm90/params.h"
