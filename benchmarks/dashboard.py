@@ -43,7 +43,7 @@ from compare import (
 from results import Case, Run, Table
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-MAX_LINES = 150
+MAX_LINES = 165
 NUM_NAMED = 4  # cases that are slower, by name
 INTRODUCTION = """
 Is it faster than what you have, by how much, and where not? × is how many times as fast it is as the other: in bold the
@@ -272,6 +272,7 @@ def page(found: Newest) -> str:
         "Decode": per_case(found.get("decode", {}), "batch × KV, heads, head_dim, page"),
         "Prefill and append": per_case(found.get("prefill", {}), "batch × lengths, heads, head_dim, KV, mask"),
         "Latent attention": side_by_side(per_case(found.get("mla", {}), "batch × KV, query heads, page"), 2),
+        "Gated delta rule": side_by_side(per_case(found.get("gdn prefill", {}), "sequences × tokens, heads"), 2),
         "Sampling, µs": side_by_side(by_shape(found.get("sampling", {}), "vocabulary 128256, fp32"), 2),
         "Norms, activations, RoPE, cache, packing, merging, µs": side_by_side(
             smallest_and_largest(found, ELEMENTWISE), 2

@@ -227,14 +227,14 @@ def test_the_page_keeps_to_its_length_with_four_devices(tmp_path: Path) -> None:
                 date = f"2027-01-0{number + 1}{one.date[10:]}"
                 results.write(tmp_path, name, "0123abc", Run(**{**vars(one), "date": date}))
     text = page_of(tmp_path)
-    assert text.count("\n") <= 150 and all(name.removeprefix("NVIDIA ") in text for name in names)
+    assert text.count("\n") <= 165 and all(name.removeprefix("NVIDIA ") in text for name in names)
 
 
 def test_the_committed_page_is_what_the_results_say() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "dashboard.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").count("\n") <= 150
+    assert (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").count("\n") <= 165
 
 
 @pytest.mark.parametrize("stale", ["performance.md", "speedup.png", "decode.png", "prefill.png"])

@@ -3,6 +3,9 @@
 //
 //   S_{i+1} = S_i transition_i + state_i        state_i <- S_i
 //
+//   segments of each sequence and head, with [128, 128] transitions and states, initial states [slots, num_heads, V, K]
+//   -> [num_seqs, num_heads] chains of states, in place
+//
 // In fp32, for the sake of what is never forgotten. A block has kGdnScanRows rows of the state, a thread one column
 // of them and half of the sums: 64 elements of the same column of the transition. These come from the L2 cache, and the
 // registers that a product frees take the next ones.
