@@ -166,7 +166,7 @@ def test_a_suggestion_is_what_a_build_makes_of_it(
     capsys.readouterr()
     assert run_cli(["misses", "suggest", "--budget", "1M"]) == 0
     rows = capsys.readouterr().out
-    assert re.search(r"^# \d\.\d\d s of 1 process, \d+\.\d KiB; 0.0 % remain then$", rows, re.MULTILINE)
+    assert re.search(r"^# [\d.]+ s of 1 process, \d+\.\d KiB; 0.0 % remain then$", rows, re.MULTILINE)
     (tmp_path / "all.toml").write_text(rows)
     assert len(read_specs(["all.toml"], [target.host()])) == 3
 
