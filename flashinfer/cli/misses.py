@@ -258,7 +258,7 @@ def _said(found: Suggestion, summary: Summary, args: argparse.Namespace) -> list
     lines = [
         f"{of}, {size(found.bytes)} of {size(parse_size(args.budget))}, for {','.join(found.targets)}",
         f"saved: {found.seconds:.2f} of {summary.seconds:.2f} s of cold starts ({saved:.1f} %), "
-        f"{100 - saved:.1f} % remain",
+        f"{_rest(saved):.1f} % remain",
         f"{found.processes_without_misses} of {count(len(summary.processes), 'process')} would miss nothing",
     ]
     more = _percent(found.bound - found.value, found.value)
@@ -279,7 +279,7 @@ def _suggested_rows(found: Suggestion, summary: Summary) -> str:
     rows, saved = [], 0.0
     for one in found.chosen:
         saved += one.seconds
-        remain = 100 - _percent(saved, summary.seconds)
+        remain = _rest(_percent(saved, summary.seconds))
         about = "about " if one.is_estimate else ""
         processes = count(len(one.processes), "process")
         rows.append(f"# {one.seconds:.2f} s of {processes}, {about}{size(one.bytes)}; {remain:.1f} % remain then\n")
@@ -302,6 +302,11 @@ def _suggested_table(chosen: Sequence[Candidate]) -> str:
 
 def _percent(part: float, whole: float) -> float:
     return 100 * part / whole if whole else 0.0
+
+
+def _rest(percent: float) -> float:
+    """Not -0.0, where sums in another order are more than all."""
+    return max(0.0, 100 - percent)
 
 
 def _cache() -> Path | None:
