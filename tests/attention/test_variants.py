@@ -149,6 +149,21 @@ def test_tiles_between_the_first_tokens_and_a_window(case: Case, device: torch.d
         run_prefill(case, device, mask=examples.window_and_first(window=window, num_first=num_first))
 
 
+@flashinfer.mask(window=int, num_first=int)
+def gap_and_holes(b, h, q, k, x):
+    return ((q - k <= x.window) | (k < x.num_first)) & (k <= q) & (k % 3 != 0)
+
+
+@flashinfer.mask(window=int, num_first=int)
+def two_gaps(b, h, q, k, x):
+    return (k <= q) & ((q - k <= x.window) | (k < x.num_first)) & ((k < 650) | (k > 690))
+
+
+@pytest.mark.parametrize("mask", [gap_and_holes, two_gaps], ids=of_names)
+def test_what_a_gap_hides_beside_something_else(mask: Function, device: torch.device) -> None:
+    run_prefill(Case("", **LONG), device, mask=mask(window=40, num_first=4))
+
+
 @pytest.mark.parametrize("num_queries", [3, 40])
 def test_tiles_in_a_gap_are_not_read(num_queries: int, device: torch.device) -> None:
     mask = examples.window_and_first(window=40, num_first=4)

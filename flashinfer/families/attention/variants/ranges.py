@@ -47,8 +47,11 @@ def range_of(variants: Variants) -> KeyRange:
 def _of(node: Node, variants: Variants) -> KeyRange:
     if node.op == "&":
         a, b = (_of(arg, variants) for arg in node.args)
-        if a.gap is not None and b.gap is not None and b.holes is None:
-            b = b._replace(holes=node.args[1])  # of two gaps one is kept
+        if [a.gap, b.gap, a.holes, b.holes].count(None) < 3:  # of two gaps one is kept, and beside holes no gap is all
+            a, b = (
+                part._replace(holes=arg) if part.gap is not None and part.holes is None else part
+                for part, arg in zip((a, b), node.args)
+            )
         return KeyRange(
             _joined("max", a.first, b.first), _joined("min", a.last, b.last), _joined("&", a.holes, b.holes),
             a.gap or b.gap,
