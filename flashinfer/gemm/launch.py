@@ -86,7 +86,7 @@ def _prepare(op: str, operands: Operands, output: torch.Tensor, depth_major: boo
     num_weights, num_columns = b.shape[0], b.shape[1 if depth_major else 2]
     num_groups = 1 if indptr is None else indptr.shape[0] - 1
     checks_values = indices.may_be_visible(indptr, weight_indices)
-    if output.numel() == 0 or num_groups == 0:
+    if output.numel() == 0 or num_groups == 0 or num_weights == 0:
         return _Prepared(memo.no_launch, checks_values)
     device_index = a.get_device()
     spec = families.group_gemm(

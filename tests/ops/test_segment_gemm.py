@@ -118,6 +118,15 @@ def test_segments_without_a_weight(device: torch.device) -> None:
     assert_close(out, expected)
 
 
+def test_no_weights(device: torch.device) -> None:
+    """Before the first adapter is loaded. On Hopper there is no descriptor of nothing."""
+    problem = draw(device, (4, 9), indices=(0, 0))
+    problem = problem._replace(weights=problem.weights[:0])
+    out = torch.full((13, 48), 7.0, dtype=BF16, device=device)
+    problem.run(out=out, weight_indices=problem.index([-1, -1]))
+    assert (out == 7.0).all()
+
+
 def test_rows_of_no_segment(device: torch.device) -> None:
     problem = draw(device, (4, 9), more_rows=3)
     out = torch.full((16, 48), 7.0, dtype=BF16, device=device)
