@@ -41,9 +41,10 @@ struct ConvSequence {
       slot = -1;
       return;
     }
-    const int64_t first = offsets[idx], past = offsets[idx + 1];
-    begin = first < 0 ? 0 : first < params.num_tokens ? int(first) : params.num_tokens;
-    end = past < params.num_tokens ? int(past) : params.num_tokens;
+    const auto inside = [&](int64_t token) {
+      return token < 0 ? 0 : token < params.num_tokens ? int(token) : params.num_tokens;
+    };
+    begin = inside(offsets[idx]), end = inside(offsets[idx + 1]);
     slot = params.layout.slot<Index>(params.slots, idx);
   }
 

@@ -213,6 +213,8 @@ def test_hostile_indices() -> None:
     assert not output[:4].any() and not output[8:].any()
     assert_close(output[4:8], causal_conv1d(x[4:8], weight, None, None, True)[0])
     causal_conv1d_fn(x.T, weight, None, None, index(device, [-5, 9, 3, 1 << 30]))
+    wrong = torch.tensor([0, 4, -(1 << 31) - 1, 12], device=device)  # of which 32 bits are the largest number
+    causal_conv1d_fn(x.T, weight, None, states, wrong, torch.tensor([1, 0, 1], device=device))
     for accepted in (-3, 0, 9, 1 << 30):
         causal_conv1d_update(x[:2], states, weight, None, None, index(device, [5, -1]), index(device, [accepted] * 2))
     assert torch.equal(memory[:4], before[:4]) and torch.equal(memory[5:], before[5:])
