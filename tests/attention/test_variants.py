@@ -149,6 +149,19 @@ def test_tiles_between_the_first_tokens_and_a_window(case: Case, device: torch.d
         run_prefill(case, device, mask=examples.window_and_first(window=window, num_first=num_first))
 
 
+@flashinfer.mask(window=int, num_first="i32[batch_size]")
+def window_and_prefix(b, h, q, k, x):
+    return ((q - k <= x.window) | (k < x.num_first[b])) & (k <= q)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("head_dim", [128, 96])  # 96 of no Hopper kernel
+def test_gaps_of_each_request(head_dim: int, device: torch.device) -> None:
+    """Also by blocks that find no unit, which know of no request."""
+    num_first = torch.tensor([4, 130, 0], dtype=torch.int32, device=device)
+    run_prefill(Case("", **LONG, head_dim=head_dim), device, mask=window_and_prefix(window=40, num_first=num_first))
+
+
 @flashinfer.mask(window=int, num_first=int)
 def gap_and_holes(b, h, q, k, x):
     return ((q - k <= x.window) | (k < x.num_first)) & (k <= q) & (k % 3 != 0)

@@ -61,6 +61,7 @@ struct WorkQueue {
   __device__ __forceinline__ void take_next() const {
     cp_async_wait<0>();
     smem.unit = smem.next_unit;
+    if (smem.unit >= smem.num_units) return;  // of a block that never had one, the item is whatever was there
     smem.work = smem.next_work;
     smem.work.item.confine_to(params.num_tokens);
     smem.gap = close_gap<Config>(params, smem.work.item, smem.work.group_size.divisor);
