@@ -148,7 +148,7 @@ def chunk_gated_delta_rule(
         state_dtype = torch.float32 if initial_state is None else initial_state.dtype
         output_state = torch.empty((num_seqs, num_heads, _DIM, _DIM), dtype=state_dtype, device=q.device)
     final_indices = state_indices if output_state_indices is None else output_state_indices
-    longest = 0 if max_seqlen is None else max_seqlen
+    longest = 0 if max_seqlen is None else checks.integer(_OP, "max_seqlen", max_seqlen, 0)
     options = _Options(scale, bool(use_qk_l2norm_in_kernel), gate_domain == "log", segment, longest)
     operands = _Operands(q, k, v, g, beta, cu_seqlens, initial_state, state_indices, final_indices)
     if is_dynamo_compiling():

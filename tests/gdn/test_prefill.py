@@ -380,6 +380,7 @@ def test_other_head_sizes_and_dtypes(device: torch.device) -> None:
         (lambda x: {"use_cp": "always"}, "use_cp is 'always'"),
         (lambda x: {"_cp_chunk_len": 65}, "_cp_chunk_len is 65"),
         (lambda x: {"_cp_chunk_len": -64}, "_cp_chunk_len is -64"),
+        (lambda x: {"max_seqlen": -1}, "max_seqlen is -1; expected at least 0"),
         (lambda x: {"cu_seqlens": x.cu_seqlens.float()}, "cu_seqlens is torch.float32"),
         (lambda x: {"cu_seqlens": x.cu_seqlens[:0]}, "cu_seqlens is empty"),
         (lambda x: {"initial_state": x.state[:, :2]}, "initial_state has shape"),
