@@ -18,7 +18,7 @@ from flashinfer.attention.prefill.single import single_prefill_with_kv_cache
 from flashinfer.attention.prefill.wrapper import PrefillWrapper
 from flashinfer.attention.variant import GivenScale, Overrides
 from flashinfer.errors import UnsupportedConfig
-from flashinfer.host import checks, indices
+from flashinfer.host import checks, indices, memo
 from flashinfer.host.handles import Uncopyable
 from flashinfer.host.paged_cache import PagedCache, PagedKv
 from flashinfer.host.traced import is_dynamo_compiling
@@ -482,7 +482,8 @@ class BatchPODWithPagedKVCacheWrapper(Uncopyable):
         self._is_causal, self._has_mask = is_causal, has_mask
         if not has_mask and q_scale is k_scale is v_scale is None:
             q = self._joined(q_p, paged_kv_cache_p, q_d, paged_kv_cache_d)
-            if q is not None:
+            # A planner that is captured has not run: its schedule would be missing in later calls.
+            if q is not None and (self._rows_before == len(q_p) or not memo.is_capturing(q_p)):
                 return self._run_both(q, len(q_p), paged_kv_cache_p, is_causal, return_lse, enable_pdl)
         first = self._prefill._run(
             q_p, paged_kv_cache_p, None, None, return_lse, (None, None, None), enable_pdl, Overrides(causal=is_causal)

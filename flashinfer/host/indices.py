@@ -17,6 +17,7 @@ from typing import Optional
 import torch
 
 from flashinfer import env
+from flashinfer.host import memo
 
 _checks_devices = functools.cache(env.CHECK_INDICES.get)
 
@@ -29,11 +30,9 @@ def may_be_visible(*tensors: Optional[torch.Tensor]) -> bool:
 
 def are_visible(*tensors: Optional[torch.Tensor]) -> bool:
     """Whether the host looks at the values of these tensors now."""
-    return all(tensor is None or tensor.is_cpu for tensor in tensors) or (_checks_devices() and not _is_capturing())
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return all(tensor is None or tensor.is_cpu for tensor in tensors) or (
+        _checks_devices() and not any(tensor is not None and memo.is_capturing(tensor) for tensor in tensors)
+    )
 
 
 def require_within(

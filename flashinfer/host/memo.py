@@ -74,6 +74,14 @@ def current_stream(device_index: int) -> int:
     return _raw_stream(device_index) if device_index >= 0 else 0
 
 
+_is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
+
+
+def is_capturing(tensor: torch.Tensor) -> bool:
+    """Whether work on the tensor's device becomes part of a CUDA graph."""
+    return tensor.is_cuda and _is_capturing()
+
+
 Allocate = Callable[[], torch.Tensor]
 
 

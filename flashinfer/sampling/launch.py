@@ -274,7 +274,7 @@ def _readable_draw(op: str, draw: Draw, num_rows: int, input: torch.Tensor) -> D
 
 
 def _require_no_nan(op: str, input: torch.Tensor) -> None:
-    if randomness.is_capturing(input):
+    if memo.is_capturing(input):
         raise ValueError(f"{op}: check_nan waits for the device, which a captured stream cannot; pass check_nan=False")
     if bool(torch.isnan(input).any()):
         kind, _ = _SAMPLERS[op]

@@ -6,7 +6,6 @@ device. Whatever is a tensor on the device stays there: the kernel reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Optional, Union
 
 import torch
@@ -88,8 +87,6 @@ def per_row(seed: Seed, offset: Seed) -> dict[str, bool]:
 
 # ----------------------------------------------------------------------------------------------------------- generators
 
-_is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
-
 
 def drawn(
     op: str, input: torch.Tensor, generator: Optional[torch.Generator], num_words: int
@@ -104,7 +101,7 @@ def drawn(
     try:
         position = generator.get_offset()
     except RuntimeError:  # refused while the stream is captured; asking first would cost each call as much
-        if not _is_capturing():
+        if not memo.is_capturing(input):
             raise
         # The generator's state lives on the device while a graph is captured: draw ours there, once a replay.
         words = torch.empty(2, dtype=torch.int64, device=input.device).random_(generator=generator)
@@ -122,10 +119,6 @@ def _check_generator(op: str, generator: torch.Generator, input: torch.Tensor) -
         op,
         f"generator is on {device}, the input on {input.device}; make one for that device",
     )
-
-
-def is_capturing(input: torch.Tensor) -> bool:
-    return input.is_cuda and _is_capturing()
 
 
 # A graph of torch.compile holds plain values. So it names a generator by a number, and the operator finds it again when

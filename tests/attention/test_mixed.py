@@ -15,6 +15,7 @@ from flashinfer.attention.mixed import BatchPODWithPagedKVCacheWrapper, PODWithP
 from flashinfer.attention.prefill.plan import MixedPlan, PrefillPlan
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.attention import prefill as families
+from flashinfer.host import memo
 from tests.attention.named_cases import named
 from tests.attention.prefill_kit import (
     BF16,
@@ -272,6 +273,11 @@ def test_batch_pod_of_one_batch_is_one_launch(
         where = torch.device("cpu") if on_host else device
         given = [x.to(where) for x in first] + [second[0], *(x.to(where) for x in second[1:])]
         wrapper.plan(*given, *case.heads, case.head_dim, case.page_size, q_data_type=BF16)
+        with monkeypatch.context() as capturing:  # a planner would be captured, and not run: two launches
+            capturing.setattr(memo, "is_capturing", lambda tensor: True)
+            outs, lses = wrapper.run(q_p, batch.kv, q_d, batch.kv, causal_p=True, return_lse=True)
+            check((torch.cat(outs), torch.cat(lses)), expect(batch, causal=True))
+        assert not launches
         for causal in (True, False, True):
             outs, lses = wrapper.run(q_p, batch.kv, q_d, batch.kv, causal_p=causal, return_lse=True)
             check((torch.cat(outs), torch.cat(lses)), expect(batch, causal=causal))

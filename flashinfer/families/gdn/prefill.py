@@ -103,10 +103,12 @@ def _sm90_config(spec: KernelSpec) -> Config:
 
 
 def _segments_config(spec: KernelSpec) -> Config:
-    num_stages = 4 if _stages_bytes(SEGMENTS_V, 4) < arch(spec.target).smem_per_block else 2
+    def num_bytes(num_stages: int) -> int:
+        return _BARRIERS_BYTES + _stages_bytes(SEGMENTS_V, num_stages)
+
+    num_stages = 4 if num_bytes(4) <= arch(spec.target).smem_per_block else 2
     tile = {"kHasOutput": False, "kBlockV": SEGMENTS_V, "kNumStages": num_stages}
-    num_bytes = _BARRIERS_BYTES + _stages_bytes(SEGMENTS_V, num_stages)
-    return Config({"T": CxxType(spec.arg("dtype")), **tile}, Launch(32 + 2 * SEGMENTS_V, 1, num_bytes))
+    return Config({"T": CxxType(spec.arg("dtype")), **tile}, Launch(32 + 2 * SEGMENTS_V, 1, num_bytes(num_stages)))
 
 
 def _scan_config(spec: KernelSpec) -> Config:
