@@ -221,8 +221,7 @@ def test_random_indices_are_refused_or_right(seed: int) -> None:
     else:
         call.run()
         for row, slot in enumerate(slots):
-            later = [other for other in slots[row + 1 :] if other == slot]
-            if isinstance(slot, tuple) and not later:
+            if isinstance(slot, tuple) and slots.count(slot) == 1:  # of several rows any may be the last
                 assert torch.equal(
                     call.arguments["paged_kv_cache"][slot[0], 0, slot[1]], call.arguments["append_key"][row]
                 )
