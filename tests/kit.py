@@ -131,9 +131,14 @@ def fork(code: str, **variables: str | Path | None) -> warm.Process:
     return warm.Process(["-c", textwrap.dedent(code)], _environment(variables))
 
 
+def python_path() -> str:
+    """For processes: this checkout, then what this process was told of, where packages may be that a test needs."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
 def _environment(variables: Mapping[str, str | Path | None]) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FLASHINFER_")}
-    found = {**kept, "PYTHONPATH": str(ROOT), "FLASHINFER_DISABLE_AOT": "1", **variables}
+    found = {**kept, "PYTHONPATH": python_path(), "FLASHINFER_DISABLE_AOT": "1", **variables}
     return {name: str(value) for name, value in found.items() if value is not None}
 
 

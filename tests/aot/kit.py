@@ -22,7 +22,7 @@ from flashinfer.cli import main
 from flashinfer.errors import ToolchainMissing
 from flashinfer.jit.stores import Registry
 from flashinfer.jit.toolchain import cuda_include, toolchain
-from tests.kit import ROOT
+from tests.kit import ROOT, python_path
 
 HOST = target.host()
 # Another level of this architecture, for which its compiler compiles as well.
@@ -79,7 +79,7 @@ def run_script(argv: Sequence[str], **variables: str | Path) -> subprocess.Popen
 def run(argv: Sequence[str], **variables: str | Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         argv,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **{name: str(value) for name, value in variables.items()}},
+        env={**os.environ, "PYTHONPATH": python_path(), **{name: str(value) for name, value in variables.items()}},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

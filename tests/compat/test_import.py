@@ -126,3 +126,10 @@ def test_public_names_are_found_on_first_use() -> None:
     assert "rmsnorm" in dir(flashinfer)
     with pytest.raises(AttributeError, match="has no attribute 'no_such_operator'"):
         _ = flashinfer.no_such_operator
+
+
+def test_spawned_processes_find_what_tests_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "only_on_the_path.py").write_text("name = 'found'\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    out, _ = finish(spawn("import only_on_the_path, tests.kit; print(only_on_the_path.name)"))
+    assert out.strip() == "found"

@@ -11,7 +11,7 @@ import pytest
 
 from tests.aot.kit import made_once
 from tests.cpp.kit import compile_program
-from tests.kit import ROOT
+from tests.kit import ROOT, python_path
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_launches(capability: int, num_sms: int, driver: Path, c_library: Path, tmp_path: Path) -> None:
     variables = {
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(driver), os.environ.get("LD_LIBRARY_PATH")])),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": python_path(),
         "PRETENDED_LAUNCHES": str(tmp_path / "launches.txt"),
         "PRETENDED_CAPABILITY": str(capability),
         "PRETENDED_SMS": str(num_sms),

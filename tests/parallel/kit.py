@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests import warm
-from tests.kit import ROOT
+from tests.kit import ROOT, python_path
 
 SECONDS = 120  # for all cases of a run, compiling included
 
@@ -55,7 +55,7 @@ def run(module: str, device: str, *sets: str) -> dict[str, list[str]]:
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["-m", "tests.parallel.kit", module, device, folder, *sets]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
         if device == "cpu":
             environment |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
         out, err = warm.Process(arguments, environment, ROOT).communicate(SECONDS)
