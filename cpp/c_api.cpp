@@ -54,6 +54,8 @@ Tensor optional(const flashinfer_tensor* given) {
   x.dtype = dtype_of(given->dtype);
   x.rank = given->rank;
   std::copy(given->shape, given->shape + x.rank, x.shape);
+  for (int32_t axis = 0; axis < x.rank; ++axis)
+    host::require(x.shape[axis] >= 0, "a tensor is ", x.described(), "; expected sizes of 0 or more");
   std::copy(given->stride, given->stride + x.rank, x.stride);
   return x;
 }
@@ -116,6 +118,8 @@ const char* flashinfer_last_error(void) {
 
 flashinfer_tensor flashinfer_tensor_of(void* data, int32_t dtype, int32_t rank, const int64_t* shape) {
   flashinfer_tensor x = {data, dtype, rank, {}, {}};
+  if (shape == nullptr && rank > 0) x.rank = -1;  // which functions refuse
+  if (shape == nullptr) return x;
   int64_t dense = 1;
   for (int32_t axis = rank < 5 ? rank - 1 : 4; axis >= 0; --axis) {
     x.shape[axis] = shape[axis];
@@ -140,7 +144,7 @@ void flashinfer_kernels_close(flashinfer_kernels* kernels) {
 }
 
 const char* flashinfer_kernels_target(const flashinfer_kernels* kernels) {
-  return kernels->device().target().c_str();
+  return kernels == nullptr ? nullptr : kernels->device().target().c_str();
 }
 
 int flashinfer_synchronize(const flashinfer_kernels* kernels, void* stream) {

@@ -87,7 +87,9 @@ class Variant {
     require(shape.head_dim_qk > 0 && shape.page_size > 0, op, ": head_dim_qk is ", shape.head_dim_qk, ", page_size ",
             shape.page_size, "; expected 1 or more");
     require(options.sm_scale >= 0 && options.q_scale > 0 && options.k_scale > 0 && options.logits_soft_cap >= 0, op,
-            ": a scale or the soft cap is negative; expected that q_scale and k_scale are positive");
+            ": sm_scale is ", options.sm_scale, ", q_scale ", options.q_scale, ", k_scale ", options.k_scale,
+            ", logits_soft_cap ", options.logits_soft_cap,
+            "; expected q_scale and k_scale above 0, the others 0 or more");
     window_left_ = options.window_left < 0 || options.window_left >= 1 << 30 ? -1 : int32_t(options.window_left);
     soft_cap_ = float(options.logits_soft_cap);
     const double scale = options.sm_scale > 0 ? options.sm_scale : 1.0 / std::sqrt(double(shape.head_dim_qk));
@@ -154,7 +156,8 @@ inline int64_t check_pages(const char* op, const PageTable& table, int32_t page_
               "; expected 1 to ", page_size);
     const int64_t used = whole_lengths ? ceil_of(lengths[i], page_size) : offsets[i + 1] - offsets[i];
     for (int64_t j = 0; j < used; ++j) {
-      require(pages[offsets[i] + j] >= 0, op, ": indices[", offsets[i] + j, "] is negative");
+      require(pages[offsets[i] + j] >= 0, op, ": indices[", offsets[i] + j, "] is ", pages[offsets[i] + j],
+              "; expected 0 or more");
       num_pages = std::max<int64_t>(num_pages, pages[offsets[i] + j] + 1);
     }
   }
@@ -222,6 +225,7 @@ inline void fill_kv_rows(const char* op, KvParams& kv, const AttentionShape& sha
                          bool is_cuda) {
   require_shape(op, "k", k, {-1, shape.num_kv_heads, shape.head_dim_qk}, "[num_rows, num_kv_heads, head_dim]");
   require_shape(op, "v", v, {k.shape[0], shape.num_kv_heads, shape.head_dim_vo}, "[num_rows, num_kv_heads, head_dim]");
+  require(k.shape[0] >= 0 && k.shape[0] <= INT32_MAX, op, ": k is ", k.described(), "; expected 0 to 2^31 - 1 rows");
   require_dtype(op, "k", k, shape.kv_dtype);
   require_dtype(op, "v", v, shape.kv_dtype);
   require_aligned_rows(op, "k", k, is_cuda);

@@ -99,7 +99,7 @@ FLASHINFER_API flashinfer_tensor flashinfer_tensor_of(void* data, int32_t dtype,
  */
 FLASHINFER_API int flashinfer_kernels_open(const char* roots, int device, flashinfer_kernels** opened);
 FLASHINFER_API void flashinfer_kernels_close(flashinfer_kernels* kernels);
-FLASHINFER_API const char* flashinfer_kernels_target(const flashinfer_kernels* kernels);
+FLASHINFER_API const char* flashinfer_kernels_target(const flashinfer_kernels* kernels); /* null of null */
 FLASHINFER_API int flashinfer_synchronize(const flashinfer_kernels* kernels, void* stream);
 
 FLASHINFER_API int flashinfer_rmsnorm(flashinfer_kernels* kernels, const flashinfer_tensor* input,

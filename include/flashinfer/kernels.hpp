@@ -71,9 +71,15 @@ class Kernel {
 
   Kernel(const Device& device, const Entry& entry, const std::string& root)
       : entry_(entry), context_(device.context()) {
-    const std::string path = root + "/" + entry.file, machine_code = host::content_of(path);
-    host::require(host::Sha256::hex_of(machine_code) == entry.sha256, path,
-                  ": sha256 mismatch: the file is not the one that the registry describes");
+    const std::string path = root + "/" + entry.file;
+    std::string machine_code;
+    try {
+      machine_code = host::content_of(path);
+      host::require(host::Sha256::hex_of(machine_code) == entry.sha256, path,
+                    ": sha256 mismatch: the file is not the one that the registry describes");
+    } catch (const Error& error) {
+      host::fail(error.what(), ". Next step: build the set anew (flashinfer aot build)");
+    }
     if (device.is_cuda()) {
       load_on_gpu(device, machine_code);
     } else {

@@ -127,7 +127,8 @@ class Registry {
       version_ = data.at("version", Json::Kind::kText).text;
       for (const Json& raw : data.at("kernels", Json::Kind::kList).items) add(raw);
     } catch (const Error& error) {
-      host::fail(path, " is not usable: ", error.what());
+      host::fail(path, " is not usable: ", error.what(),
+                 ". Next step: name the folder of a set, or build one there by flashinfer aot build --out ", root);
     }
     // Python compares digests of sources, which are not at hand here: the version stands for them.
     host::require(version_ == kVersion, path, " is of version ", version_, ", this program was compiled for ", kVersion,

@@ -43,7 +43,10 @@ struct Tensor {
   Tensor(const void* address, Dtype type, std::initializer_list<int64_t> sizes)
       : data(const_cast<void*>(address)), dtype(type) {
     if (sizes.size() > kMaxRank) throw Error("a tensor has at most 5 axes");
-    for (int64_t size : sizes) shape[rank++] = size;
+    for (int64_t size : sizes) {
+      if (size < 0) throw Error("a tensor has an axis of " + std::to_string(size) + "; expected 0 or more");
+      shape[rank++] = size;
+    }
     int64_t dense = 1;
     for (int32_t axis = rank - 1; axis >= 0; --axis) {
       stride[axis] = dense;

@@ -15,7 +15,19 @@ from flashinfer.families.attention.decode import decode
 from flashinfer.families.attention.mla import mla
 from flashinfer.families.attention.prefill import prefill
 from flashinfer.jit import KernelSpec
-from tests.cpp.kit import Api, CError, Kernels, MlaShape, Options, Shape, Workspace, options, page_table, write_set
+from tests.cpp.kit import (
+    Api,
+    CError,
+    Kernels,
+    MlaShape,
+    Options,
+    Shape,
+    Workspace,
+    options,
+    page_table,
+    tensor,
+    write_set,
+)
 
 HOST = target.host()
 QO_HEADS, KV_HEADS, DIM, PAGE = 4, 2, 64, 4
@@ -159,6 +171,10 @@ def test_single(kernels: Kernels) -> None:
     assert torch.equal(out, flashinfer.single_prefill_with_kv_cache(q, k, v, causal=True))
     kernels.single_decode(NO_WORKSPACE, q[0], k, v, first, options())
     assert torch.equal(first, flashinfer.single_decode_with_kv_cache(q[0], k, v))
+    long = tensor(k)
+    long.shape[0] = 1 << 32  # which would be none in 32 bits
+    with pytest.raises(CError, match="expected 0 to 2"):
+        kernels.single_decode(NO_WORKSPACE, q[0], long, long, first, options())
 
 
 def test_mla(kernels: Kernels) -> None:
@@ -203,7 +219,7 @@ def test_index_tensors_that_lead_nowhere(batch: Batch, kernels: Kernels) -> None
     assert "indptr ends at 99; expected at most" in refusal(indptr=[0, 3, 3, 4, 99])
     assert "last_page_len[0] is 5; expected 1 to 4" in refusal(last=[5, 1, 1, 1])
     assert "last_page_len[3] is 0" in refusal(last=[1, 1, 1, 0])
-    assert "indices[1] is negative" in refusal(indices=[0, -1, 2, 3, 4, 5, 6, 7, 8, 9])
+    assert "indices[1] is -1; expected 0 or more" in refusal(indices=[0, -1, 2, 3, 4, 5, 6, 7, 8, 9])
     assert "the planned page numbers go up to 77" in refusal(indices=[0, 77, 2, 3, 4, 5, 6, 7, 8, 9])
     made.plan(batch.table(), shape_of(), options())  # and works on
     made.run(*run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,8 @@ def test_program_of_the_page(tmp_path: Path) -> None:
     assert found is not None
     assert float(found[1]) == pytest.approx(out[0, 0, 0].item(), abs=1e-3) and found[2] == "3.000"
     assert [int(found[3]) // 64, 0 <= int(found[4]) < 512] == [int(drawn[0]) // 64, True]
+    lost = subprocess.run([program, tmp_path / "nowhere"], capture_output=True, text=True, check=False)
+    assert lost.returncode == 1 and "cannot be read. Next step: name the folder of a set" in lost.stderr
 
 
 @pytest.mark.gpu

@@ -21,7 +21,7 @@ from flashinfer.jit import spec as specs
 from flashinfer.jit.stores import Registry
 from flashinfer.version import __version__
 from tests.aot.kit import HOST, change_entries, change_registry, registry_of, rmsnorm_rows, write_config
-from tests.cpp.kit import Api, CError, Kernels
+from tests.cpp.kit import Api, CError, CTensor, Kernels, tensor
 from tests.kit import ROOT
 
 X, WEIGHT = torch.ones(2, 64), torch.ones(64)
@@ -76,7 +76,8 @@ def test_no_machine_code_for_this_machine(api: Api, host_copy: Path) -> None:
 def test_damaged_file(api: Api, host_copy: Path) -> None:
     for entry in registry_of(host_copy)["kernels"]:
         (host_copy / entry["file"]).write_bytes(b"\x7fELF")
-    assert "sha256 mismatch" in refusal(api, host_copy)
+    message = refusal(api, host_copy)
+    assert "sha256 mismatch" in message and "Next step: build the set anew" in message
 
 
 def test_another_layout_of_the_parameters(api: Api, host_copy: Path) -> None:
@@ -141,7 +142,7 @@ def test_malformed_launch(case: str, api: Api, host_copy: Path) -> None:
 
 
 def test_no_registry(api: Api, tmp_path: Path) -> None:
-    with pytest.raises(CError, match=r"registry.json cannot be read"):
+    with pytest.raises(CError, match=r"registry.json cannot be read. Next step: name the folder of a set"):
         api.open([tmp_path / "nowhere"])
 
 
@@ -156,6 +157,17 @@ def test_nothing_in_the_place_of_an_object(api: Api, host_copy: Path) -> None:
     ):
         with pytest.raises(CError, match="is null"):
             call()
+    assert api.library.flashinfer_kernels_target(None) is None
+
+
+def test_sizes_that_are_none(api: Api, host_copy: Path) -> None:
+    """Below 0, and a tensor that was made of no shape."""
+    negative, shapeless = tensor(X), api.library.flashinfer_tensor_of
+    negative.shape[0], shapeless.restype = -2, CTensor
+    refused = {r"fp32 \[-2, 64\]; expected sizes of 0": negative, "rank is -1": shapeless(None, 0, 2, None)}
+    for message, given in refused.items():
+        with pytest.raises(CError, match=message):
+            api.open([host_copy]).rmsnorm(given, WEIGHT, X, ctypes.c_float(1e-6), 0)
 
 
 def test_description_follows_the_family(tmp_path: Path) -> None:
