@@ -5,7 +5,9 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <functional>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -16,7 +18,7 @@ namespace bench {
 using namespace flashinfer;
 
 struct Options {
-  std::string set, device = "cuda", dtype = "bf16", kv_dtype;
+  std::string set, device, dtype = "bf16", kv_dtype;
   int64_t batch_size = 1, qo_len = 1, kv_len = 4096, num_qo_heads = 32, num_kv_heads = 8, head_dim = 128;
   int64_t page_size = 16, repeats = 20;
   bool is_causal = true, is_json = false;
@@ -33,7 +35,7 @@ struct Program {
   if (!error.empty()) std::fprintf(to, "%s: %s\n\n", program.name, error.c_str());
   std::fprintf(to, "%s: %s\n\n", program.name, program.about);
   std::fprintf(to, "  --set DIR            a folder with a registry.json; FLASHINFER_AOT_PATH unless given\n");
-  std::fprintf(to, "  --device NAME        cuda (the default) or cpu\n");
+  std::fprintf(to, "  --device NAME        cuda or cpu; cuda where there is a GPU unless given\n");
   if (program.is_batch) std::fprintf(to, "  --batch-size N       requests, 1 unless given\n");
   if (program.is_prefill) std::fprintf(to, "  --qo-len N           query tokens of each, 4096 unless given\n");
   std::fprintf(to, "  --kv-len N           keys and values of each, 4096 unless given\n");
@@ -60,7 +62,8 @@ inline Options parse(const Program& program, int argc, char** argv) {
     const std::string name = argv[at], value = text(at);
     char* end = nullptr;
     const int64_t read = std::strtoll(value.c_str(), &end, 10);
-    if (value.empty() || *end != '\0' || read <= 0) usage(program, 2, name + " takes a positive number, not " + value);
+    if (value.empty() || *end != '\0' || read <= 0 || read > INT32_MAX)
+      usage(program, 2, name + " takes a positive number of 32 bits, not " + value);
     return read;
   };
   for (int at = 1; at < argc; ++at) {
@@ -98,7 +101,8 @@ inline Options parse(const Program& program, int argc, char** argv) {
       usage(program, 2, name + " is no option");
   }
   if (options.kv_dtype.empty()) options.kv_dtype = options.dtype;
-  if (options.device != "cuda" && options.device != "cpu") usage(program, 2, "--device is cuda or cpu");
+  if (!options.device.empty() && options.device != "cuda" && options.device != "cpu")
+    usage(program, 2, "--device is cuda or cpu");
   return options;
 }
 
@@ -205,6 +209,16 @@ inline void report(const Program& program, const Options& o, const Device& devic
               double(work.flops) / us * 1e-6);
 }
 
+inline Device device_named(const std::string& name) {
+  if (name == "cpu") return Device::cpu();
+  try {
+    return Device::cuda(0);
+  } catch (const Error&) {
+    if (!name.empty()) throw;
+    return Device::cpu();  // which the table says
+  }
+}
+
 // main() of a program: measure(options, kernels) returns the microseconds of a call.
 inline int run(const Program& program, int argc, char** argv,
                const std::function<double(const Options&, Kernels&)>& measure) {
@@ -212,10 +226,13 @@ inline int run(const Program& program, int argc, char** argv,
   try {
     std::vector<std::string> roots;
     if (!options.set.empty()) roots.push_back(options.set);
-    Kernels kernels(options.device == "cpu" ? Device::cpu() : Device::cuda(0), roots);
+    Kernels kernels(device_named(options.device), roots);
     report(program, options, kernels.device(), measure(options, kernels));
     return 0;
-  } catch (const Error& error) {
+  } catch (const std::bad_alloc&) {
+    std::fprintf(stderr, "%s: no memory for this case; expected fewer or shorter requests\n", program.name);
+    return 1;
+  } catch (const std::exception& error) {
     std::fprintf(stderr, "%s: %s\n", program.name, error.what());
     return 1;
   }

@@ -53,7 +53,8 @@ def require_within(
     least, greatest = torch.aminmax(values)
     if least.item() >= low and greatest.item() < high:
         return
-    wrong = (values < low) | (values >= high)
+    wide = values.long()  # torch wraps a bound that the dtype of the tensor does not hold
+    wrong = (wide < low) | (wide >= high)
     if where is not None:
         wrong &= where()
     found = torch.nonzero(wrong.reshape(-1))

@@ -109,7 +109,7 @@ def test_options_are_those_of_python(bench_decode: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         main(["bench", "batch_decode", "--help"])
     assert options_in(run_program(bench_decode, "--help")) == options_in(capsys.readouterr().out)
-    for wrong in (["--batch-size", "0"], ["--no-such"], ["--kv-len"], ["--qo-len", "3"]):
+    for wrong in (["--batch-size", "0"], ["--kv-len", "9" * 20], ["--no-such"], ["--kv-len"], ["--qo-len", "3"]):
         done = subprocess.run([str(bench_decode), *wrong], capture_output=True, text=True, check=False)
         assert done.returncode == 2 and "bench_batch_decode:" in done.stderr
 

@@ -346,3 +346,10 @@ def test_the_switch_leaves_captures_alone(checking: None) -> None:
     call.arguments["paged_kv_cache"].zero_()
     graph.replay()
     assert torch.equal(call.arguments["paged_kv_cache"], expected)
+
+
+def test_error_names_the_entry_that_is_wrong() -> None:
+    """Of a bound, too, that the dtype of the tensor does not hold."""
+    values = torch.tensor([4, 0, -1], dtype=torch.int32)
+    with pytest.raises(IndexError, match=r"pages\[2\] is -1; expected 0 to 2147483647, a page number"):
+        indices.require_within("op", "pages", values, 0, 1 << 31, "a page number")
