@@ -29,7 +29,7 @@ def tensor(op: str, name: str, given: Any) -> torch.Tensor:
     except AttributeError:
         raise TypeError(f"{op}: {name} is {type(given).__name__}; expected a tensor") from None
     try:
-        return from_dlpack(capsule)
+        view = from_dlpack(capsule)
     except (RuntimeError, BufferError) as error:
         if given.__dlpack_device__()[0] == _PINNED:
             return from_dlpack(_as_of_cpu(given.__dlpack__()))
@@ -38,8 +38,16 @@ def tensor(op: str, name: str, given: Any) -> torch.Tensor:
             f"{op}: {name} is {given.dtype} on {given.device}, which torch does not take ({reason}); expected a dtype "
             "and a device of torch"
         ) from None
+    if _MAY_IGNORE_OFFSETS and view.numel() and getattr(given, "data_ptr", view.data_ptr)() != view.data_ptr():
+        raise UnsupportedConfig(
+            f"{op}: {name} starts behind the address that it names, which torch {torch.__version__} does not heed. "
+            "Next step: PyTorch 2.11 or later"
+        )
+    return view
 
 
+# Early releases read a tensor of DLPack from the address that it names, whatever its byte_offset; 2.11 does not.
+_MAY_IGNORE_OFFSETS = torch.torch_version.TorchVersion(torch.__version__) < "2.11"
 _CPU, _PINNED = 1, 3  # DLPack's kinds of devices
 _pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]

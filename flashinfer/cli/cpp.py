@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from flashinfer.errors import FlashInferError
 from flashinfer.jit.source import include_root
 from flashinfer.jit.stores import AotStore
 
@@ -32,7 +33,7 @@ _ABOUT = {
 }
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     kernels = include_root()
     root = kernels.parent
     found = {
@@ -42,8 +43,14 @@ def run(args: argparse.Namespace) -> None:
         "source": root / "cpp",
         "sets": ":".join(map(str, AotStore().roots())),
     }
+    if args.chosen == "sets" and not found["sets"]:
+        raise FlashInferError(
+            "no set of kernels is installed. Next step: pip install flashinfer-aot, or flashinfer aot build --config "
+            "core --target native --out DIR and FLASHINFER_AOT_PATH=DIR"
+        )
     if args.chosen is not None:
         print(found[args.chosen])
-        return
+        return 0
     for option, value in found.items():
-        print(f"{option:<12}{value}")
+        print(f"{option:<12}{value}".rstrip())
+    return 0

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from flashinfer import families, target
+from flashinfer.cli import cpp as cli_cpp
 from flashinfer.cli import main
 from flashinfer.families.attention.decode import decode
 from flashinfer.version import __version__
@@ -90,6 +91,12 @@ def test_everything_at_once(
     assert [line.split()[0] for line in printed(capsys, "cpp").splitlines()] == [
         "flags", "cmake", "pkg-config", "source", "sets",
     ]  # fmt: skip
+
+
+def test_no_set(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_cpp.AotStore, "roots", lambda store: [])
+    assert main(["cpp", "--sets"]) == 1
+    assert "no set of kernels is installed. Next step: " in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------- benchmarks

@@ -158,3 +158,18 @@ def test_devices() -> None:
     step = Decode(small)
     with pytest.raises(ValueError, match="the int workspace holds 256 bytes; this plan needs"):
         step.run(step.plan())
+
+
+def test_an_offset_that_torch_ignores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As early releases read a tensor that starts behind its address: from the address on."""
+    import tvm_ffi
+
+    from flashinfer_tvm import tensors
+
+    given = tvm_ffi.from_dlpack(torch.arange(8)[2:])
+    assert tensors.tensor("op", "x", given).tolist() == [2, 3, 4, 5, 6, 7]
+    monkeypatch.setattr(tensors, "_MAY_IGNORE_OFFSETS", True)
+    assert tensors.tensor("op", "x", given).tolist() == [2, 3, 4, 5, 6, 7]
+    monkeypatch.setattr(tensors, "from_dlpack", lambda capsule: torch.arange(8)[:6])
+    with pytest.raises(UnsupportedConfig, match=r"op: x starts behind .* Next step: PyTorch 2.11"):
+        tensors.tensor("op", "x", given)
