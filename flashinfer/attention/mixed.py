@@ -388,7 +388,8 @@ class BatchPODWithPagedKVCacheWrapper(Uncopyable):
         Args:
             qo_indptr_p, kv_indptr_p, kv_indices_p, last_page_len_p: as of `BatchPrefillWithPagedKVCacheWrapper.plan`.
             qo_indptr_d, kv_indptr_d, kv_indices_d, last_page_len_d: likewise. The kernel is that of decode where
-                qo_indptr_d is on the CPU and every request has one query, else that of prefill without a mask.
+                qo_indptr_d is on the CPU and every request has one query, else that of prefill without a mask. One
+                launch for all plans again at the first run: till then index tensors on the device must not change.
             num_qo_heads, num_kv_heads, head_dim, page_size: shapes of both.
             pos_encoding_mode, window_left, sm_scale, rope_scale, rope_theta: options of both, as there.
             q_data_type, kv_data_type, data_type: dtypes of q and of the caches; data_type of both where the first is
