@@ -11,18 +11,23 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from setuptools import Distribution, build_meta
 from setuptools.command.bdist_wheel import bdist_wheel
 
 REGISTRY = "registry.json"
+PROJECT_URL = "FLASHINFER_PROJECT_URL"
 _EPOCH = "1580601600"  # 2020-02-02, of all files unless SOURCE_DATE_EPOCH says otherwise
 _LEFT_BEHIND = ("__pycache__", "build", "dist", "precompiled")  # folders that no distribution is made of
+# A word in the name of a code host -> what its addresses have between a repository and its files or issues.
+_LAYOUTS = {"github": "", "gitlab": "/-"}
 # machine of a CPU kernel's target -> as platform tags spell it
 _ARCHITECTURES = {"x86-64": "x86_64", "armv8": "aarch64"}
 
@@ -84,15 +89,83 @@ def write_sdist(files: Mapping[str, Path], directory: Path) -> str:
     return f"{stem}.tar.gz"
 
 
-def description(readme: str, files_url: str) -> str:
-    """A README as a package index shows it, where links to files beside it would lead nowhere: they lead to where the
-    repository's files are on the web. Without such a place the path stands beside the text."""
+# ------------------------------------------------------------------------------------------- the repository on the web
+
+
+def project_url(*roots: Path) -> str:
+    """Where the repository is on the web, as `https://host/owner/name`; empty where nobody says.
+
+    An sdist says what it was made with. Of a checkout FLASHINFER_PROJECT_URL does, where it is set, else the remote
+    `origin`: what a fork packs leads to the fork.
+
+    Args:
+        roots: where the metadata of an sdist or the repository of a checkout may lie, nearest first.
+
+    Raises:
+        ValueError: FLASHINFER_PROJECT_URL is neither empty nor such an address.
+    """
+    for info in (root / "PKG-INFO" for root in roots):
+        if info.is_file():
+            said = re.search(r"^Project-URL: Source, (\S+)$", info.read_text(encoding="utf-8"), re.MULTILINE)
+            return said[1] if said else ""
+    named = os.environ.get(PROJECT_URL)
+    if named is not None:
+        if named and not web_address(named):  # which may hold a password: not repeated
+            raise ValueError(
+                f"{PROJECT_URL} is no address of a repository; expected https://host/owner/name, or nothing"
+            )
+        return web_address(named)
+    return next((web_address(_origin(root)) for root in roots if (root / ".git").exists()), "")
+
+
+def _origin(checkout: Path) -> str:
+    command = ["git", "-C", str(checkout), "config", "--get", "remote.origin.url"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # there is no git
+        return ""
+
+
+def web_address(remote: str) -> str:
+    """The page of a repository that is cloned from there by HTTP or SSH, without credentials; empty where it has none:
+    folders, and hosts that are numbers or have no domain, which others cannot reach."""
+    short = re.fullmatch(r"(?:[\w.-]+@)?([\w.-]+):(?!/)(.+)", remote)  # git@host:owner/name.git
+    try:
+        parts = urlsplit(f"ssh://{short[1]}/{short[2]}" if short else remote)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        return ""
+    web_port = f":{port}" if port and parts.scheme in ("http", "https") else ""
+    url = f"{parts.scheme.replace('ssh', 'https')}://{host}{web_port}{parts.path.rstrip('/').removesuffix('.git')}"
+    # What is left of credentials that were spelt wrongly is no such path either.
+    return url if re.fullmatch(r"https?://([a-z\d-]+\.)+[a-z][a-z\d-]*(:\d+)?(/[\w.~+-]+)+", url, re.ASCII) else ""
+
+
+def project_urls(url: str) -> dict[str, str]:
+    """The links of a package's page, by their labels; those into the repository where its host is one we know."""
+    links, inside = {"Homepage": url, "Source": url} if url else {}, _inside(url)
+    if inside is not None:
+        links["Documentation"] = f"{inside}/tree/HEAD/docs"
+        links["Changelog"] = f"{inside}/blob/HEAD/CHANGELOG.md"
+        links["Issues"] = f"{inside}/issues"
+    return links
+
+
+def _inside(url: str) -> str | None:
+    host = url.partition("://")[2].partition("/")[0]
+    return next((url + layout for name, layout in _LAYOUTS.items() if name in host), None)
+
+
+def description(readme: str, url: str) -> str:
+    """A README as a package index shows it, where links to files beside it would lead nowhere: they lead into the
+    repository at `url`. Where that is not known the path stands beside the text."""
+    inside = _inside(url)
 
     def link(match: re.Match[str]) -> str:
         text, target = match["text"], match["target"]
         if target is None or re.match(r"[a-z]+:|#", target):  # code, or complete as it is
             return match[0]
-        return f"[{text}]({files_url.rstrip('/')}/{target})" if files_url else f"{text} (`{target.partition('#')[0]}`)"
+        return f"{text} (`{target.partition('#')[0]}`)" if inside is None else f"[{text}]({inside}/blob/HEAD/{target})"
 
     return re.sub(r"```.*?```|`[^`]*`|\[(?P<text>[^]]*)\]\((?P<target>[^)\s]+)\)", link, readme, flags=re.DOTALL)
 

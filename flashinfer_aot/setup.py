@@ -5,6 +5,11 @@ from pathlib import Path
 from setuptools import setup
 
 import build_backend
-from packing import setup_options
+from packing import project_url, project_urls, setup_options
 
-setup(version=build_backend.version(), **setup_options(Path(build_backend.PACKAGE)))
+here = build_backend.here()
+setup(
+    version=build_backend.version(),
+    project_urls=project_urls(project_url(here, here.parent)),
+    **setup_options(Path(build_backend.PACKAGE)),
+)

@@ -101,6 +101,7 @@ def write_stand_in(pin: str, front: Distribution, folder: Path) -> Path:
         f"Name: {name}",
         f"Version: {version}",
         f"Summary: Stands in for {name} {public} where flashinfer {ours['Version']} serves; no modules of its own",
+        *(f"Project-URL: {url}" for url in ours.get_all("Project-URL", [])),
         f"Requires-Python: {ours['Requires-Python']}",
         f"Requires-Dist: flashinfer=={ours['Version']}",
         *(f"Provides-Extra: {extra}" for extra in extras),

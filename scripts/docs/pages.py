@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import flashinfer  # noqa: E402
 from flashinfer import cli, errors  # noqa: E402
+from packing import project_url  # noqa: E402
 from scripts.docs import kernel_table  # noqa: E402
 
 if TYPE_CHECKING:
@@ -205,6 +206,9 @@ def slug(heading: str, separator: str) -> str:
 def on_config(config: MkDocsConfig) -> None:
     config.nav = expanded(config.nav or [])
     config.mdx_configs.setdefault("toc", {})["slugify"] = slug
+    if url := project_url(ROOT):
+        # Not as MkDocs' repo_url: the theme would ask its host for stars, and the site loads nothing from elsewhere.
+        config.extra["social"] = [{"icon": "fontawesome/brands/git-alt", "link": url, "name": "The repository"}]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:

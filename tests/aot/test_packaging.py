@@ -30,7 +30,9 @@ from tests.aot.kit import (
     write_config,
 )
 from tests.aot.wheels_kit import (
+    FORK_URL,
     MACHINE,
+    PROJECT_URL,
     PURE,
     Environment,
     built_by_hook,
@@ -90,19 +92,20 @@ def test_the_description_has_no_link_that_leads_nowhere(front_wheel: Path) -> No
     from packing import description
 
     text = metadata_of(front_wheel).get_payload()
-    assert "# flashinfer" in text and "what is left out (`docs/engines.md`)" in text
+    assert "# flashinfer" in text and f"[what is left out]({PROJECT_URL}/blob/HEAD/docs/engines.md)" in text
     companion = (ROOT / "flashinfer_aot" / "README.md").read_text(encoding="utf-8")
     for page in (text, companion):
         found = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```|`[^`]*`", "", page, flags=re.DOTALL))
         assert [target for target in found if not target.startswith(("https:", "#"))] == []
     page = "[a](docs/x.md#y) `[b](c)` [d](https://e) ```\n[f](g)\n``` [h](#i)"
-    base = "https://example.com/files"
-    assert description(page, f"{base}/") == page.replace("docs/x.md#y", f"{base}/docs/x.md#y")
-    assert description(page, "") == page.replace("[a](docs/x.md#y)", "a (`docs/x.md`)")
+    assert description(page, PROJECT_URL) == page.replace("docs/x.md#y", f"{PROJECT_URL}/blob/HEAD/docs/x.md#y")
+    for unknown in ("", "https://code.example.com/owner/name"):
+        assert description(page, unknown) == page.replace("[a](docs/x.md#y)", "a (`docs/x.md`)")
 
 
 def test_front_wheel_of_the_sdist_is_the_same(front_wheel: Path, front_sdist: Path, tmp_path: Path) -> None:
-    assert wheel_of(front_sdist, tmp_path / "wheel").read_bytes() == front_wheel.read_bytes()
+    again = wheel_of(front_sdist, tmp_path / "wheel", FLASHINFER_PROJECT_URL=FORK_URL)
+    assert again.read_bytes() == front_wheel.read_bytes()
     with tarfile.open(front_sdist) as file:
         held = {name.partition("/")[2] for name in file.getnames()}
     assert {
@@ -124,7 +127,8 @@ def unpacked(sdist: Path, folder: Path) -> Path:
 def test_the_same_bytes_from_every_checkout(
     front_wheel: Path, front_sdist: Path, cuda_set: Path, tmp_path: Path
 ) -> None:
-    """Modes, times, folder and umask are those of whoever has it; what a run left behind is not packed."""
+    """Modes, times, folder and umask are those of whoever has it; what a run left behind is not packed. The
+    repository's address is that of the sdist."""
     other = unpacked(front_sdist, tmp_path / "other")
     for path in other.rglob("*"):
         path.chmod(0o775 if path.stat().st_mode & 0o100 else 0o664)
@@ -136,11 +140,12 @@ def test_the_same_bytes_from_every_checkout(
     before = tree(other)
     umask = os.umask(0o007)
     try:
-        assert wheel_of(other, tmp_path / "wheel").read_bytes() == front_wheel.read_bytes()
-        assert sdist_of(other, tmp_path / "again").read_bytes() == front_sdist.read_bytes()
+        fork = {"FLASHINFER_PROJECT_URL": FORK_URL}
+        assert wheel_of(other, tmp_path / "wheel", **fork).read_bytes() == front_wheel.read_bytes()
+        assert sdist_of(other, tmp_path / "again", **fork).read_bytes() == front_sdist.read_bytes()
         companions = [
-            wheel_of(project / "flashinfer_aot", tmp_path / name, FLASHINFER_AOT_SET=cuda_set).read_bytes()
-            for name, project in (("here", ROOT), ("there", other))
+            wheel_of(project / "flashinfer_aot", tmp_path / name, FLASHINFER_AOT_SET=cuda_set, **named).read_bytes()
+            for name, project, named in (("here", ROOT, {}), ("there", other, fork))
         ]
     finally:
         os.umask(umask)
@@ -238,7 +243,8 @@ def test_cpu_libraries_bring_their_platform(host_wheel: Path) -> None:
 def test_companion_wheel_of_its_sdist_is_the_same(cuda_set: Path, cuda_wheel: Path, tmp_path: Path) -> None:
     """The sdist brings set and version along: nothing of the checkout, no variable."""
     variables = {"FLASHINFER_AOT_SET": cuda_set, "FLASHINFER_AOT_LOCAL_VERSION": "auto"}
-    again = wheel_of(sdist_of(ROOT / "flashinfer_aot", tmp_path / "sdist", **variables), tmp_path / "wheel")
+    sdist = sdist_of(ROOT / "flashinfer_aot", tmp_path / "sdist", **variables)
+    again = wheel_of(sdist, tmp_path / "wheel", FLASHINFER_PROJECT_URL=FORK_URL)
     assert again.name == cuda_wheel.name
     assert again.read_bytes() == cuda_wheel.read_bytes()
 

@@ -13,12 +13,15 @@ from pathlib import Path
 
 from tests.kit import ROOT
 
+PROJECT_URL, FORK_URL = "https://github.com/owner/name", "https://github.com/fork/name"
 PURE, MACHINE = "py3-none-any", f"py3-none-linux_{os.uname().machine}"
 
 
 def packing_variables() -> dict[str, str]:
-    """Bytecode of what packs is kept for the next process, that of build backends not beside them in the project."""
-    return {"PYTHONPYCACHEPREFIX": str(Path(os.environ["FLASHINFER_CACHE_DIR"]) / "bytecode")}
+    """Bytecode of what packs is kept for the next process, that of build backends not beside them in the project. The
+    repository's address is not that of whoever runs the tests."""
+    bytecode = Path(os.environ["FLASHINFER_CACHE_DIR"]) / "bytecode"
+    return {"PYTHONPYCACHEPREFIX": str(bytecode), "FLASHINFER_PROJECT_URL": PROJECT_URL}
 
 
 def pip(*args: str | Path, environment: dict[str, str] | None = None) -> str:
