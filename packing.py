@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,15 @@ def platform(registry: Mapping[str, Any] | None) -> str:
     return f"linux_{machines.pop()}" if machines else "any"
 
 
+def _compress(wheel: Path) -> None:
+    """Pack a wheel as tightly as deflate can; setuptools knows zlib's default level alone."""
+    tight = wheel.with_suffix(".tight")
+    with zipfile.ZipFile(wheel) as given, zipfile.ZipFile(tight, "w") as packed:
+        for member in given.infolist():
+            packed.writestr(member, given.read(member), zipfile.ZIP_DEFLATED, compresslevel=9)
+    tight.replace(wheel)
+
+
 def setup_options(folder_of_set: Path) -> dict[str, Any]:
     """What setup() needs to know of the set that is packed, if one is."""
     tag = "py3", "none", platform(read_registry(folder_of_set))
@@ -227,6 +237,10 @@ def setup_options(folder_of_set: Path) -> dict[str, Any]:
     class Wheel(bdist_wheel):
         def get_tag(self) -> tuple[str, str, str]:
             return tag
+
+        def run(self) -> None:
+            super().run()
+            _compress(Path(self.distribution.dist_files[-1][2]))
 
     class WithLibraries(Distribution):
         def has_ext_modules(self) -> bool:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -151,6 +152,15 @@ def test_the_same_bytes_from_every_checkout(
         os.umask(umask)
     assert companions[0] == companions[1]
     assert tree(other) == before, "nothing is left behind"
+
+
+@pytest.mark.parametrize("wheel", ["front_wheel", "host_wheel", "cuda_wheel"])
+def test_wheels_are_as_small_as_deflate_makes_them(wheel: str, request: pytest.FixtureRequest) -> None:
+    with zipfile.ZipFile(request.getfixturevalue(wheel)) as file:
+        for member in file.infolist():
+            tightest = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+            content = tightest.compress(file.read(member)) + tightest.flush()
+            assert member.compress_size == len(content), member.filename
 
 
 # ----------------------------------------------------------------------------------------------- FLASHINFER_ENABLE_AOT
