@@ -70,9 +70,10 @@ def write_figures(args: argparse.Namespace) -> None:
     report = build.build(specs, args.figures)
     if report.failures:
         sys.exit(f"{len(report.failures)} kernels failed, the first: {report.failures[0].error}")
+    commit = git_commit() or "unknown"  # before the figures themselves change
     for target in targets.named(args.target):
         built = [one for one in report.built if one.entry.target == target]
-        about = {"compiler": built[0].entry.compiler, "commit": git_commit() or "unknown"}
+        about = {"compiler": built[0].entry.compiler, "commit": commit}
         estimate.write_figures(built, about)
         print(f"{target}: {len(built)} kernels, {sum(one.seconds for one in built):.0f} s of a processor")
     rows = []
