@@ -4,6 +4,7 @@ test builds it."""
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -75,6 +76,14 @@ def test_links_lead_to_the_same_place(here: str, text: str, expected: str | None
 def test_files_that_pages_lead_to_are_shown() -> None:
     assert pages.sources({"docs/a.md": "[x](../setup.py) [y](b.md) `[z](../packing.py)`"}) == ["setup.py"]
     assert pages.source_page("setup.py").count("from setuptools import setup") == 1
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")], ids=lambda page: page.name)
+def test_files_that_are_shown_have_no_anchors(page: Path) -> None:
+    """Not even the headings of a README: it is shown as text."""
+    here = page.relative_to(ROOT).as_posix()
+    text = pages.rewritten(page.read_text(encoding="utf-8"), here, pages.place_of(here))
+    assert re.findall(r"\]\(((?:\.\./)*source/[^)]*#[^)]*)\)", text) == []
 
 
 def test_anchors_are_those_of_the_repository() -> None:
