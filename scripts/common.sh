@@ -24,12 +24,12 @@ locked() {
   ) 9<scripts/common.sh
 }
 
-# ensure_env EXTRA…: those of pyproject.toml, and the library.
+# ensure_env NAME…: extras and dependency groups of pyproject.toml, and the library.
 ensure_env() { locked add_extras "$@"; }
 # ensure_packages PACKAGE…: without what they require.
 ensure_packages() { locked add_packages "$@"; }
 
-# The stamp of an environment that is whole: of what it was made, and the extras it has.
+# The stamp of an environment that is whole: of what it was made, and the extras and groups it has.
 STAMP=$VENV/.flashinfer-env
 env_key() {
   cat pyproject.toml flashinfer_aot/pyproject.toml setup.py build_backend.py packing.py scripts/common.sh flashinfer/version.py | cksum
@@ -47,7 +47,7 @@ has_env() {
 
 add_extras() {
   if has_env "$@"; then return; fi
-  local extras pinned backend
+  local extras pinned backend name project groups=()
   extras=$(printf '%s\n' $(env_extras) "$@" | sort -u | paste -sd ' ')
   say "making $VENV: $extras"
   # One that was left halfway, perhaps without a pip that works, is made from nothing. One that somebody else made, which
@@ -66,9 +66,17 @@ add_extras() {
   if command -v nvidia-smi >/dev/null; then pinned=(torch); fi
   # What packs both wheels, for those that are made offline.
   mapfile -t backend < <(grep -h '^requires = ' pyproject.toml flashinfer_aot/pyproject.toml | grep -o '"[^"]*"' | tr -d '"' | sort -u)
-  pip_install "${pinned[@]}" "${backend[@]}" --editable ".[${extras// /,}]"
+  project=.
+  for name in $extras; do
+    if is_group "$name"; then groups+=(--group "$name"); else project+=,$name; fi
+  done
+  if [[ $project == .,* ]]; then project=".[${project#.,}]"; fi
+  if [ "${#groups[@]}" -gt 0 ]; then pip_install "pip>=25.1"; fi # the first that knows groups
+  pip_install "${pinned[@]}" "${backend[@]}" "${groups[@]}" --editable "$project"
   printf '%s\n%s\n' "$(env_key)" "$extras" >"$STAMP"
 }
+
+is_group() { sed -n '/^\[dependency-groups\]$/,/^\[tool/p' pyproject.toml | grep -q "^$1 = "; }
 
 add_packages() {
   local package missing=()

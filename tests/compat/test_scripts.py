@@ -44,7 +44,9 @@ def ensure_env(checkout: Path, *extras: str) -> int:
 
 
 def installs(checkout: Path) -> list[str]:
-    return [line for line in (checkout / "log").read_text().splitlines() if line.startswith("pip install")]
+    """All but those of pip itself, before the first of groups that another made the environment without."""
+    lines = (checkout / "log").read_text().splitlines()
+    return [line for line in lines if line.startswith("pip install") and "pip>=" not in line]
 
 
 def test_an_environment_is_made_once(checkout: Path) -> None:
@@ -65,14 +67,17 @@ def test_a_script_adds_what_it_needs_and_others_did_not(checkout: Path) -> None:
     assert installs(checkout)[0].endswith(" --editable .[build,examples]")
     (checkout / ".venv/mine").touch()
     assert ensure_env(checkout, "examples", "test") == 0
-    assert installs(checkout)[1].endswith(" --editable .[build,examples,test]"), "what one adds, the others keep"
+    both = " --group test --editable .[build,examples]"
+    assert installs(checkout)[1].endswith(both), "what one adds, the others keep"
+    log = (checkout / "log").read_text()
+    assert log.index(both) > log.index("pip>=25.1") > log.index(installs(checkout)[0]), "where groups are asked for"
     assert (checkout / ".venv/mine").exists()
     for extras in (("test",), ("build", "examples"), ("examples", "build", "test")):
         assert ensure_env(checkout, *extras) == 0
     assert len(installs(checkout)) == 2
     (checkout / "setup.py").write_text("# changed")
     assert ensure_env(checkout, "build") == 0
-    assert installs(checkout)[2].endswith(" --editable .[build,examples,test]")
+    assert installs(checkout)[2].endswith(both)
 
 
 def test_what_packs_wheels_is_installed(checkout: Path) -> None:

@@ -21,7 +21,7 @@ from scripts.docs import kernel_table, links
 from tests.compat.test_docs import anchors
 from tests.public_calls import CALLS, NO_OPERATORS, public_names
 
-yaml = pytest.importorskip("yaml", reason="needs flashinfer[test]")
+yaml = pytest.importorskip("yaml", reason="needs the group test")
 
 from scripts.docs import pages  # noqa: E402  (which needs it too)
 
@@ -164,7 +164,7 @@ def test_operators_of_the_table_are_those_that_ask_for_a_kernel() -> None:
 
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning_or_a_dead_link(tmp_path: Path) -> None:
-    pytest.importorskip("mkdocs", reason="needs flashinfer[docs]")
+    pytest.importorskip("mkdocs", reason="needs the group docs")
     command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
