@@ -20,7 +20,8 @@ def parallel_sampling_from_prob(probs: Any, uniform_samples: Any, sample_indices
     pass `uniform * sum(row)`.
 
     Args:
-        probs: fp32 `[num_rows, vocab_size]`. Probabilities below 2^-40 are none. A row without any gives token 0.
+        probs: fp32 `[num_rows, vocab_size]`. Probabilities below 2^-40 are none. A row with nothing to draw (zeros alone,
+            a NaN, an infinity) gives token 0, as the samplers of `flashinfer.sampling` do without `return_valid`.
         uniform_samples: fp32 `[num_samples]` (or `[num_samples, 1]`, as the others), from 0 to below 1.
         sample_indices: int32 `[num_samples]`, the row of each sample. One that names no row is an IndexError on the
             CPU; on a GPU the nearest row stands for it.
@@ -66,8 +67,11 @@ def parallel_sampling_from_prob(probs: Any, uniform_samples: Any, sample_indices
     with environment_stream(rows.device):
         flat = places.flatten().long().clamp(0, len(rows) - 1), uniform.flatten(), tokens.view(-1)
         for place, number, token in zip(*(part.split(at_a_time) for part in flat)):
-            sums = (rows[place] * _UNITS).long().cumsum(1)
+            chosen = rows[place]
+            sums = (chosen * _UNITS).long().cumsum(1)
+            # Integers that stand for NaN and infinity are the compiler's, and two of them may sum to anything.
+            is_valid = (sums[:, -1:] > 0) & chosen.sum(1, keepdim=True).isfinite()
             passed = (number.double()[:, None] * sums[:, -1:]).long()
             drawn = torch.searchsorted(sums, passed, right=True).clamp_(max=rows.shape[1] - 1)
-            token.copy_(torch.where(sums[:, -1:] > 0, drawn, 0).squeeze(1))
+            token.copy_(torch.where(is_valid, drawn, 0).squeeze(1))
     return token_ids

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import flashinfer
 from flashinfer.errors import UnsupportedConfig
 from tests.tvm.kit import call
 
@@ -48,6 +49,27 @@ def test_ends_and_gaps(device: torch.device) -> None:
     uniform = torch.tensor([0, 0.25, 0.2499999, below_one, 0.5, 0, below_one])
     rows = torch.tensor([0, 0, 0, 0, 1, 2, 2], dtype=torch.int32)
     assert draw(probs, uniform, rows) == [1, 3, 1, 3, 0, 2, 2]
+
+
+NAN, INF = float("nan"), float("inf")
+NOTHING_TO_DRAW = {
+    "zeros": [0, 0, 0, 0],
+    "a NaN": [0.25, NAN, 0.25, 0.25],
+    "two": [0.25, NAN, NAN, 0.25],  # whose integers may sum to 0
+    "NaN alone": [NAN, NAN, NAN, NAN],
+    "an infinity": [0, 0.25, INF, 0],
+    "both of them": [0.25, INF, -INF, 0.25],
+}
+
+
+@pytest.mark.parametrize("case", NOTHING_TO_DRAW)
+def test_nothing_to_draw(case: str, device: torch.device) -> None:
+    """Token 0, as of the samplers that say so when they are asked; the row beside it draws."""
+    probs = torch.tensor([[0, 0, 0.5, 0.5], NOTHING_TO_DRAW[case]], device=device)
+    uniform, rows = torch.tensor([0.0, 0.5, 0.99]), torch.tensor([0, 1, 1], dtype=torch.int32)
+    tokens, valid = flashinfer.sampling.sampling_from_probs(probs, seed=1, offset=0, return_valid=True)
+    assert draw(probs, uniform, rows) == [2, 0, 0]
+    assert int(tokens[1]) == 0 and valid.tolist() == [True, False]
 
 
 def test_unnormalised_rows_and_columns(device: torch.device) -> None:
