@@ -20,8 +20,8 @@ def parallel_sampling_from_prob(probs: Any, uniform_samples: Any, sample_indices
     pass `uniform * sum(row)`.
 
     Args:
-        probs: fp32 `[num_rows, vocab_size]`. Probabilities below 2^-40 are none. A row with nothing to draw (zeros alone,
-            a NaN, an infinity) gives token 0, as the samplers of `flashinfer.sampling` do without `return_valid`.
+        probs: fp32 `[num_rows, vocab_size]`. Probabilities below 2^-40 are none. A row with nothing to draw (zeros
+            alone, a NaN, an infinity) gives token 0, as of the samplers of `flashinfer.sampling`.
         uniform_samples: fp32 `[num_samples]` (or `[num_samples, 1]`, as the others), from 0 to below 1.
         sample_indices: int32 `[num_samples]`, the row of each sample. One that names no row is an IndexError on the
             CPU; on a GPU the nearest row stands for it.

@@ -121,19 +121,8 @@ class Variant {
   float soft_cap_ = 0.f, sm_scale_ = 0.f, v_scale_ = 1.f;
 };
 
-// On a CPU, where an index could lead anywhere: offsets that never fall and stay within `limit`.
-inline void check_offsets(const char* op, const char* name, const Tensor& indptr, int64_t limit) {
-  const auto* offsets = static_cast<const int32_t*>(indptr.data);
-  int64_t last = 0;
-  for (int64_t i = 0; i < indptr.shape[0]; ++i) {
-    require(offsets[i] >= last, op, ": ", name, "[", i, "] is ", offsets[i], "; expected ", last, " or more");
-    last = offsets[i];
-  }
-  require(last <= limit, op, ": ", name, " ends at ", last, "; expected at most ", limit);
-}
-
-// How many pages a cache must have; -1 on a GPU, where the host does not look. `lengths`: of last pages, or of whole
-// requests.
+// How many pages a cache must have; -1 on a GPU, where the host does not look. A run looks again: the index tensors are
+// the caller's, who may have changed them since the plan. `whole_lengths`: of requests, and not of their last pages.
 inline int64_t check_pages(const char* op, const PageTable& table, int32_t page_size, bool is_cuda,
                            bool whole_lengths) {
   require_index(op, "indptr", table.indptr, -1);
@@ -148,6 +137,8 @@ inline int64_t check_pages(const char* op, const PageTable& table, int32_t page_
   int64_t num_pages = 0;
   for (int32_t i = 0; i < table.batch_size(); ++i) {
     const int64_t held = int64_t(offsets[i + 1] - offsets[i]) * page_size;
+    require(held < int64_t(1) << 31, op, ": request ", i, " has ", offsets[i + 1] - offsets[i], " pages of ", page_size,
+            "; expected below 2^31 rows");
     if (whole_lengths)
       require(lengths[i] >= 0 && lengths[i] <= held, op, ": kv_lens[", i, "] is ", lengths[i], "; expected 0 to ",
               held);
@@ -158,7 +149,7 @@ inline int64_t check_pages(const char* op, const PageTable& table, int32_t page_
     for (int64_t j = 0; j < used; ++j) {
       require(pages[offsets[i] + j] >= 0, op, ": indices[", offsets[i] + j, "] is ", pages[offsets[i] + j],
               "; expected 0 or more");
-      num_pages = std::max<int64_t>(num_pages, pages[offsets[i] + j] + 1);
+      num_pages = std::max(num_pages, int64_t(pages[offsets[i] + j]) + 1);
     }
   }
   return num_pages;

@@ -53,7 +53,7 @@ class BatchDecode {
     if (shape.head_dim_vo == 0) shape.head_dim_vo = shape.head_dim_qk;
     const bool is_cuda = kernels_.device().is_cuda();
     const Variant variant(kOp, shape, options);
-    const int64_t num_pages = check_pages(kOp, table, shape.page_size, is_cuda, false);
+    check_pages(kOp, table, shape.page_size, is_cuda, false);
     const DecodeKernel found = DecodeKernel::of(kernels_, shape, variant, "paged");
     const int64_t batch_size = table.batch_size();
     DecodeParams params{};
@@ -72,7 +72,7 @@ class BatchDecode {
     }
     variant.fill(params);
     params.batch_size = int32_t(batch_size);
-    table_ = table, shape_ = shape, kernel_ = found, params_ = params, num_pages_ = num_pages;
+    table_ = table, shape_ = shape, kernel_ = found, params_ = params;
     is_planned_ = true, is_settled_ = false;
   }
 
@@ -86,7 +86,7 @@ class BatchDecode {
     DecodeParams params = params_;
     fill_rows(kOp, params, shape_, q, out, lse, params.batch_size, is_cuda);
     fill_pages(kOp, params.kv, shape_, cache, table_, is_cuda);
-    require_pages(kOp, num_pages_, cache.k);
+    require_pages(kOp, check_pages(kOp, table_, shape_.page_size, is_cuda, false), cache.k);
     if (params.batch_size == 0) return;
     params.plan_is_settled = is_settled_ && kernel_.kernel->is_dependent();
     kernel_.kernel->launch({uint32_t(std::max(kernel_.num_head_blocks, 1)), uint32_t(std::max(kernel_.num_chunks, 1))},
@@ -121,7 +121,6 @@ class BatchDecode {
   AttentionShape shape_;
   host::DecodeKernel kernel_;
   DecodeParams params_{};
-  int64_t num_pages_ = -1;
   bool is_planned_ = false, is_settled_ = false;
 };
 

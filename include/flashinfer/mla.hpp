@@ -34,7 +34,7 @@ class Mla {
             "; expected 1 or more");
     require(options.sm_scale > 0 && options.kv_scale > 0, kOp, ": sm_scale is ", options.sm_scale, ", kv_scale ",
             options.kv_scale, "; expected positive numbers");
-    const int64_t num_pages = check_pages(kOp, table, shape.page_size, is_cuda, true);
+    check_pages(kOp, table, shape.page_size, is_cuda, true);
     const int32_t batch_size = table.batch_size();
     require_index(kOp, "qo_indptr", qo_indptr, int64_t(batch_size) + 1);
     require(num_tokens >= 0 && num_tokens < int64_t(1) << 31, kOp, ": num_tokens is ", num_tokens);
@@ -71,8 +71,8 @@ class Mla {
     params.num_tokens = int32_t(num_tokens);
     params.sm_scale = float(options.sm_scale * options.kv_scale);
     params.v_scale = float(options.kv_scale);
-    table_ = table, shape_ = shape, params_ = params, kernel_ = &kernel, num_blocks_ = num_blocks;
-    num_pages_ = num_pages;
+    qo_indptr_ = qo_indptr, table_ = table, shape_ = shape, params_ = params, kernel_ = &kernel,
+    num_blocks_ = num_blocks;
     ckv_maps_.reset();
   }
 
@@ -95,7 +95,8 @@ class Mla {
     check("ckv", ckv, -1, shape_.page_size, shape_.head_dim_ckv, shape_.kv_dtype);
     check("kpe", kpe, ckv.shape[0], shape_.page_size, shape_.head_dim_kpe, shape_.kv_dtype);
     check_lse(kOp, lse, num_tokens, num_heads);
-    require_pages(kOp, num_pages_, ckv);
+    require_pages(kOp, check_pages(kOp, table_, shape_.page_size, is_cuda, true), ckv);
+    if (!is_cuda) check_offsets(kOp, "qo_indptr", qo_indptr_, num_tokens);
     MlaParams params = params_;
     params.q_pe = q_pe.data;
     params.q_nope = q_nope.data;
@@ -161,12 +162,12 @@ class Mla {
 
   Kernels& kernels_;
   Workspace workspace_;
+  Tensor qo_indptr_;
   PageTable table_;
   MlaShape shape_;
   MlaParams params_{};
   const Kernel* kernel_ = nullptr;
   int32_t num_blocks_ = 0;
-  int64_t num_pages_ = -1;
   int64_t ckv_stride_[2] = {}, kpe_stride_[2] = {};
   std::optional<host::TensorMaps> ckv_maps_, kpe_maps_;
 };

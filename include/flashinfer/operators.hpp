@@ -1,7 +1,7 @@
 // What surrounds attention in a model: norms, rotary embeddings, appending to a paged cache, sampling.
 //
-// Each is one launch, on tensors of the kernels' device. Arguments are checked as in Python; values of index tensors
-// are not, and an append whose indices lead outside of the cache writes nothing there.
+// Each is one launch, on tensors of the kernels' device. Arguments are checked as in Python, values of index tensors on
+// the CPU alone. On a GPU a row whose indices lead outside of the cache is not appended.
 #pragma once
 
 #include <algorithm>
@@ -127,6 +127,24 @@ inline void normalize(const char* op, Kernels& kernels, const Tensor& input, con
   kernel.launch({uint32_t(ceil_of(rows.num_rows, kernel.units_per_block()))}, params, stream);
 }
 
+// Every row that is no padding has a slot in a cache of so many pages. Of flashinfer/host/appending.py.
+inline void check_slots(const char* op, const Tensor& batch_indices, const Tensor& positions, const PageTable& table,
+                        int64_t num_pages, int64_t page_size) {
+  check_offsets(op, "indptr", table.indptr, table.indices.shape[0]);
+  for (int64_t row = 0; row < batch_indices.shape[0]; ++row) {
+    const int64_t request = index_at(batch_indices, row), position = index_at(positions, row);
+    if (request < 0 || position < 0) continue;
+    require(request < table.batch_size(), op, ": batch_indices[", row, "] is ", request, "; expected below ",
+            table.batch_size(), ", the requests of indptr, or -1 for a row of padding");
+    const int64_t first = index_at(table.indptr, request), count = index_at(table.indptr, request + 1) - first;
+    require(position / page_size < count, op, ": positions[", row, "] is ", position, "; request ", request, " has ",
+            count, " pages of ", page_size);
+    const int64_t page = index_at(table.indices, first + position / page_size);
+    require(page < num_pages, op, ": indices[", first + position / page_size, "] is ", page, "; expected below ",
+            num_pages, ", the pages of the cache (position ", position, " of request ", request, ")");
+  }
+}
+
 inline HeadStrides head_strides(const Tensor& x) {
   return {x.stride[0], x.stride[1]};
 }
@@ -150,8 +168,9 @@ inline void fused_add_rmsnorm(Kernels& kernels, const Tensor& input, const Tenso
 }
 
 // Rows [num_tokens, num_kv_heads, head_dim] of keys and values into their pages: token t is of request
-// batch_indices[t], which has positions[t] tokens before it. A negative index is a row of padding. An fp8 cache holds
-// key / k_scale and value / v_scale of rows in higher precision.
+// batch_indices[t], which has positions[t] tokens before it. A negative request, position or page is a row of padding;
+// one past the requests, the request's pages or the cache an error on a CPU, before anything is written, and padding on
+// a GPU. An fp8 cache holds key / k_scale and value / v_scale of rows in higher precision.
 inline void append(Kernels& kernels, const Tensor& key, const Tensor& value, const Tensor& batch_indices,
                    const Tensor& positions, const PagedCache& cache, const PageTable& table, Stream stream = nullptr,
                    float k_scale = 1.f, float v_scale = 1.f) {
@@ -187,9 +206,10 @@ inline void append(Kernels& kernels, const Tensor& key, const Tensor& value, con
   require_index(op, "indptr", table.indptr, -1, false);
   require_dtype(op, "indptr", table.indptr, table.indices.dtype);
   require(table.indptr.shape[0] >= 1, op, ": indptr is empty; expected [batch_size + 1]");
+  const bool is_cuda = kernels.device().is_cuda();
+  if (!is_cuda) check_slots(op, batch_indices, positions, table, cache.k.shape[0], cache.k.shape[1]);
   if (num_tokens * cache.k.numel() * table.batch_size() == 0) return;
 
-  const bool is_cuda = kernels.device().is_cuda();
   const int64_t length = std::gcd(key_dim, value_dim);
   const int vec = std::min(vec_size(itemsize_of(key.dtype), length, alignment_of(key) | alignment_of(value)),
                            vec_size(itemsize_of(cache.k.dtype), length, alignment_of(cache.k) | alignment_of(cache.v)));
@@ -354,8 +374,7 @@ inline void sample(Kernels& kernels, const Tensor& rows, const Tensor& token_ids
   if (num_rows == 0) return;
   if (indices && !kernels.device().is_cuda()) {
     for (int64_t i = 0; i < num_rows; ++i) {
-      const int64_t row = indices.dtype == Dtype::kInt64 ? static_cast<const int64_t*>(indices.data)[i]
-                                                         : static_cast<const int32_t*>(indices.data)[i];
+      const int64_t row = index_at(indices, i);
       require(row >= 0 && row < rows.shape[0], op, ": row_indices[", i, "] is ", row, "; expected 0 to ",
               rows.shape[0] - 1);
     }

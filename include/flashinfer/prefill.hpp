@@ -234,21 +234,14 @@ class BatchPrefill {
   // Request i owns tokens qo_indptr[i] to qo_indptr[i + 1] - 1 of the num_tokens rows of q; int32 [batch_size + 1].
   void plan(const Tensor& qo_indptr, int64_t num_tokens, const PageTable& table, const AttentionShape& shape,
             const AttentionOptions& options = {}, Stream stream = nullptr) {
-    const int64_t num_pages = host::check_pages(kOp, table, shape.page_size, kernels_.device().is_cuda(), false);
-    settle(qo_indptr, num_tokens, table, shape, options, "paged", num_pages, stream);
+    settle(qo_indptr, num_tokens, table, shape, options, "paged", stream);
   }
 
   // Over rows of keys and values, of which request i owns kv_indptr[i] to kv_indptr[i + 1] - 1.
   void plan_ragged(const Tensor& qo_indptr, int64_t num_tokens, const Tensor& kv_indptr, AttentionShape shape,
                    const AttentionOptions& options = {}, Stream stream = nullptr) {
-    host::require_index(kOp, "kv_indptr", kv_indptr, -1);
     shape.page_size = 1;
-    int64_t num_rows = -1;
-    if (!kernels_.device().is_cuda() && kv_indptr.shape[0] > 0) {
-      host::check_offsets(kOp, "kv_indptr", kv_indptr, int64_t(1) << 31);
-      num_rows = static_cast<const int32_t*>(kv_indptr.data)[kv_indptr.shape[0] - 1];
-    }
-    settle(qo_indptr, num_tokens, {kv_indptr, {}, {}}, shape, options, "ragged", num_rows, stream);
+    settle(qo_indptr, num_tokens, {kv_indptr, {}, {}}, shape, options, "ragged", stream);
   }
 
   // q, out [num_tokens, num_qo_heads, head_dim]; lse fp32 [num_tokens, num_qo_heads], base 2, or none. A query that
@@ -274,15 +267,15 @@ class BatchPrefill {
   static constexpr const char* kOp = "batch_prefill";
 
   void settle(const Tensor& qo_indptr, int64_t num_tokens, const PageTable& table, AttentionShape shape,
-              const AttentionOptions& options, const char* storage, int64_t num_kv, Stream stream) {
+              const AttentionOptions& options, const char* storage, Stream stream) {
     using namespace host;
     if (shape.head_dim_vo == 0) shape.head_dim_vo = shape.head_dim_qk;
     const bool is_cuda = kernels_.device().is_cuda();
     const Variant variant(kOp, shape, options);
-    const int32_t batch_size = table.batch_size(), group_size = shape.num_qo_heads / shape.num_kv_heads;
-    require_index(kOp, "qo_indptr", qo_indptr, int64_t(batch_size) + 1);
     require(num_tokens >= 0 && num_tokens < int64_t(1) << 31, kOp, ": num_tokens is ", num_tokens);
-    if (!is_cuda) check_offsets(kOp, "qo_indptr", qo_indptr, num_tokens);
+    const bool is_paged = std::strcmp(storage, "paged") == 0;
+    check_indices(qo_indptr, num_tokens, table, shape.page_size, is_paged);
+    const int32_t batch_size = table.batch_size(), group_size = shape.num_qo_heads / shape.num_kv_heads;
     const int64_t num_rows = num_tokens * group_size;
     PrefillLaunch launch =
         PrefillLaunch::of(kernels_, shape, variant, storage, options.is_causal, num_rows, batch_size);
@@ -302,26 +295,47 @@ class BatchPrefill {
     params.qo_indptr = static_cast<const int32_t*>(qo_indptr.data);
     params.batch_size = batch_size;
     params.num_tokens = int32_t(num_tokens);
-    table_ = table, shape_ = shape, params_ = params, launch_ = launch, num_kv_ = num_kv;
-    is_paged_ = std::strcmp(storage, "paged") == 0;
+    qo_indptr_ = qo_indptr, table_ = table, shape_ = shape, params_ = params, launch_ = launch, is_paged_ = is_paged;
+  }
+
+  // How many pages or rows of keys the index tensors reach; -1 on a GPU. Of a plan, and again of its runs, as
+  // check_pages.
+  int64_t check_indices(const Tensor& qo_indptr, int64_t num_tokens, const PageTable& table, int32_t page_size,
+                        bool is_paged) const {
+    using namespace host;
+    const bool is_cuda = kernels_.device().is_cuda();
+    int64_t num_kv = -1;
+    if (is_paged) {
+      num_kv = check_pages(kOp, table, page_size, is_cuda, false);
+    } else {
+      const Tensor& kv_indptr = table.indptr;
+      require_index(kOp, "kv_indptr", kv_indptr, -1);
+      require(kv_indptr.shape[0] >= 1, kOp, ": kv_indptr is empty; expected [batch_size + 1]");
+      if (!is_cuda) check_offsets(kOp, "kv_indptr", kv_indptr, INT32_MAX);
+      if (!is_cuda) num_kv = index_at(kv_indptr, kv_indptr.shape[0] - 1);
+    }
+    require_index(kOp, "qo_indptr", qo_indptr, int64_t(table.batch_size()) + 1);
+    if (!is_cuda) check_offsets(kOp, "qo_indptr", qo_indptr, num_tokens);
+    return num_kv;
   }
 
   void run(PrefillParams& params, const Tensor& q, const Tensor& k, const Tensor& out, const Tensor& lse,
            Stream stream) {
     host::fill_rows(kOp, params, shape_, q, out, lse, params.num_tokens, kernels_.device().is_cuda());
-    host::require(k.shape[0] >= num_kv_, kOp, ": keys have ", k.shape[0], is_paged_ ? " pages" : " rows",
-                  "; the planned index tensors reach ", num_kv_);
+    const int64_t num_kv = check_indices(qo_indptr_, params.num_tokens, table_, shape_.page_size, is_paged_);
+    host::require(k.shape[0] >= num_kv, kOp, ": keys have ", k.shape[0], is_paged_ ? " pages" : " rows",
+                  "; the planned index tensors reach ", num_kv);
     if (params.num_tokens == 0 || params.batch_size == 0) return;
     launch_(params, uint32_t(std::max(launch_.num_blocks(), 1)), is_paged_, shape_.page_size, stream);
   }
 
   Kernels& kernels_;
   Workspace workspace_;
+  Tensor qo_indptr_;
   PageTable table_;
   AttentionShape shape_;
   PrefillParams params_{};
   host::PrefillLaunch launch_;
-  int64_t num_kv_ = -1;
   bool is_paged_ = false;
 };
 

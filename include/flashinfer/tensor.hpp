@@ -156,6 +156,21 @@ inline void require_index(const char* op, const char* name, const Tensor& x, int
   require_data(op, name, x);
 }
 
+inline int64_t index_at(const Tensor& x, int64_t i) {
+  return x.dtype == Dtype::kInt64 ? static_cast<const int64_t*>(x.data)[i] : static_cast<const int32_t*>(x.data)[i];
+}
+
+// On a CPU, where an index could lead anywhere: offsets that never fall and stay within `limit`.
+inline void check_offsets(const char* op, const char* name, const Tensor& indptr, int64_t limit) {
+  int64_t last = 0;
+  for (int64_t i = 0; i < indptr.shape[0]; ++i) {
+    const int64_t offset = index_at(indptr, i);
+    require(offset >= last, op, ": ", name, "[", i, "] is ", offset, "; expected ", last, " or more");
+    last = offset;
+  }
+  require(last <= limit, op, ": ", name, " ends at ", last, "; expected at most ", limit);
+}
+
 // The bitwise or of an address and of the strides in bytes, the last axis apart.
 inline uint64_t alignment_of(const Tensor& x) {
   uint64_t bits = reinterpret_cast<uintptr_t>(x.data);

@@ -221,8 +221,51 @@ def test_index_tensors_that_lead_nowhere(batch: Batch, kernels: Kernels) -> None
     assert "last_page_len[3] is 0" in refusal(last=[1, 1, 1, 0])
     assert "indices[1] is -1; expected 0 or more" in refusal(indices=[0, -1, 2, 3, 4, 5, 6, 7, 8, 9])
     assert "the planned page numbers go up to 77" in refusal(indices=[0, 77, 2, 3, 4, 5, 6, 7, 8, 9])
+    assert "go up to 2147483647" in refusal(indices=[0, (1 << 31) - 1, 2, 3, 4, 5, 6, 7, 8, 9])
     made.plan(batch.table(), shape_of(), options())  # and works on
     made.run(*run)
+
+
+def test_index_tensors_that_change_behind_a_plan(batch: Batch, kernels: Kernels) -> None:
+    """They are the caller's: a run looks at them again, and neither reads nor writes where they lead."""
+    cache, q, far = (batch.cache[:, 0], batch.cache[:, 1]), torch.zeros(9, QO_HEADS, DIM), (1 << 31) - 1
+    qo_indptr, indptr, indices, last = (x.clone() for x in (batch.qo_indptr, batch.indptr, batch.indices, batch.last))
+    shape, table = shape_of(), page_table(indptr, indices, last)
+    latent, lens = torch.zeros(len(batch.cache), PAGE, 576), batch.kv_lens.clone()
+    ckv, kpe = latent.split((512, 64), dim=-1)
+    one, many, rows, mla = (
+        kernels.make(name, NO_WORKSPACE) for name in ("batch_decode", *["batch_prefill"] * 2, "mla")
+    )
+    one.plan(table, shape, options())
+    many.plan(qo_indptr, 9, table, shape, options(is_causal=1))
+    rows.plan_ragged(qo_indptr, 9, indptr, shape, options(is_causal=1))
+    mla.plan(qo_indptr, 9, page_table(indptr, indices, lens), MlaShape(3, 512, 64, PAGE, 0, 0), 1, 0.1, 1.0)
+    out, wide = torch.full_like(q, 7.0), torch.full((9, 3, 512), 7.0)
+    k, narrow = torch.zeros(int(indptr[-1]), KV_HEADS, DIM), torch.zeros(9, 3, 64)
+    runs = {
+        "decode": lambda: one.run(q[: len(last)], *cache, out[: len(last)], None),
+        "prefill": lambda: many.run(q, *cache, out, None),
+        "ragged": lambda: rows.run_ragged(q, k, k, out, None),
+        "mla": lambda: mla.run(torch.zeros(9, 3, 512), narrow, ckv, kpe, wide, None),
+    }
+    of_pages, of_rows = ("decode", "prefill", "mla"), ("prefill", "ragged", "mla")
+    for tensor_of, at, value, names in (
+        (indices, 0, far, of_pages),
+        (indices, 0, -1, of_pages),
+        (indptr, -1, far, tuple(runs)),
+        (indptr, 1, -1, tuple(runs)),
+        (last, 0, far, of_pages[:2]),
+        (lens, 0, far, ("mla",)),
+        (qo_indptr, -1, far, of_rows),
+        (qo_indptr, 1, far, of_rows),
+    ):
+        kept = int(tensor_of[at])
+        tensor_of[at] = value
+        for name in names:
+            with pytest.raises(CError, match=r"expected|go up to|reach"):
+                runs[name]()
+        tensor_of[at] = kept
+    assert bool((out == 7).all()) and bool((wide == 7).all())
 
 
 def test_tensors_that_do_not_fit(batch: Batch, kernels: Kernels) -> None:

@@ -106,13 +106,55 @@ def test_append(cache_dtype: torch.dtype, layout: str, kernels: Kernels) -> None
         assert torch.equal(found.float(), expected.float()) and found.float().any()
 
 
-def test_append_outside_of_the_cache(kernels: Kernels) -> None:
-    """A token that leads outside is skipped."""
-    key = torch.ones(2, HEADS, DIM)
-    cache = torch.zeros(2, 4, HEADS, DIM)
-    table = page_table(_int([0, 1]), _int([9]), _int([1]))
-    kernels.append(key, key, _int([0, 5]), _int([0, 0]), cache, cache.clone(), table, _float(1), _float(1))
-    assert not cache.any()
+INT32_MAX, INT64_MAX = (1 << 31) - 1, (1 << 63) - 1
+# Two requests, of pages [3, 0] and [2], over a cache of 4 pages of 4 slots: what one changed entry makes of it.
+LEADS_OUTSIDE: dict[str, tuple[dict[str, list[int]], str]] = {
+    "a request past the last": ({"batch_indices": [0, 2]}, r"batch_indices\[1\] is 2; expected below 2"),
+    "the largest request": ({"batch_indices": [0, INT64_MAX]}, r"batch_indices\[1\] is 9223372036854775807"),
+    "a position past its pages": ({"positions": [8, 0]}, r"positions\[0\] is 8; request 0 has 2 pages of 4"),
+    "the largest position": ({"positions": [0, INT64_MAX]}, r"positions\[1\] is 9223372036854775807; request 1"),
+    "a page past the cache": ({"indices": [3, 4, 2]}, r"indices\[1\] is 4; expected below 4.*position 5 of request 0"),
+    "the largest page": ({"indices": [3, 0, INT64_MAX]}, r"indices\[2\] is 9223372036854775807"),
+    "offsets past the pages": ({"indptr": [0, 2, 4]}, r"indptr ends at 4; expected at most 3"),
+    "offsets that descend": ({"indptr": [0, 3, 2]}, r"indptr\[2\] is 2; expected 3 or more"),
+    "offsets below 0": ({"indptr": [-1, 2, 3]}, r"indptr\[0\] is -1; expected 0 or more"),
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64), ids=("int32", "int64"))
+@pytest.mark.parametrize("case", LEADS_OUTSIDE)
+def test_append_that_leads_outside(case: str, dtype: torch.dtype, kernels: Kernels) -> None:
+    """An error as in Python, before any row is written, whichever row it is of."""
+    changed, message = LEADS_OUTSIDE[case]
+    given = {"batch_indices": [0, 1], "positions": [5, 0], "indices": [3, 0, 2], "indptr": [0, 2, 3], **changed}
+    if dtype == torch.int32 and any(INT64_MAX in values for values in given.values()):
+        given = {name: [min(value, INT32_MAX) for value in values] for name, values in given.items()}
+        message = message.replace(str(INT64_MAX), str(INT32_MAX))
+    request, position, indices, indptr = (
+        torch.tensor(given[name], dtype=dtype) for name in ("batch_indices", "positions", "indices", "indptr")
+    )
+    key, caches = torch.ones(2, HEADS, DIM), torch.zeros(2, 4, 4, HEADS, DIM)
+    with pytest.raises((IndexError, ValueError)):
+        flashinfer.append_paged_kv_cache(key, key, request, position, tuple(caches), indices, indptr, None)
+    with pytest.raises(CError, match=message):
+        table = page_table(indptr, indices, _int([1, 1]))
+        kernels.append(key, key, request, position, *caches, table, _float(1), _float(1))
+    assert not caches.any()
+
+
+@pytest.mark.parametrize("padding", ("batch_indices", "positions", "indices"))
+def test_append_skips_padding(padding: str, kernels: Kernels) -> None:
+    """A negative number marks it; the other row is written, and entries that no row leads to may hold anything."""
+    given = {"batch_indices": [0, 1], "positions": [0, 1], "indices": [3, INT32_MAX, 2], "indptr": [0, 2, 3]}
+    given[padding][0] = -1
+    request, position, indices, indptr = map(_int, given.values())
+    key, caches, table = (
+        torch.ones(2, HEADS, DIM),
+        torch.zeros(2, 4, 4, HEADS, DIM),
+        page_table(indptr, indices, indptr),
+    )
+    kernels.append(key, key, request, position, *caches, table, _float(1), _float(1))
+    assert caches[:, 2, 1].eq(1).all() and caches.sum() == 2 * HEADS * DIM
 
 
 def test_rope(kernels: Kernels) -> None:
