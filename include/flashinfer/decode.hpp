@@ -6,30 +6,31 @@
 namespace flashinfer {
 namespace host {
 
+inline std::vector<Request> decode_requests(const AttentionShape& shape, const Variant& variant, const char* storage,
+                                            bool is_cuda) {
+  const Request request = variant.selecting(attention_request("decode", shape, storage));
+  // Sixteen query heads of a KV head to a block where a kernel has room for them.
+  const int most = is_cuda && shape.num_qo_heads / shape.num_kv_heads > 8 ? 16 : 8;
+  std::vector<Request> requests;
+  for (int tile = most; tile >= 8; tile /= 2) requests.push_back(request.with("group_tile", tile));
+  return requests;
+}
+
 // A decode kernel on a device, and how its grid follows from the head counts: of flashinfer/attention/decode/launch.py.
 struct DecodeKernel {
   const Kernel* kernel = nullptr;
   int32_t num_head_blocks = 0, num_chunks = 0;  // none on a CPU
 
-  static DecodeKernel of(Kernels& kernels, const AttentionShape& shape, const Variant& variant, const char* storage) {
-    const Request request = variant.selecting(attention_request("decode", shape, storage));
-    const int32_t group_size = shape.num_qo_heads / shape.num_kv_heads;
-    const bool is_cuda = kernels.device().is_cuda();
-    // Sixteen query heads of a KV head to a block where a kernel has room for them.
-    const int most = is_cuda && group_size > 8 ? 16 : 8;
-    std::vector<Request> requests;
-    for (int tile = most; tile >= 8; tile /= 2) requests.push_back(request.with("group_tile", tile));
-    DecodeKernel found;
-    found.kernel = &kernels.find_first(requests);
-    if (!is_cuda) return found;
-    const auto group_tile = int32_t(found.kernel->number("kGroupTile"));
-    found.num_head_blocks = shape.num_kv_heads * int32_t(ceil_of(group_size, group_tile));
+  DecodeKernel() = default;
+  DecodeKernel(const Kernel& found, const Device& device, const AttentionShape& shape) : kernel(&found) {
+    if (!device.is_cuda()) return;
+    const auto group_tile = int32_t(found.number("kGroupTile"));
+    num_head_blocks = shape.num_kv_heads * int32_t(ceil_of(shape.num_qo_heads / shape.num_kv_heads, group_tile));
     // Chunks that fill the device once; where that would leave a fifth of it idle, enough for several rounds.
-    const int32_t resident = kernels.device().num_sms() * found.kernel->max_blocks_per_sm();
-    const int32_t whole = resident / found.num_head_blocks;
-    const bool fills = whole * found.num_head_blocks * 5 >= resident * 4;
-    found.num_chunks = fills ? whole : int32_t(ceil_of(4 * int64_t(resident), found.num_head_blocks));
-    return found;
+    const int32_t resident = device.num_sms() * found.max_blocks_per_sm();
+    const int32_t whole = resident / num_head_blocks;
+    const bool fills = whole * num_head_blocks * 5 >= resident * 4;
+    num_chunks = fills ? whole : int32_t(ceil_of(4 * int64_t(resident), num_head_blocks));
   }
 
   int32_t tile_len() const { return kernel->units_per_block(); }
@@ -54,10 +55,14 @@ class BatchDecode {
     const bool is_cuda = kernels_.device().is_cuda();
     const Variant variant(kOp, shape, options);
     check_pages(kOp, table, shape.page_size, is_cuda, false);
-    const DecodeKernel found = DecodeKernel::of(kernels_, shape, variant, "paged");
     const int64_t batch_size = table.batch_size();
+    const bool is_scheduled = is_cuda && batch_size > 0;
+    std::vector<std::vector<Request>> wanted = {decode_requests(shape, variant, "paged", is_cuda)};
+    if (is_scheduled) wanted.push_back({Request("decode_plan")});
+    const std::vector<const Kernel*> kernels = kernels_.find_each(wanted);
+    const DecodeKernel found(*kernels[0], kernels_.device(), shape);
     DecodeParams params{};
-    if (is_cuda && batch_size > 0) {
+    if (is_scheduled) {
       DecodePlanParams plan{};
       lay_out(params, plan, found, shape, batch_size);
       plan.kv_indptr = static_cast<const int32_t*>(table.indptr.data);
@@ -68,7 +73,7 @@ class BatchDecode {
       plan.page_size = shape.page_size;
       plan.tile_len = found.tile_len();
       plan.window_left = variant.window_left();
-      kernels_.find(Request("decode_plan")).launch({}, plan, stream);
+      kernels[1]->launch({}, plan, stream);
     }
     variant.fill(params);
     params.batch_size = int32_t(batch_size);
@@ -143,7 +148,8 @@ inline void single_decode(Kernels& kernels, const Workspace& workspace, const Te
                                 out.dtype};
   const bool is_cuda = kernels.device().is_cuda();
   const Variant variant(op, shape, options);
-  const DecodeKernel found = DecodeKernel::of(kernels, shape, variant, "single");
+  const DecodeKernel found(kernels.find_first(decode_requests(shape, variant, "single", is_cuda)), kernels.device(),
+                           shape);
   DecodeParams params{};
   variant.fill(params);
   const auto as_batch = [](const Tensor& x) {

@@ -3,9 +3,10 @@
 
 #include <dlfcn.h>
 
-#include <atomic>
+#include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -19,15 +20,33 @@ struct Grid {
   uint32_t x = 1, y = 1, z = 1;
 };
 
-// No registry holds a kernel. row() is what to add to a config.
+// No registry holds a kernel, or several that a call takes. rows() is what to add to a config.
 class KernelMissing : public Error {
  public:
-  KernelMissing(const std::string& what, std::string row) : Error(what), row_(std::move(row)) {}
-  const std::string& row() const { return row_; }
+  struct Lack {
+    std::string row, why;
+  };
+  KernelMissing(std::vector<Lack> lacks, const std::string& next_step)
+      : Error(joined(lacks, &Lack::why, "\n") + "\nNext step: " + next_step + "\n\n" + joined(lacks, &Lack::row, "\n")),
+        lacks_(std::move(lacks)) {}
+
+  std::string rows() const { return joined(lacks_, &Lack::row, "\n"); }
+  const std::vector<Lack>& lacks() const { return lacks_; }
 
  private:
-  std::string row_;
+  static std::string joined(const std::vector<Lack>& lacks, std::string Lack::* part, const char* between) {
+    std::string text;
+    for (const Lack& lack : lacks) text += (text.empty() ? "" : between) + lack.*part;
+    return text;
+  }
+
+  std::vector<Lack> lacks_;
 };
+
+namespace host {
+// What Kernels::rehearse() has found missing on this thread; null where it does not run.
+inline thread_local std::vector<KernelMissing::Lack>* rehearsal = nullptr;
+}  // namespace host
 
 // One that is loaded. Lives as long as the Kernels it is from; safe to launch from several threads.
 class Kernel {
@@ -41,6 +60,7 @@ class Kernel {
 
   // A constant the kernel was compiled with, such as kBlockM. Raises Error where there is none.
   int64_t number(const std::string& name) const {
+    if (is_stand_in_) return 64;  // that fits wherever one is asked for
     const auto found = entry_.numbers.find(name);
     host::require(found != entry_.numbers.end(), entry_.name, ": the registry tells no constant ", name);
     return found->second;
@@ -55,6 +75,8 @@ class Kernel {
   // takes another struct, or the launch fails.
   template <class Params>
   void launch(Grid grid, const Params& params, Stream stream = nullptr) const {
+    if (host::rehearsal != nullptr) return;
+    host::require(!is_stand_in_, "a kernel was missing at a rehearsal. Next step: plan again, which says which");
     if (entry_.abi != Layout<Params>::kAbi) refuse(Layout<Params>::kName, Layout<Params>::kAbi);
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     if (is_cuda()) {
@@ -69,6 +91,7 @@ class Kernel {
  private:
   friend class Kernels;
 
+  Kernel() : is_stand_in_(true) {}  // for a missing one, at a rehearsal
   Kernel(const Device& device, const Entry& entry, const std::string& root)
       : entry_(entry), context_(device.context()) {
     const std::string path = root + "/" + entry.file;
@@ -148,7 +171,8 @@ class Kernel {
                " of the layout ", abi);
   }
 
-  const Entry& entry_;
+  Entry entry_;
+  bool is_stand_in_ = false;
   void* context_ = nullptr;
   void* function_ = nullptr;             // CUfunction
   bool (*call_)(const void*) = nullptr;  // of a CPU
@@ -178,10 +202,42 @@ class Kernels {
   const Kernel& find(const Request& request) { return find_first({request}); }
 
   // The first of several requests that has a kernel: those that differ in speed alone, best first.
-  const Kernel& find_first(const std::vector<Request>& requests) {
-    for (const Request& request : requests)
-      if (const Kernel* found = look_up(request)) return *found;
-    throw missing(requests);
+  const Kernel& find_first(const std::vector<Request>& requests) { return *find_each({requests}).front(); }
+
+  // That of each list, for a call that takes several kernels: one KernelMissing tells of all that are missing.
+  std::vector<const Kernel*> find_each(const std::vector<std::vector<Request>>& wanted) {
+    std::vector<const Kernel*> found;
+    std::vector<KernelMissing::Lack> lacks;
+    for (const std::vector<Request>& requests : wanted) {
+      const Kernel* kernel = nullptr;
+      for (size_t i = 0; i < requests.size() && kernel == nullptr; ++i) kernel = look_up(requests[i]);
+      if (kernel == nullptr) lacks.push_back({requests.front().row(), reason_of(requests.front())});
+      found.push_back(kernel == nullptr ? &stand_in() : kernel);
+    }
+    if (!lacks.empty() && host::rehearsal == nullptr) throw KernelMissing(std::move(lacks), next_step());
+    for (KernelMissing::Lack& lack : lacks) {
+      const auto is_same = [&](const KernelMissing::Lack& known) { return known.row == lack.row; };
+      if (std::none_of(host::rehearsal->begin(), host::rehearsal->end(), is_same))
+        host::rehearsal->push_back(std::move(lack));
+    }
+    return found;
+  }
+
+  // Runs part of a program without its launches: kernels are found and loaded, and memory stays as it is. Then raises
+  // one KernelMissing with the rows of all that is missing. To be called before a server starts:
+  //
+  //   kernels.rehearse([&] { rope(kernels, …); append(kernels, …); decode.plan(…); decode.run(…); });
+  void rehearse(const std::function<void()>& part) const {
+    std::vector<KernelMissing::Lack> lacks;
+    struct Rehearsing {
+      explicit Rehearsing(std::vector<KernelMissing::Lack>& into) { host::rehearsal = &into; }
+      ~Rehearsing() { host::rehearsal = nullptr; }
+    };
+    {
+      const Rehearsing here(lacks);
+      part();
+    }
+    if (!lacks.empty()) throw KernelMissing(std::move(lacks), next_step());
   }
 
   // Whether a kernel is there, without loading it.
@@ -195,6 +251,11 @@ class Kernels {
     for (std::string path; std::getline(paths, path, ':');)
       if (!path.empty()) roots.push_back(path);
     return roots;
+  }
+
+  static const Kernel& stand_in() {
+    static const Kernel kernel;
+    return kernel;
   }
 
   const Kernel* look_up(const Request& request) {
@@ -228,9 +289,9 @@ class Kernels {
     return "needs a driver of CUDA " + std::to_string(entry.cuda_major) + ", found " + std::to_string(version / 1000);
   }
 
-  KernelMissing missing(const std::vector<Request>& requests) const {
-    const Request& wanted = requests.front();
-    std::string reasons;
+  // Why no registry answers a request.
+  std::string reason_of(const Request& wanted) const {
+    std::string reasons = "no kernel " + wanted.family() + " for " + device_.target() + ":";
     for (const auto& registry : registries_) {
       std::string why = "not in the registry";
       if (const std::vector<size_t>* found = registry->find(wanted.key()); found != nullptr) {
@@ -244,12 +305,12 @@ class Kernels {
       }
       reasons += "\n  " + registry->root() + ": " + why;
     }
-    return KernelMissing(
-        "no kernel " + wanted.family() + " for " + device_.target() + ":" + reasons +
-            "\nNext step: add these rows to a config, mine.toml, and run flashinfer aot build --config "
-            "mine.toml --target " +
-            device_.target() + " --out " + registries_.front()->root() + "\n\n" + wanted.row(),
-        wanted.row());
+    return reasons;
+  }
+
+  std::string next_step() const {
+    return "add these rows to a config, mine.toml, and run flashinfer aot build --config mine.toml --target " +
+           device_.target() + " --out " + registries_.front()->root();
   }
 
   Device device_;

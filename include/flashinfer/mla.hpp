@@ -40,10 +40,15 @@ class Mla {
     require(num_tokens >= 0 && num_tokens < int64_t(1) << 31, kOp, ": num_tokens is ", num_tokens);
     if (!is_cuda) check_offsets(kOp, "qo_indptr", qo_indptr, num_tokens);
     const int64_t num_rows = num_tokens * shape.num_heads;
-    const Kernel& kernel = find(shape, options.is_causal, num_rows <= int64_t(contract::kMlaShortRows) * batch_size);
+    const bool is_scheduled = is_cuda && batch_size > 0;
+    std::vector<std::vector<Request>> wanted = {
+        requests(shape, options.is_causal, num_rows <= int64_t(contract::kMlaShortRows) * batch_size)};
+    if (is_scheduled) wanted.push_back({planner_request("paged_lens")});
+    const std::vector<const Kernel*> kernels = kernels_.find_each(wanted);
+    const Kernel& kernel = *kernels[0];
     int32_t num_blocks = 0;
     MlaParams params{};
-    if (is_cuda && batch_size > 0) {
+    if (is_scheduled) {
       num_blocks = std::min(kernels_.device().num_sms() * kernel.max_blocks_per_sm(), contract::kMlaMaxBlocks);
       const PrefillPlace place(kOp, workspace_, batch_size, 1, shape.head_dim_ckv);
       const int64_t block_m = kernel.number("kBlockM");
@@ -52,8 +57,7 @@ class Mla {
       const PlanCosts costs = kernel.takes<Sm90MlaParams>()        ? contract::kMlaSm90Costs
                               : block_m <= contract::kMlaShortRows ? contract::kMlaShortCosts
                                                                    : contract::kMlaCosts;
-      const PrefillPlanOf of = {"paged_lens",
-                                batch_size,
+      const PrefillPlanOf of = {batch_size,
                                 shape.page_size,
                                 1,
                                 shape.num_heads,
@@ -61,7 +65,7 @@ class Mla {
                                 -1,
                                 num_blocks,
                                 costs};
-      launch_planner(kernels_, place, of, kernel, static_cast<const int32_t*>(qo_indptr.data),
+      launch_planner(*kernels[1], place, of, kernel, static_cast<const int32_t*>(qo_indptr.data),
                      static_cast<const int32_t*>(table.indptr.data),
                      static_cast<const int32_t*>(table.last_page_len.data), stream);
     }
@@ -143,7 +147,7 @@ class Mla {
  private:
   static constexpr const char* kOp = "mla";
 
-  const Kernel& find(const MlaShape& shape, bool is_causal, bool has_short_queries) {
+  std::vector<Request> requests(const MlaShape& shape, bool is_causal, bool has_short_queries) const {
     const bool is_cuda = kernels_.device().is_cuda();
     const Request request = Request("mla")
                                 .with("q_dtype", shape.q_dtype)
@@ -157,7 +161,7 @@ class Mla {
         if ((!is_short || (is_cuda && has_short_queries)) &&
             (!large_pages || (is_cuda && shape.page_size % contract::kMinBoxRows == 0)))
           requests.push_back(request.with("short_queries", is_short).with("large_pages", large_pages));
-    return kernels_.find_first(requests);
+    return requests;
   }
 
   Kernels& kernels_;

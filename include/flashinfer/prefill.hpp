@@ -63,15 +63,18 @@ struct PrefillPlace {
 
 // What a planner is told besides the lengths.
 struct PrefillPlanOf {
-  const char* storage;
   int32_t batch_size, page_size, num_kv_heads, group_size, mask, window_left, num_blocks;
   PlanCosts costs = contract::kPrefillCosts;
   int32_t qo_len = 0, kv_len = 0;  // of a single sequence
 };
 
-inline void launch_planner(Kernels& kernels, const PrefillPlace& place, const PrefillPlanOf& of, const Kernel& kernel,
-                           const int32_t* qo_indptr, const int32_t* kv_indptr, const int32_t* last_page_len,
-                           Stream stream) {
+inline Request planner_request(const char* storage) {
+  return Request("prefill_plan").with("kv_storage", storage);
+}
+
+inline void launch_planner(const Kernel& planner, const PrefillPlace& place, const PrefillPlanOf& of,
+                           const Kernel& kernel, const int32_t* qo_indptr, const int32_t* kv_indptr,
+                           const int32_t* last_page_len, Stream stream) {
   PrefillPlanParams params{};
   place.fill(params);
   params.qo_indptr = qo_indptr;
@@ -89,7 +92,7 @@ inline void launch_planner(Kernels& kernels, const PrefillPlace& place, const Pr
   params.mask = of.mask;
   params.window_left = of.window_left;
   params.costs = of.costs;
-  kernels.find(Request("prefill_plan").with("kv_storage", of.storage)).launch({}, params, stream);
+  planner.launch({}, params, stream);
 }
 
 // Descriptors by which TMA (sm_90) finds rows of KV: of flashinfer/attention/tma.py.
@@ -142,9 +145,9 @@ class PrefillLaunch {
   explicit PrefillLaunch(const Kernel& kernel, int32_t num_sms)
       : kernel_(&kernel), num_blocks_(kernel.is_cuda() ? num_sms * kernel.max_blocks_per_sm() : 0) {}
 
-  static PrefillLaunch of(Kernels& kernels, const AttentionShape& shape, const Variant& variant, const char* storage,
-                          bool is_causal, int64_t num_rows, int64_t batch_size) {
-    const bool is_cuda = kernels.device().is_cuda(), is_paged = std::strcmp(storage, "paged") == 0;
+  static std::vector<Request> requests(const AttentionShape& shape, const Variant& variant, const char* storage,
+                                       bool is_causal, int64_t num_rows, int64_t batch_size, bool is_cuda) {
+    const bool is_paged = std::strcmp(storage, "paged") == 0;
     const Request request =
         variant.selecting(attention_request("prefill", shape, storage)).with("mask", is_causal ? "causal" : "none");
     std::vector<const char*> classes = {"medium"};
@@ -162,7 +165,7 @@ class PrefillLaunch {
       for (bool large_pages : {true, false})
         if (!large_pages || (is_cuda && is_paged && shape.page_size % contract::kMinBoxRows == 0))
           requests.push_back(request.with("queries", queries).with("large_pages", large_pages));
-    return PrefillLaunch(kernels.find_first(requests), kernels.device().num_sms());
+    return requests;
   }
 
   explicit operator bool() const { return kernel_ != nullptr; }
@@ -277,17 +280,21 @@ class BatchPrefill {
     check_indices(qo_indptr, num_tokens, table, shape.page_size, is_paged);
     const int32_t batch_size = table.batch_size(), group_size = shape.num_qo_heads / shape.num_kv_heads;
     const int64_t num_rows = num_tokens * group_size;
-    PrefillLaunch launch =
-        PrefillLaunch::of(kernels_, shape, variant, storage, options.is_causal, num_rows, batch_size);
+    const bool is_scheduled = is_cuda && batch_size > 0;
+    std::vector<std::vector<Request>> wanted = {
+        PrefillLaunch::requests(shape, variant, storage, options.is_causal, num_rows, batch_size, is_cuda)};
+    if (is_scheduled) wanted.push_back({planner_request(storage)});
+    const std::vector<const Kernel*> kernels = kernels_.find_each(wanted);
+    PrefillLaunch launch(*kernels[0], kernels_.device().num_sms());
     PrefillParams params{};
-    if (is_cuda && batch_size > 0) {
+    if (is_scheduled) {
       const PrefillPlace place(kOp, workspace_, batch_size, shape.num_kv_heads, shape.head_dim_vo);
       place.require_items(kOp, num_rows, launch.block_m(), batch_size);
       place.fill(static_cast<PrefillScratch&>(params));
       const int32_t mask = options.is_causal ? contract::kMaskCausal : contract::kMaskNone;
-      const PrefillPlanOf of = {storage,    batch_size, shape.page_size,       shape.num_kv_heads,
-                                group_size, mask,       variant.window_left(), launch.num_blocks()};
-      launch_planner(kernels_, place, of, launch.kernel(), static_cast<const int32_t*>(qo_indptr.data),
+      const PrefillPlanOf of = {batch_size, shape.page_size,       shape.num_kv_heads, group_size,
+                                mask,       variant.window_left(), launch.num_blocks()};
+      launch_planner(*kernels[1], place, of, launch.kernel(), static_cast<const int32_t*>(qo_indptr.data),
                      static_cast<const int32_t*>(table.indptr.data),
                      static_cast<const int32_t*>(table.last_page_len.data), stream);
     }
@@ -359,8 +366,9 @@ inline void single_prefill(Kernels& kernels, const Workspace& workspace, const T
   const bool is_cuda = kernels.device().is_cuda();
   const Variant variant(op, shape, options);
   const int64_t qo_len = q.shape[0], kv_len = k.shape[0], group_size = shape.num_qo_heads / shape.num_kv_heads;
-  PrefillLaunch launch =
-      PrefillLaunch::of(kernels, shape, variant, "single", options.is_causal, qo_len * group_size, 1);
+  PrefillLaunch launch(kernels.find_first(PrefillLaunch::requests(shape, variant, "single", options.is_causal,
+                                                                  qo_len * group_size, 1, is_cuda)),
+                       kernels.device().num_sms());
   PrefillParams params{};
   variant.fill(params);
   fill_rows(op, params, shape, q, out, {}, qo_len, is_cuda);
@@ -377,8 +385,7 @@ inline void single_prefill(Kernels& kernels, const Workspace& workspace, const T
       const PrefillPlace place(op, workspace, 1, shape.num_kv_heads, shape.head_dim_vo);
       place.require_items(op, qo_len * group_size, launch.block_m(), 1);
       place.fill(static_cast<PrefillScratch&>(params));
-      PrefillPlanOf of = {"single",
-                          1,
+      PrefillPlanOf of = {1,
                           1,
                           shape.num_kv_heads,
                           int32_t(group_size),
@@ -386,7 +393,8 @@ inline void single_prefill(Kernels& kernels, const Workspace& workspace, const T
                           variant.window_left(),
                           launch.num_blocks()};
       of.qo_len = int32_t(qo_len), of.kv_len = int32_t(kv_len);
-      launch_planner(kernels, place, of, launch.kernel(), nullptr, nullptr, nullptr, stream);
+      launch_planner(kernels.find(planner_request("single")), place, of, launch.kernel(), nullptr, nullptr, nullptr,
+                     stream);
       grid_size = launch.num_blocks();
     }
   }

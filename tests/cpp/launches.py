@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import struct
 import sys
 from collections.abc import Iterable
@@ -27,7 +28,7 @@ from flashinfer.jit.source import render
 from flashinfer.jit.stores import Entry, Registry
 from tests.aot import pretended_gpus
 from tests.cpp import calls
-from tests.cpp.kit import Api, entry_of
+from tests.cpp.kit import Api, CError, Kernels, entry_of
 
 
 def idle_code(spec: KernelSpec) -> bytes:
@@ -96,6 +97,8 @@ def main(library: Path, folder: Path, log: Path) -> int:
     calls.draw = lambda shape: torch.zeros(shape, device="cuda")
     for case in calls.cases():
         name = case.name
+        if name.startswith(("decode,", "prefill,", "mla,")):
+            require_all_rows(case, api.open([empty_set(folder.parent)], 0))
         case.by_python()
         found = launches(log)
         case.by_cpp(api.open([folder], 0))
@@ -112,6 +115,25 @@ def main(library: Path, folder: Path, log: Path) -> int:
         num_launches += len(found)
     print(f"{num_launches} launches alike" if failed == 0 else f"{failed} cases differ")
     return 1 if failed else 0
+
+
+def empty_set(folder: Path) -> Path:
+    root = folder / "empty"
+    root.mkdir(exist_ok=True)
+    Registry.write(root, [])
+    return root
+
+
+def require_all_rows(case: calls.Case, kernels: Kernels) -> None:
+    """Of a set that holds nothing, one error tells the kernel and its planner."""
+    try:
+        case.by_cpp(kernels)
+    except CError as error:
+        rows = re.findall(r'family = "(\w+)"', str(error))
+        kernel = re.match(r"\w+", case.name)[0]  # type: ignore[index]
+        assert rows == [kernel, "decode_plan" if kernel == "decode" else "prefill_plan"], rows
+    else:
+        raise AssertionError(f"{case.name}: nothing is missing of an empty set")
 
 
 def without_results(name: str, line: str) -> str:
