@@ -6,6 +6,7 @@
 
 #include "flashinfer/flashinfer.h"
 #include "flashinfer/flashinfer.hpp"
+#include "flashinfer/jit.hpp"
 
 struct flashinfer_kernels : flashinfer::Kernels {
   using Kernels::Kernels;
@@ -130,12 +131,19 @@ flashinfer_tensor flashinfer_tensor_of(void* data, int32_t dtype, int32_t rank, 
 }
 
 int flashinfer_kernels_open(const char* roots, int device, flashinfer_kernels** opened) {
+  return flashinfer_kernels_open_jit(roots, device, nullptr, opened);
+}
+
+int flashinfer_kernels_open_jit(const char* roots, int device, const char* recipes, flashinfer_kernels** opened) {
   return guarded([&] {
     std::vector<std::string> folders;
     std::istringstream paths(roots == nullptr ? "" : roots);
     for (std::string path; std::getline(paths, path, ':');)
       if (!path.empty()) folders.push_back(path);
-    object(opened) = new flashinfer_kernels(device == FLASHINFER_CPU ? Device::cpu() : Device::cuda(device), folders);
+    JitOptions how;
+    if (recipes != nullptr) how.recipes = recipes;
+    object(opened) = new flashinfer_kernels(device == FLASHINFER_CPU ? Device::cpu() : Device::cuda(device), folders,
+                                            recipes == nullptr ? nullptr : jit(how));
   });
 }
 

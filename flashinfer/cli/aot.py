@@ -1,4 +1,4 @@
-"""`flashinfer aot build | merge | config | list | verify | sign | sbom`: sets of precompiled kernels."""
+"""`flashinfer aot build | merge | config | recipes | list | verify | sign | sbom`: sets of precompiled kernels."""
 
 from __future__ import annotations
 
@@ -45,6 +45,10 @@ def add_parser(subparsers: Any) -> None:
     config.add_argument("--tp", default="1", metavar="N,N", help="degrees of tensor parallelism to serve (default: 1)")
     config.add_argument("--name", help="of the row (default: as the file or its folder is called)")
     config.set_defaults(run=write_row)
+    recipes = commands.add_parser("recipes", help="write how kernels are compiled, for programs in C++")
+    recipes.add_argument("--target", required=True, metavar="T,T", help="of GPUs: for example sm_80,sm_90a")
+    recipes.add_argument("--out", required=True, type=_path, metavar="FILE", help="the file, for JitOptions::recipes")
+    recipes.set_defaults(run=write_recipes)
     for name, run, text in (
         ("list", list_kernels, "what the registries hold"),
         ("verify", verify, "check files, machine code and digests against the registry and this package"),
@@ -369,6 +373,15 @@ def _signature(registry: Registry) -> str:
     if registry.signer is not None:
         return f", signed with {registry.signer}"
     return ", its signature not checked (--key PUBLIC)" if (registry.root / trust.SIGNATURE).exists() else ""
+
+
+def write_recipes(args: argparse.Namespace) -> int:
+    from flashinfer.aot import recipes, tools
+
+    target_names = tools.target_names(args.target)
+    count = recipes.write(args.out, target_names)
+    print(f"{args.out}: recipes of {_text.count(count, 'kernel')}, {_text.size(args.out.stat().st_size)}")
+    return 0
 
 
 def sign_set(args: argparse.Namespace) -> int:

@@ -72,7 +72,16 @@ def render(spec: KernelSpec) -> Source:
     config = implementation.config(spec)
     kind, header, params = targets.kind(spec.target), implementation.header, implementation.params
     standard = ["#include <type_traits>"] if kind == "cpu" else []
-    lines = [f"// {spec.name}", *standard, f'#include "{header}"', "", "struct Config {", *_constants(config), "};", ""]
+    lines = [
+        f"// {spec.name}",
+        *standard,
+        f'#include "{header}"',
+        "",
+        "struct Config {",
+        *constant_lines(config),
+        "};",
+        "",
+    ]
     lines += _layout_asserts(params)
     lines += ["", *(_cuda_entry if kind == "cuda" else _cpu_entry)(family.name, f"flashinfer::{params.__name__}"), ""]
     text = "\n".join(lines)
@@ -83,14 +92,20 @@ def render(spec: KernelSpec) -> Source:
     return Source(spec, implementation, config, text, flags, _digest(text, header, flags, spec.target))
 
 
-def _constants(config: Config) -> list[str]:
+def constants(config: Config) -> dict[str, CxxType | CxxMember | int | bool | float]:
+    """What `Config` holds on the device, in its order."""
     launch = config.launch
-    constants = dict(config.constants)
-    constants["kNumThreads"] = launch.num_threads
-    constants["kMinBlocksPerSm"] = launch.min_blocks_per_sm
-    constants["kSmemBytes"] = launch.smem_bytes
-    constants["kClusterSize"] = launch.cluster_size
-    return [f"  {_constant(name, value)}" for name, value in constants.items()]
+    return {
+        **config.constants,
+        "kNumThreads": launch.num_threads,
+        "kMinBlocksPerSm": launch.min_blocks_per_sm,
+        "kSmemBytes": launch.smem_bytes,
+        "kClusterSize": launch.cluster_size,
+    }
+
+
+def constant_lines(config: Config) -> list[str]:
+    return [f"  {_constant(name, value)}" for name, value in constants(config).items()]
 
 
 def _constant(name: str, value: CxxType | CxxMember | int | bool | float) -> str:
@@ -142,14 +157,15 @@ def _cpu_entry(name: str, params: str) -> list[str]:
 
 def _digest(text: str, header: str, flags: tuple[str, ...], target: str) -> str:
     digest = hashlib.sha256()
-    for part in (text, *flags, target, *(_header_digest(path) for path in _transitive_includes(header))):
+    for part in (text, *flags, target, *(header_digest(path) for path in transitive_includes(header))):
         digest.update(part.encode())
         digest.update(b"\0")
     return digest.hexdigest()
 
 
 @functools.cache
-def _transitive_includes(header: str) -> tuple[str, ...]:
+def transitive_includes(header: str) -> tuple[str, ...]:
+    """A header and all it includes from csrc/, sorted."""
     found: dict[str, None] = {header: None}
     queue = [header]
     while queue:
@@ -166,5 +182,5 @@ def _read_header(header: str) -> str:
 
 
 @functools.cache
-def _header_digest(header: str) -> str:
+def header_digest(header: str) -> str:
     return f"{header}:{hashlib.sha256(_read_header(header).encode()).hexdigest()}"

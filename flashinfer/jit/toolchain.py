@@ -75,6 +75,7 @@ def _compile_error(source: Source, log: str) -> CompileError:
 
 class Nvrtc:
     suffix = ".cubin"
+    OPTIONS = ("-default-device", "--ptxas-options=-v")
 
     @property
     def identity(self) -> str:
@@ -83,7 +84,7 @@ class Nvrtc:
 
     def compile(self, source: Source) -> Compiled:
         library = nvrtc_library()
-        options = [f"-arch={source.spec.target}", *source.flags, "-default-device", "--ptxas-options=-v"]
+        options = [f"-arch={source.spec.target}", *source.flags, *self.OPTIONS]
         options += [f"-I{include_root()}", f"-I{cuda_include()}"]
         machine_code, log = library.compile(source.text, f"{source.entry}.cu", options)
         if machine_code is None:

@@ -98,6 +98,10 @@ FLASHINFER_API flashinfer_tensor flashinfer_tensor_of(void* data, int32_t dtype,
 /* roots: folders with a registry.json, parted by ':', null: those of FLASHINFER_AOT_PATH. device: of a GPU its number.
  */
 FLASHINFER_API int flashinfer_kernels_open(const char* roots, int device, flashinfer_kernels** opened);
+/* The same, where NVRTC compiles what no set holds: recipes is the file of `flashinfer aot recipes`. Each compile is
+ * told in a line on stderr. */
+FLASHINFER_API int flashinfer_kernels_open_jit(const char* roots, int device, const char* recipes,
+                                               flashinfer_kernels** opened);
 FLASHINFER_API void flashinfer_kernels_close(flashinfer_kernels* kernels);
 FLASHINFER_API const char* flashinfer_kernels_target(const flashinfer_kernels* kernels); /* null of null */
 FLASHINFER_API int flashinfer_synchronize(const flashinfer_kernels* kernels, void* stream);

@@ -92,8 +92,17 @@ class Kernel {
   friend class Kernels;
 
   Kernel() : is_stand_in_(true) {}  // for a missing one, at a rehearsal
-  Kernel(const Device& device, const Entry& entry, const std::string& root)
+  // path: of the machine code, which the dynamic loader reads on a CPU.
+  Kernel(const Device& device, const Entry& entry, const std::string& machine_code, const std::string& path)
       : entry_(entry), context_(device.context()) {
+    if (device.is_cuda()) {
+      load_on_gpu(device, machine_code);
+    } else {
+      load_on_cpu(path);
+    }
+  }
+
+  static std::unique_ptr<Kernel> of_registry(const Device& device, const Entry& entry, const std::string& root) {
     const std::string path = root + "/" + entry.file;
     std::string machine_code;
     try {
@@ -103,11 +112,7 @@ class Kernel {
     } catch (const Error& error) {
       host::fail(error.what(), ". Next step: build the set anew (flashinfer aot build)");
     }
-    if (device.is_cuda()) {
-      load_on_gpu(device, machine_code);
-    } else {
-      load_on_cpu(path);
-    }
+    return std::unique_ptr<Kernel>(new Kernel(device, entry, machine_code, path));
   }
 
   void load_on_gpu(const Device& device, const std::string& machine_code) {
@@ -181,15 +186,34 @@ class Kernel {
   std::vector<host::LaunchAttribute> attributes_;
 };
 
-// What the registries of some folders hold for a device. Safe to use from several threads.
+// Where kernels come from that no registry holds: Jit, of jit.hpp.
+class Compiler {
+ public:
+  struct Answer {
+    Entry entry;
+    std::string machine_code;
+    std::string why_not;  // "": here it is
+  };
+  virtual ~Compiler() = default;
+  // One that answers the first of these requests that can be answered, for the first of these targets. why: no registry
+  // does. Raises Error where compiling fails. Safe to call from several threads.
+  virtual Answer make(const std::vector<Request>& requests, const std::vector<std::string>& targets,
+                      const std::string& why) = 0;
+};
+
+// What the registries of some folders hold for a device, and what a compiler makes. Safe to use from several threads.
 class Kernels {
  public:
   // roots: folders with a registry.json, asked in this order; none: those of FLASHINFER_AOT_PATH, which ':' parts.
-  explicit Kernels(Device device, std::vector<std::string> roots = {}) : device_(std::move(device)) {
+  explicit Kernels(Device device, std::vector<std::string> roots = {}, std::shared_ptr<Compiler> compiler = nullptr)
+      : device_(std::move(device)), compiler_(std::move(compiler)) {
+    host::require(compiler_ == nullptr || device_.is_cuda(), "a compiler is given, and kernels are compiled for GPUs ",
+                  "alone; expected none for a CPU. Next step: build a set by flashinfer aot build");
     if (roots.empty()) roots = roots_of_environment();
-    host::require(
-        !roots.empty(), "no folder with a registry.json is given. Next step: build one by flashinfer aot build ",
-        "--config core --target ", device_.target(), " --out DIR, and name it here or in FLASHINFER_AOT_PATH");
+    host::require(!roots.empty() || compiler_ != nullptr,
+                  "no folder with a registry.json is given. Next step: build one by flashinfer aot build ",
+                  "--config core --target ", device_.target(),
+                  " --out DIR, and name it here or in FLASHINFER_AOT_PATH");
     for (const std::string& root : roots) registries_.push_back(std::make_unique<Registry>(root));
     targets_ = candidates(device_.target());
   }
@@ -211,7 +235,11 @@ class Kernels {
     for (const std::vector<Request>& requests : wanted) {
       const Kernel* kernel = nullptr;
       for (size_t i = 0; i < requests.size() && kernel == nullptr; ++i) kernel = look_up(requests[i]);
-      if (kernel == nullptr) lacks.push_back({requests.front().row(), reason_of(requests.front())});
+      if (kernel == nullptr) {
+        std::string why = reason_of(requests.front());
+        if (compiler_ != nullptr) kernel = compile(requests, why);
+        if (kernel == nullptr) lacks.push_back({requests.front().row(), std::move(why)});
+      }
       found.push_back(kernel == nullptr ? &stand_in() : kernel);
     }
     if (!lacks.empty() && host::rehearsal == nullptr) throw KernelMissing(std::move(lacks), next_step());
@@ -230,8 +258,9 @@ class Kernels {
   void rehearse(const std::function<void()>& part) const {
     std::vector<KernelMissing::Lack> lacks;
     struct Rehearsing {
-      explicit Rehearsing(std::vector<KernelMissing::Lack>& into) { host::rehearsal = &into; }
-      ~Rehearsing() { host::rehearsal = nullptr; }
+      explicit Rehearsing(std::vector<KernelMissing::Lack>& into) : before(std::exchange(host::rehearsal, &into)) {}
+      ~Rehearsing() { host::rehearsal = before; }
+      std::vector<KernelMissing::Lack>* before;
     };
     {
       const Rehearsing here(lacks);
@@ -264,8 +293,22 @@ class Kernels {
     if (const auto known = loaded_.find(key); known != loaded_.end()) return known->second.get();
     const auto [entry, registry] = find_entry(key);
     if (entry == nullptr) return nullptr;
-    std::unique_ptr<Kernel> kernel(new Kernel(device_, *entry, registry->root()));
-    return loaded_.emplace(key, std::move(kernel)).first->second.get();
+    return loaded_.emplace(key, Kernel::of_registry(device_, *entry, registry->root())).first->second.get();
+  }
+
+  // One of several requests; null where the compiler has none of them, and then `why` says that too.
+  const Kernel* compile(const std::vector<Request>& requests, std::string& why) {
+    std::lock_guard<std::mutex> one_at_a_time(compiling_);
+    for (const Request& request : requests)  // another thread may have been faster
+      if (const Kernel* found = look_up(request)) return found;
+    Compiler::Answer made = compiler_->make(requests, targets_, why);
+    if (!made.why_not.empty()) {
+      why += "\n  " + made.why_not;
+      return nullptr;
+    }
+    std::unique_ptr<Kernel> kernel(new Kernel(device_, made.entry, made.machine_code, ""));
+    std::lock_guard<std::mutex> lock(mutex_);
+    return loaded_.emplace(made.entry.key, std::move(kernel)).first->second.get();
   }
 
   std::pair<const Entry*, const Registry*> find_entry(const std::string& key) const {
@@ -289,7 +332,7 @@ class Kernels {
     return "needs a driver of CUDA " + std::to_string(entry.cuda_major) + ", found " + std::to_string(version / 1000);
   }
 
-  // Why no registry answers a request.
+  // Why no registry answers a request: a line, and one for each registry.
   std::string reason_of(const Request& wanted) const {
     std::string reasons = "no kernel " + wanted.family() + " for " + device_.target() + ":";
     for (const auto& registry : registries_) {
@@ -305,19 +348,22 @@ class Kernels {
       }
       reasons += "\n  " + registry->root() + ": " + why;
     }
+    if (registries_.empty()) reasons += "\n  no set is given";
     return reasons;
   }
 
   std::string next_step() const {
     return "add these rows to a config, mine.toml, and run flashinfer aot build --config mine.toml --target " +
-           device_.target() + " --out " + registries_.front()->root();
+           device_.target() + " --out " + (registries_.empty() ? "SET" : registries_.front()->root());
   }
 
   Device device_;
   std::vector<std::string> targets_;
   std::vector<std::unique_ptr<Registry>> registries_;
   std::unordered_map<std::string, std::unique_ptr<Kernel>> loaded_;
+  std::shared_ptr<Compiler> compiler_;
   mutable std::mutex mutex_;
+  std::mutex compiling_;  // taken before the other, which others need meanwhile
 };
 
 }  // namespace flashinfer

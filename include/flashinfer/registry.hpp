@@ -34,6 +34,13 @@ class Request {
 
   const std::string& family() const { return family_; }
 
+  // Of each axis its value, as it is and in TOML.
+  const std::map<std::string, std::pair<std::string, std::string>>& axes() const { return axes_; }
+  const std::string* value_of(const std::string& axis) const {
+    const auto found = axes_.find(axis);
+    return found == axes_.end() ? nullptr : &found->second.first;
+  }
+
   // The same of requests that ask for the same.
   std::string key() const {
     std::string text = family_;
@@ -56,7 +63,7 @@ class Request {
   }
 
   std::string family_;
-  std::map<std::string, std::pair<std::string, std::string>> axes_;  // axis -> value, as it is and in TOML
+  std::map<std::string, std::pair<std::string, std::string>> axes_;
 };
 
 // A kernel of a registry.

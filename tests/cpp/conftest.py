@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from flashinfer.aot.recipes import write as write_recipes
 from tests.aot.kit import HOST, build_set, copy_set, made_once, rmsnorm_rows, write_config
 from tests.cpp.kit import ROOT, Api, compile_program
 
@@ -38,3 +40,24 @@ def host_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def host_copy(host_set: Path, tmp_path: Path) -> Path:
     """One to be damaged."""
     return copy_set(host_set, tmp_path / "set")
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def make(folder: Path) -> None:
+        compile_program(ROOT / "tests" / "cpp" / "pretended_driver.cpp", folder / "libcuda.so.1", "-shared", "-fPIC")
+
+    return made_once(tmp_path_factory, "driver", make)
+
+
+@pytest.fixture(scope="session")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The file of a target's recipes."""
+
+    def of(target: str) -> Path:
+        def make(folder: Path) -> None:
+            write_recipes(folder / "recipes.json", [target])
+
+        return made_once(tmp_path_factory, f"recipes-{target}", make) / "recipes.json"
+
+    return of

@@ -59,6 +59,16 @@ def run_program(program: Path, *arguments: object, **variables: str) -> str:
     return done.stdout
 
 
+def pretended_gpu(driver: Path, launches: Path, capability: int = 90, num_sms: int = 132) -> dict[str, str]:
+    """Variables of a process whose GPU is that of pretended_driver.cpp."""
+    return {
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(driver), os.environ.get("LD_LIBRARY_PATH")])),
+        "PRETENDED_LAUNCHES": str(launches),
+        "PRETENDED_CAPABILITY": str(capability),
+        "PRETENDED_SMS": str(num_sms),
+    }
+
+
 def entry_of(root: Path, spec: KernelSpec, machine_code: bytes) -> Entry:
     """Lays the machine code of a kernel into the folder of a set; what the registry says of it."""
     source, sha256 = render(spec), hashlib.sha256(machine_code).hexdigest()
@@ -198,10 +208,13 @@ class Api:
         if status != 0:
             raise CError(status, self.library.flashinfer_last_error().decode())
 
-    def open(self, roots: Sequence[Path] | None, device: int = -1) -> Kernels:
+    def open(self, roots: Sequence[Path] | None, device: int = -1, recipes: Path | None = None) -> Kernels:
         handle = ctypes.c_void_p()
         text = None if roots is None else ":".join(map(str, roots)).encode()
-        self.call("kernels_open", text, device, ctypes.byref(handle))
+        if recipes is None:
+            self.call("kernels_open", text, device, ctypes.byref(handle))
+        else:
+            self.call("kernels_open_jit", text, device, str(recipes).encode(), ctypes.byref(handle))
         return Kernels(self, handle)
 
 

@@ -25,7 +25,7 @@ from flashinfer.families.attention.prefill import PrefillParams, Sm90PrefillPara
 from flashinfer.families.sampling import SampleParams
 from flashinfer.jit import KernelSpec, loader, resolver
 from flashinfer.jit.source import render
-from flashinfer.jit.stores import Entry, Registry
+from flashinfer.jit.stores import Entry, JitCache, Registry
 from tests.aot import pretended_gpus
 from tests.cpp import calls
 from tests.cpp.kit import Api, CError, Kernels, entry_of
@@ -52,6 +52,7 @@ class Set:
         if spec not in self.entries:
             self.entries[spec] = entry_of(self.root, spec, code)
             Registry.write(self.root, list(self.entries.values()))
+            JitCache(Path(os.environ["FLASHINFER_CACHE_DIR"], "jit")).publish(render(spec), "any", ".cubin", code, "")
         return code
 
     def load(self, spec: KernelSpec) -> loader.Kernel:
@@ -85,7 +86,7 @@ def difference(python: str, cpp: str) -> str:
     )
 
 
-def main(library: Path, folder: Path, log: Path) -> int:
+def main(library: Path, folder: Path, log: Path, recipes: Path) -> int:
     capability = divmod(int(os.environ["PRETENDED_CAPABILITY"]), 10)
     encode = tma.driver.tensor_map_of_16_bit
     pretended_gpus.install((pretended_gpus.Gpu("of the test", capability, int(os.environ["PRETENDED_SMS"])),))
@@ -103,12 +104,16 @@ def main(library: Path, folder: Path, log: Path) -> int:
         found = launches(log)
         case.by_cpp(api.open([folder], 0))
         others = launches(log)
+        case.by_cpp(api.open([], 0, recipes))  # what it would compile is in the cache, if Python compiled it
+        compiled = launches(log)
         # Python plans again where a run finds the guess of the queries wrong; the last plan is what it ran with.
         found = found[-len(others) :] if name.startswith(("prefill", "mla")) else found
         found, others = ([without_results(name, line) for line in lines] for lines in (found, others))
         wrong = [difference(a, b) for a, b in zip(found, others) if a != b]
         if len(found) != len(others) or not found:
             wrong.append(f"{len(found)} launches by Python, {len(others)} by C++")
+        if [line.split(" params ")[0] for line in compiled] != [line.split(" params ")[0] for line in others]:
+            wrong.append("other launches where kernels come from the JIT cache")
         for what in wrong:
             print(f"{name}: {what}")
         failed += bool(wrong)
@@ -155,4 +160,4 @@ def without_results(name: str, line: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(Path, sys.argv[1:4])))
+    sys.exit(main(*map(Path, sys.argv[1:5])))

@@ -1,6 +1,7 @@
 // A CUDA driver without a GPU: what is launched is written down, a line each, into the file PRETENDED_LAUNCHES. The GPU
 // is of PRETENDED_CAPABILITY (90 for 9.0) and has PRETENDED_SMS multiprocessors. "Machine code" is an ELF header and a
-// text behind it: the kernel's name, the bytes of its parameters, and how many blocks of it an SM holds.
+// text behind it: the kernel's name, the bytes of its parameters, and how many blocks of it an SM holds. Of real machine
+// code the name is what is asked for, and no parameters are written.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -37,6 +38,9 @@ extern "C" {
 
 int cuInit(unsigned) {
   return 0;
+}
+int cuGetExportTable(const void** table, const void*) {  // NVRTC asks for one, and does without
+  return *table = nullptr, 801;
 }
 int cuGetErrorName(int, const char** name) {
   return *name = "CUDA_ERROR_PRETENDED", 0;
@@ -77,11 +81,14 @@ int cuStreamSynchronize(void*) {
 int cuLibraryLoadData(void** library, const void* code, int*, void**, unsigned, int*, void**, unsigned) {
   auto* function = new Function{};
   const char* text = static_cast<const char*>(code) + 64;
-  std::sscanf(text, "%63s %d %d", function->name, &function->num_bytes, &function->blocks_per_sm);
+  if (std::sscanf(text, "%63s %d %d", function->name, &function->num_bytes, &function->blocks_per_sm) != 3)
+    *function = {"", 0, 1, 0};
   return *library = function, 0;
 }
 int cuLibraryGetKernel(void** kernel, void* library, const char* name) {
-  return *kernel = library, std::strcmp(static_cast<Function*>(library)->name, name) == 0 ? 0 : 500;
+  auto* function = static_cast<Function*>(library);
+  if (function->name[0] == '\0') std::strncpy(function->name, name, sizeof(function->name) - 1);
+  return *kernel = library, std::strcmp(function->name, name) == 0 ? 0 : 500;
 }
 int cuKernelGetFunction(void** function, void* kernel) {
   return *function = kernel, 0;

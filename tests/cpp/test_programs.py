@@ -84,8 +84,8 @@ def test_engine_says_what_is_missing(engine: Path, tmp_path: Path) -> None:
 
 
 def test_program_of_the_page(tmp_path: Path) -> None:
-    """docs/cpp.md, compiled as it stands: attention as its comments say, tokens as Python draws them."""
-    (source,) = re.findall(r"^```cpp\n(.*?)^```", (ROOT / "docs" / "cpp.md").read_text(), re.M | re.S)
+    """decode.cpp of docs/cpp.md, compiled as it stands: attention as its comments say, tokens as Python draws them."""
+    source, _ = re.findall(r"^```cpp\n(.*?)^```", (ROOT / "docs" / "cpp.md").read_text(), re.M | re.S)
     (tmp_path / "decode.cpp").write_text(source)
     program = compile_program(tmp_path / "decode.cpp", tmp_path / "decode")
     families.register_all()

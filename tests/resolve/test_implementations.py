@@ -74,7 +74,7 @@ def fill_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     monkeypatch.setattr(source, "include_root", lambda: csrc)
     monkeypatch.setattr(toolchain, "include_root", lambda: csrc, raising=False)
     monkeypatch.setitem(specs._families, "fill", FILL)
-    caches = (source._transitive_includes, source._read_header, source._header_digest)
+    caches = (source.transitive_includes, source._read_header, source.header_digest)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -109,7 +109,7 @@ def test_the_digest_covers_the_implementation_alone() -> None:
     digests = {target: source.render(spec.with_target(target)).digest for target in ("sm_90a", "sm_80")}
     header = source.include_root() / "fill" / "sm90.cuh"
     header.write_text(header.read_text() + "\n")
-    for cache in (source._transitive_includes, source._read_header, source._header_digest):
+    for cache in (source.transitive_includes, source._read_header, source.header_digest):
         cache.cache_clear()
     assert source.render(spec).digest != digests["sm_90a"]
     assert source.render(spec.with_target("sm_80")).digest == digests["sm_80"]

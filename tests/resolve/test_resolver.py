@@ -199,7 +199,7 @@ def own_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 
 def _forget_headers() -> None:
-    for cached in (source._transitive_includes, source._read_header, source._header_digest):
+    for cached in (source.transitive_includes, source._read_header, source.header_digest):
         cached.cache_clear()
 
 
@@ -266,7 +266,7 @@ def _require_nvrtc() -> None:
 def test_digest_follows_headers_at_any_depth(own_headers: Path) -> None:
     spec = rmsnorm_spec()
     before = render(spec).digest
-    assert "common.h" in source._transitive_includes("cpu/norm/rmsnorm.h"), "included by cpu/types.h and norm/params.h"
+    assert "common.h" in source.transitive_includes("cpu/norm/rmsnorm.h"), "included by cpu/types.h and norm/params.h"
     _change(own_headers / "common.h")
     assert render(spec).digest != before
 
