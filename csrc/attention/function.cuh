@@ -18,16 +18,39 @@ struct ScoreAt {
   int32_t request_idx, qo_head_idx, q, k;
 };
 
+// First and last, both included.
+struct Bounds {
+  int32_t first, last;
+};
+
+// Where a tile of scores is.
+struct TileAt {
+  int32_t request_idx;
+  Bounds qo_heads, queries, keys;
+
+  // Whether all positions are so small that sums of a few fit 32 bits. Beyond, nothing is proved.
+  FLASHINFER_FN bool is_near() const {
+    constexpr int32_t kFar = 1 << 28;
+    return queries.first > -kFar && queries.last < kFar && keys.first >= 0 && keys.last < kFar;
+  }
+};
+
+// What the queries of a tile see of its keys.
+enum Seen : int { kSeesNone = 0, kSeesSome = 1, kSeesAll = 2 };
+
 struct NoFunction {
   static constexpr bool kHasScore = false;
   // Of a mask: whether it is a range of keys that begins past zero, that ends before the last, and whether keys inside
   // of the range are hidden: by sees(), and in a gap.
   static constexpr bool kHasBegin = false, kHasEnd = false, kHasHoles = false, kHasGap = false;
+  // Whether sees_tile() may say of a tile that sees() is the same all over it.
+  static constexpr bool kProvesTiles = false;
 
   // logit = score() * scale(), of qk, the product before sm_scale. scale() > 0.
   FLASHINFER_FN static float scale(const Extras&, float) { return 1.f; }
   FLASHINFER_FN static float score(const Extras&, float, float qk, const ScoreAt&) { return qk; }
   FLASHINFER_FN static bool sees(const Extras&, const ScoreAt&) { return true; }
+  FLASHINFER_FN static Seen sees_tile(const Extras&, const TileAt&) { return kSeesSome; }
   FLASHINFER_FN static int32_t first_key(const Extras&, int32_t, int32_t) { return 0; }
   FLASHINFER_FN static int32_t last_key(const Extras&, int32_t, int32_t) { return 0; }
   // The keys between these two, if there are any, are hidden. Neither falls from one query to the next.

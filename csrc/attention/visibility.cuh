@@ -18,7 +18,7 @@
 // A new kind of mask is an enumerator and a line in these three. docs/add_a_mask.md adds one.
 #pragma once
 
-#include "attention/function.cuh"
+#include "attention/function_tile.cuh"
 
 namespace flashinfer {
 
@@ -33,6 +33,11 @@ struct ItemsOfRequest {
 // Indices [begin, end), of keys or of tiles of keys. Empty unless begin < end.
 struct Range {
   int32_t begin, end;
+};
+
+// The rows of a tile: query heads, and positions of queries.
+struct TileRows {
+  Bounds qo_heads, queries;
 };
 
 FLASHINFER_FN int32_t position_of(int32_t qo_idx, int32_t qo_len, int32_t kv_len) {
@@ -107,6 +112,14 @@ struct VisibilityBy {
   FLASHINFER_FN bool sees(int32_t qo_head_idx, int32_t position, int32_t kv_idx) const {
     if constexpr (Function::kHasHoles) return Function::sees(*extras, {request_idx, qo_head_idx, position, kv_idx});
     return true;
+  }
+
+  // What the rows of a tile see of its keys, of what the function leaves inside the range: as far as that is proved.
+  FLASHINFER_FN Seen sees_tile(const TileRows& rows, int32_t first_key, int32_t num_keys) const {
+    if constexpr (!Function::kHasHoles) return kSeesAll;
+    if constexpr (!Function::kProvesTiles) return kSeesSome;
+    const Bounds keys = {first_key, first_key + num_keys - 1};
+    return Function::sees_tile(*extras, {request_idx, rows.qo_heads, rows.queries, keys});
   }
 
   // Where there are bits: which of 32 keys query qo_idx sees, bit k for key first_key + k. Bits of

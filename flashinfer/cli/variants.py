@@ -66,11 +66,13 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _described(text: str) -> str:
-    from flashinfer.families.attention.variants.cxx import has_gap, has_holes, has_range
+    from flashinfer.families.attention.variants.cxx import has_gap, has_holes, has_range, proves_tiles
 
     where = [*["outside of a range"] * has_range(text), *["in a gap"] * has_gap(text)]
     tiles = f"tiles of keys {' or '.join(where)} are left out" if where else "no tile of keys is left out"
     keys = "looked at key by key" if has_holes(text) else "masked at the ends of the range alone"
+    if proves_tiles(text):
+        keys += " unless proved full or empty"
     return f"mask: {tiles}; the others are {keys}"
 
 

@@ -190,6 +190,33 @@ def test_tiles_in_a_gap_are_not_read(num_queries: int, device: torch.device) -> 
     prefill_kit.check(prefill_kit.run(wrapper, batch), expected)
 
 
+@flashinfer.mask(is_seen="bool[batch_size, n]")
+def blocks_of_64(b, h, q, k, x):
+    return x.is_seen[b, k // 64]
+
+
+def test_tiles_proved_empty_are_not_read() -> None:
+    """By prefill and decode on the CPU; GPUs have loads under way before they ask."""
+    device, is_seen = torch.device("cpu"), torch.tensor([[True, False, False, True, False, True, True]])
+    kv_lens, options = (7 * 64,), {"mask": blocks_of_64(is_seen=is_seen)}
+    is_hidden = (~is_seen[0]).repeat_interleave(64 // 16)  # of pages
+    case = Case("", qo_lens=(40,), kv_lens=kv_lens, options=options)
+    batch, wrapper = prefill_kit.make_batch(case, device), prefill_kit.make_wrapper(case, device)
+    expected = prefill_kit.expect(batch)
+    assert isinstance(batch.kv, Tensor)
+    batch.kv[batch.indices[2][: len(is_hidden)][is_hidden].long()] = math.nan
+    prefill_kit.plan(wrapper, batch)
+    prefill_kit.check(prefill_kit.run(wrapper, batch), expected)
+
+    decoded = decode_kit.Case("", kv_lens=kv_lens, options=options)
+    queries, decoder = decode_kit.Batch(decoded, device), decode_kit.make_wrapper(device, decoded.layout)
+    expected = queries.expected()
+    assert isinstance(queries.cache, Tensor)
+    queries.cache[queries.indices[: len(is_hidden)][is_hidden].long()] = math.nan
+    queries.plan(decoder)
+    decode_kit.check(queries.run(decoder), expected, decoded)
+
+
 @pytest.mark.parametrize("functions", PAIRS, ids=of_names)
 def test_decode(functions: tuple[Function, ...], device: torch.device) -> None:
     case = decode_kit.Case("", kv_lens=(33, 700, 0, 4000), options=given(device, *functions))

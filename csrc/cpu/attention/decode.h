@@ -103,6 +103,9 @@ struct DecodeState {
     KvRow located[kDecodeBlock];
     for (int32_t first = begin; first < end; first += kDecodeBlock) {
       const int num_rows = end - first < kDecodeBlock ? end - first : kDecodeBlock;
+      if (visibility_of<Config>(params, request_idx).sees_tile(rows_of(num_heads, view.len), first, num_rows) ==
+          kSeesNone)
+        continue;
       for (int j = 0; j < kDecodeBlock; ++j) {
         located[j] = j < num_rows ? view.locate(first + j) : located[0];
         // Rows of one head lie far apart, where the hardware's prefetchers do not follow.
@@ -127,6 +130,10 @@ struct DecodeState {
   }
 
  private:
+  TileRows rows_of(int num_heads, int32_t kv_len) const {
+    return {{first_head, first_head + num_heads - 1}, {kv_len - 1, kv_len - 1}};
+  }
+
   template <int kDim>
   static void prefetch(const Kv* row) {
     for (int i = 0; i < int(kDim * sizeof(Kv)); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + i);
@@ -168,6 +175,8 @@ struct DecodeState {
     if constexpr (Function::kHasEnd || Function::kHasHoles || Function::kHasGap) {
       const auto visibility = visibility_of<Config>(params, request_idx);
       const Range keys = visibility.keys_of(position, kv_len), gap = visibility.gap_of(position, kv_len);
+      const Seen seen = visibility.sees_tile({{head, head}, {position, position}}, first, num_rows);
+      if (seen == kSeesAll && visibility.contains_all(keys, first, num_rows, gap)) return;
       for (int j = 0; j < num_rows; ++j) {
         const bool is_inside = first + j < keys.end && !visibility.is_in_gap(gap, first + j);
         const bool visible = is_inside && visibility.sees(head, position, first + j);

@@ -168,6 +168,10 @@ struct PrefillState : TileState<Config::kHeadDimQk, Config::kHeadDimVo> {
     for (int32_t block = blocks.begin; block < blocks.end; ++block) {
       if (block >= hidden.begin && block < hidden.end) continue;
       const int32_t first_key = block * kN, num_keys = view.len - first_key < kN ? view.len - first_key : kN;
+      if constexpr (Config::Function::kProvesTiles) {
+        const TileRows rows = rows_of(kv_head, group_size, qo_len, view.len);
+        if (visibility.sees_tile(rows, first_key, num_keys) == kSeesNone) continue;
+      }
       load_kv(params, view, kv_head, first_key, num_keys);
       this->attend_block(scale,
                          [&](int row) { mask(params, row, request_idx, first_key, num_keys, qo_len, view.len); });
@@ -183,6 +187,12 @@ struct PrefillState : TileState<Config::kHeadDimQk, Config::kHeadDimVo> {
   }
 
  private:
+  TileRows rows_of(int32_t kv_head, int32_t group_size, int32_t qo_len, int32_t kv_len) const {
+    const int32_t first_head = kv_head * group_size, last_row = this->num_rows - 1;
+    return {{first_head, first_head + group_size - 1},
+            {position_of(token[0], qo_len, kv_len), position_of(token[last_row], qo_len, kv_len)}};
+  }
+
   void load_q(const PrefillParams& params, int row, int32_t q_begin, int32_t qo_len, int32_t kv_len) {
     slope[row] = S::alibi_slope(params, qo_head[row]);
     const Q* src = static_cast<const Q*>(params.q) + int64_t(q_begin + token[row]) * params.q_token_stride +
@@ -217,7 +227,8 @@ struct PrefillState : TileState<Config::kHeadDimQk, Config::kHeadDimVo> {
     }
     const auto visibility = visibility_of<Config>(params, request_idx);
     const Range keys = visibility.keys_of(position, kv_len), gap = visibility.gap_of(position, kv_len);
-    if (!visibility.has_holes() && visibility.contains_all(keys, first_key, kN, gap)) return;
+    const Seen seen = visibility.sees_tile({{qo_head[row], qo_head[row]}, {position, position}}, first_key, kN);
+    if (!visibility.has_bits() && seen == kSeesAll && visibility.contains_all(keys, first_key, kN, gap)) return;
     for (int word = 0; word < kN; word += 32) {
       uint32_t bits = 0xffffffffu;
       if (visibility.has_bits()) {

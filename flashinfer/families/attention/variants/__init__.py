@@ -4,6 +4,7 @@ names the kernel, to C++.
     tree.py    the tree, and the text
     parse.py   Python's syntax -> tree; everything outside the grammar is refused with file, line and column
     ranges.py  which part of a mask is a range of keys
+    tiles.py   what is proved of a mask over a tile of queries and keys
     cxx.py     tree -> the struct that kernels know as Config::Function
 
 The text is itself Python of this grammar. It is the value of the axis `variant` of a spec, so that records, configs and

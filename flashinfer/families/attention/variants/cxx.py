@@ -7,6 +7,7 @@ import math
 import re
 import struct
 
+from flashinfer.families.attention.variants import tiles
 from flashinfer.families.attention.variants.parse import read
 from flashinfer.families.attention.variants.ranges import KeyRange, range_of
 from flashinfer.families.attention.variants.tree import BOOL, FLOAT, FUNCTIONS, INT, NONE, Node, Variants, constant
@@ -48,6 +49,11 @@ def has_gap(text: str) -> bool:
     return _range(text).gap is not None
 
 
+def proves_tiles(text: str) -> bool:
+    """Whether of keys that may be hidden inside of the range whole tiles may be proved seen, or hidden."""
+    return "kProvesTiles" in function_of(text)["Function"]
+
+
 def changes_scores(text: str) -> bool:
     """Whether more happens to a score than a range of keys asks for."""
     return has_holes(text) or read(text).score is not None
@@ -85,6 +91,7 @@ def _member(text: str) -> CxxMember:
         lines += _function(variants, f"float score({arguments})", rest, "at.")
     if found.holes is not None:
         lines += _function(variants, "bool sees(const Extras& x, const ScoreAt& at)", found.holes, "at.")
+        lines += _proof(variants, found.holes)
     last_before_gap, first_behind_gap = found.gap or (None, None)
     ends = {"first_key": found.first, "last_key": found.last}
     for name, end in {**ends, "last_before_gap": last_before_gap, "first_behind_gap": first_behind_gap}.items():
@@ -96,8 +103,24 @@ def _member(text: str) -> CxxMember:
 def _function(variants: Variants, signature: str, node: Node, at: str) -> list[str]:
     writer = _Writer(variants, at)
     result = writer.value(node)
-    kind, _, rest = re.sub(r"Extras|ScoreAt|int32_t", r"flashinfer::\g<0>", signature).partition(" ")
-    body = [f"  {line}" for line in ["using namespace flashinfer;", *writer.lines, f"return {result};"]]
+    return _defined(signature, [*writer.lines, f"return {result};"])
+
+
+def _proof(variants: Variants, sees: Node) -> list[str]:
+    writer = _Writer(variants, "at.")
+    result = tiles.proof(writer, sees)
+    if result is None:
+        return []
+    statements = ["if (!at.is_near()) return kSeesSome;", *writer.lines, f"return {result};"]
+    return [
+        "  static constexpr bool kProvesTiles = true;",
+        *_defined("Seen sees_tile(const Extras& x, const TileAt& at)", statements),
+    ]
+
+
+def _defined(signature: str, statements: list[str]) -> list[str]:
+    kind, _, rest = re.sub(r"Extras|ScoreAt|TileAt|Seen|int32_t", r"flashinfer::\g<0>", signature).partition(" ")
+    body = [f"  {line}" for line in ["using namespace flashinfer;", *statements]]
     return [f"  FLASHINFER_FN static {kind} {rest} {{", *(f"  {line}" for line in body), "  }"]
 
 
@@ -127,7 +150,7 @@ class _Writer:
         if node.op == "extra":
             return f"x.at<{_TYPES[node.type]}>({self._offsets[str(node.value)]})"
         if node.op == "load":
-            return self._load(node)
+            return self.load(node, [self.value(index) for index in node.args])
         if node.op in ("*", "/", "argument") and node.type == FLOAT:
             return _Factors.of(node).text(self)
         args = [self.value(arg) for arg in node.args]
@@ -150,12 +173,12 @@ class _Writer:
         # & and | of bools as of ints: both sides are there, and a branch would cost more than either.
         return f"({args[0]} {node.op} {args[1]})"
 
-    def _load(self, node: Node) -> str:
+    def load(self, node: Node, indices: list[str]) -> str:
+        """An entry of a tensor, where the indices have been computed."""
         name = str(node.value)
         extra, offset = self._extras[name], -(-self._offsets[name] // 8) * 8
         num_axes, terms = len(extra.shape), []
-        for axis, (index, length) in enumerate(zip(node.args, extra.shape)):
-            text = self.value(index)
+        for axis, (index, text, length) in enumerate(zip(node.args, indices, extra.shape)):
             if not _is_within(index, length):
                 text = f"function::inside({text}, x.at<int32_t>({offset + 8 + 4 * axis}))"
             else:
