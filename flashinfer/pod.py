@@ -1,7 +1,7 @@
-"""Prefill beside decode. The code is in flashinfer/attention/mixed.py."""
+"""Prefill beside decode. The code is in flashinfer/attention/pod.py."""
 
 from __future__ import annotations
 
-from flashinfer.attention.mixed import BatchPODWithPagedKVCacheWrapper, PODWithPagedKVCacheWrapper
+from flashinfer.attention.pod import BatchPODWithPagedKVCacheWrapper, PODWithPagedKVCacheWrapper
 
 __all__ = ["BatchPODWithPagedKVCacheWrapper", "PODWithPagedKVCacheWrapper"]

@@ -148,6 +148,12 @@ class Lengths:
         )
 
 
+def side_by_side(*lists: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Each list of index tensors as one tensor, all copied by one launch."""
+    sizes = [sum(map(len, parts)) for parts in lists]
+    return torch.cat([part for parts in lists for part in parts]).split(sizes)
+
+
 def _check(
     op: str, names: Sequence[str], given: Sequence[torch.Tensor], page_size: int, whole_lengths: bool = False
 ) -> tuple[int, int]:

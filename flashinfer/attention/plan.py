@@ -16,7 +16,7 @@ from flashinfer.attention.variant import Overrides, Scales, Variant, require_sin
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.layout import FP8_DTYPES
 from flashinfer.host import checks, memo, paged_cache
-from flashinfer.host.paged_cache import PagedCache
+from flashinfer.host.paged_cache import PagedCache, PagedKv
 from flashinfer.host.rows import require_distinct, require_rows
 from flashinfer.variants import LaunchFunctions, launch_functions
 
@@ -49,6 +49,10 @@ class Shape(NamedTuple):
         """Of sizes that a caller gave. Raises TypeError or ValueError."""
         lowest = [int(name != "batch_size") for name in Shape._fields]
         return Shape(*map(functools.partial(checks.integer, op), Shape._fields, sizes, lowest))
+
+    def pages(self, layout: str, dtype: torch.dtype) -> PagedKv:
+        """The cache that a batch of this shape is over."""
+        return PagedKv(layout, self.page_size, self.num_kv_heads, self.head_dim_qk, self.head_dim_vo, dtype)
 
 
 NO_FUNCTIONS = (None, None)  # variant and mask

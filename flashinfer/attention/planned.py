@@ -11,6 +11,7 @@ import itertools
 import operator
 import weakref
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Optional, Union
 
 import torch
@@ -46,6 +47,7 @@ Masks = tuple[Optional[torch.Tensor], Optional[torch.Tensor]]  # custom_mask, pa
 _SCALES = ("q_scale", "k_scale", "v_scale")
 NO_SCALES = (None, None, None)  # what most calls give, by identity
 _MASK_ROLES = ("mask", "mask_indptr")
+_NO_BUFFERS: Mapping[str, Optional[torch.Tensor]] = MappingProxyType({})
 _NO_RUN: Any = (None, None)
 _NO_PLAN = (None, None)
 # Entries that an index tensor has beyond one for each request.
@@ -69,12 +71,12 @@ class PlannedAttention(Uncopyable, EngineNames):
     def __init__(
         self,
         float_workspace_buffer: torch.Tensor,
-        kv_layout: str,
-        use_cuda_graph: bool,
-        buffers: Mapping[str, Optional[torch.Tensor]],
-        mask_buffers: Masks,
-        backend: str,
-        jit_args: object,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        buffers: Mapping[str, Optional[torch.Tensor]] = _NO_BUFFERS,
+        mask_buffers: Masks = (None, None),
+        backend: str = "auto",
+        jit_args: object = None,
     ) -> None:
         op = self._op_name
         require_no_jit_args(op, jit_args)
@@ -128,6 +130,8 @@ class PlannedAttention(Uncopyable, EngineNames):
         """Kept for compatibility; there is nothing to release."""
 
     # ------------------------------------------------------------------------------------------------------------- plan
+
+    plan: Callable[..., None]
 
     def _batch_size(self, sizes: tuple[int, ...]) -> int:
         """Of index tensors, by the numbers of entries of those that are counted, which must agree."""
@@ -244,6 +248,11 @@ class PlannedAttention(Uncopyable, EngineNames):
         self._is_settled = False
         if plan is not None and found is not None:
             plan.planner(extent)(*found.planner_addresses)
+
+    def _own_indices(self, copies: tuple[torch.Tensor, ...]) -> None:
+        """Have runs read copies of what was planned for, whatever becomes of the originals."""
+        assert self._lengths is not None
+        self._lengths = Lengths(copies, self._device_index).like(self._lengths)
 
     def _plan_from_buffers(self) -> None:
         """Plan again what was planned last, for whatever the index buffers hold now."""
@@ -443,15 +452,9 @@ class PlannedAttention(Uncopyable, EngineNames):
         if len(pair) > 2 or not pair or (len(pair) == 1 and pair is kv):
             return ValueError(f"{op}: the KV is a {type(kv).__name__} of {len(pair)}; expected a tensor or (k, v)")
         names = self._operands[1:] if len(pair) == 2 else ("the KV cache",)
-        for name, value in {
-            self._operands[0]: q,
-            "q_pe": q_pe,
-            **dict(zip(names, pair)),
-            "out": out,
-            "lse": lse,
-            "sinks": sinks,
-        }.items():
-            if not isinstance(value, torch.Tensor) and not (value is None and name in ("q_pe", "out", "lse", "sinks")):
+        optional = {"q_pe": q_pe, "out": out, "lse": lse, "sinks": sinks}
+        for name, value in {self._operands[0]: q, **dict(zip(names, pair)), **optional}.items():
+            if not isinstance(value, torch.Tensor) and not (value is None and name in optional):
                 return TypeError(f"{op}: {name} is {type(value).__name__}; expected a tensor")
         return TypeError(f"{op}: options {overrides!r:.100} are not numbers")
 

@@ -8,15 +8,13 @@ from typing import Any, Optional, Union
 
 import torch
 
-from flashinfer.attention.plan import NO_FUNCTIONS, Shape, dtype_of
+from flashinfer.attention.plan import NO_FUNCTIONS, dtype_of
 from flashinfer.attention.planned import DataType, Result
-from flashinfer.attention.prefill.plan import RaggedKv
 from flashinfer.attention.prefill.wrapper import PrefillWrapper
 from flashinfer.attention.variant import GivenScale, Overrides
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.host import checks
 from flashinfer.host import indices as index_values
-from flashinfer.host.paged_cache import PagedKv
 
 _OTHER_PATTERNS = {
     "block_mask": "VariableBlockSparseAttentionWrapper, whose plan() takes a mask for each KV head",
@@ -76,14 +74,8 @@ def convert_bsr_mask_layout(mask: torch.Tensor, indptr: torch.Tensor) -> torch.T
 class _SparsePrefill(PrefillWrapper):
     """Paged prefill whose caller gives keys and values as rows."""
 
-    _roles = ("qo_indptr", "kv_indptr", "kv_indices", "last_page_len")
-
     def __init__(self, float_workspace_buffer: torch.Tensor, backend: str = "auto") -> None:
-        buffers = dict.fromkeys(self._index_names)
-        super().__init__(float_workspace_buffer, "NHD", False, buffers, (None, None), backend, None)
-
-    def _kv(self, shape: Shape, kv_dtype: torch.dtype) -> Union[PagedKv, RaggedKv]:
-        return PagedKv("NHD", *shape[3:4], shape.num_kv_heads, shape.head_dim_qk, shape.head_dim_vo, kv_dtype)
+        super().__init__(float_workspace_buffer, backend=backend)
 
     def _require_plan(self) -> None:
         if self._plan is None:

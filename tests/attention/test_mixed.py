@@ -11,15 +11,12 @@ import torch
 from torch import Tensor
 
 import flashinfer
-from flashinfer.attention.mixed import BatchPODWithPagedKVCacheWrapper, PODWithPagedKVCacheWrapper
 from flashinfer.attention.prefill.plan import MixedPlan, PrefillPlan
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.attention import prefill as families
-from flashinfer.host import memo
 from tests.attention.named_cases import named
 from tests.attention.prefill_kit import (
     BF16,
-    CAUSAL,
     E4M3,
     FP16,
     LENGTHS_AND_HEADS,
@@ -31,7 +28,6 @@ from tests.attention.prefill_kit import (
     make_plan,
     offsets,
 )
-from tests.oracles.attention import attention
 
 # Requests of few rows among requests of many.
 MIXED: dict[str, Any] = {
@@ -212,163 +208,3 @@ def test_a_few_queries_more_than_one_each_are_prompts() -> None:
 def test_no_kernel_of_their_own_where_it_would_be_the_same(target: str, axes: dict[str, Any]) -> None:
     plain = {"q_dtype": "bf16", "kv_dtype": "bf16", "head_dim": 128, "page_size": 16, **axes}
     assert families.prefill(target, **plain, mixed=True) == families.prefill(target, **plain)
-
-
-# ------------------------------------------------------------------------------------------------------------------ POD
-
-
-def workspace(device: torch.device) -> Tensor:
-    return torch.full(((64 << 20) if device.type == "cuda" else 8,), 255, dtype=torch.uint8, device=device)
-
-
-PREFILLED = Case("prefilled", qo_lens=(33, 130, 300), kv_lens=(33, 1000, 300))
-DECODED = Case("decoded", qo_lens=(1,) * 5, kv_lens=(70, 4000, 1, 0, 513), options={})
-APPENDED = replace(DECODED, qo_lens=(1, 3, 0, 2, 1))
-
-
-def plan_pod(wrapper: Any, batches: tuple[Batch, Batch], where: torch.device, **options: Any) -> None:
-    given = [x.to(where) for batch in batches for x in batch.indices]
-    case = batches[0].case
-    types = {"q_data_type": case.q_dtype, "kv_data_type": case.kv_dtype}
-    wrapper.plan(*given, *case.heads, case.head_dim, case.page_size, **types, **options)
-
-
-@pytest.mark.parametrize("decoded", [DECODED, APPENDED], ids=["decoded", "appended"])
-@pytest.mark.parametrize("on_host", [True, False], ids=["on_host", "on_device"])
-def test_batch_pod(decoded: Case, on_host: bool, device: torch.device) -> None:
-    batches = make_batch(PREFILLED, device), make_batch(decoded, device, seed=1)
-    wrapper = BatchPODWithPagedKVCacheWrapper(workspace(device))
-    assert not wrapper.is_cuda_graph_enabled
-    where = torch.device("cpu") if on_host else device
-    for _ in range(2):
-        plan_pod(wrapper, batches, where)
-        for causal in (True, False, True):
-            (out_p, out_d), (lse_p, lse_d) = wrapper.run(
-                batches[0].q, batches[0].kv, batches[1].q, batches[1].kv, causal_p=causal, return_lse=True
-            )
-            check((out_p, lse_p), expect(batches[0], causal=causal))
-            check((out_d, lse_d), expect(batches[1]))
-    out_p, out_d = wrapper.run(batches[0].q, batches[0].kv, batches[1].q, batches[1].kv, k_scale=0.5, v_scale=3.0)
-    check((out_p, expect(batches[0])[1]), (expect(batches[0], causal=False)[0], expect(batches[0])[1]))
-    expected = expect(batches[1], k_scale=0.5, v_scale=3.0)
-    check((out_d, expected[1]), expected)
-
-
-@pytest.mark.parametrize("on_host", [True, False], ids=["on_host", "on_device"])
-def test_batch_pod_of_one_batch_is_one_launch(
-    on_host: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Slices of one tensor of queries, one cache, and pages that no request has behind those of the first kind."""
-    case = Case("both", qo_lens=(33, 130, 300, 1, 1, 1), kv_lens=(33, 1000, 300, 70, 4000, 1))
-    batch, num_pages, num_rows = make_batch(case, device), 3 + 63 + 19, 33 + 130 + 300
-    qo_indptr, kv_indptr, pages, last = batch.indices
-    first = (qo_indptr[:4], kv_indptr[:4], torch.cat([pages[:num_pages], pages[-2:] * 0 + 1]), last[:3])
-    second = (torch.arange(4, dtype=torch.int32), kv_indptr[3:] - num_pages, pages[num_pages:], last[3:])
-    wrapper = BatchPODWithPagedKVCacheWrapper(workspace(device))
-    monkeypatch.setattr(wrapper, "_joins", True)  # on the CPU too
-    launches, run_both = [], wrapper._run_both
-    monkeypatch.setattr(wrapper, "_run_both", lambda *args: launches.append(args) or run_both(*args))
-    q_p, q_d = batch.q[:num_rows], batch.q[num_rows:]
-    for _ in range(2):
-        where = torch.device("cpu") if on_host else device
-        given = [x.to(where) for x in first] + [second[0], *(x.to(where) for x in second[1:])]
-        wrapper.plan(*given, *case.heads, case.head_dim, case.page_size, q_data_type=BF16)
-        with monkeypatch.context() as capturing:  # a planner would be captured, and not run: two launches
-            capturing.setattr(memo, "is_capturing", lambda tensor: True)
-            outs, lses = wrapper.run(q_p, batch.kv, q_d, batch.kv, causal_p=True, return_lse=True)
-            check((torch.cat(outs), torch.cat(lses)), expect(batch, causal=True))
-        assert not launches
-        for causal in (True, False, True):
-            outs, lses = wrapper.run(q_p, batch.kv, q_d, batch.kv, causal_p=causal, return_lse=True)
-            check((torch.cat(outs), torch.cat(lses)), expect(batch, causal=causal))
-        out_p, out_d = wrapper.run(q_p, batch.kv, q_d, batch.kv, causal_p=True)
-        assert torch.equal(out_p, outs[0]) and torch.equal(out_d, outs[1])
-        assert len(launches) == 4
-        wrapper.run(q_p.clone(), batch.kv, q_d, batch.kv)
-        wrapper.run(q_p, batch.kv, q_d, batch.kv, v_scale=2.0)
-        assert len(launches) == 4
-        padded = torch.cat([q_p, q_p[:5], q_d])  # rows of no request between the two
-        outs, lses = wrapper.run(padded[:-3], batch.kv, padded[-3:], batch.kv, causal_p=True, return_lse=True)
-        assert not outs[0][num_rows:].any() and len(launches) == 5
-        found = torch.cat([outs[0][:num_rows], outs[1]]), torch.cat([lses[0][:num_rows], lses[1]])
-        check(found, expect(batch, causal=True))
-        launches.clear()
-
-
-def test_batch_pod_under_a_mask(device: torch.device) -> None:
-    batches = make_batch(replace(PREFILLED, mask="bool", options={}), device), make_batch(DECODED, device, seed=1)
-    assert batches[0].masks is not None
-    mask = torch.cat([mask.flatten() for mask in batches[0].masks]).to(device)
-    wrapper = BatchPODWithPagedKVCacheWrapper(workspace(device))
-    plan_pod(wrapper, batches, torch.device("cpu"), window_left=100)
-    given = (batches[0].q, batches[0].kv, batches[1].q, batches[1].kv)
-    expected = expect(batches[0], window_left=100)
-    (out, _), (lse, _) = wrapper.run(*given, custom_mask_p=mask, return_lse=True)
-    check((out, lse), expected)
-    (out, out_d), (lse, lse_d) = wrapper.run(*given, causal_p=True, return_lse=True)
-    plain = replace(batches[0], masks=None)
-    check((out, lse), expect(plain, causal=True, window_left=100))
-    check((out_d, lse_d), expect(batches[1], window_left=100))
-
-
-def test_a_plan_of_batch_pod_that_fails_changes_nothing() -> None:
-    device = torch.device("cpu")
-    batches = make_batch(PREFILLED, device), make_batch(DECODED, device, seed=1)
-    wrapper = BatchPODWithPagedKVCacheWrapper(workspace(device))
-    given = (batches[0].q, batches[0].kv, batches[1].q, batches[1].kv)
-    with pytest.raises(ValueError, match="before plan"):
-        wrapper.run(*given)
-    plan_pod(wrapper, batches, device)
-    before = wrapper.run(*given, causal_p=True)
-    shorter = make_batch(replace(PREFILLED, qo_lens=(3, 3, 3)), device)
-    wrong = replace(batches[1], indices=(*batches[1].indices[:3], batches[1].indices[3] + 100))
-    with pytest.raises(ValueError, match="last_page_len"):
-        plan_pod(wrapper, (shorter, wrong), device)
-    after = wrapper.run(*given, causal_p=True)
-    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
-
-
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
-def test_pod(layout: str, device: torch.device) -> None:
-    batch, generator = make_batch(DECODED, device), torch.Generator().manual_seed(4)
-    wrapper = PODWithPagedKVCacheWrapper(workspace(device))
-    assert not wrapper.is_cuda_graph_enabled
-    types = {"q_data_type": BF16, "kv_data_type": BF16}
-    wrapper.plan(*batch.indices[1:], 8, 2, 128, 16, sm_scale=0.11, **types)
-    expected = expect(batch, sm_scale=0.11)
-    for qo_len, kv_len, options in (
-        (70, 700, CAUSAL), (70, 700, {}), (5, 9, {"window_left": 3, "causal": True}), (70, 700, {"sm_scale": 0.3}),
-    ):  # fmt: skip
-        q, k, v = (
-            torch.randn(n, h, 128, generator=generator).to(BF16) for n, h in ((qo_len, 8), (kv_len, 2), (kv_len, 2))
-        )
-        rows = [x if layout == "NHD" else x.transpose(0, 1).contiguous() for x in (k, v)]
-        given = [x.to(device) for x in (q, *rows)]
-        named_p = {f"{name}_p": value for name, value in options.items()}
-        out_p, out_d = wrapper.run(*given, batch.q, batch.kv, kv_layout_p=layout, sm_scale_d=0.11, **named_p)
-        out, lse = attention(q, k, v, **options)
-        check((out_p, lse), (out, lse))
-        check((out_d, expected[1]), expected)
-        mask = torch.rand(qo_len, kv_len, generator=generator) < 0.5
-        out_p, _ = wrapper.run(*given, batch.q, batch.kv, kv_layout_p=layout, custom_mask_p=mask.to(device))
-        out, lse = attention(q, k, v, custom_mask=mask)
-        check((out_p, lse), (out, lse))
-
-
-def test_pod_refuses() -> None:
-    device = torch.device("cpu")
-    batch, wrapper = make_batch(DECODED, device), PODWithPagedKVCacheWrapper(workspace(device))
-    given = (batch.q, *torch.zeros(2, 20, 2, 128, dtype=BF16), batch.q, batch.kv)
-    with pytest.raises(ValueError, match="before plan"):
-        wrapper.run(*given)
-    wrapper.plan(*batch.indices[1:], 8, 2, 128, 16, window_left=20, q_data_type=BF16)
-    wrapper.run(*given, window_left_d=20)
-    for options, message in (
-        ({"window_left_d": 5}, r"window_left_d is 5; expected -1 or what was planned, 20"),
-        ({"pos_encoding_mode_d": "ALIBI"}, "pos_encoding_mode_d is 'ALIBI'"),
-        ({"custom_mask_d": batch.q}, "custom_mask_d is tensor"),
-    ):
-        with pytest.raises(UnsupportedConfig, match=message):
-            wrapper.run(*given, **options)
-    with pytest.raises(UnsupportedConfig, match="jit_args"):
-        PODWithPagedKVCacheWrapper(workspace(device), jit_args=["x"])

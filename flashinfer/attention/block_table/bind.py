@@ -13,7 +13,7 @@ from flashinfer.attention.planned import DataType
 from flashinfer.attention.prefill.plan import PrefillPlan
 from flashinfer.attention.variant import DeviceScale, Scales, Variant, require_positive
 from flashinfer.host import checks, indices, paged_cache
-from flashinfer.host.paged_cache import PagedCache, PagedKv
+from flashinfer.host.paged_cache import PagedCache
 
 
 class Given(NamedTuple):
@@ -118,7 +118,7 @@ def bind(op: str, given: Given, options: Options) -> Bound:
     if is_decode:
         plan = DecodePlan(op, device, shape, types, variant, options.kv_layout, regions, table_len)
     else:
-        kv = PagedKv(options.kv_layout, page_size, shape.num_kv_heads, shape.head_dim_qk, shape.head_dim_vo, k.dtype)
+        kv = shape.pages(options.kv_layout, k.dtype)
         lengths = (q_len, table_len)
         plan = PrefillPlan(
             op, device, shape, types, kind, variant, kv, regions, split_kv=True, lengths=lengths,

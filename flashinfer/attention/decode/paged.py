@@ -13,7 +13,7 @@ from flashinfer.attention.planned import NO_SCALES, DataType, GivenScales, Plann
 from flashinfer.attention.prefill.plan import UniformPlan, fixed_split
 from flashinfer.attention.variant import Functional, GivenScale, Overrides, Variant
 from flashinfer.host import checks
-from flashinfer.host.paged_cache import PagedCache, PagedKv
+from flashinfer.host.paged_cache import PagedCache
 
 # Arguments of Variant.of after head_dim.
 _Options = tuple[str, int, Optional[float], Optional[float], Optional[float], Optional[float]]
@@ -65,7 +65,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
             "paged_kv_indices_buffer": paged_kv_indices_buffer,
             "paged_kv_last_page_len_buffer": paged_kv_last_page_len_buffer,
         }
-        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, buffers, (None, None), backend, jit_args)
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, buffers, backend=backend, jit_args=jit_args)
         self._use_tensor_cores = use_tensor_cores
 
     @property
@@ -156,16 +156,13 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
         types = (q_dtype, kv_dtype, o_dtype)
         functions = planned_functions(op, functions, shape, self.device)
         variant = Variant.of(op, head_dim, *options, has_sinks=self._has_sinks, functions=functions)
-        fixed, q_len = (
-            fixed_split(op, shape.page_size, splitting),
-            checks.integer(op, "q_len_per_req", q_len_per_req, 1),
-        )
+        fixed = fixed_split(op, shape.page_size, splitting)
+        q_len = checks.integer(op, "q_len_per_req", q_len_per_req, 1)
         if fixed is None and q_len == 1:
             return DecodePlan(op, self.device, shape, types, variant, self._kv_layout, workspaces)
-        kv = PagedKv(self._kv_layout, shape.page_size, shape.num_kv_heads, head_dim, head_dim, kv_dtype)
         plan = UniformPlan(
-            op, self.device, shape, types, "causal", variant, kv, workspaces, split_kv=fixed != 0, lengths=(q_len, 0),
-            fixed_split=fixed,
+            op, self.device, shape, types, "causal", variant, shape.pages(self._kv_layout, kv_dtype), workspaces,
+            split_kv=fixed != 0, lengths=(q_len, 0), fixed_split=fixed,
         )  # fmt: skip
         plan.splitting = (-1 if splitting[0] is None else splitting[0], bool(splitting[1]))
         return plan

@@ -15,7 +15,6 @@ from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.attention.params import ADDRESSES
 from flashinfer.families.layout import fast_divisor
 from flashinfer.host import checks
-from flashinfer.host.paged_cache import PagedKv
 from flashinfer.jit.loader import PreparedLaunch
 from flashinfer.variants import NO_RANGES
 
@@ -51,9 +50,7 @@ class DecodePlan(Plan):
     ) -> None:
         """workspaces: of integers and of floats. table_len: entries of a row of the block table, if there is one."""
         super().__init__(op, device, shape, dtypes, "none", variant)
-        self._kv = PagedKv(
-            kv_layout, shape.page_size, shape.num_kv_heads, shape.head_dim_qk, shape.head_dim_vo, self.kv_dtype
-        )
+        self._kv = shape.pages(kv_layout, self.kv_dtype)
         self._table_len = table_len
         self._workspaces = workspaces  # alive as long as their addresses are in use
         self._kernel = self._load(variant, None)

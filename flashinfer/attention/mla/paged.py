@@ -61,7 +61,7 @@ class BatchMLAPagedAttentionWrapper(PlannedAttention):
         backend: str = "auto",
     ) -> None:
         buffers = {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr, "kv_indices": kv_indices, "kv_len_arr": kv_len_arr}
-        super().__init__(float_workspace_buffer, "NHD", use_cuda_graph, buffers, (None, None), backend, None)
+        super().__init__(float_workspace_buffer, "NHD", use_cuda_graph, buffers, backend=backend)
 
     def plan(
         self,

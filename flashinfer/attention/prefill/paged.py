@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import torch
 
 from flashinfer.attention.compat import IndexBuffer, check_later_arguments
-from flashinfer.attention.plan import Shape
 from flashinfer.attention.planned import NO_SCALES, DataType, Result
-from flashinfer.attention.prefill.plan import RaggedKv
 from flashinfer.attention.prefill.wrapper import PrefillWrapper
 from flashinfer.attention.variant import Functional, GivenScale, Overrides
-from flashinfer.host.paged_cache import PagedCache, PagedKv
+from flashinfer.host.paged_cache import PagedCache
 
 
 class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
@@ -23,8 +21,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
     `kv_len - qo_len + i`.
 
     With use_cuda_graph plan and run may both be captured, and a captured run may be replayed after planning other
-    lengths
-    for the same batch size: give padding requests no tokens and no pages.
+    lengths for the same batch size: give padding requests no tokens and no pages.
 
     Args:
         float_workspace_buffer: scratch memory on the device to run on, for partial results of long KV under few
@@ -44,7 +41,6 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
 
     _op_name = "batch_prefill_paged"
     _index_names = ("qo_indptr", "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
-    _roles = ("qo_indptr", "kv_indptr", "kv_indices", "last_page_len")
     _paged_kv_indptr_buf = IndexBuffer("kv_indptr")
     _paged_kv_indices_buf = IndexBuffer("kv_indices")
     _paged_kv_last_page_len_buf = IndexBuffer("last_page_len")
@@ -155,11 +151,6 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         self._settle(given, arguments, masks, later.get("max_token_per_sequence") if later else None)
 
     begin_forward = plan
-
-    def _kv(self, shape: Shape, kv_dtype: torch.dtype) -> Union[PagedKv, RaggedKv]:
-        return PagedKv(
-            self._kv_layout, shape.page_size, shape.num_kv_heads, shape.head_dim_qk, shape.head_dim_vo, kv_dtype
-        )
 
     def run(
         self,

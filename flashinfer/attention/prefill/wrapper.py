@@ -18,6 +18,9 @@ from flashinfer.host.paged_cache import PagedKv
 
 
 class PrefillWrapper(PlannedAttention):
+    """Over pages, unless a subclass says otherwise."""
+
+    _roles: tuple[str, ...] = ("qo_indptr", "kv_indptr", "kv_indices", "last_page_len")
     _qo_indptr_buf = IndexBuffer("qo_indptr")
     _custom_mask_buf = IndexBuffer("mask")
     _mask_indptr_buf = IndexBuffer("mask_indptr")
@@ -74,7 +77,7 @@ class PrefillWrapper(PlannedAttention):
         return plan
 
     def _kv(self, shape: Shape, kv_dtype: torch.dtype) -> Union[PagedKv, RaggedKv]:
-        raise NotImplementedError
+        return shape.pages(self._kv_layout, kv_dtype)
 
     forward: Callable[..., Result]
 
