@@ -34,45 +34,37 @@
 
 namespace flashinfer {
 
+template <class Config>
+__device__ __forceinline__ void run_gdn_block(const GdnPrefillParams& params) {
+  using Shape = GdnShape<Config>;
+  extern __shared__ __align__(128) uint8_t smem_bytes[];
+  static_assert(sizeof(GdnSmem<Config>) <= Config::kSmemBytes && Shape::kNumThreads == Config::kNumThreads);
+  GdnSmem<Config>& smem = *reinterpret_cast<GdnSmem<Config>*>(smem_bytes);
+  wait_for_previous_kernel();
+  allow_next_kernel();
+
+  GdnUnit unit;
+  if (!unit.find<Config>(params, blockIdx.x)) return;
+  const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
+  if (warp_idx < Shape::kStateWarps) {
+    GdnState<Config>{params, smem, unit, warp_idx, lane_idx}.run();
+  } else if constexpr (Shape::kHasOutput) {
+    GdnOutput<Config>{params, smem, unit, Shape::kNumThreads / 32 - 1 - warp_idx, lane_idx}.run();
+  } else {
+    feed_state<Config>(params, smem, unit, lane_idx);
+  }
+}
+
 // Config: T, State, kNormalize, kHasOutput, kBlockV, kNumStages. Grid: sequences, or where any is split slots of
 // segments, times heads times 128 / kBlockV.
 template <class Config>
 __device__ void gdn_prefill(const GdnPrefillParams& params) {
-  using Shape = GdnShape<Config>;
-  extern __shared__ __align__(128) uint8_t smem_bytes[];
-  static_assert(sizeof(GdnSmem<Config>) <= Config::kSmemBytes && Shape::kNumThreads == Config::kNumThreads);
-  GdnSmem<Config>& smem = *reinterpret_cast<GdnSmem<Config>*>(smem_bytes);
-  wait_for_previous_kernel();
-  allow_next_kernel();
-
-  GdnUnit unit;
-  if (!unit.find<Config>(params, blockIdx.x)) return;
-  const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
-  if (warp_idx < Shape::kStateWarps) {
-    GdnState<Config>{params, smem, unit, warp_idx, lane_idx}.run();
-  } else {
-    GdnOutput<Config>{params, smem, unit, Shape::kNumThreads / 32 - 1 - warp_idx, lane_idx}.run();
-  }
+  run_gdn_block<Config>(params);
 }
-
 // Config: T, kHasOutput, kBlockV, kNumStages. Grid: slots of segments times heads times 256 / kBlockV.
 template <class Config>
 __device__ void gdn_prefill_segments(const GdnPrefillParams& params) {
-  using Shape = GdnShape<Config>;
-  extern __shared__ __align__(128) uint8_t smem_bytes[];
-  static_assert(sizeof(GdnSmem<Config>) <= Config::kSmemBytes && Shape::kNumThreads == Config::kNumThreads);
-  GdnSmem<Config>& smem = *reinterpret_cast<GdnSmem<Config>*>(smem_bytes);
-  wait_for_previous_kernel();
-  allow_next_kernel();
-
-  GdnUnit unit;
-  if (!unit.find<Config>(params, blockIdx.x)) return;
-  const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
-  if (warp_idx < Shape::kStateWarps) {
-    GdnState<Config>{params, smem, unit, warp_idx, lane_idx}.run();
-  } else {
-    feed_state<Config>(params, smem, unit, lane_idx);
-  }
+  run_gdn_block<Config>(params);
 }
 
 }  // namespace flashinfer
