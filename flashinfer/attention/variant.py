@@ -263,7 +263,9 @@ class Factors(NamedTuple):
         that are both on the device."""
         (q_known, q_address), (k_known, k_address), (v_known, v_address) = (_split(op, x) for x in (q, k, v))
         qk = math.prod(_number(op, "q_scale * k_scale", scale) for scale in (*q_known, *k_known))
-        product = math.prod(checks.real(op, "v_scale", scale) for scale in v_known)
+        product = checks.real(
+            op, "scale_v * v_scale", math.prod(checks.real(op, "v_scale", scale) for scale in v_known)
+        )
         return Factors(require_positive(op, "q_scale * k_scale", qk), product, (q_address, k_address, v_address))
 
     @property

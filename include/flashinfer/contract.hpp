@@ -478,9 +478,9 @@ static_assert(__builtin_offsetof(MergeParams, num_states) == 108);
 template <>
 struct Layout<MlaParams> {
   static constexpr const char* kName = "MlaParams";
-  static constexpr uint64_t kAbi = 0xe7d66b6f647c14f5;
+  static constexpr uint64_t kAbi = 0x9146f8ae7c7b8b51;
 };
-static_assert(sizeof(MlaParams) == 256);
+static_assert(sizeof(MlaParams) == 248);
 static_assert(__builtin_offsetof(MlaParams, qo_indptr) == 0);
 static_assert(__builtin_offsetof(MlaParams, mask) == 8);
 static_assert(__builtin_offsetof(MlaParams, mask_indptr) == 16);
@@ -515,8 +515,7 @@ static_assert(__builtin_offsetof(MlaParams, items) == 208);
 static_assert(__builtin_offsetof(MlaParams, schedule) == 216);
 static_assert(__builtin_offsetof(MlaParams, counters) == 224);
 static_assert(__builtin_offsetof(MlaParams, partial_out) == 232);
-static_assert(__builtin_offsetof(MlaParams, partial_lse) == 240);
-static_assert(__builtin_offsetof(MlaParams, num_tokens) == 248);
+static_assert(__builtin_offsetof(MlaParams, num_tokens) == 240);
 
 template <>
 struct Layout<NormParams> {
@@ -912,7 +911,7 @@ static_assert(__builtin_offsetof(Sm90GroupGemmParams, padding) == 420);
 template <>
 struct Layout<Sm90MlaParams> {
   static constexpr const char* kName = "Sm90MlaParams";
-  static constexpr uint64_t kAbi = 0x4a27de17245de820;
+  static constexpr uint64_t kAbi = 0xce3368fddb62b942;
 };
 static_assert(sizeof(Sm90MlaParams) == 512);
 static_assert(__builtin_offsetof(Sm90MlaParams, ckv_map) == 0);
@@ -951,9 +950,9 @@ static_assert(__builtin_offsetof(Sm90MlaParams, items) == 464);
 static_assert(__builtin_offsetof(Sm90MlaParams, schedule) == 472);
 static_assert(__builtin_offsetof(Sm90MlaParams, counters) == 480);
 static_assert(__builtin_offsetof(Sm90MlaParams, partial_out) == 488);
-static_assert(__builtin_offsetof(Sm90MlaParams, partial_lse) == 496);
-static_assert(__builtin_offsetof(Sm90MlaParams, num_tokens) == 504);
-static_assert(__builtin_offsetof(Sm90MlaParams, box_rows) == 508);
+static_assert(__builtin_offsetof(Sm90MlaParams, num_tokens) == 496);
+static_assert(__builtin_offsetof(Sm90MlaParams, box_rows) == 500);
+static_assert(__builtin_offsetof(Sm90MlaParams, reserved) == 504);
 
 template <>
 struct Layout<Sm90PrefillParams> {

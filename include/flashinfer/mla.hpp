@@ -1,6 +1,8 @@
 // Multi-head latent attention (DeepSeek-V2 and later), over a paged cache of latent rows.
 #pragma once
 
+#include <limits>
+
 #include "flashinfer/prefill.hpp"
 
 namespace flashinfer {
@@ -32,8 +34,10 @@ class Mla {
     require(shape.num_heads > 0 && shape.head_dim_ckv > 0 && shape.head_dim_kpe >= 0 && shape.page_size > 0, kOp,
             ": num_heads is ", shape.num_heads, ", head_dim_ckv ", shape.head_dim_ckv, ", page_size ", shape.page_size,
             "; expected 1 or more");
-    require(options.sm_scale > 0 && options.kv_scale > 0, kOp, ": sm_scale is ", options.sm_scale, ", kv_scale ",
-            options.kv_scale, "; expected positive numbers");
+    const double max = std::numeric_limits<float>::max(), both = options.sm_scale * options.kv_scale;
+    require(options.sm_scale > 0 && options.kv_scale > 0 && options.kv_scale <= max && both <= max, kOp,
+            ": sm_scale is ", options.sm_scale, ", kv_scale ", options.kv_scale,
+            "; expected positive numbers, and with their product of 32 bits");
     check_pages(kOp, table, shape.page_size, is_cuda, true);
     const int32_t batch_size = table.batch_size();
     require_index(kOp, "qo_indptr", qo_indptr, int64_t(batch_size) + 1);
@@ -50,7 +54,7 @@ class Mla {
     MlaParams params{};
     if (is_scheduled) {
       num_blocks = std::min(kernels_.device().num_sms() * kernel.max_blocks_per_sm(), contract::kMlaMaxBlocks);
-      const PrefillPlace place(kOp, workspace_, batch_size, 1, shape.head_dim_ckv);
+      const PrefillPlace place(kOp, workspace_, batch_size, 1, shape.head_dim_ckv, false);
       const int64_t block_m = kernel.number("kBlockM");
       place.require_items(kOp, num_rows, block_m, batch_size);
       place.fill(static_cast<PrefillScratch&>(params));

@@ -16,8 +16,9 @@ struct PrefillPlace {
   int64_t max_items = 0, max_counters = 0, max_partial_rows = 0;
 
   PrefillPlace() = default;
+  // with_lse: false for kernels whose rows of partial results hold it.
   PrefillPlace(const char* op, const Workspace& workspace, int64_t batch_size, int64_t num_kv_heads,
-               int64_t head_dim_vo) {
+               int64_t head_dim_vo, bool with_lse = true) {
     max_counters = std::max<int64_t>(1, contract::kMaxCounters / num_kv_heads);
     Carver ints(op, "int", workspace.ints, workspace.int_bytes);
     schedule = ints.take<PrefillSchedule>(sizeof(PrefillSchedule));
@@ -27,12 +28,12 @@ struct PrefillPlace {
     const char* end = static_cast<const char*>(workspace.ints) + workspace.int_bytes;
     max_items = std::min<int64_t>((end - reinterpret_cast<const char*>(items)) / int64_t(sizeof(PrefillItem)),
                                   contract::kMaxItems);
-    const int64_t row_bytes = num_kv_heads * (head_dim_vo + 1) * 4;
-    const int64_t rows = std::max<int64_t>(0, (int64_t(workspace.float_bytes) - 512) / row_bytes);
+    const int64_t out_bytes = num_kv_heads * head_dim_vo * 4, lse_bytes = with_lse ? num_kv_heads * 4 : 0;
+    const int64_t rows = std::max<int64_t>(0, (int64_t(workspace.float_bytes) - 512) / (out_bytes + lse_bytes));
     if (rows > 0) {
       Carver floats(op, "float", workspace.floats, workspace.float_bytes);
-      partial_out = floats.take<float>(rows * num_kv_heads * head_dim_vo * 4);
-      partial_lse = floats.take<float>(rows * num_kv_heads * 4);
+      partial_out = floats.take<float>(rows * out_bytes);
+      partial_lse = floats.take<float>(rows * lse_bytes);
     }
     max_partial_rows = std::min<int64_t>(rows, 1 << 30);
   }
@@ -48,6 +49,9 @@ struct PrefillPlace {
     params.schedule = schedule;
     params.counters = counters;
     params.partial_out = partial_out;
+  }
+  void fill(PrefillParams& params) const {
+    fill(static_cast<PrefillScratch&>(params));
     params.partial_lse = partial_lse;
   }
   void fill(PrefillPlanParams& params) const {
@@ -290,7 +294,7 @@ class BatchPrefill {
     if (is_scheduled) {
       const PrefillPlace place(kOp, workspace_, batch_size, shape.num_kv_heads, shape.head_dim_vo);
       place.require_items(kOp, num_rows, launch.block_m(), batch_size);
-      place.fill(static_cast<PrefillScratch&>(params));
+      place.fill(params);
       const int32_t mask = options.is_causal ? contract::kMaskCausal : contract::kMaskNone;
       const PrefillPlanOf of = {batch_size, shape.page_size,       shape.num_kv_heads, group_size,
                                 mask,       variant.window_left(), launch.num_blocks()};
@@ -384,7 +388,7 @@ inline void single_prefill(Kernels& kernels, const Workspace& workspace, const T
     if (grid_size < launch.num_blocks() && kv_len >= 16 * launch.block_n()) {
       const PrefillPlace place(op, workspace, 1, shape.num_kv_heads, shape.head_dim_vo);
       place.require_items(op, qo_len * group_size, launch.block_m(), 1);
-      place.fill(static_cast<PrefillScratch&>(params));
+      place.fill(params);
       PrefillPlanOf of = {1,
                           1,
                           shape.num_kv_heads,

@@ -75,6 +75,20 @@ def test_scales(device: torch.device) -> None:
     check((result[0], result[1]), expect_turned(batch, cache_scale=0.7))  # q_scale * k_scale too
 
 
+@pytest.mark.parametrize("v_scale", [2.0**34, -(2.0**60), 2.0**127])
+def test_a_large_scale_of_zeros(device: torch.device, v_scale: float) -> None:
+    """Values that are zero stay so, of a request whose KV is split as well."""
+    batch = make_batch(Case("zeros", kv_lens=(33, 5000, 200, 1)), device)
+    for cache in batch.caches:
+        cache.zero_()
+    wrapper = make(device)
+    plan(wrapper, batch)
+    out, lse = wrapper.run(*batch.q, *batch.caches, v_scale=v_scale, return_lse=True)
+    assert (out == 0).all()
+    seen = torch.tensor(batch.case.kv_lens, device=device).log2()
+    torch.testing.assert_close(lse, seen[:, None].expand_as(lse), rtol=1e-5, atol=1e-5)
+
+
 def test_graph_buffers(device: torch.device) -> None:
     """Plans fill the caller's buffers; a request without pages is padding."""
     sizes = {"indptr": 5, "indices": 64, "last_page_len": 4}

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "attention/mla/params.h"
+#include "attention/mla/partial_unit.h"
 #include "attention/prefill/work.cuh"
 #include "device/kv_codec.cuh"
 #include "device/reduce.cuh"
@@ -46,18 +47,6 @@ struct PartialRow {
   __device__ __forceinline__ uint4* vec(int idx) const { return reinterpret_cast<uint4*>(row_gmem) + idx; }
   // The LSE, and the unit.
   __device__ __forceinline__ float2* stats() const { return reinterpret_cast<float2*>(row_gmem + kStatsOffset); }
-};
-
-// The unit of a row, by its largest element: that is 2^14 units or more, and below 2^15. Of a row of less than 2^-80
-// that of 2^-80, so that what is multiplied with its inverse stays finite.
-struct PartialUnit {
-  uint32_t exponent;  // biased, of the largest element
-
-  __device__ __forceinline__ static PartialUnit of(float largest) {
-    return {min(max(__float_as_uint(fabsf(largest)) >> 23, 127u - 80u), 254u)};
-  }
-  __device__ __forceinline__ float value() const { return __uint_as_float((exponent - 14) << 23); }
-  __device__ __forceinline__ float inverse() const { return __uint_as_float((268 - exponent) << 23); }
 };
 
 using MergedVec = RunningState<8>;

@@ -72,10 +72,10 @@ struct PrefillScratch {
   PrefillSchedule* schedule;
   uint32_t* counters;  // of blocks that have left partial results; zero before and after every launch
   float* partial_out;  // unmerged outputs: see PartialResults
-  float* partial_lse;  // their LSE
 };
 
 struct PrefillParams : PrefillRows, AttentionParams, PrefillScratch {
+  float* partial_lse;  // of unmerged outputs
   int32_t qo_len;      // queries of every request where there is no qo_indptr; under a draft mask, at most
   int32_t num_tokens;  // rows of q and out
 };

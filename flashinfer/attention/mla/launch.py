@@ -12,7 +12,7 @@ from flashinfer import dtypes, target
 from flashinfer.attention.mla import sm90
 from flashinfer.attention.plan import BoundLaunch
 from flashinfer.attention.prefill import launch as prefill
-from flashinfer.attention.prefill.launch import PrefillKernel
+from flashinfer.attention.prefill.launch import PrefillKernel, Schedule
 from flashinfer.families.attention import mla as families
 from flashinfer.families.layout import fast_divisor
 from flashinfer.jit import default_resolver
@@ -53,7 +53,7 @@ def bind_launch(
     kernel: PrefillKernel,
     rows: dict[str, torch.Tensor],
     caches: dict[str, torch.Tensor],
-    schedule: dict[str, int],
+    schedule: Optional[Schedule],
     options: dict[str, float],
     *,
     batch_size: int,
@@ -78,7 +78,7 @@ def bind_launch(
         "num_qo_heads": num_heads,
         "num_tokens": num_tokens,
         **options,
-        **schedule,
+        **prefill.scratch(schedule),
     }
     launch: BoundLaunch
     if kernel.launcher.params is families.Sm90MlaParams:

@@ -9,7 +9,7 @@ import torch
 
 from flashinfer.attention.mla import launch as launches
 from flashinfer.attention.plan import BoundLaunch, BoundRun, Call, Plan, Shape, no_launch
-from flashinfer.attention.prefill.launch import NO_SCHEDULE, Extent, PrefillKernel, Schedule
+from flashinfer.attention.prefill.launch import Extent, PrefillKernel, Schedule
 from flashinfer.attention.variant import Factors, Variant
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.attention.mla import SCALED_ROW_BYTES, SHORT_ROWS, STORAGE, costs
@@ -40,7 +40,7 @@ class MlaPlan(Plan):
         # In place of that of prefill.
         self.own_planner: Optional[Callable[[Schedule, Extent, PlanCosts], BoundLaunch]] = None
         if device.type == "cuda" and shape.batch_size > 0:
-            self._schedule = Schedule.of(op, *workspaces, shape.batch_size, 1, shape.head_dim_vo)
+            self._schedule = Schedule.of(op, *workspaces, shape.batch_size, 1, shape.head_dim_vo, with_lse=False)
 
     def _load(self, queries: str, pdl: Optional[bool]) -> PrefillKernel:
         types, page_size = (self.q_dtype, self.kv_dtype), self.shape.page_size
@@ -88,7 +88,7 @@ class MlaPlan(Plan):
                 kernel,
                 {"q_nope": call.q, "q_pe": q_pe, "out": out},
                 caches,
-                NO_SCHEDULE if self._schedule is None else self._schedule.values,
+                self._schedule,
                 {"sm_scale": self.variant.sm_scale * factors.qk, "v_scale": factors.v},
                 batch_size=batch_size,
                 page_size=self.shape.page_size,

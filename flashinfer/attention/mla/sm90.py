@@ -21,7 +21,9 @@ def bind_launch(launcher: Launcher, grid_size: int, values: Mapping[str, Any], p
     constants = launcher.config.constants
     box_rows, itemsize = math.gcd(page_size, int(constants["kBlockN"]) // 2), ITEMSIZE[str(constants["Kv"])]
     launch = launcher.prepare(
-        (grid_size, 1, 1), {**values, "box_rows": box_rows}, varying=("ckv_map", "kpe_map", *families.ADDRESSES)
+        (grid_size, 1, 1),
+        {**values, "box_rows": box_rows, "reserved": b""},
+        varying=("ckv_map", "kpe_map", *families.ADDRESSES),
     )
 
     if constants["kGathersKv"]:

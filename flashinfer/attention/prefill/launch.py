@@ -152,17 +152,20 @@ class Schedule:
         num_kv_heads: int,
         head_dim_vo: int,
         split: bool = True,
+        with_lse: bool = True,
     ) -> Schedule:
+        """with_lse: False of kernels whose rows of partial results hold it."""
         max_counters = max(1, families.MAX_COUNTERS // num_kv_heads)
         fixed = (families.SCHEDULE_BYTES, (batch_size + 1) * 4, max_counters * num_kv_heads * 4)
         header, tile_indptr, counters, items = workspace.carve(
             op, "the int workspace", int_workspace, (*fixed, 64 * families.ITEM_BYTES)
         )
         int_end = int_workspace.data_ptr() + int_workspace.numel() * int_workspace.element_size()
-        # What is left of the float workspace holds partial results: rows of every KV head, an output and an LSE each.
+        # The float workspace holds partial results: rows of every KV head, an output and an LSE each.
         float_bytes = float_workspace.numel() * float_workspace.element_size() - 512
-        rows = max(0, float_bytes // (num_kv_heads * (head_dim_vo + 1) * 4)) if split else 0
-        sizes = (rows * num_kv_heads * head_dim_vo * 4, rows * num_kv_heads * 4)
+        row_bytes = [num_kv_heads * num_floats * 4 for num_floats in (head_dim_vo, int(with_lse))]
+        rows = max(0, float_bytes // sum(row_bytes)) if split else 0
+        sizes = [rows * size for size in row_bytes]
         partial_out, partial_lse = (
             workspace.carve(op, "float_workspace_buffer", float_workspace, sizes) if rows else (0, 0)
         )
@@ -242,19 +245,17 @@ class Schedule:
         )  # fmt: skip
         self.require_items(op, num_rows, kernel, batch_size * families.MAX_FIXED_SPLITS)
 
-    @property
-    def values(self) -> dict[str, int]:
-        """The fields of PrefillScratch."""
-        return {
-            "items": self.items,
-            "schedule": self.header,
-            "counters": self.counters,
-            "partial_out": self.partial_out,
-            "partial_lse": self.partial_lse,
-        }
 
-
-NO_SCHEDULE = dict.fromkeys(("items", "schedule", "counters", "partial_out", "partial_lse"), 0)
+def scratch(schedule: Optional[Schedule]) -> dict[str, int]:
+    """The fields of PrefillScratch: null without a schedule."""
+    if schedule is None:
+        return dict.fromkeys((name for name, _ in families.SCRATCH), 0)
+    return {
+        "items": schedule.items,
+        "schedule": schedule.header,
+        "counters": schedule.counters,
+        "partial_out": schedule.partial_out,
+    }
 
 
 def bind_launch(
@@ -262,7 +263,7 @@ def bind_launch(
     grid_size: int,
     row_strides: tuple[int, int, int, int],
     kv_strides: KvStrides,
-    schedule: dict[str, int],
+    schedule: Optional[Schedule],
     options: dict[str, Any],
     *,
     batch_size: int,
@@ -286,7 +287,8 @@ def bind_launch(
         "num_qo_heads": num_heads[0],
         "num_kv_heads": num_heads[1],
         **options,
-        **schedule,
+        **scratch(schedule),
+        "partial_lse": 0 if schedule is None else schedule.partial_lse,
         "qo_len": lengths[0],
         "num_tokens": num_tokens,
     }

@@ -154,7 +154,7 @@ class PrefillPlan(Plan):
         if not is_empty:
             launch = launches.bind_launch(
                 kernel, kernel.num_blocks or 1, (q.stride(0), q.stride(1), out.stride(0), out.stride(1)), strides,
-                launches.NO_SCHEDULE if self._schedule is None else self._schedule.values, options,
+                self._schedule, options,
                 batch_size=shape.batch_size, num_tokens=q.shape[0], num_heads=(shape.num_qo_heads, shape.num_kv_heads),
                 page_size=shape.page_size, lengths=self._lengths,
             )  # fmt: skip

@@ -275,7 +275,7 @@ class _BoundSingle:
         values = variant.values(num_qo_heads, head_dim_qk, device, factors)
         lengths, group_size = (qo_len, kv_len), sequence.group_size
 
-        def bind(grid_size: int, schedule: dict[str, int]) -> BoundLaunch:
+        def bind(grid_size: int, schedule: Optional[Schedule]) -> BoundLaunch:
             return launches.bind_launch(
                 kernel, grid_size, strides, kv_strides, schedule, values,
                 batch_size=1, num_tokens=qo_len, num_heads=(num_qo_heads, num_kv_heads), lengths=lengths,
@@ -284,7 +284,7 @@ class _BoundSingle:
         def bind_planned(schedule: Schedule) -> BoundLaunch:
             extent = Extent.of(kernel, mask, variant)
             plan = schedule.bind_planner(device, "single", extent, 1, 1, num_kv_heads, group_size, lengths)
-            launch = bind(kernel.num_blocks, schedule.values)
+            launch = bind(kernel.num_blocks, schedule)
 
             def plan_and_launch(*addresses: Any) -> None:
                 with _planning:
@@ -301,7 +301,7 @@ class _BoundSingle:
             num_tiles = -(-qo_len * group_size // kernel.block_m) * num_kv_heads
             # Too few query tiles to fill the device, and KV long enough that splitting it pays for the planner.
             self.is_planned = num_tiles < kernel.num_blocks and kv_len >= 16 * kernel.block_n
-        self.direct = bind(num_tiles, launches.NO_SCHEDULE) if qo_len > 0 else no_launch
+        self.direct = bind(num_tiles, None) if qo_len > 0 else no_launch
 
     def launch(self, sinks: int, q: int, out: int, lse: int, k: int, v: int, mask_bits: int) -> None:
         """On the current stream; every tensor by its address."""

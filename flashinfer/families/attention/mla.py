@@ -61,6 +61,7 @@ class Sm90MlaParams(ctypes.Structure):
         ("kpe_map", ctypes.c_uint8 * 128),
         *MlaParams._fields_,
         ("box_rows", I32),
+        ("reserved", ctypes.c_uint8 * 8),
     ]
 
 

@@ -59,9 +59,7 @@ def queries_of(num_rows: int, batch_size: int, num_kv_heads: int) -> str:
 
 # What a launch is given besides ADDRESSES, and before them.
 ROWS = ("qo_indptr", "mask", "mask_indptr")
-
-
-SCRATCH: Fields = [(name, P) for name in ("items", "schedule", "counters", "partial_out", "partial_lse")]
+SCRATCH: Fields = [(name, P) for name in ("items", "schedule", "counters", "partial_out")]
 
 
 class PrefillParams(ctypes.Structure):
@@ -71,6 +69,7 @@ class PrefillParams(ctypes.Structure):
         *[(name, P) for name in ROWS],
         *ATTENTION,
         *SCRATCH,
+        ("partial_lse", P),
         ("qo_len", I32),
         ("num_tokens", I32),
     ]

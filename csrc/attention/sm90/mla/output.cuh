@@ -45,7 +45,7 @@ __device__ __forceinline__ void finish_unit(const Sm90MlaParams& params, Smem<Co
     if (is_split) {
       if (!exists) continue;
       const float largest = fmaxf(smem.largest_of_row[0][row], smem.largest_of_row[1][row]);
-      const auto unit = PartialUnit::of(largest * factor);
+      const auto unit = PartialUnit::of(largest * factor, factor);
       const float factor_to_units = factor * unit.inverse();
       const auto partial = PartialRow<Config>::at(params, work.partial_row(item.split_idx, num_rows, 1) + row);
       uint4* vec_gmem = partial.vec(consumer * (Shape::kNumColumns / 8) + quad_lane);

@@ -13,6 +13,7 @@ struct Sm90MlaMaps {
 
 struct Sm90MlaParams : Sm90MlaMaps, MlaParams {
   int32_t box_rows;  // rows that one copy brings, a divisor of half a KV tile and of the page size
+  uint8_t reserved[8];
 };
 
 }  // namespace flashinfer
