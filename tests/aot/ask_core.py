@@ -412,10 +412,14 @@ def is_plain(model: Model) -> bool:
 def call_as_engines(models: Sequence[Model], place: Place) -> None:
     """tests/compat/test_engine_calls.py, but for what it compares, with the shapes of models: of those that differ in
     how many groups of heads they have, one. `serve` has all."""
-    from tests.compat import test_engine_calls
+    from tests.compat import engine_kit, test_engine_calls
+
+    def set_constants(**values: Any) -> None:
+        vars(engine_kit).update(values)
+        vars(calls).update(values)
 
     calls: Any = test_engine_calls
-    calls.BF16 = place.dtype
+    set_constants(BF16=place.dtype)
     calls.captured = lambda call, device: (call(), call)[1]  # twice, as a capture after a warm-up
     calls.assert_close = calls.check = calls.expect = lambda *_, **__: None
     calls.attention = lambda q, k, v, **_: (q, q)
@@ -426,10 +430,11 @@ def call_as_engines(models: Sequence[Model], place: Place) -> None:
     for model in models:
         for rank in model.tensor_parallel:
             shape = (model.num_qo_heads // rank, max(1, model.num_kv_heads // rank), model.head_dim)
-            calls.SHAPES, (calls.NUM_QO_HEADS, calls.NUM_KV_HEADS, calls.HEAD_DIM) = shape, shape
-            calls.NUM_LATENT_HEADS = shape[0]
-            calls.LATENT_DIMS = model.kv_lora_rank, model.qk_rope_head_dim
-            calls.OWN_DIMS = model.head_dim, model.v_head_dim
+            set_constants(
+                SHAPES=shape, NUM_QO_HEADS=shape[0], NUM_KV_HEADS=shape[1], HEAD_DIM=shape[2],
+                NUM_LATENT_HEADS=shape[0], LATENT_DIMS=(model.kv_lora_rank, model.qk_rope_head_dim),
+                OWN_DIMS=(model.head_dim, model.v_head_dim),
+            )  # fmt: skip
             for test in tests:
                 is_latent = test.__name__.startswith("test_latent")
                 if test is calls.test_drafts_over_a_block_table or ("fp8" in test.__name__ and not place.has_fp8):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import flashinfer
+from flashinfer import target as targets
 from flashinfer.attention.mla import launch
 from flashinfer.families.attention.mla import SHORT_ROWS
 from tests.attention.prefill_kit import BF16, check, offsets, widen
@@ -17,8 +20,8 @@ from tests.oracles.attention import attention
 from tests.tolerances import assert_close
 
 __all__ = [
-    "BF16", "SCALED", "Batch", "Case", "check", "check_scaled", "expect", "make_batch", "make_wrapper", "pack_rows",
-    "plan", "run", "unpack_rows",
+    "BF16", "SCALED", "Batch", "Case", "check", "check_scaled", "each_kernel", "expect", "make_batch", "make_wrapper",
+    "pack_rows", "plan", "run", "unpack_rows",
 ]  # fmt: skip
 SCALED = torch.uint8  # rows of bytes, with scales of their own
 DEEPSEEK_SCALE = 1.0 / math.sqrt(192)
@@ -160,3 +163,14 @@ def expect(batch: Batch, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         states.append(attention(of_request, rows, values, causal=case.causal, sm_scale=case.sm_scale, **scales))
     outs, lses = zip(*states)
     return torch.cat(outs), torch.cat(lses)
+
+
+@pytest.fixture(params=["cpu", *[pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "cuda_any")]])
+def each_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Each target in turn, and on Hopper the kernel of all other GPUs besides its own: machine code of sm_90."""
+    device = torch.device(str(request.param).removesuffix("_any"))
+    if request.param == "cuda_any":
+        if targets.of_device(device) != "sm_90a":
+            pytest.skip("there is one kernel for this GPU")
+        monkeypatch.setattr(launch, "target", SimpleNamespace(of_device=lambda device: "sm_90"))
+    return device

@@ -2,7 +2,7 @@
 buffers they fill themselves before they plan anew for a captured graph.
 
 Each test that takes a device is replayed with the shapes of every core model (tests/aot/ask_core.py), which replaces
-the constants below; windows, soft caps and other dtypes are parameters, window_left, soft_cap and o_dtype.
+the constants of engine_kit.py; windows, soft caps and other dtypes are parameters, window_left, soft_cap and o_dtype.
 """
 
 from __future__ import annotations
@@ -20,85 +20,24 @@ from torch import Tensor
 import flashinfer
 from flashinfer.errors import UnsupportedConfig
 from tests.attention.mla_kit import Case, check, expect, make_batch, make_wrapper
-from tests.oracles.attention import attention, paged_request
+from tests.compat.engine_kit import (
+    BF16,
+    HEAD_DIM,
+    LATENT_DIMS,
+    NUM_KV_HEADS,
+    NUM_LATENT_HEADS,
+    NUM_QO_HEADS,
+    OWN_DIMS,
+    SHAPES,
+    SM_SCALE,
+    Pool,
+    captured,
+    decode_wrapper,
+    offsets,
+    prefill_wrapper,
+)
+from tests.oracles.attention import attention
 from tests.tolerances import assert_close
-
-BF16 = torch.bfloat16
-NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 128
-SHAPES = (NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM)
-NUM_LATENT_HEADS, LATENT_DIMS, OWN_DIMS = 16, (512, 64), (192, 128)
-SM_SCALE = 0.07
-
-
-class Pool:
-    """A paged cache that several batches live in, one at a time."""
-
-    def __init__(self, device: torch.device, page_size: int, num_pages: int = 400) -> None:
-        self.device, self.page_size, self.num_pages = device, page_size, num_pages
-        self.generator = torch.Generator().manual_seed(page_size)
-        shape = (num_pages, 2, page_size, NUM_KV_HEADS, HEAD_DIM)
-        self.cache = self.draw(*shape)
-
-    def draw(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(self.device, BF16)
-
-    def empty(self, size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.int32, device=self.device)
-
-    def workspace(self) -> Tensor:
-        return torch.empty(32 << 20 if self.device.type == "cuda" else 0, dtype=torch.uint8, device=self.device)
-
-    def table(self, kv_lens: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """indptr, indices and last_page_len, on the CPU."""
-        pages = torch.tensor([-(-n // self.page_size) for n in kv_lens])
-        order = torch.randperm(self.num_pages, generator=self.generator)[: int(pages.sum())].int()
-        last = torch.tensor([(n - 1) % self.page_size + 1 if n else 1 for n in kv_lens], dtype=torch.int32)
-        return offsets(pages.tolist()), order, last
-
-    def expected(
-        self, q: Tensor, qo_lens: tuple[int, ...], table: tuple[Tensor, Tensor, Tensor], **options: Any
-    ) -> Tensor:
-        indptr, indices, last = table
-        masks, outs, begin = options.pop("masks", None), [], 0
-        for i, qo_len in enumerate(qo_lens):
-            k, v = paged_request(self.cache, "NHD", indices[indptr[i] : indptr[i + 1]].tolist(), int(last[i]))
-            mask = {} if masks is None else {"custom_mask": masks[i]}
-            outs.append(attention(q[begin : begin + qo_len], k, v, **options, **mask)[0])
-            begin += qo_len
-        return torch.cat(outs)
-
-
-def offsets(lengths: Any) -> Tensor:
-    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-
-
-def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """What repeats the call: a replay of its CUDA graph, or the call itself on the CPU."""
-    call()
-    if device.type == "cpu":
-        return call
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def decode_wrapper(pool: Pool, batch_size: int, **options: Any) -> flashinfer.BatchDecodeWithPagedKVCacheWrapper:
-    return flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        pool.workspace(), "NHD", use_cuda_graph=True, use_tensor_cores=True,
-        paged_kv_indptr_buffer=pool.empty(batch_size + 1), paged_kv_indices_buffer=pool.empty(pool.num_pages),
-        paged_kv_last_page_len_buffer=pool.empty(batch_size), **options,
-    )  # fmt: skip
-
-
-def prefill_wrapper(pool: Pool, batch_size: int, **options: Any) -> flashinfer.BatchPrefillWithPagedKVCacheWrapper:
-    return flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-        pool.workspace(), "NHD", use_cuda_graph=True, backend="fa2", qo_indptr_buf=pool.empty(batch_size + 1),
-        paged_kv_indptr_buf=pool.empty(batch_size + 1), paged_kv_indices_buf=pool.empty(pool.num_pages),
-        paged_kv_last_page_len_buf=pool.empty(batch_size), **options,
-    )  # fmt: skip
-
 
 # --------------------------------------------------------------------------------------------------------------- decode
 
@@ -223,6 +162,37 @@ def test_fast_decode_plan_in_place_of_plan_keeps_the_output_dtype(o_dtype: torch
     wrapper.plan = functools.partial(flashinfer.fast_decode_plan, wrapper)
     wrapper.plan(*indices, *SHAPES, 16, **hints)
     assert wrapper.run(pool.draw(1, NUM_QO_HEADS, HEAD_DIM), pool.cache).dtype == o_dtype
+
+
+@pytest.mark.parametrize("splitting", [(2, False), (-1, True), (2048, True)])
+def test_invariant_plans_through_the_cached_module(splitting: tuple[int, bool], device: torch.device) -> None:
+    """Engines repeat what was planned."""
+    pool, batch_size = Pool(device, 16), 3
+    wrapper = decode_wrapper(pool, batch_size)
+    q, out = (pool.draw(batch_size, NUM_QO_HEADS, HEAD_DIM) for _ in range(2))
+    replay: Callable[[], Any] | None = None
+    for kv_lens in [(20, 5, 1), (900, 3, 1200), (17, 2000, 0)]:
+        table = indptr, indices, last_page_len = pool.table(kv_lens)
+        wrapper._paged_kv_indices_buf[: len(indices)].copy_(indices)
+        if replay is None:
+            wrapper.plan(
+                indptr, wrapper._paged_kv_indices_buf[: len(indices)], last_page_len, *SHAPES, 16, q_data_type=BF16,
+                kv_data_type=BF16, sm_scale=SM_SCALE, fixed_split_size=splitting[0], disable_split_kv=splitting[1],
+            )  # fmt: skip
+            replay = captured(lambda: wrapper.run(q, pool.cache, out=out), device)
+        else:
+            wrapper._paged_kv_indptr_buf.copy_(indptr, non_blocking=True)
+            wrapper._paged_kv_last_page_len_buf.copy_(last_page_len, non_blocking=True)
+            arguments = (
+                *[None] * 3, torch.arange(batch_size + 1, dtype=torch.int32), indptr, torch.tensor(kv_lens), batch_size,
+                batch_size, *SHAPES[:2], 16, wrapper.is_cuda_graph_enabled, HEAD_DIM, HEAD_DIM, False, -1,
+            )  # fmt: skip
+            wrapper._cached_module.plan(*arguments, *splitting)
+            with pytest.raises(UnsupportedConfig, match="fixed_split_size and disable_split_kv"):
+                wrapper._cached_module.plan(*arguments, 77, False)
+        out.fill_(math.nan)
+        replay()
+        assert_close(out, pool.expected(q, (1,) * batch_size, table, sm_scale=SM_SCALE))
 
 
 # -------------------------------------------------------------------------------------------------------------- prefill
@@ -485,149 +455,3 @@ def test_prefill_and_decode_over_block_tables_by_keywords(window_left: int, devi
         lse=None, return_lse=False, skip_softmax_threshold_scale_factor=None, out_dtype=None, **common,
     )  # fmt: skip
     assert_close(result, pool.expected(q[:2], (1, 1), table, **options))
-
-
-# ------------------------------------------------------------------------------------------------------------- refusals
-
-ON_CPU = torch.device("cpu")
-ANY_TENSOR = torch.zeros(1)
-
-
-def planned_wrappers() -> list[Any]:
-    pool = Pool(ON_CPU, 16, 8)
-    decode, prefill = decode_wrapper(pool, 1), prefill_wrapper(pool, 1)
-    ragged = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(pool.workspace())
-    table = pool.table((5,))
-    for wrapper, index in (
-        (decode, (*table, *SHAPES, 16)),
-        (prefill, (offsets((1,)), *table, *SHAPES, 16)),
-        (ragged, (offsets((1,)), offsets((5,)), *SHAPES)),
-    ):
-        wrapper.plan_again = functools.partial(wrapper.plan, *index, q_data_type=BF16)
-        wrapper.plan_again()
-    return [decode, prefill, ragged]
-
-
-@pytest.fixture(scope="module")
-def wrappers() -> list[Any]:
-    return planned_wrappers()
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("max_item_len_ptr", ANY_TENSOR), ("token_pos_in_items_len", 3),
-        ("kv_cache_sf", (ANY_TENSOR, ANY_TENSOR)), ("lse_base", "ln"),
-        ("skip_softmax_threshold_scale_factor", 0.5), ("v_indptr", ANY_TENSOR),
-    ],
-)  # fmt: skip
-def test_what_is_not_here_is_refused(name: str, value: Any, wrappers: list[Any]) -> None:
-    for wrapper in wrappers:
-        run = functools.partial(wrapper.run, *[None] * (3 if "ragged" in wrapper._op_name else 2))
-        for call in (wrapper.plan_again, run):
-            with pytest.raises(UnsupportedConfig, match=rf"{name} asks for .* expected .* got .* Next step"):
-                call(**{name: value})
-
-
-def test_what_plans_settle_is_no_argument_of_runs(wrappers: list[Any]) -> None:
-    for wrapper in wrappers:
-        run = functools.partial(wrapper.run, *[None] * (3 if "ragged" in wrapper._op_name else 2))
-        for given in ({"fixed_split_size": 2048}, {"q_len_per_req": 2}, {"disable_split_kv": True}):
-            with pytest.raises(UnsupportedConfig, match=r"Next step: pass it to plan\(\)"):
-                run(**given)
-
-
-def test_windows_to_the_right(wrappers: list[Any]) -> None:
-    """No key is behind a query that decodes, nor behind a causal one; without a mask 0 is causal, and -1 is none."""
-    decode, *prefills = wrappers
-    decode.plan_again(window_right=8)
-    for wrapper in prefills:
-        wrapper.plan_again(window_right=-1)
-        assert not wrapper._causal
-        wrapper.plan_again(window_right=0)
-        assert wrapper._causal
-        wrapper.plan_again(causal=True, window_right=8)
-        assert wrapper._causal
-        with pytest.raises(UnsupportedConfig, match=r"window_right asks for keys behind the query's position"):
-            wrapper.plan_again(window_right=8)
-        wrapper.plan_again()
-
-
-@pytest.mark.parametrize("splitting", [(2, False), (-1, True), (2048, True)])
-def test_invariant_plans_through_the_cached_module(splitting: tuple[int, bool], device: torch.device) -> None:
-    """Engines repeat what was planned."""
-    pool, batch_size = Pool(device, 16), 3
-    wrapper = decode_wrapper(pool, batch_size)
-    q, out = (pool.draw(batch_size, NUM_QO_HEADS, HEAD_DIM) for _ in range(2))
-    replay: Callable[[], Any] | None = None
-    for kv_lens in [(20, 5, 1), (900, 3, 1200), (17, 2000, 0)]:
-        table = indptr, indices, last_page_len = pool.table(kv_lens)
-        wrapper._paged_kv_indices_buf[: len(indices)].copy_(indices)
-        if replay is None:
-            wrapper.plan(
-                indptr, wrapper._paged_kv_indices_buf[: len(indices)], last_page_len, *SHAPES, 16, q_data_type=BF16,
-                kv_data_type=BF16, sm_scale=SM_SCALE, fixed_split_size=splitting[0], disable_split_kv=splitting[1],
-            )  # fmt: skip
-            replay = captured(lambda: wrapper.run(q, pool.cache, out=out), device)
-        else:
-            wrapper._paged_kv_indptr_buf.copy_(indptr, non_blocking=True)
-            wrapper._paged_kv_last_page_len_buf.copy_(last_page_len, non_blocking=True)
-            arguments = (
-                *[None] * 3, torch.arange(batch_size + 1, dtype=torch.int32), indptr, torch.tensor(kv_lens), batch_size,
-                batch_size, *SHAPES[:2], 16, wrapper.is_cuda_graph_enabled, HEAD_DIM, HEAD_DIM, False, -1,
-            )  # fmt: skip
-            wrapper._cached_module.plan(*arguments, *splitting)
-            with pytest.raises(UnsupportedConfig, match="fixed_split_size and disable_split_kv"):
-                wrapper._cached_module.plan(*arguments, 77, False)
-        out.fill_(math.nan)
-        replay()
-        assert_close(out, pool.expected(q, (1,) * batch_size, table, sm_scale=SM_SCALE))
-
-
-def test_unknown_arguments_are_refused(wrappers: list[Any]) -> None:
-    for wrapper in wrappers:
-        with pytest.raises(TypeError, match="unexpected argument 'window_lift'"):
-            wrapper.plan_again(window_lift=3)
-
-
-def test_output_dtype_of_prefill(wrappers: list[Any]) -> None:
-    for wrapper in wrappers[1:]:
-        with pytest.raises(UnsupportedConfig, match=r"o_data_type is .*expected that of q"):
-            wrapper.plan_again(o_data_type=torch.float32)
-
-
-def test_scales_of_heads_are_refused(wrappers: list[Any]) -> None:
-    decode, prefill, _ = wrappers
-    for wrapper in (decode, prefill):
-        q, cache = torch.zeros(1, NUM_QO_HEADS, HEAD_DIM, dtype=BF16), Pool(ON_CPU, 16, 8).cache
-        with pytest.raises(UnsupportedConfig, match=r"k_scale is a tensor of shape \[8\]; expected one number"):
-            wrapper.run(q, cache, k_scale=torch.ones(8))
-
-
-def test_private_names(wrappers: list[Any]) -> None:
-    for wrapper in wrappers:
-        wrapper._sm_scale = wrapper._logits_soft_cap = None  # the defaults, as planned
-        with pytest.raises(UnsupportedConfig, match=r"_window_left was planned as -1 .* got 5\. Next step: call plan"):
-            wrapper._window_left = 5
-        with pytest.raises(UnsupportedConfig, match=r"plans anew what plan\(\) described"):
-            wrapper._cached_module.plan(*[None] * 7, 17, *SHAPES[:2], 16, True, HEAD_DIM, HEAD_DIM, False)
-    fresh = decode_wrapper(Pool(ON_CPU, 16, 8), 1)
-    assert fresh._cached_module is None and not hasattr(fresh, "_sm_scale")
-
-
-def test_backend_where_later_releases_have_it() -> None:
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        torch.empty(0), "NHD", False, True, None, None, None, "fa3"
-    )  # fmt: skip
-    assert wrapper._backend == "fa3"
-
-
-@pytest.mark.parametrize("dtype_kv", [torch.bfloat16, torch.float8_e4m3fn])
-def test_the_backend_asked_for_is_that_of_the_wrappers(
-    dtype_kv: torch.dtype, wrappers: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On Hopper too: engines take the order of `_cached_module.plan`'s arguments from either."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    device = torch.device("cuda")
-    asked = flashinfer.utils.determine_attention_backend(device, 0, False, False, torch.bfloat16, dtype_kv)
-    assert {asked} == {wrapper._backend for wrapper in wrappers}
