@@ -19,18 +19,16 @@ import torch
 from common import (
     DEVICE,
     Times,
+    conclude,
     copies_for,
     device_us,
     environment,
-    host_table,
     measure_host,
-    print_failures,
-    print_host,
+    parser_of,
     print_table,
     run,
     save_plot,
     table,
-    write_results,
 )
 
 import flashinfer
@@ -182,9 +180,7 @@ def measure(args: argparse.Namespace, times: Times) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose name contains this text")
-    parser.add_argument("--no-host", action="store_true", help="leave out the host costs")
+    parser = parser_of(__doc__)
     parser.add_argument("--plot", metavar="FILE.png", help="draw the bandwidths as bars; needs matplotlib")
     args, ours, peers = run(parser, measure)
     print(environment())
@@ -201,11 +197,7 @@ def main() -> None:
             bandwidths.setdefault(label, []).append(case.num_bytes / time / 1e6)
     columns = ["us", "TB/s", *(f"{peer.library} us" for peer in peers), "SDPA us", "goal"]
     print_table("Batch decode, bf16", ["batch x kv, heads, head_dim, page", *columns], rows)
-    if not args.no_host:
-        print_host(ours, peers)
-    print_failures(peers)
-    tables = {"decode": table("us", timed, partial=args.only)}
-    write_results(args, tables if args.no_host else {**tables, "decode host": host_table(ours, peers)})
+    conclude(args, ours, peers, {"decode": table("us", timed, partial=args.only)})
     if args.plot:
         save_plot(args.plot, "Batch decode, bf16", "TB/s", [case.name for case in cases], bandwidths)
 

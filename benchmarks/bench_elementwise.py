@@ -9,25 +9,13 @@ torch's own. Buffers rotate, so that nothing is found in the L2 cache but at the
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from common import (
-    DEVICE,
-    Times,
-    copies_for,
-    device_us,
-    environment,
-    print_failures,
-    print_table,
-    run,
-    table,
-    write_results,
-)
-from results import Table
+from common import DEVICE, copies_for
+from rows import Row, main, randn
 
 import flashinfer
 from flashinfer import quantization
@@ -43,13 +31,7 @@ CASES: dict[str, list[Any]] = {
     "pack": [1 << 20, 1 << 28],
     "merge": [64, 8192],
 }
-Call = Callable[[], Any]
-Row = tuple[str, str, int, list[Call], list[Call]]  # operator, shape, bytes, calls, those it replaces
 NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.randn(shape, device=DEVICE, dtype=torch.float32).to(dtype)
 
 
 def norm_rows(shape: tuple[int, int]) -> Iterator[Row]:
@@ -306,51 +288,5 @@ ROWS: dict[str, Callable[[Any], Iterator[Row]]] = {
 }
 
 
-def time_of(calls: list[Call]) -> float:
-    """Enough calls to a CUDA graph that its own launch does not count."""
-    return device_us(calls * -(-16 // len(calls)) if DEVICE == "cuda" else calls)
-
-
-def measure(args: argparse.Namespace, times: Times) -> None:
-    for group in args.only.split(","):
-        for size in CASES[group]:
-            with times.noting(f"{group} {size}"):
-                torch.manual_seed(0)
-                for name, shape, num_bytes, calls, replaced in ROWS[group](size):
-                    case = f"{name}: {shape}"
-                    times.columns.setdefault("bytes", {})[case] = num_bytes
-                    times.columns.setdefault(group, {})[case] = num_bytes
-                    times.measure(case, "us", time_of, calls)
-                    if replaced and not times.is_peer:
-                        times.measure(case, "replaced", time_of, replaced)
-    if DEVICE == "cuda":
-        source, target = (torch.empty(1 << 30, dtype=torch.int8, device=DEVICE) for _ in range(2))
-        times.columns["bytes"]["copy (ceiling): 1 GiB"] = 2 << 30
-        times.measure("copy (ceiling): 1 GiB", "us", time_of, [lambda: target.copy_(source)])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(CASES), help="comma-separated groups (default: all)")
-    args, ours, peers = run(parser, measure)
-    rows: list[list[object]] = []
-    for case, us in ours.columns["us"].items():
-        bandwidth = ours.columns["bytes"][case] / us * 1e-6
-        rows.append([*case.split(": "), us, bandwidth, ours.us(case, "replaced"), *(p.us(case, "us") for p in peers)])
-    header = ["operator", "shape", "us", "TB/s", "replaces us", *(f"{peer.library} us" for peer in peers)]
-    print_table(environment(), header, rows)
-    print_failures(peers)
-    write_results(args, {group: group_table(group, ours, peers) for group in args.only.split(",")})
-
-
-def group_table(group: str, ours: Times, peers: list[Times]) -> Table:
-    def others(case: str) -> dict[str, float]:
-        replaced = {"replaced": ours.us(case, "replaced")} if case in ours.columns.get("replaced", {}) else {}
-        return {**{peer.library: peer.us(case, "us") for peer in peers}, **replaced}
-
-    cases = ours.columns[group].items()
-    return table("us", [(case, ours.us(case, "us"), others(case), {"bytes": size}) for case, size in cases])
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, CASES, ROWS)

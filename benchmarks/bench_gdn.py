@@ -18,17 +18,15 @@ import torch
 from common import (
     DEVICE,
     Times,
+    conclude,
     copies_for,
     device_us,
     environment,
-    host_table,
     measure_host,
-    print_failures,
-    print_host,
+    parser_of,
     print_table,
     run,
     table,
-    write_results,
 )
 
 from flashinfer.gdn_prefill import chunk_gated_delta_rule
@@ -144,10 +142,7 @@ def measure(args: argparse.Namespace, times: Times) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose name contains this text")
-    parser.add_argument("--no-host", action="store_true", help="leave out the host costs")
-    args, ours, peers = run(parser, measure)
+    args, ours, peers = run(parser_of(__doc__), measure)
     print(environment())
     rows: list[list[object]] = []
     timed = []
@@ -161,11 +156,7 @@ def main() -> None:
         timed.append((case.name, us[0], dict(zip(others, us[1:])), amounts))
     columns = ["us", "TFLOP/s", "TB/s", *(f"{other} us" for other in others), "goal"]
     print_table("Gated delta rule over sequences, bf16", ["sequences x tokens, heads of q and v", *columns], rows)
-    if not args.no_host:
-        print_host(ours, peers)
-    print_failures(peers)
-    tables = {"gdn prefill": table("us", timed, partial=args.only)}
-    write_results(args, tables if args.no_host else {**tables, "gdn prefill host": host_table(ours, peers)})
+    conclude(args, ours, peers, {"gdn prefill": table("us", timed, partial=args.only)})
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench_elementwise import Call, group_table, randn, time_of
-from common import DEVICE, Times, copies_for, environment, print_failures, print_table, run, write_results
+from common import DEVICE, copies_for
+from rows import Call, Row, main, randn
 
 import flashinfer
 from flashinfer.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
@@ -35,7 +35,6 @@ CASES: dict[str, list[Any]] = {
     "conv": [[1] * 64, [1] * 256, [2048], [8192], [1024] * 16],
     "norm": [(64, 32), (256, 32), (8192, 32)],
 }
-Row = tuple[str, str, int, list[Call], list[Call]]  # operator, shape, bytes, calls, those of the Triton kernels
 
 
 def triton_kernels() -> Any:
@@ -166,40 +165,5 @@ def norm_rows(case: tuple[int, int]) -> Iterator[Row]:
 ROWS = {"decode": decode_rows, "draft": draft_rows, "conv": conv_rows, "norm": norm_rows}
 
 
-def measure(args: argparse.Namespace, times: Times) -> None:
-    for group in args.only.split(","):
-        for size in CASES[group]:
-            with times.noting(f"{group} {size}"):
-                torch.manual_seed(0)
-                for name, shape, num_bytes, calls, replaced in ROWS[group](size):
-                    case = f"{name}: {shape}"
-                    times.columns.setdefault("bytes", {})[case] = num_bytes
-                    times.columns.setdefault(group, {})[case] = num_bytes
-                    times.measure(case, "us", time_of, calls)
-                    if replaced and not times.is_peer:
-                        try:
-                            times.measure(case, "replaced", time_of, replaced)
-                        except Exception as error:  # whatever another library raises
-                            times.failures.append(f"{case}: {type(error).__name__}: {str(error)[:200]}")
-    if DEVICE == "cuda":
-        source, target = (torch.empty(1 << 30, dtype=torch.int8, device=DEVICE) for _ in range(2))
-        times.columns["bytes"]["copy (ceiling): 1 GiB"] = 2 << 30
-        times.measure("copy (ceiling): 1 GiB", "us", time_of, [lambda: target.copy_(source)])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(CASES), help="comma-separated groups (default: all)")
-    args, ours, peers = run(parser, measure)
-    rows: list[list[object]] = []
-    for case, us in ours.columns["us"].items():
-        bandwidth = ours.columns["bytes"][case] / us * 1e-6
-        rows.append([*case.split(": "), us, bandwidth, ours.us(case, "replaced"), *(p.us(case, "us") for p in peers)])
-    header = ["operator", "shape", "us", "TB/s", "Triton us", *(f"{peer.library} us" for peer in peers)]
-    print_table(environment(), header, rows)
-    print_failures([ours, *peers])
-    write_results(args, {f"gdn {group}": group_table(group, ours, peers) for group in args.only.split(",")})
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, CASES, ROWS, "Triton", "gdn ")

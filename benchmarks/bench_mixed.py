@@ -21,6 +21,7 @@ from common import (
     Times,
     device_us_in_turns,
     environment,
+    parser_of,
     print_failures,
     print_table,
     run,
@@ -146,9 +147,7 @@ def measure(args: argparse.Namespace, times: Times) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose name contains this text")
-    args, ours, peers = run(parser, measure)
+    args, ours, peers = run(parser_of(__doc__, host=False), measure)
     print(environment())
     columns = ["one behind the other", "prefill", "decode", "prefill's wrapper"]
     rows: list[list[object]] = []

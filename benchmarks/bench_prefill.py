@@ -22,18 +22,16 @@ from common import (
     DEVICE,
     Calls,
     Times,
+    conclude,
     copies_for,
     device_us_in_turns,
     environment,
-    host_table,
     measure_host,
-    print_failures,
-    print_host,
+    parser_of,
     print_table,
     run,
     save_plot,
     table,
-    write_results,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -282,12 +280,10 @@ def measure(args: argparse.Namespace, times: Times) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose name contains this text")
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--fa3", metavar="LIBRARY", help="time FlashAttention-3 too: vLLM's _vllm_fa3_C.abi3.so, of the torch at hand"
     )
-    parser.add_argument("--no-host", action="store_true", help="leave out the host costs")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the rates as bars; needs matplotlib")
     args, ours, peers = run(parser, measure)
     print(environment())
@@ -309,11 +305,7 @@ def main() -> None:
             rates.setdefault(label, []).append(rate)
     header = ["us", "TFLOP/s", "TB/s", *(f"{label} TFLOP/s" for label, _, _ in columns), "goal"]
     print_table("Prefill, bf16 or fp8", ["batch x lengths, heads, head_dim, KV, mask", *header], rows)
-    if not args.no_host:
-        print_host(ours, peers)
-    print_failures(peers)
-    tables = {"prefill": table("TFLOP/s", timed, partial=args.only)}
-    write_results(args, tables if args.no_host else {**tables, "prefill host": host_table(ours, peers)})
+    conclude(args, ours, peers, {"prefill": table("TFLOP/s", timed, partial=args.only)})
     if args.plot:  # of prefills: an append is bound by its KV
         prefills = [index for index, case in enumerate(cases) if case.qo_len == case.kv_len]
         rates = {label: [values[index] for index in prefills] for label, values in rates.items()}

@@ -21,17 +21,15 @@ from common import (
     DEVICE,
     Row,
     Times,
+    conclude,
     copies_for,
     device_us,
     environment,
-    host_table,
     measure_host,
-    print_failures,
-    print_host,
+    parser_of,
     print_table,
     run,
     table,
-    write_results,
 )
 from results import Table
 
@@ -135,12 +133,11 @@ def measure(args: argparse.Namespace, times: Times) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, only=False)
     parser.add_argument("--vocab", type=int, default=VOCAB)
     parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--logits", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--no-host", action="store_true", help="leave out the host cost")
     args, ours, peers = run(parser, measure)
     print(environment())
     libraries = [("", ours), *((f", {peer.library}", peer) for peer in peers)]
@@ -157,11 +154,7 @@ def main() -> None:
         for op in OPS
     ]
     print_table("The slowest of these distributions, by rows, us", ["", *header], rows)
-    if not args.no_host:
-        print_host(ours, peers)
-    print_failures(peers)
-    timed = tables(args, ours, peers)
-    write_results(args, timed if args.no_host else {**timed, "sampling host": host_table(ours, peers)})
+    conclude(args, ours, peers, tables(args, ours, peers))
 
 
 if __name__ == "__main__":

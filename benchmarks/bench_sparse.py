@@ -14,7 +14,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import DEVICE, Times, device_us, environment, print_failures, print_table, run, table, write_results
+from common import (
+    DEVICE,
+    Times,
+    device_us,
+    environment,
+    parser_of,
+    print_failures,
+    print_table,
+    run,
+    table,
+    write_results,
+)
 
 import flashinfer
 
@@ -120,9 +131,7 @@ def measure(args: argparse.Namespace, times: Times) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose name contains this text")
-    args, ours, peers = run(parser, measure)
+    args, ours, peers = run(parser_of(__doc__, host=False), measure)
     print(environment())
     rows: list[list[object]] = []
     timed = []

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DEVICE, Times, device_us_in_turns, environment, print_table, run, table, write_results
+from common import DEVICE, Times, device_us_in_turns, environment, parser_of, print_table, run, table, write_results
 
 import flashinfer
 
@@ -208,7 +208,7 @@ def measure(args: argparse.Namespace, times: Times) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, only=False, host=False)
     parser.add_argument("--only", default="", help="cases whose name contains this text, or one of several with commas")
     parser.add_argument(
         "--flex", default="", help="likewise, of these, which are timed beside FlexAttention, whose compiles take long"

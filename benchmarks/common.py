@@ -156,6 +156,16 @@ class Times:
         return min((times[case] for times in self.columns.values() if case in times), default=math.nan)
 
 
+def parser_of(doc: str | None, *, only: bool = True, host: bool = True) -> argparse.ArgumentParser:
+    """Of a benchmark of that docstring: with --only, of cases by their names, and --no-host."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if only:
+        parser.add_argument("--only", default="", help="cases whose name contains this text")
+    if host:
+        parser.add_argument("--no-host", action="store_true", help="leave out the host costs")
+    return parser
+
+
 def run(
     parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace, Times], None]
 ) -> tuple[argparse.Namespace, Times, list[Times]]:
@@ -254,6 +264,16 @@ def save_plot(path: str, title: str, unit: str, cases: Sequence[str], series: di
 
 
 # ------------------------------------------------------------------------------------------------------------- results
+
+
+def conclude(args: argparse.Namespace, ours: Times, peers: Sequence[Times], tables: dict[str, results.Table]) -> None:
+    """The end of a benchmark: host costs, unless --no-host, what a peer could not run, and the file of results, where
+    host costs are named after the first table."""
+    if not args.no_host:
+        print_host(ours, peers)
+        tables = {**tables, f"{next(iter(tables))} host": host_table(ours, peers)}
+    print_failures(peers)
+    write_results(args, tables)
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
