@@ -163,9 +163,7 @@ def chunk_gated_delta_rule(
 
 _NO_CHECKPOINTS = "expected None: states between the tokens of a sequence are not kept"
 _GATES = "expected None or False: compute alpha and beta before the call, alpha or its logarithm as g"
-_INSTEAD = {
-    **dict.fromkeys(("use_gate_in_kernel", "A_log", "dt_bias", "beta_is_logit"), _GATES),
-}
+_INSTEAD = dict.fromkeys(("use_gate_in_kernel", "A_log", "dt_bias", "beta_is_logit"), _GATES)
 
 
 class _Operands(NamedTuple):
@@ -226,9 +224,7 @@ _OPERANDS = traced.fields(
     _Operands, "Tensor q", "Tensor k", "Tensor v", "Tensor? gate", "Tensor? beta", "Tensor? cu_seqlens",
     "Tensor? initial_state", "Tensor? initial_indices", "Tensor? final_indices",
 )  # fmt: skip
-_OPTIONS = traced.fields(
-    _Options, "float? scale", "bool normalize", "bool log_gate", "int segment", "int longest"
-)  # fmt: skip
+_OPTIONS = traced.fields(_Options, "float? scale", "bool normalize", "bool log_gate", "int segment", "int longest")
 _door = traced.door(
     _OP, _run, {"operands": _OPERANDS, "output": "Tensor(!)", "final_state": "Tensor(!)?", "options": _OPTIONS}
 )
@@ -309,9 +305,8 @@ def _prepare(
         for each, grid in steps
     )
     num_bytes = chunk_slots * families.CHUNK_BYTES
-    scratch = memo.allocator(
-        (num_bytes + (units * families.SEGMENT_BYTES if segment else 0),), torch.uint8, q.device
-    )  # fmt: skip
+    segments_bytes = units * families.SEGMENT_BYTES if segment else 0
+    scratch = memo.allocator((num_bytes + segments_bytes,), torch.uint8, q.device)
     return _Prepared(launches, scratch, num_bytes, checks_values)
 
 

@@ -74,13 +74,16 @@ def _require_16_bits(spec: KernelSpec) -> None:
         raise UnsupportedConfig(f"{spec.family}: dtype=fp32 is for the CPU; expected fp16 or bf16")
 
 
-def _constants(spec: KernelSpec) -> Constants:
+def _constants_of_rows(spec: KernelSpec) -> Constants:
     return {
         "T": CxxType(spec.arg("dtype")),
-        "State": CxxType(spec.arg("state_dtype")),
         "kLogGate": spec.arg("log_gate"),
         "kNormalize": spec.arg("normalize"),
     }
+
+
+def _constants(spec: KernelSpec) -> Constants:
+    return {**_constants_of_rows(spec), "State": CxxType(spec.arg("state_dtype"))}
 
 
 def _config(spec: KernelSpec) -> Config:
@@ -116,12 +119,7 @@ def _scan_config(spec: KernelSpec) -> Config:
 
 
 def _chunks_config(spec: KernelSpec) -> Config:
-    constants = {
-        "T": CxxType(spec.arg("dtype")),
-        "kLogGate": spec.arg("log_gate"),
-        "kNormalize": spec.arg("normalize"),
-    }
-    return Config(constants, Launch(128, 7))
+    return Config(_constants_of_rows(spec), Launch(128, 7))
 
 
 def blocks_v(target: str) -> tuple[int, ...]:
