@@ -150,8 +150,8 @@ class Lengths:
 
 def side_by_side(*lists: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Each list of index tensors as one tensor, all copied by one launch."""
-    sizes = [sum(map(len, parts)) for parts in lists]
-    return torch.cat([part for parts in lists for part in parts]).split(sizes)
+    sizes = [sum([part.numel() for part in parts]) for parts in lists]
+    return torch.cat([part for parts in lists for part in parts]).split_with_sizes(sizes)
 
 
 def _check(
