@@ -34,17 +34,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """All tests of a run share one JIT cache, whichever worker has them, and never touch the user's. Set
-    FLASHINFER_CACHE_DIR to keep it between runs."""
-    if "FLASHINFER_CACHE_DIR" in os.environ:
-        yield Path(os.environ["FLASHINFER_CACHE_DIR"])
-        return
+    """All tests of a run share one JIT cache, whichever worker has them, and one of torch.compile, and never touch the
+    user's. Set FLASHINFER_CACHE_DIR to keep them between runs."""
     own = tmp_path_factory.getbasetemp()  # of a worker: a folder in that of the run
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "jit-cache"
-    folder.mkdir(exist_ok=True)
-    os.environ["FLASHINFER_CACHE_DIR"] = str(folder)
-    yield folder
-    del os.environ["FLASHINFER_CACHE_DIR"]
+    new = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "jit-cache"
+    folder = Path(os.environ.get("FLASHINFER_CACHE_DIR", new))
+    folder.mkdir(parents=True, exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLASHINFER_CACHE_DIR", str(folder))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "torchinductor"))
+        yield folder
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -53,6 +52,14 @@ def _no_kernels_of_other_tests() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(served, "_is_served", lambda axes: False)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """What a test draws without a generator of its own does not depend on the tests before it."""
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(autouse=True)
