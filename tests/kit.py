@@ -9,7 +9,8 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from flashinfer.jit.toolchain import Compiled, HostCxx
 from tests import warm
 
 ROOT = Path(__file__).parent.parent
+PATIENCE_SECONDS = 300.0  # for what takes seconds at most on a machine that has nothing else to do
 
 
 def rmsnorm_spec(hidden_size: int = 64, on: str | None = None) -> KernelSpec:
@@ -101,13 +103,14 @@ def set_field(path: Path, name: str, value: str) -> None:
 
 
 def compiler_script(folder: Path) -> tuple[Path, Path]:
-    """A compiler for FLASHINFER_CXX and the file to which it adds a line per compile. COMPILE_DELAY is in seconds."""
+    """A compiler for FLASHINFER_CXX and the file to which it adds a line per compile, which is then held as long as the
+    file COMPILE_HELD and the process that asked exist."""
     script, uses = folder / "counting-g++", folder / "uses"
     script.write_text(
         f"""#!/bin/sh
 if [ "$1" = --version ]; then exec g++ --version; fi
 echo $$ >> "{uses}"
-sleep "${{COMPILE_DELAY:-0}}"
+while [ -e "${{COMPILE_HELD:-}}" ]; do kill -0 $PPID || exit; sleep 0.02; done
 exec g++ "$@"
 """
     )
@@ -144,9 +147,16 @@ def _environment(variables: Mapping[str, str | Path | None]) -> dict[str, str]:
 
 def finish(process: subprocess.Popen[str] | warm.Process) -> tuple[str, str]:
     """Wait for a process that has to succeed; its stdout and stderr."""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, f"exit status {process.returncode}\n{out}\n{err}"
     return out, err
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {PATIENCE_SECONDS} s"
+        time.sleep(0.01)
 
 
 # --------------------------------------------------------------------------------------------------------- file systems

@@ -53,6 +53,11 @@ class Process:
             raise subprocess.TimeoutExpired(str(self.pid), timeout)
         return self.returncode
 
+    def errors(self) -> str:
+        """What it has written to stderr so far."""
+        path = self._outputs[1]
+        return path.read_text() if path.exists() else ""
+
     def kill(self) -> None:
         self._process.kill()
 

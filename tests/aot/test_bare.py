@@ -15,7 +15,7 @@ from flashinfer import target as targets
 from flashinfer.aot import tools
 from flashinfer.errors import ToolchainMissing, UnsupportedConfig
 from tests.aot.kit import HOST, build_set, made_once, rmsnorm_rows, run_cli
-from tests.kit import ROOT
+from tests.kit import PATIENCE_SECONDS, ROOT
 
 # of what the library imports, what a build takes
 BARE = [text for module, text in packages.RUNTIME.items() if module != "torch"]
@@ -27,7 +27,9 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of an environment with nothing in it, not even pip."""
 
     def make(folder: Path) -> None:
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True, timeout=60)
+        subprocess.run(
+            [sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True, timeout=PATIENCE_SECONDS
+        )
 
     return made_once(tmp_path_factory, "bare", make) / "venv" / "bin" / "python"
 
@@ -40,7 +42,7 @@ def bare(bare_python: Path, tmp_path: Path) -> Run:
         environment = {"PATH": "/nowhere", "HOME": str(tmp_path)}
         command = [str(bare_python), "-B", *map(str, argv)]
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
         )
         assert "Traceback" not in done.stderr, done.stderr
         return done

@@ -24,7 +24,7 @@ from tests.aot.kit import (
     run_script,
     write_config,
 )
-from tests.kit import CountingCxx, finish, rmsnorm_spec, run_rmsnorm, spawn
+from tests.kit import PATIENCE_SECONDS, CountingCxx, finish, rmsnorm_spec, run_rmsnorm, spawn
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_failing_kernel_does_not_lose_the_others(tmp_path: Path) -> None:
     config, out = write_config(tmp_path, rmsnorm_rows(65, 66, vec_size=1)), tmp_path / "set"
     compiler = failing_compiler(tmp_path, "echo 'kernel.cpp:1: error: no good' >&2; exit 1")
     process = run_script(command(config, out), FLASHINFER_CXX=compiler)
-    text, errors = process.communicate(timeout=60)
+    text, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 1
     assert f"failed: {_name(65)} ({HOST})" in errors
     assert "kernel.cpp:1: error: no good" in errors
@@ -111,7 +111,7 @@ def test_dead_compile_process_is_reported(tmp_path: Path) -> None:
     config, out = write_config(tmp_path, rmsnorm_rows(65, 66, vec_size=1)), tmp_path / "set"
     compiler = failing_compiler(tmp_path, "kill -9 $PPID; sleep 1")
     process = run_script(command(config, out, "--jobs", "1"), FLASHINFER_CXX=compiler)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 1
     assert f"failed: {_name(65)}" in errors and "its compile process died" in errors
     assert {entry.args["hidden_size"] for entry in Registry(out).entries} == {66}

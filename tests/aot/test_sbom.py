@@ -19,7 +19,7 @@ import pytest
 from flashinfer.aot import sbom
 from flashinfer.version import __version__
 from tests.aot.kit import artifacts, registry_of, run_cli
-from tests.kit import ROOT
+from tests.kit import PATIENCE_SECONDS, ROOT
 
 METADATA = """Metadata-Version: 2.4
 Name: {name}
@@ -208,7 +208,13 @@ def test_both_wheels_are_built_with_theirs(host_set: Path, tmp_path: Path) -> No
     command = [ROOT / "scripts" / "build_wheels.sh", tmp_path / "dist", "--no-build-isolation"]
     environment = {**os.environ, "PYTHON": sys.executable, "FLASHINFER_AOT_SET": host_set.name}
     subprocess.run(
-        command, env=environment, cwd=host_set.parent, check=True, capture_output=True, text=True, timeout=120
+        command,
+        env=environment,
+        cwd=host_set.parent,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
     )
     wheels = sorted((tmp_path / "dist").glob("*.whl"))
     assert [wheel.name.partition("-")[0] for wheel in wheels] == ["flashinfer", "flashinfer_aot"]

@@ -25,6 +25,7 @@ from tests.aot.wheels_kit import (
     names_in,
     pip,
 )
+from tests.kit import PATIENCE_SECONDS
 
 pytest.importorskip("setuptools", minversion="77", reason="building wheels offline needs setuptools (extra test)")
 
@@ -75,7 +76,7 @@ def uv_install(environment: Environment, ours: str, public: str, *names: str) ->
     assert UV is not None
     command = [UV, "pip", "install", "--python", str(environment.python), "--no-config", "--no-cache", "--quiet"]
     command += ["--default-index", public, "--index", ours, *names]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stderr
 
 

@@ -19,7 +19,7 @@ from flashinfer.jit import trust
 from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.stores import AotStore, Hit, Registry, Rejected
 from tests.aot.kit import HOST, artifacts, change_registry, copy_set, rmsnorm_rows, run_cli, tree, write_config
-from tests.kit import CountingCxx, miss_records, rmsnorm_spec, run_rmsnorm
+from tests.kit import PATIENCE_SECONDS, CountingCxx, miss_records, rmsnorm_spec, run_rmsnorm
 
 pytest.importorskip("cryptography", reason="signatures need cryptography (extra trust)")
 from cryptography.hazmat.primitives import serialization
@@ -97,7 +97,7 @@ answer = AotStore([Path(sys.argv[1])]).find(rmsnorm_spec())
 print(type(answer).__name__, "cryptography" in sys.modules)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(signed)], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code, str(signed)], capture_output=True, text=True, check=True, timeout=PATIENCE_SECONDS
     )
     assert done.stdout.split() == ["Hit", "False"]
 
@@ -108,7 +108,9 @@ def test_openssl_agrees(signed: Path, key: Key) -> None:
     if openssl is None:
         pytest.skip("needs openssl")
     command = [openssl, "pkeyutl", "-verify", "-pubin", "-inkey", key.public, "-rawin", "-in", signed / "registry.json"]
-    subprocess.run([*command, "-sigfile", signed / trust.SIGNATURE], check=True, timeout=60, capture_output=True)
+    subprocess.run(
+        [*command, "-sigfile", signed / trust.SIGNATURE], check=True, timeout=PATIENCE_SECONDS, capture_output=True
+    )
 
 
 def test_it_is_checked_once(signed: Path, trusting: Key, monkeypatch: pytest.MonkeyPatch) -> None:

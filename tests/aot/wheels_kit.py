@@ -11,7 +11,7 @@ from email.message import Message
 from email.parser import BytesHeaderParser
 from pathlib import Path
 
-from tests.kit import ROOT
+from tests.kit import PATIENCE_SECONDS, ROOT
 
 PROJECT_URL, FORK_URL = "https://github.com/owner/name", "https://github.com/fork/name"
 PURE, MACHINE = "py3-none-any", f"py3-none-linux_{os.uname().machine}"
@@ -29,7 +29,7 @@ def pip(*args: str | Path, environment: dict[str, str] | None = None) -> str:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "FLASHINFER_"))}
     clean.update(PIP_CONFIG_FILE=os.devnull, PIP_DISABLE_PIP_VERSION_CHECK="1", **(environment or {}))
     command = [sys.executable, "-m", "pip", *map(str, args)]
-    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -57,7 +57,9 @@ def built_by_hook(hook: str, project: Path, folder: Path, **variables: str | Pat
     environment = {**os.environ, **packing_variables(), **{name: str(value) for name, value in variables.items()}}
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-c", code, str(folder)]
-    subprocess.run(command, cwd=project, env=environment, check=True, timeout=60, capture_output=True, text=True)
+    subprocess.run(
+        command, cwd=project, env=environment, check=True, timeout=PATIENCE_SECONDS, capture_output=True, text=True
+    )
     (made,) = folder.iterdir()
     return made
 
@@ -95,7 +97,7 @@ def bare_wheel(
 def build_index(*files: Path, out: Path, stand_ins: tuple[str, ...] = ()) -> str:
     options = [text for pin in stand_ins for text in ("--stand-in", pin)]
     command = [sys.executable, ROOT / "scripts" / "build_index.py", *files, "--out", out, *options]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE_SECONDS).stdout
 
 
 class Environment:
@@ -111,7 +113,9 @@ class Environment:
 
     def make(self, borrows: bool = True) -> None:
         folder = self.borrowed.parent
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=60)
+        subprocess.run(
+            [sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=PATIENCE_SECONDS
+        )
         # What the outer environment has, torch above all, but nothing of ours that may be installed there.
         self.borrowed.mkdir()
         for entry in Path(sysconfig.get_path("purelib")).iterdir():
@@ -132,7 +136,7 @@ class Environment:
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=PATIENCE_SECONDS,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

@@ -122,7 +122,8 @@ def test_results_as_a_file(stub: tuple[str, str], tmp_path: Path) -> None:
 def test_results_of_an_unknown_commit(stub: tuple[str, str], tmp_path: Path) -> None:
     """An exported tree, which git knows nothing of: no file without the commit."""
     script, path = stub
-    shutil.copytree(ROOT / "benchmarks", tmp_path / "exported" / "benchmarks")
+    left = shutil.ignore_patterns("__pycache__")  # where other tests write meanwhile
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "exported" / "benchmarks", ignore=left)
     path = path.replace(str(ROOT / "benchmarks"), str(tmp_path / "exported" / "benchmarks"))
     done = run(script, "--json", str(tmp_path / "json"), path=path)
     assert done.returncode != 0 and "name it with --commit" in done.stderr

@@ -20,7 +20,7 @@ import pytest
 
 from flashinfer import absent
 from flashinfer.errors import UnsupportedConfig
-from tests.kit import ROOT, finish, fork
+from tests.kit import PATIENCE_SECONDS, ROOT, finish, fork
 
 ENGINES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "engine_imports.json").read_text())
 
@@ -189,7 +189,7 @@ def chooses():
 
 def engine_imports(*args: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "scripts" / "engine_imports.py", *args]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
 
 
 def test_reading_an_engine(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from tests.kit import finish, spawn
 # Imports the package, and what serving engines import, after torch; says what that cost and touched.
 WATCHED = """
 import builtins, json, os, sys, time
+begin = time.process_time()
 import torch
+of_torch = time.process_time() - begin
 
 read = []
 class Watched(type(os.environ)):
@@ -65,6 +67,7 @@ print(json.dumps({
     **touched,
     "alone_ms": alone * 1e3,
     "operators_ms": operators * 1e3,
+    "torch_ms": of_torch * 1e3,
     "cuda": torch.cuda.is_initialized(),
     "threads": len(__import__("threading").enumerate()),
 }))
@@ -89,23 +92,18 @@ def _exists(module: str) -> bool:
 
 
 def test_import_costs_and_touches_nothing(tmp_path: Path) -> None:
-    """The time is that of the processor, in the best of a few processes: others may be at work beside them."""
-    alone = operators = float("inf")
-    for _ in range(8):
-        report = watched_import(tmp_path, operator_modules())
-        assert report["read"] == [], "environment variables"
-        assert report["written"] == [], "files"
-        assert report["started"] == [], "processes and libraries"
-        assert report["cuda"] is False
-        assert report["threads"] == 1
-        alone = min(alone, float(str(report["alone_ms"])))
-        operators = min(operators, float(str(report["operators_ms"])))
-        if alone <= 50.0 and operators <= 250.0:
-            break
+    """The time is that of the processor, beside what torch takes in the same process: others may be at work."""
+    report = watched_import(tmp_path, operator_modules())
+    assert report["read"] == [], "environment variables"
+    assert report["written"] == [], "files"
+    assert report["started"] == [], "processes and libraries"
+    assert report["cuda"] is False
+    assert report["threads"] == 1
     assert list(tmp_path.iterdir()) == []
-    print(f"import flashinfer: {alone:.1f} ms; every operator module besides: {operators:.1f} ms")
-    assert alone <= 50.0
-    assert operators <= 250.0, "of all modules, loaded on first use"
+    alone, operators, torch = (float(str(report[f"{what}_ms"])) for what in ("alone", "operators", "torch"))
+    print(f"import flashinfer: {alone:.1f} ms; every operator module: {operators:.1f} ms; torch: {torch:.0f} ms")
+    assert alone <= torch / 50
+    assert operators <= torch / 5, "of all modules, loaded on first use"
 
 
 def test_the_command_line_does_not_import_torch() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import flashinfer
-from tests.kit import ROOT
+from tests.kit import PATIENCE_SECONDS, ROOT
 
 STUB = ROOT / "flashinfer" / "__init__.pyi"
 
@@ -66,7 +66,7 @@ def mypy(folder: Path, **programs: str) -> list[str]:
     command += ["--cache-dir", str(ROOT / ".mypy_cache" / "user"), *(f"{name}.py" for name in programs)]
     environment = {"PATH": "/usr/bin:/bin", "MYPYPATH": str(ROOT)}
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
     )
     *errors, ending = done.stdout.splitlines()
     assert "error" in ending or "Success" in ending, done.stdout + done.stderr

@@ -34,7 +34,9 @@ from tests.fuzz.memory import Memory
 from tests.fuzz.table import cases
 
 BATCH = 25  # seeds of one function in one child
-SILENCE = 45.0  # seconds without a word from a child that count as a hang; a kernel may have to be compiled
+# Seconds without a word from a child that count as a hang: a kernel may have to be compiled, or another process to be
+# waited for that compiles it, which takes a minute at most, on a machine that has other work.
+SILENCE = 180.0
 ADDRESS_SPACE = 12 << 30  # bytes a child may ask for: a huge allocation is refused, as on any machine it would be
 
 

@@ -6,10 +6,12 @@ import ctypes
 import importlib
 import mmap
 import os
+import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,7 +180,22 @@ def dies(x: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def test_a_crash_and_a_hang_are_findings(monkeypatch: pytest.MonkeyPatch) -> None:
-    deaths: dict[int, Callable[..., Any]] = {1: dies, 3: lambda x, out: time.sleep(60), 4: writes_behind}
+    hung, hangs = os.pipe()
+
+    def hang(x: torch.Tensor, out: torch.Tensor) -> None:
+        os.write(hangs, b".")
+        time.sleep(60)
+
+    def wait(pipes: list[Any], _: Sequence[int], __: Sequence[int], seconds: float) -> tuple[list[Any], ...]:
+        """select.select where a child that hangs has been silent for long, and no other has."""
+        assert seconds == runner.SILENCE
+        ready, _, _ = select.select([*pipes, hung], [], [])
+        heard = [pipe for pipe in ready if pipe in pipes]
+        if not heard:
+            os.read(hung, 1)
+        return heard, [], []
+
+    deaths: dict[int, Callable[..., Any]] = {1: dies, 3: hang, 4: writes_behind}
 
     def planted(draw: Draw) -> Iterator[Call]:
         seed = next(seeds)
@@ -186,7 +203,7 @@ def test_a_crash_and_a_hang_are_findings(monkeypatch: pytest.MonkeyPatch) -> Non
         yield Call("planted", deaths.get(seed, twice), {"x": x, "out": out}, expect_twice, ("out",))
 
     monkeypatch.setattr(runner, "cases", lambda: {"planted": planted})
-    monkeypatch.setattr(runner, "SILENCE", 3.0)
+    monkeypatch.setattr(runner, "select", SimpleNamespace(select=wait))
     report, left = runner.Report(), list(range(6))
     while left:  # as run_batch does, but that the planted case has to know its seed
         seeds = iter(left)
@@ -203,6 +220,7 @@ def test_a_crash_and_a_hang_are_findings(monkeypatch: pytest.MonkeyPatch) -> Non
     assert report.findings[0].call.startswith("planted(x=float32[4]")
     assert report.findings[0].command == "python -m tests.fuzz --only planted --seed 1"
     assert report.counts["legal"] == 4  # 0, 2, 4 and 5
+    os.close(hung), os.close(hangs)
 
 
 def test_a_case_is_drawn_from_its_name_and_seed_alone() -> None:

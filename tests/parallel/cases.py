@@ -28,7 +28,6 @@ from tests.oracles import attention as oracle
 from tests.parallel.kit import Case, Rank
 from tests.tolerances import assert_close
 
-TIMEOUT = 60.0
 HEADS, KV_HEADS, DIM, PAGE = 12, 2, 64, 4
 CASES: dict[str, Case] = {}
 

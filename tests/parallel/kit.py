@@ -23,9 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests import warm
-from tests.kit import ROOT, python_path
-
-SECONDS = 120  # for all cases of a run, compiling included
+from tests.kit import PATIENCE_SECONDS, ROOT, python_path
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def run(module: str, device: str, *sets: str) -> dict[str, list[str]]:
         environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
         if device == "cpu":
             environment |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-        out, err = warm.Process(arguments, environment, ROOT).communicate(SECONDS)
+        out, err = warm.Process(arguments, environment, ROOT).communicate(2 * PATIENCE_SECONDS)
         found: dict[str, list[str]] = {}
         for one in sets:
             said = [_read(Path(folder) / one / f"{rank}.json") for rank in range(_num_ranks(one))]
@@ -77,15 +75,14 @@ def _read(path: Path) -> dict[str, str]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _run_rank(rank: Rank, folder: Path, cases: dict[str, Case], timeout: float) -> None:
+def _run_rank(rank: Rank, folder: Path, cases: dict[str, Case]) -> None:
     if rank.device.type == "cuda":
         torch.cuda.set_device(rank.device)
     store = dist.FileStore(str(folder / "store"), rank.size)
     backend = "nccl" if rank.device.type == "cuda" else "gloo"
     options: dict[str, Any] = {"device_id": rank.device} if rank.device.type == "cuda" else {}
-    dist.init_process_group(
-        backend, store=store, rank=rank.rank, world_size=rank.size, timeout=timedelta(seconds=timeout), **options
-    )
+    timeout = timedelta(seconds=PATIENCE_SECONDS)
+    dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.size, timeout=timeout, **options)
     said: dict[str, str] = {}
     path = folder / f"{rank.rank}.json"
     for name, case in cases.items():
@@ -115,7 +112,7 @@ def main(module_name: str, kind: str, folder: str, *sets: str) -> None:
             if child == 0:
                 try:
                     device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", rank)
-                    _run_rank(Rank(rank, _num_ranks(one), device), place, cases, module.TIMEOUT)
+                    _run_rank(Rank(rank, _num_ranks(one), device), place, cases)
                 finally:  # of what went wrong around the cases
                     traceback.print_exc()
                     os._exit(1)

@@ -8,6 +8,7 @@ import logging
 import re
 import shutil
 import threading
+import time
 import timeit
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.source import Source, render
 from flashinfer.jit.stores import AotStore, Hit, Rejected
 from flashinfer.jit.toolchain import Compiled, HostCxx, Nvrtc
-from tests.kit import CountingCxx, cpu_resolver, only_artifact, rmsnorm_spec, run_rmsnorm
+from tests.kit import CountingCxx, cpu_resolver, only_artifact, rmsnorm_spec, run_rmsnorm, wait_until
 
 
 @pytest.fixture
@@ -106,13 +107,17 @@ def test_threads_that_race_for_the_resolver_share_one(monkeypatch: pytest.Monkey
 
 
 def test_warm_load_costs_a_dictionary_hit(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    resolver, spec = cpu_resolver(tmp_path), rmsnorm_spec()
-    resolver.load(spec)
-    number = 20_000
-    seconds = min(timeit.repeat(lambda: resolver.load(spec), number=number, repeat=5)) / number
-    record_property("warm_load_ns", round(seconds * 1e9))
-    print(f"warm resolver.load: {seconds * 1e9:.0f} ns")
-    assert seconds < 3e-6  # 1 µs is the aim; the machine may be busy
+    """Of the processor's time, in the best of a few measurements: others may be at work beside them."""
+    resolver, spec, number = cpu_resolver(tmp_path), rmsnorm_spec(), 20_000
+    table = {spec: resolver.load(spec)}
+
+    def seconds(look: Callable[[], object]) -> float:
+        return min(timeit.repeat(look, timer=time.process_time, number=number, repeat=5)) / number
+
+    warm, hit = seconds(lambda: resolver.load(spec)), seconds(lambda: table.get(spec))
+    record_property("warm_load_ns", round(warm * 1e9))
+    print(f"warm resolver.load: {warm * 1e9:.0f} ns, a dictionary's {hit * 1e9:.0f}")
+    assert warm < 3 * hit
 
 
 def test_equal_arguments_of_another_type_are_the_same_kernel() -> None:
@@ -138,16 +143,17 @@ def test_log_lines_of_a_compile(tmp_path: Path, messages: Callable[[], list[str]
 def test_heartbeat_while_a_compile_is_slow(
     tmp_path: Path, messages: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def beats() -> list[str]:
+        return [line for line in messages() if line.startswith("still compiling")]
+
     class SlowCxx(HostCxx):
         def compile(self, source: Source) -> Compiled:
-            threading.Event().wait(0.35)
+            wait_until(lambda: len(beats()) >= 3)
             return super().compile(source)
 
     monkeypatch.setattr(resolver_module, "_HEARTBEAT_SECONDS", 0.1)
     cpu_resolver(tmp_path, SlowCxx()).load(rmsnorm_spec())
-    beats = [line for line in messages() if line.startswith("still compiling")]
-    assert len(beats) >= 3
-    assert beats[0] == f"still compiling {rmsnorm_spec().name} (0 s)"
+    assert re.fullmatch(rf"still compiling {re.escape(rmsnorm_spec().name)} \(\d+ s\)", beats()[0])
 
 
 # -------------------------------------------------------------------------------------------------------- no compiling
