@@ -50,9 +50,9 @@ class Ahead(Generic[T]):
     def settle(self) -> None:
         """Return once no thread is at work, and none will be: to end one in the middle, as a fork or the end of the
         process does, leaves the compiler's locks and memory as they are."""
-        for job in list(self._jobs.values()):
-            if not job.cancel():
-                job.result()
+        begun = [job for job in list(self._jobs.values()) if not job.cancel()]
+        for job in begun:  # once all others are cancelled: the next would begin where one ends
+            job.result()
 
     def _work(self, job: Future[Optional[T]], spec: KernelSpec, reason: str) -> None:
         with self._processors:

@@ -19,7 +19,9 @@ from flashinfer.jit.source import Source
 from flashinfer.jit.stores import AotStore
 from flashinfer.jit.toolchain import Compiled
 from tests.kit import (
+    PATIENCE_SECONDS,
     CountingCxx,
+    compiler_script,
     cpu_resolver,
     finish,
     fork,
@@ -29,8 +31,6 @@ from tests.kit import (
     run_rmsnorm,
     spawn,
 )
-
-SECONDS = 20
 
 
 class GatedCxx(CountingCxx):
@@ -52,13 +52,13 @@ class GatedCxx(CountingCxx):
 
     def wait_until_began(self, *names: str) -> None:
         with self._changed:
-            assert self._changed.wait_for(lambda: self.began.issuperset(names), SECONDS)
+            assert self._changed.wait_for(lambda: self.began.issuperset(names), PATIENCE_SECONDS)
 
     def compile(self, source: Source) -> Compiled:
         with self._changed:
             self.began.add(source.spec.name)
             self._changed.notify_all()
-        assert self._gate(source.spec.name).wait(SECONDS)
+        assert self._gate(source.spec.name).wait(PATIENCE_SECONDS)
         return super().compile(source)
 
 
@@ -108,8 +108,9 @@ def test_who_asks_compiles_what_has_not_begun(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(ahead, "_num_threads", lambda: 1)
     compiler, first, second = GatedCxx(), rmsnorm_spec(64), rmsnorm_spec(128)
     resolver = cpu_resolver(tmp_path, compiler)
-    resolver.expect([first, second])
+    resolver.expect([first])
     compiler.wait_until_began(first.name)
+    resolver.expect([second])
     compiler.let(second.name)
     run_rmsnorm(resolver.load(second), 128)  # does not wait for the first
     compiler.let(first.name)
@@ -159,24 +160,39 @@ def test_a_capture_takes_what_was_compiled_ahead(tmp_path: Path, monkeypatch: py
 
 
 CODE = """
-import os, sys
+import os, threading
 from flashinfer.jit import ahead
 from flashinfer.jit.resolver import default_resolver
-from tests.kit import rmsnorm_spec, run_rmsnorm
+from tests.kit import rmsnorm_spec, run_rmsnorm, wait_until
 ahead._num_threads = lambda: 1
 resolver = default_resolver()
 resolver.expect(map(rmsnorm_spec, (64, 128, 256)))
-while len(os.listdir(resolver.cache_dir)) == 0:  # until the first has begun
-    pass
+jobs = list(resolver._ahead._jobs.values())
+wait_until(lambda: any(job.running() for job in jobs))
+others = [job for job in jobs if not job.running()]
+
+def let():  # the one that has begun end once no other will begin
+    wait_until(lambda: all(job.cancelled() for job in others))
+    os.unlink(os.environ["COMPILE_HELD"])
+
+threading.Thread(target=let, daemon=True).start()
 """
 
 
-def test_a_process_that_ends_waits_for_what_has_begun_alone(tmp_path: Path) -> None:
-    finish(spawn(CODE, FLASHINFER_CACHE_DIR=tmp_path))
-    only_artifact(tmp_path)
+@pytest.fixture
+def held(tmp_path: Path) -> dict[str, Path]:
+    """Variables of a process whose first compile does not end before it is let."""
+    script, _ = compiler_script(tmp_path)
+    (tmp_path / "held").touch()
+    return {"FLASHINFER_CXX": script, "COMPILE_HELD": tmp_path / "held", "FLASHINFER_CACHE_DIR": tmp_path / "cache"}
 
 
-def test_a_fork_in_the_middle(tmp_path: Path) -> None:
+def test_a_process_that_ends_waits_for_what_has_begun_alone(tmp_path: Path, held: dict[str, Path]) -> None:
+    finish(spawn(CODE, **held))
+    only_artifact(tmp_path / "cache")
+
+
+def test_a_fork_in_the_middle(held: dict[str, Path]) -> None:
     code = """
 child = os.fork()
 run_rmsnorm(resolver.load(rmsnorm_spec(256)), 256)
@@ -187,7 +203,7 @@ else:
     resolver.expect([rmsnorm_spec(512)])
     run_rmsnorm(resolver.load(rmsnorm_spec(512)), 512)
 """
-    finish(fork(CODE + code, FLASHINFER_CACHE_DIR=tmp_path))
+    finish(fork(CODE + code, **held))
 
 
 @pytest.mark.gpu
