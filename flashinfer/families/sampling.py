@@ -6,6 +6,7 @@ import ctypes
 
 from flashinfer import target as targets
 from flashinfer.dtypes import ITEMSIZE
+from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.arch import arch
 from flashinfer.families.layout import F32, I32, I64, P, nested
 from flashinfer.jit.spec import Config, CxxType, Family, KernelSpec, Launch, register, twins
@@ -134,12 +135,30 @@ def _launch(spec: KernelSpec, shared: int, streams: bool) -> tuple[dict[str, int
     tile = {"kRowSlots": row_kib * 1024 // (num_threads * 16), "kUnroll": in_flight}
     # Registers for as many blocks as shared memory admits.
     blocks = 4 if streams else 3 if 0 < row_kib <= 64 else 2 if row_kib <= 96 else 1
-    return tile, Launch(
+    launch = Launch(
         num_threads=num_threads,
         min_blocks_per_sm=blocks,
         smem_bytes=row_kib * 1024 + shared,
         cluster_size=spec.arg("cluster_size"),
     )
+    return tile, _fitting(spec, launch)
+
+
+def _fitting(spec: KernelSpec, launch: Launch) -> Launch:
+    """The launch, where the target has room for it. Raises UnsupportedConfig elsewhere: a row of a config that one GPU
+    asked for is then left out of a build's other targets, and fails on none."""
+    on_cpu = targets.kind(spec.target) == "cpu"
+    if launch.cluster_size > 1 and (on_cpu or not arch(spec.target).has_clusters):
+        raise UnsupportedConfig(
+            f"{spec.family}: cluster_size={launch.cluster_size} is not supported on {spec.target}, where no row is "
+            "spread over a cluster; expected 1"
+        )
+    if not on_cpu and launch.smem_bytes > arch(spec.target).smem_per_block:
+        raise UnsupportedConfig(
+            f"{spec.family}: row_kib={spec.arg('row_kib')} takes {launch.smem_bytes} bytes of shared memory; a block "
+            f"of {spec.target} has {arch(spec.target).smem_per_block}"
+        )
+    return launch
 
 
 def _sample_config(spec: KernelSpec) -> Config:
@@ -180,9 +199,10 @@ def _normalize_config(spec: KernelSpec) -> Config:
 
 
 def _speculative_config(spec: KernelSpec) -> Config:
+    launch = Launch(_NUM_THREADS, min_blocks_per_sm=4, smem_bytes=_PLAIN_BYTES, cluster_size=spec.arg("cluster_size"))
     return Config(
         {"T": CxxType(spec.arg("dtype")), "kInput": INPUTS["probs"], "kRowSlots": 0, "kUnroll": 4},
-        Launch(_NUM_THREADS, min_blocks_per_sm=4, smem_bytes=_PLAIN_BYTES, cluster_size=spec.arg("cluster_size")),
+        _fitting(spec, launch),
     )
 
 

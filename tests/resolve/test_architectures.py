@@ -60,6 +60,28 @@ def test_a_new_gpu_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choices("sm_130a") == choices("sm_90a")
 
 
+def test_samplers_of_one_gpu_are_no_kernels_of_another() -> None:
+    """Rows of records and configs are for every target of a build: what one GPU has room for may not fail on others."""
+    spread = {"dtype": "fp32", "input": "probs", "filter": "top_p", "cluster_size": 8, "row_kib": 40}
+    kept = {**spread, "cluster_size": 1, "row_kib": 208}
+    for target in (*HARDWARE, "x86-64-v3"):
+        has_clusters = target in ("sm_90a", "sm_100a", "sm_103")
+        for family in (sampling.SAMPLE_ROW, sampling.NORMALIZE_ROW, sampling.CHAIN_SPECULATIVE):
+            axes = {"op": "softmax"} | {axis: value for axis, value in spread.items() if axis in family.axes}
+            spec = family.spec(target, **{axis: axes[axis] for axis in family.axes})
+            if has_clusters:
+                assert family.config(spec).launch.cluster_size == 8
+            else:
+                with pytest.raises(UnsupportedConfig, match=f"cluster_size=8 is not supported on {target}"):
+                    family.config(spec)
+        spec = sampling.SAMPLE_ROW.spec(target, **kept)
+        if target.startswith("sm_") and arch(target).smem_per_block < 208 << 10:
+            with pytest.raises(UnsupportedConfig, match=f"row_kib=208 takes .* a block of {target} has"):
+                sampling.SAMPLE_ROW.config(spec)
+        else:
+            sampling.SAMPLE_ROW.config(spec)
+
+
 def test_clusters_and_dependent_launch() -> None:
     """Both began with Hopper; a row is spread over a cluster where that was tried."""
     for target in HARDWARE:
