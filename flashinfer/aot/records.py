@@ -124,6 +124,12 @@ class Rows:
                     yield row, processes
 
 
+def holds_any(file: Path) -> bool:
+    """Whether a record, or a row of `compact`, is among the first hundred lines."""
+    wanted = {"spec", "name", "reason", "resolved_by", "seconds"}
+    return any(isinstance(row, dict) and wanted <= row.keys() for row in itertools.islice(lines(file), 100))
+
+
 def _checked(name: Any, spec: Any) -> dict[str, Any]:
     texts = name, spec["family"], spec["target"]
     if not (isinstance(spec["args"], dict) and all(isinstance(text, str) for text in texts)):

@@ -78,7 +78,12 @@ def add_parser(subparsers: Any) -> None:
         "--out", required=True, type=Path, metavar="FILE", help="a .jsonl file, or .parquet (takes flashinfer[parquet])"
     )
     compact.set_defaults(run=_compact)
-    clear = commands.add_parser("clear", help="delete the records", description="Delete miss records.")
+    clear = commands.add_parser(
+        "clear",
+        help="delete the records",
+        description="Delete files of miss records: of this machine, or those that are named and in folders that are "
+        "named. A file without a single record is left alone.",
+    )
     clear.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="record files or folders of them")
     clear.set_defaults(run=_clear)
 
@@ -131,7 +136,7 @@ def _print_report(summary: Summary, args: argparse.Namespace, paths: Sequence[Pa
     waiting = f", {waited:.2f} s of them waiting for another process to compile" if waited >= 0.01 else ""
     print(f"\n{kernels}, {processes}, {summary.seconds:.2f} s lost in all{waiting}")
     _say_broken(summary.broken)
-    _print_steps(summary, paths)
+    _print_steps(summary, args, paths)
 
 
 def _kernel_table(kernels: Sequence[Tally]) -> str:
@@ -190,7 +195,7 @@ def _first(sums: dict[str, float]) -> str:
     return "" if not names else names[0] + (f" +{len(names) - 1}" if len(names) > 1 else "")
 
 
-def _print_steps(summary: Summary, paths: Sequence[Path]) -> None:
+def _print_steps(summary: Summary, args: argparse.Namespace, paths: Sequence[Path]) -> None:
     print("\nWhat to do, most seconds first:")
     in_set: list[Tally] = []
     found = advice.steps(summary.kernels)
@@ -204,21 +209,28 @@ def _print_steps(summary: Summary, paths: Sequence[Path]) -> None:
             lost = sum(kernel.reasons[advice.NOT_INSTALLED] for kernel in in_set)
             print(f"   its core set has {len(in_set)} of these {len(step.kernels)}, {lost:.2f} s")
         if step.what == advice.ADD:
-            print(
-                "   all of them: the command below; those worth their bytes: `flashinfer misses suggest --budget 5MB`"
-            )
+            since = f"--since {shlex.quote(args.since)} " if args.since else ""
+            named = f" {_quoted(args.paths)}" if args.paths else ""
+            print("   all of them: the command below; those that are worth their bytes:")
+            print(f"   flashinfer misses suggest {since}--budget 5MB --out mine.toml{named}")
     covered = {id(kernel) for kernel in in_set if set(kernel.reasons) == {advice.NOT_INSTALLED}}
     missing = [kernel for kernel in summary.kernels if id(kernel) not in covered]
     if not missing:
         return
-    names = shlex.quote(",".join(sorted({kernel.spec["target"] for kernel in missing})))
     add = " ".join(f"--add {shlex.quote(str(path))}" for path in paths)
+    older = ", and whatever else the records have from before" if args.since else ""
+    print(f"\nTo have them precompiled{older}:")
+    command, then = _build(add, sorted({kernel.spec["target"] for kernel in missing}))
+    print(f"  {command}\n{then}")
+
+
+def _build(what: str, names: Sequence[str]) -> tuple[str, str]:
+    """The command that adds kernels to the set in use, or to a new one, and what is left to do then."""
     in_use = env.AOT_PATH.get()
     out = shlex.quote(str(in_use[0])) if in_use else "my_kernels"
     then = "" if in_use else f"; then package it, or let processes find it with {env.AOT_PATH.name}={out}"
-    print("\nTo have them precompiled (without a checkout: `flashinfer aot build` with the same arguments):")
-    print(f"  python scripts/build_aot.py {add} --target {names} --out {out}")
-    print(f"which adds them to whatever the folder holds{then}")
+    command = f"flashinfer aot build {what} --target {shlex.quote(','.join(names))} --out {out}"
+    return command, f"which adds them to whatever the folder holds{then}"
 
 
 # -------------------------------------------------------------------------------------------------------------- suggest
@@ -233,7 +245,9 @@ def _suggest(args: argparse.Namespace) -> int:
     by_processes = args.save == "processes"
     found = suggest.suggest(summary, budget, names, by_processes=by_processes, every_reason=args.all, cache=_cache())
     said = _said(found, summary, args)
-    toml = "".join(f"# {line}\n" for line in said) + "\n" + _suggested_rows(found, summary)
+    command, then = _build(f"--config {shlex.quote(str(args.out or 'FILE'))}", found.targets)
+    of_rows = [*said, f"build: {command}"] if found.chosen else said
+    toml = "".join(f"# {line}\n" for line in of_rows) + "\n" + _suggested_rows(found, summary)
     if args.html is not None:
         _write_page(args.html, summary, found, budget)
     if args.out is None:
@@ -247,8 +261,7 @@ def _suggest(args: argparse.Namespace) -> int:
         print()
     print("\n".join(said))
     if found.chosen:
-        out = shlex.quote(str(args.out))
-        print(f"\nNext: flashinfer aot build --config {out} --target {','.join(found.targets)} --out my_kernels")
+        print(f"\nNext: {command}\n{then}")
     return 0
 
 
@@ -261,8 +274,11 @@ def _said(found: Suggestion, summary: Summary, args: argparse.Namespace) -> list
         f"{_rest(saved):.1f} % remain",
         f"{found.processes_without_misses} of {count(len(summary.processes), 'process')} would miss nothing",
     ]
+    smallest = min((one.bytes for one in found.all), default=0)
     more = _percent(found.bound - found.value, found.value)
-    if found.bound > found.value * (1 + 1e-6):
+    if smallest > parse_size(args.budget):
+        lines.append(f"nothing fits the budget: the smallest takes {size(smallest)}")
+    elif found.bound > found.value * (1 + 1e-6):
         lines.append(f"no choice within the budget saves {more:.2g} % more {args.save}")
     else:
         lines.append(f"no choice within the budget saves more {args.save}")
@@ -379,10 +395,17 @@ def _compact(args: argparse.Namespace) -> int:
 
 def _clear(args: argparse.Namespace) -> int:
     _require_existing(args.paths)
-    files = [file for path in args.paths or _default_paths() for file in records.files(path) if file.exists()]
+    if args.paths:
+        named = [file for path in args.paths for file in records.files(path)]
+        files = [file for file in named if records.holds_any(file)]  # of all before one is deleted
+    else:
+        named = files = [file for path in _default_paths() for file in records.files(path) if file.exists()]
     for file in files:
         file.unlink(missing_ok=True)  # a process that still runs begins a new one
     print(f"{count(len(files), 'record file')} deleted")
+    if others := [file for file in named if file not in files]:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        print(f"left alone, for no miss record is in it: {_quoted(others[:3])}{more}")
     return 0
 
 

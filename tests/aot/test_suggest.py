@@ -164,8 +164,11 @@ def test_a_suggestion_is_what_a_build_makes_of_it(
     built = KernelSet(tmp_path / "my_kernels").held.values()
     assert len(built) == 2 and sum(one.entry.bytes for one in built) <= 2 * size
     capsys.readouterr()
+    assert run_cli(["misses", "suggest", "--budget", "5"]) == 0, "MB were meant"
+    assert re.search(r"^# nothing fits the budget: the smallest takes \d+\.\d KiB$", capsys.readouterr().out, re.M)
     assert run_cli(["misses", "suggest", "--budget", "1M"]) == 0
     rows = capsys.readouterr().out
+    assert f"\n# build: flashinfer aot build --config FILE --target {target.host()} --out my_kernels\n" in rows
     assert re.search(r"^# [\d.]+ s of 1 process, \d+\.\d KiB; 0.0 % remain then$", rows, re.MULTILINE)
     (tmp_path / "all.toml").write_text(rows)
     assert len(read_specs(["all.toml"], [target.host()])) == 3

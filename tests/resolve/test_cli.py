@@ -264,11 +264,39 @@ def test_misses_report(call: Call, cache: Path, tmp_path: Path) -> None:
 def test_the_command_that_a_report_ends_with_works(call: Call, cache: Path, tmp_path: Path) -> None:
     cpu_resolver(cache).load(rmsnorm_spec())
     _, out, _ = call("misses", "report")
-    (command,) = re.findall(r"^  python scripts/build_aot\.py (.*)$", out, re.MULTILINE)
+    (command,) = re.findall(r"^  flashinfer (aot build .*)$", out, re.MULTILINE)
     argv = [word.replace("my_kernels", str(tmp_path / "out")) for word in shlex.split(command)]
-    code, out, _ = call("aot", "build", *argv, "--dry-run")
+    code, out, _ = call(*argv, "--dry-run")
     assert code == 0 and "1 to compile" in out
     assert "--target" in argv and argv[argv.index("--target") + 1] == target.host()
+
+
+def test_a_report_of_a_fleet_suggests_from_the_same_records(
+    call: Call, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not from those of the machine that it is read on, nor of another time."""
+    cpu_resolver(tmp_path / "a b").load(rmsnorm_spec())
+    (file,) = (tmp_path / "a b" / "misses").iterdir()
+    file.write_text(file.read_text().replace("flashinfer_aot is not installed", "not in registry"))
+    _, out, _ = call("misses", "report", str(tmp_path / "a b"), "--since", "2h")
+    (command,) = re.findall(r"^   flashinfer (misses suggest .*)$", out, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(*shlex.split(command))
+    assert code == 0 and re.search(r"^1 kernel of 1, ", out, re.MULTILINE)
+    assert "--since 2h" in command and (tmp_path / "mine.toml").exists()
+
+
+def test_clearing_records_spares_other_files(call: Call, tmp_path: Path) -> None:
+    """A folder that is named by mistake may hold anybody's .jsonl files: notes of a build, data sets."""
+    cpu_resolver(tmp_path).load(rmsnorm_spec())
+    (record,) = (tmp_path / "misses").iterdir()
+    others = [tmp_path / "train.jsonl", tmp_path / "misses" / "empty.jsonl"]
+    others[0].write_text('{"text": "a data set"}\n')
+    others[1].touch()
+    code, out, _ = call("misses", "clear", str(tmp_path))
+    assert (code, out.splitlines()[0]) == (0, "1 record file deleted")
+    assert out.splitlines()[1].startswith("left alone, for no miss record is in it: ")
+    assert all(file.exists() and str(file) in out for file in others) and not record.exists()
 
 
 def test_records_of_a_fleet_merge_by_naming_them(call: Call, tmp_path: Path) -> None:
