@@ -13,7 +13,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from flashinfer import packages
 from flashinfer.aot.config import ConfigError
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # the reader has seen enough: flashinfer misses report | head
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
-        return _fail(error, 1)
+        return _fail(_of_files(error), 1)
     except ModuleNotFoundError as error:  # of an environment with a part of what the library needs
         needed = packages.requirement(error.name or "")
         if needed is None:
@@ -53,6 +53,16 @@ class UsageError(Exception):
 
 
 class _Parser(argparse.ArgumentParser):
+    """Its help ends with examples: command lines, without the word flashinfer."""
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.examples = examples
+
+    def format_help(self) -> str:
+        examples = "".join(f"  flashinfer {example}\n" for example in self.examples)
+        return super().format_help() + (f"\nexamples:\n{examples}" if examples else "")
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
@@ -62,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="flashinfer",
         description="Look at this machine, at the kernels it has, and at those it lacks.",
         epilog="Exit code: 0 yes or done, 1 no or failed, 2 bad usage. Settings: docs/operations.md.",
+        examples=("doctor", "warmup --config core", "misses report", "misses report --help"),
     )
     parser.add_argument("--version", action="version", version=f"flashinfer {__version__}")
     parser.set_defaults(run=lambda args: parser.print_help())  # of no command
@@ -69,6 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     for name in _COMMANDS:
         importlib.import_module(f"flashinfer.cli.{name}").add_parser(subparsers)
     return parser
+
+
+def _of_files(error: Exception) -> object:
+    """`/no/folder/x.html: No such file or directory`, without the number that the system has for it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    return error
 
 
 def _fail(error: object, code: int) -> int:

@@ -28,17 +28,42 @@ _MAX_LISTED = 10  # of kernels that nobody uses; verify lists all
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("aot", help="build, merge, list, verify and sign precompiled kernels")
+    parser = subparsers.add_parser(
+        "aot",
+        help="build, merge, list, verify and sign precompiled kernels",
+        description="Sets of precompiled kernels: folders with a registry.json. docs/packaging.md tells the whole way.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    build = commands.add_parser("build", help="compile the kernels that configs ask for into a folder")
+    build = commands.add_parser(
+        "build",
+        help="compile the kernels that configs ask for into a folder",
+        description="Compile the kernels that configs and miss records ask for into a folder; what is up to date there "
+        "is not compiled again. Takes neither a GPU nor torch. Exit code 1 if a kernel does not compile.",
+        examples=(
+            "aot build --config core --target native --out my_kernels",
+            "aot build --config core --target sm_80,sm_90a --out my_kernels --dry-run",
+            "aot build --add /collected/misses --target sm_90a --out my_kernels",
+        ),
+    )
     _add_build_arguments(build)
-    merge = commands.add_parser("merge", help="join sets of several machines: shards of a config, or targets")
+    merge = commands.add_parser(
+        "merge",
+        help="join sets of several machines: shards of a config, or targets",
+        description="Copy the kernels of several sets into one. Sets that contradict each other are an error, and "
+        "change nothing.",
+        examples=("aot merge shard-1 shard-2 --out my_kernels",),
+    )
     merge.add_argument("paths", nargs="+", type=_path, metavar="SET", help="folders with a registry.json")
     merge.add_argument(
         "--out", required=True, type=_path, metavar="DIR", help="folder of the joint set; what it holds stays there"
     )
     merge.set_defaults(run=merge_sets)
-    config = commands.add_parser("config", help="write the [[model]] row of a model's config.json")
+    config = commands.add_parser(
+        "config",
+        help="write the [[model]] row of a model's config.json",
+        description="Print the row of a model, to be appended to a config. What a row cannot express is said below it.",
+        examples=("aot config --from-hf Qwen2.5-7B-Instruct/config.json --tp 1,2 >> mine.toml",),
+    )
     config.add_argument(
         "--from-hf", required=True, type=_path, metavar="PATH", help="a config.json of Hugging Face, or its folder"
     )
@@ -53,7 +78,12 @@ def add_parser(subparsers: Any) -> None:
         ("list", list_kernels, "what the registries hold"),
         ("verify", verify, "check files, machine code and digests against the registry and this package"),
     ):
-        command = commands.add_parser(name, help=text)
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            examples=(f"aot {name}", f"aot {name} my_kernels"),
+        )
         command.add_argument("paths", nargs="*", type=Path, help="folders with a registry.json (default: those in use)")
         if name == "list":
             command.add_argument("--kernels", action="store_true", help="a line per kernel rather than per family")
@@ -65,11 +95,21 @@ def add_parser(subparsers: Any) -> None:
                 help=f"check the signature: a public key, or a folder of them (default: {env.AOT_TRUST.name})",
             )
         command.set_defaults(run=run)
-    sign = commands.add_parser("sign", help="sign a set, for those that trust a key and not a folder")
+    sign = commands.add_parser(
+        "sign",
+        help="sign a set, for those that trust a key and not a folder",
+        description="Write the Ed25519 signature of a set's registry beside it. A build or merge takes it off again.",
+        examples=("aot sign my_kernels --key release.key",),
+    )
     sign.add_argument("path", type=_path, metavar="SET", help="folder with a registry.json")
     sign.add_argument("--key", required=True, type=_path, metavar="KEY", help="a private key of Ed25519 in PEM")
     sign.set_defaults(run=sign_set)
-    sbom = commands.add_parser("sbom", help="write what is in a wheel beside it: CycloneDX in JSON")
+    sbom = commands.add_parser(
+        "sbom",
+        help="write what is in a wheel beside it: CycloneDX in JSON",
+        description="Write the bill of materials of each wheel, as CycloneDX in JSON, beside it: WHEEL.cdx.json.",
+        examples=("aot sbom dist/flashinfer-0.1.0-py3-none-any.whl",),
+    )
     sbom.add_argument("wheels", nargs="+", type=_path, metavar="WHEEL", help="of flashinfer or flashinfer-aot")
     sbom.set_defaults(run=write_sboms)
 
@@ -90,7 +130,9 @@ def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
         help="miss records, a .jsonl file or a folder",
     )
     parser.add_argument(
-        "--target", metavar="T,T", help="for example sm_80,sm_90a,x86-64-v3; native for those of this machine"
+        "--target",
+        metavar="T,T",
+        help="for example sm_80,sm_90a,x86-64-v3; native for those of this machine. --config and --add take it",
     )
     parser.add_argument(
         "--out", required=True, type=_path, metavar="DIR", help="folder of the set; what it holds already stays there"
@@ -412,6 +454,12 @@ def _registries(paths: Sequence[Path], trusted: Path | None = None) -> tuple[lis
     for root in roots:
         try:
             registries.append(Registry(root, trusted))
+        except FileNotFoundError:
+            print(
+                f"{root}: no usable registry: it holds no registry.json; expected the folder of a set that was built",
+                file=sys.stderr,
+            )
+            status = 1
         except (OSError, ValueError) as error:
             what = "not trusted" if isinstance(error, trust.Untrusted) else "no usable registry"
             print(f"{root}: {what}: {error}", file=sys.stderr)

@@ -19,6 +19,15 @@ _ABOUT = {
     "batch_decode": "one query token of each request over a paged cache",
     "batch_prefill": "query tokens of each request over a paged cache",
 }
+_EXAMPLES = {
+    "single_decode": ("bench single_decode --kv-len 8192",),
+    "single_prefill": ("bench single_prefill --qo-len 512 --kv-len 4096",),
+    "batch_decode": (
+        "bench batch_decode --batch-size 64",
+        "bench batch_decode --kv-dtype fp8_e4m3 --peer /tmp/upstream",
+    ),
+    "batch_prefill": ("bench batch_prefill --batch-size 4 --qo-len 1024 --no-causal",),
+}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -31,7 +40,9 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=lambda args: parser.print_help())
     benchmarks = parser.add_subparsers(metavar="BENCHMARK")
     for name, about in _ABOUT.items():
-        one = benchmarks.add_parser(name, help=about, description=f"Time attention of {about}.")
+        one = benchmarks.add_parser(
+            name, help=about, description=f"Time attention of {about}.", examples=_EXAMPLES[name]
+        )
         is_batch, is_prefill = name.startswith("batch"), name.endswith("prefill")
         one.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
         if is_batch:

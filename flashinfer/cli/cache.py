@@ -26,7 +26,9 @@ def add_parser(subparsers: Any) -> None:
         "cache", help="list and shrink the JIT cache", description="The kernels compiled on this machine."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    listing = commands.add_parser("list", help="what the cache holds", description="Most recently used first.")
+    listing = commands.add_parser(
+        "list", help="what the cache holds", description="Most recently used first.", examples=("cache list",)
+    )
     listing.add_argument("--json", action="store_true", help="one JSON object")
     listing.set_defaults(run=_list)
     collect = commands.add_parser(
@@ -34,12 +36,16 @@ def add_parser(subparsers: Any) -> None:
         help="evict the least recently used",
         description="Remove the least recently used kernels until the cache fits, and what killed processes left "
         "behind. Safe while others use the cache: at worst they compile again.",
+        examples=("cache gc --max-size 1G --dry-run", "cache gc --max-size 500M"),
     )
     collect.add_argument("--max-size", required=True, metavar="SIZE", help="such as 500M or 1G")
     collect.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     collect.set_defaults(run=_gc)
     clear = commands.add_parser(
-        "clear", help="remove every kernel", description="Remove every compiled kernel. Miss records stay."
+        "clear",
+        help="remove every kernel",
+        description="Remove every compiled kernel. Miss records stay.",
+        examples=("cache clear",),
     )
     clear.set_defaults(run=_clear)
 

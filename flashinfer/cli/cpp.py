@@ -17,6 +17,7 @@ def add_parser(subparsers: Any) -> None:
         description="Where the headers for C++ and C are (docs/cpp.md): cmake -Dflashinfer_DIR=$(flashinfer cpp "
         "--cmake), PKG_CONFIG_PATH=$(flashinfer cpp --pkg-config), or g++ $(flashinfer cpp --flags). Without an "
         "option, all of it.",
+        examples=("cpp", "cpp --flags"),
     )
     chosen = parser.add_mutually_exclusive_group()
     for option, about in _ABOUT.items():

@@ -52,6 +52,7 @@ def add_parser(subparsers: Any) -> None:
         help="what was found on this machine, and what is missing",
         description="Look at this machine, compile and run one tiny kernel on each target it has, and say what to "
         "install when something is missing. Writes nothing. Exit code 1 if something failed.",
+        examples=("doctor", "doctor --json"),
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.set_defaults(run=run)

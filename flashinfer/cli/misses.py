@@ -36,6 +36,11 @@ def add_parser(subparsers: Any) -> None:
         help="costliest first",
         description="Sum up miss records, costliest first. Records of many machines merge by naming all their files or "
         "folders.",
+        examples=(
+            "misses report --since 7d",
+            "misses report /collected/misses --by model",
+            "misses report --format toml > mine.toml",
+        ),
     )
     report.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="record files or folders of them")
     report.add_argument("--format", choices=("table", "json", "toml"), default="table")
@@ -55,6 +60,10 @@ def add_parser(subparsers: Any) -> None:
         description="The kernels that save the fleet most seconds (or processes) within a budget of bytes, as rows for "
         "`flashinfer aot build --config`. Misses that another step mends, such as installing flashinfer_aot, do not "
         "count.",
+        examples=(
+            "misses suggest --budget 5MB --out mine.toml /collected/misses",
+            "misses suggest --budget 5MB --save processes --target sm_80,sm_90a",
+        ),
     )
     suggesting.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="record files or folders of them")
     suggesting.add_argument(
@@ -72,6 +81,7 @@ def add_parser(subparsers: Any) -> None:
         help="many records into one small file",
         description="Write the records of a fleet as one row per day and kernel, reason, caller and so on. What a "
         "report or a build makes of the file is what it makes of the records.",
+        examples=("misses compact /collected/misses --out fleet.jsonl",),
     )
     compact.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="record files or folders of them")
     compact.add_argument(
@@ -83,6 +93,7 @@ def add_parser(subparsers: Any) -> None:
         help="delete the records",
         description="Delete files of miss records: of this machine, or those that are named and in folders that are "
         "named. A file without a single record is left alone.",
+        examples=("misses clear", "misses clear /collected/misses"),
     )
     clear.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="record files or folders of them")
     clear.set_defaults(run=_clear)

@@ -22,6 +22,11 @@ def add_parser(subparsers: Any) -> None:
         help="which store would answer each kernel of a config, and why not",
         description="Dry run: which store would answer each kernel of a config, and why the ones before it would not. "
         "Loads, compiles and records nothing. Exit code 1 if a kernel would be compiled.",
+        examples=(
+            "resolve --config core",
+            "resolve --config mine.toml --target sm_90a",
+            "resolve --config core --require aot --problems",
+        ),
     )
     _requests.add_arguments(parser)
     parser.add_argument(

@@ -32,7 +32,15 @@ def add_parser(subparsers: Any) -> None:
         ("check", _check, "run the kernels of this machine's targets on random input, and compare with the functions "
          "on tensors in FP64. Exit code 1 if they differ"),
     ):  # fmt: skip
-        action = actions.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+        action = actions.add_parser(
+            name,
+            help=what,
+            description=what[0].upper() + what[1:] + ".",
+            examples=(
+                f"variants {name} examples.attention_variants:t5",
+                f"variants {name} my_model:score my_model:mask",
+            ),
+        )
         action.add_argument("functions", nargs="+", metavar="MODULE:FUNCTION", help="importable from here")
         action.set_defaults(run=run)
 

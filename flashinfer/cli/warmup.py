@@ -31,6 +31,7 @@ def add_parser(subparsers: Any) -> None:
         help="compile beforehand whatever a config needs on this machine",
         description="Compile into the JIT cache every kernel of a config that is not precompiled. Afterwards a process "
         "with the same cache directory and compiler compiles none of them. Records no misses.",
+        examples=("warmup --config core", "warmup --config mine.toml --jobs 4"),
     )
     _requests.add_arguments(parser)
     parser.add_argument(

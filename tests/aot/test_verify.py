@@ -28,7 +28,7 @@ def test_list(cubins: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_commands_without_a_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli("aot", "verify", tmp_path) == 1
-    assert "no usable registry" in capsys.readouterr().err
+    assert "no usable registry: it holds no registry.json; expected" in capsys.readouterr().err
 
 
 def problems(root: Path) -> list[str]:

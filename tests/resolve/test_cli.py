@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -10,12 +11,12 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from flashinfer import env, target
+from flashinfer import cli, env, target
 from flashinfer.aot.config import read_specs
 from flashinfer.cli import _text, warmup
 from flashinfer.jit import misses
@@ -107,10 +108,35 @@ def test_a_broken_setting_is_bad_usage(call: Call, monkeypatch: pytest.MonkeyPat
     assert (code, err) == (2, "flashinfer: FLASHINFER_DISABLE_AOT='maybe': expected 0, 1, true or false\n")
 
 
-@pytest.mark.parametrize("command", ["", "doctor", "resolve", "warmup", "misses report", "cache gc", "aot verify"])
-def test_help(command: str, call: Call) -> None:
-    code, out, _ = call(*command.split(), "--help")
-    assert code == 0 and out.startswith("usage: flashinfer")
+def test_help(call: Call) -> None:
+    code, out, _ = call("misses", "report", "--help")
+    assert code == 0 and out.startswith("usage: flashinfer misses report")
+    assert "\nexamples:\n  flashinfer misses report --since 7d\n" in out
+
+
+def test_every_command_has_a_description_and_examples() -> None:
+    """Which are command lines of that command: they parse."""
+    top = cli._parser()
+
+    def leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+        below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        yield from (leaf for action in below for one in action.choices.values() for leaf in leaves(one))
+        if not below:
+            yield parser
+
+    found = list(leaves(top))
+    assert len(found) > 20
+    for parser in found:
+        assert parser.description and isinstance(parser, cli._Parser) and parser.examples, parser.prog
+        for example in parser.examples:
+            assert f"flashinfer {example} ".startswith(f"{parser.prog} ")
+            top.parse_args(re.sub(r" >>? \S+$", "", example).split())
+
+
+def test_a_file_that_cannot_be_written_is_one_line(call: Call, cache: Path) -> None:
+    cpu_resolver(cache).load(rmsnorm_spec())
+    code, _, err = call("misses", "suggest", "--budget", "1M", "--out", "/no/folder/mine.toml")
+    assert (code, err) == (1, "flashinfer: /no/folder/mine.toml: No such file or directory\n")
 
 
 def test_python_m_is_the_same_command() -> None:
