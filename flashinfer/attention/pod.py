@@ -141,8 +141,8 @@ class PODWithPagedKVCacheWrapper(Uncopyable):
             q_p, k_p, v_p: `[qo_len, num_qo_heads, head_dim]` and `[kv_len, num_kv_heads, head_dim]` (NHD) of the
                 sequence.
             q_d, paged_kv_cache_d: as of `BatchDecodeWithPagedKVCacheWrapper.run`.
-            custom_mask_p, packed_custom_mask_p, causal_p, kv_layout_p, pos_encoding_mode_p, sm_scale_p, window_left_p,
-            rope_scale_p, rope_theta_p: as of `single_prefill_with_kv_cache`.
+            custom_mask_p, packed_custom_mask_p, causal_p, kv_layout_p: as of `single_prefill_with_kv_cache`.
+            pos_encoding_mode_p, sm_scale_p, window_left_p, rope_scale_p, rope_theta_p: as there.
             q_scale, k_scale, v_scale: of decode.
             causal_d, kv_layout_d: accepted: one query sees the same keys under a causal mask, and the constructor has
                 the layout.
