@@ -66,8 +66,8 @@ class BatchAttentionWithAttentionSinkWrapper(_WithSinks, BatchPrefillWithPagedKV
     """`BatchPrefillWithPagedKVCacheWrapper` for layers with attention sinks (GPT-OSS): `run(q, paged_kv_cache, sinks)`.
 
     Args:
-        float_workspace_buffer, kv_layout, use_cuda_graph, qo_indptr_buf, paged_kv_indptr_buf, paged_kv_indices_buf,
-        paged_kv_last_page_len_buf, custom_mask_buf, mask_indptr_buf: as there.
+        float_workspace_buffer, kv_layout, use_cuda_graph, custom_mask_buf, mask_indptr_buf: as there.
+        qo_indptr_buf, paged_kv_indptr_buf, paged_kv_indices_buf, paged_kv_last_page_len_buf: as there.
         pos_encoding_mode: "NONE"; plan() takes others.
         backend, use_fp16_qk_reduction, q_data_type, kv_data_type, head_dim_qk, head_dim_vo, window_left: accepted for
             compatibility, what plan() is given decides.

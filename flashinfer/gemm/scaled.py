@@ -100,8 +100,7 @@ def group_gemm_fp8_nt_groupwise(
     Returns:
         out.
 
-    Raises: as `gemm_fp8_nt_groupwise`; IndexError for offsets past the end, where the host looks at them
-        (docs/safety.md).
+    Raises: as `gemm_fp8_nt_groupwise`; IndexError for offsets past the end, where the host sees them (docs/safety.md).
     """
     op = "group_gemm_fp8_nt_groupwise"
     _require_fp8(op, a=a, b=b)

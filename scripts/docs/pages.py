@@ -162,21 +162,34 @@ def place_of(file: str) -> str:
     """The place of a file of the repository."""
     if file.startswith("docs/"):
         return file.removeprefix("docs/")
+    if file.endswith(".md") and file not in ROOT_PAGES:
+        return f"source/{file}"
     return ROOT_PAGES.get(file, f"source/{file.removeprefix('.')}.md")  # MkDocs leaves out what begins with a dot
 
 
 def sources(texts: dict[str, str]) -> list[str]:
-    """The files of the repository that pages (path in the repository -> text) lead to and that are no pages."""
-    found = set()
-    for here, text in texts.items():
+    """The files of the repository that pages (path in the repository -> text) lead to and that are no pages, and those
+    that Markdown among them leads to."""
+    found: set[str] = set()
+    unread = list(texts.items())
+    while unread:
+        here, text = unread.pop()
         for code, target in _CODE_OR_LINK.findall(text):
-            if not code and not re.match(r"[a-z]+:|#", target):
-                found.add(posixpath.normpath(posixpath.join(posixpath.dirname(here), target.partition("#")[0])))
-    return sorted(file for file in found if place_of(file).startswith("source/") and (ROOT / file).is_file())
+            file = posixpath.normpath(posixpath.join(posixpath.dirname(here), target.partition("#")[0]))
+            if code or re.match(r"[a-z]+:|#", target) or file in found or not (ROOT / file).is_file():
+                continue
+            if place_of(file).startswith("source/"):
+                found.add(file)
+                if file.endswith(".md"):
+                    unread.append((file, (ROOT / file).read_text(encoding="utf-8")))
+    return sorted(found)
 
 
 def source_page(file: str) -> str:
+    """Markdown as a page, anything else as a listing."""
     text = (ROOT / file).read_text(encoding="utf-8")
+    if file.endswith(".md"):
+        return f"---\nhide: [navigation]\n---\n{text}"
     language = {".py": "python", ".sh": "bash", ".yml": "yaml", ".toml": "toml"}.get(Path(file).suffix, "text")
     return f"---\nhide: [navigation, toc]\nsearch: {{exclude: true}}\n---\n# {file}\n\n````{language}\n{text}\n````\n"
 
@@ -228,8 +241,11 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     there = page.file.src_uri
+    shown = there.removeprefix("source/")
+    if there.startswith("reference/") or (there != shown and not (ROOT / shown).is_file()):  # the latter: a listing
+        return markdown
     here = next((root for root, place in ROOT_PAGES.items() if place == there), f"docs/{there}")
-    return markdown if there.startswith(("reference/", "source/")) else stacked(rewritten(markdown, here, there))
+    return stacked(rewritten(markdown, shown if there != shown else here, there))
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:

@@ -65,6 +65,12 @@ def test_every_public_name_is_in_the_reference_and_says_what_it_is() -> None:
         ("docs/notes/README.md", "[x](../performance.md)", "[x](../performance.md)"),
         ("docs/notes/README.md", "[x](../../README.md#run-it)", "[x](../index.md#run-it)"),
         ("docs/packaging.md", "[x](../scripts/demo.sh)", "[x](source/scripts/demo.sh.md)"),
+        ("docs/engines.md", "[x](../examples/engines/README.md#a)", "[x](source/examples/engines/README.md#a)"),
+        (
+            "examples/engines/README.md",
+            "[x](compare.py), [y](../../docs/a.md)",
+            "[x](compare.py.md), [y](../../../a.md)",
+        ),
         ("CONTRIBUTING.md", "[x](.github/workflows/ci.yml)", "[x](source/github/workflows/ci.yml.md)"),
     ],
 )
@@ -76,6 +82,24 @@ def test_links_lead_to_the_same_place(here: str, text: str, expected: str | None
 def test_files_that_pages_lead_to_are_shown() -> None:
     assert pages.sources({"docs/a.md": "[x](../setup.py) [y](b.md) `[z](../packing.py)`"}) == ["setup.py"]
     assert pages.source_page("setup.py").count("from setuptools import setup") == 1
+    led_to = pages.sources({"docs/a.md": "[x](../examples/engines/README.md)"})
+    assert "examples/engines/README.md" in led_to, "which is a page itself"
+    assert "\n# Serving engines with our kernels\n" in pages.source_page("examples/engines/README.md")
+
+
+def test_every_entry_of_a_docstring_has_a_name() -> None:
+    """`name: description`, what is longer indented: the reference is made of such entries, and building it fails on
+    others."""
+    for module, names in pages.exports().items():
+        for name in names:
+            value = getattr(sys.modules[f"flashinfer.{module}"], name)
+            members = vars(value).values() if inspect.isclass(value) else ()
+            for documented in (value, *members):
+                text = inspect.getdoc(documented) or "" if callable(documented) else ""
+                sections = re.findall(r"^(?:Args|Raises|Attributes):.*\n((?:(?: {4}.*)?\n?)+)", text, flags=re.M)
+                entries = [line for section in sections for line in section.splitlines() if re.match(r" {4}\S", line)]
+                wrong = [entry for entry in entries if ":" not in entry]
+                assert not wrong, f"{module}.{name}: {wrong}"
 
 
 @pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")], ids=lambda page: page.name)

@@ -118,14 +118,12 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
             fixed_split_size, disable_split_kv: as in `BatchPrefillWithPagedKVCacheWrapper.plan`: a request's result is
                 the same, bit by bit, whatever shares the batch.
             q_len_per_req: queries of every request, as in speculative decoding: q is `[batch_size * q_len_per_req, …]`,
-                and they see each other causally.
+                and they see each other causally. With it, or either of the two above, the kernels are those of prefill,
+                whose output has the dtype of q, or fp16 or bf16 where q is fp8.
             variant, mask: as in `BatchPrefillWithPagedKVCacheWrapper.plan`.
             non_blocking: accepted for compatibility.
             later: what later releases added, as far as it asks for nothing that is not here (compat.py).
                 window_right: anything, as no key is behind a query.
-
-            With any of the three the kernels are those of prefill, whose output has the dtype of q, or fp16 or bf16
-            where q is fp8.
 
         Raises:
             ValueError: a shape, dtype or device does not fit, or a workspace is too small.
