@@ -54,7 +54,7 @@ class DecodePlanParams(ctypes.Structure):
 def _decode_smem_bytes(
     num_warps: int, warp_rows: int, num_stages: int, group_tile: int, dim_qk: int, dim_vo: int, kv: int, q: int
 ) -> int:
-    """DecodeSmem in csrc/attention/decode/kernel.cuh."""
+    """DecodeSmem in csrc/attention/decode/tile.cuh."""
     stage = warp_rows * (dim_qk + dim_vo) * kv + group_tile * dim_qk * q
     merge = num_warps * 8 * (dim_vo + 4) * 4 + 2 * num_warps * group_tile * 4 + 8
     return -(-(num_warps * num_stages * stage + merge) // 128) * 128
