@@ -185,9 +185,20 @@ def run(
     return args, times, [_peer_times(args.peer)] if args.peer else []
 
 
+def _folder_of_peer(text: str) -> str:
+    """Said before our own cases are timed, which may take minutes."""
+    if not (Path(text) / "flashinfer" / "__init__.py").is_file():
+        raise argparse.ArgumentTypeError(
+            f"{text} has no package flashinfer; expected a folder that holds a package flashinfer, such as that of pip "
+            "install --target or a checkout"
+        )
+    return text
+
+
 def add_peer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peer",
+        type=_folder_of_peer,
         metavar="FOLDER",
         help="time another installation of flashinfer too, over the same cases: upstream's (pip install --target "
         "FOLDER flashinfer-python) or an earlier one of ours; what it cannot run is a dash, with the reason below",
@@ -205,8 +216,6 @@ def library_name() -> str:
 
 def peer_environment(folder: str) -> dict[str, str]:
     """Of a process where `import flashinfer` finds the one in that folder."""
-    if not (Path(folder) / "flashinfer" / "__init__.py").is_file():
-        raise SystemExit(f"--peer {folder}: expected a folder that holds a package flashinfer, found none")
     path = os.pathsep.join([str(Path(folder).resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path}
 

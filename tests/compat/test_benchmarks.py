@@ -142,6 +142,7 @@ def test_an_empty_folder_is_no_peer(stub: tuple[str, str], tmp_path: Path) -> No
     done = run(stub[0], "--peer", str(tmp_path), path=stub[1])
     assert done.returncode != 0
     assert "expected a folder that holds a package flashinfer" in done.stderr
+    assert done.stdout == "", "said before anything is timed"
 
 
 def test_a_peer_that_dies_is_an_error(stub: tuple[str, str], tmp_path: Path) -> None:
