@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes the environment and builds the documentation site, in build/site or the folder that is named. Whatever MkDocs warns of is
 # an error, and so is a link that leads nowhere.
+case "${1:-}" in -*) echo "usage: scripts/build_docs.sh [FOLDER]   (default: build/site)" >&2; exit 2 ;; esac
 . "$(dirname "$0")/common.sh"
 ensure_env docs
 site=${1:-build/site}
