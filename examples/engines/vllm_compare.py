@@ -1,15 +1,17 @@
 """vLLM with FlashInfer's attention and sampler (B) beside vLLM with FlashAttention and its own sampler (A).
 
     python examples/engines/vllm_compare.py [--stages cold,agree,speed,v1,xqa,fp8,ngram] [--models llama,qwen3]
+    python examples/engines/vllm_compare.py --stages agree,gdn,speed --models qwen3.5 --rows prefill
 
-Models of the true shapes of Llama-3-8B and Qwen3-8B, a few layers, random weights: nothing is downloaded. Every engine
-is a process of its own; two that are compared are alive together and take turns. README.md beside this file says how to
-install, and what it showed.
+Models of the true shapes of Llama-3-8B, Qwen3-8B and Qwen3.5-9B, a few layers, random weights: nothing is downloaded.
+Every engine is a process of its own (vllm_worker.py beside this file); two that are compared are alive together and
+take turns. README.md says how to install, and what it showed.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import concurrent.futures
 import itertools
 import json
@@ -21,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
         "rope_theta": 1000000.0, "rms_norm_eps": 1e-6,
     },
+    "qwen3.5": {  # of four layers one has attention, the others the gated delta rule
+        "architectures": ["Qwen3_5ForConditionalGeneration"], "hidden_size": 4096, "intermediate_size": 12288,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 248320,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 32, "mamba_ssm_dtype": "float32", "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10],
+            "mrope_interleaved": True,
+        },
+    },
 }  # fmt: skip
 COMMON = {
     "hidden_act": "silu", "max_position_embeddings": 32768, "attention_bias": False, "tie_word_embeddings": False,
@@ -50,207 +60,13 @@ NEW_TOKENS = 48
 # three steps of bf16, and with keys and values in 8 bits.
 NEAR, NEAR_IN_8_BITS = 0.1, 0.4
 OURS = {"backend": "FLASHINFER", "use_trtllm_attention": False}  # attention_config
+HYBRID = "qwen3.5"  # on Hopper vLLM takes FlashInfer's gated delta rule unless told otherwise, as A is
 GRAPHS = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}
-STAGES = ("cold", "agree", "speed", "fp8", "ngram", "xqa", "v1")
+STAGES = ("cold", "agree", "speed", "fp8", "ngram", "xqa", "v1", "gdn")
 STEPS = 32  # of decode, in a profile
 
 
-# ----------------------------------------------------------------------------------------------- in an engine's process
-
-
-def draw_weights(model: Any) -> int:
-    """With vLLM's own dummy weights attention hardly matters. These keep activations of unit size, and scores apart."""
-    import torch
-
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            generator = torch.Generator(device=parameter.device).manual_seed(zlib.crc32(name.encode()))
-            if parameter.dim() == 1:
-                parameter.normal_(1.0, 0.1, generator=generator)
-            else:
-                deviation = 1.0 if "embed" in name else 1.28 / parameter.shape[-1] ** 0.5
-                parameter.normal_(0.0, deviation, generator=generator)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def steps_of(events: Sequence[tuple[str, bool, int, int]]) -> Optional[dict[str, Any]]:
-    """Of one step of decode, which is one replay of a graph: milliseconds from one to the next, in which the GPU works,
-    in which it has nothing to do, and in which the host waits in calls of CUDA; and how many kernels and copies run.
-
-    events: name, whether it is the GPU's, begin and end in nanoseconds.
-    """
-    replays = sorted(begin for name, _, begin, _ in events if name.startswith("cudaGraphLaunch"))
-    if len(replays) < 6:
-        return None
-    first, last, count = replays[3], replays[-1], len(replays) - 4  # the first steps are not yet in step
-    of_gpu = sorted((begin, end) for _, is_gpu, begin, end in events if is_gpu and first <= begin < last)
-    busy = reached = 0
-    for begin, end in of_gpu:
-        busy += max(0, min(end, last) - max(begin, reached))
-        reached = max(reached, end)
-    waits: dict[str, float] = {}
-    for name, is_gpu, begin, end in events:
-        if not is_gpu and first <= begin < last and ("Synchronize" in name or "Memcpy" in name):
-            waits[name] = waits.get(name, 0.0) + (end - begin) / 1e6 / count
-    span = (last - first) / 1e6 / count
-    return {
-        "step": span, "gpu": busy / 1e6 / count, "idle": span - busy / 1e6 / count, "on_gpu": len(of_gpu) / count,
-        "host": {name: round(ms, 4) for name, ms in waits.items()},
-    }  # fmt: skip
-
-
-def wait() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def noted(holder: Any, name: str) -> list[tuple[float, float]]:
-    """When calls of a function begin and end, from now on."""
-    call, times = getattr(holder, name), []
-
-    def timed(*given: Any, **named: Any) -> Any:
-        begin = time.perf_counter()
-        result = call(*given, **named)
-        times.append((begin, time.perf_counter()))
-        return result
-
-    setattr(holder, name, timed)
-    return times
-
-
-class Worker:
-    """What the other process asks for, by name."""
-
-    def __init__(self) -> None:
-        import vllm  # before there is anything to time
-        import vllm.entrypoints.llm
-        import vllm.v1.engine.llm_engine
-        import vllm.v1.worker.gpu_worker
-
-        self.version = vllm.__version__
-        self.llm: Any = None
-
-    def start(self, **options: Any) -> dict[str, Any]:
-        from vllm import LLM
-
-        begin = time.perf_counter()
-        self.llm = LLM(**options)
-        seconds = time.perf_counter() - begin
-        # On the host, of every step: all of it, the layout of its batch for attention, and of that the plan of decode.
-        self.times = {"step": noted(self.llm.llm_engine, "step")}
-        for group in itertools.chain.from_iterable(self.runner().attn_groups):
-            self.times["layout"] = noted(group.get_metadata_builder(0), "build")
-        backend = sys.modules.get("vllm.v1.attention.backends.flashinfer")
-        if backend is not None:
-            self.times["plan"] = noted(backend, "fast_plan_decode")
-        return {"seconds": seconds}
-
-    def runner(self) -> Any:
-        worker = self.llm.llm_engine.model_executor.driver_worker
-        return getattr(worker, "worker", worker).model_runner
-
-    def draw(self) -> dict[str, Any]:
-        if hasattr(os, "sched_setaffinity"):  # this thread, of every engine on the same processor: they take turns
-            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-        parameters = self.llm.apply_model(draw_weights)
-        self.llm.reset_prefix_cache()  # of other weights
-        return {"parameters": parameters}
-
-    def generate(
-        self, prompts: list[list[int]], tokens: int, logprobs: Optional[int] = None, sampled: bool = False
-    ) -> dict[str, Any]:
-        from vllm import SamplingParams
-
-        how = {"temperature": 0.8, "top_k": 50, "top_p": 0.9} if sampled else {"temperature": 0.0}
-        params = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=logprobs, **how)
-        for times in self.times.values():
-            times.clear()
-        wait()
-        begin = time.perf_counter()
-        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-        wait()
-        seconds, rows = time.perf_counter() - begin, []
-        for output in outputs if logprobs else ():
-            best = output.outputs[0]
-            rows.append(
-                {
-                    "tokens": list(best.token_ids),
-                    "logprobs": [{str(t): p.logprob for t, p in step.items()} for step in best.logprobs],
-                }
-            )
-        host = {
-            name: statistics.median(end - begin for begin, end in times) for name, times in self.times.items() if times
-        }
-        ends = [end for _, end in self.times["step"]][4:]  # the first are not yet in step
-        between = [after - before for before, after in itertools.pairwise(ends)]
-        return {"seconds": seconds, "rows": rows, "host": host, "step": statistics.median(between) if between else 0.0}
-
-    def profile(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
-        """GPU time, milliseconds: of everything, and of the kernels of attention."""
-        import torch
-        from torch.profiler import ProfilerActivity, profile
-
-        there = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
-        with profile(activities=[there]) as profiled:
-            self.generate(prompts, tokens)
-        kernels = {event.key: event.self_device_time_total / 1e3 for event in profiled.key_averages()}
-        words = ("flash", "attention", "prefill", "decode", "merge", "combine", "plan")
-        of_attention = {name: ms for name, ms in kernels.items() if any(word in name.lower() for word in words) and ms}
-        longest = sorted(kernels.items(), key=lambda item: -item[1])[:8]
-        events = [
-            (event.name(), "CUDA" in str(event.device_type()), event.start_ns(), event.start_ns() + event.duration_ns())
-            for event in profiled.profiler.kineto_results.events()
-        ]
-        return {
-            "steps": steps_of(events),
-            "total": sum(kernels.values()),
-            "attention": sum(of_attention.values()),
-            "longest": [(name[:90], ms) for name, ms in longest],
-        }
-
-    def describe(self) -> dict[str, Any]:
-        config = self.llm.llm_engine.vllm_config
-        groups = itertools.chain.from_iterable(self.runner().attn_groups)
-        found: dict[str, Any] = {
-            "vllm": self.version,
-            "backends": sorted({group.backend.get_name() for group in groups}),
-            "graphs": str(config.compilation_config.cudagraph_mode),
-            "flashinfer": None,
-        }
-        flashinfer = sys.modules.get("flashinfer")
-        if flashinfer is not None:
-            events = getattr(flashinfer, "events", None)  # upstream has none
-            found["flashinfer"] = {
-                "version": flashinfer.__version__,
-                "file": flashinfer.__file__,
-                "counters": events.counters() if events else None,
-            }
-        return found
-
-
-def serve() -> None:
-    """Answers one JSON line with another. What vLLM prints goes where the parent process has it go."""
-    answers = os.fdopen(int(sys.argv[sys.argv.index("--worker") + 1]), "w", buffering=1)
-    worker: Optional[Worker] = None
-    for line in sys.stdin:
-        asked = json.loads(line)
-        try:
-            if worker is None:
-                worker = Worker()
-            answer = getattr(worker, asked.pop("do"))(**asked) if asked["do"] != "import" else {"vllm": worker.version}
-        except Exception as error:
-            import traceback
-
-            traceback.print_exc()
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"
-            answer = {"error": " ".join(f"{type(error).__name__}: {error} ({where})".split())[:400]}
-        answers.write(json.dumps(answer) + "\n")
-
-
-# ------------------------------------------------------------------------------------------------- in the one that asks
+WORKER = Path(__file__).resolve().parent / "vllm_worker.py"
 
 
 class Failed(Exception):
@@ -265,12 +81,9 @@ class Engine:
     options: dict[str, Any]  # of vllm.LLM
     environment: dict[str, str]
     logs: Path
+    is_ours: bool
     ran: dict[str, Any] = field(default_factory=dict)
     was_asked: bool = False  # to start
-
-    @property
-    def is_ours(self) -> bool:
-        return bool(self.options["attention_config"]["backend"] == "FLASHINFER")
 
     def launch(self) -> Engine:
         """Begin to import vLLM, without waiting for it."""
@@ -285,7 +98,7 @@ class Engine:
         }
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-u", os.path.abspath(__file__), "--worker", str(write_end)],
+                [sys.executable, "-u", str(WORKER), "--worker", str(write_end)],
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True, pass_fds=(write_end,),
                 env={**defaults, **os.environ, **self.environment}, start_new_session=True,
             )  # fmt: skip
@@ -392,6 +205,10 @@ class Comparison:
         for model, shape in SHAPES.items():
             (folder / model).mkdir()
             config = {**COMMON, **shape, "num_hidden_layers": arguments.layers}
+            if model == HYBRID:
+                names = config.pop("architectures")
+                config["model_type"] = "qwen3_5_text"
+                config = {"architectures": names, "model_type": "qwen3_5", "text_config": config}
             (folder / model / "config.json").write_text(json.dumps(config))
 
     def engine(
@@ -399,6 +216,10 @@ class Comparison:
     ) -> Engine:
         """Options beyond those that all have; `attention` adds to attention_config."""
         attention = options.pop("attention", OURS if ours else {"backend": "FLASH_ATTN"})
+        if model == HYBRID:
+            options["language_model_only"] = True
+            if not ours:
+                options["additional_config"] = {"gdn_prefill_backend": "triton"}
         given: dict[str, Any] = {
             "model": str(self.folder / model), "load_format": "dummy", "skip_tokenizer_init": True,
             "dtype": "bfloat16", "max_model_len": 20480, "max_num_batched_tokens": 8192, "max_num_seqs": 64,
@@ -413,7 +234,7 @@ class Comparison:
         if not environment or "VLLM_HAS_FLASHINFER_CUBIN" not in environment:
             given.setdefault("kernel_config", {"enable_flashinfer_autotune": False})
         own = {"VLLM_USE_FLASHINFER_SAMPLER": str(int(ours)), **(environment or {})}
-        made = self.engines[name] = Engine(name, given, own, self.logs)
+        made = self.engines[name] = Engine(name, given, own, self.logs, ours)
         return made
 
     def plan(self) -> dict[str, list[Engine]]:
@@ -452,11 +273,17 @@ class Comparison:
             ]
         if "xqa" in stages:  # what vLLM does on Hopper when NVIDIA's servers, or its cubins, are within reach
             cubins, attention = {"VLLM_HAS_FLASHINFER_CUBIN": "1"}, {"backend": "FLASHINFER"}
-            found["xqa"] = [self.engine(f"{first} B xqa", first, True, cubins, attention=attention)]
+            made = self.engine(f"{first} B xqa", first, True, cubins, attention=attention)
+            found["xqa"] = [self.engines[f"{first} A"], made]
         if "v1" in stages:  # vLLM's older model runner, which knows the lengths of the batch on the host
             older = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
             found["v1"] = [self.engine(f"{first} {side} v1", first, side == "B", older) for side in "AB"]
-        found["speed"] = found["agree"][:2] + found["xqa"] + found["v1"] + found["agree"][2:]
+        if "gdn" in stages:  # the gated delta rule alone
+            alone = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+            made = self.engine(f"{HYBRID} B gdn", HYBRID, True, alone, attention={"backend": "FLASH_ATTN"})
+            found["gdn"] = [self.engines[f"{HYBRID} A"], made]
+        speed = found["agree"] + found["xqa"][1:] + found["v1"] + found["gdn"][1:]
+        found["speed"] = sorted(speed, key=lambda engine: models.index(Path(engine.options["model"]).name))
         return {stage: engines for stage, engines in found.items() if stage in stages}
 
     def empty_caches(self, name: str) -> dict[str, str]:
@@ -469,6 +296,7 @@ class Comparison:
     def run(self) -> None:
         stages = self.plan()
         used = {id(engine): engine for engines in stages.values() for engine in engines}
+        needed = collections.Counter(id(engine) for engines in stages.values() for engine in engines)
         for engine in used.values():
             engine.launch()
         for engine in used.values():
@@ -482,10 +310,10 @@ class Comparison:
                 continue
             say(f"---- {stage}")
             self.attempt(stage, getattr(self, f"stage_{stage}"), engines)
-            if stage not in ("cold", "agree", "v1"):
-                for engine in engines:
-                    if stage != "speed" or not engine.name.startswith(self.arguments.models[0]):
-                        engine.stop()
+            needed.subtract(id(engine) for engine in engines)
+            for engine in engines:
+                if not needed[id(engine)]:
+                    engine.stop()
 
     def attempt(self, what: str, do: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -505,7 +333,8 @@ class Comparison:
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     def vocab(self, engine: Engine) -> int:
-        return int(json.loads((Path(engine.options["model"]) / "config.json").read_text())["vocab_size"])
+        config = json.loads((Path(engine.options["model"]) / "config.json").read_text())
+        return int(config.get("text_config", config)["vocab_size"])
 
     def started(self, engines: Sequence[Engine]) -> None:
         """Those that are not yet, side by side. What is timed does not begin before all have."""
@@ -639,30 +468,27 @@ class Comparison:
         a, b = engines
         self.agreement("ngram", a, b, repetitive(self.vocab(a), 1, LENGTHS))
 
-    def stage_v1(self, engines: Sequence[Engine]) -> None:
-        self.started(engines)
-        self.agreement("v1", *engines, prompts_of(self.vocab(engines[0]), 1, LENGTHS, SHARED))
-
     def stage_xqa(self, engines: Sequence[Engine]) -> None:
-        (b,) = engines
-        self.started(engines)
-        if not b.ran:
-            return
-        others = [engine for engine in self.engines.values() if engine.name.endswith(" A") and engine.ran]
-        asked: dict[str, Any] = {"tokens": NEW_TOKENS, "logprobs": 5}
-        asked["prompts"] = prompts_of(self.vocab(b), 1, LENGTHS, SHARED)
-        rows = b.ask("generate", **asked)["rows"]
-        if others and others[0].process.poll() is None:
-            found = compare(rows, others[0].ask("generate", **asked)["rows"])
-            self.note("xqa", pair=f"{b.name} v {others[0].name}", ok=found["gap"] <= NEAR, **found)
-        self.note("xqa", engine=b.name, **b.ask("describe"))
+        self.beside("xqa", *engines)
+
+    def stage_v1(self, engines: Sequence[Engine]) -> None:
+        self.beside("v1", *engines)
+
+    def stage_gdn(self, engines: Sequence[Engine]) -> None:
+        self.beside("gdn", *engines)
+
+    def beside(self, stage: str, a: Engine, b: Engine) -> None:
+        self.started([a, b])
+        self.agreement(stage, a, b, prompts_of(self.vocab(a), 1, LENGTHS, SHARED))
+        if b.ran:
+            self.note(stage, engine=b.name, **b.ask("describe"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = lambda text: text.split(",")  # noqa: E731
-    parser.add_argument("--stages", type=names, default=list(STAGES), help=f"of {','.join(STAGES)}")
-    parser.add_argument("--models", type=names, default=list(SHAPES), help=f"of {','.join(SHAPES)}")
+    parser.add_argument("--stages", type=names, default=list(STAGES[:-1]), help=f"of {','.join(STAGES)}")
+    parser.add_argument("--models", type=names, default=["llama", "qwen3"], help=f"of {','.join(SHAPES)}")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each row")
     parser.add_argument("--rows", type=names, default=[""], help="of speed, those that begin so: decode,prefill 32")
@@ -676,6 +502,8 @@ def main() -> None:
     for given, known in ((arguments.stages, STAGES), (arguments.models, SHAPES)):
         if set(given) - set(known):
             parser.error(f"got {','.join(given)}; expected some of {','.join(known)}")
+    if "gdn" in arguments.stages and HYBRID not in arguments.models:
+        parser.error(f"got stage gdn of models {','.join(arguments.models)}; expected {HYBRID} among them")
     clock.budget = arguments.budget
     with tempfile.TemporaryDirectory(prefix="engines-") as folder:
         comparison = Comparison(arguments, Path(folder))
@@ -693,4 +521,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    serve() if "--worker" in sys.argv else main()
+    main()

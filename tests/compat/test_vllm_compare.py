@@ -1,4 +1,6 @@
-"""examples/engines/vllm_compare.py with an engine that answers at once: what it asks, and what it makes of answers."""
+"""examples/engines/vllm_compare.py and vllm_worker.py with an engine that answers at once: what they ask, and what they
+make of answers.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ def take(seconds):
 
 class LLM:
     def __init__(self, attention_config, kv_cache_dtype="auto", **options):
-        assert json.load(open(options["model"] + "/config.json"))["num_hidden_layers"] == 4
+        config = json.load(open(options["model"] + "/config.json"))
+        assert config.get("text_config", config)["num_hidden_layers"] == 4
         self.is_ours = attention_config["backend"] == "FLASHINFER"
         assert os.environ["VLLM_USE_FLASHINFER_SAMPLER"] == str(int(self.is_ours))
         if kv_cache_dtype == "fp8" and self.is_ours:
@@ -75,6 +78,7 @@ cuda = Some(is_available=lambda: False)
 PROFILER = """
 from types import SimpleNamespace as Some
 
+KERNELS = ("prefill", "gemm", "FlashAttention", "gdn_prefill", "chunk_fwd_kernel_o")
 ProfilerActivity = Some(CPU=0)
 
 
@@ -102,7 +106,7 @@ class profile:
         return Some(kineto_results=Some(events=lambda: events))
 
     def key_averages(self):
-        return [Some(key=name, self_device_time_total=1e3) for name in ("prefill", "gemm", "FlashAttention")]
+        return [Some(key=name, self_device_time_total=1e3) for name in KERNELS]
 """
 
 
@@ -135,11 +139,25 @@ def test_engines_that_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         step = 4.5 if row["engine"].startswith("llama A") else 2.5
         assert row["host_ms"] == pytest.approx({"layout": 0.5, "step": step}), output
     assert all(row["ok"] for row in stages["ngram"]) and stages["xqa"][0]["ok"], output
-    assert {(row["attention"], row["total"]) for row in stages["profile"]} == {(2.0, 3.0)}, output
+    assert {(row["attention"], row["delta_rule"], row["total"]) for row in stages["profile"]} == {(2, 2, 5)}, output
     for step in (row["steps"] for row in stages["profile"]):
         assert step.pop("host") == {"cudaMemcpyAsync": 0.5}
         assert step == pytest.approx({"step": 1.0, "gpu": 0.4, "idle": 0.6, "on_gpu": 2.0})
     assert code == 0, output
+
+
+def test_the_gated_delta_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A has vLLM's own, one B that of FlashInfer beside FlashAttention, another all of FlashInfer."""
+    options = ("--models", "llama,qwen3.5", "--rows", "prefill 32", "--repeats", "1", "--logs", str(tmp_path / "logs"))
+    code, output, stages = compare(tmp_path, monkeypatch, "--stages", "agree,gdn,speed", *options)
+    assert code == 0, output
+    assert [row["ok"] for row in stages["gdn"] if "pair" in row] == [True] * 3, output
+    beside = {row["engine"]: row["ratio"] == 1 for row in stages["speed"]}
+    assert beside == {"llama A": True, "llama B": False, "qwen3.5 A": True, "qwen3.5 B": False, "qwen3.5 B gdn": False}
+    for engine in beside:
+        said = (tmp_path / "logs" / f"{engine.replace(' ', '-')}.log").read_text()
+        assert ("'language_model_only': True" in said) == engine.startswith("qwen3.5"), said
+        assert ("'gdn_prefill_backend': 'triton'" in said) == (engine == "qwen3.5 A"), said
 
 
 def test_a_difference_and_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,16 +174,26 @@ def test_a_difference_and_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert row["error"].startswith(said) and "raise NotImplementedError" in row["error"], output
 
 
-def test_weights_are_the_same_for_all_engines_and_of_some_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("vllm_compare", ROOT / "examples" / "engines" / "vllm_compare.py")
+def test_weights_are_the_same_for_all_engines_and_of_some_size() -> None:
+    spec = importlib.util.spec_from_file_location("vllm_worker", ROOT / "examples" / "engines" / "vllm_worker.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "vllm_compare", module)
     spec.loader.exec_module(module)
     models = [torch.nn.Sequential(torch.nn.Linear(1024, 64, bias=False), torch.nn.LayerNorm(64)) for _ in range(2)]
     assert [module.draw_weights(model) for model in models] == [64 * 1024 + 128] * 2
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
     assert 1.2 < (models[0][0](torch.randn(50, 1024))).std() < 1.36
+
+    class GemmaRMSNorm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.A_log, self.dt_bias = (torch.nn.Parameter(torch.empty(1000)) for _ in range(3))
+
+    norm = GemmaRMSNorm()
+    module.draw_weights(norm)
+    assert [round(float(x.detach().mean())) for x in (norm.weight, norm.A_log, norm.dt_bias)] == [0, 0, -4]
+    forgotten = 1 - (-norm.A_log.exp() * torch.nn.functional.softplus(norm.dt_bias)).exp()
+    assert 0.01 < forgotten.mean() < 0.1
 
 
 def test_out_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
