@@ -18,6 +18,7 @@ _FP4_CACHE = "a KV cache in fp4", "vLLM: --kv-cache-dtype auto or fp8"
 _FP4_OUTPUT = "attention with its output in fp4", "vLLM: --compilation-config.pass_config.fuse_attn_quant=false"
 _MXFP8_GEMM = "matrix products in mxfp8", "SGLang: --fp8-gemm-backend triton or deep_gemm"
 _MOE = "mixture-of-experts kernels", "SGLang: --moe-runner-backend triton or marlin"
+_VISION = "attention of vision encoders by cuDNN", "SGLang: --mm-attention-backend fa3 or triton_attn"
 _MNNVL = "communication over multi-node NVLink", "vLLM: another --all2all-backend; SGLang: another --moe-a2a-backend"
 
 # name -> what it is, and the option that avoids it
@@ -35,8 +36,10 @@ ROWS: dict[str, tuple[str, str]] = {
     "flashinfer.mxfp8_quantize": _MXFP8_GEMM,
     "flashinfer.nvfp4_block_scale_interleave": _MOE,
     "flashinfer.nvfp4_quantize_append_paged_kv_cache_with_slot_mapping": _FP4_CACHE,
+    "flashinfer.prefill.cudnn_batch_prefill_with_kv_cache": _VISION,
     "flashinfer.shuffle_matrix_a": _MOE,
     "flashinfer.shuffle_matrix_sf_a": _MOE,
+    "flashinfer.trtllm_fp4_block_scale_moe": _MOE,
     "flashinfer.utils.FP4Tensor": _FP4_OUTPUT,
 }
 
