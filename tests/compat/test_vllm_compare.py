@@ -152,8 +152,8 @@ def test_the_gated_delta_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     code, output, stages = compare(tmp_path, monkeypatch, "--stages", "agree,gdn,speed", *options)
     assert code == 0, output
     assert [row["ok"] for row in stages["gdn"] if "pair" in row] == [True] * 3, output
-    beside = {row["engine"]: row["ratio"] == 1 for row in stages["speed"]}
-    assert beside == {"llama A": True, "llama B": False, "qwen3.5 A": True, "qwen3.5 B": False, "qwen3.5 B gdn": False}
+    beside = {row["engine"]: row["ratio"] == 1 for row in stages["speed"]}  # steps here take what FlashAttention's do
+    assert beside == {"llama A": True, "llama B": False, "qwen3.5 A": True, "qwen3.5 B": False, "qwen3.5 B gdn": True}
     for engine in beside:
         said = (tmp_path / "logs" / f"{engine.replace(' ', '-')}.log").read_text()
         assert ("'language_model_only': True" in said) == engine.startswith("qwen3.5"), said
