@@ -6,6 +6,11 @@ Or what a build of a whole config takes, kernel by kernel, for flashinfer/aot/fi
 `flashinfer aot build --dry-run` estimates. SET is the folder that it builds in; what lies there is not compiled again.
 
     python benchmarks/bench_compile.py --figures SET --target sm_80,sm_90a,sm_100f,sm_120f,x86-64-v3
+
+Or what a server without precompiled kernels waits for at its start: decode, what is compiled beside it, and what is
+asked for later, of Llama-3-8B in bf16.
+
+    python benchmarks/bench_compile.py --start [--target sm_90a]
 """
 
 from __future__ import annotations
@@ -22,6 +27,11 @@ from common import environment, git_commit, parse, print_table, table, write_res
 from flashinfer import target as targets
 from flashinfer.aot import build, estimate
 from flashinfer.aot.config import read_specs
+from flashinfer.attention.served import beside_decode
+from flashinfer.families import page, sampling
+from flashinfer.families.attention import decode
+from flashinfer.jit import KernelSpec
+from flashinfer.jit.ahead import Ahead
 from flashinfer.jit.source import render
 from flashinfer.jit.toolchain import toolchain
 
@@ -32,9 +42,13 @@ def main() -> None:
     parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--limit", type=int, default=8, help="kernels per family (default 8)")
     parser.add_argument("--figures", type=Path, metavar="SET", help="build in this folder, and write the figures")
+    parser.add_argument("--start", action="store_true", help="the kernels of a server's start, as it compiles them")
     args = parse(parser)
     if args.figures is not None:
         write_figures(args)
+        return
+    if args.start:
+        start_a_server(args.target)
         return
     compiler = toolchain(targets.kind(args.target))
     print("compiler:", compiler.identity)
@@ -62,6 +76,49 @@ def main() -> None:
         for word, pick in (("fastest", min), ("slowest", max))
     }
     write_results(args, tables, device="cpu", compiler=compiler.identity)
+
+
+def start_a_server(machine: str) -> None:
+    """Who asks compiles decode, and the other kernels unless they are under way; the order is that of the resolver."""
+    axes = {
+        "q_dtype": "bf16", "kv_dtype": "bf16", "o_dtype": "bf16", "head_dim": 128, "head_dim_vo": 128,
+        "pos_encoding": "none", "has_window": False, "has_soft_cap": False, "has_sinks": False, "variant": "none",
+    }  # fmt: skip
+    first = decode.decode(machine, kv_storage="paged", group_size=4, device_scales=False, **axes)
+    expected = [decode.DECODE_PLAN.spec(machine), *beside_decode(machine, page_size=16, axes=axes)]
+    later = [
+        page.APPEND_PAGED_KV.spec(
+            machine, dtype="bf16", cache_dtype="bf16", key_dim=128, value_dim=128, token_index="int32",
+            page_index="int32", vec_size=8, heads_per_thread=4,
+        ),
+        sampling.SAMPLE_ROW.spec(
+            machine, dtype="fp32", input="logits", filter="top_k_top_p", cluster_size=8, row_kib=64
+        ),
+    ]  # fmt: skip
+    compiler = toolchain("cuda")
+    print("compiler:", compiler.identity)
+    rows: dict[KernelSpec, list[object]] = {}
+
+    def find(spec: KernelSpec, by: str) -> bool:
+        start = time.thread_time()
+        compiled = compiler.compile(render(spec))
+        rows[spec] = [spec.name, by, time.thread_time() - start, len(compiled.machine_code)]
+        return True
+
+    start = time.perf_counter()
+    ahead = Ahead(find)
+    for spec in expected:
+        ahead.start(spec, "ahead")
+    asked = [first, *expected, *later]
+    for spec in asked:
+        ahead.take(spec) or find(spec, "who asks")
+    wall = time.perf_counter() - start
+    print_table(
+        f"a start on {machine}; {environment()}",
+        ["kernel", "compiled", "s of a processor", "bytes"],
+        [rows[spec] for spec in asked],
+    )
+    print(f"{sum(row[2] for row in rows.values()):.2f} s of a processor, {wall:.2f} s until the last one was there")
 
 
 def write_figures(args: argparse.Namespace) -> None:
