@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The build backend of the distribution `flashinfer`: setuptools (see packing.py), and kernels where asked for.
 
 Variables of the build:

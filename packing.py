@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Both distributions are packed by setuptools, from a copy of what goes in: the same bytes from every checkout, which
 may be read-only and in which nothing is left behind. flashinfer_aot/ has this file by a link."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cold compile time of every kernel family, one by one, as a first request at run time meets it.
 
     python benchmarks/bench_compile.py [--target sm_90a] [--config aot_configs/smoke.toml] [--limit 8] [--json]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decode attention: microseconds and bandwidth beside PyTorch's SDPA and another installation of flashinfer.
 
 python benchmarks/bench_decode.py [--only "64 x 4096"] [--peer FOLDER] [--plot decode.png] [--json]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Norms, activations, RoPE, paged append, fp8 outputs, packing, merging and the fused operators, beside what they
 replace.
 

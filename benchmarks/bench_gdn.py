@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gated delta rule over sequences: microseconds and TFLOP/s beside Triton's and another installation of flashinfer.
 
 python benchmarks/bench_gdn.py [--only "1 x 2048"] [--peer FOLDER] [--no-host] [--json]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A decoding layer of gated delta networks: the rule itself, the convolution before it and the gated norm behind it,
 beside the Triton kernels of flash-linear-attention that vLLM carries, where they can be imported.
 

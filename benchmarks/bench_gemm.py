@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Matrix products: microseconds beside PyTorch's, DeepGEMM's and another installation of flashinfer.
 
 python benchmarks/bench_gemm.py [--only "4096 x 4096"] [--peer FOLDER] [--no-host] [--json]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Host costs: importing, the first call, a warm load, and one call of an operator beside torch.add(out=).
 
 python benchmarks/bench_host.py [--device cuda|cpu] [--only prefill] [--no-start] [--peer FOLDER] [--json]

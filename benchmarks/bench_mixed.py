@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefill and decode in one launch, beside prefill followed by decode: microseconds.
 
 python benchmarks/bench_mixed.py [--only "64 x 4096"] [--peer FOLDER] [--json]

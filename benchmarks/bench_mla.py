@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multi-head latent attention: microseconds, TFLOP/s and bandwidth beside another installation of flashinfer.
 
 python benchmarks/bench_mla.py [--only "64 x 4096"] [--peer FOLDER] [--no-host] [--json]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over a KV cache that several GPUs share: microseconds beside one GPU's, and what an exchange takes.
 
 torchrun --nproc-per-node N benchmarks/bench_parallel.py [--only "decode"] [--json]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefill and append attention: TFLOP/s, or bandwidth where the KV dominates, beside SDPA, FlashAttention-3 and another
 flashinfer.
 

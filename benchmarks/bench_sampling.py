@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Softmax, sampling and filters over a vocabulary, in microseconds, for rows of several shapes.
 
 python benchmarks/bench_sampling.py [--dtype float32] [--rows 1 16 128 512] [--logits normal flat ...]

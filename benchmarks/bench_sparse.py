@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block-sparse attention: TFLOP/s of the blocks that are there, beside the same kernels without a mask.
 
 python benchmarks/bench_sparse.py [--only 64x64] [--peer FOLDER] [--json]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Functions of scores and masks: beside the option that does the same, and beside FlexAttention on the same function.
 
 python benchmarks/bench_variants.py [--only documents] [--no-flex] [--json]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the benchmarks share: timing, tables, plots, files of results, and another installation of flashinfer to compare
 with."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The newest results of every device, and how many times as fast as its peers each case is."""
 
 from __future__ import annotations

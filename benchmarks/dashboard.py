@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/performance.md and its plots, from the newest results of every device (benchmarks/results/*.json).
 
     python benchmarks/dashboard.py            # write the page, and where matplotlib is installed the plots

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bars and dots of the benchmarks, as images. Needs matplotlib, and nothing of ours."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results of benchmarks as files: benchmarks/results/<device>-<commit>.json, one for each device and commit.
 
     {"format": 1, "device": "NVIDIA H200", "commit": "0123abc", "runs": [

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmarks of operators on rows: groups of cases, each timed beside what it replaces, and the bandwidths of all."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The C interface: each function calls what flashinfer.hpp has, and turns exceptions into a status.
 #include <exception>
 #include <sstream>

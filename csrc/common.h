@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Shared by every compiler that sees our headers: NVRTC, nvcc, g++ and clang++.
 // NVRTC has no host headers, so the fixed-width integers are spelled out here once.
 #pragma once

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention variants as functions, one for each example of docs/variants.md.
 
 flashinfer variants check examples.attention_variants:t5 compares one with itself on tensors, on this machine's targets.

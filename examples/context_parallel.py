@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One long request on several GPUs: its prompt by ring prefill, its cache spread over them page by page, then decode
 and drafts over all of it.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where kernels come from, on a /metrics page for Prometheus.
 
 The library counts by itself (`flashinfer.events.counters`), so a collector that reads the counters at every scrape is

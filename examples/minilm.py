@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real sentences through a real model: all-MiniLM-L6-v2 (Wang et al. 2020, arXiv:2002.10957), a 6-layer BERT encoder.
 
 Its attention and normalization run through flashinfer; the same model in plain PyTorch gives the same similarities.

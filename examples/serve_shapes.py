@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Continuous batching in miniature: every model of the core set, at full width, with random weights.
 
 Requests of different lengths arrive, are prefilled into a paged KV cache, decode together, and leave. Two layers of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """flashinfer as an attention implementation of Hugging Face Transformers.
 
 `register()` is all that a program needs; models that take attention implementations then run on our kernels, with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """flashinfer: kernels for serving large language models, precompiled where possible and compiled in under a second
 where not.
 

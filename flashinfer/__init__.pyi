@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the names are defined that __init__.py finds on first use: for type checkers, which do not run it."""
 
 from flashinfer import activation as activation

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m flashinfer`: the same as the command `flashinfer`."""
 
 from __future__ import annotations

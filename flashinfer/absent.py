@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels of upstream that are not here, though engines import their names: one row a name.
 
 An engine that imports a name as it starts, whether or not it will call it, has to find it; the call says which option

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gated activations of a transformer's feed-forward layer, reading a fused gate-and-up projection."""
 
 from __future__ import annotations

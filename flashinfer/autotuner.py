@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Upstream's autotuner, as far as engines touch it when they start. There is nothing to tune: which kernel and tile
 answer follows from shapes and device (`flashinfer resolve`), the same on every rank and in every process.
 

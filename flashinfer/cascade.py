@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cascade attention and merging of attention states. The code is in flashinfer/attention/cascade.py and merge.py."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Causal convolutions of the channels of a projection, as state-space models and gated delta networks have them before
 their recurrence (Gu & Dao 2023, arXiv:2312.00752): over whole sequences, and over the next tokens of each request.
 

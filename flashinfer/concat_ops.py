@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keys of latent attention that is not absorbed, put together from their parts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decode attention: one query token per request. The code is in flashinfer/attention/decode/."""
 
 from __future__ import annotations

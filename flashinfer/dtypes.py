@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Element types: the short names used in specs and C++ sources, and their PyTorch counterparts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every environment variable this library reads, declared once: name, type, default, meaning.
 
 Nothing is read at import. A setting is read when it is needed (`env.CACHE_DIR.get()`), and an unparsable value is an

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exceptions. Each message says what, expected, got, and the next step."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What this library tells an application about itself: where its kernels came from and what that cost.
 
 Everything here happens once per kernel and process, when it is asked for first. A kernel in use reports nothing, counts

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No fp4. The names that engines import as they start: flashinfer/absent.py."""
 
 from __future__ import annotations

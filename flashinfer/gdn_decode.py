@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gated delta rule of Qwen3-Next, 3.5 and 3.6 (Yang, Kautz & Hatamizadeh 2024, arXiv:2412.06464): the next tokens
 of each request, one or several.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gated delta rule (Gated DeltaNet) over sequences: the linear attention of Qwen3-Next, Qwen3.5 and Qwen3.6."""
 
 from __future__ import annotations

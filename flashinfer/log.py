@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The `flashinfer` logger.
 
 A compile that stalls a process must never be silent, so when the application has not configured logging, messages go to

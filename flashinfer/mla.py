@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multi-head latent attention: queries over a cache of latent rows. What needs attention alone is in
 flashinfer/attention/mla/.
 """

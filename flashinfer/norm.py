@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """RMSNorm and LayerNorm over the last axis, with the residual addition of a transformer block fused in."""
 
 from __future__ import annotations

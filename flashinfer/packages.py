@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Python packages this library imports: what brings a module, and what to say where it is missing.
 
 pyproject.toml declares the same. A machine that only builds sets may have been given fewer: none is taken for granted.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefill beside decode. The code is in flashinfer/attention/pod.py."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefill and append attention. The code is in flashinfer/attention/prefill/."""
 
 from __future__ import annotations

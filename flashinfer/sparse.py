@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention under masks of blocks. The code is in flashinfer/attention/sparse.py and sparse_heads.py."""
 
 from __future__ import annotations

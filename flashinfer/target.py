@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Targets: what machine code is made for.
 
 A target is a compute capability with its suffix (`sm_80`, `sm_90a`, `sm_100f`) or a CPU instruction-set level

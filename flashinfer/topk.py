@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The largest elements of each row, and where they are.
 
 By PyTorch's selection, which sorts nothing but what it found: no kernel of this library.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small helpers and enumerations that serving engines import from `flashinfer.utils`."""
 
 from __future__ import annotations

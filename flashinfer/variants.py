@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention variants in Python: functions of scores and of masks, compiled into the attention kernels.
 
     @flashinfer.variant(bias="f32[num_heads, 2*L + 1]", L=int)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What goes into the distribution `flashinfer-aot`, which setuptools packs (see packing.py).
 
 The set is the folder FLASHINFER_AOT_SET names, else the package folder beside this file, where

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The functions of TVM's paged KV cache, and of MLC's sampler, on the kernels of flashinfer (docs/tvm.md).
 
     import flashinfer_tvm

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Latent attention, as TVM's attention backend calls it. What all functions have in common is said in paged.py."""
 
 from __future__ import annotations

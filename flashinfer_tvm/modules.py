@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What TVM's compiler asks `flashinfer.jit` for: modules to link into a model. There is nothing to link here; a model
 then finds the functions among the global ones, which `flashinfer_tvm.register` makes them in the process that runs it.
 """

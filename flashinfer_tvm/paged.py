@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefill and decode, as TVM's attention backend calls them: a plan function for a step, a run function for each layer.
 
 Arguments come by position, in the order of the functions here. Of all of them:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sampling with random numbers that the caller drew, as MLC's sampler calls it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a plan is to TVM, and what it is here.
 
 TVM plans a step with index arrays of the host, gets an array of integers, and passes it to the runs of every layer with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors of the FFI as torch sees them, and the stream that the FFI has for a device.
 
 Torch is what the checks and launches of flashinfer are written for, so tensors pass through it: a view of 1.5 µs each,

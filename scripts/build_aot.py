@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Compile a set of kernels ahead of time: the sources of this checkout, whether it is installed or not.
 
     scripts/build_aot.py --config core --target sm_80,sm_90a --exact --out flashinfer_aot/flashinfer_aot

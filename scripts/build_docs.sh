@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Makes the environment and builds the documentation site, in build/site or the folder that is named. Whatever MkDocs warns of is
 # an error, and so is a link that leads nowhere.
 case "${1:-}" in -*) echo "usage: scripts/build_docs.sh [FOLDER]   (default: build/site)" >&2; exit 2 ;; esac

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Lay wheels and sdists out as static package indexes (PEP 503), to be served by any web server or from a file system.
 
     scripts/build_index.py dist/*.whl --out index

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Make the wheels of flashinfer and flashinfer-aot, and beside each its bill of materials (CycloneDX).
 #
 #     scripts/build_wheels.sh dist                                    # of the set in flashinfer_aot/flashinfer_aot

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Sourced by demo.sh, test.sh and lint.sh: makes one .venv, to which each adds what it needs and the others did not. Needs
 # Python >= 3.10 and a C++ compiler; offline afterwards.
 # shellcheck shell=bash

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Write include/flashinfer/contract.hpp: what kernels and their hosts agree on, for hosts in C++.
 
     python scripts/cpp_contract.py            # after a change of a parameter struct, or of a number that hosts use
@@ -53,6 +54,7 @@ def text() -> str:
     headers = sorted({_header(params) for params in ordered})
     return "\n".join(
         [
+            "// SPDX-License-Identifier: Apache-2.0",
             "// What kernels of this version and their hosts agree on. Written by scripts/cpp_contract.py from",
             "// flashinfer/families; a test compares. Structs are those of the kernels' own headers, asserted here.",
             "#pragma once",

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Shows the whole idea in under three minutes: kernels answered by a precompiled set, one compiled on demand, and the report
 # that says what to add to the set. Needs Python >= 3.10 and a C++ compiler; uses an NVIDIA GPU where there is one. Without
 # one, large models are served in part, as examples/serve_shapes.py --quick tells; --full serves them whole.

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """List what serving engines want of flashinfer when they are imported, from the sources in their wheels.
 
     scripts/engine_imports.py vllm==0.33.0 sglang==0.5.23 >tests/compat/engine_imports.json

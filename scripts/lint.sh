@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Makes the environment and runs every linter on every file, as .pre-commit-config.yaml lists them.
 . "$(dirname "$0")/common.sh"
 ensure_env cu13 build examples test

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Makes the environment and runs the tests, in as many processes as cores, four at most; in one where there is a GPU, whose
 # time and memory tests measure. Arguments go to pytest, later ones win: scripts/test.sh -k rmsnorm -n 0
 . "$(dirname "$0")/common.sh"

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Does what README.md says first, as it is printed there, in a clean environment: installs from a copy of this checkout,
 # then runs the command and the example, away from the sources. Minutes, and what pip downloads; leaves nothing behind.
 set -euo pipefail

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fixtures: the two targets, a cache of our own, and the `gpu` marker."""
 
 from __future__ import annotations

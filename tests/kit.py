@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of the resolver share: a small kernel, a compiler whose every use is counted, processes of their own,
 file systems that are full or read-only."""
 

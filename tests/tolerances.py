@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one table of tolerances. A test that needs more states its reason beside the call."""
 
 from __future__ import annotations

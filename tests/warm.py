@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processes of Python that find torch imported, which takes longer than what most of them are for: each is forked from
 one that imported torch and did nothing else. What it imports, reads and leaves behind besides is its own.
 

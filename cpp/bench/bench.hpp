@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the benchmark programs share: options, tensors of random numbers, timing, the table. `flashinfer bench` has the
 // same options, and the same table for Python's operators.
 #pragma once

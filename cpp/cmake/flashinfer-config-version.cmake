@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # The version is that of the headers.
 file(STRINGS "${CMAKE_CURRENT_LIST_DIR}/../../include/flashinfer/contract.hpp" _line REGEX "kVersion = ")
 string(REGEX MATCH "[0-9]+\\.[0-9]+\\.[0-9]+" PACKAGE_VERSION "${_line}")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # find_package(flashinfer) -> target flashinfer::flashinfer, the headers of C++. The folders lie side by side in a source
 # tree and in an installed package: `flashinfer cpp --cmake` prints where this file is.
 get_filename_component(_flashinfer_root "${CMAKE_CURRENT_LIST_DIR}/../.." ABSOLUTE)

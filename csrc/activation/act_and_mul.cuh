@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Gated activation (Shazeer 2020, arXiv:2002.05202):
 //
 //   output[r, i] = gate(input[r, i]) · input[r, hidden_size + i]       gate: silu, gelu or its tanh form (gate.h)

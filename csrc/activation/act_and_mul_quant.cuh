@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Gated activation to fp8, as a quantized projection reads it. With y what act_and_mul.cuh calls output, not yet
 // rounded,
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The gating functions, for both targets:
 //
 //   silu(x)      = x / (1 + exp(−x))

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the functions of scores and masks that a caller writes (flashinfer/variants.py) are made of in C++. A Config has
 // theirs as Config::Function, with the members of NoFunction; flashinfer/families/attention/variants/ prints it.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a mask that a caller writes is over a tile at once: a box of query heads, queries and keys of one request. Each
 // operation of the function has a twin here on bounds of its operands (flashinfer/families/attention/variants/tiles.py
 // prints the calls), whose result holds for every place of the tile. So "all keys are seen" and "none is" are proofs,

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One view of a request's KV, whatever holds it: row kv_idx of the request → element offset in K and in V.
 //
 // Config::kKvStorage picks where rows live. Single and ragged rows are pages of one row in order, so only the lookup

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Attention over parts of a KV, merged into that over all of it. The state of a query over one part is its normalized
 // output o over that part and s = log2 of the sum of exponentials:
 //

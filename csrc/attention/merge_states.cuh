@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The operators that merge attention states by the equations of merge.cuh: a pair, or for every row a list, of equal or
 // of varying length.
 //

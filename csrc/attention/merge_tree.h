@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // In which order the states of the parts of a KV are merged (merge.cuh), and by whom.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What every attention kernel is given, on CUDA and on the CPU: the caller's tensors and the options. Decode and
 // prefill add their schedules (decode/params.h, prefill/params.h).
 #pragma once

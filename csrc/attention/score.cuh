@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // From a product of query and key to a logit:
 //
 //   logit = sm_scale * (q · k)

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Attention sinks (GPT-OSS): a query head has a logit of its own, which takes part in the softmax as a key without a
 // value would. With s_j as in decode/kernel.cuh:
 //

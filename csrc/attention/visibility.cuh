@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which keys a query sees: asked by the kernels, their planners and their twins on the CPU.
 //
 //   position of query i = kv_len - qo_len + i, of key j = j       the queries are the last tokens of their request

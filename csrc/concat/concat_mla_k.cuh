@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Keys of latent attention that is not absorbed, from their two parts:
 //
 //   k[t, h, :kNopeDim] = k_nope[t, h, :]      k[t, h, kNopeDim:] = k_rope[t, :]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A causal convolution of each channel (Gu & Dao 2023, arXiv:2312.00752), over sequences that may continue others:
 //
 //   output[t, c] = silu(bias[c] + sum_j weight[c, j] · x[t − kWidth + 1 + j, c])       silu: if kSilu

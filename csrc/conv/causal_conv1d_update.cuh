@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The next tokens of each request through a causal convolution of each channel (Gu & Dao 2023, arXiv:2312.00752):
 //
 //   output[b, t, c] = silu(bias[c] + sum_j weight[c, j] · h[t + j])       h = kWidth − 1 inputs of the state, x[b, 0,

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a thread of the causal convolutions has: kVecSize channels, their weights, and the last kWidth − 1 inputs.
 #pragma once
 

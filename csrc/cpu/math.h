@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Elementary functions that vectorize. The C library's are calls, one element at a time, which cost more than the loops
 // around them.
 #pragma once

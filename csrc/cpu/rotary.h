@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The angle of a rotary position embedding on the CPU; device/rotary.cuh says why it is a 64-bit fraction of a turn.
 #pragma once
 

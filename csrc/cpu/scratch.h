@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Memory for the time of a call. A kernel that takes some returns whether it got it, which its caller makes an error
 // of; every other kernel returns nothing.
 #pragma once

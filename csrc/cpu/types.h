@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Element types of the CPU target. Storage only; arithmetic is done in float.
 //
 // No kernel includes <cmath> or <algorithm>: g++ takes longer to read them than to compile most kernels. Elementary

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Short vectors of floats to and from storage types, two elements an instruction where the hardware converts pairs.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Thread-block clusters (sm_90 and later). A block launched without a cluster is a cluster of one, and every call below
 // still means what it says, without an instruction. Clusters are one-dimensional: their blocks are consecutive in
 // blockIdx.x. What their blocks tell each other goes through a Mailbox.

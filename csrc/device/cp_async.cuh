@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Asynchronous copies from device memory to shared memory (sm_80 and later).
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Elementary functions of one instruction. Results below the smallest normal number are flushed to zero.
 #pragma once
 

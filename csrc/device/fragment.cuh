@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Accumulators of tensor-core products by row and column.
 //
 // Of every 8 columns of C, lane l holds two in each of two rows: rows l / 4 and l / 4 + 8 of the 16 of a warp, columns

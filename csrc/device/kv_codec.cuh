@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How keys and values, and queries of 8 bits, come from their storage type to the 16-bit type T that the tensor cores
 // multiply.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Warp-wide loads of 8x8 matrices of 16-bit elements from shared memory into mma fragments. They stay in order with
 // barriers and with each other; data written by ordinary stores needs a barrier (__syncwarp at least) in between.
 #pragma once

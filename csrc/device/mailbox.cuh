@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Values that the blocks of a cluster leave in each other's shared memory (sm_90 and later).
 //
 // A mailbox counts the bytes that arrive with it; who waits for a number of bytes sees all of them. This takes the

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Warp-wide tensor-core products of 16-bit operands with an fp32 accumulator (sm_80 and later).
 //
 // m16n8k16 fragments of lane l, with g = l / 4 and q = l % 4:

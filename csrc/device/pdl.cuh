@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Programmatic dependent launch (sm_90 and later), the default. Both calls are free when the launch did not ask for it.
 //
 // Every block of every kernel waits, and does so before it allows the next kernel or returns. So when a kernel starts,

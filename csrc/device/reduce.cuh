@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Warp and block reductions. Every thread of the block must call them; every thread receives the result.
 #pragma once
 

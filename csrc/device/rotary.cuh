@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The angle of a rotary position embedding, exact at any position.
 //
 // The angle is position × frequency, of which only the fraction of a turn matters. In fp32 that product is wrong by up

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Sums over the threads of a block.
 //
 //   before of thread i = sum of the values of threads j < i

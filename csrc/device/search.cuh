@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Searching index arrays.
 #pragma once
 

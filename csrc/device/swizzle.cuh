@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Shared-memory tiles whose rows are permuted by 16-byte granules, so that the eight rows an ldmatrix touches at one
 // column fall into eight different groups of banks.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Aligned short vectors: one load or store instruction of up to 16 bytes.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The gated delta rule (Yang, Kautz & Hatamizadeh 2024, arXiv:2412.06464), one token after the other, on states that
 // lie V-major. Of each value head, with S its state, α = exp(−exp(a_log) · softplus(a + dt_bias)) and β = sigmoid(b):
 //

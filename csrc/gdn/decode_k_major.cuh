@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // gdn/decode.cuh on states that lie K-major, and one token:
 //
 //   S ← α S + k (β (v − α Sᵀ k))ᵀ          o = scale · Sᵀ q          S [num_slots, num_v_heads, kKeyDim, kValueDim]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Products of segments of rows with weights (gemm/params.h) on every GPU from sm_80 on, by mma.sync.
 //
 //   output[r, n] = sum_k a[r, k] b[w, n, k]        of a segment's rows r and its weight w

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rows of 16 bits to fp8 (e4m3) with a scale for each 128 elements, the left operand of a scaled product:
 //
 //   scale[j, r] = max_i |input[r, 128 j + i]| / 448        output[r, 128 j + i] = input[r, 128 j + i] / scale[j, r]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which tiles of the output a block computes, and how it stores them.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) of the heads of a linear attention, and the gate of its output:
 //
 //   output[r, i] = input[r, i] · weight[i] / sqrt(sum_j input[r, j]² / hidden_size + eps) · silu(gate[r, i])

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Gated RMSNorm to fp8, as a quantized projection reads it. With y what gated_rmsnorm.cuh calls output, before it is
 // rounded,
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // LayerNorm (Ba, Kiros & Hinton 2016, arXiv:1607.06450):
 //
 //   mean(r)      = sum_j input[r, j] / hidden_size

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), adding a residual first or not, with Gemma's weight or not:
 //
 //   x[r, i]        = input[r, i]                            kAddResidual: input[r, i] + residual[r, i]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // RMSNorm to fp8, as a quantized projection reads it. With y what rmsnorm.cuh calls output, before it is rounded,
 //
 //   output[r, i] = fp8(y[r, i] / output_scale)       to nearest even, at most the largest finite value

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How one row of hidden_size elements is spread over kThreadsPerRow threads, for all kernels of norm/: thread t holds
 // the vectors t, t + kThreadsPerRow, … of kVecSize elements in registers, read once and written once; sums run over the
 // threads of the row.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Append to a paged KV cache. Token t is at position p = positions[t] of request b = batch_indices[t]:
 //
 //   page = page_indices[page_indptr[b] + p / page_size]           slot = p % page_size

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Length of every request b of a paged cache, from n = page_indptr[b + 1] − page_indptr[b] pages:
 //
 //   seq_lens[b] = n > 0 ? (n − 1) · page_size + last_page_len[b] : 0

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Request and position of every row t of a ragged batch. The rows appended to a request are its last ones, so, where
 // append_indptr[b] <= t < append_indptr[b + 1],
 //

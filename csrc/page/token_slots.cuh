@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where token t of request b, at position p, is in a paged cache, and whether it is anywhere:
 //
 //   page = page_indices[page_indptr[b] + p / page_size]           slot = p % page_size

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Eight booleans x[0..8) into one byte: sum_j x[j] · 2^j, the first in the lowest bit (little), or sum_j x[j] · 2^(7 −
 // j) (big).
 #pragma once

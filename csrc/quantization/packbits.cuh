@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Booleans, eight to a byte; those behind the end count as 0:
 //
 //   output[i] = sum_{j < 8} input[8 i + j] · 2^j           kBigEndian: 2^(7 − j)

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where each segment's bytes begin once it is packed from a byte of its own:
 //
 //   packed_indptr[s] = sum_{t < s} ceil(max(indptr[t + 1] − indptr[t], 0) / 8)

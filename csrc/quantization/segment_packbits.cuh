@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The booleans of every segment s, packed from a byte of its own; those behind its end count as 0:
 //
 //   output[packed_indptr[s] + i] = sum_{j < 8} input[indptr[s] + 8 i + j] · 2^j           kBigEndian: 2^(7 − j)

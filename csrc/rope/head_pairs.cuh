@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How a head's elements lie across threads in the rotary kernels, and the rotation itself.
 //
 // A lane holds two vectors of one head, `first` and `second`. In the rotary part they lie rotary_dim / 2 apart, so that

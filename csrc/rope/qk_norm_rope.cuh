@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // RMSNorm over each head of queries and keys (Qwen3), then their rotation, in place. With turn() the rotation of
 // rope.cuh and w the weight of queries or of keys,
 //

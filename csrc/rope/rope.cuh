@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of queries and keys, in place or not. A token at
 // position p turns the pairs (x, y) of each of its heads, i < rotary_dim / 2:
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rotary position embedding and append to a paged KV cache in one pass. With turn() the rotation of rope.cuh, and page
 // and slot of token t as in page/append.cuh,
 //

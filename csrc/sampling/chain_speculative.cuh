@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Chain speculative sampling (Leviathan, Kalman & Matias 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318).
 //
 // With the distributions p of the target and q of the draft at a step, and u uniform on [0, 1),

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Drawing one token in proportion to weights: by inverse CDF, one level of the machine at a time (warp of the cluster,
 // lane, slot, element), each level with a random word of its own. So no level needs more resolution than its own few
 // alternatives, no prefix sum runs over the whole row, and one reading of the row is enough.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Top-k and top-p of one row, as the caller gave them.
 #pragma once
 

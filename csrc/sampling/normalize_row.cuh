@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Writes a whole row. With x[i] the row, T its temperature, kept the elements that top-k or top-p keeps
 // (sample_row.cuh),
 //

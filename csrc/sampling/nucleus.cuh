@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Top-p by rejection: draw first, check after. No order, no search.
 //
 // A token drawn from the whole distribution, and thrown away unless it lies in the nucleus, is distributed as the

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Scores as integers, and scores between two others: what a search over floats needs.
 #pragma once
 

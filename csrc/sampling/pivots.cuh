@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The weight of what is larger than each of a few scores, the pivots: one look at the row, a sum for each.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The few elements of a row that a filter has yet to decide on, gathered in the first block of the cluster, the leader,
 // and put in order there: one a thread, by descending score, equal scores by ascending token id. So sums over the list
 // have a fixed order, whichever way its elements came.

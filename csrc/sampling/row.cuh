@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One row of the vocabulary, spread over the threads of a thread-block cluster.
 //
 // The row is cut into 16-byte granules of device memory. They are dealt to the warps of all blocks in turn, a granule a

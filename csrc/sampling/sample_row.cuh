@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Draws one token from each row of logits or probabilities, after top-k, top-p or min-p.
 //
 // Of a row x, a token i has the weight w(i) = exp(x(i)) where x are logits, x(i) where they are probabilities, and

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where a filter cuts a row, found without sorting.
 //
 // Top-k and top-p are one predicate: an element stays if all strictly larger ones together weigh less than a target. To

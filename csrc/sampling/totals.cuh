@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a row weighs: from scores to weights, and from the weights of elements to those of threads, warps and the row.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A serving loop: requests wait, are admitted as pages allow, are prefilled, and decode together until they are done.
 //
 //   engine SET [cpu | cuda]      SET: a folder with a registry.json; engine.toml beside this file is what a CPU takes

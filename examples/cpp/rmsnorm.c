@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* A kernel from C, on the CPU: rmsnorm SET. Link with flashinfer_c. */
 #include <flashinfer/flashinfer.h>
 #include <stdio.h>

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """mini-sglang with FlashInfer's attention, norms, RoPE, activations and sampler beside plain PyTorch.
 
     PYTHONPATH=mini-sglang/python python examples/engines/mini_sglang.py [--layers 4] [--eager] [--json FILE]

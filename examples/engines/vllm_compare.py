@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vLLM with FlashInfer's attention and sampler (B) beside vLLM with FlashAttention and its own sampler (A).
 
     python examples/engines/vllm_compare.py [--stages cold,agree,speed,v1,xqa,fp8,ngram] [--models llama,qwen3]

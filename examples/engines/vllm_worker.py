@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The process of one engine of vllm_compare.py: answers a line of JSON with another, by the methods of Worker."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Building, packaging and checking sets of precompiled kernels. Needs no GPU and no torch.
 
 models.py  model -> kernels it needs     config.py      TOML files and miss records -> specs

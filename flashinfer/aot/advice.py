@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From why kernels were missed to what to do about it."""
 
 from __future__ import annotations

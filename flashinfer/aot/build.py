@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Building a set: specs -> a folder with a registry.json and kernels/<target>/.
 
     plan     what is asked for and lies there, what has to be compiled, and what becomes of everything else

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What to precompile: TOML files that name models and single kernels, and miss records.
 
     [defaults]                     # optional; any key of a model but its name and shape

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What machine code says about itself: the ELF headers, notes and symbols of a cubin or a CPU library.
 
 Layouts: the System V ABI (gabi) for ELF64, the x86-64 psABI for GNU properties. NVIDIA's own were read off cubins of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What kernels will take, before any is compiled: seconds of a processor and bytes of machine code.
 
 Of a kernel that the set's notes speak of, what its last build took. Of any other, what the most alike kernel took that

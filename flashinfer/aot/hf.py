@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a model's config.json, as Hugging Face hosts it, to a [[model]] row: what of it decides kernels, and what of
 that a row cannot say.
 

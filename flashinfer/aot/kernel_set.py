@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The folder of a set, and how a build changes it without losing what it holds.
 
     registry.json         what the set holds; replaced in one step, once everything it names is on disk

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Joining sets that several machines have built: shards of one config, or targets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a model's public shape to the kernels that serve it: the one place that knows which those are.
 
 An expansion is a generator `(model, dtype, target) -> specs`; `EXPANSIONS` lists them. To make the core set cover a new

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipes: how the source text of a kernel follows from what it is asked for, for hosts that compile without Python.
 
 The text that an implementation renders (jit/source.py) is the same for all specs but for constants and its first line.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the miss records of a fleet and sums them up.
 
 One pass in memory that does not grow with the number of records, only with the number of kernels and processes. Two

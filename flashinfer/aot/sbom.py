@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is in a wheel of ours, for those that keep track of software: CycloneDX 1.6 in JSON, beside the wheel.
 
 Everything is read from the wheel. The same wheel gives the same bytes; the time is in it only where SOURCE_DATE_EPOCH

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Signing a set: `flashinfer.jit.trust` says with what, and checks it."""
 
 from __future__ import annotations

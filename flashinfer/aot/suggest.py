@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which kernels to add to the precompiled set: those that save most within a budget of bytes.
 
 A 0/1 knapsack. `choose` walks through the items by value per byte and keeps, for each weight worth having, the best

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What compiling a set takes: ninja, a progress bar, and a compiler for each kind of target. Not torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checking a set: every file against the registry, the registry against the running package, and the machine code
 against the target it claims.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One compile process: `python -m flashinfer.aot.worker PLAN BUILD INDEX` compiles one batch of a plan.
 
 Starting Python and NVRTC takes about as long as compiling one small kernel, so a process takes several kernels. It

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention operators. Their public modules are flashinfer.decode, flashinfer.prefill, flashinfer.cascade, …; the
 wrapper of mixed batches and the two of sinks.py are here, as upstream has them."""
 

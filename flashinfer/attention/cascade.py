@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cascade attention: a KV that several requests share (a system prompt) is attended to once for all of their queries,
 the unique rest per request, and the results are merged exactly (merge.py).
 

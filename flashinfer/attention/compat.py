@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What serving engines pass and reach for beyond the documented API: arguments of later releases, and private names of
 upstream's wrappers. docs/engines.md says which and why.
 """

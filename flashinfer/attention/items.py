@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multi-item scoring: the items of a request follow its prefix, each after a delimiter, and do not see each other."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The index tensors of a planned batch: where each request's queries, keys and values are.
 
 A plan owns what it was given once it returned, but for index tensors that lie on the device already: those are used in

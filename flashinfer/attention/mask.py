@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Custom masks of a batch: one bit per (query, key), every request from a byte of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Merging of attention states: results of attention over disjoint parts of a KV become the result over all of it.
 
 A state is an output and the base-2 logarithm of its sum of exponentials; merging is the online softmax of Milakov &

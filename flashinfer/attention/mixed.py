@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefill and decode as one batch, under the name and signature of upstream."""
 
 from __future__ import annotations

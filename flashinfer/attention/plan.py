@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What planned attention settles ahead of its runs, decode and prefill alike: shapes, kernels, the schedule, and each
 signature of run() bound to a launch."""
 

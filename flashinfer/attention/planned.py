@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One planned wrapper: what decode and prefill have in common, whatever holds the KV.
 
 `plan` settles what the following runs share and launches a planner on the device, without waiting for it. A run finds

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefill beside decode, each with arguments of its own, under the names and signatures of upstream."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keys and values without pages: the rows of one sequence, or of several end to end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a server asks for next: who decodes over pages prefills over them too, and the other way round. Where these
 kernels have to be compiled, they are by then."""
 

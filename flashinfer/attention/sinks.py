@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wrappers for layers with attention sinks, under the names and signatures of upstream: those of decode and of paged
 prefill, whose every run brings the sinks."""
 

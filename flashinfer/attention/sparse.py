@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block-sparse attention, under the names and signatures of upstream: a row of blocks is a request of prefill, whose
 pages are the blocks of keys that it lists."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block-sparse attention with a pattern of each head, under the name and signature of upstream: a row of blocks of a KV
 head is a request of prefill with one KV head."""
 

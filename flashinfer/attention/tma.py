@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Descriptors by which TMA finds rows of KV on Hopper."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of one attention call, normalised once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Workspaces of planned attention: regions for schedules and partial results."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: `flashinfer doctor | resolve | warmup | misses | cache | aot | variants | bench | cpp`.
 
 Each command is a module with `add_parser(subparsers)`, which adds its parser and sets `run`, a function from the parsed

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One case of `flashinfer bench`, timed: also run as a script, with another installation of flashinfer to import, which
 prints what it measured as JSON. Of flashinfer it takes the public operators alone."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`--html` of `flashinfer misses`: one page with everything in it, drawn without a script or a file from elsewhere, so
 that it can be mailed and opened on a machine without a network. Charts are bars of HTML and lines of SVG."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`--config` and `--target`: which kernels a command is about."""
 
 from __future__ import annotations

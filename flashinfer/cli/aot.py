@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`flashinfer aot build | merge | config | recipes | list | verify | sign | sbom`: sets of precompiled kernels."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`flashinfer bench`: how long an attention kernel takes here. The programs of cpp/bench have the same options."""
 
 from __future__ import annotations

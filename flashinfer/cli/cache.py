@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`flashinfer cache`: what the JIT cache holds, and making room in it."""
 
 from __future__ import annotations

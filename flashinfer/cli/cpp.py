@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`flashinfer cpp`: where the headers for C++ are, for build systems."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`flashinfer doctor`: what this machine has, whether a kernel compiles and runs on it, and what to install if not."""
 
 from __future__ import annotations

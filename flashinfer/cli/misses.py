@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`flashinfer misses`: what the precompiled set lacks, from the records of one process or of a fleet."""
 
 from __future__ import annotations

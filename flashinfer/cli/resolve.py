@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`flashinfer resolve`: a dry run. Which store would answer each kernel of a config, and why the earlier ones not."""
 
 from __future__ import annotations

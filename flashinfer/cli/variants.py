@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`flashinfer variants`: functions of scores and masks as kernels see them, and kernels against the functions."""
 
 from __future__ import annotations

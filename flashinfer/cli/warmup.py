@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`flashinfer warmup`: have every kernel of a config in a store, so that afterwards nothing compiles."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """As the package: names that engines import as they start."""
 
 from __future__ import annotations

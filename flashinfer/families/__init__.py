@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernel families: which specs can exist, their legal axes and tile tables. Data, little behaviour.
 
 A module here never imports torch, so that the AOT build's compile processes start quickly.

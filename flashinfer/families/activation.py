@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gated activations. The hidden size is a run-time value: nothing is gained by compiling it in."""
 
 from __future__ import annotations

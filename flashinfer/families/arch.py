@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What distinguishes the GPU architectures, as far as tile tables ask: one row for each.
 
 A GPU that old algorithms serve is a row here and nothing else. One without a row takes that of the newest architecture

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keys of many heads, put together from a part of each head and one that all share."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Causal convolutions of channels, over sequences and over the next tokens of requests."""
 
 from __future__ import annotations

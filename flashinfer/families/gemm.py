@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Products of segments of rows with weights, and what makes their rows 8 bits wide."""
 
 from __future__ import annotations

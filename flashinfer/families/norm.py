@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """RMSNorm and LayerNorm: one row per block, or several short rows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Paged KV cache: appending rows, positions of ragged rows, lengths."""
 
 from __future__ import annotations

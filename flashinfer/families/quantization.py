@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packing of booleans, eight to a byte."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rotary position embedding: of queries and keys, with an append to a paged cache, and after an RMSNorm of heads."""
 
 from __future__ import annotations

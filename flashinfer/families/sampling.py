@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Softmax, filters and sampling over the vocabulary: one thread-block cluster per row."""
 
 from __future__ import annotations

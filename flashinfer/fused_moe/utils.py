@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token counts for tuning mixture-of-experts kernels, which vLLM asks for whatever the model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Matrix products: of segments of rows with weights of their own (`SegmentGEMMWrapper`), of fp8 operands with scales of
 blocks, as DeepSeek's models have them, and of batches of fp8 matrices."""
 

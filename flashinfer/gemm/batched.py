@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches of products of fp8 matrices: PyTorch's scaled product, one after the other."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One launch of products of segments of rows with weights (csrc/gemm/params.h)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Products of fp8 operands with scales of blocks: 1 x 128 of activations, 128 x 128 of weights, as DeepSeek's models
 have them (DeepSeek-V3's report, section 3.3)."""
 

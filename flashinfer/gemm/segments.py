@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Products of segments of rows with weights of their own: adapters of requests (LoRA), experts of a mixture."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Appending rows to a paged cache: where they go (the host's side of csrc/page/token_slots.cuh), and as what type."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of arguments, with one style of message: `op: what is wrong; what was expected`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small tables that kernels read on a device: written once, kept for the life of the process."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What goes for objects that hold addresses of memory: wrappers between plan() and run()."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The values of index tensors: page tables, offsets, positions.
 
 The host looks at them where that takes no waiting, which is on the CPU: there each call checks them, and a wrong one is

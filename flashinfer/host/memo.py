@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What makes the second call cheap: memos of prepared launches, the current stream, allocation.
 
 An operator checks its arguments once per signature (dtypes, shapes, strides, devices, alignment) and keeps the prepared

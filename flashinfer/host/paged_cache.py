@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The paged KV cache as callers hand it over, for every operator that fills or reads one.
 
 It is one tensor with K and V on axis 1, or a pair of tensors; in layout NHD a page is `[page_size, num_kv_heads,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scales of tensors quantized as a whole: a number, or one float32 on the device that only the kernel reads."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the rows (last axis) of a tensor lie in memory."""
 
 from __future__ import annotations

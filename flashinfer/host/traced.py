@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Doors for torch.compile: library operators that a traced call goes through, so that a graph holds it as one node.
 
 A library operator takes tensors and plain values. What our functions take beyond these, a tensor or a number, a cache

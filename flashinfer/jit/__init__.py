@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a kernel comes to exist. Knows no operator by name.
 
 spec.py       what can be asked for            source.py     spec -> translation unit -> digest

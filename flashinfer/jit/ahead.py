@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels that are found or compiled before anyone asks for them, several at a time: who asks waits for the slowest of
 them instead of for their sum."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The folder that compiled kernels and miss records live in."""
 
 from __future__ import annotations

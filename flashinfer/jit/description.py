@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a registry says of a kernel to hosts that are not Python: how it is launched, and what its parameters look like.
 
 docs/registry.md is the format. All of it follows from the family, as the source does; nothing of it changes a digest.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA driver calls we make, through ctypes.
 
 A process whose kernels are all answered by AOT must reach its first launch in milliseconds, so nothing is imported for

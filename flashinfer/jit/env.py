@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Upstream's folders. `FLASHINFER_WORKSPACE_DIR` is one for this version, whose last two names engines use to tell
 caches of their own apart; nothing is kept there. Where compiled kernels are: cache_dir.py."""
 

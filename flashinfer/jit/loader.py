@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Machine code -> something to launch.
 
     kernel   = default_resolver().load(spec)            # CudaKernel or CpuKernel, one per spec and process

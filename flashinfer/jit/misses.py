@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the AOT registries could not answer: recorded once per process and spec. aot/records.py sums records up.
 
 A record is one JSON line in `<cache>/misses/<host>-<pid>-<start>.jsonl`. Files of many machines merge by

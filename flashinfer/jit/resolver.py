@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers kernel requests. The only place where the order is written:
 
     process table -> AOT registries -> JIT cache -> JIT compile

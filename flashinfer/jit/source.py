@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a spec to source text, and from source text to a digest.
 
 The rendered translation unit names one header, the constants of this kernel, and the entry point. It also asserts the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a kernel is: `KernelSpec` (a request), `Family` (what requests can exist) and `Config` (what the compiler is
 told)."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where machine code is found again: the AOT registries and the on-disk JIT cache.
 
 A store answers `find(spec)` with a `Hit`, or with a `Rejected` that says why not in words fit for a log line.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compilers, behind one interface: a Source goes in, machine code and the compiler's log come out.
 
 `Nvrtc` is the default for CUDA: a shared library that every CUDA build of torch brings, so no toolkit, nvcc, ninja or

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who made a set: the signature of its registry, which holds the sha256 of each file of machine code.
 
     registry.json.sig    Ed25519, the 64 bytes of RFC 8032 over registry.json as it lies there

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Paged KV cache: appending keys and values, and the indices that say where they go.
 
 A paged cache is one 5-D tensor with K and V on dim 1, or a `(k_cache, v_cache)` pair of 4-D tensors; `"NHD"` is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Appending rows to a paged cache: check once per signature, then pack and launch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Positions of ragged rows, and lengths of the requests of a paged cache: one thread an entry."""
 
 from __future__ import annotations

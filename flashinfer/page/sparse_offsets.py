@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rows of blocks, one by one, for kernels that look up rows and not blocks. Those of this library do not."""
 
 from __future__ import annotations

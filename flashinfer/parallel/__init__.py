@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One request on several GPUs: attention over a KV cache that the ranks of a torch.distributed group share.
 
 Which bytes travel is settled here, how they travel by the group: NCCL on GPUs, gloo on CPUs.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What plans over slices are given: checked, on the host."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Context parallelism: a request's KV on several ranks, each attending to its own part, and the states merged."""
 
 from __future__ import annotations

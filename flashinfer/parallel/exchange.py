@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Partial attention states of all ranks become the result: what is sent, and which way.
 
 A rank's state S is its outputs and LSE, num_tokens * num_heads * (head_dim * itemsize + 4) bytes. Of W ranks

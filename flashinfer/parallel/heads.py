@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sequences for heads, and back (DeepSpeed Ulysses, Jacobs et al. 2023, arXiv:2309.14509)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ranks of a group, and collectives that say what to do when they fail."""
 
 from __future__ import annotations

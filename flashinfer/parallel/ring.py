@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefill of one sequence whose tokens are spread over ranks: keys and values go round, queries stay (Ring Attention,
 Liu et al. 2023, arXiv:2310.01889).
 

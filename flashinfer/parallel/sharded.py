@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The batch wrappers over the pages that a rank has, and what a plan of causal queries takes there."""
 
 from __future__ import annotations

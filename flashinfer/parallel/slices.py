@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which keys of a request a rank has, and what its queries may see of them.
 
 A rank's wrapper numbers the keys that it has from 0, so that neither the end of its keys nor a causal mask over them is

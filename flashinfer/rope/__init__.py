@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of queries and keys, alone or fused with its neighbours.
 
 Pair `i` of a head, at position `p`, turns by `p * rope_theta ** (-2 i / rotary_dim) / rope_scale`. The two elements

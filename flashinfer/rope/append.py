@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rotation fused with an append to a paged cache: check once per signature, then pack and launch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prepared launches of the rotary operators: check once per signature, then pack and launch.
 
 Each has a function that runs it, which a traced call reaches again through a door, and one that prepares its launch.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How tokens are turned, as the rotary operators (`flashinfer.rope`) and their fused relatives have it in common."""
 
 from __future__ import annotations

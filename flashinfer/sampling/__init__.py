@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sampling of tokens from logits or probabilities, and the filters that go with it: exact, and without sorting.
 
 Conventions of this module:

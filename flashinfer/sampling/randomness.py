@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random numbers of the operators of sampling: where the Philox words of a launch begin.
 
 They come from `seed` and `offset` if one of these is given, else from the generator, else from PyTorch's own of that

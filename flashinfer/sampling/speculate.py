@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chain speculative sampling: from a call to its launch, one prepared for each signature."""
 
 from __future__ import annotations

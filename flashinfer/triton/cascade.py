@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`flashinfer.cascade`'s merging of attention states, under the other path that upstream has for it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Precompiled kernels for flashinfer: data that flashinfer finds by itself once it is installed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Attention over paged caches and ragged rows: what decode.hpp, prefill.hpp and mla.hpp share.
 //
 // plan() reads lengths on the device and leaves a schedule in the workspace: one launch, no copy, no wait, so that plan

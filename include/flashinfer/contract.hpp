@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What kernels of this version and their hosts agree on. Written by scripts/cpp_contract.py from
 // flashinfer/families; a test compares. Structs are those of the kernels' own headers, asserted here.
 #pragma once

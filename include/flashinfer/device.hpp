@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Devices, and memory of them for those who bring none of their own.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The CUDA driver, found by dlopen: its handles are pointers and integers, so that no header of CUDA is needed.
 #pragma once
 

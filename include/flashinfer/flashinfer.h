@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Precompiled kernels from C, and from whatever calls C: the same as flashinfer.hpp, from the library flashinfer_c that
  * CMake builds of cpp/c_api.cpp. docs/cpp.md.
  *

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Precompiled kernels from C++17: no Python, no torch, no compiler of CUDA at run time.
 //
 //   flashinfer::Kernels kernels(flashinfer::Device::cuda(0), {"/path/of/a/set"});

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Kernels that no registry holds, compiled by NVRTC on first use. docs/cpp.md.
 //
 //   flashinfer::JitOptions how;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The cache of compiled kernels that Python has too (JitCache of flashinfer/jit/stores.py, which says why it is safe):
 // <root>/<digest prefix>-<compiler>/{kernel.cubin, spec.json, source.cu, log.txt}, a folder published by one rename.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // JSON as registries are written in: a strict reader of RFC 8259, without surrogates beyond what names need.
 #pragma once
 

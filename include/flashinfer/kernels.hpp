@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Kernels of registries on one device: found, loaded once, launched.
 #pragma once
 

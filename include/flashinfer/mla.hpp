@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Multi-head latent attention (DeepSeek-V2 and later), over a paged cache of latent rows.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // NVRTC, NVIDIA's compiler of CUDA as a library, found by dlopen: no header of CUDA is needed to compile a program.
 #pragma once
 

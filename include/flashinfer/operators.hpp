@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What surrounds attention in a model: norms, rotary embeddings, appending to a paged cache, sampling.
 //
 // Each is one launch, on tensors of the kernels' device. Arguments are checked as in Python, values of index tensors on

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Prefill: many query tokens a request, over pages or ragged rows.
 #pragma once
 

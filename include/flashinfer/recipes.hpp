@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Recipes (docs/registry.md): the source text of a kernel, from what is asked for. flashinfer/aot/recipes.py writes
 // them.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Registries of precompiled kernels (docs/registry.md): opened, and asked for what they hold.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a caller hands over: tensors in the memory of a device, which stay the caller's.
 #pragma once
 

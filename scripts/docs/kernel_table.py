@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table operator × dtype × target × AOT, from the families, core.toml and the targets that CI builds sets of."""
 
 from __future__ import annotations

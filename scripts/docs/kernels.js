@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The rows of the table of kernels that have every word that was typed.
 for (const kernels of document.querySelectorAll(".kernels")) {
   const input = kernels.querySelector("input")

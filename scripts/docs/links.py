@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Links of a built site that lead nowhere, and what it would load from elsewhere; `main` prints them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which kernel families each public operator asks for; `main` prints them as JSON.
 
 Every operator is called once on the CPU, in a process of its own, since operators remember what they launch. Kernels do

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the documentation site has beside the files of docs/: MkDocs runs these hooks (mkdocs.yml).
 
 Pages of docs/ and of the repository's root are shown as they are; links between them, and from them to files of the

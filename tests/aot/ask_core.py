@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is asked for when the models of a config are served, on a CPU or on GPUs; `main` prints one JSON array of specs.
 
 Kernels do nothing here, so that only the asking takes time. Run it in a process of its own: operators remember what

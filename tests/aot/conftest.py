@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sets and wheels that several files of tests start from, each made once for all workers. Tests change copies."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of core models in docs/packaging.md: `python -m tests.aot.core_table` prints it."""
 
 from __future__ import annotations

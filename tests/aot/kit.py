@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of AOT sets share: small configs, builds of them, and damage to what was built."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GPUs that are not there, for what operators ask for on them: tensors in the CPU's memory that say they are on one.
 
 Nothing is launched, so kernels have to be idle (ask_core.Idle); what torch computes, the CPU computes. To be installed

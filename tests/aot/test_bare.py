@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Environments that lack packages: a message names what is missing and how to get it, and no traceback appears."""
 
 from __future__ import annotations

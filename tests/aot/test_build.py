@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Building sets of precompiled kernels: what is compiled, limits, and kernels that do not compile."""
 
 from __future__ import annotations

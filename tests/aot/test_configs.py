@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What configs and miss records ask for, what the core set holds, and what is said where nothing is asked for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No attention kernel of the core set spills registers, nor one of the other head dimensions that models have.
 
 Of kernels of one tile, which differ in the target, the options and where K and V lie, one is compiled in every run; the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a build will take, before it begins: estimates, limits checked against them, and shards of equal length."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds that do not end, and two at once: nothing is lost, nothing is left running, and the next one goes on."""
 
 from __future__ import annotations

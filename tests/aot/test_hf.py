@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows from config.json: the numbers are those that models are published with, shortened to what they say."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The two distributions as users get them: from a package index, without a network.
 
 The installs run in an environment of their own, from an index that also holds empty wheels for torch and the other

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Joining sets: what several machines built is what one would have, to the byte; contradictions are errors."""
 
 from __future__ import annotations

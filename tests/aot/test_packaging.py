@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The two distributions as they are packed: wheels, sdists and what is compiled during an install."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the packages' pages lead: to the repository that they were packed from, and never to its credentials."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Miss records of a fleet: read line by line, summed up, compacted."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bill of materials beside a wheel: the fields that CycloneDX asks for, and the truth about what is inside."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a build does to a set that is there: it keeps what it was not told to remove, and says what it removes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stand-ins for upstream's distributions: an engine that pins those gets ours (test_index.py says how it installs)."""
 
 from __future__ import annotations

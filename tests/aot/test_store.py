@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Precompiled sets of another version or other sources, damaged or malformed: each is rejected with its reason, and the
 kernel is compiled instead."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What to add to a set within a budget, and the page that shows it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Signed sets: FLASHINFER_AOT_TRUST lets what a trusted key has signed answer, and nothing else, whatever is wrong."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`flashinfer aot verify` and `list`: what a set says of itself, and what its machine code says."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wheels, sdists, indexes and environments without a network, as pip makes them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fixtures of attention's tests."""
 
 from __future__ import annotations

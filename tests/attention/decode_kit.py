@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of decode share: a batch over a hostile paged cache, what the oracle says of it, the comparison."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small batch as the arguments of each planned wrapper, for tests of hostile calls."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Named cases as parameters of a test."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of prefill share: a batch over hostile memory, what the oracle says of it, the comparison."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bit by bit the same row, whatever shares the batch: fixed_split_size and disable_split_kv."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over block tables: what engines call without a plan, against the FP64 oracle and the planned wrappers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Merging of attention states, and shared prefixes, on both targets against the FP64 oracle."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Planned decode of several queries a request (q_len_per_req), against the FP64 oracle."""
 
 from __future__ import annotations

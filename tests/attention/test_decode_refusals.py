@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decode refuses what does not fit, and says what, expected, got."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Planned attention under hostile calls: plans that fail half-way, index values that lie, tensors that change after the
 call. The right result, or an error that says which argument is off, and never another state."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over tensors that have no memory: on meta, fake, or of a storage that was given back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention with options, sizes and scalars out of their range, planned and not."""
 
 from __future__ import annotations

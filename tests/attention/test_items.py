@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multi-item scoring: which keys a token sees that is of the prefix, of an item, or a delimiter."""
 
 from __future__ import annotations

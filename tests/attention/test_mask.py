@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Custom masks of batch prefill: lengths that disagree with the plan, buffers that do not fit, who owns the memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """csrc/attention/merge_tree.h: whatever the order in which blocks arrive, each part is merged once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """csrc/attention/prefill/mix.h: two lists become one, each in its order and as evenly as it goes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefill and decode in one call, on both targets against the FP64 oracle, request by request."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Latent attention on both targets against the FP64 oracle: lengths, pages, head counts, dtypes, bad input."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decode by latent attention behind the arguments of upstream 0.2.5: q_pe is turned on the way."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Latent attention in CUDA graphs, under torch.compile, and planned by engines behind a graph."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Latent attention under hostile calls: plans that fail half-way, index values that lie, tensors without memory. The
 right result, or an error that says which argument is off, and never another state."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Latent attention over a list of rows for each query, against the FP64 oracle over the rows that the list names."""
 
 from __future__ import annotations

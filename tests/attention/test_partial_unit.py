@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """csrc/attention/mla/partial_unit.h: rows of partial results fit into 16 bits, whatever they are multiplied with."""
 
 from __future__ import annotations

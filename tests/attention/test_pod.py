@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefill beside decode with arguments of their own, on both targets against the FP64 oracle, request by request."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefill on both targets against the FP64 oracle: every option, awkward shapes, hostile memory, graphs, bad input."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefill of fp8 (e4m3) queries over KV of that dtype: on the CPU and by the kernel for every GPU, which widen
 everything, and on Hopper, whose tensor cores multiply in 8 bits."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which of its tiles prefill takes, by the queries of a request on average: chosen without waiting for the device, and
 on Hopper one of its own for long ones, whose results are those of the others."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Hopper implementation of prefill, as far as no GPU is needed: what it answers, that it compiles well, and how a
 launch of it describes K and V to TMA. What it computes, test_prefill.py compares with the oracle on a Hopper GPU."""
 

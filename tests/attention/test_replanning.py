@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one call of a wrapper keeps for the next: the last plan with its arguments, the last run with its signature.
 Whatever comes in between, a run is that of the plan before it."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rotation inside of attention has the accuracy of the standalone operator: keys far from their query, at positions
 where a frequency in fp32 is off by hundredths of a radian."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scales of quantized tensors: numbers, or one float32 on the device, which only the kernel reads."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decode over pages has the kernels of prefill over them compiled ahead, and the other way round."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention sinks on both targets against the FP64 oracle: one more term of a row's denominator, whatever else happens
 to its scores, and however many parts its keys are cut into."""
 

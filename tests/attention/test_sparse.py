@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block-sparse attention on both targets against the FP64 oracle under the same mask, dense."""
 
 from __future__ import annotations

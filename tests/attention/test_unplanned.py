@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over one sequence, which keeps its scratch between calls: lengths that grow, streams, threads, graphs."""
 
 from __future__ import annotations

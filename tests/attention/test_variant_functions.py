@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What becomes of functions before a kernel: what is refused and where, the text that names kernels, ranges of keys,
 and how they get into configs, records and the command line."""
 

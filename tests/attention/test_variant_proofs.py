@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is proved of a mask over a tile, compiled for the host, beside the mask at every place of the tile: never wrong,
 and of affine comparisons never undecided."""
 

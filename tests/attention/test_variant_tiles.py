@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which tiles of keys a mask leaves out: what kernels compute of it, on the host, beside every query and key."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Functions of scores and masks in the kernels, on both targets against themselves on tensors in FP64."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What calls of serving engines are made on: shapes, a cache, wrappers over buffers that the engine fills."""
 
 from __future__ import annotations

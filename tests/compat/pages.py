@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages of docs/ that are followed to the letter: a block of code under a heading that names a file is that file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/add_a_kernel.md is followed to the letter: its blocks are written where it says, then compiled and run."""
 
 from __future__ import annotations

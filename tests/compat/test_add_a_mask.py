@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/add_a_mask.md is followed to the letter: its edits, and what they compute."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/add_an_architecture.md is followed to the letter, on top of the kernel of docs/add_a_kernel.md."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmarks run, and measure another installation of flashinfer beside ours, over the same cases."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the pages say exists: links, anchors, paths of files. Headers of kernels begin with equations and shapes. The
 first example of README.md runs as it is printed."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls as serving engines make them: arguments they always pass, private names they read, assign and pass back, index
 buffers they fill themselves before they plan anew for a captured graph.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What engines import of us as they start is there; what they look for to choose a kernel is there only if it works.
 
 engine_imports.json is what scripts/engine_imports.py reads from their wheels; make it anew with a new release.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What engines may give to wrappers and is not here, or not there, is refused; names of theirs are what they expect."""
 
 from __future__ import annotations

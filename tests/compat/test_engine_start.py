@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What engines touch of upstream's JIT and autotuner as they start, in the order in which they do."""
 
 from __future__ import annotations

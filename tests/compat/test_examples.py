@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The examples run, as a newcomer runs them; each checks its own result against PyTorch and fails when it differs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Importing is free: no file, no environment variable, no CUDA call, no time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/latent_attention.md runs as it stands, block after block, and computes what it says."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What examples/engines/mini_sglang.py compares an engine with."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of benchmark results: what is refused and how it is said, what a second run replaces, what the page takes."""
 
 from __future__ import annotations

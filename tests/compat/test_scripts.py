@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The environment that scripts/ make, where python3 and pip are stand-ins: a run that is killed leaves nothing behind
 that the next one trips over."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names, order and defaults of decode, prefill and cascade are upstream FlashInfer's.
 
 The table is upstream 0.2.5, whose order matters because engines call these positionally, and behind it what later

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The documentation site, without building it: what it shows is all there is, and links mean the same on it. The slow
 test builds it."""
 

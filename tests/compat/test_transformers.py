@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """examples/transformers_llama.py as an attention implementation: tiny models of Transformers, in wider numbers too."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a user's type checker sees: every public name with its annotations, under `mypy --strict`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """examples/engines/vllm_compare.py and vllm_worker.py with an engine that answers at once: what they ask, and what they
 make of answers.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What .github/workflows run exists: scripts and their options, commands of `flashinfer`, configs, targets, extras and
 jobs. They themselves run where this repository is hosted."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls on a GPU, by Python's operators and through the C interface, on the same tensors and workspaces.
 
 What they launch is compared on GPUs that are not there (launches.py), and on one what they compute (test_gpu.py)."""

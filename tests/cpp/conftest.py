@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The C interface, compiled once for all tests of a run."""
 
 from __future__ import annotations

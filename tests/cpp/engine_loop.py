@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The serving loop of examples/cpp/engine.cpp by Python's operators: what its tokens are compared with."""
 
 from __future__ import annotations

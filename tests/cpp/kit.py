@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of the C++ headers share: sets of kernels as a build writes them, programs compiled by g++, and the C
 interface through ctypes, on tensors of torch."""
 

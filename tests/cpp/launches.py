@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Python and C++ launch on a GPU that is not there: run by test_launches.py in a process of its own, with a driver
 that writes launches down (pretended_driver.cpp) and tensors that say they are on cuda:0 (tests/aot/pretended_gpus.py).
 

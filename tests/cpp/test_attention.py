@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention of the C++ headers on the CPU, through the C interface: the bits of Python's wrappers, over caches whose
 unused memory is NaN; what does not fit is refused."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The C++ headers on a GPU compute, to the bit, what Python's operators compute.
 
 Also a script, for programs and a set built elsewhere: python -m tests.cpp.test_gpu LIBRARY SET [ENGINE]

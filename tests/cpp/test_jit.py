@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Programs in C++ that compile what no set holds: source text, machine code and cache are those of Python."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the C++ headers launch on GPUs is what Python launches: on one that is not there, byte by byte."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The C++ headers on the CPU, through the C interface: the same kernels give the same bits as Python's operators."""
 
 from __future__ import annotations

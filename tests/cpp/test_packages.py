@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a build finds the headers: CMake, pkg-config, `flashinfer cpp`; the C example; benchmark programs, and the same
 in Python."""
 

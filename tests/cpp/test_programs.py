@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Programs a user would compile: the examples, by a compiler alone, give what Python's operators give."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Registries as the C++ headers read them: what a build writes, and everything that must not be used."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A fuzzer of the public functions: legal and illegal calls on the CPU target, each judged by an FP64 oracle.
 
     python -m tests.fuzz --minutes 5                     # a campaign; ends with a table of findings

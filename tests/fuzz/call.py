@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One call, and the judgement of what came of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What cases are drawn with: seeded choices, tensors in fenced memory, hostile changes to a call."""
 
 from __future__ import annotations

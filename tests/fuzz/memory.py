@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory that tells who touched it: every tensor of a call lies between poison and pages that may not be touched.
 
     | page without access | poison | tensor, and poison in its gaps | slack: poison | page without access |

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases in child processes.
 
 The parent imports the library and computes nothing: a fork of it has no threads to lose, starts in milliseconds, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fuzzer has a case for every public function, finds the faults planted here, and in a short campaign no others."""
 
 from __future__ import annotations

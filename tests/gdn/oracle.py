@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gated delta rule (Yang, Kautz & Hatamizadeh 2024, arXiv:2412.06464) token by token, in FP64 on the CPU.
 
 With the state S of a head as `[V, K]`, decay α = exp(g) and write strength β:

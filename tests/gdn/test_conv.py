@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The causal convolutions beside the equation in FP64."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The next tokens through the gated delta rule, beside the recurrence in FP64."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gated delta rule over sequences, against the recurrence in FP64."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/gated_delta.md runs as it stands, and computes what it says."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of sampling share: hostile rows, every sampler with what the oracle is told, a test of frequencies."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One small legal call of every function of `flashinfer.page` and `flashinfer.rope`, for tests that change it."""
 
 from __future__ import annotations

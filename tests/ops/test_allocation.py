@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where results are allocated, on machines of one GPU and of several that are not there."""
 
 from __future__ import annotations

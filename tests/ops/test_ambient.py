@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No call depends on the state of the process around it: default device and dtype, inference mode, autocast,
 deterministic algorithms, locale and encodings. One call of every public function under each."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arguments that are not what an operator takes: numbers out of range, other kinds of things, tensors without memory.
 
 Each is one line that names the operator and the argument, and leaves what was given as it was.

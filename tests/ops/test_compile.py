@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.compile(fullgraph=True) over the public functions: no graph break, and the same values as eager calls."""
 
 from __future__ import annotations

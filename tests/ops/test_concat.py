@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keys of latent attention from their parts, bit by bit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Programmatic dependent launch, the default from sm_90 on: a kernel starts while the one before it still runs, which
 nobody may notice. Chains of operators with hazards (read after write, write after read) against the same operators one
 at a time."""

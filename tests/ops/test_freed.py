@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tensor whose storage was freed (`x.untyped_storage().resize_(0)`, as FSDP does between uses) has its shape and no
 memory. Every operand of an operator is refused then, in a call whose launch is prepared as in a first one."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operators fused for serving, against the FP64 oracles of their parts, on both targets."""
 
 from __future__ import annotations

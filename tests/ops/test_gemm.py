@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """bmm_fp8 against the FP64 product."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Index tensors whose values are wrong: an error that names the entry where the host sees values, and elsewhere no
 access outside of the tensors that were given. Both from one list, on the CPU target and on a GPU."""
 

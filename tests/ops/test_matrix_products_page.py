@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/matrix_products.md runs as it stands, and computes what it says."""
 
 from __future__ import annotations

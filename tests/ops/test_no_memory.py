@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A kernel of the CPU that gets no memory for its scratch raises MemoryError, and the next call works."""
 
 from __future__ import annotations

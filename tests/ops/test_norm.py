@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """RMSNorm and LayerNorm against the FP64 oracle, on both targets."""
 
 from __future__ import annotations

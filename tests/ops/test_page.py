@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Appending to paged caches, positions of ragged rows, and lengths: exact, on both targets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arguments that no call of `flashinfer.page` and `flashinfer.rope` can mean: one line that names them, at the first
 call and after right ones of nearly the same signature, and nothing written. And what may surround a call and must not
 matter."""

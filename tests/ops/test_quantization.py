@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """packbits and segment_packbits: exact, on both targets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operands whose rows lie unevenly in memory: several strided tensors that group their rows differently."""
 
 from __future__ import annotations

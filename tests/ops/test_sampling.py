@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Softmax, filters and samplers against their definitions: exact sets and distributions, over hostile rows."""
 
 from __future__ import annotations

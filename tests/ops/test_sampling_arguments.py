@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arguments of sampling: their ranges, one for all rows or one a row, what does not fit, what must not matter."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random numbers of sampling: generators, seeds and offsets as numbers or tensors, CUDA graphs, torch.compile."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Products of fp8 operands with scales of blocks against the FP64 product of what these stand for."""
 
 from __future__ import annotations

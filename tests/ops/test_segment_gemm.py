@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SegmentGEMMWrapper against the FP64 product of every segment."""
 
 from __future__ import annotations

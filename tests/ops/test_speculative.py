@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chain speculative sampling: what is emitted follows the target, whatever was drafted; counts; hostile arguments."""
 
 from __future__ import annotations

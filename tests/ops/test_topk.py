@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """top_k against the definition: the k largest of each row, each taken once, ties as asked."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gated activations from the equations, in FP64 on the CPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention in FP64, from the equations. Knows nothing of tiles, splits or kernels.
 
 One request at a time: `attention` takes the queries, keys and values of one sequence. `paged_request` collects the keys

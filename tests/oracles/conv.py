@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The causal convolution of each channel from the equation, in FP64 on the CPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Products of segments of rows, from the equations, in FP64."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A paged cache filled row by row in Python."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packing bit by bit in Python."""
 
 from __future__ import annotations

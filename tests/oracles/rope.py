@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rotary position embedding from the equations, in FP64 on the CPU. Angles are formed and reduced in FP64."""
 
 from __future__ import annotations

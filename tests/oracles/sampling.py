@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Softmax, filters and speculative sampling in float64 on the CPU, from their definitions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What holds for ranks that share a KV cache. The oracle knows of no ranks: it attends to whole requests."""
 
 from __future__ import annotations

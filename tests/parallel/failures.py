@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks that are left alone: without check the others raise, at the latest when the timeout of the group is over."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks for tests: a process forks them, set after set; every rank of a set runs the same cases in the same order, and
 what failed is told by name.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks that share a KV cache: 2, 3 and 4 of gloo on the CPU, and of NCCL where there are two GPUs."""
 
 from __future__ import annotations

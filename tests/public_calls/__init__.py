@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One small call of every public function and wrapper, for what has to hold for all of them.
 
 A call takes its tensors from `Inputs`, which are made before it, and returns what it returned or wrote. Functions are

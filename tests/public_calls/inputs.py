@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the calls are given, and the table that they are in."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls of what works on rows: norms, activations, packing, merging, caches, rope, matrix products, sampling."""
 
 from __future__ import annotations

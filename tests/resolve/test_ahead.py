@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels that are compiled before they are asked for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of architectures: what each target gets, and that a new one is a row of it."""
 
 from __future__ import annotations

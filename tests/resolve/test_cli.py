@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line, run as its users run it: real kernels, real folders, exit codes, one-line errors."""
 
 from __future__ import annotations

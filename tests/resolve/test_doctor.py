@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`flashinfer doctor`, run as its users run it, where something is amiss and where nothing is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an application hears of kernels: events, counters, spans. Tags: test_misses.py."""
 
 from __future__ import annotations

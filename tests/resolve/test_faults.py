@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What goes wrong on real machines: file systems that are full, read-only or absent, killed processes, damaged files,
 missing compilers, many processes at once, forks."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A family may have several implementations: the most specific that serves a request computes it, on the targets whose
 machine code runs it, and the launcher tells the host whose parameters it takes."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launch values are given by name: what is unknown, missing, given twice or out of place never reaches a kernel."""
 
 from __future__ import annotations

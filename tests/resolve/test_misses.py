@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is recorded when AOT has no answer. What becomes of the records: tests/aot/test_records.py."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Machine code that is whole by its checksum and does not load: the next source answers."""
 
 from __future__ import annotations

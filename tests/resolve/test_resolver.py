@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The order of the stores, what is compiled when, and what is said about it."""
 
 from __future__ import annotations

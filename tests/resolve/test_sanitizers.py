@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FLASHINFER_SANITIZE: kernels that tell of stray accesses and of undefined behaviour, and are taken for no others."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of flashinfer_tvm share: calls through the FFI in the order of TVM's arguments, and their tensors.
 
 tvm_ffi is imported where it is used: without it these tests fail, and no others.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What TVM's paged KV cache calls, through the FFI and against the FP64 oracle, in the order in which it calls."""
 
 from __future__ import annotations

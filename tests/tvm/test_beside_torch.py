@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streams and memory of TVM, of which torch knows nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arguments that are wrong arrive at the FFI's caller as errors that say which, what was expected, and what came."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TVM's own paged KV cache on these functions: prompts, decode, shared prefixes and removed tokens. `pip install
 apache-tvm`, which the other tests do without."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What TVM's compiler gets from `flashinfer.jit`, as `tvm.relax.backend.cuda.flashinfer` of 0.27 asks for it."""
 
 from __future__ import annotations

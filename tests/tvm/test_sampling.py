@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sampling by the caller's random numbers: the first token at which the sum of probabilities passes them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Attention of one query token per request over its KV: single sequence or paged cache. For a request b and a query
 // head h, with g = h / group_size the KV head it shares:
 //

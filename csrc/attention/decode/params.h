@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the planner of decode writes and the kernel reads, and the parameters of both.
 #pragma once
 

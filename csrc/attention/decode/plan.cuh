@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The planner of decode: cuts the KV of a batch into chunks of equal length, on the device.
 //
 //   tiles of request b:  t_b = ceil((kv_len_b - first_key_b) / tile_len)       first_key: what a window hides before it

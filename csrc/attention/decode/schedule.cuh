@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How a decode launch is cut into chunks, and the walk of one chunk over its tiles.
 #pragma once
 

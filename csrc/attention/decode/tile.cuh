@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The two halves of the decode pipeline: TileLoader copies a warp's rows of KV into shared memory, WarpState multiplies
 // and accumulates them. See attention/decode/kernel.cuh for how they are put together.
 #pragma once

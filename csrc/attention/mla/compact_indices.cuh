@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Lists of rows without their gaps:
 //
 //   compacted[l, :lengths[l]] = those of indices[l, :max_len] that are at least 0 and below num_rows, in order

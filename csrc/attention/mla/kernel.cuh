@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Multi-head latent attention on mma.sync and cp.async, for every GPU from sm_80 up: what mla/params.h says.
 //
 // A persistent block an SM takes units off the planner's list: kBlockM rows, (token, head) pairs with the head

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How queries and the cache come in: rows of two parts, each a copy into a swizzled tile of its own.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How the splits of a query tile are merged in latent attention, whose partial results are large: 66 KB of 64 rows.
 // The last block to arrive (attention/merge.cuh) would read megabytes. Instead the tile is cut into as many shares as
 // it has splits, and each is merged by a block of its own once all splits have been left.

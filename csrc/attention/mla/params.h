@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the kernels of multi-head latent attention are given (DeepSeek-V2, arXiv:2405.04434, with the projections of
 // keys and values absorbed into those of queries and outputs): every query head attends to one latent row a token.
 //

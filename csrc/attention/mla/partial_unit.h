@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // In what a row of a partial result of latent attention counts (PartialRow in mla/merge.cuh). Shared by kernels and a
 // test on the host.
 #pragma once

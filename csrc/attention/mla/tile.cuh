@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A tile of latent attention on mma.sync: its geometry, the shared memory of a block, and the two products.
 //
 // Geometry. A block owns kBlockM query rows and all columns of their output, which fill the registers of its warps: a

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The loop of latent attention over the KV tiles of a unit.
 #pragma once
 

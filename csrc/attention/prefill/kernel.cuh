@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Attention of many query rows per request over single, ragged or paged KV: prefill, chunked prefill, append,
 // speculative verification. For a query token i of a request and a query head h, with g = h / group_size:
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How rows of prefill come from device memory: copies into swizzled tiles, of the query and of KV.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Two ordered lists as one, so that items of either are spread evenly among those of the other. Shared by the planner
 // and a test on the host.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the planner of prefill writes and the kernel reads, a list of work items, the longest first; the parameters of
 // both.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The planner of prefill: one block that reads the lengths on the device and writes the list of work items.
 //
 //   query tiles of request b:  ceil(qo_len_b * group_size / block_m), each over the KV tiles that its rows see

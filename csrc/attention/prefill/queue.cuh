@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How a block of prefill comes by its work.
 #pragma once
 

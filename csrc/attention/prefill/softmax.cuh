@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The softmax of prefill: what happens to a tile of scores between S = Q Kᵀ and O += P V. A new kind of logit belongs
 // into score.cuh, a new mask into visibility.cuh; this file asks them what to do with a score.
 #pragma once

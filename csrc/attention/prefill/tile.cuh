@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A tile of prefill: its geometry, the shared memory of a block, and the products that one warp takes part in.
 //
 // Geometry. A block owns kBlockM query rows of one KV head; a row is (token, head in group), the head innermost, so

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A unit of work of prefill: where its query rows are, what it leaves if the KV of its query tile are split, and how
 // that is merged. Shared by the planner and by the kernels, whatever they multiply with.
 #pragma once

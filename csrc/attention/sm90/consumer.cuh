@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The warpgroups of prefill on Hopper that compute: the units of work, 64 rows of each query tile.
 #pragma once
 

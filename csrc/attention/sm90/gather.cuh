@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How prefill on Hopper brings in KV row by row: all warps of the producers' warpgroup copy 16 bytes a lane, each its
 // part of the rows of every tile. One of them has the schedule too. So it is for small pages, where TMA's boxes would
 // be a few rows each; and for short queries, whose KV, read once, come 3% faster from memory than in boxes.

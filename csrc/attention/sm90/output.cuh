@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The end of a unit of prefill on Hopper: normalized rows and their LSE go where they belong; a query tile whose KV
 // were split is merged by the blocks that finish its splits last.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the Hopper kernel of prefill is given besides PrefillParams: where TMA finds K and V.
 #pragma once
 

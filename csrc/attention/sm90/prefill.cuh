@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Attention of many query rows per request on Hopper (sm_90a): what attention/prefill/kernel.cuh computes, by its
 // equations and on its shapes, with wgmma and TMA. FlashAttention-3 (Shah et al., 2024) is the model for its two
 // overlaps.

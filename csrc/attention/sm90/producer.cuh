@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The warps of prefill on Hopper that bring in what the others compute on: queries by cp.async, since rows of a tile
 // are (token, head) pairs at any distance, keys and values by TMA.
 #pragma once

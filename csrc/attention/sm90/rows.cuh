@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How a warp of prefill on Hopper brings in rows: one by one by cp.async, or boxes of them by TMA.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How a block of prefill comes by its work on Hopper: one thread fetches units ahead of those who do them.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The softmax of prefill on Hopper: what happens to a tile of scores between S = Q Kᵀ and O += P V.
 #pragma once
 

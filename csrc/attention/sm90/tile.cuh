@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Geometry of the Hopper kernel of prefill, its shared memory, and the unit of work that the roles pass on.
 #pragma once
 

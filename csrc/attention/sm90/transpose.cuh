@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Transposition of 8-bit values on Hopper. The tensor cores take 8-bit operands along the depth of the product only,
 // and the depth of P V are the keys, which in memory are the rows.
 //

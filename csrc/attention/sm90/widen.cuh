@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // 8-bit keys and values under 16-bit queries: brought in as they are, and widened on the way to where wgmma reads them.
 //
 // All warps of the producers do it, each for its part of the rows of every tile: TMA brings the part, the warp widens

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Gated activation on the CPU: the equations and shapes of activation/act_and_mul.cuh. A row a thread.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Gated activation to fp8 on the CPU: the equations and shapes of activation/act_and_mul_quant.cuh.
 #pragma once
 

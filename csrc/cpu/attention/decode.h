@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Decode attention on the CPU; what it computes stands in attention/decode/kernel.cuh.
 //
 // Work is cut into items (request, KV head, range of keys) that threads take one by one, so that one long request keeps

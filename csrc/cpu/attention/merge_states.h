@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Merging attention states on the CPU; the equations are in attention/merge_states.cuh.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Multi-head latent attention on the CPU; what it computes stands in attention/mla/params.h. Tiles, threads and the
 // order of work are those of prefill (cpu/attention/prefill.h), with all query heads in one group.
 #pragma once

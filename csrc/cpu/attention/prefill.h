@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Prefill attention on the CPU; what it computes stands in attention/prefill/kernel.cuh.
 //
 // A work unit is a tile of query rows of one KV head, a row being (token, head in group) with the head innermost. It

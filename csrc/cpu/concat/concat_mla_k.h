@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Keys of latent attention on the CPU: the equations and shapes of concat/concat_mla_k.cuh. A token a thread.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The causal convolution on the CPU: the equations and shapes of conv/causal_conv1d.cuh. A thread has some channels of
 // a sequence, from its beginning to its end.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The next tokens through a causal convolution on the CPU: the equations and shapes of conv/causal_conv1d_update.cuh.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the causal convolutions on the CPU share: some channels, their weights and the inputs that they still see.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The gated delta rule of decode on the CPU: the equations and shapes of gdn/decode.cuh, on states of either layout. A
 // thread has the state of a head as floats, V-major, in its own memory.
 #pragma once

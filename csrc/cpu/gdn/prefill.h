@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The gated delta rule over sequences on the CPU, token by token as gdn/prefill/params.h writes it. A row of the state
 // as [V, K] depends on no other row: a thread takes a few of them, as floats, through a whole sequence.
 #pragma once

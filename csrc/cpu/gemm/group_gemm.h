@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Products of segments of rows with weights on the CPU: the equations and shapes of gemm/group_gemm.cuh.
 //
 // A thread has a tile of the output at a time. Of each 128 elements of the depth, what it multiplies is first made

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rows to 8 bits with a scale for each 128 elements, on the CPU: gemm/quantize_groups.cuh.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Gated RMSNorm on the CPU: the equations and shapes of norm/gated_rmsnorm.cuh. A row a thread, as floats in its own
 // memory.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Gated RMSNorm to fp8 on the CPU: the equations and shapes of norm/gated_rmsnorm_quant.cuh.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // RMSNorm on the CPU: the equations and shapes of norm/rmsnorm.cuh. A row a thread, as floats in its own memory.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Append to a paged KV cache on the CPU: the equations and shapes of page/append.cuh. A token a thread.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Length of every request of a paged cache on the CPU: the equation and shapes of page/seq_lens.cuh.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Request and position of every row of a ragged batch on the CPU: the equations and shapes of page/token_positions.cuh.
 // Request by request, after all rows have been marked as rows of none.
 #pragma once

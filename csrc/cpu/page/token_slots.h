@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where a token is in a paged cache, on the CPU: the equations of page/token_slots.cuh.
 #pragma once
 

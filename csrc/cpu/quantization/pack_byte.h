@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Eight booleans into one byte (CPU); quantization/pack_byte.cuh explains the multiplication.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Booleans, eight to a byte, on the CPU: the equation and shapes of quantization/packbits.cuh.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where each segment's bytes begin once it is packed, on the CPU: the equation and shapes of
 // quantization/packed_indptr.cuh. The host has checked the offsets.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The booleans of every segment packed from a byte of its own, on the CPU: the equation and shapes of
 // quantization/segment_packbits.cuh. The host has checked the offsets. A segment a thread.
 #pragma once

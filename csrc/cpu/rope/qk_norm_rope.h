@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // RMSNorm over each head of queries and keys, then their rotation, in place, on the CPU: the equations and shapes of
 // rope/qk_norm_rope.cuh. A token a thread.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rotary position embedding of queries and keys on the CPU: the equations and shapes of rope/rope.cuh. A token a
 // thread, whose angles are computed once for all its heads.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rotary position embedding and append to a paged KV cache in one pass, on the CPU: the equations and shapes of
 // rope/rope_append.cuh. A token a thread.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Angles and the rotation of one head on the CPU; device/rotary.cuh says why angles are 64-bit fractions of a turn.
 #pragma once
 

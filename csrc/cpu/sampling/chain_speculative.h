@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Chain speculative sampling on the CPU: the rule and shapes of sampling/chain_speculative.cuh. A row a thread.
 #pragma once
 

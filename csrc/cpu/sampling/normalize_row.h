@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Softmax, renormalized top-k and top-p, and masked logits on the CPU: the equations and shapes of
 // sampling/normalize_row.cuh. A row a thread; sums are taken in double.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One row of the vocabulary on the CPU: its weights, the filters and the draw. What they mean stands in
 // sampling/threshold.cuh; sums are taken in double. Every filter is a threshold here, and the draw an inverse CDF.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Draws one token from each row on the CPU: the rules and shapes of sampling/sample_row.cuh. A row a thread, which
 // finds the threshold by quickselect and the token by inverse CDF; sums are taken in double.
 #pragma once

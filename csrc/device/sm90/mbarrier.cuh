@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Barriers in shared memory that threads and asynchronous copies arrive at (sm_90).
 #pragma once
 

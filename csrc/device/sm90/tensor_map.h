@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the tensor memory accelerator (sm_90) knows of a tensor: for parameter structs, and thus for hosts too.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Copies of boxes of a tensor by the tensor memory accelerator (sm_90).
 #pragma once
 

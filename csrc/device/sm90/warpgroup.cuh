@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What four warps do together on sm_90: registers moved between warpgroups, named barriers, the order of proxies.
 #pragma once
 

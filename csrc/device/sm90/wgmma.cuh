@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Tensor-core products of a warpgroup (sm_90a): 64 rows of A by kN columns of B, 32 bytes deep (16 elements of 16 bits,
 // 32 of 8), accumulated in fp32 registers. The tensor cores read B, and A unless it is in registers, from shared memory
 // on their own while the threads go on.

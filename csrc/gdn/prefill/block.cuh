@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Prefill of the gated delta rule, its second kernel: what the warps of a block share.
 #pragma once
 

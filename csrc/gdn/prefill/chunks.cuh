@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Prefill of the gated delta rule, its first kernel: the triangular systems that stand between the tokens of a chunk,
 // of all chunks at once.
 //

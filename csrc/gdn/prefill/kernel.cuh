@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The gated delta rule over sequences, in chunks of 64 tokens by the WY representation (Yang, Kautz & Hatamizadeh 2024,
 // arXiv:2412.06464), on mma.sync and cp.async, for every GPU from sm_80 up. Of a chunk, with the state S [K, V] before
 // it and G the sums of log2 alpha from its first token on:

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Prefill of the gated delta rule: the warps that bring in chunks and write the output, 16 tokens of a chunk each:
 //
 //   O = scale (2^G Q S + P U)        P[i, j] = 2^(G_i - G_j) q_i·k_j  for j <= i, else 0

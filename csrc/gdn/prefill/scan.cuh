@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Prefill of the gated delta rule, of sequences that are split: the states at the borders of segments, one after the
 // other, from what gdn_prefill_segments left of each (GdnSegment).
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Prefill of the gated delta rule: the warps that carry the state through the chunks of a sequence. Per chunk, with S
 // the state at its start, decays 2^G and the keys' lengths apart:
 //

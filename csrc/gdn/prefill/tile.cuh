@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Prefill of the gated delta rule: geometry, what the two kernels hand over, fragments, and how rows come in.
 #pragma once
 

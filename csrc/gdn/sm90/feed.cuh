@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Prefill of the gated delta rule on Hopper: the warps that bring in chunks, as far ahead as there are stages.
 #pragma once
 

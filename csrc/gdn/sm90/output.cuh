@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Prefill of the gated delta rule on Hopper: the warpgroup that writes the output, which stands in
 // gdn/prefill/output.cuh.
 #pragma once

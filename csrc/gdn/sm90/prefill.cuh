@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The gated delta rule over sequences on Hopper: gdn/prefill/kernel.cuh with wgmma, after the same first kernel.
 //
 //   Uᵀ = (Vᵀ - Sᵀ (2^G K)ᵀ) inverseᵀ        Sᵀ = 2^G_last Sᵀ + (2^(G_last - G) U)ᵀ K

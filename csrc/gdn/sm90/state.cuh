@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Prefill of the gated delta rule on Hopper: the warpgroup that carries the state through the chunks of a sequence.
 // What it computes stands in gdn/prefill/state.cuh: transposed, so that the 64 columns of the state are the rows of a
 // warpgroup's products, the state stays in fp32 accumulators, and an accumulator is the next product's A.

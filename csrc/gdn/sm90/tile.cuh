@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Prefill of the gated delta rule on Hopper: shared memory. Operands lie in panels of 128-byte rows (wgmma.cuh), so
 // that the 128 dimensions of keys and queries are two panels of 64 tokens each.
 #pragma once

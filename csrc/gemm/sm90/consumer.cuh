@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The warpgroups of the Hopper kernel of products that multiply.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the Hopper kernel of products is given besides GroupGemmParams: where TMA finds the operands.
 #pragma once
 

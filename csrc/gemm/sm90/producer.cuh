@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The warps of the Hopper kernel of products that bring in what the others multiply: one has operands, by TMA, one has
 // scales, which lie at any strides.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Geometry of the Hopper kernel of products, and its shared memory.
 #pragma once
 

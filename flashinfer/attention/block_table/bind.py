@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The first call of a signature: checks, and the launches of its planner and its kernel."""
 
 from __future__ import annotations

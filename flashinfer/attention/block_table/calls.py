@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The public functions, as engines call them."""
 
 from __future__ import annotations

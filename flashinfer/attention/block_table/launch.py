@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a call to its launches, one pair prepared for each signature."""
 
 from __future__ import annotations

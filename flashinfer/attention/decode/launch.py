@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What single and planned decode share: the kernel for a device, and the schedule a plan leaves there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decode over a paged cache: attention of one new token per request."""
 
 from __future__ import annotations

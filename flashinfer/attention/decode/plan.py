@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a plan of decode settles: kernels, where the schedule lies, and each signature of run() laid out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decode over one sequence, without a plan: the schedule follows from the length."""
 
 from __future__ import annotations

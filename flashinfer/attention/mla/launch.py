@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernel for a device, and a bound launch. Schedules are those of prefill."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a plan of latent attention settles: the kernel, where the schedule lies, each signature of run() laid out."""
 
 from __future__ import annotations

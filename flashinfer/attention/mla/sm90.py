@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launches of the Hopper implementation of latent attention, which finds the cache by TMA descriptors."""
 
 from __future__ import annotations

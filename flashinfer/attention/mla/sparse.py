@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Latent attention in which every query has its own list of rows (DeepSeek-V3.2): without a plan by the caller."""
 
 from __future__ import annotations

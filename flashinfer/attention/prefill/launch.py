@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What single and planned prefill share: the kernel for a device, the schedule a plan leaves there, a bound launch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefill, chunked prefill and append over a paged KV cache."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefill over ragged keys and values: the requests' rows end to end, without a cache."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefill attention of one sequence."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the wrappers over pages and over rows have in common: from the arguments of plan() to a plan, and which tile."""
 
 from __future__ import annotations

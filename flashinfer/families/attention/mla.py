@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multi-head latent attention: legal axes, tile table. Its planner is that of prefill."""
 
 from __future__ import annotations

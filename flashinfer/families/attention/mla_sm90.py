@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the Hopper implementation of latent attention computes, and its tile table."""
 
 from __future__ import annotations

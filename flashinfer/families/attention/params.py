@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the attention kernels have in common: parameters, legal dtypes, head dimensions and options."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefill attention and its planner: legal axes, tile table."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gated delta rule over the next tokens of each request, by the layout of the states."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gated delta rule over sequences of tokens."""
 
 from __future__ import annotations

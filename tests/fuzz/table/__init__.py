@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every public function: a generator of cases under its name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Unplanned attention, and merging of its states; what planned attention (wrappers.py) has in common with it."""
 
 from __future__ import annotations

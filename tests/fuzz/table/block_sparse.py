@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block-sparse attention: a wrapper that is made, planned and run once, in one call."""
 
 from __future__ import annotations

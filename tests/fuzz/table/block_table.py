@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over block tables, which plans by itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gated delta networks: the rule over the next tokens, and the convolution before it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What oracles ask of index tensors, which kernels would otherwise follow anywhere."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefill beside decode: a wrapper that is made, planned and run once, in one call."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Latent attention: planned, over lists of rows, and the keys of what is not absorbed."""
 
 from __future__ import annotations

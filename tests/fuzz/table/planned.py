@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What cases of planned attention share: sequences of calls on one wrapper, beside a model of what it has to know.
 
 A plan that fails leaves the old one, or a wrapper that says it has none. What a plan was given is the caller's again.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Planned attention over a KV that requests share."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rotary embedding, alone and fused."""
 
 from __future__ import annotations

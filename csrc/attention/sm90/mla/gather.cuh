@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How latent attention on Hopper brings in a cache of small pages, row by row: as attention/sm90/gather.cuh, by all
 // warps of the producers' warpgroup.
 #pragma once

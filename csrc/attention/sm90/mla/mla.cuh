@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Multi-head latent attention on Hopper (sm_90a): what attention/mla/params.h says, with wgmma and TMA.
 //
 // A persistent block an SM takes units off the planner's list: 64 rows, (token, head) pairs with the head innermost,

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The end of a unit of latent attention on Hopper: as attention/sm90/output.cuh, where each consumer has half of the
 // columns of every row.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the Hopper kernel of latent attention is given besides MlaParams: where TMA finds ckv and kpe.
 #pragma once
 

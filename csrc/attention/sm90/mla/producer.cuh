@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The warps of latent attention on Hopper that bring in what the others compute on: queries by cp.async, the cache by
 // TMA.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Geometry of latent attention on Hopper, and its shared memory.
 #pragma once
 

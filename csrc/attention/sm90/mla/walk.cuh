@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The loop of latent attention on Hopper, tile after tile of KV: a seesaw (FlashMLA, DeepSeek 2025) of two consumers.
 //
 // 64 rows of a 512-wide output fill the registers of two warpgroups, so each has half of the columns, and both need the

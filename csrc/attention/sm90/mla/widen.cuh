@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How latent attention on Hopper brings in a cache of fp8: by all warps of the producers' warpgroup, which widen it to
 // what is multiplied.
 #pragma once

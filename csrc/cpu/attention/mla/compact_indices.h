@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Lists of rows without their gaps, on the CPU: the equation of attention/mla/compact_indices.cuh. A list a thread.
 #pragma once
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Functions of scores and masks that a caller writes in Python: from source to a typed tree, to a canonical text that
 names the kernel, to C++.
 

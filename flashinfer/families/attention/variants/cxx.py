@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From trees to C++: the struct that kernels know as Config::Function (csrc/attention/function.cuh)."""
 
 from __future__ import annotations

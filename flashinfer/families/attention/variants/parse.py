@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From Python's syntax to typed trees. What is outside the grammar is refused, with file, line and column."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which part of a mask is a range of keys: tiles outside of it are left out, and those inside need no masking.
 
 A comparison whose sides differ by the key's position and something else, k <= q + x.n say, is one end of a range, if

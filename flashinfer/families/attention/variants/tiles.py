@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a mask to C++ that bounds it over a tile of queries and keys: full, empty, or neither is proved.
 
 One call of csrc/attention/function_tile.cuh for each node, which says what an integer is between, and whether a

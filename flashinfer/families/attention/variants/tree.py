@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Typed expressions, and the text that stands for them."""
 
 from __future__ import annotations
