@@ -173,6 +173,8 @@ def load(name: str) -> Union[Function, BoundFunction]:
     sys.path.append(folder)
     try:
         found = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+    except UnsupportedConfig as error:  # of any function of the module, by its file and line
+        raise UnsupportedConfig(f"{name}: {module} does not import: {error}") from None
     except (ImportError, AttributeError, ValueError) as error:
         raise UnsupportedConfig(f"{name}: {error}; expected module:function, importable from {folder}") from None
     finally:

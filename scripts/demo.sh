@@ -25,11 +25,12 @@ if [ -z "$quick" ]; then takes[3]=120; fi
 step=-1 began=0 expected=0 # of the steps that are done
 
 say() {
-  local left=0 i
-  for ((i = step; i < ${#takes[@]}; i++)); do left=$((left + takes[i])); done
-  if [ "$expected" -ge 10 ]; then left=$((left * began / expected)); fi
-  left=$((left - SECONDS + began))
-  printf '[%3d s, about %3d s left] %s\n' "$SECONDS" $((left > 0 ? left : 0)) "$*"
+  local later=0 now=$((SECONDS - began)) here=${takes[step]} planned=$expected needed=$began about=about i
+  for ((i = step + 1; i < ${#takes[@]}; i++)); do later=$((later + takes[i])); done
+  if [ "$planned" -lt 10 ]; then planned=1 needed=1; fi
+  # A step that takes longer than the pace so far says has a pace of its own, and an end that is not known.
+  if [ $((now * planned)) -gt $((here * needed)) ]; then planned=$here needed=$now here=0 now=0 about="more than"; fi
+  printf '[%3d s, %s %3d s left] %s\n' "$SECONDS" "$about" $(((here + later) * needed / planned - now)) "$*"
 }
 
 begin() {

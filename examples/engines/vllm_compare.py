@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import importlib.util
 import itertools
 import json
 import os
@@ -505,6 +506,8 @@ def main() -> None:
             parser.error(f"got {','.join(given)}; expected some of {','.join(known)}")
     if "gdn" in arguments.stages and HYBRID not in arguments.models:
         parser.error(f"got stage gdn of models {','.join(arguments.models)}; expected {HYBRID} among them")
+    if importlib.util.find_spec("vllm") is None:
+        parser.error("vllm is not installed here; next step: README.md beside this file")
     clock.budget = arguments.budget
     with tempfile.TemporaryDirectory(prefix="engines-") as folder:
         comparison = Comparison(arguments, Path(folder))

@@ -210,6 +210,8 @@ class BatchPODWithPagedKVCacheWrapper(Uncopyable):
     both have the same cache, plan() was given qo_indptr_d on the CPU, with one query each, and run() has no mask and no
     scales. Otherwise it is two launches, one behind the other.
 
+    A CUDA graph of run() alone holds for the plan that it was captured under, whose copies the next plan() gives up.
+
     Args:
         float_workspace_buffer, kv_layout: as of `BatchPrefillWithPagedKVCacheWrapper`.
     """

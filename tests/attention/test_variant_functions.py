@@ -449,6 +449,11 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert main(["variants", "check", "wrong_bounds:mask"]) == 1
     assert "falls from one query" in capsys.readouterr().out
     assert main(["variants", "check", "wrong_bounds:nothing"]) == 2
+    assert "expected module:function" in capsys.readouterr().err
+    (tmp_path / "refused.py").write_text("import flashinfer\n@flashinfer.mask()\ndef mask(b, h, q, k): return open(k)\n")
+    assert main(["variants", "check", "refused:another"]) == 2  # which is not the one that is refused
+    err = capsys.readouterr().err
+    assert "refused does not import" in err and "refused.py:3:" in err and "expected module:function" not in err
 
 
 @pytest.mark.parametrize("name", ["documents_from"])

@@ -200,3 +200,10 @@ def test_weights_are_the_same_for_all_engines_and_of_some_size() -> None:
 def test_out_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, output, stages = compare(tmp_path, monkeypatch, "--stages", "agree", "--models", "llama", "--budget", "5")
     assert code == 1 and stages["agree"] == [{"error": "not run: out of time"}], output
+
+
+def test_without_the_engine() -> None:
+    """Nothing is begun, instead of a failure in every stage."""
+    command = [sys.executable, "examples/engines/vllm_compare.py", "--stages", "agree"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
+    assert done.returncode == 2 and "vllm is not installed here" in done.stderr
