@@ -71,7 +71,12 @@ def add_parser(subparsers: Any) -> None:
     config.add_argument("--tp", default="1", metavar="N,N", help="degrees of tensor parallelism to serve (default: 1)")
     config.add_argument("--name", help="of the row (default: as the file or its folder is called)")
     config.set_defaults(run=write_row)
-    recipes = commands.add_parser("recipes", help="write how kernels are compiled, for programs in C++")
+    recipes = commands.add_parser(
+        "recipes",
+        help="write how kernels are compiled, for programs in C++",
+        description="Write the file by which programs in C++ compile what no set holds: JitOptions::recipes.",
+        examples=("aot recipes --target sm_80,sm_90a --out recipes.json",),
+    )
     recipes.add_argument("--target", required=True, metavar="T,T", help="of GPUs: for example sm_80,sm_90a")
     recipes.add_argument("--out", required=True, type=_path, metavar="FILE", help="the file, for JitOptions::recipes")
     recipes.set_defaults(run=write_recipes)

@@ -44,7 +44,9 @@ def asked() -> dict[str, tuple[list[str], str]]:
 
 
 def operators_of(family: str) -> list[str]:
-    return [name for name, (found, _) in asked().items() if family in found]
+    """Functions before wrappers."""
+    names = [name for name, (found, _) in asked().items() if family in found]
+    return sorted(names, key=lambda name: name.rpartition(".")[2][0].isupper())
 
 
 @dataclass(frozen=True)

@@ -320,7 +320,7 @@ def test_the_command_of_a_miss_report_keeps_the_set_in_use(
     (tmp_path / "my misses.jsonl").write_text(json.dumps(record_) + "\n")
     monkeypatch.setenv("FLASHINFER_AOT_PATH", str(host_copy))
     assert run_cli("misses", "report", tmp_path / "my misses.jsonl") == 0
-    (printed,) = re.findall(r"^  python scripts/build_aot\.py (.*)$", capsys.readouterr().out, re.MULTILINE)
+    (printed,) = re.findall(r"^  flashinfer aot build (.*)$", capsys.readouterr().out, re.MULTILINE)
     argv = shlex.split(printed)
     assert argv[argv.index("--out") + 1] == str(host_copy)
     assert run_cli("aot", "build", *argv) == 0
