@@ -73,6 +73,13 @@ const T& present(const T* given) {
   return *given;
 }
 
+// Makes one for the caller, who is looked at first.
+template <class T, class... Args>
+void make(T** made, Args&&... args) {
+  host::require(made != nullptr, "where the object is to be put is null");
+  *made = new T(std::forward<Args>(args)...);
+}
+
 // An object of the caller's.
 template <class T>
 T& object(T* given) {
@@ -143,8 +150,8 @@ int flashinfer_kernels_open_jit(const char* roots, int device, const char* recip
       if (!path.empty()) folders.push_back(path);
     JitOptions how;
     if (recipes != nullptr) how.recipes = recipes;
-    object(opened) = new flashinfer_kernels(device == FLASHINFER_CPU ? Device::cpu() : Device::cuda(device), folders,
-                                            recipes == nullptr ? nullptr : jit(how));
+    make(opened, device == FLASHINFER_CPU ? Device::cpu() : Device::cuda(device), folders,
+         recipes == nullptr ? nullptr : jit(how));
   });
 }
 
@@ -220,7 +227,7 @@ int flashinfer_single_prefill(flashinfer_kernels* kernels, const flashinfer_work
 
 int flashinfer_batch_decode_new(flashinfer_kernels* kernels, const flashinfer_workspace* workspace,
                                 flashinfer_batch_decode** made) {
-  return guarded([&] { object(made) = new flashinfer_batch_decode(object(kernels), of(workspace)); });
+  return guarded([&] { make(made, object(kernels), of(workspace)); });
 }
 
 void flashinfer_batch_decode_free(flashinfer_batch_decode* decode) {
@@ -241,7 +248,7 @@ int flashinfer_batch_decode_run(flashinfer_batch_decode* decode, const flashinfe
 
 int flashinfer_batch_prefill_new(flashinfer_kernels* kernels, const flashinfer_workspace* workspace,
                                  flashinfer_batch_prefill** made) {
-  return guarded([&] { object(made) = new flashinfer_batch_prefill(object(kernels), of(workspace)); });
+  return guarded([&] { make(made, object(kernels), of(workspace)); });
 }
 
 void flashinfer_batch_prefill_free(flashinfer_batch_prefill* prefill) {
@@ -276,7 +283,7 @@ int flashinfer_batch_prefill_run_ragged(flashinfer_batch_prefill* prefill, const
 }
 
 int flashinfer_mla_new(flashinfer_kernels* kernels, const flashinfer_workspace* workspace, flashinfer_mla** made) {
-  return guarded([&] { object(made) = new flashinfer_mla(object(kernels), of(workspace)); });
+  return guarded([&] { make(made, object(kernels), of(workspace)); });
 }
 
 void flashinfer_mla_free(flashinfer_mla* mla) {

@@ -65,7 +65,9 @@ def write(path: Path, target_names: Sequence[str]) -> int:
         "targets": recipes,
     }
     try:
-        path.write_text(json.dumps(data, separators=(",", ":")) + "\n", encoding="utf-8")
+        partial = path.with_name(f"{path.name}.partial")  # programs may read the file that is there
+        partial.write_text(json.dumps(data, separators=(",", ":")) + "\n", encoding="utf-8")
+        partial.replace(path)
     except OSError as error:
         raise FlashInferError(f"{path} cannot be written: {error.strerror}") from error
     return sum(map(len, wanted.values()))

@@ -79,7 +79,8 @@ class BatchDecode {
     variant.fill(params);
     params.batch_size = int32_t(batch_size);
     table_ = table, shape_ = shape, kernel_ = found, params_ = params;
-    is_planned_ = true, is_settled_ = false;
+    planned_.note();
+    is_settled_ = false;
   }
 
   // q, out [batch_size, num_qo_heads, head_dim]; lse fp32 [batch_size, num_qo_heads], base 2, or none. A request
@@ -87,7 +88,7 @@ class BatchDecode {
   void run(const Tensor& q, const PagedCache& cache, const Tensor& out, const Tensor& lse = {},
            Stream stream = nullptr) {
     using namespace host;
-    require(is_planned_, kOp, ": nothing is planned. Next step: plan()");
+    planned_.require_one(kOp);
     const bool is_cuda = kernels_.device().is_cuda();
     DecodeParams params = params_;
     fill_rows(kOp, params, shape_, q, out, lse, params.batch_size, is_cuda);
@@ -97,7 +98,7 @@ class BatchDecode {
     params.plan_is_settled = is_settled_ && kernel_.kernel->is_dependent();
     kernel_.kernel->launch({uint32_t(std::max(kernel_.num_head_blocks, 1)), uint32_t(std::max(kernel_.num_chunks, 1))},
                            params, stream);
-    is_settled_ = true;  // a kernel was launched since the planner
+    if (rehearsal == nullptr) is_settled_ = true;  // a kernel was launched since the planner
   }
 
  private:
@@ -127,7 +128,8 @@ class BatchDecode {
   AttentionShape shape_;
   host::DecodeKernel kernel_;
   DecodeParams params_{};
-  bool is_planned_ = false, is_settled_ = false;
+  host::Planned planned_;
+  bool is_settled_ = false;
 };
 
 // One query token [num_qo_heads, head_dim] over k, v [kv_len, num_kv_heads, head_dim]: no plan, one launch. On a GPU

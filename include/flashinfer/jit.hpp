@@ -45,6 +45,7 @@ struct JitOptions {
   // "": where the recipes were written. The headers of CUDA, with cuda_fp16.h, may be beside NVRTC too.
   std::string csrc, cuda_include;
   std::string cache_dir;  // "": FLASHINFER_CACHE_DIR, or the user's cache, as in Python
+  // Called by the thread that asks, while others wait for the same Jit: it must not ask for kernels.
   std::function<void(const JitEvent&)> on_event = print_event;
 };
 
@@ -66,9 +67,15 @@ class Jit final : public Compiler {
         why += c;
       else if (why.empty() || why.back() != ' ')
         why += ' ';
+    std::string lack;  // of a compiler: then another request may be in the cache
     for (const std::string& target : targets)
       for (const Request& request : requests)
-        if (const auto source = recipes_.source_of(request, target)) return make(*source, why);
+        if (const auto source = recipes_.source_of(request, target)) {
+          Answer made = make(*source, why);
+          if (made.why_not.empty()) return made;
+          lack = made.why_not;
+        }
+    if (!lack.empty()) return {{}, {}, lack};
     return {{},
             {},
             recipes_.path() + ": " + (recipes_.has(targets.front()) ? "no recipe for it" : "no recipes for ") +
@@ -91,6 +98,9 @@ class Jit final : public Compiler {
     for (const auto* more : {&recipes_.flags(), &recipes_.options()})
       options.insert(options.end(), more->begin(), more->end());
     const std::string csrc = place(options_.csrc, "csrc");
+    std::error_code none;
+    host::require(std::filesystem::is_directory(csrc, none), "the headers of kernels are not in ", csrc,
+                  ". Next step: name their folder in JitOptions::csrc, or write recipes here (flashinfer aot recipes)");
     options.push_back("-I" + csrc);
     options.push_back("-I" + cuda_include());
     require_headers(csrc, source);

@@ -7,6 +7,7 @@
 #include <sys/file.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <chrono>
 #include <cstdlib>
 #include <filesystem>
@@ -27,7 +28,9 @@ class JitCache {
     if (folder.empty()) folder = of("FLASHINFER_CACHE_DIR");
     if (folder.empty() && !of("XDG_CACHE_HOME").empty()) folder = of("XDG_CACHE_HOME") + "/flashinfer";
     if (folder.empty() && !of("HOME").empty()) folder = of("HOME") + "/.cache/flashinfer";
-    if (!folder.empty()) root_ = Path(folder) / "jit";
+    if (folder.compare(0, 2, "~/") == 0) folder = of("HOME") + folder.substr(1);
+    std::error_code error;
+    if (!folder.empty()) root_ = std::filesystem::absolute(folder, error) / "jit";
   }
 
   // The machine code of a source, and the file that it is in; of any compiler where none is named. None where there is
@@ -82,7 +85,11 @@ class JitCache {
       std::filesystem::create_directories(cache.root_, error);
       const Path path = cache.root_ / ("." + source.digest.substr(0, 32) + ".lock");
       file_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
-      for (int i = 0; file_ >= 0 && i < kMostTries && flock(file_, LOCK_EX | LOCK_NB) != 0; ++i)
+      // On a file system without locks there is nothing to wait for.
+      const auto is_held = [this] {
+        return flock(file_, LOCK_EX | LOCK_NB) != 0 && (errno == EWOULDBLOCK || errno == EINTR);
+      };
+      for (int i = 0; file_ >= 0 && i < kMostTries && is_held(); ++i)
         std::this_thread::sleep_for(std::chrono::milliseconds(50));
     }
     ~Lock() {
@@ -119,7 +126,7 @@ class JitCache {
       std::error_code error;
       std::filesystem::last_write_time(folder, std::filesystem::file_time_type::clock::now(), error);
       return std::pair(std::move(machine_code), file.string());
-    } catch (const Error&) {
+    } catch (const std::exception&) {  // damaged, or gone meanwhile
       return std::nullopt;
     }
   }

@@ -47,6 +47,19 @@ class KernelMissing : public Error {
 namespace host {
 // What Kernels::rehearse() has found missing on this thread; null where it does not run.
 inline thread_local std::vector<KernelMissing::Lack>* rehearsal = nullptr;
+
+// Whether there is a plan to run. One of a rehearsal is for rehearsals alone: its planner was not launched.
+class Planned {
+ public:
+  void note() { state_ = rehearsal == nullptr ? State::kPlanned : State::kRehearsed; }
+  void require_one(const char* op, const char* plan = "plan()") const {
+    require(state_ == State::kPlanned || (state_ == State::kRehearsed && rehearsal != nullptr), op, ": ",
+            state_ == State::kNone ? "nothing is planned" : "the last plan was a rehearsal", ". Next step: ", plan);
+  }
+
+ private:
+  enum class State { kNone, kRehearsed, kPlanned } state_ = State::kNone;
+};
 }  // namespace host
 
 // One that is loaded. Lives as long as the Kernels it is from; safe to launch from several threads.
@@ -76,9 +89,9 @@ class Kernel {
   // takes another struct, or the launch fails.
   template <class Params>
   void launch(Grid grid, const Params& params, Stream stream = nullptr) const {
+    if (!is_stand_in_ && entry_.abi != Layout<Params>::kAbi) refuse(Layout<Params>::kName, Layout<Params>::kAbi);
     if (host::rehearsal != nullptr) return;
     host::require(!is_stand_in_, "a kernel was missing at a rehearsal. Next step: plan again, which says which");
-    if (entry_.abi != Layout<Params>::kAbi) refuse(Layout<Params>::kName, Layout<Params>::kAbi);
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     if (is_cuda()) {
       launch_on_gpu(grid, &params, stream);

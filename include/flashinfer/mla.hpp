@@ -83,6 +83,7 @@ class Mla {
     qo_indptr_ = qo_indptr, table_ = table, shape_ = shape, params_ = params, kernel_ = &kernel,
     num_blocks_ = num_blocks;
     ckv_maps_.reset();
+    planned_.note();
   }
 
   // q_nope, out [num_tokens, num_heads, head_dim_ckv], q_pe [.., head_dim_kpe]; ckv [num_pages, page_size,
@@ -90,7 +91,7 @@ class Mla {
   void run(const Tensor& q_nope, const Tensor& q_pe, const Tensor& ckv, const Tensor& kpe, const Tensor& out,
            const Tensor& lse = {}, Stream stream = nullptr) {
     using namespace host;
-    require(kernel_ != nullptr, kOp, ": nothing is planned. Next step: plan()");
+    planned_.require_one(kOp);
     const bool is_cuda = kernels_.device().is_cuda();
     const int64_t num_tokens = params_.num_tokens, num_heads = shape_.num_heads;
     const auto check = [&](const char* name, const Tensor& x, int64_t first, int64_t second, int64_t dim, Dtype dtype) {
@@ -175,6 +176,7 @@ class Mla {
   PageTable table_;
   MlaShape shape_;
   MlaParams params_{};
+  host::Planned planned_;
   const Kernel* kernel_ = nullptr;
   int32_t num_blocks_ = 0;
   int64_t ckv_stride_[2] = {}, kpe_stride_[2] = {};

@@ -50,7 +50,7 @@ class Nvrtc {
     check("nvrtcVersion", nvrtcVersion(&major, &minor));
     // It states no patch level; the size of the file tells two builds of one release apart. As in toolchain.py.
     identity_ = "nvrtc-" + std::to_string(major) + "." + std::to_string(minor) + "-" +
-                std::to_string(std::filesystem::file_size(path_));
+                std::to_string(std::filesystem::file_size(path_, none));
   }
 
   const std::string& path() const { return path_; }

@@ -209,7 +209,7 @@ inline void append(Kernels& kernels, const Tensor& key, const Tensor& value, con
   require(table.indptr.shape[0] >= 1, op, ": indptr is empty; expected [batch_size + 1]");
   const bool is_cuda = kernels.device().is_cuda();
   if (!is_cuda) check_slots(op, batch_indices, positions, table, cache.k.shape[0], cache.k.shape[1]);
-  if (num_tokens * cache.k.numel() * table.batch_size() == 0) return;
+  if (num_tokens == 0 || cache.k.numel() == 0 || table.batch_size() == 0) return;
 
   const int64_t length = std::gcd(key_dim, value_dim);
   const int vec = std::min(vec_size(itemsize_of(key.dtype), length, alignment_of(key) | alignment_of(value)),

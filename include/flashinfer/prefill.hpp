@@ -256,7 +256,8 @@ class BatchPrefill {
   // sees no key gives zeros and -inf.
   void run(const Tensor& q, const PagedCache& cache, const Tensor& out, const Tensor& lse = {},
            Stream stream = nullptr) {
-    host::require(bool(launch_) && is_paged_, kOp, ": nothing is planned over pages. Next step: plan()");
+    planned_.require_one(kOp);
+    host::require(is_paged_, kOp, ": the plan is over rows. Next step: run_ragged(), or plan()");
     PrefillParams params = params_;
     host::fill_pages(kOp, params.kv, shape_, cache, table_, kernels_.device().is_cuda());
     run(params, q, cache.k, out, lse, stream);
@@ -264,7 +265,8 @@ class BatchPrefill {
 
   void run_ragged(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse = {},
                   Stream stream = nullptr) {
-    host::require(bool(launch_) && !is_paged_, kOp, ": nothing is planned over rows. Next step: plan_ragged()");
+    planned_.require_one(kOp, "plan_ragged()");
+    host::require(!is_paged_, kOp, ": the plan is over pages. Next step: run(), or plan_ragged()");
     PrefillParams params = params_;
     host::fill_kv_rows(kOp, params.kv, shape_, k, v, kernels_.device().is_cuda());
     params.kv.index.indptr = static_cast<const int32_t*>(table_.indptr.data);
@@ -308,6 +310,7 @@ class BatchPrefill {
     params.batch_size = batch_size;
     params.num_tokens = int32_t(num_tokens);
     qo_indptr_ = qo_indptr, table_ = table, shape_ = shape, params_ = params, launch_ = launch, is_paged_ = is_paged;
+    planned_.note();
   }
 
   // How many pages or rows of keys the index tensors reach; -1 on a GPU. Of a plan, and again of its runs, as
@@ -347,6 +350,7 @@ class BatchPrefill {
   PageTable table_;
   AttentionShape shape_;
   PrefillParams params_{};
+  host::Planned planned_;
   host::PrefillLaunch launch_;
   bool is_paged_ = false;
 };
@@ -386,7 +390,8 @@ inline void single_prefill(Kernels& kernels, const Workspace& workspace, const T
   int64_t grid_size = 1;
   if (is_cuda) {
     grid_size = ceil_of(qo_len * group_size, launch.block_m()) * shape.num_kv_heads;
-    if (grid_size < launch.num_blocks() && kv_len >= 16 * launch.block_n()) {
+    const bool has_room = launch.num_blocks() == 0 || grid_size < launch.num_blocks();  // 0: missing, at a rehearsal
+    if (has_room && kv_len >= 16 * launch.block_n()) {
       const PrefillPlace place(op, workspace, 1, shape.num_kv_heads, shape.head_dim_vo);
       place.require_items(op, qo_len * group_size, launch.block_m(), 1);
       place.fill(params);

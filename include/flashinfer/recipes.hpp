@@ -56,6 +56,17 @@ class Recipes {
 
   // None where there is no recipe for it.
   std::optional<Source> source_of(const Request& request, const std::string& target) const {
+    try {
+      return followed(request, target);
+    } catch (const std::out_of_range&) {
+      fail(path_, " is damaged. Next step: write it anew, by flashinfer aot recipes");
+    }
+  }
+
+ private:
+  static constexpr int kFormat = 1;
+
+  std::optional<Source> followed(const Request& request, const std::string& target) const {
     using Kind = Json::Kind;
     const Json* of_target = targets_->find(target);
     const Json* recipe = of_target == nullptr ? nullptr : of_target->find(request.family());
@@ -78,6 +89,7 @@ class Recipes {
       const std::string* value = follow(constant.items.at(2), request);
       if (value == nullptr) return std::nullopt;
       const size_t at = line.find("{}");
+      require(at != std::string::npos, path_, " is damaged: a constant has no place");
       source.text += between + line.substr(0, at) + *value + line.substr(at + 2);
       take_note(source.entry, constant.items.at(0).text, *value);
       between = "\n";
@@ -88,9 +100,6 @@ class Recipes {
     source.digest = digest_of(source);
     return source;
   }
-
- private:
-  static constexpr int kFormat = 1;
 
   // Whether each axis has a value that the recipe was made for.
   static bool is_asked_well(const Request& request, const Json& axes) {

@@ -86,9 +86,11 @@ namespace host {
 inline std::string content_of(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   require(bool(file), path, " cannot be read");
-  std::string content((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-  require(!file.bad(), path, " cannot be read");
-  return content;
+  try {
+    return std::string(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
+  } catch (const std::ios_base::failure&) {  // of a folder, or of the device
+    fail(path, " cannot be read");
+  }
 }
 
 inline std::string key_of(const std::string& family, const Json& args) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A CUDA driver without a GPU: what is launched is written down, a line each, into the file PRETENDED_LAUNCHES. The GPU
 // is of PRETENDED_CAPABILITY (90 for 9.0) and has PRETENDED_SMS multiprocessors. "Machine code" is an ELF header and a
-// text behind it: the kernel's name, the bytes of its parameters, and how many blocks of it an SM holds. Of real machine
-// code the name is what is asked for, and no parameters are written.
+// text behind it: the kernel's name, the bytes of its parameters, and how many blocks of it an SM holds. Of real
+// machine code the name is what is asked for, and no parameters are written.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>

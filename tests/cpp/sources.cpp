@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Of requests on stdin, a line each, the digest and the name that recipes have: sources RECIPES TARGET. A request is its
-// family and then axis=value, where true, false and what begins with a digit are no texts.
+// Of requests on stdin, a line each, the digest and the name that recipes have: sources RECIPES TARGET. A request is
+// its family and then axis=value, where true, false and what begins with a digit are no texts.
 #include <cstdio>
 #include <iostream>
 

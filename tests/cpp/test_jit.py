@@ -180,6 +180,10 @@ def test_machine_code_is_that_of_python(run: Runs) -> None:
     by_python.write_bytes(b"damaged")
     assert "compiled" in run()
     assert by_python.read_bytes() == compiled.machine_code
+    (by_python.parent / "spec.json").unlink()
+    (by_python.parent / "spec.json").mkdir()
+    assert "compiled" in run(), "what cannot be read is damaged too"
+    assert json.loads((by_python.parent / "spec.json").read_text()) == meta
     assert [path.name for path in run.cache.root.iterdir() if path.name.startswith(".partial")] == []
 
 
@@ -198,6 +202,13 @@ def test_cache_that_cannot_be_written(run: Runs) -> None:
 
 
 @needs_nvrtc
+def test_cache_at_home(run: Runs) -> None:
+    """As Python spells it."""
+    told = run(FLASHINFER_CACHE_DIR="~/kernels", HOME=str(run.folder))
+    assert f"bytes, {run.folder / 'kernels' / 'jit'}/" in told
+
+
+@needs_nvrtc
 def test_text_that_does_not_compile(run: Runs) -> None:
     run.changed(lambda text: text.replace("struct Config {", "struct Config { no;"))
     told = run(1)
@@ -211,6 +222,24 @@ def test_headers_of_another_version(run: Runs) -> None:
     told = run(1)
     assert "rmsnorm.cuh is not the one that" in told and "Next step: write it anew, by flashinfer aot recipes" in told
     assert not list(run.cache.folders())
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda text: re.sub(r'"csrc":"[^"]*"', '"csrc":"/nowhere"', text),
+            "are not in /nowhere. Next step: name their",
+        ),
+        (lambda text: text.replace("{}", ""), "is damaged"),
+        (lambda text: re.sub(r'"by":\[', '"by":[],"was":[', text), "is damaged. Next step: write it anew"),
+    ],
+    ids=["csrc elsewhere", "no places", "no implementations"],
+)
+def test_recipes_that_do_not_fit(change: Callable[[str], str], said: str, run: Runs) -> None:
+    run.changed(change)
+    assert said in run(1)
 
 
 def test_without_nvrtc(run: Runs) -> None:

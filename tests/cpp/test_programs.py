@@ -113,3 +113,18 @@ def test_engine_on_a_gpu(engine: Path) -> None:
     found = tokens_of(run_program(engine / "engine", os.environ["FLASHINFER_AOT_PATH"], "cuda"))
     require_allowed(found, torch.bfloat16)
     assert found == Engine(torch.device("cuda"), torch.bfloat16).run()
+
+
+def test_the_plan_of_a_rehearsal_is_not_run(tmp_path: Path) -> None:
+    """Its planner was not launched; nor is a plan before it in force."""
+    compile_program(ROOT / "tests" / "cpp" / "rehearsals.cpp", tmp_path / "rehearsals")
+    command = [tmp_path / "rehearsals", write_set(tmp_path / "empty", [])]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    errors = re.findall(r"^(?:batch_\w+: .*|no kernel .*)", told, re.M)
+    assert [error.partition(f" for {HOST}")[0] for error in errors] == [
+        "batch_decode: nothing is planned. Next step: plan()",
+        "no kernel decode",
+        "batch_decode: the last plan was a rehearsal. Next step: plan()",
+        "no kernel prefill",
+        "batch_prefill: the last plan was a rehearsal. Next step: plan()",
+    ], told
