@@ -153,7 +153,7 @@ def mask(*, bounds: Optional[Callable[..., Any]] = None, **extras: Any) -> Calla
     single call as `mask=`. What causal, a window or a custom mask hide stays hidden.
 
     Comparisons of k with what does not fall from one query to the next leave out the tiles of keys beyond; all others
-    are looked at key by key.
+    are looked at key by key, on a CPU but for tiles that are proved full or empty.
 
     Args:
         bounds: (q, x) or (b, q, x) -> (first, last): keys before the first and after the last are not seen and not
@@ -172,13 +172,19 @@ def load(name: str) -> Union[Function, BoundFunction]:
     folder = os.getcwd()
     sys.path.append(folder)
     try:
-        found = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+        imported = importlib.import_module(module)
     except UnsupportedConfig as error:  # of any function of the module, by its file and line
         raise UnsupportedConfig(f"{name}: {module} does not import: {error}") from None
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, ValueError) as error:
         raise UnsupportedConfig(f"{name}: {error}; expected module:function, importable from {folder}") from None
+    except Exception as error:
+        raise UnsupportedConfig(f"{name}: {module} does not import: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(folder)
+    try:
+        found = functools.reduce(getattr, attribute.split("."), imported)
+    except AttributeError as error:
+        raise UnsupportedConfig(f"{name}: {error}; expected module:function, importable from {folder}") from None
     if not isinstance(found, (Function, BoundFunction)):
         raise UnsupportedConfig(f"{name} is {found!r:.60}; expected what flashinfer.variant or flashinfer.mask made")
     return found

@@ -21,9 +21,10 @@ from flashinfer.aot.config import ConfigError, read_specs
 from flashinfer.cli import main
 from flashinfer.errors import ToolchainMissing, UnsupportedConfig
 from flashinfer.families.attention.decode import decode
+from flashinfer.families.attention.params import QUERIES
 from flashinfer.families.attention.prefill import PREFILL, prefill
 from flashinfer.families.attention.variants import VARIANT_TEXTS, read
-from flashinfer.families.attention.variants.cxx import function_of, has_holes, has_range
+from flashinfer.families.attention.variants.cxx import function_of, has_gap, has_holes, has_range
 from flashinfer.families.attention.variants.parse import Refused
 from flashinfer.jit import source, toolchain
 from flashinfer.jit.spec import KernelSpec
@@ -407,6 +408,22 @@ def test_products_overlap_and_no_register_spills(
     assert " 0 bytes spill stores, 0 bytes spill loads" in log and "C75" not in log, log
 
 
+@pytest.mark.parametrize(
+    ("on", "queries"),
+    [
+        ("sm_80", "short"),
+        *(pytest.param(on, queries, marks=pytest.mark.slow) for on in ("sm_80", "sm_90a") for queries in QUERIES),
+    ],
+)
+def test_a_gap_fits_beside_rotated_keys(on: str, queries: str) -> None:
+    """Which leave no rounding in the shared memory that the kernel is given; its size is asserted there."""
+    spec = prefill(
+        on, q_dtype="fp16", kv_dtype="fp16", head_dim=128, page_size=16, queries=queries, mask="none",
+        pos_encoding="rope", variant=text(examples.window_and_first),
+    )  # fmt: skip
+    assert has_gap(spec.arg("variant")) and " 0 bytes spill stores" in compiled(spec).log
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("on", ["sm_90a", "sm_80"])
 def test_by_hand_takes_the_instructions_of_the_option(on: str) -> None:
@@ -437,7 +454,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     for mask, said in {
         "window_and_first": ("in a gap are left out; the others are masked at the ends", "kHasGap"),
         "documents": ("key by key\n", "kHasHoles"),
-        "tree": ("key by key unless proved full or empty\n", "kProvesTiles"),
+        "tree": ("key by key unless proved full or empty, which kernels of a CPU ask\n", "kProvesTiles"),
     }.items():
         assert main(["variants", "show", f"examples.attention_variants:{mask}"]) == 0
         shown = capsys.readouterr().out
@@ -450,7 +467,12 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert "falls from one query" in capsys.readouterr().out
     assert main(["variants", "check", "wrong_bounds:nothing"]) == 2
     assert "expected module:function" in capsys.readouterr().err
-    (tmp_path / "refused.py").write_text("import flashinfer\n@flashinfer.mask()\ndef mask(b, h, q, k): return open(k)\n")
+    (tmp_path / "broken.py").write_text("import torch\ntorch.no_such_name\n")
+    assert main(["variants", "check", "broken:mask"]) == 2
+    assert "broken does not import: AttributeError: module 'torch' has no" in capsys.readouterr().err
+    (tmp_path / "refused.py").write_text(
+        "import flashinfer\n@flashinfer.mask()\ndef mask(b, h, q, k): return open(k)\n"
+    )
     assert main(["variants", "check", "refused:another"]) == 2  # which is not the one that is refused
     err = capsys.readouterr().err
     assert "refused does not import" in err and "refused.py:3:" in err and "expected module:function" not in err
