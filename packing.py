@@ -121,7 +121,8 @@ def project_url(*roots: Path) -> str:
 
 
 def _origin(checkout: Path) -> str:
-    command = ["git", "-C", str(checkout), "config", "--get", "remote.origin.url"]
+    # Named, or git would look in the folders above, and where a hook's variables say.
+    command = ["git", "--git-dir", str(checkout / ".git"), "config", "--get", "remote.origin.url"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:  # there is no git

@@ -93,7 +93,8 @@ def start_a_server(machine: str) -> None:
             page_index="int32", vec_size=8, heads_per_thread=4,
         ),
         sampling.SAMPLE_ROW.spec(
-            machine, dtype="fp32", input="logits", filter="top_k_top_p", cluster_size=8, row_kib=64
+            machine, dtype="fp32", input="logits", filter="top_k_top_p",
+            **sampling.placement("fp32", 128256, 1, 132, machine, True),
         ),
     ]  # fmt: skip
     compiler = toolchain("cuda")

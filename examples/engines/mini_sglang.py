@@ -179,9 +179,11 @@ def main() -> None:
         note(name, unit="tokens/s", median=statistics.median(speeds[1:]), best=max(speeds[1:]), worst=min(speeds[1:]))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(results, indent=1))
-    wide = [row for row in ("greedy", "greedy, cached") if results[row]["gap"] > NEAR]
-    if wide or not inside:
+    wide = [row for row in ("greedy", "greedy, cached") if not results[row]["gap"] <= NEAR]  # or NaN
+    if wide:
         sys.exit(f"tokens differ where there is no tie: {', '.join(wide)}")
+    if not inside:
+        sys.exit("top-k and top-p drew tokens that the vocabulary has not")
 
 
 if __name__ == "__main__":

@@ -107,8 +107,10 @@ class Worker:
         seconds = time.perf_counter() - begin
         # On the host, of every step: all of it, the layout of its batch for attention, and of that the plan of decode.
         self.times = {"step": noted(self.llm.llm_engine, "step")}
-        for group in itertools.chain.from_iterable(self.runner().attn_groups):
-            self.times["layout"] = noted(group.get_metadata_builder(0), "build")
+        groups = list(itertools.chain.from_iterable(self.runner().attn_groups))
+        for i, group in enumerate(groups):
+            name = f"layout {i}, {group.backend.get_name()}" if len(groups) > 1 else "layout"
+            self.times[name] = noted(group.get_metadata_builder(0), "build")
         backend = sys.modules.get("vllm.v1.attention.backends.flashinfer")
         if backend is not None:
             self.times["plan"] = noted(backend, "fast_plan_decode")

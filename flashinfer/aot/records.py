@@ -126,9 +126,12 @@ class Rows:
 
 
 def holds_any(file: Path) -> bool:
-    """Whether a record, or a row of `compact`, is among the first hundred lines."""
+    """Whether a record, or a row of `compact`, is among the first hundred lines; none is in what cannot be read."""
     wanted = {"spec", "name", "reason", "resolved_by", "seconds"}
-    return any(isinstance(row, dict) and wanted <= row.keys() for row in itertools.islice(lines(file), 100))
+    try:
+        return any(isinstance(row, dict) and wanted <= row.keys() for row in itertools.islice(lines(file), 100))
+    except (OSError, FlashInferError):
+        return False
 
 
 def _checked(name: Any, spec: Any) -> dict[str, Any]:

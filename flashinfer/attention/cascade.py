@@ -7,6 +7,7 @@ Ye et al. 2024, "Cascade Inference: Memory Bandwidth Efficient Shared Prefix Bat
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Optional, Union
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from flashinfer.attention import workspace
 from flashinfer.attention.decode.paged import BatchDecodeWithPagedKVCacheWrapper
 from flashinfer.attention.merge import merge_state_in_place
+from flashinfer.attention.planned import all_or_none
 from flashinfer.attention.prefill.paged import BatchPrefillWithPagedKVCacheWrapper
 from flashinfer.attention.prefill.single import single_prefill_with_kv_cache_return_lse
 from flashinfer.host import checks
@@ -133,8 +135,8 @@ class MultiLevelCascadeAttentionWrapper(Uncopyable):
             self._op_name,
             f"the entries of qo_indptr_arr end at {num_tokens}; expected the same number of tokens in all levels",
         )
-        before = [level._settled() for level in self._levels]
-        try:
+        self._is_half_planned = self._use_cuda_graph  # until all are planned
+        with contextlib.nullcontext() if self._use_cuda_graph else all_or_none(self._levels):
             for level, *table in zip(self._levels, *tables.values()):
                 level.plan(
                     *table,
@@ -152,13 +154,6 @@ class MultiLevelCascadeAttentionWrapper(Uncopyable):
                     q_data_type=q_data_type,
                     kv_data_type=kv_data_type,
                 )
-        except BaseException:
-            if self._use_cuda_graph:
-                self._is_half_planned = True
-            else:
-                for level, settled in zip(self._levels, before):
-                    level._resettle(*settled)
-            raise
         self._is_half_planned = False
 
     begin_forward = plan

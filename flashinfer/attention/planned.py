@@ -8,10 +8,11 @@ and launched before the wrapper takes note of it.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Optional, Union
 
@@ -497,3 +498,16 @@ _run_door = traced.door(
         "sinks": "Tensor?",
     },
 )
+
+
+@contextlib.contextmanager
+def all_or_none(wrappers: Sequence[PlannedAttention]) -> Iterator[None]:
+    """Plans of several wrappers, all of which go back to the last where one fails; not under use_cuda_graph."""
+    before = [(wrapper, wrapper._settled()) for wrapper in wrappers]
+    try:
+        yield
+    except BaseException:
+        with contextlib.ExitStack() as back:  # which goes on where one of them fails
+            for wrapper, settled in before:
+                back.callback(wrapper._resettle, *settled)
+        raise

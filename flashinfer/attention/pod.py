@@ -12,7 +12,7 @@ import torch
 from flashinfer.attention import lengths
 from flashinfer.attention.compat import require_no_jit_args
 from flashinfer.attention.decode.paged import BatchDecodeWithPagedKVCacheWrapper
-from flashinfer.attention.planned import DataType, PlannedAttention
+from flashinfer.attention.planned import DataType, PlannedAttention, all_or_none
 from flashinfer.attention.prefill.paged import BatchPrefillWithPagedKVCacheWrapper
 from flashinfer.attention.prefill.plan import MixedPlan
 from flashinfer.attention.prefill.single import single_prefill_with_kv_cache
@@ -288,22 +288,18 @@ class BatchPODWithPagedKVCacheWrapper(Uncopyable):
         given_p = (qo_indptr_p, kv_indptr_p, kv_indices_p, last_page_len_p)
         given_d: tuple[torch.Tensor, ...] = (kv_indptr_d, kv_indices_d, last_page_len_d)
         planned = self._decode
-        if _one_each(qo_indptr_d):
+        if _one_each(qo_indptr_d) and len(qo_indptr_d):
+            checks.require_tensors(self._op_name, kv_indptr_d=kv_indptr_d)
             checks.require(
-                isinstance(kv_indptr_d, torch.Tensor) and kv_indptr_d.shape == qo_indptr_d.shape, self._op_name,
+                kv_indptr_d.shape == qo_indptr_d.shape, self._op_name,
                 f"qo_indptr_d is for {len(qo_indptr_d) - 1} requests; expected as many as kv_indptr_d is for",
             )  # fmt: skip
         else:
             planned, given_d = self._append, (qo_indptr_d, *given_d)
-        before = [(wrapper, wrapper._settled()) for wrapper in (self._prefill, planned)]
-        try:
+        with all_or_none((self._prefill, planned)):
             self._prefill.plan(*given_p, *shapes, causal=self._is_causal, **options)
             planned.plan(*given_d, *shapes, **options)
-            self._own_indices(planned, (*given_p, *given_d))
-        except BaseException:
-            for wrapper, settled in before:
-                wrapper._resettle(*settled)
-            raise
+            self._copy_what_is_in_place(planned, (*given_p, *given_d))
         self._planned = planned
         assert self._prefill._lengths is not None
         self._plan_both = functools.partial(self._plan_as_one, shapes, options)
@@ -313,7 +309,7 @@ class BatchPODWithPagedKVCacheWrapper(Uncopyable):
 
     begin_forward = plan
 
-    def _own_indices(self, planned: PlannedAttention, given: tuple[torch.Tensor, ...]) -> None:
+    def _copy_what_is_in_place(self, planned: PlannedAttention, given: tuple[torch.Tensor, ...]) -> None:
         """Which of two kernels, and whether one for all, reads the index tensors of a plan, the runs decide. So none
         reads those of the caller: what would be used in place is copied, by one launch behind the planners."""
         assert self._prefill._lengths is not None and planned._lengths is not None
@@ -450,6 +446,6 @@ def _following(first: torch.Tensor, second: torch.Tensor) -> Optional[torch.Tens
 
 def _is_same(first: PagedCache, second: PagedCache) -> bool:
     """Whether both caches are the same tensors."""
-    if isinstance(first, torch.Tensor) or isinstance(second, torch.Tensor):
+    if not (isinstance(first, (tuple, list)) and isinstance(second, (tuple, list))):
         return first is second
     return len(first) == len(second) and all(one is other for one, other in zip(first, second))

@@ -460,12 +460,6 @@ def _registries(paths: Sequence[Path], trusted: Path | None = None) -> tuple[lis
     for root in roots:
         try:
             registries.append(Registry(root, trusted))
-        except FileNotFoundError:
-            print(
-                f"{root}: no usable registry: it holds no registry.json; expected the folder of a set that was built",
-                file=sys.stderr,
-            )
-            status = 1
         except (OSError, ValueError) as error:
             what = "not trusted" if isinstance(error, trust.Untrusted) else "no usable registry"
             print(f"{root}: {what}: {error}", file=sys.stderr)

@@ -93,7 +93,7 @@ def add_parser(subparsers: Any) -> None:
         "clear",
         help="delete the records",
         description="Delete files of miss records: of this machine, or those that are named and in folders that are "
-        "named. A file without a single record is left alone.",
+        "named. A file that does not begin with records is left alone.",
         examples=("misses clear", "misses clear /collected/misses"),
     )
     clear.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="record files or folders of them")
@@ -408,7 +408,7 @@ def _compact(args: argparse.Namespace) -> int:
 def _clear(args: argparse.Namespace) -> int:
     _require_existing(args.paths)
     if args.paths:
-        named = [file for path in args.paths for file in records.files(path)]
+        named = list(dict.fromkeys(file.absolute() for path in args.paths for file in records.files(path)))
         files = [file for file in named if records.holds_any(file)]  # of all before one is deleted
     else:
         named = files = [file for path in _default_paths() for file in records.files(path) if file.exists()]
@@ -417,7 +417,7 @@ def _clear(args: argparse.Namespace) -> int:
     print(f"{count(len(files), 'record file')} deleted")
     if others := [file for file in named if file not in files]:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        print(f"left alone, for no miss record is in it: {_quoted(others[:3])}{more}")
+        print(f"left alone, for no miss record begins it: {_quoted(others[:3])}{more}")
     return 0
 
 

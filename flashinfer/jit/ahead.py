@@ -4,7 +4,6 @@ them instead of for their sum."""
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import os
 import threading
@@ -39,14 +38,19 @@ class Ahead(Generic[T]):
         thread = threading.Thread(
             target=run, args=(self._work, job, spec, reason), name="flashinfer-ahead", daemon=True
         )
-        with contextlib.suppress(RuntimeError):  # no thread begins while the interpreter ends, or in want of memory
+        self._jobs[spec] = job  # before it begins: settle() has to see it
+        try:
             thread.start()
-            self._jobs[spec] = job
+        except RuntimeError:  # no thread begins while the interpreter ends, or in want of memory
+            self._jobs.pop(spec, None)
 
     def take(self, spec: KernelSpec) -> Optional[T]:
         """What `find` found, once it has; None where it failed, or did not begin and now will not."""
-        job = self._jobs.pop(spec, None)
-        return None if job is None or job.cancel() else job.result()
+        job = self._jobs.get(spec)
+        try:
+            return None if job is None or job.cancel() else job.result()
+        finally:  # not sooner: settle() waits for it, too
+            self._jobs.pop(spec, None)
 
     def settle(self) -> None:
         """Return once no thread is at work, and none will be: to end one in the middle, as a fork or the end of the

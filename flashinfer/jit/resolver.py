@@ -211,7 +211,7 @@ class Resolver:
         raise KernelMissing(
             f"{spec.name} for {spec.target} is not available: AOT: {aot_reason}; JIT cache: {cache_reason}; {why}.\n"
             f"To have it beforehand, put these lines into a file for `flashinfer warmup --config FILE` (this machine) "
-            f"or `scripts/build_aot.py --config FILE` (an AOT set):\n{row}"
+            f"or `flashinfer aot build --config FILE` (an AOT set):\n{row}"
         )
 
     def _compile(self, source: Source, reason: str, spent: Spent) -> Hit:

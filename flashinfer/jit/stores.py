@@ -101,7 +101,10 @@ class Registry:
         """Raises OSError or ValueError when there is no readable registry; trust.Untrusted, a ValueError, when it is
         not signed with a trusted key."""
         self.root = root
-        self.content = (root / "registry.json").read_bytes()
+        try:
+            self.content = (root / "registry.json").read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError("it holds no registry.json; expected the folder of a set that was built") from None
         self.signer = None if trusted is None else trust.check(root, self.content, trusted)
         data = json.loads(self.content.decode("utf-8"))
         number = data.get("format") if isinstance(data, dict) else None

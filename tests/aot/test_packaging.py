@@ -45,7 +45,7 @@ from tests.aot.wheels_kit import (
 )
 from tests.kit import ROOT
 
-pytest.importorskip("setuptools", minversion="77", reason="building wheels offline needs setuptools (extra test)")
+pytest.importorskip("setuptools", minversion="77", reason="building wheels offline needs setuptools (group test)")
 
 
 # --------------------------------------------------------------------------------------------------------- flashinfer

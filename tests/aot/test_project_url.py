@@ -10,7 +10,7 @@ import pytest
 
 from tests.aot.wheels_kit import FORK_URL, PROJECT_URL, build_index, metadata_of
 
-pytest.importorskip("setuptools", minversion="77", reason="building wheels offline needs setuptools (extra test)")
+pytest.importorskip("setuptools", minversion="77", reason="building wheels offline needs setuptools (group test)")
 
 import packing
 
@@ -126,6 +126,11 @@ def test_folders_without_a_remote_of_their_own(tmp_path: Path, monkeypatch: pyte
     root = checkout(tmp_path / "outer", FORK_URL)
     (root / "unpacked").mkdir()
     assert packing.project_url(root / "unpacked") == ""
+    (root / "unpacked" / ".git").mkdir()  # of no repository
+    assert packing.project_url(root / "unpacked") == ""
+    with monkeypatch.context() as hook:
+        hook.setenv("GIT_DIR", str(checkout(tmp_path / "other", PROJECT_URL) / ".git"))
+        assert packing.project_url(root) == FORK_URL
     monkeypatch.setenv("PATH", str(tmp_path))
     assert packing.project_url(root) == ""
 

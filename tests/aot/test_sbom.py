@@ -205,7 +205,7 @@ def test_a_time_that_is_none(
 
 
 def test_both_wheels_are_built_with_theirs(host_set: Path, tmp_path: Path) -> None:
-    pytest.importorskip("setuptools", minversion="77", reason="building wheels offline needs setuptools (extra test)")
+    pytest.importorskip("setuptools", minversion="77", reason="building wheels offline needs setuptools (group test)")
     command = [ROOT / "scripts" / "build_wheels.sh", tmp_path / "dist", "--no-build-isolation"]
     environment = {**os.environ, "PYTHON": sys.executable, "FLASHINFER_AOT_SET": host_set.name}
     subprocess.run(

@@ -28,7 +28,7 @@ from tests.aot.wheels_kit import (
 )
 from tests.kit import PATIENCE_SECONDS
 
-pytest.importorskip("setuptools", minversion="77", reason="building wheels offline needs setuptools (extra test)")
+pytest.importorskip("setuptools", minversion="77", reason="building wheels offline needs setuptools (group test)")
 
 
 UPSTREAM = ("flashinfer/__init__.py", "flashinfer/norm.py", "flashinfer/moe_ep/__init__.py")
@@ -84,7 +84,7 @@ def uv_install(environment: Environment, ours: str, public: str, *names: str) ->
 UV = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 INSTALLERS = [
     pip_install,
-    pytest.param(uv_install, marks=pytest.mark.skipif(UV is None, reason="needs uv (extra test)")),
+    pytest.param(uv_install, marks=pytest.mark.skipif(UV is None, reason="needs uv (group test)")),
 ]
 
 

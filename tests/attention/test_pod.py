@@ -206,6 +206,41 @@ def test_a_plan_of_batch_pod_that_fails_changes_nothing() -> None:
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
 
 
+def test_a_plan_of_batch_pod_goes_back_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where one of the two does not."""
+    device = torch.device("cpu")
+    batches = make_batch(PREFILLED, device), make_batch(DECODED, device, seed=1)
+    wrapper = BatchPODWithPagedKVCacheWrapper(workspace(device))
+    plan_pod(wrapper, batches, device)
+    settled = wrapper._decode._settled()
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(wrapper._prefill, "_resettle", fail)
+    monkeypatch.setattr(wrapper, "_copy_what_is_in_place", fail)
+    with pytest.raises(MemoryError):
+        plan_pod(wrapper, batches, device)
+    assert wrapper._decode._settled() == settled
+
+
+def test_batch_pod_refuses() -> None:
+    batches = make_batch(PREFILLED, CPU), make_batch(DECODED, CPU, seed=1)
+    wrapper = BatchPODWithPagedKVCacheWrapper(workspace(CPU))
+    case, given = batches[0].case, [x for batch in batches for x in batch.indices]
+    shapes = (*case.heads, case.head_dim, case.page_size)
+    for wrong in (None, 7):
+        with pytest.raises(TypeError, match="kv_indptr_d"):
+            wrapper.plan(*given[:5], wrong, *given[6:], *shapes, q_data_type=case.q_dtype)
+    with pytest.raises(ValueError, match="qo_indptr"):
+        wrapper.plan(*given[:4], given[4][:0], *given[5:], *shapes, q_data_type=case.q_dtype)
+    plan_pod(wrapper, batches, CPU)
+    wrapper._joins = True  # as on a GPU
+    for cache in (None, 7):
+        with pytest.raises(TypeError, match="the KV cache is"):
+            wrapper.run(batches[0].q, cache, batches[1].q, cache)
+
+
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 def test_pod(layout: str, device: torch.device) -> None:
     batch, generator = make_batch(DECODED, device), torch.Generator().manual_seed(4)

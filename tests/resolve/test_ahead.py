@@ -17,6 +17,7 @@ from flashinfer.jit import ahead
 from flashinfer.jit import resolver as resolver_module
 from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.source import Source
+from flashinfer.jit.spec import KernelSpec
 from flashinfer.jit.stores import AotStore
 from flashinfer.jit.toolchain import Compiled
 from tests.kit import (
@@ -117,6 +118,30 @@ def test_who_asks_compiles_what_has_not_begun(tmp_path: Path, monkeypatch: pytes
     compiler.let(first.name)
     run_rmsnorm(resolver.load(first))
     assert compiler.num_compiles == 2
+
+
+def test_what_somebody_waits_for_is_settled_too() -> None:
+    """A fork in another thread would end the compiler in the middle."""
+    let, begun, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def find(spec: KernelSpec, reason: str) -> bool:
+        begun.set()
+        assert let.wait(PATIENCE_SECONDS)
+        ended.set()
+        return True
+
+    jobs, spec = ahead.Ahead(find), rmsnorm_spec()
+    jobs.start(spec, "")
+    assert begun.wait(PATIENCE_SECONDS)
+    asks = threading.Thread(target=jobs.take, args=(spec,))
+    settles = threading.Thread(target=lambda: (jobs.settle(), settled.append(ended.is_set())))
+    settled: list[bool] = []
+    asks.start()
+    settles.start()
+    let.set()
+    for thread in (asks, settles):
+        thread.join(PATIENCE_SECONDS)
+    assert settled == [True] and not jobs.knows(spec)
 
 
 def test_what_fails_is_told_to_who_asks(tmp_path: Path) -> None:

@@ -320,10 +320,14 @@ def test_clearing_records_spares_other_files(call: Call, tmp_path: Path) -> None
     others = [tmp_path / "train.jsonl", tmp_path / "misses" / "empty.jsonl"]
     others[0].write_text('{"text": "a data set"}\n')
     others[1].touch()
-    code, out, _ = call("misses", "clear", str(tmp_path))
+    damaged, gone = tmp_path / "data.parquet", tmp_path / "gone.jsonl"  # which cannot be read
+    damaged.write_bytes(b"no Parquet")
+    gone.symlink_to(tmp_path / "nowhere")
+    code, out, _ = call("misses", "clear", str(tmp_path), str(tmp_path / "misses"))
     assert (code, out.splitlines()[0]) == (0, "1 record file deleted")
-    assert out.splitlines()[1].startswith("left alone, for no miss record is in it: ")
-    assert all(file.exists() and str(file) in out for file in others) and not record.exists()
+    assert out.splitlines()[1].startswith("left alone, for no miss record begins it: ")
+    assert all(file.exists() for file in (*others, damaged)) and gone.is_symlink() and not record.exists()
+    assert sum(str(file) in out for file in (*others, damaged, gone)) == 3 and out.rstrip().endswith("and 1 more")
 
 
 def test_records_of_a_fleet_merge_by_naming_them(call: Call, tmp_path: Path) -> None:
