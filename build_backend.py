@@ -5,7 +5,6 @@ Variables of the build:
     FLASHINFER_ENABLE_AOT    1 compiles kernels and installs them inside of the package
     FLASHINFER_AOT_CONFIG    which ones: core (the default), smoke or a TOML file
     FLASHINFER_AOT_TARGETS   for which targets: native (the default, those of this machine) or a list as sm_80,sm_90a
-    FLASHINFER_PROJECT_URL   where the repository is on the web (packing.project_url)
 """
 
 from __future__ import annotations

@@ -59,10 +59,15 @@ def main(
             times.measure(CEILING, "us", time_of, [lambda: target.copy_(source)])
 
     parser = parser_of(doc, only=False, host=False)
-    parser.add_argument("--only", default=",".join(cases), help=f"comma-separated, of {','.join(cases)} (default: all)")
-    only = parser.parse_args().only
-    if not set(only.split(",")) <= cases.keys():
-        parser.error(f"--only is {only}; expected some of {','.join(cases)}")
+
+    def groups(text: str) -> str:
+        if not set(text.split(",")) <= cases.keys():
+            raise argparse.ArgumentTypeError(f"got {text}; expected some of {','.join(cases)}")
+        return text
+
+    parser.add_argument(
+        "--only", type=groups, default=",".join(cases), help=f"comma-separated, of {','.join(cases)} (default: all)"
+    )
     args, ours, peers = run(parser, measure)
     shown: list[list[object]] = []
     for case, us in ours.columns["us"].items():

@@ -8,7 +8,6 @@ file.
 Variables of the build:
     FLASHINFER_AOT_SET             folder of the set to pack
     FLASHINFER_AOT_LOCAL_VERSION   `cu130` makes version 0.1.0+cu130; `auto` takes the CUDA version of the compiler
-    FLASHINFER_PROJECT_URL         where the repository is on the web (packing.project_url)
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def test_malformed_registry(case: str, kernels: Path, tmp_path: Path, warnings: 
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    assert "No such file or directory" in reason(tmp_path / "nowhere")
+    assert "it holds no registry.json; expected the folder of a set" in reason(tmp_path / "nowhere")
 
 
 # --------------------------------------------------------------------------------------------------- several registries
