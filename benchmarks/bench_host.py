@@ -222,6 +222,7 @@ def warm_us(call: Callable[[], object]) -> float:
 
 def fill_small_segments() -> list[torch.Tensor]:
     """In every free place of torch's segments for small tensors: the next ones lie side by side in a new segment."""
+    torch.cuda.empty_cache()  # of the segment of the call before, or there would be one more to fill at every call
     filling: list[torch.Tensor] = []
     reserved = torch.cuda.memory_reserved()
     while torch.cuda.memory_reserved() == reserved:

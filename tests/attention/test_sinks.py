@@ -14,7 +14,7 @@ from torch import Tensor
 
 import flashinfer
 from flashinfer.errors import UnsupportedConfig
-from tests.attention import decode_kit, prefill_kit, test_prefill_fp8
+from tests.attention import decode_kit, fp8_kit, prefill_kit
 from tests.attention.decode_kit import BF16, E4M3, E5M2, FP16
 from tests.attention.named_cases import named
 from tests.attention.prefill_kit import CAUSAL
@@ -137,7 +137,7 @@ FP8_CASES = [
 @pytest.mark.parametrize("case", FP8_CASES, ids=lambda case: case.name)
 def test_fp8_queries(case: Prefill, device: torch.device) -> None:
     batch, actual, sinks = run_prefill(case, device)
-    test_prefill_fp8.check(device, batch, actual, sinks=sinks)
+    fp8_kit.check(device, batch, actual, sinks=sinks)
 
 
 @pytest.mark.parametrize("lengths", [(77, 150), (3, 4000), (0, 5), (6, 0), (9, 4)], ids=str)

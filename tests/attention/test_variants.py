@@ -18,7 +18,7 @@ from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.attention import prefill as families
 from flashinfer.utils import get_alibi_slopes
 from flashinfer.variants import BoundFunction, Function, tanh, where
-from tests.attention import decode_kit, prefill_kit
+from tests.attention import decode_kit, fp8_kit, prefill_kit
 from tests.attention.named_cases import skip_elsewhere
 from tests.attention.prefill_kit import BF16, E4M3, FP16, FP32, Case
 from tests.oracles.attention import attention
@@ -78,7 +78,7 @@ def run_prefill(case: Case, device: torch.device, **options: Any) -> None:
     batch = prefill_kit.make_batch(case, device)
     wrapper = prefill_kit.make_wrapper(case, device)
     prefill_kit.plan(wrapper, batch)
-    prefill_kit.check(prefill_kit.run(wrapper, batch), prefill_kit.expect(batch))
+    fp8_kit.check(device, batch, prefill_kit.run(wrapper, batch))
 
 
 # Of the kernels for every GPU and for Hopper, long queries and short ones.

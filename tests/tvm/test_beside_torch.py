@@ -53,6 +53,8 @@ def test_sampling_is_on_the_stream_of_the_environment() -> None:
     side, probs = torch.cuda.Stream(), torch.zeros(2, 64, device="cuda")
     uniform, rows = torch.full((3,), 0.5, device="cuda"), torch.tensor([0, 1, 1], dtype=torch.int32, device="cuda")
     tokens = torch.full((3,), -1, dtype=torch.int32, device="cuda")
+    call("flashinfer.sampling.parallel_sampling_from_prob", probs, uniform, rows, tokens)  # the kernel is loaded
+    tokens.fill_(-1)
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         torch.cuda._sleep(400_000_000)
