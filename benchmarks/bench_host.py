@@ -5,8 +5,9 @@ python benchmarks/bench_host.py [--device cuda|cpu] [--only prefill] [--no-start
 
 Calls are timed 200 at a time into an empty queue of the GPU, which holds more: however long a kernel runs, no call
 waits for it. What a call returns is allocated in it unless it says out=. We and the peer live in a process each; every
-call is timed in one and the other in turn, the list several times over, and the best time of each counts: a machine
-that is slow for some seconds is so for both.
+call is timed in one and the other in turn, the list twice over, and again in processes begun anew. The best time of each
+counts: a machine that is slow for some seconds is so for both, and a process whose memory happens to lie badly, by
+several per cent of a call, does not decide.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ import flashinfer
 from flashinfer import sampling
 
 ADD, LOAD = "torch.add(out=)", "resolver.load, warm"
-TURNS = 5  # of ours and of a peer
+PROCESSES, TURNS = 4, 2  # of ours and of a peer, one of theirs behind one of ours
 ROOT = Path(flashinfer.__file__).parent.parent
 
 # In a process of its own: from the request to the launch of the first kernel, torch being initialized.
@@ -165,23 +166,29 @@ class Library:
     """A flashinfer in a process that this same script serves: a name in, its microseconds out."""
 
     def __init__(self, folder: str, args: argparse.Namespace) -> None:
+        self._command = [sys.executable, __file__, "--device", args.device, "--only", args.only, "--serve"]
+        self._folder = folder
+        self.start()
+        self.times = Times(self._about["library"], is_peer=True)
+        self.names: list[str] = self._about["names"]
+
+    def start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--device", args.device, "--only", args.only, "--serve"],
-            env=peer_environment(folder),
+            self._command,
+            env=peer_environment(self._folder),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        about = self._answer()
-        self.names: list[str] = about["names"]
-        self.times = Times(about["library"], is_peer=True)
+        self._about = self._answer()
 
     def measure(self, name: str) -> None:
         assert self._process.stdin is not None
         print(name, file=self._process.stdin, flush=True)
         answer = self._answer()
         if "failure" in answer:
-            self.times.failures.append(answer["failure"])
+            if answer["failure"] not in self.times.failures:
+                self.times.failures.append(answer["failure"])
         else:
             column = self.times.columns.setdefault("host", {})
             column[name] = min(answer["us"], column.get(name, math.inf))
@@ -267,12 +274,16 @@ def main() -> None:
         calls = operators(device) | attention(device)
         return serve({name: call for name, call in calls.items() if args.only in name or name == ADD})
     libraries = [Library(folder, args) for folder in (str(ROOT), args.peer) if folder]
-    for _ in range(TURNS if args.peer else 1):
-        for name in libraries[0].names:
-            for library in libraries:
-                library.measure(name)
-    for library in libraries:
-        library.close()
+    for process in range(PROCESSES if args.peer else 1):
+        for library in libraries:
+            if process:
+                library.start()
+        for _ in range(TURNS if args.peer else 1):
+            for name in libraries[0].names:
+                for library in libraries:
+                    library.measure(name)
+        for library in libraries:
+            library.close()
     ours, *peers = (library.times for library in libraries)
     if ours.failures:
         raise SystemExit("\n".join(ours.failures))
