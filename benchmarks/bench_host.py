@@ -5,8 +5,8 @@ python benchmarks/bench_host.py [--device cuda|cpu] [--only prefill] [--no-start
 
 Calls are timed 200 at a time into an empty queue of the GPU, which holds more: however long a kernel runs, no call
 waits for it. What a call returns is allocated in it unless it says out=. We and the peer live in a process each; every
-call is timed in one and the other in turn, the list twice over, and again in processes begun anew. The best time of each
-counts: a machine that is slow for some seconds is so for both, and a process whose memory happens to lie badly, by
+call is timed in one and the other in turn, the list twice over, and again in processes begun anew. The best time of
+each counts: a machine that is slow for some seconds is so for both, and a process whose memory happens to lie badly, by
 several per cent of a call, does not decide.
 """
 

@@ -16,6 +16,7 @@ from flashinfer.attention.plan import Shape
 from flashinfer.attention.prefill.plan import PrefillPlan
 from flashinfer.attention.variant import Variant
 from flashinfer.host.paged_cache import PagedKv
+from tests.attention.graph_kit import replay_long_and_short
 from tests.oracles.attention import attention
 from tests.tolerances import assert_close
 
@@ -224,15 +225,12 @@ def graph_wrapper(case: Case, device: torch.device, max_pages: int) -> Any:
 
 
 def replay_other_lengths(case: Case, check: Callable[[Batch, tuple[Tensor, Tensor]], None]) -> None:
-    """Plan outside, run captured; then plan and run captured together. Padding requests have no tokens and no pages.
-
-    Of the case, dtypes and heads count.
-    """
+    """`graph_kit` over pages. Padding requests have no tokens and no pages. Of the case, dtypes and heads count."""
     device = torch.device("cuda")
     long = replace(case, qo_lens=(5, 40, 0, 19), kv_lens=(4000, 700, 0, 90))
     short = replace(case, qo_lens=(16, 16, 16, 16), kv_lens=(16, 17, 18, 19))
-    batches = {"short": make_batch(short, device, seed=3), "long": make_batch(long, device, seed=3)}
-    q = batches["short"].q.clone()
+    short_batch, long_batch = (make_batch(case, device, seed=3) for case in (short, long))
+    q = short_batch.q.clone()
     max_pages = sum(-(-n // case.page_size) for n in long.kv_lens) + 100
     size = (max_pages, 2, case.page_size, case.heads[1], case.head_dim)
     cache = torch.zeros(size, device=device).to(case.kv_dtype or case.q_dtype)
@@ -243,45 +241,15 @@ def replay_other_lengths(case: Case, check: Callable[[Batch, tuple[Tensor, Tenso
         q.copy_(batch.q)
         cache[: len(batch.kv)].copy_(batch.kv)
 
-    def launch() -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = wrapper.run(q, cache, return_lse=True)
-        return result
-
-    def replay(graph: torch.cuda.CUDAGraph, result: tuple[Tensor, Tensor], batch: Batch) -> None:
-        for poisoned in result:
-            poisoned.fill_(math.nan)
-        graph.replay()
-        check(batch, result)
-
-    load(batches["short"])
-    plan(wrapper, batches["short"])
-    launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = launch()
-    for name in ("long", "short", "long"):
-        load(batches[name])
-        plan(wrapper, batches[name])
-        replay(graph, result, batches[name])
-
-    on_device = tuple(torch.zeros(size, dtype=torch.int32, device=device) for size in (5, 5, max_pages, 4))
-    captured = replace(batches["short"], indices=on_device)
-
-    def load_indices(batch: Batch) -> None:
-        for target, source in zip(on_device, batch.indices):
-            target[: len(source)].copy_(source)
-
-    load_indices(batches["short"])
-    plan(wrapper, captured)
-    both = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(both):
-        plan(wrapper, captured)
-        result = launch()
-    for name in ("long", "short"):
-        load(batches[name])
-        load_indices(batches[name])
-        replay(both, result, batches[name])
+    replay_long_and_short(
+        short_batch,
+        long_batch,
+        load=load,
+        plan=lambda batch: plan(wrapper, batch),
+        launch=lambda: wrapper.run(q, cache, return_lse=True),
+        check=check,
+        max_pages=max_pages,
+    )
 
 
 def surround(batch: Batch) -> tuple[Tensor, Tensor]:

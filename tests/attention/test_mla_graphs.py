@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashinfer.errors import UnsupportedConfig
+from tests.attention.graph_kit import replay_long_and_short
 from tests.attention.mla_kit import (
     Batch,
     Case,
@@ -29,7 +30,7 @@ device = each_kernel  # in place of that of conftest.py
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_heads, page_size", [(16, 64), (128, 64), (128, 1)])
 def test_graph_captured_short_and_replayed_long(num_heads: int, page_size: int) -> None:
-    """Plan outside, run captured; then plan and run captured together. Padding requests have neither tokens nor KV."""
+    """Padding requests have neither tokens nor KV."""
     device = torch.device("cuda")
     long = Case("long", (1, 2, 0, 3), (4000, 700, 0, 90), num_heads, page_size=page_size)
     short = replace(long, name="short", qo_lens=(2, 2, 1, 1), kv_lens=(16, 17, 18, 19))
@@ -47,41 +48,15 @@ def test_graph_captured_short_and_replayed_long(num_heads: int, page_size: int) 
         for target, source in zip((*q, *views), (*batch.q, *batch.caches)):
             target[: len(source)].copy_(source)
 
-    def launch() -> tuple[Tensor, Tensor]:
-        out, lse = wrapper.run(*q, *views, return_lse=True)
-        return out, lse
-
-    load(batches["short"])
-    plan(wrapper, batches["short"])
-    launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = launch()
-    for name in ("long", "short", "long"):
-        load(batches[name])
-        plan(wrapper, batches[name])
-        graph.replay()
-        check(result, expect(batches[name]))
-
-    on_device = tuple(torch.zeros(size, dtype=torch.int32, device=device) for size in (5, 5, num_pages + 8, 4))
-    captured = replace(batches["short"], indices=on_device)
-
-    def load_indices(batch: Batch) -> None:
-        for target, source in zip(on_device, batch.indices):
-            target[: len(source)].copy_(source)
-
-    load_indices(batches["short"])
-    plan(wrapper, captured)
-    both = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(both):
-        plan(wrapper, captured)
-        result = launch()
-    for name in ("long", "short"):
-        load(batches[name])
-        load_indices(batches[name])
-        both.replay()
-        check(result, expect(batches[name]))
+    replay_long_and_short(
+        batches["short"],
+        batches["long"],
+        load=load,
+        plan=lambda batch: plan(wrapper, batch),
+        launch=lambda: wrapper.run(*q, *views, return_lse=True),
+        check=lambda batch, result: check(result, expect(batch)),
+        max_pages=num_pages + 8,
+    )
 
 
 @pytest.mark.gpu
