@@ -19,11 +19,17 @@ AREAS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Decode", ("decode",)),
     ("Prefill and append", ("prefill",)),
     ("Latent attention", ("mla",)),
+    ("Gated delta rule", ("gdn prefill",)),
+    ("Functions of scores and masks", ("variants",)),
+    ("Mixed batches", ("mixed",)),
+    ("Block-sparse attention", ("sparse",)),
+    ("Matrix products", ("gemm",)),
     ("Sampling", ("sampling",)),
     ("Norms, RoPE, cache, …", ELEMENTWISE),
     ("Host time of a call", HOST),
 )
 REPLACED = "what it replaces"
+PARTS = ("prefill", "decode")  # of a mixed batch, each by itself: in the files for their reader
 
 
 def number(value: float | None) -> str:
@@ -62,21 +68,25 @@ def newest(files: Iterable[results.Results]) -> Newest:
                 held = found.setdefault(name, {})
                 held.pop(one.device, None)
                 held[one.device] = Measured(one.device, one.commit, run, table)
-    # The device that was measured last comes first, in every table.
-    last = {device: measured.run.date for held in found.values() for device, measured in held.items()}
-    for held in found.values():
-        for device, measured in held.items():
-            last[device] = max(last[device], measured.run.date)
-    order = sorted(last, key=lambda device: (last[device], device), reverse=True)
+    order = devices_of(found)
     return {name: {device: held[device] for device in order if device in held} for name, held in found.items()}
+
+
+def devices_of(found: Newest) -> list[str]:
+    """The one that was measured last first."""
+    last: dict[str, str] = {}
+    for held in found.values():
+        for device, one in held.items():
+            last[device] = max(last.get(device, ""), one.run.date)
+    return sorted(last, key=lambda device: (last[device], device), reverse=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- ratios
 
 
 def peer_label(peer: str) -> str:
-    """Without the version, which the list of runs tells; empty for an earlier state of ourselves."""
-    if peer.startswith("peer "):
+    """Without the version, which the list of runs tells; empty for an earlier state of ourselves, and for a part."""
+    if peer.startswith("peer ") or peer in PARTS:
         return ""
     return REPLACED if peer == "replaced" else re.sub(r"^upstream \S+", "upstream", peer)
 

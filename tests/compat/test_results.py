@@ -165,7 +165,8 @@ def files(folder: Path, *entries: tuple[str, str, Run]) -> Path:
 
 
 def page_of(folder: Path) -> str:
-    return dashboard.page(compare.newest(results.read_all(folder)))
+    """That of the device that was measured last."""
+    return dashboard.pages(compare.newest(results.read_all(folder)))["performance.md"]
 
 
 def test_the_newest_of_each_device_and_table(tmp_path: Path) -> None:
@@ -206,43 +207,61 @@ def test_ratios_and_where_it_is_slower(tmp_path: Path) -> None:
     assert "peer 0.1" not in text and "upstream 0.7.2" in text
 
 
-def test_several_devices_stand_side_by_side(tmp_path: Path) -> None:
-    one, other = table(5.0, SDPA=6.0), Table("us", {"2 x 8": Case(9.0, {"SDPA": 6.0}, bytes=64)})
+def test_each_device_has_a_page(tmp_path: Path) -> None:
+    """The first tells what the others' sum up to, and where they are; a page tells of the slower cases of its own."""
+    one, other = table(7.0, SDPA=6.0), Table("us", {"2 x 8": Case(9.0, {"SDPA": 6.0}, bytes=64)})
     folder = files(
         tmp_path,
-        ("NVIDIA H100", "aaaaaaa", run("2026-11-21T07:00Z", {"decode": one})),
-        ("NVIDIA H200", "aaaaaaa", run("2026-11-22T07:00Z", {"decode": other})),
+        ("NVIDIA H100 80GB HBM3", "aaaaaaa", run("2026-11-21T07:00Z", {"decode": one})),
+        ("NVIDIA H200", "bbbbbbb", run("2026-11-22T07:00Z", {"decode": other})),
     )
-    text = page_of(folder)
-    assert "| H200, µs | TB/s | × SDPA | H100, µs | TB/s | × SDPA |" in text
-    assert "| 2 × 8 | 9.00 | 0.00 | 0.67× | – | – | – |" in text
-    assert "| 1 × 8 | – | – | – | 5.00 | 0.00 | 1.20× |" in text
+    texts = dashboard.pages(compare.newest(results.read_all(folder)))
+    assert list(texts) == ["performance.md", "performance/h100-80gb-hbm3.md"]
+    first, second = texts.values()
+    assert "| H200, µs | TB/s | × SDPA |" in first and "| 2 × 8 | 9.00 | 0.00 | 0.67× |" in first
+    assert "| 1 × 8 |" not in first and "at `1 × 8`" not in first
+    assert "| Decode | SDPA | **0.67×** (0.67× to 0.67×), slower in 1 of 1 | **0.86×** (0.86× to 0.86×), " in first
+    assert "[H100 80GB HBM3](performance/h100-80gb-hbm3.md)" in first and "(notes/README.md)" in first
+    assert "| 1 × 8 | 7.00 | 0.00 | 0.86× |" in second and "| 2 × 8 |" not in second and "bbbbbbb" not in second
+    assert "(../notes/README.md)" in second and ".png" not in second
+
+
+def test_parts_of_a_mixed_batch_are_no_peers(tmp_path: Path) -> None:
+    one = table(5.0, **{"one behind the other": 6.0, "prefill": 2.0, "decode": 4.0})
+    text = page_of(files(tmp_path, ("NVIDIA H200", "aaaaaaa", run("2026-11-21T07:00Z", {"mixed": one}))))
+    assert "| Mixed batches | one behind the other | **1.20×**" in text and "× prefill" not in text
 
 
 def test_the_page_keeps_to_its_length_with_four_devices(tmp_path: Path) -> None:
-    """The committed results, told of four GPUs: rows are cases and columns devices."""
+    """The committed results, told of four GPUs."""
     names = ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA B200", "NVIDIA A100"]
     for file in results.read_all():
         for number, name in enumerate(names):
             for one in file.runs:
                 date = f"2027-01-0{number + 1}{one.date[10:]}"
                 results.write(tmp_path, name, "0123abc", Run(**{**vars(one), "date": date}))
-    text = page_of(tmp_path)
-    assert text.count("\n") <= 165 and all(name.removeprefix("NVIDIA ") in text for name in names)
+    texts = dashboard.pages(compare.newest(results.read_all(tmp_path)))
+    assert len(texts) == 4 and max(text.count("\n") for text in texts.values()) <= 150
+    assert all(name.removeprefix("NVIDIA ") in texts["performance.md"] for name in names)
 
 
 def test_the_committed_page_is_what_the_results_say() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "dashboard.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").count("\n") <= 165
+    assert (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").count("\n") <= 150
 
 
-@pytest.mark.parametrize("stale", ["performance.md", "speedup.png", "decode.png", "prefill.png"])
+OTHER = "performance/h100-80gb-hbm3.md"
+
+
+@pytest.mark.parametrize("stale", ["performance.md", OTHER, "performance/x1.md", "speedup.png", "decode.png"])
 def test_check_finds_what_is_stale(tmp_path: Path, stale: str) -> None:
-    for path in (ROOT / "docs").glob("*.*"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "performance").mkdir()
+    for path in [*(ROOT / "docs").glob("*.*"), ROOT / "docs" / OTHER]:
+        (tmp_path / path.relative_to(ROOT / "docs")).write_bytes(path.read_bytes())
     path = tmp_path / stale
+    path.touch()
     # In a plot: one digit of the digest it carries.
     digest = dashboard.digest_of(path)
     path.write_bytes(
