@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from flashinfer import env, log
+from flashinfer import env, locks, log
 from flashinfer.version import __version__
 
 __all__ = ["Event", "counters", "current_tag", "subscribe", "tag"]
@@ -104,7 +103,7 @@ _COUNTERS = (
     *("hits", "misses", "compiles", "failures"),
     *("miss_seconds", "compile_seconds", "wait_seconds", "compiled_bytes"),
 )
-_lock = threading.Lock()
+_lock = locks.lock()
 _counts: dict[str, float] = dict.fromkeys(_COUNTERS, 0)
 _callbacks: tuple[Callback, ...] = ()
 
@@ -171,9 +170,7 @@ def emit(event: Event) -> None:
 
 
 def after_fork() -> None:
-    """A child counts from zero, and forgets a lock that a thread of the parent process may have held."""
-    global _lock
-    _lock = threading.Lock()
+    """A child counts from zero."""
     _counts.update(dict.fromkeys(_COUNTERS, 0))
 
 

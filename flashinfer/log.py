@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 
-from flashinfer import env
+from flashinfer import env, locks
 
-_setup = threading.Lock()
+_setup = locks.lock()
 
 
 @functools.cache

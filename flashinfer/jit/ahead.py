@@ -47,10 +47,9 @@ class Ahead(Generic[T]):
     def take(self, spec: KernelSpec) -> Optional[T]:
         """What `find` found, once it has; None where it failed, or did not begin and now will not."""
         job = self._jobs.get(spec)
-        try:
-            return None if job is None or job.cancel() else job.result()
-        finally:  # not sooner: settle() waits for it, too
-            self._jobs.pop(spec, None)
+        found = None if job is None or job.cancel() else job.result()
+        self._jobs.pop(spec, None)  # not sooner, nor where the wait was interrupted: settle() waits for it, too
+        return found
 
     def settle(self) -> None:
         """Return once no thread is at work, and none will be: to end one in the middle, as a fork or the end of the

@@ -65,8 +65,8 @@ class MissLog:
         with self._lock:
             key = (os.getpid(), spec, resolved_by)  # a request that fails may be repeated at every step of a server
             if self._writable and key not in self._recorded:
-                self._recorded.add(key)
                 self._append(spec, reason, resolved_by, spent, num_bytes)
+                self._recorded.add(key)
 
     def after_fork(self) -> None:
         """Forget a lock that a thread of the parent process may have held."""

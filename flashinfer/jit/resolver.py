@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flashinfer import env, events, log
+from flashinfer import env, events, locks, log
 from flashinfer import target as targets
 from flashinfer.errors import CompileError, FlashInferError, KernelMissing, ToolchainMissing
 from flashinfer.events import Event
@@ -51,6 +51,7 @@ class Resolver:
         self._find_toolchain = find_toolchain
         self._table: dict[KernelSpec, Kernel] = {}
         self._locks: dict[KernelSpec, threading.Lock] = {}
+        self._at_work: set[tuple[KernelSpec, int]] = set()  # and the thread that resolves it
         self._ahead = Ahead(self._look_ahead)
 
     def load(self, spec: KernelSpec) -> Kernel:
@@ -90,7 +91,7 @@ class Resolver:
 
     def after_fork(self) -> None:
         """Forget threads of the parent process, which do not exist in this one, and locks that they may have held."""
-        self._locks = {}
+        self._locks, self._at_work = {}, set()
         self._ahead.forget()
         self.misses.after_fork()
         events.after_fork()
@@ -98,9 +99,23 @@ class Resolver:
     # ---------------------------------------------------------------------------------------------------- once per spec
 
     def _load_once(self, spec: KernelSpec) -> Kernel:
-        with self._locks.setdefault(spec, threading.Lock()):
+        if (spec, threading.get_ident()) in self._at_work:  # and would wait for itself
+            raise FlashInferError(
+                f"{spec.name} for {spec.target} is asked for in the middle of a request for it, by a callback of "
+                "flashinfer.events or a signal handler; ask once that request has returned"
+            )
+        with self._locks.setdefault(spec, threading.Lock()), self._working_on(spec):
             kernel = self._table.get(spec)
             return kernel if kernel is not None else self._resolve(spec)
+
+    @contextlib.contextmanager
+    def _working_on(self, spec: KernelSpec) -> Iterator[None]:
+        mark = spec, threading.get_ident()
+        self._at_work.add(mark)
+        try:
+            yield
+        finally:
+            self._at_work.discard(mark)
 
     def _resolve(self, spec: KernelSpec) -> Kernel:
         started = time.perf_counter()
@@ -166,7 +181,8 @@ class Resolver:
     def _look_ahead(self, spec: KernelSpec, reason: str) -> tuple[Hit, Spent]:
         """In another thread."""
         spent = Spent()
-        return self._find_or_compile(spec, reason, spent, ahead=True), spent
+        with self._working_on(spec):
+            return self._find_or_compile(spec, reason, spent, ahead=True), spent
 
     def _found_ahead(self, spec: KernelSpec, spent: Spent) -> Hit | None:
         started = time.perf_counter()
@@ -302,7 +318,8 @@ def _heartbeat(name: str, started: float) -> Iterator[None]:
         while not finished.wait(_HEARTBEAT_SECONDS):
             log.logger().info("still compiling %s (%.0f s)", name, time.perf_counter() - started)
 
-    threading.Thread(target=beat, daemon=True, name="flashinfer-heartbeat").start()
+    with contextlib.suppress(RuntimeError):  # no thread begins while the interpreter ends, or in want of memory
+        threading.Thread(target=beat, daemon=True, name="flashinfer-heartbeat").start()
     try:
         yield
     finally:
@@ -313,7 +330,7 @@ def _heartbeat(name: str, started: float) -> Iterator[None]:
 
 
 _resolver: Resolver | None = None
-_resolver_lock = threading.Lock()
+_resolver_lock = locks.lock()
 
 
 def default_resolver() -> Resolver:

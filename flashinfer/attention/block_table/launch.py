@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
 
+from flashinfer import locks
 from flashinfer.attention.block_table.bind import Bound, Given, Options, bind, check_indices, require_tensors
 from flashinfer.attention.plan import dtype_of
 from flashinfer.attention.planned import Result
@@ -17,7 +17,7 @@ from flashinfer.host.checks import LOWEST_ADDRESS
 
 _bounds: memo.Memo[Bound] = memo.Memo()
 # A kernel follows its planner at once: on a stream that threads share, another plan would come between.
-_planning = threading.Lock()
+_planning = locks.lock()
 
 
 def call(op: str, given: Given, options: Options, return_lse: bool = False) -> Result:

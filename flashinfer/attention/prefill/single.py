@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import functools
-import threading
 from typing import Any, Optional, Union
 
 import torch
 
-from flashinfer import dtypes
+from flashinfer import dtypes, locks
 from flashinfer.attention.plan import BoundLaunch, no_launch
 from flashinfer.attention.planned import DataType
 from flashinfer.attention.prefill import launch as launches
@@ -336,6 +335,6 @@ class _BoundSingle:
 
 _singles: memo.Memo[_BoundSingle] = memo.Memo()
 # A kernel follows its planner at once: on a stream that threads share, another plan would come between.
-_planning = threading.Lock()
+_planning = locks.lock()
 # (device, stream, KV heads, head_dim, tile) -> the schedule of unplanned calls there, and its scratch.
 _schedules: dict[tuple[int, ...], Schedule] = {}
