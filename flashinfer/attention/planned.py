@@ -102,7 +102,9 @@ class PlannedAttention(Uncopyable, EngineNames):
         self._described: tuple[Any, Any] = _NO_PLAN  # the last of them, and its key
         self._plan: Optional[Plan] = None
         self._lengths: Optional[Lengths] = None
-        self._extent: Optional[Extent] = None  # of the schedule on the device
+        # Of the schedule on the device; None while one is written, so that whatever interrupts it, the next run has its
+        # own written.
+        self._extent: Optional[Extent] = None
         self._is_settled = False  # a kernel was launched since the planner
         self._queries = "medium"  # the class of the last run
         self._followed: tuple[Any, BoundRun] = _NO_RUN  # the last run and its signature, unless there was a plan since
@@ -177,7 +179,7 @@ class PlannedAttention(Uncopyable, EngineNames):
         last, plan = self._described  # compared, which takes half as long as to look it up
         try:
             is_described = key == last
-        except (RuntimeError, ValueError):
+        except (OverflowError, RuntimeError, ValueError):
             is_described = False  # of arguments that do not compare, which `_describe` refuses
         if not is_described:
             plan = self._find_plan(key, found.sizes, arguments)
@@ -201,11 +203,11 @@ class PlannedAttention(Uncopyable, EngineNames):
             found = Lengths(self._fixed.fill(found.held), self._device_index).like(found)
         elif self._buffers:
             self._buffers.clear()  # what an engine assigned since the last plan
-        if plan is not self._plan or extent is not self._extent:
-            self._followed = _NO_RUN
+        followed = self._followed if plan is self._plan and extent is self._extent else _NO_RUN
+        self._extent, self._followed = None, _NO_RUN
         planner(*found.planner_addresses)
-        self._plan, self._lengths = plan, found
-        self._extent, self._is_settled = extent, False
+        self._plan, self._lengths, self._is_settled = plan, found, False
+        self._extent, self._followed = extent, followed
 
     def _take_mask(
         self, found: Lengths, masks: Union[Masks, Items], given: tuple[torch.Tensor, ...], page_size: int
@@ -246,10 +248,10 @@ class PlannedAttention(Uncopyable, EngineNames):
     def _resettle(self, plan: Optional[Plan], found: Optional[Lengths], extent: Optional[Extent]) -> None:
         """Go back to an earlier plan, whose schedule has been overwritten. Not under use_cuda_graph: buffers that have
         been filled since are the caller's."""
-        self._plan, self._lengths, self._extent, self._followed = plan, found, extent, _NO_RUN
-        self._is_settled = False
-        if plan is not None and found is not None:
+        self._plan, self._lengths, self._extent, self._followed = plan, found, None, _NO_RUN
+        if plan is not None and found is not None and extent is not None:
             plan.planner(extent)(*found.planner_addresses)
+            self._extent, self._is_settled = extent, False
 
     def _own_indices(self, copies: tuple[torch.Tensor, ...]) -> None:
         """Have runs read copies of what was planned for, whatever becomes of the originals."""
@@ -270,8 +272,9 @@ class PlannedAttention(Uncopyable, EngineNames):
             found.take_mask(op, self._buffer("mask"), self._buffer("mask_indptr"), plan.shape.page_size)
         elif plan.mask == "items" and self._lengths is not None:
             found.keep_mask(self._lengths)
+        self._extent, self._followed = None, _NO_RUN
         planner(*found.planner_addresses)
-        self._lengths, self._extent, self._is_settled, self._followed = found, extent, False, _NO_RUN
+        self._lengths, self._extent, self._is_settled = found, extent, False
 
     def _sees_indices(self) -> bool:
         return indices.are_visible(self._float_workspace_buffer)
@@ -365,7 +368,7 @@ class PlannedAttention(Uncopyable, EngineNames):
             is_followed = key == followed
         except UnsupportedConfig:
             raise
-        except (AttributeError, RuntimeError, TypeError, ValueError):
+        except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError):
             raise self._not_tensors(q, kv, out, lse, overrides, q_pe, sinks) from None
         if not is_followed:
             run = self._find(plan, found, key, (q, kv, out, lse, scales, pdl, overrides, q_pe, sinks))
@@ -408,8 +411,8 @@ class PlannedAttention(Uncopyable, EngineNames):
         if run.is_empty:
             return
         extent, seen = self._extent, self._seen
-        assert extent is not None
-        if not extent.suits(run.extent, self._use_cuda_graph):
+        if extent is None or not extent.suits(run.extent, self._use_cuda_graph):
+            self._extent, self._followed = None, _NO_RUN
             plan.planner(run.extent)(*found.planner_addresses)
             self._extent, self._is_settled = run.extent, False
         if self._use_cuda_graph and (seen is None or not seen.covers(run.extent)):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import flashinfer
+from flashinfer.attention.plan import BoundLaunch, Plan
 from tests.attention.hostile_kit import (
     HEAD_DIM,
     HEADS,
@@ -83,6 +84,38 @@ def test_a_plan_with_a_bad_mask_leaves_the_old_one(kind: str, graph: bool, devic
         with pytest.raises(ValueError, match="mask"):
             other.plan(packed_custom_mask=packed)
     batch.check()
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, MemoryError])
+def test_a_plan_interrupted_behind_its_planner(
+    interruption: type[BaseException], kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is on the device then is the schedule of other lengths: the next run has that of the last plan written."""
+    batch, planned = Batch(kind, device), []
+
+    def planner(plan: Plan, extent: object) -> BoundLaunch:
+        launch = bound(plan, extent)
+
+        def interrupted(*addresses: int) -> None:
+            launch(*addresses)
+            planned.append(addresses)
+            if len(planned) == 2:
+                raise interruption
+
+        return interrupted
+
+    bound = Plan.planner
+    monkeypatch.setattr(Plan, "planner", planner)
+    batch.plan()
+    batch.check()
+    offsets_of_keys = 0 if kind == "decode" else 1
+    others = [*batch.index]
+    others[offsets_of_keys] = torch.cat([torch.zeros(3).int(), batch.index[offsets_of_keys][-1:]])
+    with pytest.raises(interruption):
+        batch.plan(*others)
+    batch.check()
+    batch.check()
+    assert planned[0] == planned[2] != planned[1] and len(planned) == 3
 
 
 def test_a_failing_run_changes_nothing(kind: str, device: torch.device) -> None:
