@@ -380,8 +380,6 @@ def _prepare(
     new_output = memo.allocator(input.shape, input.dtype, input.device)
     output = new_output() if output is None else output
     _check(op, operands, output)
-    if isinstance(eps, torch.Tensor):  # which may change
-        raise TypeError(f"{op}: eps is a tensor; expected a number, which a launch keeps")
     eps = checks.real(op, "eps", eps, at_least=0.0)
     checks.require_flag(op, "enable_pdl", pdl)
     strided = {"input": input, "out": output} | ({} if residual is None else {_second(op): residual})

@@ -26,8 +26,15 @@ def _shown(value: object) -> str:
     return f"{' '.join(repr(value).split()):.60}"
 
 
+def _require_constant(op: str, name: str, value: object, expected: str) -> None:
+    # A memo compares numbers by value; a tensor it would know by identity, whatever became of its value.
+    if isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} is a tensor; expected {expected}, call .item()")
+
+
 def integer(op: str, name: str, value: object, low: int = -(1 << 31), high: int = (1 << 31) - 1) -> int:
     """The value as an int from low to high, both included. Raises TypeError or ValueError."""
+    _require_constant(op, name, value, "an integer")
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -48,6 +55,7 @@ FP32_MAX = (2 - 2.0**-23) * 2.0**127
 def real(op: str, name: str, value: object, *, above: float = -math.inf, at_least: float = -math.inf) -> float:
     """The value as a float that fp32 holds, greater than `above` and not less than `at_least`. Raises TypeError or
     ValueError."""
+    _require_constant(op, name, value, "a number")
     try:
         if isinstance(value, (str, bytes, bytearray, bool)):  # float("1.5") would do
             raise TypeError

@@ -38,7 +38,7 @@ class Memo(dict[Any, T], Generic[T]):
         try:
             if key == last:
                 return value
-        except (RuntimeError, ValueError):
+        except (OverflowError, RuntimeError, ValueError):
             pass  # of arguments that do not compare, which the operator refuses
         value = self.get(key)
         if value is not None:

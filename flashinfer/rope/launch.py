@@ -228,9 +228,6 @@ def _prepare_qk_norm(
         op,
         f"qkv has {heads.shape[1]} heads of {head_dim}; expected at least {num_qo_heads} + {num_kv_heads} (q and k)",
     )
-    for name, value in (("eps", eps), ("weight_bias", weight_bias)):
-        if isinstance(value, torch.Tensor):  # which may change
-            raise TypeError(f"{op}: {name} is a tensor; expected a number, which a launch keeps")
     eps, weight_bias = checks.real(op, "eps", eps, at_least=0.0), checks.real(op, "weight_bias", weight_bias)
     launch: PreparedLaunch = no_launch
     if heads.shape[0] * (num_qo_heads + num_kv_heads) > 0:

@@ -194,10 +194,6 @@ def _check_positions(op: str, rotation: Rotation, q: torch.Tensor) -> str:
 
 def _frequencies(op: str, rotation: Rotation, rotary_dim: int) -> bytes:
     scale, theta, low, high, context = rotation[-5:]
-    for name, value in zip(Rotation._fields[-5:], rotation[-5:]):
-        # A memo compares numbers by value; a tensor it would know by identity, whatever became of its value.
-        if isinstance(value, torch.Tensor):
-            raise TypeError(f"{op}: {name} is a tensor; expected a number, call .item()")
     scale, theta = checks.real(op, "rope_scale", scale, above=0), checks.real(op, "rope_theta", theta, above=0)
     low, high = checks.real(op, "low_freq_factor", low), checks.real(op, "high_freq_factor", high)
     context = checks.integer(op, "old_context_len", context, 0)

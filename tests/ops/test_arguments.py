@@ -18,8 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import flashinfer
 from flashinfer import utils
 from flashinfer.cascade import merge_state, merge_state_in_place, merge_states, variable_length_merge_states
+from flashinfer.causal_conv1d import causal_conv1d_update
 from flashinfer.errors import UnsupportedConfig
+from flashinfer.gdn_prefill import chunk_gated_delta_rule
 from flashinfer.quantization import packbits, segment_packbits, segment_packbits_padded
+from tests.public_calls.inputs import SHAPES, Inputs
 
 HIDDEN = 16
 
@@ -241,6 +244,47 @@ def test_one_operand_on_another_device(name: str) -> None:
         if len(tensor_arguments(name, device)) > 1:
             given[argument] = given[argument].cpu()
             refuses(function, given, ValueError, match=rf"^{name}: .* on (cpu|cuda:0)")
+
+
+# Numbers that a launch keeps, across operators and wrappers.
+KEPT: dict[str, Callable[[Inputs, Any], Any]] = {
+    "single_decode: sm_scale": lambda i, x: flashinfer.single_decode_with_kv_cache(i.q[0], *i.kv, sm_scale=x),
+    "single_prefill: window_left": lambda i, x: flashinfer.single_prefill_with_kv_cache(i.q, *i.kv, window_left=x),
+    "single_prefill: rope_theta": lambda i, x: flashinfer.single_prefill_with_kv_cache(
+        i.q, *i.kv, pos_encoding_mode="ROPE_LLAMA", rope_theta=x
+    ),
+    "batch_decode: sm_scale": lambda i, x: flashinfer.BatchDecodeWithPagedKVCacheWrapper(i.workspace).plan(
+        *i.paged, *SHAPES, sm_scale=x
+    ),
+    "batch_prefill_paged: logits_soft_cap": lambda i, x: (
+        flashinfer.BatchPrefillWithPagedKVCacheWrapper(i.workspace).plan(
+            i.qo_indptr, *i.paged, *SHAPES, logits_soft_cap=x
+        )
+    ),
+    "get_seq_lens: page_size": lambda i, x: flashinfer.get_seq_lens(i.kv_indptr, i.last_page_len, x),
+    "apply_rope: rotary_dim": lambda i, x: flashinfer.apply_rope(
+        i.q, i.k, i.qo_indptr, i.last_page_len, rotary_dim=x
+    ),
+    "fused_qk_rmsnorm_rope: num_qo_heads": lambda i, x: flashinfer.fused_qk_rmsnorm_rope(
+        i.qkv, i.head_weight, i.head_weight, i.positions, x, 1
+    ),
+    "causal_conv1d_update: pad_slot_id": lambda i, x: causal_conv1d_update(
+        i.x, i.x[:, :, None].repeat(1, 1, 3), i.gated[0].repeat(2).view(32, 4), None, "silu", i.pages, pad_slot_id=x
+    ),
+    "chunk_gated_delta_rule: scale": lambda i, x: chunk_gated_delta_rule(*[i.delta_rows] * 3, scale=x),
+    "sparse_mla_prefill: sm_scale": lambda i, x: flashinfer.sparse_mla_prefill(
+        i.latent_q, i.latent_rows.flatten(0, 1), i.rows, x
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("argument", KEPT)
+def test_numbers_that_are_tensors(device: torch.device, argument: str) -> None:
+    """A prepared launch is found by the numbers in it. A tensor may change, and would be found by what it was."""
+    op, name = argument.split(": ")
+    for tensor in (torch.tensor(1), torch.tensor(0.5, device=device)):
+        with pytest.raises(TypeError, match=rf"^{op}.*: {name} is a tensor; expected an? (number|integer), call .item"):
+            KEPT[argument](Inputs(device), tensor)
 
 
 # -------------------------------------------------------------------------------------------------- helpers of engines
