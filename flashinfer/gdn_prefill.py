@@ -135,22 +135,26 @@ def chunk_gated_delta_rule(
         checks.require(
             tensor.dim() == 3, _OP, f"{name} has shape {list(tensor.shape)}; expected [num_tokens, heads, {_DIM}]"
         )
+    for name, given in (("cu_seqlens", cu_seqlens), ("initial_state", initial_state)):
+        if not (given is None or isinstance(given, torch.Tensor)):
+            raise checks.not_tensors(_OP, **{name: given})
     num_heads = max(q.shape[1], k.shape[1], v.shape[1])
     if output is None:
         output = torch.empty((q.shape[0], num_heads, _DIM), dtype=q.dtype, device=q.device)
-    if not output_final_state:
+    if not checks.boolean(_OP, "output_final_state", output_final_state):
         output_state = None
     elif output_state is None:
         checks.require(
             state_indices is None, _OP,
             "output_state is None; expected the pool that state_indices point into, initial_state itself or another",
         )  # fmt: skip
-        num_seqs = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        num_seqs = 1 if cu_seqlens is None else max(cu_seqlens.numel() - 1, 0)
         state_dtype = torch.float32 if initial_state is None else initial_state.dtype
         output_state = torch.empty((num_seqs, num_heads, _DIM, _DIM), dtype=state_dtype, device=q.device)
     final_indices = state_indices if output_state_indices is None else output_state_indices
     longest = 0 if max_seqlen is None else checks.integer(_OP, "max_seqlen", max_seqlen, 0)
-    options = _Options(scale, bool(use_qk_l2norm_in_kernel), gate_domain == "log", segment, longest)
+    normalize = checks.boolean(_OP, "use_qk_l2norm_in_kernel", use_qk_l2norm_in_kernel)
+    options = _Options(scale, normalize, gate_domain == "log", segment, longest)
     operands = _Operands(q, k, v, g, beta, cu_seqlens, initial_state, state_indices, final_indices)
     if is_dynamo_compiling():
         if output_state is not None and output_state is initial_state:

@@ -9,6 +9,7 @@ import torch
 
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.host import checks
+from flashinfer.host.rows import require_distinct
 from flashinfer.host.traced import is_dynamo_compiling
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -95,6 +96,7 @@ def _check(
         is_like = out.shape == wanted and out.dtype == dtype
         checks.require(is_like, op, f"out is {out.dtype} {list(out.shape)}; expected {dtype} {list(wanted)}")
         checks.require_device(op, "out", out, a, "A")
+        require_distinct(op, "out", out)
 
 
 def _require_dense_rows(op: str, name: str, matrices: torch.Tensor, expected: str) -> None:

@@ -371,6 +371,9 @@ def test_other_head_sizes_and_dtypes(device: torch.device) -> None:
         chunk_gated_delta_rule(x.q.double(), x.k.double(), x.v.double())
 
 
+STATE = {"output_final_state": True}
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -384,6 +387,8 @@ def test_other_head_sizes_and_dtypes(device: torch.device) -> None:
         (lambda x: {"max_seqlen": -1}, "max_seqlen is -1; expected at least 0"),
         (lambda x: {"cu_seqlens": x.cu_seqlens.float()}, "cu_seqlens is torch.float32"),
         (lambda x: {"cu_seqlens": x.cu_seqlens[:0]}, "cu_seqlens is empty"),
+        (lambda x: {"cu_seqlens": x.cu_seqlens[:0], "initial_state": None, **STATE}, "cu_seqlens is empty"),
+        (lambda x: {"cu_seqlens": x.cu_seqlens[0], **STATE}, r"cu_seqlens has shape \[\]"),
         (lambda x: {"initial_state": x.state[:, :2]}, "initial_state has shape"),
         (lambda x: {"initial_state": x.state.transpose(2, 3)}, "the last two dimensions contiguous"),
         (lambda x: {"output": x.q}, "output has shape"),
@@ -488,6 +493,14 @@ def test_heads_that_do_not_divide(device: torch.device) -> None:
         call(x)
     with pytest.raises(TypeError, match="k is list; expected a tensor"):
         chunk_gated_delta_rule(x.q, [1], x.v)
+
+
+@pytest.mark.parametrize("wrong", ["x", [0, 5], 1.5])
+@pytest.mark.parametrize("name", ["cu_seqlens", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel"])
+def test_arguments_of_other_kinds(name: str, wrong: Any) -> None:
+    x = draw(torch.device("cpu"), (5,))
+    with pytest.raises(TypeError, match=rf"^chunk_gated_delta_rule: {name} is .*; expected"):
+        call(x, **{**STATE, name: wrong})
 
 
 def test_values_that_the_host_sees() -> None:

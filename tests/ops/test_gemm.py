@@ -72,10 +72,12 @@ def test_empty() -> None:
         ({"A_scale": torch.ones(5)}, ValueError, "A_scale is torch.float32 .5.; expected one element"),
         ({"B_scale": 1.0}, TypeError, "B_scale is float; expected a tensor"),
         ({"out": torch.zeros(1, 5, 17)}, ValueError, "out is torch.float32"),
+        ({"out": torch.zeros(5, 16).bfloat16().expand(2, 5, 16)}, ValueError, "elements of out overlap"),
     ],
 )
 def test_wrong_arguments(change: dict[str, object], error: type[Exception], message: str) -> None:
     names = ("A", "B", "A_scale", "B_scale")
-    given = dict(zip(names, operands(1, 5, 32, 16, torch.device("cpu"))), dtype=torch.bfloat16)
+    batch = len(change.get("out", "1"))  # type: ignore[arg-type]
+    given = dict(zip(names, operands(batch, 5, 32, 16, torch.device("cpu"))), dtype=torch.bfloat16)
     with pytest.raises(error, match=message):
         flashinfer.bmm_fp8(**{**given, **change})
