@@ -94,7 +94,8 @@ def top_k_page_table_transform(
 
     Raises:
         TypeError or ValueError: a shape, dtype or device does not fit.
-        IndexError: on the CPU, a score without an entry in the page table; a GPU takes some entry of it.
+        IndexError: on the CPU, a window past the columns, or a score without an entry in the page table; a GPU sees
+            what there is, and takes some entry of it.
         UnsupportedConfig: another dtype of input.
     """
     op = "top_k_page_table_transform"
@@ -118,6 +119,7 @@ def top_k_page_table_transform(
         )  # fmt: skip
         for name, given in (("out", out), ("out_raw_indices", out_raw_indices)):
             _check_output(op, name, given, input, k)
+        _check_ends(op, input, lengths, starts)
     local, is_chosen = _choose(input, lengths, starts, int(k), tie_break)
     rows = torch.arange(len(input), device=input.device) if row_to_batch is None else row_to_batch.long()
     entries = torch.div(local, page_size, rounding_mode="floor")
@@ -162,11 +164,14 @@ def top_k_ragged_transform(
 
     Raises:
         TypeError or ValueError: a shape, dtype or device does not fit.
+        IndexError: on the CPU, a window past the columns.
         UnsupportedConfig: another dtype of input.
     """
+    op = "top_k_ragged_transform"
     if not is_dynamo_compiling():
-        _check_windows("top_k_ragged_transform", input, k, tie_break, (deterministic, dsa_graph_safe), lengths=lengths,
-                       offsets=offsets, row_starts=row_starts)  # fmt: skip
+        _check_windows(op, input, k, tie_break, (deterministic, dsa_graph_safe), lengths=lengths, offsets=offsets,
+                       row_starts=row_starts)  # fmt: skip
+        _check_ends(op, input, lengths, row_starts)
     local, is_chosen = _choose(input, lengths, row_starts, int(k), tie_break)
     return torch.where(is_chosen, local + offsets.long()[:, None], -1).int()
 
@@ -210,6 +215,18 @@ def _check_windows(
             f"{name} is {vector.dtype} {list(vector.shape)}; expected int32 [{len(input)}], an entry for each row",
         )  # fmt: skip
         checks.require_device(op, name, vector, input)
+
+
+def _check_ends(op: str, input: torch.Tensor, lengths: torch.Tensor, starts: Optional[torch.Tensor]) -> None:
+    """Windows lie within the columns, where the host looks at them."""
+    if indices.are_visible(lengths, starts):
+        width, ends = input.shape[1], lengths.long()
+        if starts is not None:
+            starts = torch.where(lengths > 0, starts.long(), 0)
+            indices.require_within(op, "row_starts", starts, 0, max(width, 1), f"a column of {width}")
+            ends = starts + ends
+        name = "lengths" if starts is None else "row_starts + lengths"
+        indices.require_within(op, name, ends, -(1 << 31), width + 1, f"the input has {width} columns")
 
 
 def _check_output(op: str, name: str, tensor: Optional[torch.Tensor], input: torch.Tensor, k: int) -> None:

@@ -86,7 +86,7 @@ class MultiLevelCascadeAttentionWrapper(Uncopyable):
         op, num_levels = self._op_name, len(self._levels)
         _require_one_a_level(op, "int_workspace_buffers", int_workspace_buffers, num_levels, or_more=True)
         for buffer in (float_workspace_buffer, *int_workspace_buffers):
-            workspace.require_workspace(op, buffer)
+            workspace.require_workspace(op, buffer, self._levels[0].device)
         for level, int_workspace_buffer in zip(self._levels, int_workspace_buffers):
             level.reset_workspace_buffer(float_workspace_buffer, int_workspace_buffer)
 

@@ -119,12 +119,7 @@ class PlannedAttention(Uncopyable, EngineNames):
     def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor) -> None:
         """Use other workspaces from the next plan on."""
         for buffer in (float_workspace_buffer, int_workspace_buffer):
-            workspace.require_workspace(self._op_name, buffer)
-            checks.require(
-                buffer.device == self.device,
-                self._op_name,
-                f"a workspace is on {buffer.device}; expected {self.device}, the device of the wrapper",
-            )
+            workspace.require_workspace(self._op_name, buffer, self.device)
         self._float_workspace_buffer = float_workspace_buffer
         self._int_workspace_buffer = int_workspace_buffer
         self._plans.clear()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Optional, Protocol
 
 import torch
 
@@ -62,11 +62,17 @@ def carve(op: str, name: str, buffer: Memory, sizes: Sequence[int]) -> list[int]
     return addresses
 
 
-def require_workspace(op: str, buffer: object) -> None:
+def require_workspace(op: str, buffer: object, device: Optional[torch.device] = None) -> None:
+    """device: of the wrapper that is to use it, if there is one."""
     if not isinstance(buffer, torch.Tensor):
         raise TypeError(f"{op}: the workspace is {type(buffer).__name__}; expected a tensor")
     checks.require(
         buffer.is_contiguous() and buffer.device.type in ("cuda", "cpu"),
         op,
         f"the workspace must be a contiguous tensor on a CUDA device or the CPU; got one on {buffer.device}",
+    )
+    checks.require(
+        device is None or buffer.device == device,
+        op,
+        f"a workspace is on {buffer.device}; expected {device}, the device of the wrapper",
     )

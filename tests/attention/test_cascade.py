@@ -424,6 +424,9 @@ def test_lists_of_levels(device: torch.device) -> None:
     first = wrapper._levels[0]._int_workspace_buffer
     with pytest.raises(ValueError, match=r"the workspace must be a contiguous tensor"):
         wrapper.reset_workspace_buffer(workspace(device), [workspace(device), workspace(device)[::2]])
+    if device.type == "cuda":
+        with pytest.raises(ValueError, match="a workspace is on cpu; expected cuda:0, the device of the wrapper"):
+            wrapper.reset_workspace_buffer(workspace(device), [workspace(device), workspace(torch.device("cpu"))])
     assert wrapper._levels[0]._int_workspace_buffer is first
 
 

@@ -228,3 +228,10 @@ def test_wrong_arguments_of_transforms() -> None:
     refuses(ValueError, r"k is 0", k=0)
     refuses(IndexError, r"entries of the page table.* expected 0 to 1, the 2 of a row", src_page_table=table[:, :2])
     refuses(IndexError, r"row_to_batch\[0\] is 3; expected 0 to 1", row_to_batch=vector)
+    past, full = vector + 6, torch.zeros_like(vector)
+    refuses(IndexError, r"lengths\[1\] is 10; expected .* to 9, the input has 9 columns", lengths=past)
+    refuses(IndexError, r"row_starts \+ lengths\[0\] is 10", row_starts=past - 2, page_table_row_starts=full)
+    refuses(IndexError, r"row_starts\[0\] is -3; expected 0 to 8", row_starts=-vector, page_table_row_starts=full)
+    flashinfer.top_k_page_table_transform(x, table, -vector, 3, row_starts=past, page_table_row_starts=full)  # empty
+    with pytest.raises(IndexError, match=r"^top_k_ragged_transform: lengths\[1\] is 10"):
+        flashinfer.top_k_ragged_transform(x, full, past, 3)
