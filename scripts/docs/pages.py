@@ -12,9 +12,11 @@ import argparse
 import functools
 import importlib
 import inspect
+import pkgutil
 import posixpath
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +53,16 @@ def exports() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, module in flashinfer._EXPORTS.items():
         found.setdefault(module, []).append(name)
-    for module, names in found.items():
-        own = getattr(importlib.import_module(f"flashinfer.{module}"), "__all__", ())
-        names += [name for name in own if name not in names]
+    for module in (module.name for module in pkgutil.iter_modules(flashinfer.__path__)):
+        own = () if module in (*WHOLE, "jit", "__main__") else _all_of(module)
+        if own:
+            names = found.setdefault(module, [])
+            names += [name for name in own if name not in names]
     return found
+
+
+def _all_of(module: str) -> Sequence[str]:
+    return getattr(importlib.import_module(f"flashinfer.{module}"), "__all__", ())
 
 
 def reference() -> dict[str, str]:
@@ -63,7 +71,9 @@ def reference() -> dict[str, str]:
     for module, names in exports().items():
         of_package = [name for name in names if flashinfer._EXPORTS.get(name) == module]
         whence = f"`flashinfer` and `flashinfer.{module}` export these"
-        if len(of_package) < len(names):
+        if not of_package:
+            whence = f"`flashinfer.{module}` exports these"
+        elif len(of_package) < len(names):
             others = ", ".join(f"`{name}`" for name in names if name not in of_package)
             whence = f"`flashinfer.{module}` exports these, and `flashinfer` all but {others}"
         pages[f"reference/{module}.md"] = _module_page(module, f"{whence}.", names)

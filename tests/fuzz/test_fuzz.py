@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import mmap
 import os
 import select
@@ -25,7 +24,7 @@ from tests.fuzz.call import Call, Check, Refused, equal, judge
 from tests.fuzz.draw import Draw
 from tests.fuzz.memory import Memory
 from tests.kit import ROOT
-from tests.public_calls import NO_OPERATORS
+from tests.public_calls import NO_OPERATORS, public_modules
 
 
 def campaign(*arguments: str) -> None:
@@ -46,10 +45,7 @@ def test_a_campaign_finds_nothing() -> None:
 
 
 def test_every_public_function_has_a_case() -> None:
-    attention = ("attention", "cascade", "decode", "mla", "pod", "prefill", "sparse")
-    rows = ("activation", "gemm", "norm", "quantization", "rope", "sampling", "topk")
-    modules = (*attention, *rows, "causal_conv1d", "concat_ops", "gdn_decode", "page")
-    public = {name for module in modules for name in importlib.import_module(f"flashinfer.{module}").__all__}
+    public = {name for exported in public_modules().values() for name in exported}
     public |= {name for name, value in vars(utils).items() if getattr(value, "__module__", "") == utils.__name__}
     aliases = {"top_p_renorm_prob", "top_k_renorm_prob"}
     enumerations = {"MaskMode", "PosEncodingMode", "TensorLayout"}

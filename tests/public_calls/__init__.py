@@ -8,6 +8,8 @@ looked up by their public names when the call is made.
 from __future__ import annotations
 
 import functools
+import importlib
+import pkgutil
 import sys
 from typing import Any
 
@@ -18,8 +20,8 @@ from tests.public_calls import attention, rows  # noqa: F401  # which fill CALLS
 from tests.public_calls.inputs import CALLS, Inputs, tensors
 
 __all__ = [
-    "ALIASES", "CALLS", "NO_OPERATORS", "Inputs", "forget_prepared_launches", "prepared_launches", "public_names",
-    "tensors",
+    "ALIASES", "CALLS", "NO_OPERATORS", "Inputs", "forget_prepared_launches", "prepared_launches", "public_modules",
+    "public_names", "tensors",
 ]  # fmt: skip
 
 CALLS["utils.get_alibi_slopes"] = lambda i: [utils.get_alibi_slopes(6), utils.get_alibi_slopes(6, i.device)]
@@ -38,17 +40,24 @@ def forget_prepared_launches() -> None:
         memo.clear()
 
 
+# Modules with public names that are no operators, and operators that take several processes.
+_OTHER_MODULES = {"autotuner", "events", "jit", "parallel"}
 NO_OPERATORS = {"TopKTieBreak", "autotune_v2", "mask", "tag", "variant"}  # an enumeration, contexts, decorators
+
+
+@functools.cache
+def public_modules() -> dict[str, list[str]]:
+    """Of the package, those with operators, and what each exports."""
+    found = [module.name for module in pkgutil.iter_modules(flashinfer.__path__)]
+    modules = {name: importlib.import_module(f"flashinfer.{name}") for name in found if name not in _OTHER_MODULES}
+    return {name: module.__all__ for name, module in modules.items() if hasattr(module, "__all__")}
 
 
 @functools.cache
 def public_names() -> frozenset[str]:
     """What the package exports, and what its modules export besides."""
     names = set(flashinfer._EXPORTS)
-    modules: tuple[str, ...] = ("cascade", "decode", "mla", "pod", "prefill", "sparse")
-    modules += ("activation", "concat_ops", "gemm", "norm", "page", "quantization", "rope", "sampling", "topk")
-    for module in modules:
-        exported = getattr(flashinfer, module).__all__
+    for module, exported in public_modules().items():
         names |= {f"{module}.{name}" for name in exported if name not in flashinfer._EXPORTS}
     return frozenset(names - NO_OPERATORS)
 

@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 import torch
 
-from flashinfer import causal_conv1d, gdn_decode
+from flashinfer import causal_conv1d, gdn_decode, gdn_prefill
 from tests.fuzz.call import Call, Check, Unspecified, lenient, near
 from tests.fuzz.draw import FLOATS, INDICES, Draw
 from tests.fuzz.table import Case
@@ -112,6 +112,58 @@ def _gated_delta_rule_mtp(d: Draw) -> Iterator[Call]:
     yield from d.maybe_hostile(Call("gated_delta_rule_mtp", function, arguments, lenient(expect), written))
 
 
+def _chunk_gated_delta_rule(d: Draw) -> Iterator[Call]:
+    dim, dtype, state_dtype = 128, d.kernel(*FLOATS), d.kernel(torch.float32, torch.bfloat16)
+    lengths, index = d.lengths(d.size(3), 40), d.kernel(*INDICES)
+    tokens, heads, num_seqs = sum(lengths), d.choice(((1, 1, 1), (1, 2, 4), (4, 1, 2))), len(lengths)
+    num_heads, is_log = max(heads), d.kernel(False, True)
+    rows = {name: d.normal(tokens, n, dim, dtype=dtype, groups=0, scale=0.1) for name, n in zip("qkv", heads)}
+    alpha = torch.rand(tokens, num_heads, generator=d.torch)
+    num_slots = num_seqs + d.size(2) if d.chance(0.5) else num_seqs
+    states = d.normal(num_slots, num_heads, dim * dim, dtype=state_dtype, groups=0).unflatten(-1, (dim, dim))
+    is_pool, keeps = num_slots > num_seqs, d.choice((True, False))
+    arguments: dict[str, Any] = {
+        **rows, "g": d.choice((None, d.dense(alpha.log() if is_log else alpha))),
+        "beta": d.choice((None, d.dense(torch.rand(tokens, num_heads, generator=d.torch)))),
+        "scale": d.choice((None, 0.5)), "initial_state": states, "output_final_state": keeps,
+        "cu_seqlens": d.index([sum(lengths[:i]) for i in range(num_seqs + 1)], index),
+        "use_qk_l2norm_in_kernel": d.kernel(True, False),
+        "output": d.blank(tokens, num_heads, dim, dtype=dtype, groups=0) if d.chance(0.5) else None,
+        "output_state": states if is_pool and keeps else None,
+        "state_indices": _slots(d, num_seqs, num_slots, index) if is_pool else None,
+        "gate_domain": "log" if is_log else "linear",
+    }  # fmt: skip
+
+    def expect(
+        q: Any, k: Any, v: Any, g: Any, beta: Any, scale: Any, initial_state: Any, cu_seqlens: Any, output: Any,
+        output_state: Any, state_indices: Any, gate_domain: Any, output_final_state: Any, use_qk_l2norm_in_kernel: Any,
+    ) -> Mapping[str, Check]:  # fmt: skip
+        assert cu_seqlens[0] == 0 and cu_seqlens[-1] == len(q)  # or rows of the output are anything
+        ones = torch.ones(len(q), max(x.shape[1] for x in (q, k, v)), dtype=torch.float64)
+        log_alpha = torch.zeros_like(ones) if g is None else g.double() if gate_domain == "log" else g.double().log()
+        count = len(cu_seqlens) - 1
+        slots = list(range(count)) if state_indices is None else _distinct(state_indices, len(initial_state))
+        reads = torch.stack([initial_state[slot].double() * (slot >= 0) for slot in slots]) if count else initial_state
+        rule = oracle.packed_sequences(
+            q, k, v, log_alpha, ones if beta is None else beta, cu_seqlens.tolist(), reads,
+            scale=scale or dim**-0.5, use_qk_l2norm=use_qk_l2norm_in_kernel,
+        )  # fmt: skip
+        checks: dict[str, Check] = {} if output is None else {"output": near(rule[0], output.dtype)}
+        if output_state is not None:
+            after = output_state.double().clone()
+            for i, slot in enumerate(slots):
+                if slot >= 0:
+                    after[slot] = rule[1][i]
+            checks["output_state"] = near(after, output_state.dtype)
+        return checks
+
+    function = gdn_prefill.chunk_gated_delta_rule
+    written = ("output", "output_state", "initial_state")
+    call = Call("chunk_gated_delta_rule", function, arguments, lenient(expect), written)
+    call.in_place = (("output_state", "initial_state"), ("initial_state", "output_state"))
+    yield from d.maybe_hostile(call)
+
+
 # ------------------------------------------------------------------------------------------------------ the convolution
 
 
@@ -196,6 +248,7 @@ CASES: dict[str, Case] = {
     "gated_delta_rule_decode": functools.partial(_gated_delta_rule_decode, True),
     "gated_delta_rule_decode_pretranspose": functools.partial(_gated_delta_rule_decode, False),
     "gated_delta_rule_mtp": _gated_delta_rule_mtp,
+    "chunk_gated_delta_rule": _chunk_gated_delta_rule,
     "causal_conv1d_fn": _causal_conv1d_fn,
     "causal_conv1d_update": _causal_conv1d_update,
 }
