@@ -156,9 +156,8 @@ def gated_delta_rule_mtp(
     """T tokens of each request, on a pool of states that lie V-major: the tokens of a draft, to be verified.
 
     Args:
-        q, k, v, initial_state, initial_state_indices, A_log, a, dt_bias, b: as in
-            `gated_delta_rule_decode_pretranspose`.
-        scale, output, intermediate_states_buffer, use_qk_l2norm, output_state_indices: likewise.
+        q, k, v, A_log, a, dt_bias, b, scale, output, use_qk_l2norm: as in `gated_delta_rule_decode_pretranspose`.
+        initial_state, initial_state_indices, output_state_indices, intermediate_states_buffer: as there.
         ssm_state_indices: `[batch, T]`, int32: the state after each token goes to this slot of the pool, a negative
             one: to none. Takes the place of intermediate_states_buffer and of the update at the end; wants
             disable_state_update=False.

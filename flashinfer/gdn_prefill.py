@@ -91,9 +91,9 @@ def chunk_gated_delta_rule(
         max_seqlen: tokens of the longest sequence, which say whether that is so; taken for their mean when None.
         _cp_chunk_len: tokens of a segment, a multiple of 64, in place of what is fastest.
         cu_seqlens_cpu: accepted for compatibility.
-        state_checkpoints, checkpoint_cu_starts, checkpoint_every_n_tokens, checkpoint_state_indices, prefix_lens,
-            use_gate_in_kernel, A_log, dt_bias, beta_is_logit, backend other than "auto" and
-            "flashinfer": refused.
+        state_checkpoints, checkpoint_cu_starts, checkpoint_every_n_tokens, checkpoint_state_indices: None, or 0.
+        prefix_lens, use_gate_in_kernel, A_log, dt_bias, beta_is_logit: None, or False.
+        backend: "auto" or "flashinfer".
 
     Returns:
         output, or with output_final_state output and output_state.
@@ -213,11 +213,11 @@ def _run(operands: _Operands, output: torch.Tensor, final_state: Optional[torch.
         raise
     if prepared is None:
         prepared = _memo.remember(key, _prepare(operands, output, final_state, options))
-    if prepared.checks_values and indices.are_visible(*operands[5:]):
-        _check_values(operands, final_state)
     for name, tensor, address in zip((*operands._fields, "output", "output_state"), tensors, addresses):
         if tensor is not None and address < checks.LOWEST_ADDRESS:
             checks.low_address(_OP, name, tensor)
+    if prepared.checks_values and indices.are_visible(*operands[5:]):
+        _check_values(operands, final_state)
     scratch = None if prepared.new_scratch is None else prepared.new_scratch()
     first = 0 if scratch is None else scratch.data_ptr()
     addresses += (first, first + prepared.segments_offset)

@@ -107,9 +107,8 @@ def top_k_page_table_transform(
         checks.require_tensors(op, src_page_table=src_page_table)
         checks.require_device(op, "src_page_table", src_page_table, input)
         is_table = src_page_table.dim() == 2 and src_page_table.dtype == torch.int32
-        has_rows = row_to_batch is not None or len(src_page_table) >= len(input)
         checks.require(
-            is_table and has_rows, op,
+            is_table and (row_to_batch is not None or len(src_page_table) >= len(input)), op,
             f"src_page_table is {src_page_table.dtype} {list(src_page_table.shape)}; expected int32 "
             f"[batch_size, max_pages] for {len(input)} rows",
         )  # fmt: skip

@@ -192,6 +192,9 @@ class BlockSparseAttentionWrapper(SparsePrefill):
             f"indptr has shape {list(indptr.shape)}; expected [{num_rows + 1}], ceil(M / R) + 1",
         )  # fmt: skip
         checks.require(indices.dim() == 1, op, f"indices has shape {list(indices.shape)}; expected one dimension")
+        for name, tensor in (("indptr", indptr), ("indices", indices)):
+            is_index = tensor.dtype in (torch.int32, torch.int64)
+            checks.require(is_index, op, f"{name} is {tensor.dtype}; expected torch.int32")
         if index_values.are_visible(indptr, indices):
             index_values.require_offsets(op, "indptr", indptr, len(indices), f"the {len(indices)} entries of indices")
             listed = indices[: int(indptr[-1])]

@@ -37,6 +37,7 @@ class Operands(NamedTuple):
 
 class _Prepared(NamedTuple):
     launch: PreparedLaunch  # takes the addresses of operands and output
+    num_absent: int  # of operands: None, or empty, which have the address 0
     checks_values: bool
 
 
@@ -58,13 +59,14 @@ def multiply(op: str, operands: Operands, output: torch.Tensor, depth_major: boo
         checks.require_addresses(op, **_named(operands, output))
         raise
     if prepared is None:
-        prepared = _memo.remember(key, _prepare(op, operands, output, depth_major))
-    if prepared.checks_values and indices.are_visible(*operands[4:]):
-        _check_values(op, operands)
-    if min(filter(None, addresses), default=0) < checks.LOWEST_ADDRESS or not (addresses[0] and addresses[6]):
+        prepared = _memo.remember(key, _prepare(op, operands, output, depth_major, addresses.count(0)))
+    # Of the same signature, but in memory that was given back.
+    if addresses.count(0) != prepared.num_absent or min(filter(None, addresses), default=0) < checks.LOWEST_ADDRESS:
         for name, tensor in _named(operands, output).items():
             if tensor.data_ptr() < checks.LOWEST_ADDRESS:
                 checks.low_address(op, name, tensor)
+    if prepared.checks_values and indices.are_visible(*operands[4:]):
+        _check_values(op, operands)
     prepared.launch(*addresses)
 
 
@@ -80,7 +82,7 @@ def _named(operands: Operands, output: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: x for name, x in (*operands._asdict().items(), ("output", output)) if x is not None}
 
 
-def _prepare(op: str, operands: Operands, output: torch.Tensor, depth_major: bool) -> _Prepared:
+def _prepare(op: str, operands: Operands, output: torch.Tensor, depth_major: bool, num_absent: int) -> _Prepared:
     _check(op, operands, output, depth_major)
     a, b, a_scale, b_scale, indptr, weight_indices = operands
     num_rows, depth = a.shape
@@ -88,7 +90,7 @@ def _prepare(op: str, operands: Operands, output: torch.Tensor, depth_major: boo
     num_groups = 1 if indptr is None else indptr.shape[0] - 1
     checks_values = indices.may_be_visible(indptr, weight_indices)
     if output.numel() == 0 or num_groups == 0 or num_weights == 0:
-        return _Prepared(memo.no_launch, checks_values)
+        return _Prepared(memo.no_launch, num_absent, checks_values)
     device_index = a.get_device()
     spec = families.group_gemm(
         target.of_device(a.device),
@@ -122,12 +124,12 @@ def _prepare(op: str, operands: Operands, output: torch.Tensor, depth_major: boo
     }
     launcher = default_resolver().load(spec).on(device_index)
     if device_index < 0:
-        return _Prepared(launcher.prepare((1, 1, 1), values, varying=families.ADDRESSES), checks_values)
+        return _Prepared(launcher.prepare((1, 1, 1), values, varying=families.ADDRESSES), num_absent, checks_values)
     grid = families.grid(launcher.config, num_rows, num_groups, num_columns, memo.num_sms(device_index))
     checks.require(grid < 1 << 31, op, f"{num_rows} rows of {num_columns} columns are too many tiles")
     if launcher.params is families.Sm90GroupGemmParams:
-        return _Prepared(sm90.bind_launch(launcher, grid, values), checks_values)
-    return _Prepared(launcher.prepare((grid, 1, 1), values, varying=families.ADDRESSES), checks_values)
+        return _Prepared(sm90.bind_launch(launcher, grid, values), num_absent, checks_values)
+    return _Prepared(launcher.prepare((grid, 1, 1), values, varying=families.ADDRESSES), num_absent, checks_values)
 
 
 def _strides(tensor: Optional[torch.Tensor], num: int) -> tuple[int, ...]:

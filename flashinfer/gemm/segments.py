@@ -107,4 +107,6 @@ class SegmentGEMMWrapper:
         if not isinstance(lengths, torch.Tensor):
             raise checks.not_tensors(_OP, seg_lens=lengths)
         checks.check_index(_OP, "seg_lens", lengths, batch_size)
+        if not is_dynamo_compiling():
+            checks.require_memory(_OP, seg_lens=lengths)
         return torch.nn.functional.pad(lengths.cumsum(0, dtype=lengths.dtype), (1, 0))

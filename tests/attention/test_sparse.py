@@ -323,6 +323,9 @@ def test_refusals() -> None:
         wrapper.plan(*blocks, 33, 48, 16, 16, **shapes)
     with pytest.raises(IndexError, match=r"indices\[2\] is 3; expected 0 to 2"):
         wrapper.plan(blocks[0], blocks[1] + 1, *sizes, **shapes)
+    for name, given in (("indptr", (blocks[0].cfloat(), blocks[1])), ("indices", (blocks[0], blocks[1].float()))):
+        with pytest.raises(ValueError, match=rf"{name} is torch\.\w+; expected torch.int32"):
+            wrapper.plan(*given, *sizes, **shapes)
     with pytest.raises(ValueError, match=r"mask has shape \[3, 16, 8\]"):
         wrapper.plan(*blocks, *sizes, mask=torch.ones(3, 16, 8), **shapes)
     with pytest.raises(UnsupportedConfig, match=r"block_mask is Tensor; expected None\. Next step: Variable"):

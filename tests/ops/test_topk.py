@@ -223,6 +223,7 @@ def test_wrong_arguments_of_transforms() -> None:
     refuses(ValueError, r"row_starts is torch.int32 \[1\]", row_starts=vector[:1])
     refuses(TypeError, r"lengths is NoneType; expected a tensor", lengths=None)
     refuses(ValueError, r"src_page_table is torch.int32 \[1, 9\]; .* for 2 rows", src_page_table=table[:1])
+    refuses(ValueError, r"src_page_table is torch.int32 \[\]; expected int32", src_page_table=table[0, 0])
     refuses(ValueError, r"row_starts counts scores", row_starts=vector, page_size=2)
     refuses(ValueError, r"out is torch.int32 \[2, 4\]; expected", out=torch.zeros(2, 4, dtype=torch.int32))
     refuses(ValueError, r"k is 0", k=0)
