@@ -35,6 +35,7 @@ _SUMS = ("seconds", "compiled", "waited")
 # Of names that may come in any number, such as files that a compiler of Python wrote: what is beyond goes together.
 _MAX_NAMES, _OTHERS = 1000, "(others)"
 _MAX_KERNELS = 10000
+_BEGIN = '{"spec": {"family": '  # of a record
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -72,6 +73,10 @@ def lines(file: Path) -> Iterator[Any]:
             except (ValueError, RecursionError):
                 row = None
             yield row
+            # The first line of a file may stand behind the last one of another, cut short, that it was appended to.
+            if row is None and (begin := line.rfind(_BEGIN)) > 0:
+                with contextlib.suppress(ValueError, RecursionError):
+                    yield json.loads(line[begin:])
 
 
 class Rows:

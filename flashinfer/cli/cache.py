@@ -142,8 +142,9 @@ def _meta(folder: Path) -> dict[str, Any]:
     damaged = {"family": "(damaged)", "args": {}, "target": "?", "compiler": "?"}
     try:
         meta = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
-        return meta if isinstance(meta, dict) and damaged.keys() <= meta.keys() else damaged
-    except (OSError, ValueError):
+        alike = [type(meta.get(name)) is type(value) for name, value in damaged.items()]
+        return meta if all(alike) else damaged
+    except (AttributeError, OSError, ValueError):
         return damaged
 
 

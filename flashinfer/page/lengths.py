@@ -98,7 +98,7 @@ def _prepare_positions(
     positions: Optional[torch.Tensor],
 ) -> _Index:
     _check_lengths(op, append_indptr=append_indptr, seq_lens=seq_lens)
-    checks.integer(op, "nnz", nnz, 0)
+    nnz = checks.integer(op, "nnz", nnz, 0)
     for name, output in (("batch_indices", batch_indices), ("positions", positions)):
         if output is not None:
             checks.require_tensors(op, **{name: output})

@@ -64,7 +64,6 @@ def test_broken_lines_are_counted_and_left_out(tmp_path: Path) -> None:
         good[: len(good) // 2],
         good[:-1],
         good + "}",
-        good + good,
         "",
         "null",
         "[]",
@@ -85,6 +84,15 @@ def test_broken_lines_are_counted_and_left_out(tmp_path: Path) -> None:
     found = [row["name"] for row, _ in rows]
     assert found == [miss().name, miss(128).name, miss().name]
     assert rows.broken == len(broken) + 1
+
+
+def test_a_file_that_ends_in_the_middle_of_a_record_costs_no_other(tmp_path: Path) -> None:
+    """Files merge by concatenation, also that of a process that was killed."""
+    text = "".join(json.dumps(asdict(miss(size))) for size in (64, 128))
+    cut = [text[:end] for end in (1, len(text) // 4, len(text) // 2, len(text) - 1)]
+    (tmp_path / "merged.jsonl").write_text("".join(part + json.dumps(asdict(miss(192))) + "\n" for part in cut))
+    rows = records.Rows([tmp_path])
+    assert [row["name"] for row, _ in rows] == [miss(192).name] * len(cut) and rows.broken == len(cut)
 
 
 @pytest.mark.parametrize("order", [sorted, lambda keys: sorted(keys, reverse=True)])

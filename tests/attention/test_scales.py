@@ -99,6 +99,11 @@ def test_what_the_tensor_holds_by_then_counts(kind: str, device: torch.device) -
 def test_a_scale_of_the_output(device: torch.device) -> None:
     planned, scale = Planned("ragged", device), torch.full((), 3.0, device=device)
     planned.check(planned.run(v_scale=scale, o_scale=2.0), v_scale=1.5)
+    for wrong, error in ((0, ValueError), (-1.0, ValueError), ("2", TypeError), (scale, TypeError)):
+        with pytest.raises(error, match=r"o_scale is .*; expected a"):
+            planned.run(o_scale=wrong)
+    with pytest.raises(TypeError, match="v_scale is '2'; expected a number"):
+        planned.run(v_scale="2", o_scale=2.0)
 
 
 SINGLE: dict[str, Callable[..., Any]] = {

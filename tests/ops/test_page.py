@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -199,6 +200,9 @@ def test_batch_indices_positions_and_seq_lens(device: torch.device, name: str, d
     pages = make_pages(case, device, dtype)
     nnz = sum(case.appended) + case.padding
     out = torch.full((2, nnz), -7, dtype=torch.int32, device=device)
+    first = flashinfer.get_batch_indices_positions(pages.append_indptr, pages.seq_lens, np.int64(nnz))
+    got = flashinfer.get_batch_indices_positions(pages.append_indptr, pages.seq_lens, nnz)
+    assert all(map(torch.equal, first, got))  # the same call to a memo, which allocates by either
     got = flashinfer.get_batch_indices_positions(pages.append_indptr, pages.seq_lens, nnz, out[0], out[1])
     assert got[0].data_ptr() == out[0].data_ptr()
     expected = oracle.batch_indices_positions(pages.append_indptr, pages.seq_lens, nnz)

@@ -396,8 +396,9 @@ def test_cache_list(call: Call, cache: Path, three_kernels: list[Path]) -> None:
     assert re.search(rf"3 kernels, [\d.]+ KiB in {re.escape(str(cache / 'jit'))}\n", out)
     report = json.loads(call("cache", "list", "--json")[1])
     assert report["bytes"] == sum(kernel["bytes"] for kernel in report["kernels"])
-    (three_kernels[0] / "spec.json").write_text("{")
-    assert "(damaged)" in call("cache", "list")[1]
+    for damage in ("{", "[]", '{"family": 1, "args": [], "target": null, "compiler": {}}'):
+        (three_kernels[0] / "spec.json").write_text(damage)
+        assert "(damaged)" in call("cache", "list")[1]
 
 
 def test_cache_list_of_nothing_makes_nothing(call: Call, cache: Path) -> None:

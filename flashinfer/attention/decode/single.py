@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Optional, Union
 
 import torch
 
-from flashinfer import dtypes
 from flashinfer.attention.decode import launch as launches
 from flashinfer.attention.decode.launch import Schedule
 from flashinfer.attention.plan import dtype_of
@@ -98,7 +97,7 @@ def single_decode_with_kv_cache(
     if is_dynamo_compiling():
         if variant is not None or mask is not None:
             raise functions_are_planned(_OP)
-        out_dtype = q.dtype if o_dtype is None else dtypes.torch_dtype(o_dtype)
+        out_dtype = q.dtype if o_dtype is None else dtype_of(_OP, "o_dtype", o_dtype)
         out = torch.empty((q.shape[0], v.shape[2]), dtype=out_dtype, device=q.device)
         lse = torch.empty(q.shape[:1], dtype=torch.float32, device=q.device) if return_lse else None
         _door(q, k, v, out, lse, sinks, options, *scales)

@@ -13,6 +13,7 @@ from flashinfer.attention.planned import NO_SCALES, DataType, Result
 from flashinfer.attention.prefill.plan import RaggedKv
 from flashinfer.attention.prefill.wrapper import PrefillWrapper
 from flashinfer.attention.variant import Functional, GivenScale, Overrides
+from flashinfer.host import checks
 from flashinfer.host.paged_cache import PagedKv
 
 
@@ -134,7 +135,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         if later:
             check_later_arguments(self._op_name, later)
         if o_scale is not None:
-            v_scale = (1.0 if v_scale is None else v_scale) / o_scale
+            if not isinstance(v_scale, torch.Tensor):
+                v_scale = 1.0 if v_scale is None else checks.real(self._op_name, "v_scale", v_scale)
+            v_scale = v_scale / checks.real(self._op_name, "o_scale", o_scale, above=0.0)
         if sinks is None:
             sinks = self._sinks
         scales = NO_SCALES if q_scale is k_scale is v_scale is None else (q_scale, k_scale, v_scale)

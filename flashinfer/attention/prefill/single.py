@@ -8,8 +8,8 @@ from typing import Any, Optional, Union
 
 import torch
 
-from flashinfer import dtypes, locks
-from flashinfer.attention.plan import BoundLaunch, no_launch
+from flashinfer import locks
+from flashinfer.attention.plan import BoundLaunch, dtype_of, no_launch
 from flashinfer.attention.planned import DataType
 from flashinfer.attention.prefill import launch as launches
 from flashinfer.attention.prefill.launch import Extent, Schedule
@@ -107,7 +107,7 @@ def single_prefill_with_kv_cache(
     if is_dynamo_compiling():
         if variant is not None or mask is not None:
             raise functions_are_planned(_OP)
-        out_dtype = q.dtype if o_dtype is None else dtypes.torch_dtype(o_dtype)
+        out_dtype = q.dtype if o_dtype is None else dtype_of(_OP, "o_dtype", o_dtype)
         out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype, device=q.device)
         lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
         _door(q, k, v, out, lse, sinks, *given, *scales)
@@ -262,7 +262,7 @@ class _BoundSingle:
             require_sinks(_OP, sinks, num_qo_heads, device)
         scale_q, scale_k, scale_v, k_scale, v_scale = scales
         factors = Factors.of(_OP, (scale_q,), (scale_k, k_scale), (scale_v, v_scale))
-        out_dtype = q.dtype if o_dtype is None else dtypes.torch_dtype(o_dtype)
+        out_dtype = q.dtype if o_dtype is None else dtype_of(_OP, "o_dtype", o_dtype)
         queries = families.queries_of(qo_len * sequence.group_size, 1, num_kv_heads)
         kernel = launches.load_kernel(
             device, (q.dtype, k.dtype, out_dtype), (head_dim_qk, head_dim_vo), "single", mask, variant, queries,
