@@ -5,7 +5,6 @@ then finds the functions among the global ones, which `flashinfer_tvm.register` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import tvm_ffi
@@ -79,9 +78,3 @@ def gen_customize_batch_decode_module(*arguments: Any, **options: Any) -> JitSpe
 def gen_batch_mla_module(*arguments: Any, **options: Any) -> JitSpec:
     """`batch_mla_plan` and `batch_mla_run`, for TVM's compiler."""
     return JitSpec("batch_mla")
-
-
-GENERATORS: dict[str, Callable[..., JitSpec]] = {
-    maker.__name__: maker
-    for maker in (gen_customize_batch_prefill_module, gen_customize_batch_decode_module, gen_batch_mla_module)
-}

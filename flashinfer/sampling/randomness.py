@@ -20,7 +20,6 @@ State = tuple[int, int, int, int]
 FIELDS = ("random.seeds", "random.offsets", "random.seed", "random.offset")
 # Of the tensors at those addresses. A prepared launch reads an entry for each row, or one for all.
 Signature = tuple[object, object]
-NO_SIGNATURE: Signature = (None, None)
 
 _LARGEST = (1 << 64) - 1
 _WORDS = (torch.int64, getattr(torch, "uint64", torch.int64))  # what a kernel reads

@@ -157,10 +157,14 @@ def test_sizes_out_of_range(name: str, value: Any, kind: str) -> None:
 
 
 def test_sizes_may_be_any_integers(kind: str) -> None:
-    batch = Batch(kind, torch.device("cpu"))
-    batch.sizes = tuple(torch.tensor(size) for size in batch.sizes)  # type: ignore[assignment]
+    """But for tensors, which may change while a plan is found by them."""
+    batch, other = (Batch(kind, torch.device("cpu")) for _ in range(2))
+    batch.sizes = tuple(map(numpy.int32, batch.sizes))  # type: ignore[assignment]
     batch.plan()
     batch.check()
+    other.sizes = tuple(map(torch.tensor, other.sizes))  # type: ignore[assignment]
+    with pytest.raises(TypeError, match=r"is a tensor; expected an integer, call \.item"):
+        other.plan()
 
 
 @pytest.mark.parametrize("q", [None, "q", (), [1.0], torch.zeros(())], ids=repr)

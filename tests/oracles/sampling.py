@@ -55,8 +55,3 @@ def kept(
     if min_p is not None:
         mask &= scores >= min_p * (1 - slack) * scores.max()
     return mask
-
-
-def speculative_residual(draft: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    residual = (target.double() - draft.double()).clamp(min=0)
-    return residual / residual.sum(-1, keepdim=True)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 
@@ -18,6 +18,28 @@ from flashinfer.host.paged_cache import PagedCache
 
 # Arguments of Variant.of after head_dim.
 _Options = tuple[str, int, Optional[float], Optional[float], Optional[float], Optional[float]]
+
+
+class _DecodeArguments(NamedTuple):
+    """What plan() hands on, in this order; as a plain tuple, which is faster to make."""
+
+    num_qo_heads: int
+    num_kv_heads: int
+    page_size: int
+    head_dim: int
+    q_data_type: Optional[DataType]
+    kv_data_type: Optional[DataType]
+    data_type: Optional[DataType]  # of both
+    o_data_type: Optional[DataType]
+    splitting: tuple[Optional[int], bool]  # fixed_split_size, disable_split_kv
+    q_len_per_req: int
+    functions: tuple[Any, Any]  # variant, mask
+    pos_encoding_mode: str
+    window_left: int
+    logits_soft_cap: Optional[float]
+    sm_scale: Optional[float]
+    rope_scale: Optional[float]
+    rope_theta: Optional[float]
 
 
 class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
@@ -145,25 +167,29 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedAttention):
     def _describe(
         self, batch_size: int, workspaces: tuple[torch.Tensor, torch.Tensor], arguments: tuple[Any, ...]
     ) -> Union[DecodePlan, UniformPlan]:
-        op, (*counts, head_dim, q_type, kv_type, type_of_both, o_type) = self._op_name, arguments[:8]
-        of_both = None if type_of_both is None else dtype_of(op, "data_type", type_of_both)
+        op, given = self._op_name, _DecodeArguments(*arguments)
+        q_type, kv_type, o_type = given.q_data_type, given.kv_data_type, given.o_data_type
+        of_both = None if given.data_type is None else dtype_of(op, "data_type", given.data_type)
         q_dtype = of_both or torch.float16 if q_type is None else dtype_of(op, "q_data_type", q_type)
         kv_dtype = of_both or q_dtype if kv_type is None else dtype_of(op, "kv_data_type", kv_type)
         o_dtype = q_dtype if o_type is None else dtype_of(op, "o_data_type", o_type)
-        shape = Shape.of(op, batch_size, *counts, head_dim, head_dim)
-        splitting, q_len_per_req, functions, *options = arguments[8:]
-        types = (q_dtype, kv_dtype, o_dtype)
-        functions = planned_functions(op, functions, shape, self.device)
-        variant = Variant.of(op, head_dim, *options, has_sinks=self._has_sinks, functions=functions)
-        fixed = fixed_split(op, shape.page_size, splitting)
-        q_len = checks.integer(op, "q_len_per_req", q_len_per_req, 1)
+        head_dim, types = given.head_dim, (q_dtype, kv_dtype, o_dtype)
+        shape = Shape.of(op, batch_size, given.num_qo_heads, given.num_kv_heads, given.page_size, head_dim, head_dim)
+        variant = Variant.of(
+            op, head_dim, given.pos_encoding_mode, given.window_left, given.logits_soft_cap, given.sm_scale,
+            given.rope_scale, given.rope_theta, has_sinks=self._has_sinks,
+            functions=planned_functions(op, given.functions, shape, self.device),
+        )  # fmt: skip
+        fixed = fixed_split(op, shape.page_size, given.splitting)
+        q_len = checks.integer(op, "q_len_per_req", given.q_len_per_req, 1)
         if fixed is None and q_len == 1:
             return DecodePlan(op, self.device, shape, types, variant, self._kv_layout, workspaces)
         plan = UniformPlan(
             op, self.device, shape, types, "causal", variant, shape.pages(self._kv_layout, kv_dtype), workspaces,
             split_kv=fixed != 0, lengths=(q_len, 0), fixed_split=fixed,
         )  # fmt: skip
-        plan.splitting = (-1 if splitting[0] is None else splitting[0], bool(splitting[1]))
+        split_size, is_unsplit = given.splitting
+        plan.splitting = (-1 if split_size is None else split_size, bool(is_unsplit))
         return plan
 
     def run(

@@ -4,18 +4,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 
 from flashinfer.attention.compat import IndexBuffer, causal_by_window, check_later_arguments
 from flashinfer.attention.items import Items, items_of
 from flashinfer.attention.plan import Shape, dtype_of, planned_functions
-from flashinfer.attention.planned import Masks, PlannedAttention, Result
+from flashinfer.attention.planned import DataType, Masks, PlannedAttention, Result
 from flashinfer.attention.prefill.plan import PrefillPlan, RaggedKv, fixed_split
 from flashinfer.attention.variant import Variant
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.host.paged_cache import PagedKv
+
+
+class PrefillArguments(NamedTuple):
+    """What plan() of every prefill wrapper hands on, in this order; as a plain tuple, which is faster to make."""
+
+    mask: str
+    num_qo_heads: int
+    num_kv_heads: int
+    page_size: int
+    head_dim_qk: int
+    head_dim_vo: Optional[int]
+    q_data_type: DataType
+    kv_data_type: Optional[DataType]
+    o_data_type: Optional[DataType]
+    splitting: tuple[Optional[int], bool]  # fixed_split_size, disable_split_kv
+    functions: tuple[Any, Any]  # variant, mask
+    pos_encoding_mode: str
+    window_left: int
+    logits_soft_cap: Optional[float]
+    sm_scale: Optional[float]
+    rope_scale: Optional[float]
+    rope_theta: Optional[float]
 
 
 class PrefillWrapper(PlannedAttention):
@@ -56,25 +78,30 @@ class PrefillWrapper(PlannedAttention):
     def _describe(
         self, batch_size: int, workspaces: tuple[torch.Tensor, torch.Tensor], arguments: tuple[Any, ...]
     ) -> PrefillPlan:
-        op, (mask, *counts, head_dim_qk, head_dim_vo) = self._op_name, arguments[:6]
-        q_type, kv_type, o_type, splitting, functions, *options = arguments[6:]
-        q_dtype = dtype_of(op, "q_data_type", q_type)
-        kv_dtype = q_dtype if kv_type is None else dtype_of(op, "kv_data_type", kv_type)
-        o_dtype = q_dtype if o_type is None else dtype_of(op, "o_data_type", o_type)
+        op, given = self._op_name, PrefillArguments(*arguments)
+        q_dtype = dtype_of(op, "q_data_type", given.q_data_type)
+        kv_dtype = q_dtype if given.kv_data_type is None else dtype_of(op, "kv_data_type", given.kv_data_type)
+        o_dtype = q_dtype if given.o_data_type is None else dtype_of(op, "o_data_type", given.o_data_type)
         if o_dtype != q_dtype and q_dtype.itemsize > 1:
             raise UnsupportedConfig(
-                f"{op}: o_data_type is {o_type}; expected that of q, {q_dtype}. Next step: convert the output"
+                f"{op}: o_data_type is {given.o_data_type}; expected that of q, {q_dtype}. Next step: convert the "
+                "output"
             )
-        head_dims = (head_dim_qk, head_dim_qk if head_dim_vo is None else head_dim_vo)
-        shape = Shape.of(op, batch_size, *counts, *head_dims)
-        launched = planned_functions(op, functions, shape, self.device)
-        plan = self._plan_class(
-            op, self.device, shape, (q_dtype, kv_dtype, o_dtype), mask,
-            Variant.of(op, head_dim_qk, *options, has_sinks=self._has_sinks, functions=launched),
-            self._kv(shape, kv_dtype), workspaces, split_kv=not splitting[1],
-            fixed_split=fixed_split(op, shape.page_size, splitting),
+        shape = Shape.of(
+            op, batch_size, given.num_qo_heads, given.num_kv_heads, given.page_size, given.head_dim_qk,
+            given.head_dim_qk if given.head_dim_vo is None else given.head_dim_vo,
         )  # fmt: skip
-        plan.splitting = (-1 if splitting[0] is None else splitting[0], bool(splitting[1]))
+        variant = Variant.of(
+            op, given.head_dim_qk, given.pos_encoding_mode, given.window_left, given.logits_soft_cap, given.sm_scale,
+            given.rope_scale, given.rope_theta, has_sinks=self._has_sinks,
+            functions=planned_functions(op, given.functions, shape, self.device),
+        )  # fmt: skip
+        split_size, is_unsplit = given.splitting
+        plan = self._plan_class(
+            op, self.device, shape, (q_dtype, kv_dtype, o_dtype), given.mask, variant, self._kv(shape, kv_dtype),
+            workspaces, split_kv=not is_unsplit, fixed_split=fixed_split(op, shape.page_size, given.splitting),
+        )  # fmt: skip
+        plan.splitting = (-1 if split_size is None else split_size, bool(is_unsplit))
         return plan
 
     def _kv(self, shape: Shape, kv_dtype: torch.dtype) -> Union[PagedKv, RaggedKv]:
