@@ -50,6 +50,10 @@ class Memo(dict[Any, T], Generic[T]):
         self._last = key, value
         return value
 
+    def clear(self) -> None:
+        super().clear()
+        self._last = None, None
+
     def remember(self, key: Any, value: T) -> T:
         if len(self) >= _MEMO_LIMIT:
             self.clear()
