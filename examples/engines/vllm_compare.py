@@ -451,6 +451,7 @@ class Comparison:
     def profiles(self, engines: Sequence[Engine]) -> None:
         vocab = self.vocab(engines[0])
         for name, rows, tokens in (
+            ("prefill 32 x 2048", prompts_of(vocab, 98, [2048] * 32), 1),
             ("prefill 4 x 16384", prompts_of(vocab, 99, [16384] * 4), 1),
             (f"decode 64 at 4096, {STEPS} steps, and the prefix", prompts_of(vocab, 7, [4096] * 64), STEPS + 1),
             (f"decode 1 at 4096, {STEPS} steps, and the prefix", prompts_of(vocab, 7, [4096]), STEPS + 1),

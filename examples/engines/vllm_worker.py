@@ -34,28 +34,33 @@ def draw_weights(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def steps_of(events: Sequence[tuple[str, bool, int, int]]) -> Optional[dict[str, Any]]:
-    """Of one step of decode, which is one replay of a graph: milliseconds from one to the next, in which the GPU works,
-    in which it has nothing to do, and in which the host waits in calls of CUDA; and how many kernels and copies run.
+Event = tuple[str, bool, int, int]  # name, whether it is the GPU's, begin and end in nanoseconds
 
-    events: name, whether it is the GPU's, begin and end in nanoseconds.
-    """
+
+def busy_of(events: Sequence[Event], first: int, last: int) -> int:
+    """Nanoseconds between two moments in which the GPU works."""
+    busy = reached = 0
+    for begin, end in sorted((begin, end) for _, is_gpu, begin, end in events if is_gpu and first <= begin < last):
+        busy += max(0, min(end, last) - max(begin, reached))
+        reached = max(reached, end)
+    return busy
+
+
+def steps_of(events: Sequence[Event]) -> Optional[dict[str, Any]]:
+    """Of one step of decode, which is one replay of a graph: milliseconds from one to the next, in which the GPU works,
+    in which it has nothing to do, and in which the host waits in calls of CUDA; and how many kernels and copies run."""
     replays = sorted(begin for name, _, begin, _ in events if name.startswith("cudaGraphLaunch"))
     if len(replays) < 6:
         return None
     first, last, count = replays[3], replays[-1], len(replays) - 4  # the first steps are not yet in step
-    of_gpu = sorted((begin, end) for _, is_gpu, begin, end in events if is_gpu and first <= begin < last)
-    busy = reached = 0
-    for begin, end in of_gpu:
-        busy += max(0, min(end, last) - max(begin, reached))
-        reached = max(reached, end)
     waits: dict[str, float] = {}
     for name, is_gpu, begin, end in events:
         if not is_gpu and first <= begin < last and ("Synchronize" in name or "Memcpy" in name):
             waits[name] = waits.get(name, 0.0) + (end - begin) / 1e6 / count
-    span = (last - first) / 1e6 / count
+    span, busy = (last - first) / 1e6 / count, busy_of(events, first, last) / 1e6 / count
     return {
-        "step": span, "gpu": busy / 1e6 / count, "idle": span - busy / 1e6 / count, "on_gpu": len(of_gpu) / count,
+        "step": span, "gpu": busy, "idle": span - busy,
+        "on_gpu": sum(is_gpu and first <= begin < last for _, is_gpu, begin, _ in events) / count,
         "host": {name: round(ms, 4) for name, ms in waits.items()},
     }  # fmt: skip
 
@@ -157,7 +162,8 @@ class Worker:
         return {"seconds": seconds, "rows": rows, "host": host, "step": statistics.median(between) if between else 0.0}
 
     def profile(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
-        """GPU time, milliseconds: of everything, and of the kernels of attention and of the gated delta rule."""
+        """GPU time, milliseconds: of everything, and of the kernels of attention and of the gated delta rule; `idle`
+        is what lies between the first and the last of it."""
         import torch
         from torch.profiler import ProfilerActivity, profile
 
@@ -175,8 +181,11 @@ class Worker:
             (event.name(), "CUDA" in str(event.device_type()), event.start_ns(), event.start_ns() + event.duration_ns())
             for event in profiled.profiler.kineto_results.events()
         ]
+        first = min((begin for _, is_gpu, begin, _ in events if is_gpu), default=0)
+        last = max((end for _, is_gpu, _, end in events if is_gpu), default=0)
         return {
             "steps": steps_of(events),
+            "idle": (last - first - busy_of(events, first, last)) / 1e6,
             "total": sum(kernels.values()),
             **parts,
             "longest": [(name[:90], ms) for name, ms in longest],

@@ -141,6 +141,7 @@ def test_engines_that_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert row["host_ms"] == pytest.approx({"layout": 0.5, "step": step}), output
     assert all(row["ok"] for row in stages["ngram"]) and stages["xqa"][0]["ok"], output
     assert {(row["attention"], row["delta_rule"], row["total"]) for row in stages["profile"]} == {(2, 2, 5)}, output
+    assert [row["idle"] for row in stages["profile"]] == pytest.approx([4.2] * 5 * 4), output
     for step in (row["steps"] for row in stages["profile"]):
         assert step.pop("host") == {"cudaMemcpyAsync": 0.5}
         assert step == pytest.approx({"step": 1.0, "gpu": 0.4, "idle": 0.6, "on_gpu": 2.0})
