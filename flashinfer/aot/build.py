@@ -212,7 +212,10 @@ def build(
         check_size(todo, report.built, max_bytes)
         if report.built or not failures:  # nothing is what some shards of a small set hold
             unfinished = [*todo.unfinished, *(todo.dropped if failures else [])]
-            KernelSet(out).replace(version_of(todo, report.built), report.built, unfinished)
+            try:
+                KernelSet(out).replace(version_of(todo, report.built), report.built, unfinished)
+            except OSError as error:
+                raise unwritable(out, error) from None
     report.seconds = time.perf_counter() - started
     return report
 

@@ -26,7 +26,7 @@ from typing import Any, Optional
 from flashinfer.aot import worker
 from flashinfer.errors import FlashInferError
 from flashinfer.jit.spec import KernelSpec
-from flashinfer.jit.stores import Entry, Registry
+from flashinfer.jit.stores import Entry, Registry, replacing
 
 Key = tuple[str, str]  # name and target of a kernel: there is one of each in a set
 
@@ -143,9 +143,8 @@ def _result(data: dict[str, Any]) -> tuple[Optional[Built], Optional[Failure]]:
 
 def write_notes(root: Path, built: Iterable[Built]) -> None:
     lines = [{"entry": vars(one.entry), "seconds": one.seconds, "spill_bytes": one.spill_bytes} for one in built]
-    partial = root / f"{worker.RESULTS}.partial"
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    partial.replace(root / worker.RESULTS)
+    with replacing(root / worker.RESULTS) as partial:
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------- lock
@@ -192,7 +191,8 @@ def sole_writer(root: Path) -> Iterator[int]:
 
 
 def unwritable(root: Path, error: OSError) -> FlashInferError:
-    return FlashInferError(
-        f"{root} cannot be written ({error.strerror}); expected a folder of your own: choose another --out, or build "
-        f"into a copy of the set"
-    )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        step = "free space there and run it again: it goes on with what lies there"
+    else:
+        step = "expected a folder of your own: choose another --out, or build into a copy of the set"
+    return FlashInferError(f"{root} cannot be written ({error.strerror}); {step}")

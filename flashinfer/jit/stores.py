@@ -51,6 +51,19 @@ class Rejected:
 Answer = Union[Hit, Rejected]
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the place of another in one step; where that fails, nothing is left of it."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except Exception:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
 # ------------------------------------------------------------------------------------------------------------------ AOT
 
 
@@ -128,11 +141,10 @@ class Registry:
             "layouts": description.layouts(entry.family for entry in entries),
             "kernels": [vars(entry) for entry in sorted(entries, key=lambda entry: (entry.name, entry.target))],
         }
-        partial = root / "registry.json.partial"
-        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        with contextlib.suppress(OSError):
-            (root / trust.SIGNATURE).unlink(missing_ok=True)  # of what the registry was
-        partial.replace(root / "registry.json")
+        with replacing(root / "registry.json") as partial:
+            partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+            with contextlib.suppress(OSError):
+                (root / trust.SIGNATURE).unlink(missing_ok=True)  # of what the registry was
 
     def find(self, spec: KernelSpec) -> Answer:
         available = self._targets.get(spec.name)

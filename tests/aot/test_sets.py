@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -285,6 +287,28 @@ def test_a_full_disk_loses_nothing(host_set: Path, tmp_path: Path, rows: Callabl
         assert run_cli("aot", "build", *command(rows(192), out)) == 0
         assert kernels_of(out) == BOTH | {(192, HOST)}
         assert_sound(out)
+
+
+def test_a_disk_that_fills_up_under_the_registry(
+    host_copy: Path, rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The set is what it was, nothing unfinished is left of it, and the next build finds what was compiled."""
+    write_text, before = Path.write_text, (host_copy / "registry.json").read_bytes()
+
+    def full(path: Path, text: str, **options: str) -> int:
+        if path.name.startswith("registry.json"):
+            write_text(path, text[:10], **options)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_text(path, text, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        assert run_cli("aot", "build", *command(rows(192), host_copy)) == 1
+    assert f"{host_copy} cannot be written (No space left on device); free space there" in capsys.readouterr().err
+    assert (host_copy / "registry.json").read_bytes() == before and not list(host_copy.glob("*.partial"))
+    assert run_cli("aot", "build", *command(rows(192), host_copy)) == 0
+    assert "0 to compile" in capsys.readouterr().out
+    assert_sound(host_copy)
 
 
 # ------------------------------------------------------------------------------------------------------------ max-bytes
