@@ -93,6 +93,7 @@ struct MbarrierRing {
   __device__ __forceinline__ Mbarrier& at(uint32_t turn) { return barriers[turn % kNumStages]; }
   // Until the stage has been filled for this turn.
   __device__ __forceinline__ void wait_full(uint32_t turn) { at(turn).wait(turn / kNumStages & 1); }
+  __device__ __forceinline__ bool is_full(uint32_t turn) { return at(turn).is_over(turn / kNumStages & 1); }
   // Until the stage has been emptied of the turn before that used it, if there was one.
   __device__ __forceinline__ void wait_empty(uint32_t turn) { at(turn).wait(~(turn / kNumStages) & 1); }
   __device__ __forceinline__ bool is_empty(uint32_t turn) { return at(turn).is_over(~(turn / kNumStages) & 1); }

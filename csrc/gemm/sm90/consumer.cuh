@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device/swizzle.cuh"
+#include "device/thread_idx.cuh"
 #include "device/vec.cuh"
 #include "gemm/sm90/tile.cuh"
 
@@ -14,35 +15,48 @@ struct GemmConsumer {
   using T = typename Shape::T;
   using Products = Wgmma<T, Shape::kBlockN>;
   using Sums = float[Shape::kNumSums];
+  static constexpr int kWaveBytes = 64 * kPanelBytes;  // of a
 
   const Sm90GroupGemmParams& params;
   GemmSmem<Config>& smem;
   const int consumer_idx;  // the same in all lanes, as the compiler knows: descriptors are made of it
   const GemmPart<Config> part{params};
-  const int lane_idx = int(threadIdx.x % 32);
-  const int warp_row = int(threadIdx.x % kWarpgroupSize / 32) * 16 + lane_row(threadIdx.x % 32);
 
-  // Of the lane's first row in the tile.
-  __device__ __forceinline__ int row_of_wave(int wave) const {
-    return (consumer_idx * Shape::kWaves + wave) * 64 + warp_row;
+  // What every step starts from is made once, and such that the compiler does not make it anew ahead of each: products
+  // would wait for it.
+  const int lane_idx = int(fresh_thread_idx() % 32);
+  const Operand first_a =  // of the first stage, as the others
+      kept(depth_major_operand(smem_address(smem.a[0]) + consumer_idx * Shape::kWaves * kWaveBytes));
+  const Operand first_b = kept(Shape::kDepthMajor ? depth_major_operand(smem_address(smem.b[0]))
+                                                  : column_major_operand(smem_address(smem.b[0]), Shape::kDepth));
+  const uint32_t first_scales = address_of_scales();
+
+  __device__ __forceinline__ static Operand kept(Operand x) { return {__shfl_sync(0xffffffffu, x.low, 0)}; }
+  // Of the lane's first row.
+  __device__ __forceinline__ uint32_t address_of_scales() const {
+    uint32_t address = 0;
+    if constexpr (Shape::kIsScaled) {
+      address = smem_address(&smem.scales.a[0][row_of_wave(0, threadIdx.x / 32) + lane_row(threadIdx.x % 32)]);
+      asm volatile("" : "+r"(address));
+    }
+    return address;
+  }
+
+  // The first of a warp's rows in the tile.
+  __device__ __forceinline__ int row_of_wave(int wave, int warp_idx) const {
+    return (consumer_idx * Shape::kWaves + wave) * 64 + warp_idx % 4 * 16;
   }
 
   // Starts the products of a step and 64 rows.
   __device__ __forceinline__ void multiply(Sums& sums, uint32_t turn, int wave, bool accumulates) const {
     const int stage = turn % Shape::kNumStages;
-    const Operand a =
-        depth_major_operand(smem_address(smem.a[stage]) + (consumer_idx * Shape::kWaves + wave) * 64 * kPanelBytes);
-    const uint32_t b_smem = smem_address(smem.b[stage]);
+    const Operand a = first_a.advanced(stage * Shape::kABytes + wave * kWaveBytes);
+    const Operand b = first_b.advanced(stage * Shape::kBBytes);
 #pragma unroll
     for (int i = 0; i < Shape::kProducts; ++i) {
-      const bool accumulates_here = accumulates || i > 0;
-      if constexpr (Shape::kDepthMajor) {
-        Products::multiply(sums, a.advanced(32 * i), depth_major_operand(b_smem).advanced(32 * i), accumulates_here);
-      } else {
-        Products::template multiply<true>(sums, a.advanced(32 * i),
-                                          column_major_operand(b_smem, Shape::kDepth).advanced(16 * kPanelBytes * i),
-                                          accumulates_here);
-      }
+      constexpr int kAdvance = Shape::kDepthMajor ? 32 : 16 * kPanelBytes;
+      Products::template multiply<!Shape::kDepthMajor>(sums, a.advanced(32 * i), b.advanced(kAdvance * i),
+                                                       accumulates || i > 0);
     }
     wgmma_commit();
   }
@@ -59,33 +73,45 @@ struct GemmConsumer {
   // What products of a step are multiplied by: of the lane's two rows, and of the columns. They are read before the
   // products are started, for between them the tensor cores would wait for it.
   struct Scales {
-    float a[2], b;
+    float a[2], b[Shape::kScaleRuns];
   };
   __device__ __forceinline__ Scales scales_of(uint32_t turn, int wave) const {
     const int stage = turn % Shape::kNumStages;
-    const uint32_t a_smem = smem_address(&smem.scales.a[stage][row_of_wave(wave)]);
-    return {{load_shared_float(a_smem), load_shared_float(a_smem + row_of(1) * sizeof(float))},
-            load_shared_float(smem_address(&smem.scales.b[stage]))};
+    const uint32_t a_smem = first_scales + (stage * Shape::kBlockM + wave * 64) * sizeof(float);
+    Scales scales{{load_shared_float(a_smem), load_shared_float(a_smem + row_of(1) * sizeof(float))}, {}};
+#pragma unroll
+    for (int run = 0; run < Shape::kScaleRuns; ++run) {
+      scales.b[run] = load_shared_float(smem_address(&smem.scales.b[stage][run]));
+    }
+    return scales;
   }
 
   __device__ __forceinline__ static void add_scaled(Sums& totals, const Sums& products, const Scales& scales) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float scale = scales.a[half] * scales.b;
 #pragma unroll
-      for (int i = 0; i < Shape::kBlockN / 4; ++i) at(totals, half, i) += at(products, half, i) * scale;
+      for (int run = 0; run < Shape::kScaleRuns; ++run) {
+        constexpr int kNum = Shape::kBlockN / 4 / Shape::kScaleRuns;
+        const float scale = scales.a[half] * scales.b[run];
+#pragma unroll
+        for (int i = run * kNum; i < (run + 1) * kNum; ++i) at(totals, half, i) += at(products, half, i) * scale;
+      }
     }
   }
 
-  // The sums of a tile, from `turn` on.
-  __device__ __forceinline__ void sum(Sums (&totals)[Shape::kWaves], uint32_t turn) const {
+  __device__ __forceinline__ static void clear(Sums& totals) {
+#pragma unroll
+    for (int i = 0; i < Shape::kNumSums; ++i) totals[i] = 0.f;
+  }
+
+  // The sums of a tile, from `turn` on. Scaled products are added to sums that are cleared: let_go(wave) is called
+  // where those of a wave are complete and products of another are under way, of the last wave in the tile after.
+  template <class LetGo>
+  __device__ __forceinline__ void sum(Sums (&totals)[Shape::kWaves], uint32_t turn, const LetGo& let_go) const {
     const int num_steps = part.step_end - part.step_begin;
-#pragma unroll
-    for (int wave = 0; wave < Shape::kWaves; ++wave) {
-#pragma unroll
-      for (int i = 0; i < Shape::kNumSums; ++i) totals[wave][i] = 0.f;
-    }
     if constexpr (!Shape::kIsScaled) {
+#pragma unroll
+      for (int wave = 0; wave < Shape::kWaves; ++wave) clear(totals[wave]);
 #pragma unroll
       for (int wave = 0; wave < Shape::kWaves; ++wave) pin(totals[wave]);
 #pragma unroll 1
@@ -120,6 +146,7 @@ struct GemmConsumer {
         add_scaled(totals[0], products, scales);
       };
       start(even, even_scales, turn);
+      let_go(0);
 #pragma unroll 1
       for (; int32_t(last - turn) >= 2; turn += 2) {
         start(odd, odd_scales, turn + 1);
@@ -141,9 +168,10 @@ struct GemmConsumer {
       }
     } else {
       Sums products;
+      bool is_full = false;  // asked ahead of the scaling, so that nothing is waited for between it and products
 #pragma unroll 1
       for (int step = 0; step < num_steps; ++step, ++turn) {
-        smem.full.wait_full(turn);
+        if (!is_full) smem.full.wait_full(turn);
         Scales scales[Shape::kWaves];
 #pragma unroll
         for (int wave = 0; wave < Shape::kWaves; ++wave) scales[wave] = scales_of(turn, wave);
@@ -152,9 +180,13 @@ struct GemmConsumer {
           pin(products);
           wgmma_fence();
           multiply(products, turn, wave, false);
+          if (wave == 0 ? step == 0 : step == num_steps - 1) let_go(wave == 0 ? Shape::kWaves - 1 : wave - 1);
           wgmma_wait<0>();
           pin(products);
-          if (wave == Shape::kWaves - 1) release(turn);
+          if (wave == Shape::kWaves - 1) {
+            release(turn);
+            is_full = smem.full.is_full(turn + 1);
+          }
           add_scaled(totals[wave], products, scales[wave]);
         }
       }
@@ -162,39 +194,36 @@ struct GemmConsumer {
   }
 
   // A warp turns 16 rows of 64 columns at a time into runs of 128 bytes.
-  __device__ __forceinline__ void store(const Sums (&totals)[Shape::kWaves], const GemmTile& tile) const {
+  __device__ __forceinline__ void store(const Sums& totals, int wave, const GemmTile& tile) const {
     using Out = typename Config::Out;
     using Rows = SwizzledRows<kPanelBytes>;
     constexpr int kColumns = kPanelBytes / sizeof(Out), kGranule = 16 / sizeof(Out);
     static_assert(Shape::kBlockN % kColumns == 0);
-    const int warp_idx = threadIdx.x / 32;
+    const int thread_idx = fresh_thread_idx(), warp_idx = thread_idx / 32, lane_idx = thread_idx % 32;
     const uint32_t rows_smem = smem_address(smem.exchange.rows[warp_idx]);
+    const int first_row = tile.row + row_of_wave(wave, warp_idx);
 #pragma unroll
-    for (int wave = 0; wave < Shape::kWaves; ++wave) {
-      const int first_row = tile.row + row_of_wave(wave) - lane_row(lane_idx);
+    for (int first = 0; first < Shape::kBlockN; first += kColumns) {
+      __syncwarp();
 #pragma unroll
-      for (int first = 0; first < Shape::kBlockN; first += kColumns) {
-        __syncwarp();
-#pragma unroll
-        for (int column = 0; column < kColumns; column += 16) {
-          uint32_t x[4];  // 8 x 8 of the upper rows, of the lower rows, and the same 8 columns further
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int begin = (first + column) / 4 + i / 2 * 2;
-            x[i] = pack_16bit<Out>(at(totals[wave], i % 2, begin), at(totals[wave], i % 2, begin + 1));
-          }
-          stmatrix_x4(rows_smem + Rows::offset(lane_idx % 16, column / 8 + lane_idx / 16), x);
-        }
-        __syncwarp();
+      for (int column = 0; column < kColumns; column += 16) {
+        uint32_t x[4];  // 8 x 8 of the upper rows, of the lower rows, and the same 8 columns further
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int row = 4 * i + lane_idx / 8, granule = lane_idx % 8;
-          const int32_t column = tile.column + first + granule * kGranule;
-          const uint4 x = load_shared_16(rows_smem + Rows::offset(row, granule));
-          if (first_row + row < tile.row_end && column < params.num_columns) {
-            Out* output = static_cast<Out*>(params.output) + (first_row + row) * params.output_row_stride + column;
-            *reinterpret_cast<uint4*>(output) = x;
-          }
+          const int begin = (first + column) / 4 + i / 2 * 2;
+          x[i] = pack_16bit<Out>(at(totals, i % 2, begin), at(totals, i % 2, begin + 1));
+        }
+        stmatrix_x4(rows_smem + Rows::offset(lane_idx % 16, column / 8 + lane_idx / 16), x);
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = 4 * i + lane_idx / 8, granule = lane_idx % 8;
+        const int32_t column = tile.column + first + granule * kGranule;
+        const uint4 x = load_shared_16(rows_smem + Rows::offset(row, granule));
+        if (first_row + row < tile.row_end && column < params.num_columns) {
+          Out* output = static_cast<Out*>(params.output) + (first_row + row) * params.output_row_stride + column;
+          *reinterpret_cast<uint4*>(output) = x;
         }
       }
     }
@@ -235,22 +264,35 @@ struct GemmConsumer {
       }
       at(slice, half, first) = sum.x, at(slice, half, first + 1) = sum.y;
     }
-    store_sums<typename Config::Out, 8 * kGroups>(params, slice, tile.row + row_of_wave(0), tile.row_end,
-                                                  tile.column + 8 * kGroups * part.split);
+    store_sums<typename Config::Out, 8 * kGroups>(params, slice,
+                                                  tile.row + row_of_wave(0, thread_idx / 32) + lane_row(lane_idx),
+                                                  tile.row_end, tile.column + 8 * kGroups * part.split);
   }
 
   __device__ __forceinline__ void run() const {
+    constexpr int kLast = Shape::kWaves - 1;
     uint32_t turn = 0;
+    Sums totals[Shape::kWaves];
+#pragma unroll
+    for (int wave = 0; wave < Shape::kWaves; ++wave) clear(totals[wave]);
+    GemmTile before{0, 0, 0, 0};  // of no rows
     part.for_each_tile(params, [&](const GemmTile& tile) {
-      Sums totals[Shape::kWaves];
-      sum(totals, turn);
+      sum(totals, turn, [&](int wave) {
+        if constexpr (Shape::kSplits == 1) {
+          store(totals[wave], wave, wave == kLast ? before : tile);
+          clear(totals[wave]);
+        }
+      });
       turn += part.step_end - part.step_begin;
       if constexpr (Shape::kSplits > 1) {
         exchange_and_store(totals[0], tile);
+      } else if constexpr (Shape::kIsScaled) {
+        before = tile;
       } else {
-        store(totals, tile);
+        store(totals[0], 0, tile);
       }
     });
+    if constexpr (Shape::kIsScaled && Shape::kSplits == 1) store(totals[kLast], kLast, before);
   }
 };
 

@@ -52,7 +52,10 @@ __device__ void group_gemm(const Sm90GroupGemmParams& params) {
     }
   } else {
     if constexpr (Shape::kMovesRegisters) grow_registers<Shape::kConsumerRegisters>();
-    sm90::GemmConsumer<Config>{params, smem, warp_idx / 4}.run();
+    // Where shared memory is, in a register: the compiler would ask for it ahead of every step.
+    const uint32_t smem_begin = __shfl_sync(0xffffffffu, smem_address(smem_bytes), 0);
+    auto& same_smem = *static_cast<sm90::GemmSmem<Config>*>(__cvta_shared_to_generic(smem_begin));
+    sm90::GemmConsumer<Config>{params, same_smem, warp_idx / 4}.run();
   }
   // Other blocks arrive at barriers here, and TMA writes what they have brought.
   if constexpr (Shape::kShares > 1) {

@@ -60,8 +60,9 @@ __device__ __forceinline__ void produce_scales(const Sm90GroupGemmParams& params
   uint32_t turn = 0;
   part.for_each_tile(params, [&](const GemmTile& tile) {
     const float* a_scale = params.a_scale + (tile.row + lane_idx) * params.a_scale_row_stride;
-    const float* b_scale = params.b_scale + tile.weight * params.b_scale_weight_stride +
-                           tile.column / kScaleBlock * params.b_scale_row_stride;
+    const int32_t column = tile.column + lane_idx % Shape::kScaleRuns * (Shape::kBlockN / Shape::kScaleRuns);
+    const float* b_scale =
+        params.b_scale + tile.weight * params.b_scale_weight_stride + column / kScaleBlock * params.b_scale_row_stride;
     for (int step = part.step_begin; step < part.step_end; ++step, ++turn) {
       const int stage = turn % Shape::kNumStages;
       smem.empty.wait_empty(turn);
@@ -71,9 +72,9 @@ __device__ __forceinline__ void produce_scales(const Sm90GroupGemmParams& params
                    a_scale + row * params.a_scale_row_stride + step * params.a_scale_block_stride,
                    tile.row + row + lane_idx < tile.row_end);
       }
-      if (lane_idx == 0) {  // a tile past the last column has none
-        cp_async_4(smem_address(&smem.scales.b[stage]), b_scale + step * params.b_scale_block_stride,
-                   tile.column < params.num_columns);
+      if (lane_idx < Shape::kScaleRuns) {  // past the last column there are none
+        cp_async_4(smem_address(&smem.scales.b[stage][lane_idx]), b_scale + step * params.b_scale_block_stride,
+                   column < params.num_columns);
       }
       cp_async_arrive(smem.full.at(turn));
     }

@@ -29,7 +29,7 @@ struct GemmShape {
   static constexpr int kNumSums = kBlockN / 2;  // of a thread, of 64 rows
   // The products of a step while those of the one before are scaled. Two waves, or more columns, have no registers for
   // it.
-  static constexpr bool kOverlaps = kIsScaled && kWaves == 1;
+  static constexpr bool kOverlaps = kIsScaled && kWaves == 1 && kBlockN <= 128;
 
   static constexpr int kLaunchRegisters = 65536 / (Config::kNumThreads * Config::kMinBlocksPerSm) / 8 * 8;
   static constexpr bool kMovesRegisters = kLaunchRegisters < 256;
@@ -45,7 +45,9 @@ struct GemmShape {
   static_assert(kDepthMajor || (sizeof(T) == 2 && kBlockN % kPanelColumns == 0));
   static_assert(!kIsScaled || (kDepth == kScaleBlock && Config::kScaleColumns == kScaleBlock));
 
-  static_assert(!kIsScaled || kScaleBlock % kBlockN == 0, "the columns of a tile share scales of b");
+  // Runs of a tile's columns that share scales of b.
+  static constexpr int kScaleRuns = kBlockN <= kScaleBlock ? 1 : kBlockN / 64;
+  static_assert(!kIsScaled || kScaleBlock % (kBlockN / kScaleRuns) == 0);
 
   // Of the sums, each split has the columns of a slice to finish: groups of 8.
   static constexpr int kSliceGroups = kBlockN / 8 / kSplits;
@@ -59,7 +61,7 @@ struct GemmScales {};
 template <class Shape>
 struct GemmScales<Shape, true> {
   float a[Shape::kNumStages][Shape::kBlockM];
-  float b[Shape::kNumStages];
+  float b[Shape::kNumStages][Shape::kScaleRuns];
 };
 
 // Where sums go on their way out: a warp's 16 rows, 128 bytes of each at a time; or those that the other splits have of
