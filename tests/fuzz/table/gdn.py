@@ -186,7 +186,7 @@ def _conv(
     rows: slice, state: Optional[torch.Tensor], x: torch.Tensor, given: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     assert given["activation"] in ("silu", "swish", True, None, False) and x.dtype == given["weight"].dtype
-    if bool(x.isinf().any()) or bool(given["weight"].isinf().any()):
+    if any(bool(tensor.isinf().any()) for tensor in (x, given["weight"], given["bias"], state) if tensor is not None):
         raise Unspecified  # the limit of silu, or what the formula gives: NaN
     return convolve(x[rows], given["weight"], given["bias"], state, bool(given["activation"]))
 
