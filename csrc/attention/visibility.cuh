@@ -184,10 +184,11 @@ struct VisibilityBy {
     if (end <= begin) return {0, 0};
     return {begin / tile_len, ceil_div(end, tile_len)};
   }
-  // Tiles that every query of the run sees whole. The others are masked key by key.
+  // Tiles that every query of the run sees whole; of a function that proves tiles, those of them that sees_tile() says.
+  // The others are masked key by key.
   FLASHINFER_FN Range tiles_seen_whole(int32_t first_position, int32_t last_position, int32_t kv_len,
                                        int32_t tile_len) const {
-    if (has_holes()) return {0, 0};
+    if (has_bits() || (Function::kHasHoles && !Function::kProvesTiles)) return {0, 0};
     int32_t begin = keys_of(last_position, kv_len).begin;
     if constexpr (kGapIsAll) {  // those behind it
       const int32_t behind_gap = gap_of(last_position, kv_len).end;

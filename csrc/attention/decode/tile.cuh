@@ -292,9 +292,12 @@ struct WarpState {
   // Keys [first_row, first_row + kWarpRows) of a request of kv_len keys.
   __device__ __forceinline__ void attend(const typename Smem::Stage& stage, int32_t request_idx, int32_t first_row,
                                          int32_t kv_len) {
+    const TileRows rows = {{heads.first_head, heads.first_head + heads.num_heads - 1}, {kv_len - 1, kv_len - 1}};
+    const Seen seen = visibility_of<Config>(params, request_idx).sees_tile(rows, first_row, Tile::kWarpRows);
+    if (seen == kSeesNone) return;
     float scores[Tile::kRowTiles][Tile::kHeadTiles][4];
     multiply_qk(stage.k, first_row, scores);
-    mask(scores, request_idx, first_row, kv_len);
+    mask(scores, request_idx, first_row, kv_len, seen);
     uint32_t weights[Tile::kRowTiles][Tile::kHeadTiles][2];
     softmax(scores, weights);
     multiply_pv(stage.v, weights);
@@ -370,13 +373,12 @@ struct WarpState {
   }
 
   __device__ __forceinline__ void mask(float (&scores)[Tile::kRowTiles][Tile::kHeadTiles][4], int32_t request_idx,
-                                       int32_t first_row, int32_t kv_len) const {
+                                       int32_t first_row, int32_t kv_len, Seen seen) const {
     const int32_t position = kv_len - 1;
     const auto visibility = visibility_of<Config>(params, request_idx);
     const Range keys = visibility.keys_of(position, kv_len);
     const Range gap = visibility.gap_of(position, kv_len);
-    if (S::kIsPlain && !visibility.has_holes() && visibility.contains_all(keys, first_row, Tile::kWarpRows, gap))
-      return;
+    if (S::kIsPlain && seen == kSeesAll && visibility.contains_all(keys, first_row, Tile::kWarpRows, gap)) return;
 #pragma unroll
     for (int i = 0; i < 2 * Tile::kRowTiles; ++i) {
       const int32_t kv_idx = first_row + i / 2 * kMmaRows + i % 2 * 8 + group;

@@ -104,13 +104,16 @@ __device__ __forceinline__ void attend(const PrefillParams& params, PrefillSmem<
     if (kHasRows && tile == work.item.tile_end - 1) prepare_q<Config>(params, work, smem.q, warp_row);
     const uint8_t* k_smem = prepare_k<Config>(params, smem, tile);
     int32_t next_page;
+    Seen seen = kSeesNone;
+    if (kHasRows) seen = visibility.sees_tile(tiles, smem.gap.key_tile(tile) * Shape::kBlockN, Shape::kBlockN);
+    const bool is_seen = visibility.contains(tiles.seen, smem.gap.key_tile(tile)) && seen != kSeesNone;
     // Where they take turns, a tile that the warp does not see is masked: a way around it costs all tiles more.
-    if (kHasRows && (Shape::kTakesTurns || visibility.contains(tiles.seen, smem.gap.key_tile(tile)))) {
+    if (kHasRows && (Shape::kTakesTurns || is_seen)) {
       float scores[Shape::kFragsM][Shape::kFragsN][4];
       compute_scores<Config>(scores, smem_address(warp_rows_smem), smem_address(k_smem));
       turn_to_values(tile);
       next_page = loader.look_up(tile - kNumAhead - 1);  // not sooner: the products above need every register
-      const bool needs_mask = !visibility.contains(tiles.whole, smem.gap.key_tile(tile));
+      const bool needs_mask = seen != kSeesAll || !visibility.contains(tiles.whole, smem.gap.key_tile(tile));
       if (needs_mask || !Score<Config>::kIsPlain) {
         transform_and_mask<Config>(scores, params, work, warp_row, smem.gap.key_tile(tile), needs_mask);
       }

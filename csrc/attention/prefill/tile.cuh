@@ -84,20 +84,34 @@ __device__ __forceinline__ uint32_t stage_of(int tile) {
   return uint32_t(tile) % Config::kNumStages;
 }
 
+// A warp's rows, kept where a function proves tiles of them.
+template <bool kExist>
+struct ProvedRows : TileRows {};
+template <>
+struct ProvedRows<false> {
+  __device__ __forceinline__ operator TileRows() const { return {}; }
+};
+
 // The KV tiles that one warp's rows see at all, and those they see whole: the others among the seen need masking.
 template <class Config>
-struct WarpTiles {
+struct WarpTiles : ProvedRows<Config::Function::kProvesTiles> {
   using Shape = PrefillShape<Config>;
+  using Rows = ProvedRows<Config::Function::kProvesTiles>;
   Range seen, whole;
 
   __device__ __forceinline__ static WarpTiles of(const PrefillParams& params, const PrefillWork& work, int first_row) {
     const int32_t last_row = min(first_row + Shape::kRowsPerWarp, work.num_rows(Shape::kBlockM)) - 1;
-    if (last_row < first_row) return {{0, 0}, {0, 0}};
+    if (last_row < first_row) return {{}, {0, 0}, {0, 0}};
     const auto visibility = visibility_of<Config>(params, work.item.request_idx);
     const int32_t kv_len = work.item.kv_len;
     const int32_t first = work.position(work.template query_row<Shape>(first_row));
     const int32_t last = work.position(work.template query_row<Shape>(last_row));
-    return {visibility.tiles_seen(first, last, kv_len, Shape::kBlockN),
+    Rows rows;
+    if constexpr (Config::Function::kProvesTiles) {
+      const int32_t group_size = work.group_size.divisor, first_head = work.kv_head_idx * group_size;
+      rows = {{{first_head, first_head + group_size - 1}, {first, last}}};
+    }
+    return {rows, visibility.tiles_seen(first, last, kv_len, Shape::kBlockN),
             visibility.tiles_seen_whole(first, last, kv_len, Shape::kBlockN)};
   }
 };
