@@ -4,8 +4,8 @@
 python benchmarks/bench_variants.py [--only documents] [--no-flex] [--json]
 
 bf16, 32 query heads on 8, head_dim 128. Prefill over rows, decode over pages of 16, FlexAttention over contiguous KV,
-compiled with dynamic=False, its block mask made ahead. Each pair is timed in turns inside CUDA graphs, and the median
-of the rounds is printed.
+in decode also over pages of 128 by its PagedAttention, compiled with dynamic=False, its block masks made ahead. All of
+a case are timed in turns inside CUDA graphs, and the median of the rounds is printed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ import flashinfer
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from examples import attention_variants as examples
 
-HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
-DISTANCE, WINDOW, NUM_FIRST, CHUNK, DOCUMENT = 128, 1024, 4, 2048, 1024
+HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, FLEX_PAGE_SIZE = 32, 8, 128, 16, 128
+PEERS = ("option", "FlexAttention", "FlexAttention over pages")
+DISTANCE, WINDOW, NUM_FIRST, CHUNK, DOCUMENT, BLOCK, DRAFTS = 128, 1024, 4, 2048, 1024, 128, 32
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,11 @@ class Case:
     length: int
     functions: Callable[[Tables], dict[str, Any]]
     option: dict[str, Any] = field(default_factory=dict)  # that does the same; none: nothing does
-    is_decode: bool = False
+    num_queries: int = 0  # of a request: 0, as many as keys
+
+    @property
+    def is_decode(self) -> bool:
+        return self.num_queries == 1
 
 
 class Tables:
@@ -50,11 +55,33 @@ class Tables:
         self.documents = documents.int().expand(batch, -1).contiguous()
         self.starts = (documents * DOCUMENT).int().expand(batch, -1).contiguous()
         self.prefix_len = torch.full((batch,), length // 4, dtype=torch.int32, device=DEVICE)
+        num_blocks = -(-length // BLOCK)
+        self.blocks = torch.rand(num_blocks, num_blocks, device=DEVICE) < 0.25
+        self.blocks.fill_diagonal_(True)
+        self.num_seen = torch.full((batch,), length - DRAFTS, dtype=torch.int32, device=DEVICE)
+        parents = [max(0, i // 2 * 2 - 1) for i in range(DRAFTS)]  # a tree of twos
+        words = [1] * DRAFTS
+        for i in range(1, DRAFTS):
+            words[i] = words[parents[i]] | 1 << i
+        ancestors = torch.tensor(words).to(DEVICE).to(torch.int32)
+        self.ancestors = ancestors.expand(batch, -1).contiguous()
 
 
 @flashinfer.mask(n=int)
 def window(b, h, q, k, x):
     return (k <= q) & (q - k <= x.n)
+
+
+@flashinfer.mask(is_seen="bool[n, m]")
+def blocks(b, h, q, k, x):
+    """A quarter of the blocks, and those of the diagonal."""
+    return (k <= q) & x.is_seen[q // 128, k // 128]
+
+
+@flashinfer.mask(n=int)
+def strides(b, h, q, k, x):
+    """A window, and behind it one of four blocks (Sparse Transformers)."""
+    return (k <= q) & ((q - k <= x.n) | (k // 128 % 4 == 3))
 
 
 def t5(t: Tables) -> Any:
@@ -76,20 +103,24 @@ CASES = [
     Case("window and first", 1, 16384,
          lambda t: {"mask": examples.window_and_first(window=WINDOW, num_first=NUM_FIRST)}),
     Case("chunks", 1, 16384, lambda t: {"mask": examples.chunked(chunk=CHUNK)}),
+    Case("blocks", 1, 16384, lambda t: {"mask": blocks(is_seen=t.blocks)}),
+    Case("strides", 1, 16384, lambda t: {"mask": strides(n=WINDOW)}),
+    Case("tree", 64, 4096, lambda t: {"mask": examples.tree(num_seen=t.num_seen, ancestors=t.ancestors)},
+         num_queries=DRAFTS),
     Case("decode, ALiBi", 64, 4096, lambda t: {"variant": examples.alibi(slopes=t.slopes)},
-         {"pos_encoding_mode": "ALIBI"}, is_decode=True),
-    Case("decode, T5", 64, 4096, lambda t: {"variant": t5(t)}, is_decode=True),
+         {"pos_encoding_mode": "ALIBI"}, num_queries=1),
+    Case("decode, T5", 64, 4096, lambda t: {"variant": t5(t)}, num_queries=1),
 ]  # fmt: skip
 if DEVICE == "cpu":  # that they run
-    CASES = [Case(c.name, 1, 64, c.functions, c.option, c.is_decode) for c in CASES]
+    CASES = [Case(c.name, 1, 64, c.functions, c.option, c.num_queries) for c in CASES]
 
 
 class Problem:
     def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
         self.case, self.tables = case, Tables(case.batch, case.length)
-        num_queries = 1 if case.is_decode else case.length
-        self.q = torch.randn(case.batch * num_queries, HEADS, HEAD_DIM, device=DEVICE).bfloat16()
+        self.num_queries = case.num_queries or case.length
+        self.q = torch.randn(case.batch * self.num_queries, HEADS, HEAD_DIM, device=DEVICE).bfloat16()
         self.k, self.v = (
             torch.randn(case.batch * case.length, KV_HEADS, HEAD_DIM, device=DEVICE).bfloat16() for _ in "kv"
         )
@@ -119,8 +150,8 @@ class Problem:
             cache = tuple(x.view(-1, PAGE_SIZE, KV_HEADS, HEAD_DIM) for x in (self.k, self.v))
             return lambda: wrapper.run(self.q, cache, out=self.out)
         wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace)
-        indptr = steps * case.length
-        wrapper.plan(indptr, indptr, HEADS, KV_HEADS, HEAD_DIM, q_data_type=torch.bfloat16, **options)
+        qo_indptr, kv_indptr = steps * self.num_queries, steps * case.length
+        wrapper.plan(qo_indptr, kv_indptr, HEADS, KV_HEADS, HEAD_DIM, q_data_type=torch.bfloat16, **options)
         return lambda: wrapper.run(self.q, self.k, self.v, out=self.out)
 
     def flex(self, compiled: Callable[..., Any]) -> Callable[[], Any]:
@@ -131,10 +162,27 @@ class Problem:
         score_mod, mask_mod = flex_functions(case.name, tables)
         mask = None
         if mask_mod is not None:
-            mask = create_block_mask(
-                mask_mod, case.batch if case.name == "prefix-LM" else None, None, case.length, case.length, DEVICE
-            )
+            batch = case.batch if case.name in ("prefix-LM", "tree") else None
+            mask = create_block_mask(mask_mod, batch, None, self.num_queries, case.length, DEVICE)
         return lambda: compiled(q, k, v, score_mod=score_mod, block_mask=mask, enable_gqa=True)
+
+    def flex_over_pages(self, compiled: Callable[..., Any]) -> Callable[[], Any]:
+        """Of decode. A page of theirs is a block of the mask; blocks of 16 would be slower."""
+        from torch.nn.attention.experimental._paged_attention import PagedAttention
+        from torch.nn.attention.flex_attention import create_block_mask, noop_mask
+
+        batch, length = self.case.batch, self.case.length
+        pages = PagedAttention(batch * length // FLEX_PAGE_SIZE, FLEX_PAGE_SIZE, batch, DEVICE)
+        for request in torch.arange(batch, device=DEVICE):
+            pages.reserve(request, torch.tensor(length, device=DEVICE))
+        q, k, v = (x.view(batch, -1, x.shape[1], HEAD_DIM).transpose(1, 2) for x in (self.q, self.k, self.v))
+        k_cache, v_cache = (self.q.new_empty(1, KV_HEADS, batch * length, HEAD_DIM) for _ in "kv")
+        positions = torch.arange(length, device=DEVICE).expand(batch, -1)
+        pages.assign(torch.arange(batch, device=DEVICE), positions, k, v, k_cache, v_cache)
+        score_mod, _ = flex_functions(self.case.name, self.tables)
+        mask = create_block_mask(noop_mask, batch, None, 1, length, DEVICE, BLOCK_SIZE=(128, FLEX_PAGE_SIZE))
+        mask, score_mod = pages.convert_logical_block_mask(mask), pages.get_score_mod(score_mod)
+        return lambda: compiled(q, k_cache, v_cache, score_mod=score_mod, block_mask=mask, enable_gqa=True)
 
 
 def flex_functions(name: str, t: Tables) -> tuple[Any, Any]:
@@ -151,6 +199,11 @@ def flex_functions(name: str, t: Tables) -> tuple[Any, Any]:
         "documents by start": lambda b, h, q, k: (k <= q) & (k >= t.starts[0, q]),
         "window and first": lambda b, h, q, k: (k <= q) & ((q - k <= WINDOW) | (k < NUM_FIRST)),
         "chunks": lambda b, h, q, k: (k <= q) & (q // CHUNK == k // CHUNK),
+        "blocks": lambda b, h, q, k: (k <= q) & t.blocks[q // BLOCK, k // BLOCK],
+        "strides": lambda b, h, q, k: (k <= q) & ((q - k <= WINDOW) | (k // BLOCK % 4 == 3)),
+        "tree": lambda b, h, q, k: (
+            (k < t.num_seen[b]) | ((t.ancestors[b, q] >> (k - t.num_seen[b]).clamp(0, DRAFTS - 1) & 1) == 1)
+        ),
         **dict.fromkeys(("decode, ALiBi", "decode, T5")),
     }
     at = length - 1 if name.startswith("decode") else 0
@@ -195,14 +248,18 @@ def measure(args: argparse.Namespace, times: Times) -> None:
             torch.testing.assert_close(ours, problem.out, atol=3e-2, rtol=3e-2)
         if compiled is not None and is_named(args.flex, case):
             calls["function"]()
-            try:
-                flex = problem.flex(compiled)
-                theirs = flex().transpose(1, 2).reshape(problem.out.shape)
-            except RuntimeError as error:  # what it does not compile
-                print(f"FlexAttention, {case.name}: {str(error).splitlines()[0]:.200}", file=sys.stderr)
-            else:
-                torch.testing.assert_close(problem.out, theirs, atol=3e-2, rtol=3e-2)
-                calls["FlexAttention"] = flex
+            peers = {"FlexAttention": problem.flex}
+            if case.is_decode:
+                peers["FlexAttention over pages"] = problem.flex_over_pages
+            for name, peer in peers.items():
+                try:
+                    flex = peer(compiled)
+                    theirs = flex().transpose(1, 2).reshape(problem.out.shape)
+                except RuntimeError as error:  # what it does not compile
+                    print(f"{name}, {case.name}: {str(error).splitlines()[0]:.200}", file=sys.stderr)
+                else:
+                    torch.testing.assert_close(problem.out, theirs, atol=3e-2, rtol=3e-2)
+                    calls[name] = flex
     for case, (_, calls) in zip(chosen, prepared):  # when nothing compiles any more
         for name, us in device_us_in_turns({name: [call] for name, call in calls.items()}).items():
             times.measure(case.name, name, lambda us=us: us)
@@ -222,11 +279,12 @@ def main() -> None:
     for case in CASES:
         if not is_named(args.only, case):
             continue
-        us, option, flex = (ours.us(case.name, name) for name in ("function", "option", "FlexAttention"))
+        us, option, flex, paged = (ours.us(case.name, name) for name in ("function", *PEERS))
         size = f"{case.batch} x {case.length}"
-        rows.append([case.name, size, us, option, us / option, flex, flex / us])
-        timed.append((f"{case.name}, {size}", us, {"option": option, "FlexAttention": flex}, {}))
+        rows.append([case.name, size, us, option, us / option, flex, flex / us, paged, paged / us])
+        timed.append((f"{case.name}, {size}", us, dict(zip(PEERS, (option, flex, paged))), {}))
     columns = ["case", "batch x length", "us", "option us", "of the option", "FlexAttention us", "times as fast"]
+    columns += ["over pages us", "times as fast"]
     print_table("Variants, bf16", columns, rows)
     write_results(args, {"variants": table("us", timed, partial=args.only)})
 

@@ -28,6 +28,8 @@ struct Bounds {
 struct TileAt {
   int32_t request_idx;
   Bounds qo_heads, queries, keys;
+  // Whether entries of tensors that the tile reads are looked at, or one at most.
+  bool looks_at_entries;
 
   // Whether all positions are so small that sums of a few fit 32 bits. Beyond, nothing is proved.
   FLASHINFER_FN bool is_near() const {
@@ -46,6 +48,8 @@ struct NoFunction {
   static constexpr bool kHasBegin = false, kHasEnd = false, kHasHoles = false, kHasGap = false;
   // Whether sees_tile() may say of a tile that sees() is the same all over it.
   static constexpr bool kProvesTiles = false;
+  // Whether it says so of no tile unless it looks at several entries of a tensor.
+  static constexpr bool kProvesByEntries = false;
 
   // logit = score() * scale(), of qk, the product before sm_scale. scale() > 0.
   FLASHINFER_FN static float scale(const Extras&, float) { return 1.f; }

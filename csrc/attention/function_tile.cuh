@@ -165,5 +165,44 @@ FLASHINFER_FN Affine to_int(Truth x) {
   return Affine::between(!x.may_fail, x.may_hold);
 }
 
+// Of entries of a tensor.
+FLASHINFER_FN Ends point(int32_t x) {
+  return {x, x};
+}
+FLASHINFER_FN Truth point(bool x) {
+  return everywhere(x);
+}
+FLASHINFER_FN Ends hull(Ends x, Ends y) {
+  return {function::min(x.low, y.low), function::max(x.high, y.high)};
+}
+FLASHINFER_FN Truth hull(Truth x, Truth y) {
+  return {x.may_hold || y.may_hold, x.may_fail || y.may_fail};
+}
+FLASHINFER_FN Affine over(Ends x) {
+  return Affine::between(x.low, x.high);
+}
+FLASHINFER_FN Truth over(Truth x) {
+  return x;
+}
+
+// What the entries of a tensor are between that a tile reads, in rows and columns, or at one index: columns. Too many,
+// or several where none are looked at, may be anything.
+template <class Read>
+FLASHINFER_FN auto entries_between(Ends rows, Ends columns, const TileAt& at, const Read& read) {
+  using Hull = decltype(point(read(0, 0)));
+  const int64_t at_most = at.looks_at_entries ? 128 : 1;
+  const int64_t num_rows = int64_t(rows.high) - rows.low + 1, num_columns = int64_t(columns.high) - columns.low + 1;
+  if (num_rows > at_most || num_columns > at_most || num_rows * num_columns > at_most) return over(Hull::unknown());
+  Hull found = point(read(rows.low, columns.low));
+  if (!at.looks_at_entries) return over(found);
+  for (int32_t row = 0; row < int32_t(num_rows); ++row) {
+#pragma unroll 8
+    for (int32_t column = 0; column < int32_t(num_columns); ++column) {
+      found = hull(found, point(read(rows.low + row, columns.low + column)));
+    }
+  }
+  return over(found);
+}
+
 }  // namespace tile
 }  // namespace flashinfer

@@ -116,11 +116,12 @@ struct VisibilityBy {
   }
 
   // What the rows of a tile see of its keys, of what the function leaves inside the range: as far as that is proved.
+  template <bool kLooksAtEntries = true>
   FLASHINFER_FN Seen sees_tile(const TileRows& rows, int32_t first_key, int32_t num_keys) const {
     if constexpr (!Function::kHasHoles) return kSeesAll;
-    if constexpr (!Function::kProvesTiles) return kSeesSome;
+    if constexpr (!Function::kProvesTiles || (!kLooksAtEntries && Function::kProvesByEntries)) return kSeesSome;
     const Bounds keys = {first_key, first_key + num_keys - 1};
-    return Function::sees_tile(*extras, {request_idx, rows.qo_heads, rows.queries, keys});
+    return Function::sees_tile(*extras, {request_idx, rows.qo_heads, rows.queries, keys, kLooksAtEntries});
   }
 
   // Where there are bits: which of 32 keys query qo_idx sees, bit k for key first_key + k. Bits of

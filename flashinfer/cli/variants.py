@@ -81,7 +81,7 @@ def _described(text: str) -> str:
     tiles = f"tiles of keys {' or '.join(where)} are left out" if where else "no tile of keys is left out"
     keys = "looked at key by key" if has_holes(text) else "masked at the ends of the range alone"
     if proves_tiles(text):
-        keys += " unless proved full or empty, which kernels of a CPU ask"
+        keys += " unless proved full or empty"
     return f"mask: {tiles}; the others are {keys}"
 
 

@@ -453,8 +453,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert row["args"]["variant"] == text(examples.t5)
     for mask, said in {
         "window_and_first": ("in a gap are left out; the others are masked at the ends", "kHasGap"),
-        "documents": ("key by key\n", "kHasHoles"),
-        "tree": ("key by key unless proved full or empty, which kernels of a CPU ask\n", "kProvesTiles"),
+        "documents": ("key by key unless proved full or empty\n", "kProvesTiles", "entries_between"),
     }.items():
         assert main(["variants", "show", f"examples.attention_variants:{mask}"]) == 0
         shown = capsys.readouterr().out

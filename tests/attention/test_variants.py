@@ -191,13 +191,77 @@ def test_tiles_in_a_gap_are_not_read(num_queries: int, device: torch.device) -> 
     prefill_kit.check(prefill_kit.run(wrapper, batch), expected)
 
 
+@flashinfer.mask(is_seen="bool[batch_size, n, m]")
+def seen_blocks(b, h, q, k, x):
+    """Whose tiles are full, empty and neither, in any order."""
+    return (k <= q) & x.is_seen[b, q // 64, k // 64]
+
+
+@flashinfer.mask(is_seen="bool[batch_size, n, m]", is_dense="bool[num_heads]", window=int)
+def seen_by_heads(b, h, q, k, x):
+    """A gap, behind which tiles are renumbered, and holes that some heads have."""
+    return (k <= q) & ((q - k <= x.window) | (k < 40)) & (x.is_dense[h] | x.is_seen[b, q // 32, k // 128])
+
+
+PROVED: dict[str, Any] = {"qo_lens": (70, 1, 40), "kv_lens": (4500, 700, 300), "options": {}}  # 32 tiles are 4096
+PROOFS = [
+    Case("paged", **PROVED),
+    Case("page_1", **PROVED, page_size=1),
+    Case("ragged", **PROVED, storage="ragged", cuda_only=True),
+    Case("mha", **PROVED, heads=(2, 2)),
+    Case("short", **{**PROVED, "qo_lens": (3, 1, 9)}, cuda_only=True),
+    Case("head_dim_64", **PROVED, head_dim=64, cuda_only=True),
+    Case("head_dim_96", **PROVED, head_dim=96, cuda_only=True),  # of no Hopper kernel
+    Case("head_dim_256", **PROVED, head_dim=256, cuda_only=True),
+    Case("fp8_kv", **PROVED, kv_dtype=E4M3, cuda_only=True),
+    Case("fp8", **PROVED, q_dtype=E4M3, o_dtype=BF16, kv_dtype=E4M3, cuda_only=True),
+    Case("fp8_page_1", **PROVED, q_dtype=E4M3, o_dtype=BF16, kv_dtype=E4M3, page_size=1, cuda_only=True),
+    Case("custom", **PROVED, mask="bool"),
+]
+
+
+@pytest.mark.parametrize("case", PROOFS, ids=of_names)
+def test_tiles_proved_full_and_empty(case: Case, device: torch.device) -> None:
+    if case.cuda_only and device.type == "cpu":
+        pytest.skip("one loop for all of them")
+    generator = torch.Generator().manual_seed(3)
+    blocks, runs = (torch.rand(3, 4500 // size + 1, 71, generator=generator) < 0.3 for size in (64, 32))
+    runs[0, :, 1:34] = False  # 33 tiles
+    run_prefill(case, device, mask=seen_blocks(is_seen=blocks.to(device)))
+    is_dense = (torch.arange(case.heads[0]) // (case.heads[0] // case.heads[1]) == 1).to(device)
+    run_prefill(case, device, mask=seen_by_heads(is_seen=runs.to(device), is_dense=is_dense, window=100))
+
+
+@flashinfer.mask(is_seen="bool[batch_size, n]")
+def blocks_of_128(b, h, q, k, x):
+    return x.is_seen[b, k // 128]
+
+
+@pytest.mark.gpu
+def test_hopper_reads_no_tile_that_is_proved_empty() -> None:
+    """But the last and the first of a unit."""
+    device = torch.device("cuda")
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("kernels for every GPU have loads under way before they ask")
+    is_seen = torch.rand(1, 70, generator=torch.Generator().manual_seed(5)) < 0.2
+    is_seen[0, 10:50], is_seen[0, 0], is_seen[0, -1] = False, True, True
+    is_hidden = (~is_seen[0]).repeat_interleave(128 // 16)
+    mask = blocks_of_128(is_seen=is_seen.to(device))
+    batch = prefill_kit.make_batch(Case("", qo_lens=(100,), kv_lens=(70 * 128,), options={"mask": mask}), device)
+    expected, wrapper = prefill_kit.expect(batch), prefill_kit.make_wrapper(batch.case, device)
+    assert isinstance(batch.kv, Tensor)
+    prefill_kit.plan(wrapper, batch, disable_split_kv=True)  # a split has a first and a last tile of its own
+    batch.kv[batch.indices[2][: len(is_hidden)][is_hidden].long().to(device)] = math.nan
+    prefill_kit.check(prefill_kit.run(wrapper, batch), expected)
+
+
 @flashinfer.mask(is_seen="bool[batch_size, n]")
 def blocks_of_64(b, h, q, k, x):
     return x.is_seen[b, k // 64]
 
 
 def test_tiles_proved_empty_are_not_read() -> None:
-    """By prefill and decode on the CPU; GPUs have loads under way before they ask."""
+    """By prefill and decode on the CPU; kernels for every GPU have loads under way before they ask."""
     device, is_seen = torch.device("cpu"), torch.tensor([[True, False, False, True, False, True, True]])
     kv_lens, options = (7 * 64,), {"mask": blocks_of_64(is_seen=is_seen)}
     is_hidden = (~is_seen[0]).repeat_interleave(64 // 16)  # of pages

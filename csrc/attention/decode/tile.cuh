@@ -293,7 +293,9 @@ struct WarpState {
   __device__ __forceinline__ void attend(const typename Smem::Stage& stage, int32_t request_idx, int32_t first_row,
                                          int32_t kv_len) {
     const TileRows rows = {{heads.first_head, heads.first_head + heads.num_heads - 1}, {kv_len - 1, kv_len - 1}};
-    const Seen seen = visibility_of<Config>(params, request_idx).sees_tile(rows, first_row, Tile::kWarpRows);
+    // The tile is here already; a look at entries would keep it waiting.
+    const Seen seen =
+        visibility_of<Config>(params, request_idx).template sees_tile<false>(rows, first_row, Tile::kWarpRows);
     if (seen == kSeesNone) return;
     float scores[Tile::kRowTiles][Tile::kHeadTiles][4];
     multiply_qk(stage.k, first_row, scores);

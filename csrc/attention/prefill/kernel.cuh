@@ -105,7 +105,8 @@ __device__ __forceinline__ void attend(const PrefillParams& params, PrefillSmem<
     const uint8_t* k_smem = prepare_k<Config>(params, smem, tile);
     int32_t next_page;
     Seen seen = kSeesNone;
-    if (kHasRows) seen = visibility.sees_tile(tiles, smem.gap.key_tile(tile) * Shape::kBlockN, Shape::kBlockN);
+    if (kHasRows)
+      seen = visibility.template sees_tile<false>(tiles, smem.gap.key_tile(tile) * Shape::kBlockN, Shape::kBlockN);
     const bool is_seen = visibility.contains(tiles.seen, smem.gap.key_tile(tile)) && seen != kSeesNone;
     // Where they take turns, a tile that the warp does not see is masked: a way around it costs all tiles more.
     if (kHasRows && (Shape::kTakesTurns || is_seen)) {

@@ -83,9 +83,9 @@ struct Gatherer {
     next_page = look_up(item.tile_end - 1);
   }
 
-  __device__ __forceinline__ void bring(const Work&, int tile, uint32_t turn) {
+  __device__ __forceinline__ void bring(const Work&, int tile, int next_tile, uint32_t turn) {
     const int num_valid = unit.kv_len - gap.key_tile(tile) * Shape::kBlockN, stage = turn % Shape::kNumStages;
-    const KvRow row = find_row(tile);
+    const KvRow row = find_row(tile, next_tile);
     copy_keys(row, turn, num_valid);
     copy_rows<Shape::kHeadDimVo>(smem.v[stage], unit.v + View::v_offset(params.kv, row, 0), num_valid,
                                  [&] { smem.v_empty.wait_empty(turn); });
@@ -93,10 +93,10 @@ struct Gatherer {
   }
 
   // This lane's; the page of the next tile is looked up.
-  __device__ __forceinline__ KvRow find_row(int tile) {
+  __device__ __forceinline__ KvRow find_row(int tile, int next_tile) {
     const FastDivisor& page_size = params.kv.index.page_size;
     const int32_t page = next_page;
-    next_page = look_up(tile - 1);
+    next_page = look_up(next_tile);
     const int kv_idx = kv_idx_of_lane(tile);
     return {page, kv_idx - int32_t(page_size.divide(kv_idx) * page_size.divisor)};
   }
@@ -116,9 +116,9 @@ struct TransposingGatherer : Gatherer<Config> {
   using Shape = sm90::Shape<Config>;
   static_assert(Shape::kNumStages >= 2, "rows of two tiles are there at a time");
 
-  __device__ __forceinline__ void bring(const Work& work, int tile, uint32_t turn) {
+  __device__ __forceinline__ void bring(const Work& work, int tile, int next_tile, uint32_t turn) {
     const int num_valid = this->unit.kv_len - this->gap.key_tile(tile) * Shape::kBlockN;
-    const KvRow row = this->find_row(tile);
+    const KvRow row = this->find_row(tile, next_tile);
     this->copy_keys(row, turn, num_valid);
     this->template copy_rows<Shape::kHeadDimVo>(this->smem.value_rows.stages[turn % Shape::kNumStages],
                                                 this->unit.v + Base::View::v_offset(this->params.kv, row, 0), num_valid,

@@ -9,6 +9,7 @@
 // empty barrier a stage; a role runs ahead of the others, over the ends of units, as far as its rings reach.
 //
 //   scheduler.cuh  which unit of work is next (plan and list are those of attention/prefill)
+//   proofs.cuh     which of its tiles a function is proved to hide, or to leave alone
 //   producer.cuh   how queries, keys and values come in
 //   rows.cuh       which copies bring rows
 //   gather.cuh     the same row by row, where pages are small or queries short

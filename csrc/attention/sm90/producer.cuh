@@ -71,9 +71,10 @@ struct KvProducer {
     for_each_unit(smem, [&](const Work& work, uint32_t unit_turn) {
       const auto gap = smem.gap_of(unit_turn);
       Box next = lane.find(work.item, gap.key_tile(work.item.tile_end - 1));
-      for (int tile = work.item.tile_end - 1; tile >= work.item.tile_begin; --tile, ++turn) {
+      for (int tile = work.item.tile_end - 1, next_tile; tile >= work.item.tile_begin; tile = next_tile, ++turn) {
         const Box box = next;
-        next = lane.find(work.item, gap.key_tile(tile - 1));
+        next_tile = smem.tile_below(unit_turn, tile);
+        next = lane.find(work.item, gap.key_tile(next_tile));
         const int stage = turn % Shape::kNumStages;
         if constexpr (kSendsKeys) {
           send<Shape::kQkPanels>(lane, params.k_map, smem.k[stage], smem.k_full, smem.k_empty, turn, work, box);
@@ -102,7 +103,7 @@ template <class Config>
 __device__ __forceinline__ void produce_schedule_and_queries(const Sm90PrefillParams& params, Smem<Config>& smem) {
   Scheduler<Config> scheduler{params, smem};
   QueryProducer<Config>{params, smem}.run([&](uint32_t turn) {
-    if (fresh_thread_idx() % 32 == 0) scheduler.publish(turn);
+    if (scheduler.has(fresh_thread_idx() % 32)) scheduler.publish(turn);
     __syncwarp();
   });
   if (fresh_thread_idx() % 32 == 0) scheduler.close();
@@ -126,7 +127,7 @@ __device__ __forceinline__ void produce(const Sm90PrefillParams& params, Smem<Co
     Transposer<Config>{smem, warp_idx / 2, Shape<Config>::kNumTransposers}.run();
   } else if (warp_idx == 1) {
     KvProducer<Config, false, true>{params, smem}.run();
-  } else if (elect_lane()) {
+  } else if (Smem<Config>::kProvesTiles || elect_lane()) {
     Scheduler<Config>{params, smem}.run();
   }
 }
@@ -136,12 +137,13 @@ __device__ __forceinline__ int producer_warp_idx() {
 }
 
 // The same where tiles of KV take all of these warps: each brings in a part of everything, and one of them has the
-// schedule too. Of kv: begin(work, turn) ahead of a unit's tiles, bring(work, tile, turn) from the last to the first.
+// schedule too. Of kv: begin(work, turn) ahead of a unit's tiles, bring(work, tile, next_tile, turn) from the last to
+// the first.
 template <class Config, class Kv>
 __device__ __forceinline__ void produce_together(const Sm90PrefillParams& params, Smem<Config>& smem, Kv&& kv) {
   Scheduler<Config> scheduler{params, smem};
   const auto prepare = [&](uint32_t turn) {
-    if (fresh_thread_idx() % kWarpgroupSize == 0) scheduler.publish(turn);
+    if (scheduler.has(fresh_thread_idx() % kWarpgroupSize)) scheduler.publish(turn);
     __syncwarp();
   };
   uint32_t kv_turn = 0;
@@ -155,8 +157,9 @@ __device__ __forceinline__ void produce_together(const Sm90PrefillParams& params
       copy_query_rows<Config>(params, smem, work, turn, first);
     }
     cp_async_arrive(smem.q_full.at(turn));
-    for (int tile = work.item.tile_end - 1; tile >= tile_begin; --tile, ++kv_turn) {
-      kv.bring(work, tile, kv_turn);
+    for (int tile = work.item.tile_end - 1, next_tile; tile >= tile_begin; tile = next_tile, ++kv_turn) {
+      next_tile = smem.tile_below(turn, tile);
+      kv.bring(work, tile, next_tile, kv_turn);
     }
   };
   for_each_unit(smem, load, prepare);

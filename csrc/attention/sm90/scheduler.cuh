@@ -2,7 +2,7 @@
 // How a block of prefill comes by its work on Hopper: one thread fetches units ahead of those who do them.
 #pragma once
 
-#include "attention/sm90/tile.cuh"
+#include "attention/sm90/proofs.cuh"
 
 namespace flashinfer::sm90 {
 
@@ -11,9 +11,13 @@ namespace flashinfer::sm90 {
 template <class Config>
 struct Scheduler {
   using Shape = sm90::Shape<Config>;
+  static constexpr bool kProvesTiles = Smem<Config>::kProvesTiles;
   const Sm90PrefillParams& params;
   Smem<Config>& smem;
   uint32_t unit = blockIdx.x;
+
+  // Whether a thread of a warp, or of several, has a part in it: the first, and to prove tiles its warp.
+  __device__ __forceinline__ static bool has(int thread_idx) { return thread_idx < (kProvesTiles ? 32 : 1); }
 
   __device__ __forceinline__ bool is_planned() const { return params.items != nullptr; }
   __device__ __forceinline__ int32_t group_size() const { return params.num_qo_heads / params.num_kv_heads; }
@@ -25,11 +29,27 @@ struct Scheduler {
   __device__ __forceinline__ void run() {
     for (uint32_t turn = 0; publish(turn); ++turn) {
     }
-    close();
+    if (!kProvesTiles || fresh_thread_idx() % 32 == 0) close();
   }
 
-  // The turn-th unit, or that there is none. Of all that leads to it only its number is kept: registers are few.
+  // The turn-th unit, or that there is none.
   __device__ __forceinline__ bool publish(uint32_t turn) {
+    bool is_there;
+    if constexpr (kProvesTiles) {
+      if (fresh_thread_idx() % 32 == 0) fetch(turn);
+      __syncwarp();
+      is_there = prove_tiles<Config>(params, smem, turn);
+      __syncwarp();
+      if (fresh_thread_idx() % 32 != 0) return is_there;
+    } else {
+      is_there = fetch(turn);
+    }
+    smem.work_full.at(turn).arrive();
+    return is_there;
+  }
+
+  // Of all that leads to a unit only its number is kept: registers are few.
+  __device__ __forceinline__ bool fetch(uint32_t turn) {
     smem.work_empty.wait_empty(turn);
     if (turn > 0) unit = claim_next();
     const int32_t num_items =
@@ -48,7 +68,6 @@ struct Scheduler {
       const auto gap = close_gap<Config>(params, work.item, group_size());
       if constexpr (Smem<Config>::kHasGap) smem.gaps.of_slot[turn % kNumWorkSlots] = gap;
     }
-    smem.work_full.at(turn).arrive();
     return !is_end;
   }
 

@@ -156,7 +156,9 @@ __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kNumSc
         const uint32_t bits = __shfl_sync(0xffffffffu, lane_bits, offset % 128 / 32, 4);
         visible = visible && (bits >> (offset % 32 + lane_column(lane_idx))) & 1;
       }
-      visible = visible && visibility.sees(query.qo_head_idx, position, first_kv + offset);
+      if constexpr (decltype(needs_mask)::kAsksFunction) {
+        visible = visible && visibility.sees(query.qo_head_idx, position, first_kv + offset);
+      }
       float& score = at(scores, half, i);
       score = visible ? score : kMinusInfinity;
     }

@@ -63,8 +63,9 @@ struct Shape {
   // One block of two warpgroups starts with all that a thread can have. Widening takes what a short output leaves it.
   static constexpr int kLaunchRegisters = 65536 / (Config::kNumThreads * Config::kMinBlocksPerSm) / 8 * 8;
   static constexpr bool kMovesRegisters = kLaunchRegisters < 256;
+  static constexpr bool kProvesTiles = Config::Function::kProvesTiles;
   static constexpr int kProducerRegisters = kWidens && kHeadDimVo <= 128 ? 72
-                                            : kTogether                  ? 56
+                                            : kTogether || kProvesTiles  ? 56
                                             : kNumConsumers <= 2         ? 40
                                                                          : 32;
   static constexpr int kConsumerRegisters =
@@ -90,9 +91,10 @@ __device__ __forceinline__ int consumer_idx() {
   return int(fresh_thread_idx() / kWarpgroupSize);
 }
 
-// A compile-time argument.
-template <bool kValue>
+// A compile-time argument: whether a tile of scores is masked; and if so, whether the function of a caller is asked.
+template <bool kValue, bool kAsks = kValue>
 struct Constant {
+  static constexpr bool kAsksFunction = kAsks;
   __device__ __forceinline__ constexpr operator bool() const { return kValue; }
 };
 
@@ -126,6 +128,16 @@ struct Gaps {
 template <>
 struct Gaps<false> {};
 
+// What the function proves of the tiles of the units in the slots, a bit each from a unit's first on (proofs.cuh).
+template <bool kExist>
+struct Proofs {
+  static constexpr int kMaxTiles = 1024;  // nothing is known of those behind them
+  uint32_t some[kNumWorkSlots][kMaxTiles / 32], all[kNumWorkSlots][kMaxTiles / 32];
+  Range range[kNumWorkSlots];  // key tiles inside of which the function alone hides keys
+};
+template <>
+struct Proofs<false> {};
+
 template <class Config>
 struct Smem {
   using Shape = sm90::Shape<Config>;
@@ -145,6 +157,10 @@ struct Smem {
   RowAddresses<Shape> row_addresses;
   static constexpr bool kHasGap = Config::Function::kHasGap;
   [[no_unique_address]] Gaps<kHasGap> gaps;
+  static constexpr bool kProvesTiles = Shape::kProvesTiles;
+  // Not where tiles are sent for three ahead, nor where a consumer passes units by.
+  static constexpr bool kSkipsTiles = kProvesTiles && !Shape::kWidens && !Config::kMixes;
+  [[no_unique_address]] Proofs<kProvesTiles> proofs;
   FastDivisor group_size;
   uint32_t is_last;  // of the splits of a query tile to be done: merges
   Mbarrier key_part_full[kNumProducerWarps], value_part_full[kNumProducerWarps];  // a turn a KV tile, if it is widened
@@ -166,6 +182,25 @@ struct Smem {
     } else {
       return {};
     }
+  }
+
+  // Of the turn-th unit the tile that comes after this one: below it, and not proved to be hidden.
+  __device__ __forceinline__ int tile_below(uint32_t turn, int tile) const {
+    if constexpr (kSkipsTiles) {
+      const int slot = turn % kNumWorkSlots, tile_begin = work[slot].item.tile_begin, idx = tile - 1 - tile_begin;
+      if (idx < 0 || idx >= proofs.kMaxTiles) return tile - 1;
+      int word = idx / 32;
+      uint32_t left = proofs.some[slot][word] & (0xffffffffu >> (31 - idx % 32));
+      while (left == 0) left = proofs.some[slot][--word];  // the first tile is always there
+      return tile_begin + word * 32 + 31 - __clz(left);
+    }
+    return tile - 1;
+  }
+  // Whether it is proved that the function hides nothing of the tile.
+  __device__ __forceinline__ bool shows_all(uint32_t turn, int tile) const {
+    if constexpr (!kProvesTiles) return false;
+    const int slot = turn % kNumWorkSlots, idx = tile - work[slot].item.tile_begin;
+    return idx < proofs.kMaxTiles && (proofs.all[slot][idx / 32] >> idx % 32 & 1);
   }
 
   // By a consumer, until a stage of queries, keys or values is full.

@@ -29,9 +29,10 @@ struct Transposer {
 
   __device__ __forceinline__ void run() const {
     uint32_t turn = 0;
-    for_each_unit(smem, [&](const Work& work, uint32_t) {
+    for_each_unit(smem, [&](const Work& work, uint32_t unit_turn) {
 #pragma unroll 1
-      for (int tile = work.item.tile_end - 1; tile >= work.item.tile_begin; --tile, ++turn) {
+      for (int tile = work.item.tile_end - 1; tile >= work.item.tile_begin;
+           tile = smem.tile_below(unit_turn, tile), ++turn) {
         smem.rows_full.wait_full(turn);
         smem.v_empty.wait_empty(turn);
         transpose(turn, 0, Shape::kBlockN);

@@ -45,7 +45,7 @@ struct TileWalk {
 
   static constexpr int kColumnsAtOnce = 64;
   // Masks of bits take so much code that there is one copy of it: the first tile is a step like the others, beside the
-  // products of its own values with zeros.
+  // products of its own values with zeros. Where a function proves tiles, a step without it is for those seen whole.
   static constexpr bool kHasHoles =
       VisibilityBy<typename Config::Function>{Config::kMask, Config::kHasWindow, 0}.has_holes();
   const Sm90PrefillParams& params;
@@ -91,21 +91,30 @@ struct TileWalk {
       const uint32_t end_turn = turn_plus_tile + 1 - max(end_tile, work.item.tile_begin);
 #pragma unroll 1
       for (; int32_t(end_turn - kv_turn) > 0; ++kv_turn) {
-        if constexpr (Shape::kTransposesValues) {
-          step_of_8_bits(p, kv_turn, int(turn_plus_tile - kv_turn), needs_mask);
-        } else if constexpr (Shape::kOverlaps) {
-          const bool is_first = kHasHoles && kv_turn == first_turn;
-          step_overlapped(p, kv_turn, int(turn_plus_tile - kv_turn), needs_mask, is_first);
-        } else {
-          step(p, kv_turn, int(turn_plus_tile - kv_turn), needs_mask);
-        }
+        const bool is_first = kHasHoles && kv_turn == first_turn;
+        step_of_shape(p, kv_turn, int(turn_plus_tile - kv_turn), needs_mask, is_first);
       }
     };
     if constexpr (Shape::kOverlaps && !kHasHoles) {
       begin_overlapped(p, kv_turn, work.item.tile_end - 1);
       ++kv_turn;
     }
-    if (visibility.has_holes()) {
+    if constexpr (Smem<Config>::kProvesTiles) {
+#pragma unroll 1
+      for (int tile = work.item.tile_end - 1; tile >= work.item.tile_begin; ++kv_turn) {
+        const bool is_first = kv_turn == first_turn;
+        const bool is_whole = visibility.contains(smem.proofs.range[unit_turn % kNumWorkSlots], key_tile(tile));
+        // Beside a score that is computed for each key, a step more would find no registers.
+        if (!smem.shows_all(unit_turn, tile) || (!Score<Config>::kIsPlain && !is_whole)) {
+          step_of_shape(p, kv_turn, tile, Constant<true>{}, is_first);
+        } else if (!is_whole) {
+          step_of_shape(p, kv_turn, tile, Constant<true, false>{}, is_first);
+        } else {
+          step_of_shape(p, kv_turn, tile, Constant<false>{}, is_first);
+        }
+        tile = smem.tile_below(unit_turn, tile);
+      }
+    } else if (visibility.has_holes()) {
       walk_down_to(0, Constant<true>{});
     } else {
       // The tiles at the begin of a window take the same loop as those at the end: twice the code, twice the compile.
@@ -117,6 +126,17 @@ struct TileWalk {
       }
     }
     if constexpr (Shape::kOverlaps) end_overlapped(p, kv_turn - 1);
+  }
+
+  __device__ __forceinline__ void step_of_shape(Probabilities& p, uint32_t turn, int tile, auto needs_mask,
+                                                bool is_first) {
+    if constexpr (Shape::kTransposesValues) {
+      step_of_8_bits(p, turn, tile, needs_mask);
+    } else if constexpr (Shape::kOverlaps) {
+      step_overlapped(p, turn, tile, needs_mask, is_first);
+    } else {
+      step(p, turn, tile, needs_mask);
+    }
   }
 
   // The same of a unit in which the consumer has no row, as of a request to decode among prompts: tiles are given back

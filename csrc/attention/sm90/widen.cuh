@@ -68,7 +68,7 @@ struct Widener {
     key_box = find(work, work.item.tile_end - 3);
   }
 
-  __device__ __forceinline__ void bring(const Work& work, int tile, uint32_t turn) {
+  __device__ __forceinline__ void bring(const Work& work, int tile, int, uint32_t turn) {
     if (Shape::kNumQueryStages > 1 && tile == work.item.tile_end - 1) bring_first_keys(work, turn);
     if (tile > work.item.tile_begin) bring_keys(work, tile - 1, turn + 1);
     smem.v_empty.wait_empty(turn);

@@ -26,7 +26,7 @@ from flashinfer.families.attention.params import (
     require_dtypes,
 )
 from flashinfer.families.attention.variants import NONE, VARIANT_TEXTS
-from flashinfer.families.attention.variants.cxx import changes_scores, function_of, has_gap
+from flashinfer.families.attention.variants.cxx import changes_scores, function_of, has_gap, proves_tiles
 from flashinfer.families.layout import DTYPES, F32, FP8_DTYPES, I32, Fields, P, nested
 from flashinfer.jit.spec import Config, Constants, CxxType, Family, Implementation, KernelSpec, Launch, register, twins
 
@@ -149,7 +149,8 @@ def _smem_bytes(spec: KernelSpec, tile: Tile) -> int:
     size = block_m * dim_qk * 2 + num_stages * block_n * (dim_qk + dim_vo) * kv
     size += block_n * dim_qk * 2 if spec.arg("pos_encoding") == "rope" else 128
     size += block_n * 32 if spec.arg("kv_storage") == "paged" else 32
-    size += 192 + 8 * has_gap(spec.arg("variant")) + num_threads // 32 * 16 + block_m * 4
+    variant = spec.arg("variant")
+    size += 192 + 8 * has_gap(variant) + num_threads // 32 * (32 if proves_tiles(variant) else 16) + block_m * 4
     return int(-(-size // 128) * 128)
 
 

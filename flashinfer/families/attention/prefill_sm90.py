@@ -240,7 +240,8 @@ def config(spec: KernelSpec, constants: Constants) -> Config:
     size = ITEMSIZE[spec.arg("q_dtype")]
     row_qk, row_vo = (-(-dim * size // _PANEL_BYTES) * _PANEL_BYTES for dim in (dim_qk, dim_vo))
     smem_bytes = tile.num_query_stages * tile.block_m * row_qk
-    smem_bytes += -(-(448 + 8 * tile.block_n * gathers(spec)) // 1024) * 1024  # and addresses of rows
+    proofs = 528 * cxx.proves_tiles(spec.arg("variant"))
+    smem_bytes += -(-(448 + proofs + 8 * tile.block_n * gathers(spec)) // 1024) * 1024  # and addresses of rows
     smem_bytes += tile.num_stages * tile.block_n * (row_qk + row_vo)
     if _is_fp8(spec):  # transposed, in panels of 128 keys
         smem_bytes += tile.num_stages * -(-tile.block_n // 128) * 128 * dim_vo

@@ -113,8 +113,10 @@ def _proof(variants: Variants, sees: Node) -> list[str]:
     if result is None:
         return []
     statements = ["if (!at.is_near()) return kSeesSome;", *writer.lines, f"return {result};"]
+    by_entries = tiles.proof(_Writer(variants, "at."), sees, looks_at_entries=False) is None
     return [
         "  static constexpr bool kProvesTiles = true;",
+        *["  static constexpr bool kProvesByEntries = true;"] * by_entries,
         *_defined("Seen sees_tile(const Extras& x, const TileAt& at)", statements),
     ]
 

@@ -3,8 +3,8 @@
 
 One call of csrc/attention/function_tile.cuh for each node, which says what an integer is between, and whether a
 condition holds everywhere or nowhere. What does not depend on a place in the tile is computed as it stands; of what
-does, comparisons of affine functions are decided exactly, all else soundly. Nothing is known of an entry of a tensor
-unless it is the same one all over the tile, and of floats.
+does, comparisons of affine functions are decided exactly, all else soundly. Of a tensor, the entries that the tile
+reads are looked at where they are few; nothing is known of floats.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ class Scalars(Protocol):
     def load(self, node: Node, indices: list[str]) -> str: ...
 
 
-def proof(scalars: Scalars, sees: Node) -> Optional[str]:
-    """What the queries of a tile see, an expression; None where neither full nor empty can ever be proved."""
-    found = _Writer(scalars).value(sees)
+def proof(scalars: Scalars, sees: Node, looks_at_entries: bool = True) -> Optional[str]:
+    """What the queries of a tile see, an expression; None where neither full nor empty can ever be proved, or not
+    without a look at several entries of a tensor."""
+    found = _Writer(scalars, looks_at_entries).value(sees)
     return found and f"{found}.seen()"
 
 
 class _Writer:
     """Values are names, or expressions without cost; None of what nothing is known of, whatever the tile."""
 
-    def __init__(self, scalars: Scalars) -> None:
-        self._scalars = scalars
+    def __init__(self, scalars: Scalars, looks_at_entries: bool) -> None:
+        self._scalars, self._looks_at_entries = scalars, looks_at_entries
         self._names: dict[Node, Optional[str]] = {}
         self._ends: dict[Node, str] = {}
 
@@ -140,16 +141,18 @@ class _Writer:
         return f"tile::where({condition or 'tile::Truth::unknown()'}, {a}, {b})"
 
     def _load(self, node: Node) -> Optional[str]:
-        """An entry, if it is the same one all over the tile."""
-        if any(_moves_with_key(index) for index in node.args):
+        """What the entries are between that the tile reads."""
+        moving = list(dict.fromkeys(index for index in node.args if not _is_everywhere(index)))
+        ends = [self._ends_of(index) for index in moving]
+        if not self._looks_at_entries and any(map(_moves_with_key, moving)):
             return None
-        ends = {index: self._ends_of(index) for index in node.args if not _is_everywhere(index)}
-        if None in ends.values():
+        if None in ends or len(moving) > 2:
             return None
-        places = [f"{ends[index]}.low" if index in ends else self._scalars.value(index) for index in node.args]
-        is_one = " && ".join(f"{end}.is_point()" for end in ends.values())
-        entry = f"tile::everywhere({self._scalars.load(node, places)})"
-        return f"{is_one} ? {entry} : {_TYPES[node.type]}::unknown()"
+        names = dict(zip(reversed(moving), ("column", "row")))
+        places = [names.get(index) or self._scalars.value(index) for index in node.args]
+        rows, columns = ["tile::Ends{0, 0}", *map(str, ends)][-2:]
+        read = f"[&](int32_t row, int32_t column) {{ return {self._scalars.load(node, places)}; }}"
+        return f"tile::entries_between({rows}, {columns}, at, {read})"
 
     def _ends_of(self, node: Node) -> Optional[str]:
         value = self.value(node)
