@@ -55,6 +55,12 @@ CASES = [
     # Logits far apart: the running maximum rises all the time, and the output is rescaled.
     Case("far_apart", (300, 400), (900, 400), options={"causal": True, "sm_scale": 1.0}),
     Case("far_apart_64", (300, 400), (900, 400), head_dim=64, options={"causal": True, "sm_scale": 1.0}),
+    # By 2^32 and more, so that on Hopper a tile's scores do not go by the maximum of those before.
+    Case("farther_apart", (300, 400), (900, 400), options={"causal": True, "sm_scale": 4.0}),
+    Case("farther_apart_fp16_64", (300, 400), (900, 400), (4, 2), 64, q_dtype=FP16, options={"sm_scale": 4.0}),
+    Case("farther_apart_256", (300, 400), (900, 400), (4, 2), 256, options={"causal": True, "sm_scale": 2.0}),
+    Case("farther_apart_page_1", (300,), (900,), page_size=1, options={"causal": True, "sm_scale": 4.0}),
+    Case("farther_apart_window", (400,), (900,), options={"causal": True, "sm_scale": 4.0, "window_left": 350}),
     *[Case(f"page_{size}", (200, 70), (600, 70), page_size=size) for size in (8, 24, 64, 256)],
     Case("window_long", (700, 300), (900, 300), options={"causal": True, "window_left": 150}),
     # At most 64 query rows a request, on average: a tile of its own.

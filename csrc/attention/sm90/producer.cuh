@@ -30,13 +30,15 @@ __device__ __forceinline__ void copy_query_rows(const Sm90PrefillParams& params,
   }
 }
 
-// The query tile of every unit, ahead of the consumers where there is room for two.
+// The query tile of every unit, or one of kNumQueryWarps parts of it, ahead of the consumers where there is room for
+// two.
 template <class Config>
 struct QueryProducer {
   using Shape = sm90::Shape<Config>;
   using T = typename Shape::T;
   const Sm90PrefillParams& params;
   Smem<Config>& smem;
+  const int part = 0;
 
   // prepare(turn) ahead of the turn-th unit.
   template <class Prepare>
@@ -44,7 +46,7 @@ struct QueryProducer {
     const auto load = [&](const Work& work, uint32_t turn) {
       smem.q_empty.wait_empty(turn);
 #pragma unroll 1
-      for (int first = 0; first < Shape::kBlockM; first += 32) {
+      for (int first = part * 32; first < Shape::kBlockM; first += Shape::kNumQueryWarps * 32) {
         copy_query_rows<Config>(params, smem, work, turn, first);
       }
       cp_async_commit();
@@ -100,17 +102,18 @@ struct KvProducer {
 
 // A unit is published before its queries are loaded: that needs room for them, as does the next unit.
 template <class Config>
-__device__ __forceinline__ void produce_schedule_and_queries(const Sm90PrefillParams& params, Smem<Config>& smem) {
+__device__ __forceinline__ void produce_schedule_and_queries(const Sm90PrefillParams& params, Smem<Config>& smem,
+                                                             int part = 0) {
   Scheduler<Config> scheduler{params, smem};
-  QueryProducer<Config>{params, smem}.run([&](uint32_t turn) {
+  QueryProducer<Config>{params, smem, part}.run([&](uint32_t turn) {
     if (scheduler.has(fresh_thread_idx() % 32)) scheduler.publish(turn);
     __syncwarp();
   });
   if (fresh_thread_idx() % 32 == 0) scheduler.close();
 }
 
-// The producers' warpgroup: a warp each for keys, values, queries and the schedule. Where values are transposed, two
-// warps do that, and the others have two of these jobs each.
+// The producers' warpgroup: a warp each for keys, values, queries and the schedule, or for queries and the other half
+// of them and the schedule. Where values are transposed, two warps do that, and the others have two of these jobs each.
 template <class Config>
 __device__ __forceinline__ void produce(const Sm90PrefillParams& params, Smem<Config>& smem) {
   constexpr bool kTransposesValues = Shape<Config>::kTransposesValues;
@@ -127,6 +130,8 @@ __device__ __forceinline__ void produce(const Sm90PrefillParams& params, Smem<Co
     Transposer<Config>{smem, warp_idx / 2, Shape<Config>::kNumTransposers}.run();
   } else if (warp_idx == 1) {
     KvProducer<Config, false, true>{params, smem}.run();
+  } else if constexpr (Shape<Config>::kNumQueryWarps > 1) {
+    produce_schedule_and_queries(params, smem, 1);
   } else if (Smem<Config>::kProvesTiles || elect_lane()) {
     Scheduler<Config>{params, smem}.run();
   }

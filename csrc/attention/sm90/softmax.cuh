@@ -10,10 +10,16 @@ namespace flashinfer::sm90 {
 
 // Probabilities are 2^kHeadroom at the maximum that scales them, which may lag behind the true one by kMaxLag powers of
 // two (attention/score.cuh). In 8 bits (e4m3: 2^-9 to 448)
-// they make use of the range: those 2^-14 of the largest keep all of their bits.
+// they make use of the range: those 2^-14 of the largest keep all of their bits. Where they are computed by a maximum
+// that nobody compared with the scores, the sum that a thread has of a tile's must not exceed kMostSum: what T holds,
+// and of bf16 what leaves values and fp32 sums room.
 template <class T>
 struct ProbabilityRange {
-  static constexpr float kMaxLag = flashinfer::kMaxLag, kHeadroom = 0.f;
+  static constexpr float kMaxLag = flashinfer::kMaxLag, kHeadroom = 0.f, kMostSum = 0x1p32f;
+};
+template <>
+struct ProbabilityRange<fp16> : ProbabilityRange<bf16> {
+  static constexpr float kMostSum = 0x1p15f;
 };
 template <>
 struct ProbabilityRange<fp8_e4m3> {
@@ -79,22 +85,48 @@ struct Softmax {
     return max[half] * scale_log2 + (fast_log2(total) - Probability::kHeadroom);
   }
 
-  // Scores, one of kNumParts parts of them, become probabilities, up to the factor 2^-max.
-  template <int kPart = 0, int kNumParts = 1>
+  // Scores become probabilities, up to the factor 2^-max.
   __device__ __forceinline__ void exponentiate(Scores& scores, float scale_log2) {
-    constexpr int kNum = Shape::kNumScores / 2 / kNumParts;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // A row that has seen no key yet: exp2(-inf - 0) is zero, not NaN.
       const float scaled_max = max[half] == kMinusInfinity ? 0.f : max[half] * scale_log2 - Probability::kHeadroom;
 #pragma unroll
-      for (int i = kPart * kNum; i < (kPart + 1) * kNum; i += 2) {
+      for (int i = 0; i < Shape::kNumScores / 2; i += 2) {
         float &x = at(scores, half, i), &y = at(scores, half, i + 1);
         x = fast_exp2(fmaf(x, scale_log2, -scaled_max));
         y = fast_exp2(fmaf(y, scale_log2, -scaled_max));
         sum[half] += x + y;
       }
     }
+  }
+
+  // The same of all scores by the maximum as it is, which may be too far below them: tile_sum is to be added (`add`) if
+  // it `holds`.
+  __device__ __forceinline__ void exponentiate_by_last_max(Scores& scores, float scale_log2,
+                                                           float (&tile_sum)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float scaled_max = max[half] * scale_log2;
+      tile_sum[half] = 0.f;
+#pragma unroll
+      for (int i = 0; i < Shape::kNumScores / 2; i += 2) {
+        float &x = at(scores, half, i), &y = at(scores, half, i + 1);
+        x = fast_exp2(fmaf(x, scale_log2, -scaled_max));
+        y = fast_exp2(fmaf(y, scale_log2, -scaled_max));
+        tile_sum[half] += x + y;
+      }
+    }
+  }
+  // Of all rows of the consumer, whose products are started together. Not if a row has seen no key yet, where the
+  // maximum is -inf and the sum not finite.
+  __device__ __forceinline__ static bool holds(const float (&tile_sum)[2]) {
+    const bool is_less = tile_sum[0] <= Probability::kMostSum && tile_sum[1] <= Probability::kMostSum;
+    return !named_barrier_any(kConsumer + consumer_idx(), kWarpgroupSize, !is_less);
+  }
+  __device__ __forceinline__ void add(const float (&tile_sum)[2]) {
+    sum[0] += tile_sum[0];
+    sum[1] += tile_sum[1];
   }
 
   __device__ __forceinline__ static void rescale_output(Output& out, const float (&rescale)[2]) {
@@ -105,11 +137,9 @@ struct Softmax {
     }
   }
 
-  template <int kPart = 0, int kNumParts = 1>
   __device__ __forceinline__ static void pack(const Scores& scores, uint32_t (&p)[Shape::kNumProbabilityRegisters]) {
-    constexpr int kNum = Shape::kNumProbabilityRegisters / kNumParts;
 #pragma unroll
-    for (int i = kPart * kNum; i < (kPart + 1) * kNum; ++i) p[i] = pack_probabilities<typename Shape::T>(scores, i);
+    for (int i = 0; i < Shape::kNumProbabilityRegisters; ++i) p[i] = pack_probabilities<typename Shape::T>(scores, i);
   }
 };
 

@@ -34,12 +34,17 @@ struct Shape {
   static constexpr int kHeadDimQk = Config::kHeadDimQk, kHeadDimVo = Config::kHeadDimVo;
   static constexpr int kNumStages = Config::kNumStages, kNumQueryStages = Config::kNumQueryStages;
 
-  // Warpgroups 0 to kNumConsumers - 1 compute 64 rows each, the last one brings in what they need. One or two consumers
-  // have the registers to overlap their own products and softmax; three overlap with each other. Of 16 bits, where
-  // there are several, they take turns at the tensor cores.
+  // Warpgroups 0 to kNumConsumers - 1 compute 64 rows each, the last one brings in what they need. Of 16 bits they
+  // overlap their own products and softmax, for which three have the registers if 128 are enough for scores,
+  // probabilities and output, and where there are several they take turns at the tensor cores.
   static constexpr int kNumConsumers = kBlockM / 64, kRowsPerConsumer = 64, kRowsPerWarp = 16;
-  static constexpr bool kOverlaps = kNumConsumers <= 2 && sizeof(T) == 2;
+  static constexpr bool kOverlaps = sizeof(T) == 2;
+  static_assert(!kOverlaps || kNumConsumers <= 2 || kBlockN / 2 + kBlockN / 4 + kHeadDimVo / 2 <= 128);
   static constexpr bool kTakesTurns = sizeof(T) == 2 && kNumConsumers > 1;
+  // Scores that nothing happens to but a scale, of tiles that all rows see whole, are exponentiated by the maximum of
+  // the tiles before, and not searched for a larger one: a fifth fewer instructions a tile. Short queries wait for
+  // memory instead.
+  static constexpr bool kTrustsLastMax = kTakesTurns && Score<Config>::kIsPlain && !Config::Function::kProvesTiles;
   // Where there is room for the queries of one unit, those of the next come as soon as the last scores are there, and
   // the output is not staged in their place.
   static constexpr bool kReleasesQueriesEarly = kNumQueryStages == 1;
@@ -58,6 +63,9 @@ struct Shape {
   static_assert(!kWidens || kRowsPerPart % 8 == 0);
   // Whether consumers read what cp.async wrote.
   static constexpr bool kReadsCopies = kGathers && !kWidens;
+
+  // Consumers wait for queries that cannot come ahead: the warp that has the schedule brings half of them.
+  static constexpr int kNumQueryWarps = kReleasesQueriesEarly && !kTogether && !kTransposesValues ? 2 : 1;
 
   // Of a thread, in steps of 8: those that it starts with, and what becomes of them when producers give theirs away.
   // One block of two warpgroups starts with all that a thread can have. Widening takes what a short output leaves it.
@@ -169,7 +177,7 @@ struct Smem {
   // those that transpose; or all.
   static constexpr int kNumUnitProducers = Shape::kTogether           ? kNumProducerWarps
                                            : Shape::kTransposesValues ? 2 + Shape::kNumTransposers
-                                                                      : 3;
+                                                                      : 2 + Shape::kNumQueryWarps;
 
   __device__ __forceinline__ uint8_t* q_of(uint32_t unit_turn, int consumer_idx) {
     return q[unit_turn % Shape::kNumQueryStages][consumer_idx];
@@ -220,7 +228,7 @@ struct Smem {
   __device__ __forceinline__ void init(const Sm90PrefillParams& params) {
     constexpr int kNumConsumerWarps = Shape::kNumConsumers * 4;
     work_full.init(1);
-    q_full.init(Shape::kTogether ? kWarpgroupSize : 1);
+    q_full.init(Shape::kTogether ? kWarpgroupSize : Shape::kNumQueryWarps);
     constexpr int kNumKeyWriters = Shape::kWidens ? kNumProducerWarps : Shape::kGathers ? kWarpgroupSize : 1;
     constexpr int kNumTransposers = Shape::kGathers ? kNumProducerWarps : Shape::kNumTransposers;
     k_full.init(kNumKeyWriters);

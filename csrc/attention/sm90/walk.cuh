@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The loop of prefill on Hopper: S = Q Kᵀ, softmax, O += P V for the 64 rows of a consumer, tile after tile of KV.
 //
-// Tensor cores and exponentials take about as long, and are to run at the same time. Two consumers, or one, have
-// registers for their own products of one tile and the softmax of the next; two take turns at the tensor cores. Three
-// have not; while one is at its softmax, the others have theirs multiplied, and the products of half a tile's values
-// run during the exponentials of the other half. For their scores they take turns as well.
+// Tensor cores and exponentials take about as long, and are to run at the same time: of 16 bits, consumers have
+// registers for their own products of one tile and the softmax of the next, and where there are several they take turns
+// at the tensor cores. Of 8 bits three overlap with each other.
+//
+// A tile that all rows see whole is first tried by the maximum of the tiles before (Softmax::exponentiate_by_last_max).
+// If its scores turn out to be far above, it is done again with care. Most never are.
 //
 // No branch may lie between the start of products and the wait for them: the compiler would wait at the branch.
 #pragma once
@@ -87,55 +89,58 @@ struct TileWalk {
     const auto visibility = visibility_of<Config>(params, work.item.request_idx);
     const uint32_t first_turn = kv_turn, turn_plus_tile = kv_turn + work.item.tile_end - 1;
     Probabilities p = {};
+    bool is_again = false;  // the tile at hand, whose scores are too far above the maximum of those before
     const auto walk_down_to = [&](int end_tile, auto needs_mask) {
       const uint32_t end_turn = turn_plus_tile + 1 - max(end_tile, work.item.tile_begin);
 #pragma unroll 1
       for (; int32_t(end_turn - kv_turn) > 0; ++kv_turn) {
         const bool is_first = kHasHoles && kv_turn == first_turn;
-        step_of_shape(p, kv_turn, int(turn_plus_tile - kv_turn), needs_mask, is_first);
+        is_again = !step(p, kv_turn, int(turn_plus_tile - kv_turn), needs_mask, is_first);
+        if (is_again) break;
       }
     };
-    if constexpr (Shape::kOverlaps && !kHasHoles) {
-      begin_overlapped(p, kv_turn, work.item.tile_end - 1);
-      ++kv_turn;
-    }
     if constexpr (Smem<Config>::kProvesTiles) {
+      static_assert(kHasHoles && !Shape::kTrustsLastMax, "no tile is done again here, nor begun beside no products");
 #pragma unroll 1
       for (int tile = work.item.tile_end - 1; tile >= work.item.tile_begin; ++kv_turn) {
         const bool is_first = kv_turn == first_turn;
         const bool is_whole = visibility.contains(smem.proofs.range[unit_turn % kNumWorkSlots], key_tile(tile));
         // Beside a score that is computed for each key, a step more would find no registers.
         if (!smem.shows_all(unit_turn, tile) || (!Score<Config>::kIsPlain && !is_whole)) {
-          step_of_shape(p, kv_turn, tile, Constant<true>{}, is_first);
+          step(p, kv_turn, tile, Constant<true>{}, is_first);
         } else if (!is_whole) {
-          step_of_shape(p, kv_turn, tile, Constant<true, false>{}, is_first);
+          step(p, kv_turn, tile, Constant<true, false>{}, is_first);
         } else {
-          step_of_shape(p, kv_turn, tile, Constant<false>{}, is_first);
+          step(p, kv_turn, tile, Constant<false>{}, is_first);
         }
         tile = smem.tile_below(unit_turn, tile);
       }
     } else if (visibility.has_holes()) {
       walk_down_to(0, Constant<true>{});
     } else {
-      // The tiles at the begin of a window take the same loop as those at the end: twice the code, twice the compile.
+      Range clean = whole;
 #pragma unroll 1
-      for (Range clean = whole;; clean = {0, 0}) {
-        walk_down_to(clean.end, Constant<true>{});
-        walk_down_to(clean.begin, Constant<false>{});
-        if (!visibility.has_begin() || clean.end == 0) break;
-      }
+      do {
+        if constexpr (Shape::kOverlaps) begin_overlapped(p, kv_turn, int(turn_plus_tile - kv_turn)), ++kv_turn;
+        // The tiles at the begin of a window take the same loop as those at the end: twice the code, twice the compile.
+#pragma unroll 1
+        for (;; clean = {0, 0}) {
+          walk_down_to(clean.end, Constant<true>{});
+          walk_down_to(clean.begin, Constant<false>{});
+          if (is_again || !visibility.has_begin() || clean.end == 0) break;
+        }
+      } while (is_again);
     }
     if constexpr (Shape::kOverlaps) end_overlapped(p, kv_turn - 1);
   }
 
-  __device__ __forceinline__ void step_of_shape(Probabilities& p, uint32_t turn, int tile, auto needs_mask,
-                                                bool is_first) {
-    if constexpr (Shape::kTransposesValues) {
-      step_of_8_bits(p, turn, tile, needs_mask);
-    } else if constexpr (Shape::kOverlaps) {
-      step_overlapped(p, turn, tile, needs_mask, is_first);
+  // False if the tile is to be done again.
+  __device__ __forceinline__ bool step(Probabilities& p, uint32_t turn, int tile, auto needs_mask, bool is_first) {
+    if constexpr (Shape::kOverlaps) {
+      return step_overlapped(p, turn, tile, needs_mask, is_first);
     } else {
-      step(p, turn, tile, needs_mask);
+      step_of_8_bits(p, turn, tile, needs_mask);
+      return true;
     }
   }
 
@@ -157,35 +162,14 @@ struct TileWalk {
     }
   }
 
-  __device__ __forceinline__ void step(Probabilities& p, uint32_t turn, int tile, auto needs_mask) {
-    Scores scores;
-    smem.await(smem.k_full, turn);
-    Turns::await();
-    start_scores(scores, turn);
-    Turns::pass_on();
-    wait_for_scores<0>(scores, turn, tile);
-    float rescale[2];
-    transform_and_mask<Config>(scores, params, work, smem.group_size, key_tile(tile), needs_mask);
-    if (softmax.raise_max(scores, scale_log2, rescale)) softmax.rescale_output(out, rescale);
-    smem.await(smem.v_full, turn);
-    softmax.template exponentiate<0, 2>(scores, scale_log2);
-    softmax.template pack<0, 2>(scores, p);
-    start_output<0, 2>(p, turn);
-    pin(scores);
-    softmax.template exponentiate<1, 2>(scores, scale_log2);
-    softmax.template pack<1, 2>(scores, p);
-    pin(p);
-    start_output<1, 2>(p, turn);
-    wait_for_output(turn);
-  }
-
   // Sums of 8-bit products keep too few bits for those of all tiles: each tile has its own, of 64 columns at a time for
   // want of registers, and O = O rescale + P V is done in fp32.
   __device__ __forceinline__ void step_of_8_bits(Probabilities& p, uint32_t turn, int tile, auto needs_mask) {
     Scores scores;
     smem.await(smem.k_full, turn);
     start_scores(scores, turn);
-    wait_for_scores<0>(scores, turn, tile);
+    wait_for_scores<0>(scores);
+    release_keys(turn, tile);
     float rescale[2];
     transform_and_mask<Config>(scores, params, work, smem.group_size, key_tile(tile), needs_mask);
     softmax.raise_max(scores, scale_log2, rescale);
@@ -216,8 +200,10 @@ struct TileWalk {
     if (elect_lane()) smem.v_empty.at(turn).arrive();
   }
 
-  // The tile's scores beside the products of the one before, whose probabilities p are; of the first, p is zero.
-  __device__ __forceinline__ void step_overlapped(Probabilities& p, uint32_t turn, int tile, auto needs_mask,
+  // The tile's scores beside the products of the one before, whose probabilities p are; of the first, p is zero. False
+  // if the tile is to be done again: its scores are too far above the maximum so far. That takes no other turn at the
+  // tensor cores, since all consumers take as many.
+  __device__ __forceinline__ bool step_overlapped(Probabilities& p, uint32_t turn, int tile, auto needs_mask,
                                                   bool is_first) {
     Scores scores;
     const uint32_t values_turn = is_first ? turn : turn - 1;
@@ -233,7 +219,20 @@ struct TileWalk {
     if constexpr (!Shape::kReadsCopies) smem.await(smem.v_full, values_turn);
     start_output(p, values_turn);
     Turns::pass_on();
-    wait_for_scores<1>(scores, turn, tile);
+    wait_for_scores<1>(scores);
+    if constexpr (Shape::kTrustsLastMax && !needs_mask) {
+      float tile_sum[2];
+      softmax.exponentiate_by_last_max(scores, scale_log2, tile_sum);
+      pin(scores);  // not until all of it is done
+      const bool holds = softmax.holds(tile_sum);
+      release_keys_if(holds, turn, tile);
+      wait_for_output(values_turn);
+      if (!holds) return false;
+      softmax.add(tile_sum);
+      softmax.pack(scores, p);
+      return true;
+    }
+    release_keys(turn, tile);
     float rescale[2];
     transform_and_mask<Config>(scores, params, work, smem.group_size, key_tile(tile), needs_mask);
     const bool is_raised = softmax.raise_max(scores, scale_log2, rescale);
@@ -242,15 +241,19 @@ struct TileWalk {
     wait_for_output(values_turn, !is_first);
     softmax.pack(scores, p);
     if (is_raised) softmax.rescale_output(out, rescale);
+    return true;
   }
+  // The first tile, or one that is done again: beside no other products, and without a turn.
   __device__ __forceinline__ void begin_overlapped(Probabilities& p, uint32_t turn, int tile) {
     Scores scores;
     smem.await(smem.k_full, turn);
     start_scores(scores, turn);
-    wait_for_scores<0>(scores, turn, tile);
-    float no_rescale[2];
+    wait_for_scores<0>(scores);
+    release_keys(turn, tile);
+    float rescale[2];
     transform_and_mask<Config>(scores, params, work, smem.group_size, key_tile(tile), Constant<true>{});
-    softmax.raise_max(scores, scale_log2, no_rescale);
+    softmax.raise_max(scores, scale_log2, rescale);
+    if (Shape::kTrustsLastMax && tile != work.item.tile_end - 1) softmax.rescale_output(out, rescale);
     softmax.exponentiate(scores, scale_log2);
     softmax.pack(scores, p);
   }
@@ -261,12 +264,10 @@ struct TileWalk {
   }
 
   // An address that all lanes are known to have in common. wgmma takes its operands from registers that a warp shares;
-  // made from such an address they are computed there, and not moved one by one. Three consumers have a register for
-  // that of keys alone, and of 8 bits none.
-  template <bool kHasRegister = Shape::kOverlaps>
+  // made from such an address they are computed there, and not moved one by one. Of 8 bits there is no register for it.
   __device__ __forceinline__ static uint32_t common_address(const uint8_t* tile_smem) {
     const uint32_t address = smem_address(tile_smem);
-    if constexpr (!kHasRegister) return address;
+    if constexpr (Shape::kTransposesValues) return address;
     return __shfl_sync(0xffffffffu, address, 0);
   }
 
@@ -274,7 +275,9 @@ struct TileWalk {
   __device__ __forceinline__ void start_scores(Scores& scores, uint32_t turn) const {
     Operand q = this->q;
     asm volatile("" : "+r"(q.low));  // else the operands of all steps would stay in registers, tile after tile
-    const Operand k = depth_major_operand(common_address<sizeof(T) == 2>(smem.k[turn % Shape::kNumStages]));
+    // Likewise common to all lanes, which the compiler does not see in a loop that may end early.
+    if constexpr (Shape::kTrustsLastMax) q.low = __shfl_sync(0xffffffffu, q.low, 0);
+    const Operand k = depth_major_operand(common_address(smem.k[turn % Shape::kNumStages]));
     pin(scores);
     wgmma_fence();
 #pragma unroll
@@ -286,28 +289,32 @@ struct TileWalk {
     wgmma_commit();
   }
   template <int kNumPending>
-  __device__ __forceinline__ void wait_for_scores(Scores& scores, uint32_t turn, int tile) const {
+  __device__ __forceinline__ static void wait_for_scores(Scores& scores) {
     wgmma_wait<kNumPending>();
     pin(scores);
+  }
+  __device__ __forceinline__ void release_keys(uint32_t turn, int tile) const {
     if (elect_lane()) smem.k_empty.at(turn).arrive();
     if constexpr (Shape::kReleasesQueriesEarly) {
       smem.q_empty.at(0).arrive_if(elect_lane() && tile == work.item.tile_begin);
     }
   }
 
-  // O += P V of one of kNumParts parts of the tile's keys.
-  template <int kPart = 0, int kNumParts = 1>
+  // Without a branch, for between the start of products and the wait for them.
+  __device__ __forceinline__ void release_keys_if(bool is_done, uint32_t turn, int tile) const {
+    const bool arrives = elect_lane() && is_done;
+    smem.k_empty.at(turn).arrive_if(arrives);
+    if constexpr (Shape::kReleasesQueriesEarly) smem.q_empty.at(0).arrive_if(arrives && tile == work.item.tile_begin);
+  }
+
+  // O += P V.
   __device__ __forceinline__ void start_output(Probabilities& p, uint32_t turn) const {
-    constexpr int kNumSteps = Shape::kBlockN / 16 / kNumParts;
-    static_assert(kNumSteps * kNumParts * 16 == Shape::kBlockN);
     const Operand v = column_major_operand(common_address(smem.v[turn % Shape::kNumStages]), Shape::kBlockN);
-    if constexpr (kPart == 0) {
-      pin(out);
-      pin(p);
-    }
+    pin(out);
+    pin(p);
     wgmma_fence();
 #pragma unroll
-    for (int step = kPart * kNumSteps; step < (kPart + 1) * kNumSteps; ++step) {
+    for (int step = 0; step < Shape::kBlockN / 16; ++step) {
       Wgmma<T, Shape::kHeadDimVo>::multiply(out, p + 4 * step, v.advanced(step * 16 * kPanelBytes), true);
     }
     wgmma_commit();

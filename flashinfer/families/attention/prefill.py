@@ -43,7 +43,7 @@ MAX_FIXED_SPLITS, FIXED_SLOTS, FIXED_COUNTERS = 16, 20, 5
 # Query rows of a request (tokens times query heads per KV head) up to which the tile for short queries is faster, and
 # from which that for long ones, if there are so many of all requests and KV heads that its units fill the last round of
 # blocks well: 10 rounds, on 132 SMs.
-SHORT_ROWS, LONG_ROWS = 64, 32768
+SHORT_ROWS, LONG_ROWS = 64, 16384
 MANY_ROWS = 1 << 18
 # Of prompts beside requests to decode the average says less: 1 x 512 on 8192 beside 64 x 4096, 35 rows a request, took
 # 429 us in the tile for short queries on an H200, prefill and decode one behind the other 365.

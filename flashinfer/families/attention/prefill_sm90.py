@@ -33,25 +33,23 @@ class Tile(NamedTuple):
 # By head_dim of keys and values. TFLOP/s on an H200, 32 query heads on 8 (head_dim 256: 16 on 4; 192: 128), in one run,
 # causal, 4 x 4096 / 1 x 16384.
 TILES = {
-    # 436 / 485. 192 x 128: 418 / 454; 128 x 128: 392 / 430. Since the consumers take turns, in another run, 447 / 502,
-    # where they made 439 / 503; 192 x 128 415 / 466.
-    (64, 64): Tile(192, 192, 2, 2),
-    # 561 / 619, 16 x 1024: 421. 128 x 176 and 128 x 160, in another run: 533 and 535, where this tile made 569.
+    # 472 / 534, FA3 443 / 505; 192 x 192, of three consumers that cannot overlap their own work, 436 / 504.
+    (64, 64): Tile(192, 128, 2, 2),
+    # 599 / 641, 16 x 1024: 405. 128 x 176 and 128 x 160, in another run before tiles went by the maximum of those
+    # before: 533 and 535, where this tile made 569.
     (128, 128): Tile(128, 128, 2, 2),
-    # 538. 192 x 96: 506.
+    # 595, FA3 572; with one warp for queries 586. 192 x 96 in another run: 506, where this tile made 538.
     (192, 128): Tile(128, 128, 2, 1),
-    # 612 / 712. 128 x 64, in another run: 498, where this tile made 522. Since queries are released early, in two runs,
-    # 612 and 616 / 680 and 691, where it made 581 and 600 / 676 and 684.
+    # 631, FA3 622; with one warp for queries 620. 128 x 64, in another run: 498, where this tile made 522. Until
+    # queries were released early, in two runs: 581 and 600 / 676 and 684, since then 612 and 616 / 680 and 691.
     (256, 256): Tile(128, 80, 2, 1),
 }
 # At least LONG_ROWS query rows a request: the units of a larger tile read KV from the L2 cache less often
-# (`has_long_tile`; others have the tile above).
+# (`has_long_tile`; others have the tile above). For 80 keys three consumers have registers to overlap their own work.
 LONG_TILES = {
-    # 1 x 16384 652, the tile above 629, FA3 648; of pages of 16 640, 596, 546; without a mask 669, 642, 623. 2 x 8192:
-    # 630, 610, 612. 4 x 4096, of half as many rows as are long: 584, 585, 585; 4096 on 65536, pages of 16: 594, 621.
-    # Without turns at the tensor cores 618, in another run; P V as a whole and not in halves 640. 192 x 112 and 192 x
-    # 96 at 192 on 128, 4 x 4096: 519 and 530, where 128 x 128 made 575.
-    (128, 128): Tile(192, 128, 2, 2),
+    # 624 / 700, the tile above 599 / 641, FA3 565 / 627; 192 x 128, of consumers that only overlap with each other,
+    # - / 652.
+    (128, 128): Tile(192, 80, 2, 2),
 }
 # Where more happens to a score than a causal mask or a window, or KV are gathered, which takes registers: three
 # consumers have not got them, nor two with tiles of 128 keys beside 256 dimensions.
