@@ -117,7 +117,7 @@ def test_a_plan_goes_by_shapes_alone() -> None:
 
 def test_a_plan_that_others_do_not_decide_goes_by_its_own_lengths() -> None:
     """Whatever else is in the batch: of a request that is like all of them, or the tile between the others."""
-    tokens = families.LONG_ROWS // 4
+    tokens = max(families.LONG_ROWS, families.MANY_ROWS // 8) // 4  # of 32 heads on 8
     for fixed in (0, 4096):
         assert {make_plan(PrefillPlan, 3, (0, 0), fixed).queries_of(n) for n in (1, 1000, 1 << 30)} == {"medium"}
         for length, queries in ((1, "short"), (17, "medium"), (tokens, "long")):
