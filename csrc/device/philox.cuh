@@ -20,7 +20,7 @@ __device__ __forceinline__ RandomWords philox(uint64_t seed, uint64_t subsequenc
   uint32_t c0 = uint32_t(counter), c1 = uint32_t(counter >> 32);
   uint32_t c2 = uint32_t(subsequence), c3 = uint32_t(subsequence >> 32);
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-#pragma unroll 1  // each waits for the one before it; a kernel has up to seven copies
+#pragma unroll
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t(kMul0) * c0, p1 = uint64_t(kMul1) * c2;
     c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;

@@ -92,7 +92,7 @@ struct RowDraw {
   template <class Search>
   __device__ __forceinline__ void from_list(Search& search, float top_p, const RowTotals<Config>& totals) const {
     auto& list = search.list;
-    float floor = search.decided;
+    float floor = search.decide();
     float weight = list.is_listed && list.score > floor ? totals.weigh()(list.score) : 0.f;
     if (Config::kTopP && top_p < kInfinity) {
       const float before = list.weight_before(weight);

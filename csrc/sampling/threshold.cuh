@@ -49,7 +49,6 @@ struct ThresholdSearch {
   float low, high;
   float mass_low, mass_high;  // the weight above each
   bool is_listed;             // the leader holds all elements in (low, high]; else they are equal, and stay
-  float decided;              // of the leader, where it does: the score above which elements stay
 
   __device__ __forceinline__ ThresholdSearch(Slice& slice, Smem& smem, RowMail<kClusterSize>& mail,
                                              const RowTotals<Config>& totals, float target, int vocab_size)
@@ -69,27 +68,34 @@ struct ThresholdSearch {
     mass_high = 0.f;
     is_listed = false;
     const bool has_bound = kCounts && bound_by_maxima();
-    bool may_fit = has_bound;
+    if (has_bound) gather();
 #pragma unroll 1
-    for (int round = 0;; ++round) {
-      if (may_fit) gather();
-      if (is_listed || holds_one_value<typename Config::T>(low, high)) break;
+    for (int round = 0; !is_listed && !holds_one_value<typename Config::T>(low, high); ++round) {
       narrow(round == 0 && !has_bound ? outward() : inward(), round);
       // Each element inside weighs more than low does, which limits their number. Else see from time to time whether
       // many equal ones are in the way.
-      may_fit = mass_low - mass_high <= List::kCapacity * weight_of(low) || round % 5 == 4;
+      const bool may_fit = mass_low - mass_high <= List::kCapacity * weight_of(low);
+      if (may_fit || round % 5 == 4) gather();
     }
-    if (is_listed && cluster_rank<kClusterSize>() == 0) decided = decide();
   }
 
   // Whether all that stays is on the list.
   __device__ __forceinline__ bool is_complete() const { return is_listed && mass_high == 0.f; }
 
+  // Ranks the list and returns the score above which elements stay. Called by the leader's threads.
+  __device__ __forceinline__ float decide() {
+    list.rank();
+    float before = threadIdx.x;
+    if constexpr (!kCounts) before = list.weight_before(list.is_listed ? weight_of(list.score) : 0.f);
+    return list.floor_of_first(list.is_listed && mass_high + before < target);
+  }
+
   // The score above which elements stay. Collective over the cluster.
   __device__ __forceinline__ float floor() {
     if (!is_listed) return low;
-    if (cluster_rank<kClusterSize>() == 0 && threadIdx.x < kClusterSize) {
-      mail.floor.send(&smem.floor, decided, threadIdx.x);
+    if (cluster_rank<kClusterSize>() == 0) {
+      const float decided = decide();
+      if (threadIdx.x < kClusterSize) mail.floor.send(&smem.floor, decided, threadIdx.x);
     }
     mail.floor.receive(sizeof(float), 0);
     return smem.floor;
@@ -152,14 +158,6 @@ struct ThresholdSearch {
           i == kNumPivots / 2 ? middle_float(low, high) : between<Config>(low, high, (i + 1) / (kNumPivots + 1.f));
     }
     return pivots;
-  }
-
-  // Ranks the list and returns the score above which elements stay. Called by the leader's threads.
-  __device__ __forceinline__ float decide() {
-    list.rank();
-    float before = threadIdx.x;
-    if constexpr (!kCounts) before = list.weight_before(list.is_listed ? weight_of(list.score) : 0.f);
-    return list.floor_of_first(list.is_listed && mass_high + before < target);
   }
 
   // Lists what is inside, if there is room, and draws the bracket tight around it.
