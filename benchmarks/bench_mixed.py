@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill and decode in one launch, beside prefill followed by decode: microseconds.
+"""Prefill and decode of one batch, beside prefill followed by decode: microseconds.
 
 python benchmarks/bench_mixed.py [--only "64 x 4096"] [--peer FOLDER] [--json]
 
-32 query heads on 8, head_dim 128, bf16, pages of 16 in a random order. `BatchAttention` takes all requests at once; the
-others are `BatchPrefillWithPagedKVCacheWrapper` and `BatchDecodeWithPagedKVCacheWrapper`, one behind the other and each
-alone; "prefill's wrapper" is the former over all requests, of a peer too, whose launch does not mix. All are timed in
-turns inside CUDA graphs.
+bf16, pages of 16 in a random order; 32 query heads on 8 and head_dim 128 unless the name says otherwise.
+`BatchAttention` takes all requests at once; the others are `BatchPrefillWithPagedKVCacheWrapper` and
+`BatchDecodeWithPagedKVCacheWrapper`, one behind the other and each alone; "prefill's wrapper" is the former over all
+requests, of a peer too. All are timed in turns inside CUDA graphs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from common import (
 
 import flashinfer
 
-HEADS, HEAD_DIM, PAGE_SIZE = (32, 8), 128, 16
+HEADS, HEAD_DIM, PAGE_SIZE = (32, 8), 128, 16  # unless a case says otherwise
 SCALE = 1 if DEVICE == "cuda" else 32  # of lengths, on a CPU
 
 
@@ -40,12 +40,16 @@ SCALE = 1 if DEVICE == "cuda" else 32  # of lengths, on a CPU
 class Case:
     prefills: tuple[int, int, int]  # requests, queries and keys of each
     decodes: tuple[int, int]  # requests, keys of each
+    heads: tuple[int, int] = HEADS
+    head_dim: int = HEAD_DIM
 
     @property
     def name(self) -> str:
         count, qo_len, kv_len = self.prefills
         on = f" on {kv_len}" if kv_len != qo_len else ""
-        return f"{count} x {qo_len}{on} + {self.decodes[0]} x {self.decodes[1]}"
+        shape = f", {self.heads[0]}/{self.heads[1]}" if self.heads != HEADS else ""
+        shape += f", head_dim {self.head_dim}" if self.head_dim != HEAD_DIM else ""
+        return f"{count} x {qo_len}{on} + {self.decodes[0]} x {self.decodes[1]}{shape}"
 
     @property
     def lengths(self) -> list[tuple[int, int]]:
@@ -65,6 +69,27 @@ CASES = [
     Case((1, 2048, 2048), (8, 32768)),
     Case((0, 1, 1), (64, 4096)),
     Case((8, 1024, 1024), (0, 1)),
+    Case((1, 8192, 8192), (128, 1024)),
+    Case((1, 8192, 8192), (1, 4096)),
+    Case((32, 256, 256), (32, 2048)),
+    Case((64, 128, 128), (256, 512)),
+    Case((2, 16384, 16384), (8, 4096)),
+    Case((4, 512, 16384), (16, 16384)),
+    Case((1, 1024, 1024), (1, 131072)),
+    Case((1, 2048, 2048), (256, 128)),
+    Case((1, 64, 4096), (128, 2048)),
+    Case((3, 700, 2500), (40, 3000)),
+    Case((4, 1024, 1024), (32, 2048), (32, 32)),
+    Case((1, 512, 512), (16, 4096), (32, 32)),
+    Case((1, 2048, 8192), (8, 8192), (32, 32)),
+    Case((8, 1024, 1024), (64, 4096), (64, 8)),
+    Case((1, 512, 512), (64, 4096), (64, 8)),
+    Case((4, 2048, 2048), (16, 8192), (64, 8)),
+    Case((8, 1024, 1024), (64, 4096), HEADS, 64),
+    Case((1, 512, 512), (64, 4096), HEADS, 64),
+    Case((2, 4096, 4096), (16, 2048), HEADS, 64),
+    Case((4, 1024, 1024), (32, 2048), (32, 32), 64),
+    Case((8, 1024, 1024), (64, 4096), (64, 8), 64),
 ]
 
 
@@ -83,10 +108,12 @@ class Problem:
         self.pages = torch.randperm(num_pages, device=DEVICE).int()
         self.kv_lens = kv_lens.int().to(DEVICE)
         self.last = ((kv_lens - 1) % PAGE_SIZE + 1).int().to(DEVICE)
-        shape = (num_pages, 2, PAGE_SIZE, HEADS[1], HEAD_DIM)
-        copies = 1 if num_pages * PAGE_SIZE * 4096 > 1 << 28 or DEVICE == "cpu" else 4
+        (num_qo_heads, num_kv_heads), head_dim = case.heads, case.head_dim
+        shape = (num_pages, 2, PAGE_SIZE, num_kv_heads, head_dim)
+        is_large = num_pages * PAGE_SIZE * num_kv_heads * head_dim * 4 > 1 << 28
+        copies = 1 if is_large or DEVICE == "cpu" else 4
         self.caches = [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(copies)]
-        self.q = torch.randn(int(qo_lens.sum()), HEADS[0], HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
+        self.q = torch.randn(int(qo_lens.sum()), num_qo_heads, head_dim, device=DEVICE, dtype=torch.bfloat16)
         self.out = torch.empty_like(self.q)
         self.lse = torch.empty(self.q.shape[:2], device=DEVICE)
 
@@ -99,7 +126,7 @@ class Problem:
     def mixed(self) -> Callable[[torch.Tensor], Any]:
         wrapper = flashinfer.BatchAttention(device=DEVICE)
         given = (self.qo_indptr, self.kv_indptr, self.pages, self.kv_lens)
-        wrapper.plan(*given, *HEADS, HEAD_DIM, HEAD_DIM, PAGE_SIZE, causal=True)
+        wrapper.plan(*given, *self.case.heads, *[self.case.head_dim] * 2, PAGE_SIZE, causal=True)
         return lambda cache: wrapper.run(self.q, cache, self.out, self.lse)
 
     def prefill(self, count: int) -> Callable[[torch.Tensor], Any]:
@@ -107,7 +134,7 @@ class Problem:
         wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace())
         indptrs = self.qo_indptr[: count + 1], self.kv_indptr[: count + 1]
         wrapper.plan(
-            *indptrs, self.pages, self.last[:count], *HEADS, HEAD_DIM, PAGE_SIZE, causal=True,
+            *indptrs, self.pages, self.last[:count], *self.case.heads, self.case.head_dim, PAGE_SIZE, causal=True,
             q_data_type=torch.bfloat16,
         )  # fmt: skip
         num_tokens = int(indptrs[0][-1])
@@ -117,8 +144,8 @@ class Problem:
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace())
         indptr = self.kv_indptr[self.count :]
         wrapper.plan(
-            (indptr - indptr[0]).contiguous(), self.pages[int(indptr[0]) :], self.last[self.count :], *HEADS, HEAD_DIM,
-            PAGE_SIZE, q_data_type=torch.bfloat16,
+            (indptr - indptr[0]).contiguous(), self.pages[int(indptr[0]) :], self.last[self.count :],
+            *self.case.heads, self.case.head_dim, PAGE_SIZE, q_data_type=torch.bfloat16,
         )  # fmt: skip
         return lambda cache: wrapper.run(self.q[self.num_prefilled :], cache, out=self.out[self.num_prefilled :])
 

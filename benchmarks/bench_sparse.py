@@ -5,12 +5,13 @@ python benchmarks/bench_sparse.py [--only 64x64] [--peer FOLDER] [--json]
 
 FLOPs are 4 head_dim per (query, key, head) of a listed block. Blocks are drawn at random, a quarter of them. "dense" is
 prefill of one request over ragged KV, all of whose keys are seen, of the same lengths and heads. Variable blocks are 32
-to 192 rows and columns, multiples of 8 where keys are looked up by pages. Calls are timed inside a CUDA graph.
+to 192 rows and columns, multiples of 8 where keys are looked up by pages. Both are timed in turns inside CUDA graphs.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from common import (
     DEVICE,
     Times,
-    device_us,
+    device_us_in_turns,
     environment,
     parser_of,
     print_failures,
@@ -31,6 +32,7 @@ from common import (
 import flashinfer
 
 HEAD_DIM = 128
+Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Problem:
         )
         self.flops = 0.0
 
-    def time_blocks(self) -> float:
+    def of_blocks(self) -> Call:
         case, num_blocks = self.case, self.case.length // self.case.block
         blocks = torch.rand(num_blocks, num_blocks, device=DEVICE) < case.density
         self.flops = case.dense_flops() * float(blocks.float().mean())
@@ -83,7 +85,7 @@ class Problem:
             indptr, indices, case.length, case.length, case.block, case.block, *case.heads, HEAD_DIM,
             q_data_type=torch.bfloat16, o_data_type=torch.bfloat16,
         )  # fmt: skip
-        return self._time(wrapper, (self.q, self.k, self.v))
+        return self._call(wrapper, (self.q, self.k, self.v))
 
     def _sizes(self) -> torch.Tensor:
         """Of a head's blocks, which add up to the length."""
@@ -93,7 +95,7 @@ class Problem:
         count = int((ends < self.case.length).sum())
         return torch.tensor([*sizes[:count], self.case.length - int(ends[count - 1])])
 
-    def time_variable(self) -> float:
+    def of_variable_blocks(self) -> Call:
         case, num_heads = self.case, self.case.heads[1]
         rows, columns = self._sizes(), self._sizes()
         blocks = torch.rand(num_heads, len(rows), len(columns)) < case.density
@@ -105,19 +107,19 @@ class Problem:
             blocks.to(where), *(x.int().repeat(num_heads, 1).to(where) for x in (rows, columns)), *case.heads, HEAD_DIM,
             q_data_type=torch.bfloat16,
         )  # fmt: skip
-        return self._time(wrapper, [x.transpose(0, 1).contiguous() for x in (self.q, self.k, self.v)])
+        return self._call(wrapper, [x.transpose(0, 1).contiguous() for x in (self.q, self.k, self.v)])
 
-    def time_dense(self) -> float:
+    def of_all(self) -> Call:
         case = self.case
         wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(self.workspace)
         indptr = torch.tensor([0, case.length], dtype=torch.int32, device=DEVICE)
         wrapper.plan(indptr, indptr, *case.heads, HEAD_DIM, q_data_type=torch.bfloat16)
-        return self._time(wrapper, (self.q, self.k, self.v))
+        return self._call(wrapper, (self.q, self.k, self.v))
 
     @staticmethod
-    def _time(wrapper: Any, operands: Any) -> float:
+    def _call(wrapper: Any, operands: Any) -> Call:
         out = torch.empty_like(operands[0])
-        return device_us([lambda: wrapper.run(*operands, out=out)] * 2, repeats=10)
+        return lambda: wrapper.run(*operands, out=out)
 
 
 def measure(args: argparse.Namespace, times: Times) -> None:
@@ -125,10 +127,14 @@ def measure(args: argparse.Namespace, times: Times) -> None:
         if args.only not in case.name:
             continue
         problem = Problem(case)
-        times.measure(case.name, "", problem.time_blocks if case.block else problem.time_variable)
-        times.columns.setdefault("flops", {})[case.name] = problem.flops
-        if not times.is_peer:
-            times.measure(case.name, "dense", problem.time_dense)
+        with times.noting(case.name):
+            of_blocks = problem.of_blocks() if case.block else problem.of_variable_blocks()
+            calls: dict[str, Sequence[Call]] = {"": [of_blocks] * 2}
+            times.columns.setdefault("flops", {})[case.name] = problem.flops
+            if not times.is_peer:
+                calls["dense"] = [problem.of_all()] * 2
+            for column, us in device_us_in_turns(calls).items():
+                times.measure(case.name, column, lambda us=us: us)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from flashinfer.attention.plan import NO_FUNCTIONS
 from flashinfer.attention.planned import DataType, Result
-from flashinfer.attention.prefill.plan import WholeLengthsPlan
+from flashinfer.attention.prefill.plan import MixedPlan
 from flashinfer.attention.prefill.wrapper import PrefillWrapper
 from flashinfer.attention.variant import GivenScale, Overrides
 from flashinfer.errors import UnsupportedConfig
@@ -20,9 +20,9 @@ _FLOAT_WORKSPACE_BYTES = 128 << 20
 
 
 class BatchAttention(PrefillWrapper):
-    """Attention of a batch over a paged cache in which some requests are prefilled and others decoded: one plan and one
-    launch, of the kernels of `BatchPrefillWithPagedKVCacheWrapper`, which compute for the former while they read for
-    the latter.
+    """Attention of a batch over a paged cache in which some requests are prefilled and others decoded: one plan, and
+    two launches of kernels of prefill, each over the requests that its tile is for. On Hopper they run beside each
+    other: one computes while the other reads.
 
     Plan and run may be captured in one CUDA graph, and replayed for other lengths in the same index tensors.
 
@@ -34,7 +34,7 @@ class BatchAttention(PrefillWrapper):
     _op_name = "batch_attention"
     _index_names = ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr")
     _whole_lengths = True
-    _plan_class = WholeLengthsPlan
+    _plan_class = MixedPlan
 
     def __init__(self, kv_layout: str = "NHD", device: Union[str, torch.device] = "cuda") -> None:
         where = torch.device(device)

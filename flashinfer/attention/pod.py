@@ -30,8 +30,8 @@ class PODWithPagedKVCacheWrapper(Uncopyable):
     """Prefill of one sequence beside decode of a batch over a paged cache (POD-Attention, Kamath et al. 2024,
     arXiv:2410.18038).
 
-    The two have caches of their own, and are two launches, one behind the other. For one launch, put the sequence into
-    the paged cache and use `BatchAttention`.
+    The two have caches of their own, and are two launches, one behind the other. To have them overlap, put the sequence
+    into the paged cache and use `BatchAttention`.
 
     Args:
         float_workspace_buffer: scratch memory on the device to run on; 128 MB suffice for every common shape. A CPU
@@ -206,8 +206,8 @@ class _MixedWrapper(BatchPrefillWithPagedKVCacheWrapper):
 class BatchPODWithPagedKVCacheWrapper(Uncopyable):
     """Prefill of some requests beside decode of others, each over a paged cache.
 
-    On a GPU it is one launch, as of `BatchAttention`, where the two are slices of one batch: q_d follows q_p in memory,
-    both have the same cache, plan() was given qo_indptr_d on the CPU, with one query each, and run() has no mask and no
+    On a GPU it is what `BatchAttention` does where the two are slices of one batch: q_d follows q_p in memory, both
+    have the same cache, plan() was given qo_indptr_d on the CPU, with one query each, and run() has no mask and no
     scales. Otherwise it is two launches, one behind the other.
 
     A CUDA graph of run() alone holds for the plan that it was captured under, whose copies the next plan() gives up.

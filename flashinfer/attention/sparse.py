@@ -10,6 +10,7 @@ import torch
 
 from flashinfer.attention.plan import NO_FUNCTIONS, dtype_of
 from flashinfer.attention.planned import DataType, Result
+from flashinfer.attention.prefill.plan import PrefillPlan
 from flashinfer.attention.prefill.wrapper import PrefillWrapper
 from flashinfer.attention.variant import GivenScale, Overrides
 from flashinfer.errors import UnsupportedConfig
@@ -71,8 +72,18 @@ def convert_bsr_mask_layout(mask: torch.Tensor, indptr: torch.Tensor) -> torch.T
     return flat.view(-1)
 
 
+class SparsePlan(PrefillPlan):
+    """Of rows of blocks, whose keys and values other rows read as well."""
+
+    def queries_of(self, num_tokens: int) -> str:
+        queries = super().queries_of(num_tokens)
+        return "shared" if queries == "short" else queries
+
+
 class SparsePrefill(PrefillWrapper):
     """Paged prefill whose caller gives keys and values as rows."""
+
+    _plan_class = SparsePlan
 
     def __init__(self, float_workspace_buffer: torch.Tensor, backend: str = "auto") -> None:
         super().__init__(float_workspace_buffer, backend=backend)

@@ -45,6 +45,13 @@ def halves(buffer: torch.Tensor) -> tuple[Region, Region]:
     return Region(address, int_bytes), Region(address + int_bytes, num_bytes - int_bytes)
 
 
+def two_parts(buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one workspace, for two schedules."""
+    elements = buffer.view(-1)
+    half = len(elements) // 2
+    return elements[:half], elements[half:]
+
+
 def carve(op: str, name: str, buffer: Memory, sizes: Sequence[int]) -> list[int]:
     """Addresses of consecutive regions of these sizes in bytes inside a workspace. Raises ValueError if it is too
     small."""

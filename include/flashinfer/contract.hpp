@@ -662,7 +662,7 @@ static_assert(__builtin_offsetof(PrefillParams, num_tokens) == 436);
 template <>
 struct Layout<PrefillPlanParams> {
   static constexpr const char* kName = "PrefillPlanParams";
-  static constexpr uint64_t kAbi = 0x6d374e66192b180d;
+  static constexpr uint64_t kAbi = 0x785dcc6ba9b72ed7;
 };
 static_assert(sizeof(PrefillPlanParams) == 280);
 static_assert(__builtin_offsetof(PrefillPlanParams, qo_indptr) == 0);
@@ -694,7 +694,7 @@ static_assert(__builtin_offsetof(PrefillPlanParams, costs.of_item) == 132);
 static_assert(__builtin_offsetof(PrefillPlanParams, costs.of_partial) == 136);
 static_assert(__builtin_offsetof(PrefillPlanParams, costs.min_split) == 140);
 static_assert(__builtin_offsetof(PrefillPlanParams, costs.fills_gaps) == 144);
-static_assert(__builtin_offsetof(PrefillPlanParams, reserved) == 148);
+static_assert(__builtin_offsetof(PrefillPlanParams, part) == 148);
 static_assert(__builtin_offsetof(PrefillPlanParams, extras) == 152);
 
 template <>

@@ -137,8 +137,9 @@ def make_plan(kind: type[PrefillPlan], batch_size: int, lengths: tuple[int, int]
     kv = PagedKv("NHD", 16, 8, 128, 128, BF16)
     device = torch.device("cpu")
     return kind(
-        "op", device, shape, (BF16, BF16, BF16), "causal", Variant.of("op", 128), kv, workspaces, True, lengths, fixed
-    )
+        "op", device, shape, (BF16, BF16, BF16), "causal", Variant.of("op", 128), kv, workspaces=workspaces,
+        split_kv=True, lengths=lengths, fixed_split=fixed,
+    )  # fmt: skip
 
 
 def make_wrapper(case: Case, device: torch.device, **options: Any) -> Any:

@@ -184,28 +184,28 @@ def test_refusals() -> None:
 
 
 @pytest.mark.parametrize("axes", [{}, {"head_dim": 64}, {"head_dim": 256}, {"page_size": 1}, {"kv_dtype": "fp8_e4m3"}])
-def test_mixed_batches_have_a_kernel_of_two_consumers_on_hopper(axes: dict[str, Any]) -> None:
-    plain = {"q_dtype": "bf16", "kv_dtype": "bf16", "head_dim": 128, "page_size": 16, **axes}
-    spec = families.prefill("sm_90a", **plain, mixed=True)
-    assert families.prefill("sm_90a", **plain) != spec
-    config = families.PREFILL.implementation(spec).config(spec)
-    assert config.constants["kMixes"] is True and config.constants["kBlockM"] == 128
-    assert config.launch.num_threads == 3 * 128
+def test_the_first_launch_has_the_tile_of_prefill_and_the_second_one_for_short_queries(axes: dict[str, Any]) -> None:
+    def config(**more: Any) -> Any:
+        shape = {"q_dtype": "bf16", "kv_dtype": "bf16", "head_dim": 128, "page_size": 16, **axes}
+        spec = families.prefill("sm_90a", **shape, **more)
+        return families.PREFILL.implementation(spec).config(spec)
+
+    first, second = config(mixed=True), config(mixed=True, queries="short")
+    assert first.launch == config().launch and not config().constants["kIsMixed"]
+    assert first.constants["kIsMixed"] and second.constants["kIsMixed"]
+    assert first.constants["kBlockM"] > second.constants["kBlockM"] == families.SHORT_ROWS
 
 
-def test_a_few_queries_more_than_one_each_are_prompts() -> None:
+def test_one_launch_where_no_request_can_have_many_rows() -> None:
     plan = make_plan(MixedPlan, 65, (0, 0), None)  # of 4 query heads a KV head
-    assert [plan.queries_of(n) for n in (65, 4 * 65, 4 * 65 + 1, 64 + 512)] == ["short", "short", "medium", "medium"]
+    # 16 tokens are 64 rows: 65 requests of one token each, or one of 16 among 64.
+    assert [plan.queries_of(n) for n in (65, 64 + 16, 64 + 17, 64 + 512)] == ["short", "short", "medium", "medium"]
     assert make_plan(PrefillPlan, 65, (0, 0), None).queries_of(64 + 512) == "short"
 
 
 @pytest.mark.parametrize(
-    ("target", "axes"),
-    [
-        ("sm_80", {}), ("sm_100f", {}), ("x86-64-v3", {}), ("sm_90a", {"queries": "short"}),
-        ("sm_90a", {"queries": "long"}), ("sm_90a", {"pos_encoding": "rope"}),
-    ],
-)  # fmt: skip
-def test_no_kernel_of_their_own_where_it_would_be_the_same(target: str, axes: dict[str, Any]) -> None:
+    ("target", "axes"), [("sm_80", {}), ("sm_100f", {}), ("x86-64-v3", {}), ("sm_90a", {"pos_encoding": "rope"})]
+)
+def test_kernels_that_do_not_run_beside_others_are_those_of_prefill(target: str, axes: dict[str, Any]) -> None:
     plain = {"q_dtype": "bf16", "kv_dtype": "bf16", "head_dim": 128, "page_size": 16, **axes}
     assert families.prefill(target, **plain, mixed=True) == families.prefill(target, **plain)

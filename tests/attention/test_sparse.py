@@ -13,9 +13,11 @@ from torch import Tensor
 
 import flashinfer
 from flashinfer import page, sparse
+from flashinfer.attention.sparse import SparsePlan
 from flashinfer.errors import UnsupportedConfig
+from flashinfer.families.attention import prefill as families
 from tests.attention.named_cases import named
-from tests.attention.prefill_kit import BF16, E4M3, FP16, check, offsets
+from tests.attention.prefill_kit import BF16, E4M3, FP16, check, make_plan, offsets
 from tests.oracles.attention import attention
 
 
@@ -358,3 +360,20 @@ def test_refusals_of_variable_blocks() -> None:
         wrapper.run(torch.zeros(1, 7, 64), torch.zeros(1, 23, 64), torch.zeros(1, 24, 64))
     with pytest.raises(ValueError, match=r"out has shape \[1, 8, 64\]"):
         wrapper.run(*(torch.zeros(1, n, 64) for n in (7, 24, 24)), out=torch.zeros(1, 8, 64))
+
+
+def test_rows_of_blocks_of_few_rows_share_their_keys() -> None:
+    plan = make_plan(SparsePlan, 512, (0, 0), None)  # of 4 query heads a KV head
+    assert [plan.queries_of(512 * r) for r in (16, 17, 128)] == ["shared", "medium", "medium"]
+    shape = {"q_dtype": "bf16", "kv_dtype": "bf16", "head_dim": 128, "page_size": 16, "mask": "none"}
+    spec = families.prefill("sm_90a", **shape, queries="shared")
+    constants = families.PREFILL.implementation(spec).config(spec).constants
+    assert constants["kSharesKv"] and constants["kBlockM"] == 64 and not constants["kGathersKv"]
+    for target, more in (
+        ("sm_80", {}),
+        ("sm_90a", {"head_dim": 64}),
+        ("sm_90a", {"kv_dtype": "fp8_e4m3"}),
+        ("sm_90a", {"page_size": 1}),
+    ):
+        same = [families.prefill(target, **{**shape, **more}, queries=queries) for queries in ("shared", "short")]
+        assert same[0] == same[1]

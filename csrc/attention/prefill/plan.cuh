@@ -15,16 +15,15 @@
 //   3. choose the longest run of KV tiles one item may have: every thread estimates the time of one choice
 //   4. write the items, sorted by cost with the longest first, split where longer than the choice allows
 //
-// Where it mixes (kMixes), tiles of few rows, which wait for memory, and the others, which wait for the tensor cores,
-// are lists of their own, the longest first, and the two are mixed: at any time as much of the one's cost as of the
-// other's has been taken. A launch then computes while it reads, instead of first the one and then the other.
+// Of a mixed batch (kIsMixed) two planners write a list each, for the launches of its two parts (PlanPart). That of
+// many rows also chooses on how many blocks its launch goes on, and plans for those (share.h).
 //
 // Offsets and lengths may be anything. Nothing is written outside of the workspace for that: there are at most
 // max_items query tiles, of at most kMaxKvLen keys each, and the kernel keeps their rows within q and out.
 #pragma once
 
 #include "attention/kv_view.cuh"
-#include "attention/prefill/mix.h"
+#include "attention/prefill/share.h"
 #include "attention/prefill/work.cuh"
 #include "attention/visibility.cuh"
 #include "device/pdl.cuh"
@@ -52,31 +51,27 @@ struct CostBins {
 constexpr int32_t kMaxKvLen = 1 << 30;   // of a request that can be true
 constexpr int32_t kMaxFixedSplits = 16;  // for which the host makes sure of room (prefill/launch.py)
 
-// Kinds of query tiles, where they are mixed: those that wait for the tensor cores, and those that wait for memory.
-enum TileKind : int { kLong = 0, kShort = 1 };
-
-template <int kNumKinds>
 struct PlanLists {
   alignas(16) int32_t warp_sums[kWarpSize];
-  int32_t num_tiles_of_cost[kNumKinds][CostBins::kNum];
+  int32_t num_tiles_of_cost[CostBins::kNum];
   int32_t occupied_bins[CostBins::kNum];  // those with a tile in them, the most costly first
   int32_t num_occupied;
-  int32_t num_items_of_cost[kNumKinds][CostBins::kNum];   // after splitting
-  int32_t first_item_of_cost[kNumKinds][CostBins::kNum];  // in the list of its kind
-  int32_t max_cost, max_rows;                             // of any query tile
-  int32_t num_kv_pages;                                   // of requests with queries
-  unsigned long long best_choice;                         // estimated time and whose it is, to be minimized
-  int32_t limit;                                          // that one's
+  int32_t num_items_of_cost[CostBins::kNum];  // after splitting
+  int32_t first_item_of_cost[CostBins::kNum];
+  int32_t max_cost, max_rows;      // of any query tile
+  int32_t num_kv_pages;            // of requests with queries
+  unsigned long long best_choice;  // estimated time and whose it is, to be minimized
+  int32_t limit;                   // that one's
   int32_t num_partial_rows, num_counters;
 };
 
-template <bool kMixes>
-struct PrefillPlanSmem : PlanLists<1> {};
+template <bool kIsMixed>
+struct PrefillPlanSmem : PlanLists {};
 template <>
-struct PrefillPlanSmem<true> : PlanLists<2> {
-  alignas(16) long long warp_costs[kWarpSize];
-  // By bins of long items from the most costly on: long items before those of the bin, and short ones.
-  int32_t num_long_before[CostBins::kNum + 1], num_short_before[CostBins::kNum + 1];
+struct PrefillPlanSmem<true> : PlanLists {
+  unsigned long long num_read;    // KV tiles that the requests of few rows see
+  unsigned long long best_share;  // estimated time and blocks left to the other launch, to be minimized
+  int32_t num_blocks;             // that take units
 };
 
 // Number of splits of an item of this cost when no run may be longer than `limit`.
@@ -84,12 +79,12 @@ __device__ __forceinline__ int32_t num_splits_of(int32_t cost, int32_t limit) {
   return cost > limit ? ceil_div(cost, limit) : 1;
 }
 
-// Config: kKvStorage, kMixes, kNumThreads, Function.
+// Config: kKvStorage, kIsMixed, kShortRows, kNumThreads, Function.
 template <class Config>
 struct PrefillPlanner {
-  static constexpr int kNumThreads = Config::kNumThreads, kNumKinds = Config::kMixes ? 2 : 1;
+  static constexpr int kNumThreads = Config::kNumThreads;
   const PrefillPlanParams& params;
-  PrefillPlanSmem<Config::kMixes>& smem;
+  PrefillPlanSmem<Config::kIsMixed>& smem;
 
   __device__ __forceinline__ int32_t qo_begin(int32_t request_idx) const {
     return params.qo_indptr != nullptr ? params.qo_indptr[request_idx] : request_idx * params.qo_len;
@@ -97,6 +92,18 @@ struct PrefillPlanner {
   __device__ __forceinline__ int32_t qo_len(int32_t request_idx) const {
     return params.qo_indptr != nullptr ? params.qo_indptr[request_idx + 1] - params.qo_indptr[request_idx]
                                        : params.qo_len;
+  }
+
+  __device__ __forceinline__ int64_t num_rows(int32_t request_idx) const {
+    return int64_t(qo_len(request_idx)) * params.group_size;
+  }
+  __device__ __forceinline__ bool lists_many_rows() const {
+    return params.part == kManyRows || params.part == kManyRowsAlone;
+  }
+  // Blocks that take units.
+  __device__ __forceinline__ int32_t num_blocks() const {
+    if constexpr (Config::kIsMixed) return smem.num_blocks;
+    return params.num_blocks;
   }
 
   // The cost that decisions attribute to a bin: no tile in it costs more.
@@ -109,7 +116,13 @@ struct PrefillPlanner {
     int32_t num_before = 0;
     for (int32_t first = 0; first < params.batch_size; first += kNumThreads) {
       const int32_t request_idx = first + threadIdx.x;
-      const int64_t num_rows = request_idx < params.batch_size ? int64_t(qo_len(request_idx)) * params.group_size : 0;
+      int64_t num_rows = request_idx < params.batch_size ? this->num_rows(request_idx) : 0;
+      if constexpr (Config::kIsMixed) {
+        if (lists_many_rows() != (num_rows > Config::kShortRows)) {
+          if (num_rows > 0) count_read(request_idx);
+          num_rows = 0;
+        }
+      }
       const int64_t num_tiles = num_rows > 0 ? (num_rows + params.block_m - 1) / params.block_m : 0;
       const int32_t num_listed = int32_t(num_tiles < params.max_items ? num_tiles : params.max_items);
       const auto scan = scan_block<kNumThreads>(num_listed, smem.warp_sums);
@@ -120,14 +133,28 @@ struct PrefillPlanner {
     __syncthreads();
   }
 
+  // KV tiles that a request of the other launch sees, all of which is one query tile if its rows are few.
+  __device__ __forceinline__ void count_read(int32_t request_idx) const {
+    if (!lists_many_rows()) return;
+    const int32_t kv_len = min(max(KvView<Config::kKvStorage>::of_request(params.kv, request_idx).len, 0), kMaxKvLen);
+    const Range tiles =
+        visibility_of(request_idx)
+            .tiles_of(0, params.block_m, params.group_size, qo_len(request_idx), kv_len, params.block_n);
+    atomicAdd(&smem.num_read, (unsigned long long)(tiles.end - tiles.begin));
+  }
+
+  __device__ __forceinline__ auto visibility_of(int32_t request_idx) const {
+    return VisibilityBy<typename Config::Function>{params.mask, params.window_left >= 0, params.window_left,
+                                                   request_idx, &params.extras};
+  }
+
   // visit(item, cost) for every query tile, `item` not yet split.
   template <class Visit>
   __device__ __forceinline__ void for_each_tile(const Visit& visit) const {
     const int32_t num_tiles = params.tile_indptr[params.batch_size];
     for (int32_t i = threadIdx.x; i < num_tiles; i += kNumThreads) {
       const int32_t request_idx = find_segment(params.tile_indptr, params.batch_size, i);
-      const VisibilityBy<typename Config::Function> visibility{params.mask, params.window_left >= 0, params.window_left,
-                                                               request_idx, &params.extras};
+      const auto visibility = visibility_of(request_idx);
       const auto view = KvView<Config::kKvStorage>::of_request(params.kv, request_idx);
       PrefillItem item = {};
       item.request_idx = request_idx;
@@ -149,21 +176,9 @@ struct PrefillPlanner {
     return num_left < params.block_m ? int32_t(num_left) : params.block_m;
   }
 
-  // A tile of which no more than half has rows leaves out products of those that do not exist.
-  __device__ __forceinline__ int kind_of(const PrefillItem& item) const {
-    if constexpr (!Config::kMixes) return kLong;
-    return 2 * num_rows_of(item) <= params.block_m ? kShort : kLong;
-  }
-  __device__ __forceinline__ int32_t num_tiles(int bin) const {
-    int32_t sum = 0;
-#pragma unroll
-    for (int kind = 0; kind < kNumKinds; ++kind) sum += smem.num_tiles_of_cost[kind][bin];
-    return sum;
-  }
-
   __device__ __forceinline__ void count_costs() const {
     for_each_tile([&](const PrefillItem& item, int32_t cost) {
-      atomicAdd(&smem.num_tiles_of_cost[kind_of(item)][CostBins::of(cost)], 1);
+      atomicAdd(&smem.num_tiles_of_cost[CostBins::of(cost)], 1);
       atomicMax(&smem.max_cost, cost);
       atomicMax(&smem.max_rows, num_rows_of(item));
       const bool is_table = Config::kKvStorage == kKvPaged && params.kv.indptr == nullptr;
@@ -174,14 +189,37 @@ struct PrefillPlanner {
     __syncthreads();
     static_assert(CostBins::kNum <= kNumThreads);
     const int bin = CostBins::kNum - 1 - int(threadIdx.x);
-    const bool is_occupied = bin >= 0 && num_tiles(bin) > 0;
+    const bool is_occupied = bin >= 0 && smem.num_tiles_of_cost[bin] > 0;
     const auto scan = scan_block<kNumThreads>(int32_t(is_occupied), smem.warp_sums);
     if (is_occupied) smem.occupied_bins[scan.before] = bin;
     if (threadIdx.x == 0) smem.num_occupied = scan.total;
     __syncthreads();
   }
 
-  __device__ __forceinline__ bool fills_gaps() const { return !Config::kMixes && params.costs.fills_gaps != 0; }
+  __device__ __forceinline__ bool fills_gaps() const { return params.costs.fills_gaps != 0; }
+
+  // On how many blocks a part of a mixed batch goes on: every thread estimates the time of one choice.
+  __device__ __forceinline__ void choose_blocks() const {
+    DeviceShare share = {0.f, 0.f, 0.f, float(smem.num_read), params.num_blocks, params.block_m};
+    for (int i = 0; i < smem.num_occupied; ++i) {
+      const int bin = smem.occupied_bins[i];
+      const float count = float(smem.num_tiles_of_cost[bin]), cost = float(bin_cost(bin)) + params.costs.of_item;
+      share.load += count * cost;
+      share.num_units += count;
+      share.longest = fmaxf(share.longest, cost);
+    }
+    const float num_kv_heads = float(params.num_kv_heads);
+    share.load *= num_kv_heads, share.num_units *= num_kv_heads, share.num_read *= num_kv_heads;
+    const int32_t num_left = threadIdx.x, num_first = params.num_blocks - num_left;  // so many for the other launch
+    if (num_left == 0 || (params.part == kManyRows && num_first > 0)) {
+      const float time = share.time_with(num_first) * (num_left == 0 ? 0.98f : 1.f);  // a draw goes to all blocks
+      atomicMin(&smem.best_share, (static_cast<unsigned long long>(__float_as_uint(time)) << 32) | uint32_t(num_left));
+    }
+    __syncthreads();
+    smem.num_blocks = params.num_blocks - int32_t(smem.best_share & 0xffffffffu);
+    if (threadIdx.x == 0) params.schedule->num_blocks = smem.num_blocks;
+    __syncthreads();
+  }
 
   // How an item is cut: `num` runs of `len` KV tiles, the last of last_len. Where short items fill gaps, runs as long
   // as may be are few, and rests are short.
@@ -213,14 +251,14 @@ struct PrefillPlanner {
   __device__ __forceinline__ Estimate estimate(int32_t limit) const {
     constexpr float kShareOfLast = 0.35f;
     const bool is_in_order = params.num_kv_heads == 1;
-    const float num_blocks = float(params.num_blocks);
+    const float num_blocks = float(this->num_blocks());
     float num_units = 0.f, load = 0.f, longest = 0.f, num_counters = 0.f, num_slots = 0.f, time = 0.f;
     for (int i = 0; i < smem.num_occupied; ++i) {
       const int bin = smem.occupied_bins[i];
       const int32_t cost = bin_cost(bin);
       const Runs runs = runs_of(cost, limit);
       const int32_t num_splits = runs.num;
-      const float count = float(num_tiles(bin)) * float(params.num_kv_heads);
+      const float count = float(smem.num_tiles_of_cost[bin]) * float(params.num_kv_heads);
       const float split_cost =
           float(runs.len) + params.costs.of_item + (num_splits > 1 ? params.costs.of_partial : 0.f);
       num_units += count * float(num_splits);
@@ -235,8 +273,8 @@ struct PrefillPlanner {
       }
       if (num_splits > 1) {
         const PartialResults partial = PartialResults::of(num_splits);
-        num_counters += float(num_tiles(bin)) * float(partial.num_counters());
-        num_slots += float(num_tiles(bin)) * float(partial.num_slots());
+        num_counters += float(smem.num_tiles_of_cost[bin]) * float(partial.num_counters());
+        num_slots += float(smem.num_tiles_of_cost[bin]) * float(partial.num_slots());
       }
     }
     const bool fits = num_slots * float(smem.max_rows) <= float(params.max_partial_rows) &&
@@ -252,8 +290,7 @@ struct PrefillPlanner {
   __device__ __forceinline__ int32_t num_heads_abreast(const Estimate& chosen) const {
     constexpr int32_t kEnoughReaders = 8;  // at work on one request and KV head
     constexpr float kMaxIdle = 1.f / 64.f;
-    const bool has_enough_readers =
-        params.num_blocks >= int64_t(kEnoughReaders) * params.num_kv_heads * params.batch_size;
+    const bool has_enough_readers = num_blocks() >= int64_t(kEnoughReaders) * params.num_kv_heads * params.batch_size;
     const bool has_one_reader = params.tile_indptr[params.batch_size] < 2 * params.batch_size;  // appends, of all heads
     if (has_enough_readers || has_one_reader) return params.num_kv_heads;
     const float num_heads = (chosen.longest - kMaxIdle * chosen.load) / chosen.load * float(params.num_kv_heads);
@@ -277,10 +314,9 @@ struct PrefillPlanner {
       float load = 0.f;
       for (int i = 0; i < smem.num_occupied; ++i) {
         const int bin = smem.occupied_bins[i];
-        load += float(num_tiles(bin)) * float(bin_cost(bin));
+        load += float(smem.num_tiles_of_cost[bin]) * float(bin_cost(bin));
       }
-      const float longest =
-          fminf(2.f * load / float(params.num_blocks) + float(params.costs.min_split), float(max_cost));
+      const float longest = fminf(2.f * load / float(num_blocks()) + float(params.costs.min_split), float(max_cost));
       has_every_length = longest < float(kNumThreads);
       if (has_every_length && idx > 0) own = int32_t(longest) + 1 - idx;
     }
@@ -304,68 +340,27 @@ struct PrefillPlanner {
     return smem.limit;
   }
 
-  // Where the items of each cost start in the list of their kind, the longest first.
+  // Where the items of each cost start in the list, the longest first.
   __device__ __forceinline__ void place_costs(int32_t limit) const {
     if (params.fixed_split > 0) {
       for_each_tile([&](const PrefillItem& item, int32_t cost) {
         const int32_t num_splits = fixed_splits_of(item, cost);
-        atomicAdd(&smem.num_items_of_cost[kind_of(item)][CostBins::of(ceil_div(cost, num_splits))], num_splits);
+        atomicAdd(&smem.num_items_of_cost[CostBins::of(ceil_div(cost, num_splits))], num_splits);
       });
     }
     for (int i = threadIdx.x; i < smem.num_occupied && params.fixed_split == 0; i += kNumThreads) {
       const int bin = smem.occupied_bins[i];
       const Runs runs = runs_of(bin_cost(bin), limit);
-#pragma unroll
-      for (int kind = 0; kind < kNumKinds; ++kind) {
-        const int32_t (&num_tiles)[CostBins::kNum] = smem.num_tiles_of_cost[kind];
-        atomicAdd(&smem.num_items_of_cost[kind][CostBins::of(runs.len)], num_tiles[bin] * (runs.num - 1));
-        atomicAdd(&smem.num_items_of_cost[kind][CostBins::of(runs.last_len)], num_tiles[bin]);
-      }
+      atomicAdd(&smem.num_items_of_cost[CostBins::of(runs.len)], smem.num_tiles_of_cost[bin] * (runs.num - 1));
+      atomicAdd(&smem.num_items_of_cost[CostBins::of(runs.last_len)], smem.num_tiles_of_cost[bin]);
     }
     __syncthreads();
     const int bin = CostBins::kNum - 1 - threadIdx.x;
-    int32_t num_items[kNumKinds], total = 0;
-    Scan<int32_t> scans[kNumKinds];
-#pragma unroll
-    for (int kind = 0; kind < kNumKinds; ++kind) {
-      num_items[kind] = bin >= 0 ? smem.num_items_of_cost[kind][bin] : 0;
-      scans[kind] = scan_block<kNumThreads>(num_items[kind], smem.warp_sums);
-      if (bin >= 0) smem.first_item_of_cost[kind][bin] = scans[kind].before;
-      total += scans[kind].total;
-    }
-    if constexpr (Config::kMixes) mix(bin, num_items[kLong], scans[kLong], scans[kShort].total);
-    if (bin == 0) params.schedule->num_items = min(total, params.max_items);
+    const int32_t num_items = bin >= 0 ? smem.num_items_of_cost[bin] : 0;
+    const auto scan = scan_block<kNumThreads>(num_items, smem.warp_sums);
+    if (bin >= 0) smem.first_item_of_cost[bin] = scan.before;
+    if (bin == 0) params.schedule->num_items = min(scan.total, params.max_items);
     __syncthreads();
-  }
-
-  // Short items go where the long ones before them have the same share of all long ones' cost; in a list that much
-  // shorter that none of them begins when everything else ends.
-  __device__ __forceinline__ void mix(int bin, int32_t num_long, const Scan<int32_t>& long_scan,
-                                      int32_t num_short) const {
-    constexpr double kEnd = 0.75;
-    const long long cost = bin >= 0 ? (long long)(num_long) * (CostBins::bound(bin) + 1) : 0;
-    const auto scan = scan_block<kNumThreads>(cost, smem.warp_costs);
-    if (bin < 0) return;
-    const double share = scan.total > 0 ? double(scan.before) / (kEnd * double(scan.total)) : 0.;
-    smem.num_long_before[threadIdx.x] = long_scan.before;
-    smem.num_short_before[threadIdx.x] = share < 1. ? int32_t(share * double(num_short)) : num_short;
-    if (bin > 0) return;
-    smem.num_long_before[CostBins::kNum] = long_scan.total;
-    smem.num_short_before[CostBins::kNum] = num_short;
-  }
-
-  // In the list: the i-th item of a kind, of that cost.
-  __device__ __forceinline__ int32_t place_of(int kind, int bin, int32_t i) const {
-    if constexpr (!Config::kMixes) {
-      return i;
-    } else {
-      const int last = CostBins::kNum - 1;
-      const int at = kind == kLong ? last - bin : min(find_segment(smem.num_short_before, CostBins::kNum, i), last);
-      const int32_t long_before = smem.num_long_before[at], short_before = smem.num_short_before[at];
-      const Mix mix = {smem.num_long_before[at + 1] - long_before, smem.num_short_before[at + 1] - short_before};
-      return long_before + short_before +
-             (kind == kLong ? mix.place_of_first(i - long_before) : mix.place_of_second(i - short_before));
-    }
   }
 
   __device__ __forceinline__ void write_items(int32_t limit) const {
@@ -379,10 +374,9 @@ struct PrefillPlanner {
       const Runs runs = is_fixed ? fixed_runs() : runs_of(bin_cost(CostBins::of(cost)), limit);
       const int32_t num_splits = runs.num, first_tile = item.tile_begin, end_tile = item.tile_end;
       const int32_t split_len = is_fixed || !fills_gaps() ? ceil_div(cost, num_splits) : runs.len;
-      const int kind = kind_of(item);
       int32_t num_alike = 1, place, last_place;
       if (is_fixed || !fills_gaps()) {
-        place = atomicAdd(&smem.first_item_of_cost[kind][CostBins::of(runs.len)], num_splits);
+        place = atomicAdd(&smem.first_item_of_cost[CostBins::of(runs.len)], num_splits);
         last_place = place + num_splits - 1;
       } else {
         // Where the list is taken in its order, tiles that are cut alike take turns in it: those of one request are
@@ -393,8 +387,8 @@ struct PrefillPlanner {
         num_alike = __popc(alike);
         place = last_place = 0;
         if (lane_idx == leader) {
-          place = atomicAdd(&smem.first_item_of_cost[kind][CostBins::of(runs.len)], num_alike * (num_splits - 1));
-          last_place = atomicAdd(&smem.first_item_of_cost[kind][CostBins::of(runs.last_len)], num_alike);
+          place = atomicAdd(&smem.first_item_of_cost[CostBins::of(runs.len)], num_alike * (num_splits - 1));
+          last_place = atomicAdd(&smem.first_item_of_cost[CostBins::of(runs.last_len)], num_alike);
         }
         place = __shfl_sync(alike, place, leader) + rank;
         last_place = __shfl_sync(alike, last_place, leader) + rank;
@@ -415,8 +409,7 @@ struct PrefillPlanner {
         item.tile_begin = min(first_tile + split * split_len, end_tile);
         item.tile_end = min(item.tile_begin + split_len, end_tile);
         if (split + 1 == num_splits) place = last_place;
-        const int32_t idx = place_of(kind, CostBins::of(runs.len), place);
-        if (idx < params.max_items) params.items[idx] = item;
+        if (place < params.max_items) params.items[place] = item;
       }
     });
     __syncthreads();
@@ -432,16 +425,20 @@ struct PrefillPlanner {
 
 template <class Config>
 __device__ void prefill_plan(const PrefillPlanParams& params) {
-  __shared__ PrefillPlanSmem<Config::kMixes> smem;
+  __shared__ PrefillPlanSmem<Config::kIsMixed> smem;
   for (int i = threadIdx.x; i < int(sizeof(smem) / 4); i += Config::kNumThreads)
     reinterpret_cast<int32_t*>(&smem)[i] = 0;
   __syncthreads();
   if (threadIdx.x == 0) smem.best_choice = ~0ull;
+  if constexpr (Config::kIsMixed) {
+    if (threadIdx.x == 0) smem.best_share = ~0ull;
+  }
   wait_for_previous_kernel();
 
   const PrefillPlanner<Config> planner{params, smem};
   planner.count_tiles();
   planner.count_costs();
+  if constexpr (Config::kIsMixed) planner.choose_blocks();
   const int32_t limit = planner.choose_limit();
   planner.place_costs(limit);
   planner.write_items(limit);

@@ -19,20 +19,13 @@ __device__ __forceinline__ void consume(const Sm90PrefillParams& params, Smem<Co
     softmax.reset();
     smem.await(smem.q_full, turn);
     const bool has_tiles = work.item.tile_begin < work.item.tile_end;
-    // Asked twice, which takes no register in between.
-    const auto has_rows = [&] {
-      return !Config::kMixes ||
-             consumer_idx() * Shape::kRowsPerConsumer < work.num_rows(smem.group_size.divisor, Shape::kBlockM);
-    };
-    if (has_tiles && !has_rows()) {
-      TileWalk<Config>::pass_by(smem, work, kv_turn);
-    } else if (has_tiles) {
+    if (has_tiles) {
       if constexpr (Shape::kWidens) narrow_queries<Config>(smem, turn);
       TileWalk<Config>::of(params, smem, work, turn, out, softmax).run(kv_turn);
     }
     finish_unit<Config>(params, smem, work, turn, out, softmax);
     __syncwarp();
-    if (!(Shape::kReleasesQueriesEarly && has_tiles && has_rows()) && elect_lane()) smem.q_empty.at(turn).arrive();
+    if (!(Shape::kReleasesQueriesEarly && has_tiles) && elect_lane()) smem.q_empty.at(turn).arrive();
   });
   TurnsAtTensorCores<Shape>::close();
 }

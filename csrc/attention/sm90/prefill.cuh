@@ -30,11 +30,18 @@
 namespace flashinfer {
 
 // Config: Q, Kv, Out, kHeadDimQk, kHeadDimVo, kKvStorage, kMask, kHasWindow, kHasSoftCap, kHasSinks, kPosEncoding,
-// kHasDeviceScales, kGathersKv, kMixes, and the tile: kBlockM, kBlockN, kNumStages, kNumQueryStages, kNumThreads,
-// kSmemBytes. Grid: as many blocks as the planner was told; without a plan, any.
+// kHasDeviceScales, kGathersKv, kSharesKv, kIsMixed, and the tile: kBlockM, kBlockN, kNumStages, kNumQueryStages,
+// kNumThreads, kSmemBytes. Grid: as many blocks as the planner was told; without a plan, any.
+//
+// A mixed batch is two launches (kIsMixed). The first, of requests of many rows, lets the second start when its own
+// blocks have, and keeps as many SMs as the planner says; the others go to the second, of requests of few rows, at
+// once, and the rest as blocks of the first end. The second reads nothing that the first writes, and what was there
+// before the first has finished when a block of that lets go: so it waits at its end alone, that both are over when it
+// is.
 template <class Config>
 __device__ void prefill(const Sm90PrefillParams& params) {
   using Shape = sm90::Shape<Config>;
+  constexpr bool kIsSecond = Config::kIsMixed && Shape::kNumConsumers == 1;
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   static_assert(sizeof(sm90::Smem<Config>) <= Config::kSmemBytes);
   auto& smem = *reinterpret_cast<sm90::Smem<Config>*>(smem_bytes);
@@ -46,8 +53,13 @@ __device__ void prefill(const Sm90PrefillParams& params) {
     }
   }
   __syncthreads();
-  wait_for_previous_kernel();
-  if constexpr (Shape::kNumConsumers == 1) allow_next_kernel();  // short queries: a launch takes a part of the time
+  if constexpr (!kIsSecond) wait_for_previous_kernel();
+  if constexpr (Config::kIsMixed && !kIsSecond) {
+    allow_next_kernel();
+    if (blockIdx.x >= uint32_t(params.schedule->num_blocks)) return;
+  } else if constexpr (Shape::kNumConsumers == 1 && !kIsSecond) {
+    allow_next_kernel();  // short queries: a launch takes a part of the time
+  }
 
   const int warpgroup_idx = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupSize, 0);
   if (warpgroup_idx == Shape::kNumConsumers) {
@@ -65,6 +77,7 @@ __device__ void prefill(const Sm90PrefillParams& params) {
     if constexpr (Shape::kMovesRegisters) grow_registers<Shape::kConsumerRegisters>();
     sm90::consume<Config>(params, smem);
   }
+  if constexpr (kIsSecond) wait_for_previous_kernel();
 }
 
 }  // namespace flashinfer

@@ -22,8 +22,14 @@ struct Scheduler {
   __device__ __forceinline__ bool is_planned() const { return params.items != nullptr; }
   __device__ __forceinline__ int32_t group_size() const { return params.num_qo_heads / params.num_kv_heads; }
 
+  // That take units.
+  __device__ __forceinline__ uint32_t num_blocks() const {
+    if constexpr (Config::kIsMixed && Shape::kNumConsumers > 1) return params.schedule->num_blocks;
+    return gridDim.x;
+  }
+
   __device__ __forceinline__ uint32_t claim_next() const {
-    return gridDim.x + (is_planned() ? atomicAdd(&params.schedule->next_unit, 1u) : unit);
+    return num_blocks() + (is_planned() ? atomicAdd(&params.schedule->next_unit, 1u) : unit);
   }
 
   __device__ __forceinline__ void run() {
@@ -77,7 +83,7 @@ struct Scheduler {
   __device__ __forceinline__ int32_t num_heads_abreast(int32_t num_items) const {
     constexpr int64_t kCacheBytes = 20 << 20;
     const int32_t num_planned = is_planned() ? params.schedule->num_heads_abreast : params.num_kv_heads;
-    if constexpr (Shape::kNumConsumers == 1) return num_planned;  // the tile for short queries: KV are read once
+    if constexpr (Shape::kNumConsumers == 1 && !Config::kSharesKv) return num_planned;  // of short queries, read once
     const KvIndex& index = params.kv.index;
     int64_t num_rows = index.len;
     if constexpr (Config::kKvStorage != kKvSingle) {
@@ -88,13 +94,13 @@ struct Scheduler {
     const int64_t head_bytes = num_rows * (Shape::kHeadDimQk + Shape::kHeadDimVo) * sizeof(typename Shape::Kv);
     const int32_t num_cached =
         head_bytes * params.num_kv_heads > kCacheBytes ? kCacheBytes / head_bytes : params.num_kv_heads;
-    const int32_t num_busy = ceil_div(2 * int32_t(gridDim.x), max(num_items, 1));
+    const int32_t num_busy = ceil_div(2 * int32_t(num_blocks()), max(num_items, 1));
     return min(num_planned, max(max(num_cached, num_busy), 1));
   }
 
   // The last block to leave resets the list for the next launch.
   __device__ __forceinline__ void close() const {
-    if (is_planned() && atomicAdd(&params.schedule->num_done, 1u) == gridDim.x - 1) {
+    if (is_planned() && atomicAdd(&params.schedule->num_done, 1u) == num_blocks() - 1) {
       params.schedule->next_unit = 0;
       params.schedule->num_done = 0;
     }

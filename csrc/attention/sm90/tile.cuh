@@ -166,8 +166,8 @@ struct Smem {
   static constexpr bool kHasGap = Config::Function::kHasGap;
   [[no_unique_address]] Gaps<kHasGap> gaps;
   static constexpr bool kProvesTiles = Shape::kProvesTiles;
-  // Not where tiles are sent for three ahead, nor where a consumer passes units by.
-  static constexpr bool kSkipsTiles = kProvesTiles && !Shape::kWidens && !Config::kMixes;
+  // Not where tiles are sent for three ahead.
+  static constexpr bool kSkipsTiles = kProvesTiles && !Shape::kWidens;
   [[no_unique_address]] Proofs<kProvesTiles> proofs;
   FastDivisor group_size;
   uint32_t is_last;  // of the splits of a query tile to be done: merges

@@ -144,24 +144,6 @@ struct TileWalk {
     }
   }
 
-  // The same of a unit in which the consumer has no row, as of a request to decode among prompts: tiles are given back
-  // as they come, and the tensor cores left to the other consumer, which waits for as many turns as it takes.
-  __device__ __forceinline__ static void pass_by(Smem<Config>& smem, const Work& work, uint32_t& kv_turn) {
-    static_assert(!Config::kMixes || Shape::kNumConsumers <= 2, "there are no registers for a loop more");
-    const uint32_t first_turn = kv_turn, end_turn = kv_turn + work.item.tile_end - work.item.tile_begin;
-#pragma unroll 1
-    for (; kv_turn != end_turn; ++kv_turn) {
-      smem.k_full.wait_full(kv_turn);
-      if (elect_lane()) smem.k_empty.at(kv_turn).arrive();
-      if (kHasHoles || kv_turn != first_turn) {  // but for begin_overlapped()
-        Turns::await();
-        Turns::pass_on();
-      }
-      smem.v_full.wait_full(kv_turn);
-      if (elect_lane()) smem.v_empty.at(kv_turn).arrive();
-    }
-  }
-
   // Sums of 8-bit products keep too few bits for those of all tiles: each tile has its own, of 64 columns at a time for
   // want of registers, and O = O rescale + P V is done in fp32.
   __device__ __forceinline__ void step_of_8_bits(Probabilities& p, uint32_t turn, int tile, auto needs_mask) {

@@ -51,9 +51,9 @@ def load_kernel(
     mixed: bool = False,
     planner_storage: str = "",
 ) -> PrefillKernel:
-    """types: of q, KV and output; head_dims: of queries and keys, and of values; queries: of QUERIES; mixed,
-    planner_storage: of `PrefillPlan`. Raises UnsupportedConfig where there is no kernel, or what `Resolver.load`
-    does."""
+    """types: of q, KV and output; head_dims: of queries and keys, and of values; queries: of the family's axis; mixed:
+    one of the two launches of a mixed batch; planner_storage: of `PrefillPlan`. Raises UnsupportedConfig where there is
+    no kernel, or what `Resolver.load` does."""
     q_dtype, kv_dtype, o_dtype = short_names("prefill", types)
     machine = target.of_device(device)
     axes = {
@@ -106,17 +106,25 @@ class Extent(NamedTuple):
     block_n: int
     num_blocks: int
     ranges: tuple[str, bytes] = NO_RANGES  # of functions
+    overlaps: bool = False  # of a mixed batch, by a kernel that runs beside the other part's
+    second: Optional[Extent] = None  # of a mixed batch, what its second launch has
 
     @staticmethod
     def of(kernel: PrefillKernel, mask: str, variant: Variant) -> Extent:
         sizes = (kernel.block_m, kernel.block_n, kernel.num_blocks)
-        return Extent(MASKS[mask], variant.window_left, *sizes, variant.ranges)
+        constants = kernel.launcher.config.constants
+        overlaps = (
+            bool(constants.get("kIsMixed")) and constants["Q"] == constants["Kv"] and kernel.launcher.is_dependent
+            and kernel.num_blocks >= families.MIN_SHARED_BLOCKS
+        )  # fmt: skip
+        return Extent(MASKS[mask], variant.window_left, *sizes, variant.ranges, overlaps)
 
     def covers(self, other: Extent) -> bool:
         mask = self.mask in (MASKS["none"], other.mask)
         window = self.window_left < 0 or 0 <= other.window_left <= self.window_left
         ranges = self.ranges in (NO_RANGES, other.ranges)
-        return mask and window and ranges and self[2:5] == other[2:5]
+        launches = self[2:5] == other[2:5] and self[6:] == other[6:]
+        return mask and window and ranges and launches
 
     def suits(self, other: Extent, is_captured: bool) -> bool:
         """Needless tiles cost more than planning again, but for a capture, which keeps its schedule."""
@@ -188,11 +196,11 @@ class Schedule:
         lengths: tuple[int, int] = (0, 0),
         costs: families.PlanCosts = families.COSTS,
         fixed_split: int = 0,
-        mixed: bool = False,
+        part: str = "all",
     ) -> PreparedLaunch:
         """The planner, which takes the addresses of qo_indptr, kv_indptr and last_page_len. `lengths`: qo_len and
         kv_len of one sequence, or as in `PrefillPlan`; fixed_split: keys of a split whatever shares the batch, or 0;
-        mixed: as in `MixedPlan`."""
+        part: of PARTS."""
         values = {
             "kv.indices": 0,
             "kv.len": lengths[1],
@@ -209,12 +217,12 @@ class Schedule:
             "max_counters": self.max_counters,
             "max_partial_rows": self.max_partial_rows,
             **{name: getattr(extent, name) for name in ("mask", "window_left", "block_m", "block_n", "num_blocks")},
-            "reserved": 0,
+            "part": families.PARTS[part],
             "extras": extent.ranges[1],
             "fixed_split": -(-fixed_split // extent.block_n),
             **inside("costs", costs._asdict()),
         }
-        launcher = load_planner(device, kv_storage, extent.ranges[0], mixed)
+        launcher = load_planner(device, kv_storage, extent.ranges[0], part != "all")
         return launcher.prepare((1, 1, 1), values, varying=("qo_indptr", "kv.indptr", "kv.last_page_len"))
 
     def require_items(self, op: str, num_rows: int, kernel: PrefillKernel, batch_size: int) -> None:

@@ -99,7 +99,8 @@ class PrefillWrapper(PlannedAttention):
         split_size, is_unsplit = given.splitting
         plan = self._plan_class(
             op, self.device, shape, (q_dtype, kv_dtype, o_dtype), given.mask, variant, self._kv(shape, kv_dtype),
-            workspaces, split_kv=not is_unsplit, fixed_split=fixed_split(op, shape.page_size, given.splitting),
+            workspaces=workspaces, split_kv=not is_unsplit,
+            fixed_split=fixed_split(op, shape.page_size, given.splitting), whole_lengths=self._whole_lengths,
         )  # fmt: skip
         plan.splitting = (-1 if split_size is None else split_size, bool(is_unsplit))
         return plan

@@ -45,9 +45,6 @@ MAX_FIXED_SPLITS, FIXED_SLOTS, FIXED_COUNTERS = 16, 20, 5
 # blocks well: 10 rounds, on 132 SMs.
 SHORT_ROWS, LONG_ROWS = 64, 16384
 MANY_ROWS = 1 << 18
-# Of prompts beside requests to decode the average says less: 1 x 512 on 8192 beside 64 x 4096, 35 rows a request, took
-# 429 us in the tile for short queries on an H200, prefill and decode one behind the other 365.
-FEW_ROWS = 16
 
 
 def queries_of(num_rows: int, batch_size: int, num_kv_heads: int) -> str:
@@ -99,9 +96,16 @@ class PrefillPlanParams(ctypes.Structure):
         *[(name, I32) for name in ("max_items", "max_counters", "max_partial_rows", "block_m", "block_n")],
         *[(name, I32) for name in ("mask", "window_left", "fixed_split")],
         *nested("costs", [("of_item", F32), ("of_partial", F32), ("min_split", I32), ("fills_gaps", I32)]),
-        ("reserved", I32),
+        ("part", I32),
         EXTRAS,
     ]
+
+
+# Requests of a batch that a planner lists: PlanPart in csrc/attention/prefill/params.h. Of a mixed batch those of more
+# than SHORT_ROWS rows are one launch, and the others a second, which runs beside it, or behind it where kernels do not
+# overlap ("alone").
+MIN_SHARED_BLOCKS = 114  # an H100's over PCIe; what has fewer SMs (H20) is another balance of tensor cores and memory
+PARTS = {"all": 0, "many_rows": 1, "many_rows_alone": 2, "few_rows": 3}
 
 
 class PlanCosts(NamedTuple):
@@ -238,7 +242,7 @@ PREFILL = Family(
         "head_dim_qk": HEAD_DIMS,
         "head_dim_vo": HEAD_DIMS,
         "kv_storage": tuple(KV_STORAGE),
-        "queries": QUERIES,
+        "queries": (*QUERIES, "shared"),
         "large_pages": (False, True),
         "mask": tuple(MASKS),
         "pos_encoding": tuple(POS_ENCODINGS),
@@ -281,9 +285,9 @@ def prefill(
 ) -> KernelSpec:
     """Many query rows per request over its KV. `head_dim_vo` 0: the same as head_dim; `o_dtype` "": that of q.
 
-    `queries`, of QUERIES, picks the tile that is fastest for them (`queries_of`), where there are several, `page_size`
-    the kernel that reads pages of that size fastest, and `mixed` the one for batches in which many requests have fewer
-    rows than the tile; the results are the same.
+    `queries`, of QUERIES or "shared" (short ones over KV that other requests read as well), picks the tile that is
+    fastest for them (`queries_of`), where there are several, `page_size` the kernel that reads pages of that size
+    fastest, and `mixed` one that runs beside another, each over its requests of a batch; the results are the same.
     """
     axes: dict[str, str | int | bool] = {
         "q_dtype": q_dtype,
@@ -306,12 +310,16 @@ def prefill(
     # What makes no difference to a kernel makes no two kernels.
     spec = PREFILL.spec(target, **axes)
     is_sm90 = PREFILL.implementation(spec).params is Sm90PrefillParams
+    if axes["queries"] == "shared" and not (is_sm90 and prefill_sm90.has_shared_tile(spec)):
+        axes["queries"] = "short"
+        spec = PREFILL.spec(target, **axes)
+        is_sm90 = PREFILL.implementation(spec).params is Sm90PrefillParams
     if not is_sm90 or prefill_sm90.gathers(spec):
         axes["large_pages"] = False
     if queries == "long" and not (is_sm90 and prefill_sm90.has_long_tile(spec)):
         axes["queries"] = "medium"
-    if mixed and not (is_sm90 and axes["queries"] == "medium"):
-        axes["mixed"] = False  # warps, or the only warpgroup, leave out rows that do not exist as it is
+    if mixed and not is_sm90:
+        axes["mixed"] = False  # one behind the other
     return PREFILL.spec(target, **axes)
 
 
@@ -331,7 +339,8 @@ PREFILL_PLAN = Family(
             lambda spec: Config(
                 {
                     "kKvStorage": KV_STORAGE[spec.arg("kv_storage")],
-                    "kMixes": spec.arg("mixed"),
+                    "kIsMixed": spec.arg("mixed"),
+                    "kShortRows": SHORT_ROWS,
                     **function_of(spec.arg("variant")),
                 },
                 Launch(num_threads=1024),

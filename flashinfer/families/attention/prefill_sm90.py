@@ -73,6 +73,19 @@ SHORT_TILES = {
     (256, 256): Tile(64, 64, 3, 1, 1),
 }
 
+# The same rows over KV that other requests read as well (`shared`), as under masks of blocks: they come from the L2
+# cache, few KV heads at a time, and one consumer an SM has nothing to do beside its own softmax. TFLOP/s of blocks of
+# 16 x 16, 32 query heads on 8 / of 64 x 64, 32 on 32: 468 / 470, all heads at a time 454 / 338; 64 x 64, 3 stages, 420
+# / 398; gathered 305 / 282; the tile above 338 / 303.
+SHARED_TILES = {
+    (128, 128): Tile(64, 96, 2, 1, 2),
+}
+# Short queries beside requests of many rows (`mixed`): 1 x 2048 beside 256 x 128 takes 110 us, with the tile above 127;
+# over longer KV the two are the same.
+SECOND_TILES = {
+    (128, 128): Tile(64, 64, 3, 1, 2),
+}
+
 # fp8 (e4m3) of q, k and v: values are transposed on the way (csrc/attention/sm90/transpose.cuh). Of a KV tile the
 # tensor cores sum as much as its 128 keys: longer ones lose more (TileWalk::step_of_8_bits).
 FP8_TILES = {
@@ -95,18 +108,6 @@ SMALLER_FP8_TILES = {
     (256, 256): Tile(128, 96, 2, 1),  # whose quarters are too short to be gathered and transposed
 }
 
-
-# Prompts beside requests to decode (`mixed`), of two consumers. A stage of values is free again late: with two, a block
-# that decodes takes 1.8 us for a tile of 64 KB even while few others read, and 8 x 1024 beside 64 x 4096 396 us (one
-# behind the other: 439). These have not run.
-MIXED_TILES = {
-    (64, 64): Tile(128, 128, 4, 2),
-    (128, 128): Tile(128, 128, 3, 1),
-}
-MIXED_FP8_TILES = {
-    (64, 64): Tile(128, 128, 4, 2),
-    (128, 128): Tile(128, 128, 3, 2),
-}
 
 # 16-bit queries over fp8 KV, which are widened to fp16 on the way (csrc/attention/sm90/widen.cuh). Pages of 16.
 WIDENING_TILES = {
@@ -154,11 +155,6 @@ def _widens(spec: KernelSpec) -> bool:
     return ITEMSIZE[spec.arg("kv_dtype")] < ITEMSIZE[spec.arg("q_dtype")]
 
 
-def _has_two_consumers(spec: KernelSpec) -> bool:
-    """Whether the smaller tile is needed: for registers, or so that a consumer may pass units by."""
-    return _changes_scores(spec) or gathers(spec) or bool(spec.arg("mixed"))
-
-
 def _changes_scores(spec: KernelSpec) -> bool:
     """Whether more happens to a score than a causal mask or a window."""
     arg = spec.arg
@@ -174,7 +170,15 @@ def has_long_tile(spec: KernelSpec) -> bool:
     return dims in LONG_TILES and not (is_quantized or gathers(spec) or _changes_scores(spec) or has_begin)
 
 
+def has_shared_tile(spec: KernelSpec) -> bool:
+    """Whether short queries over KV that others read too have a tile of their own: where boxes bring them."""
+    dims = spec.arg("head_dim_qk"), spec.arg("head_dim_vo")
+    return dims in SHARED_TILES and ITEMSIZE[spec.arg("kv_dtype")] > 1 and bool(spec.arg("large_pages"))
+
+
 def _tiles(spec: KernelSpec) -> dict[tuple[int, int], Tile]:
+    if spec.arg("queries") == "shared":
+        return SHARED_TILES
     if spec.arg("queries") == "short":
         return SHORT_FP8_TILES if _is_fp8(spec) else SHORT_WIDENING_TILES if _widens(spec) else SHORT_TILES
     return FP8_TILES if _is_fp8(spec) else WIDENING_TILES if _widens(spec) else TILES
@@ -182,8 +186,10 @@ def _tiles(spec: KernelSpec) -> dict[tuple[int, int], Tile]:
 
 def _tile(spec: KernelSpec) -> Tile:
     dims = spec.arg("head_dim_qk"), spec.arg("head_dim_vo")
-    if spec.arg("queries") == "short":
-        return _tiles(spec)[dims]
+    if spec.arg("queries") in ("short", "shared"):
+        tiles = _tiles(spec)
+        is_second = spec.arg("mixed") and tiles is SHORT_TILES
+        return SECOND_TILES.get(dims, tiles[dims]) if is_second else tiles[dims]
     if spec.arg("queries") == "long" and has_long_tile(spec):
         return LONG_TILES[dims]
     has_holes = spec.arg("mask") in MASKS_OF_BITS or cxx.has_holes(spec.arg("variant"))
@@ -192,9 +198,8 @@ def _tile(spec: KernelSpec) -> Tile:
     if has_holes and has_more and _tiles(spec) is TILES and dims in SMALLEST_TILES:
         return SMALLEST_TILES[dims]
     tiles, smaller = _tiles(spec), SMALLER_FP8_TILES if _is_fp8(spec) else SMALLER_TILES
-    if spec.arg("mixed") and not _widens(spec):
-        smaller = {**smaller, **(MIXED_FP8_TILES if _is_fp8(spec) else MIXED_TILES)}
-    return smaller.get(dims, tiles[dims]) if _has_two_consumers(spec) else tiles[dims]
+    needs_registers = _changes_scores(spec) or gathers(spec)
+    return smaller.get(dims, tiles[dims]) if needs_registers else tiles[dims]
 
 
 def gathers(spec: KernelSpec) -> bool:
@@ -232,7 +237,8 @@ def config(spec: KernelSpec, constants: Constants) -> Config:
         "kNumStages": tile.num_stages,
         "kNumQueryStages": tile.num_query_stages,
         "kGathersKv": gathers(spec),
-        "kMixes": spec.arg("mixed"),
+        "kSharesKv": spec.arg("queries") == "shared",
+        "kIsMixed": spec.arg("mixed"),
     }
     # sm90::Smem: the tiles, and what is small.
     size = ITEMSIZE[spec.arg("q_dtype")]
