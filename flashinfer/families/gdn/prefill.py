@@ -120,7 +120,7 @@ def _scan_config(spec: KernelSpec) -> Config:
 
 
 def _chunks_config(spec: KernelSpec) -> Config:
-    return Config(_constants_of_rows(spec), Launch(128, 7))
+    return Config(_constants_of_rows(spec), Launch(32, 13))
 
 
 def blocks_v(target: str) -> tuple[int, ...]:
