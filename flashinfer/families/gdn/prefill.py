@@ -134,9 +134,9 @@ def block_v(target: str, num_units: int, num_sms: int) -> int:
     return blocks_v(target)[-1 if num_units * (HEAD_DIM // 64) >= num_sms else 0]
 
 
-# Microseconds of a chunk, in blocks with an output and in those without; of the scan, for each segment; and of a split
-# for the two launches more, and blocks that begin and end.
-_WHOLE_US, _STATE_US, _SCAN_US, _SPLIT_US = 1.2, 1.15, 1.2, 8.0
+# Microseconds of a chunk, in blocks with an output and in those without; of the scan, for each segment but the first and
+# last; and of a split for the two launches more, and blocks that begin and end: docs/notes/2026-11-gated-delta-rule.md.
+_WHOLE_US, _STATE_US, _SCAN_US, _SPLIT_US = 1.4, 1.15, 3.2, 9.0
 _MAX_SEGMENTS, _LEAST_GAIN = 32, 0.9
 
 
@@ -163,7 +163,7 @@ def segment_tokens(num_tokens: int, longest: int, num_seqs: int, num_heads: int,
         each = -(-chunks // wanted)
         segments = -(-chunks // each)
         chain_us = rounds((2 * segments - 3) * heads) * _STATE_US + rounds(2 * segments * heads) * _WHOLE_US
-        scan_us = segments * rounds(heads * HEAD_DIM // SCAN_ROWS) * _SCAN_US
+        scan_us = (segments - 2) * rounds(heads * HEAD_DIM // SCAN_ROWS) * _SCAN_US
         us = each * chain_us + scan_us + _SPLIT_US
         if us < best_us:
             best_us, best = us, each * CHUNK
