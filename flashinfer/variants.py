@@ -153,7 +153,7 @@ def mask(*, bounds: Optional[Callable[..., Any]] = None, **extras: Any) -> Calla
     single call as `mask=`. What causal, a window or a custom mask hide stays hidden.
 
     Comparisons of k with what does not fall from one query to the next leave out the tiles of keys beyond; all others
-    are looked at key by key, on a CPU but for tiles that are proved full or empty.
+    are looked at key by key, but for tiles that are proved full or empty.
 
     Args:
         bounds: (q, x) or (b, q, x) -> (first, last): keys before the first and after the last are not seen and not
