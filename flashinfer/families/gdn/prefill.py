@@ -134,8 +134,9 @@ def block_v(target: str, num_units: int, num_sms: int) -> int:
     return blocks_v(target)[-1 if num_units * (HEAD_DIM // 64) >= num_sms else 0]
 
 
-# Microseconds of a chunk, in blocks with an output and in those without; of the scan, for each segment but the first and
-# last; and of a split for the two launches more, and blocks that begin and end: docs/notes/2026-11-gated-delta-rule.md.
+# Microseconds of a chunk, in blocks with an output and in those without; of the scan, for each segment but the first
+# and last; and of a split for the two launches more, and blocks that begin and end:
+# docs/notes/2026-11-gated-delta-rule.md.
 _WHOLE_US, _STATE_US, _SCAN_US, _SPLIT_US = 1.4, 1.15, 3.2, 9.0
 _MAX_SEGMENTS, _LEAST_GAIN = 32, 0.9
 
