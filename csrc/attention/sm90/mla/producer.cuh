@@ -80,32 +80,15 @@ struct KvProducer {
     const int row = fresh_thread_idx() % 32 * params.box_rows;
     uint32_t turn = 0;
     const auto send_unit = [&](const Work& work, uint32_t) {
-      // Tiles of one request are at work side by side: each has half of the next keys come into the L2 cache for all.
-      const bool has_others = work.item.qo_len * params.num_qo_heads > Shape::kBlockM;
-      const bool is_ours = has_others && row / Shape::kNumKeys == work.item.q_tile % 2;
       Box next = find_box(work.item, work.item.tile_end - 1, row);
       for (int tile = work.item.tile_end - 1; tile >= work.item.tile_begin; --tile, ++turn) {
         const Box box = next;
         next = find_box(work.item, tile - 1, row);
 #pragma unroll 1
         for (int keys = 0; keys < 2; ++keys) send_keys(keys, turn, box, row);
-        if (is_ours && tile > work.item.tile_begin) prefetch(next);
       }
     };
     for_each_unit(smem, send_unit, prepare);
-  }
-
-  // Into the L2 cache. Where ckv and kpe are one row of memory, a box is of one piece: one instruction. By one for
-  // every row or line it takes longer than it saves.
-  __device__ __forceinline__ void prefetch(const Box& box) const {
-    using Kv = typename Config::Kv;
-    constexpr int kRowLen = Config::kHeadDimCkv + Config::kHeadDimKpe;
-    const LatentKvParams& kv = params.kv;
-    const Kv* ckv = static_cast<const Kv*>(kv.ckv);
-    if (kv.ckv_entry_stride != kRowLen || (Config::kHeadDimKpe > 0 && kv.kpe != ckv + Config::kHeadDimCkv)) return;
-    const Kv* rows_gmem = ckv + box.page_idx * kv.ckv_page_stride + box.shift * kRowLen;
-    const int num_bytes = box.num_valid * kRowLen * int(sizeof(Kv));
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(rows_gmem), "r"(num_bytes) : "memory");
   }
 
   // A half of the tile's keys.
