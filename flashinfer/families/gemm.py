@@ -47,12 +47,11 @@ class GroupGemmParams(ctypes.Structure):
 
 
 class Sm90GroupGemmParams(ctypes.Structure):
-    """Mirror of csrc/gemm/sm90/params.h. Descriptors hold the addresses of what they describe."""
+    """Mirror of csrc/gemm/sm90/params.h. The descriptors of a and b hold their addresses."""
 
     _fields_ = [
         ("a_map", ctypes.c_uint8 * 128),
         ("b_map", ctypes.c_uint8 * 128),
-        ("a_scale_map", ctypes.c_uint8 * 128),
         *GroupGemmParams._fields_,
         ("a_box_rows", I32),
         ("padding", ctypes.c_uint8 * 28),

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flashinfer.dtypes import ITEMSIZE
@@ -13,7 +13,6 @@ from flashinfer.jit import driver
 from flashinfer.jit.loader import Launcher, PreparedLaunch
 
 _PANEL_BYTES = 128  # that the swizzle permutes: a step of the depth
-_NO_MAP = bytes(driver.TENSOR_MAP_BYTES)
 _MAX_MAPS = 1024  # addresses a launch remembers: a model has a weight per layer
 
 
@@ -27,7 +26,7 @@ def bind_launch(launcher: Launcher, grid: int, values: Mapping[str, Any]) -> Pre
     a_rows = block_m // shares if shares > 1 else min(block_m, -(-num_rows // 8) * 8)
     launch = launcher.prepare(
         (grid, 1, 1), {**values, "a_box_rows": a_rows, "padding": b""},
-        varying=("a_map", "b_map", "a_scale_map", *families.ADDRESSES),
+        varying=("a_map", "b_map", *families.ADDRESSES),
     )  # fmt: skip
     a_axes = (depth, (num_rows, values["a_row_stride"]), (1, 0))
     weights = values["num_weights"], values["b_weight_stride"]
@@ -37,18 +36,9 @@ def bind_launch(launcher: Launcher, grid: int, values: Mapping[str, Any]) -> Pre
         b_axes, b_rows = (num_columns, (depth, values["b_row_stride"]), weights), _PANEL_BYTES // size
     a_map_at = _maps(size, a_axes, a_rows)
     b_map_at = _maps(size, b_axes, b_rows)
-    row_stride, block_stride = int(values["a_scale_row_stride"]), int(values["a_scale_block_stride"])
-    num_blocks = -(-depth // families.SCALE_BLOCK)
-    are_side_by_side = bool(constants["kScaleColumns"]) and (row_stride == 1 or num_rows == 1)
-    fit = are_side_by_side and (num_blocks == 1 or (block_stride % 4 == 0 and block_stride >= num_rows))
-    scale_axes = (2 * num_rows, 2), (num_blocks, block_stride * 4), (1, 0)
-    scale_map_at = _maps_of(scale_axes, (2 * min(block_m, 128), 1, 1), swizzled=False)
 
-    def launch_at(a: int, b: int, a_scale: int, b_scale: int, *others: int) -> None:
-        if fit and a_scale % 16 == 0:
-            launch(a_map_at(a), b_map_at(b), scale_map_at(a_scale), a, b, 0, b_scale, *others)
-        else:
-            launch(a_map_at(a), b_map_at(b), _NO_MAP, a, b, a_scale, b_scale, *others)
+    def launch_at(a: int, b: int, *others: int) -> None:
+        launch(a_map_at(a), b_map_at(b), a, b, *others)
 
     return launch_at
 
@@ -60,16 +50,9 @@ def _maps(size: int, axes: tuple[int, tuple[int, int], tuple[int, int]], box_row
     """
     width, *others = axes
     in_bytes = ((width * size // 2, 2), *((length, stride * size) for length, stride in others))
-    return _maps_of(in_bytes, (_PANEL_BYTES // 2, box_rows, 1))
-
-
-def _maps_of(
-    axes: Sequence[tuple[int, int]], box: tuple[int, int, int], swizzled: bool = True
-) -> Callable[[int], bytes]:
-    """As `driver.tensor_map_of_16_bit` has axes and boxes."""
 
     @functools.lru_cache(_MAX_MAPS)
     def map_at(address: int) -> bytes:
-        return driver.tensor_map_of_16_bit(address, axes, box, swizzled)
+        return driver.tensor_map_of_16_bit(address, in_bytes, (_PANEL_BYTES // 2, box_rows, 1))
 
     return map_at

@@ -31,7 +31,7 @@ __device__ void group_gemm(const Sm90GroupGemmParams& params) {
   static_assert(sizeof(sm90::GemmSmem<Config>) <= Config::kSmemBytes);
   auto& smem = *reinterpret_cast<sm90::GemmSmem<Config>*>(smem_bytes);
   if (threadIdx.x == 0) {
-    smem.init(Shape::kIsScaled && params.a_scale != nullptr);
+    smem.init();
     fence_mbarrier_init();
     prefetch_tensor_map(params.a_map);
     prefetch_tensor_map(params.b_map);
@@ -48,9 +48,7 @@ __device__ void group_gemm(const Sm90GroupGemmParams& params) {
     if (warp_idx == Shape::kNumConsumers * 4) {
       sm90::produce_operands<Config>(params, smem);
     } else if constexpr (Shape::kIsScaled) {
-      if (warp_idx == Shape::kNumConsumers * 4 + 1 && params.a_scale != nullptr) {
-        sm90::produce_scales<Config>(params, smem);
-      }
+      if (warp_idx == Shape::kNumConsumers * 4 + 1) sm90::produce_scales<Config>(params, smem);
     }
   } else {
     if constexpr (Shape::kMovesRegisters) grow_registers<Shape::kConsumerRegisters>();

@@ -8,11 +8,9 @@
 namespace flashinfer {
 
 // Tensors of three axes of 16-bit elements, those of 8 bits in pairs, the innermost first: a as depth, row, 1; b as
-// depth, column, weight, or column, depth, weight. A box is 128 bytes of rows. Scales of a, in halves: row, block of
-// the depth, 1, a box of which has those of up to 128 rows. Where they lie otherwise than TMA takes them there is no
-// map; where there is, a_scale is null.
+// depth, column, weight, or column, depth, weight. A box is 128 bytes of rows.
 struct Sm90GemmMaps {
-  TensorMap a_map, b_map, a_scale_map;
+  TensorMap a_map, b_map;
 };
 
 struct Sm90GroupGemmParams : Sm90GemmMaps, GroupGemmParams {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The warps of the Hopper kernel of products that bring in what the others multiply: one has operands and scales, by
-// TMA; one has scales of rows that lie otherwise than TMA takes them.
+// The warps of the Hopper kernel of products that bring in what the others multiply: one has operands, by TMA, one has
+// scales, which lie at any strides.
 #pragma once
 
 #include "gemm/sm90/tile.cuh"
@@ -22,63 +22,19 @@ __device__ __forceinline__ void for_each_box_of_b(const GemmTile& tile, int step
   }
 }
 
-// The scales of b for a tile: a lane has those of every 32nd step.
-template <class Config, bool kExist = GemmShape<Config>::kIsScaled>
-struct ScalesOfB {
-  using Shape = GemmShape<Config>;
-  const Sm90GroupGemmParams& params;
-  const GemmTile& tile;
-  const int lane_idx = int(threadIdx.x % 32);
-  float scales[Shape::kScaleRuns];
-
-  // Loads those of 32 steps, once in as many; past the last column there are none.
-  __device__ __forceinline__ void look_ahead(int step, const GemmPart<Config>& part) {
-    if ((step - part.step_begin) % 32 != 0) return;
-#pragma unroll
-    for (int run = 0; run < Shape::kScaleRuns; ++run) {
-      const int32_t column = tile.column + run * (Shape::kBlockN / Shape::kScaleRuns);
-      const bool exists = column < params.num_columns && step + lane_idx < part.step_end;
-      scales[run] = exists ? params.b_scale[tile.weight * params.b_scale_weight_stride +
-                                            column / kScaleBlock * params.b_scale_row_stride +
-                                            (step + lane_idx) * params.b_scale_block_stride]
-                           : 0.f;
-    }
-  }
-  __device__ __forceinline__ void put(int step, const GemmPart<Config>& part, GemmSmem<Config>& smem, int stage) const {
-    if ((step - part.step_begin) % 32 == lane_idx) {
-#pragma unroll
-      for (int run = 0; run < Shape::kScaleRuns; ++run) smem.scales.b[stage][run] = scales[run];
-    }
-    __syncwarp();
-  }
-};
-template <class Config>
-struct ScalesOfB<Config, false> {
-  const Sm90GroupGemmParams& params;
-  const GemmTile& tile;
-  __device__ __forceinline__ void look_ahead(int, const GemmPart<Config>&) const {}
-  __device__ __forceinline__ void put(int, const GemmPart<Config>&, GemmSmem<Config>&, int) const {}
-};
-
 template <class Config>
 __device__ __forceinline__ void produce_operands(const Sm90GroupGemmParams& params, GemmSmem<Config>& smem) {
   using Shape = GemmShape<Config>;
   const GemmPart<Config> part{params};
-  const bool brings_scales = Shape::kIsScaled && params.a_scale == nullptr;
-  const int num_bytes = Shape::kShares * params.a_box_rows * kPanelBytes + Shape::kBBytes +
-                        (brings_scales ? Shape::kBlockM * int(sizeof(float)) : 0);
   uint32_t turn = 0;
   part.for_each_tile(params, [&](const GemmTile& tile) {
-    ScalesOfB<Config> scales{params, tile};
     for (int step = part.step_begin; step < part.step_end; ++step, ++turn) {
       const int stage = turn % Shape::kNumStages;
-      scales.look_ahead(step, part);
       smem.empty.wait_empty(turn);
-      scales.put(step, part, smem, stage);
       if (elect_lane()) {
         constexpr int kWidth = kPanelBytes / 2;  // of a box, in elements of 16 bits
         Mbarrier& full = smem.full.at(turn);
-        full.arrive_expecting(num_bytes);
+        full.arrive_expecting(Shape::kShares * params.a_box_rows * kPanelBytes + Shape::kBBytes);
         if constexpr (Shape::kShares == 1) {
           tma_load_3d(smem_address(smem.a[stage]), params.a_map, full, step * kWidth, tile.row, 0);
         } else {
@@ -90,16 +46,6 @@ __device__ __forceinline__ void produce_operands(const Sm90GroupGemmParams& para
         for_each_box_of_b<Config>(tile, step, [&](int offset, int32_t x0, int32_t x1, int32_t x2) {
           tma_load_3d(smem_address(smem.b[stage]) + offset, params.b_map, full, x0, x1, x2);
         });
-        if constexpr (Shape::kIsScaled) {
-          if (brings_scales) {
-            constexpr int kBoxRows = Shape::kBlockM < 128 ? Shape::kBlockM : 128;
-#pragma unroll
-            for (int row = 0; row < Shape::kBlockM; row += kBoxRows) {
-              tma_load_3d(smem_address(&smem.scales.a[stage][row]), params.a_scale_map, full, 2 * (tile.row + row),
-                          step, 0);
-            }
-          }
-        }
       }
       __syncwarp();
     }
@@ -114,6 +60,9 @@ __device__ __forceinline__ void produce_scales(const Sm90GroupGemmParams& params
   uint32_t turn = 0;
   part.for_each_tile(params, [&](const GemmTile& tile) {
     const float* a_scale = params.a_scale + (tile.row + lane_idx) * params.a_scale_row_stride;
+    const int32_t column = tile.column + lane_idx % Shape::kScaleRuns * (Shape::kBlockN / Shape::kScaleRuns);
+    const float* b_scale =
+        params.b_scale + tile.weight * params.b_scale_weight_stride + column / kScaleBlock * params.b_scale_row_stride;
     for (int step = part.step_begin; step < part.step_end; ++step, ++turn) {
       const int stage = turn % Shape::kNumStages;
       smem.empty.wait_empty(turn);
@@ -122,6 +71,10 @@ __device__ __forceinline__ void produce_scales(const Sm90GroupGemmParams& params
         cp_async_4(smem_address(&smem.scales.a[stage][row + lane_idx]),
                    a_scale + row * params.a_scale_row_stride + step * params.a_scale_block_stride,
                    tile.row + row + lane_idx < tile.row_end);
+      }
+      if (lane_idx < Shape::kScaleRuns) {  // past the last column there are none
+        cp_async_4(smem_address(&smem.scales.b[stage][lane_idx]), b_scale + step * params.b_scale_block_stride,
+                   column < params.num_columns);
       }
       cp_async_arrive(smem.full.at(turn));
     }

@@ -60,7 +60,7 @@ template <class Shape, bool kExist = Shape::kIsScaled>
 struct GemmScales {};
 template <class Shape>
 struct GemmScales<Shape, true> {
-  alignas(128) float a[Shape::kNumStages][Shape::kBlockM];
+  float a[Shape::kNumStages][Shape::kBlockM];
   float b[Shape::kNumStages][Shape::kScaleRuns];
 };
 
@@ -85,8 +85,8 @@ struct GemmSmem {
   MbarrierRing<Shape::kNumStages> full, empty;  // a turn a step
   Mailbox<Shape::kClusterSize> mailbox;
 
-  __device__ __forceinline__ void init(bool has_scale_warp) {
-    full.init(has_scale_warp ? 33 : 1);                     // who copies, and the warp that brings scales
+  __device__ __forceinline__ void init() {
+    full.init(Shape::kIsScaled ? 33 : 1);                   // who copies, and the warp that brings scales
     empty.init(Shape::kShares * Shape::kNumConsumers * 4);  // warps that multiply these rows
   }
 };
