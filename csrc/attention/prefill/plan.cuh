@@ -181,6 +181,10 @@ struct PrefillPlanner {
       atomicAdd(&smem.num_tiles_of_cost[CostBins::of(cost)], 1);
       atomicMax(&smem.max_cost, cost);
       atomicMax(&smem.max_rows, num_rows_of(item));
+      if (params.fixed_split > 0) {
+        const int32_t num_splits = fixed_splits_of(item, cost);
+        atomicAdd(&smem.num_items_of_cost[CostBins::of(ceil_div(cost, num_splits))], num_splits);
+      }
       const bool is_table = Config::kKvStorage == kKvPaged && params.kv.indptr == nullptr;
       if (is_table && item.q_tile == 0) {
         atomicAdd(&smem.num_kv_pages, ceil_div(item.kv_len, int32_t(params.kv.page_size.divisor)));
@@ -320,13 +324,10 @@ struct PrefillPlanner {
       has_every_length = longest < float(kNumThreads);
       if (has_every_length && idx > 0) own = int32_t(longest) + 1 - idx;
     }
-    const int32_t limit = max(max(own, params.costs.min_split), 1);
-    const bool is_choice = idx == 0 || (has_every_length ? own == limit : ceil_div(max_cost, limit) == idx + 1);
-    if (params.fixed_split > 0) {
-      if (threadIdx.x == 0)
-        params.schedule->num_heads_abreast = num_heads_abreast(this->estimate(max(smem.max_cost, 1)));
-      return 0;
-    }
+    const bool is_fixed = params.fixed_split > 0;  // the estimate then tells of KV heads abreast alone
+    const int32_t limit = max(is_fixed ? max_cost : max(own, params.costs.min_split), 1);
+    const bool is_choice =
+        idx == 0 || (!is_fixed && (has_every_length ? own == limit : ceil_div(max_cost, limit) == idx + 1));
     Estimate estimate = {};
     if (is_choice) {
       estimate = this->estimate(limit);
@@ -342,12 +343,6 @@ struct PrefillPlanner {
 
   // Where the items of each cost start in the list, the longest first.
   __device__ __forceinline__ void place_costs(int32_t limit) const {
-    if (params.fixed_split > 0) {
-      for_each_tile([&](const PrefillItem& item, int32_t cost) {
-        const int32_t num_splits = fixed_splits_of(item, cost);
-        atomicAdd(&smem.num_items_of_cost[CostBins::of(ceil_div(cost, num_splits))], num_splits);
-      });
-    }
     for (int i = threadIdx.x; i < smem.num_occupied && params.fixed_split == 0; i += kNumThreads) {
       const int bin = smem.occupied_bins[i];
       const Runs runs = runs_of(bin_cost(bin), limit);
@@ -404,6 +399,7 @@ struct PrefillPlanner {
                           item.counter + partial.num_counters() <= params.max_counters;
         if (is_fixed && !fits) item.qo_len = 0, item.num_splits = 1;
       }
+#pragma unroll 1  // most are one
       for (int32_t split = 0; split < num_splits; ++split, place += num_alike) {
         item.split_idx = split;
         item.tile_begin = min(first_tile + split * split_len, end_tile);
@@ -414,6 +410,7 @@ struct PrefillPlanner {
     });
     __syncthreads();
     const int32_t num_counters = min(smem.num_counters, params.max_counters);
+#pragma unroll 1
     for (int i = threadIdx.x; i < num_counters * params.num_kv_heads; i += kNumThreads) params.counters[i] = 0;
     if (threadIdx.x < sizeof(params.schedule->taken) / 4) params.schedule->taken[threadIdx.x] = 0;
     if (threadIdx.x != 0) return;
@@ -426,6 +423,7 @@ struct PrefillPlanner {
 template <class Config>
 __device__ void prefill_plan(const PrefillPlanParams& params) {
   __shared__ PrefillPlanSmem<Config::kIsMixed> smem;
+#pragma unroll 1
   for (int i = threadIdx.x; i < int(sizeof(smem) / 4); i += Config::kNumThreads)
     reinterpret_cast<int32_t*>(&smem)[i] = 0;
   __syncthreads();
