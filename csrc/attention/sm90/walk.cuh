@@ -122,6 +122,7 @@ struct TileWalk {
 #pragma unroll 1
       do {
         if constexpr (Shape::kOverlaps) begin_overlapped(p, kv_turn, int(turn_plus_tile - kv_turn)), ++kv_turn;
+        is_again = false;  // there may be no tile left
         // The tiles at the begin of a window take the same loop as those at the end: twice the code, twice the compile.
 #pragma unroll 1
         for (;; clean = {0, 0}) {
