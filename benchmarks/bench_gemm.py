@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrix products: microseconds beside PyTorch's, DeepGEMM's and another installation of flashinfer.
 
-python benchmarks/bench_gemm.py [--only "4096 x 4096"] [--peer FOLDER] [--no-host] [--json]
+python benchmarks/bench_gemm.py [--only "4096 x 7168"] [--peer FOLDER] [--no-host] [--json]
 
-fp8 with scales of 1 x 128 by 128 x 128 elements, of sizes that DeepSeek-V3's layers have; segments of bf16 rows with
-weights of their own. DeepGEMM is timed where `deep_gemm` can be imported, its scales laid out beforehand, and with
-dependent launch as our kernels have it. Calls are timed inside a CUDA graph.
+fp8 with scales of 1 x 128 by 128 x 128 elements, of sizes that DeepSeek-V3's layers have; groups of such rows, and
+segments of bf16 rows, with weights of their own. DeepGEMM is timed where `deep_gemm` can be imported, its scales laid
+out beforehand, and with dependent launch as our kernels have it. Calls are timed inside a CUDA graph.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Scaled:
 
     @property
     def name(self) -> str:
-        return f"{self.rows} x {self.columns} x {self.depth}"
+        return f"{self.columns} x {self.depth}: {self.rows} rows"
 
     @property
     def num_bytes(self) -> int:
@@ -73,7 +73,7 @@ class Scaled:
     def ours(self, a: torch.Tensor, b: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor, out: Any) -> Any:
         return gemm.gemm_fp8_nt_groupwise(a, b, a_scale, b_scale, "K", out=out)
 
-    def torchs(self, sets: list[Any]) -> Calls:
+    def torchs(self, sets: list[Any]) -> Optional[Calls]:
         def padded(scale: torch.Tensor) -> torch.Tensor:  # rows at multiples of 16 bytes
             width = scale.shape[1]
             return torch.nn.functional.pad(scale, (0, -width % 4))[:, :width]
@@ -83,16 +83,67 @@ class Scaled:
             for a, b, a_scale, b_scale, _ in sets
         ]
 
-    def deep_gemms(self, sets: list[Any]) -> Optional[Calls]:
-        library = deep_gemm()
-        if library is None:
-            return None
-        library.set_pdl(True)
+    def deep_gemms(self, library: Any, sets: list[Any]) -> Optional[Calls]:
         layout = library.get_mn_major_tma_aligned_tensor
         return [
             functools.partial(library.fp8_gemm_nt, (a, layout(a_scale)), (b, b_scale), out, disable_ue8m0_cast=True)
             for a, b, a_scale, b_scale, out in sets
         ]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """fp8 with scales: groups of so many rows, each by a weight of [columns, depth]."""
+
+    groups: int
+    rows: int
+    columns: int
+    depth: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.groups} groups, {self.columns} x {self.depth}: {self.rows} rows"
+
+    @property
+    def num_bytes(self) -> int:
+        return self.groups * Scaled(self.rows, self.columns, self.depth).num_bytes
+
+    @property
+    def num_flops(self) -> int:
+        return self.groups * Scaled(self.rows, self.columns, self.depth).num_flops
+
+    @functools.cached_property
+    def offsets(self) -> torch.Tensor:
+        return torch.arange(self.groups + 1, device=DEVICE, dtype=torch.int32) * self.rows
+
+    def draw(self) -> tuple[torch.Tensor, ...]:
+        num_rows, blocks = self.groups * self.rows, self.depth // 128
+        return (
+            torch.randn(num_rows, self.depth, device=DEVICE).to(E4M3),
+            torch.randn(self.groups * self.columns, self.depth, device=DEVICE)
+            .to(E4M3)
+            .view(self.groups, -1, self.depth),
+            torch.rand(blocks, num_rows, device=DEVICE) + 0.1,
+            torch.rand(self.groups, blocks, -(-self.columns // 128), device=DEVICE) + 0.1,
+            torch.empty(num_rows, self.columns, device=DEVICE, dtype=BF16),
+        )
+
+    def ours(self, a: torch.Tensor, b: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor, out: Any) -> Any:
+        return gemm.group_gemm_fp8_nt_groupwise(a, b, a_scale, b_scale, self.offsets, out=out)
+
+    def torchs(self, sets: list[Any]) -> Optional[Calls]:
+        return None
+
+    def deep_gemms(self, library: Any, sets: list[Any]) -> Optional[Calls]:
+        group_of_row = torch.arange(self.groups, device=DEVICE, dtype=torch.int32).repeat_interleave(self.rows)
+        layout = library.get_mn_major_tma_aligned_tensor
+        return [
+            functools.partial(
+                library.m_grouped_fp8_gemm_nt_contiguous, (a, layout(a_scale.T)), (b, b_scale.mT.contiguous()), out,
+                group_of_row, disable_ue8m0_cast=True,
+            )
+            for a, b, a_scale, b_scale, out in sets
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,7 +157,7 @@ class Segments:
 
     @property
     def name(self) -> str:
-        return f"{self.segments} segments of {self.rows}, {self.columns} x {self.depth}"
+        return f"{self.segments} segments of bf16, {self.columns} x {self.depth}: {self.rows} rows"
 
     @property
     def num_bytes(self) -> int:
@@ -132,31 +183,34 @@ class Segments:
         wrapper = flashinfer.SegmentGEMMWrapper(out.view(-1)[:1])
         return wrapper.run(x, weights, self.segments, True, out=out, seg_indptr=self.offsets)
 
-    def torchs(self, sets: list[Any]) -> Calls:
+    def torchs(self, sets: list[Any]) -> Optional[Calls]:
         return [functools.partial(torch._grouped_mm, x, weights.mT, offs=self.offsets[1:]) for x, weights, _ in sets]
 
-    def deep_gemms(self, sets: list[Any]) -> Optional[Calls]:
+    def deep_gemms(self, library: Any, sets: list[Any]) -> Optional[Calls]:
         return None
 
 
-@functools.cache
 def deep_gemm() -> Any:
+    """None where it cannot be imported."""
     try:
-        return importlib.import_module("deep_gemm")
+        library = importlib.import_module("deep_gemm")
     except ImportError:
         return None
+    library.set_pdl(True)
+    return library
 
 
-# Projections of DeepSeek-V3's layers, of eight GPUs or one; goals beside DeepGEMM.
+# Projections of DeepSeek-V3's layers, of eight GPUs or one.
 SHAPES = ((4096, 7168), (7168, 2048), (2112, 7168), (24576, 1536))
 CASES: list[Any] = [
-    *(Scaled(rows, *shape) for rows in (16, 64, 128, 4096) for shape in SHAPES),
-    *(Segments(64, 2, 4096, 4096), Segments(64, 16, 4096, 2048), Segments(8, 512, 4096, 4096)),
-    Segments(8, 4096, 4096, 4096),
+    *(Scaled(rows, *shape) for shape in SHAPES for rows in (1, 16, 64, 128, 4096)),
+    *(Groups(32, 128, 4096, 7168), Groups(8, 4096, 4096, 7168), Groups(8, 4096, 7168, 2048)),
+    *(Segments(64, 1, 4096, 4096), Segments(64, 16, 4096, 2048), Segments(8, 4096, 4096, 4096)),
 ]
 
 
 def measure(args: argparse.Namespace, times: Times) -> None:
+    library = None if times.is_peer or DEVICE == "cpu" else deep_gemm()
     for case in CASES:
         if args.only not in case.name:
             continue
@@ -165,10 +219,9 @@ def measure(args: argparse.Namespace, times: Times) -> None:
         kinds: dict[str, Any] = {"": [functools.partial(case.ours, *one) for one in sets]}
         if not times.is_peer and DEVICE == "cuda":
             kinds[TORCH] = case.torchs(sets)
-            if (calls := case.deep_gemms(sets)) is not None:
-                kinds[DEEP_GEMM] = calls
+            kinds[DEEP_GEMM] = case.deep_gemms(library, sets) if library else None
         with times.noting(case.name):
-            for column, us in device_us_in_turns(kinds).items():
+            for column, us in device_us_in_turns({name: calls for name, calls in kinds.items() if calls}).items():
                 times.columns.setdefault(column, {})[case.name] = us
     if not args.no_host:
         with times.noting("host costs"):
@@ -198,7 +251,7 @@ def main() -> None:
         amounts = {"bytes": case.num_bytes, "flops": case.num_flops}
         timed.append((case.name, us[0], dict(zip(others, us[1:])), amounts))
     columns = ["us", "TFLOP/s", "TB/s", *(f"{other} us" for other in others)]
-    print_table("Matrix products", ["rows x columns x depth, fp8 with scales; segments, bf16", *columns], rows)
+    print_table("Matrix products", ["columns x depth, fp8 with scales or bf16", *columns], rows)
     conclude(args, ours, peers, {"gemm": table("us", timed, partial=args.only)})
 
 

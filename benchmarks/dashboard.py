@@ -47,6 +47,7 @@ from results import Case, Run, Table
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 MAX_LINES = 150
+MAX_WIDTH = 250  # characters of a line of a table that is folded
 NUM_NAMED = 4  # cases that are slower, by name
 INTRODUCTION = """
 Is it faster than what you have, by how much, and where not? × is how many times as fast it is as the other: in bold the
@@ -59,8 +60,9 @@ METHOD = """
 bf16 unless a case says otherwise. Device times are medians of CUDA graph replays over buffers that do not fit the L2
 cache, host times the best of many rounds of 200 calls. A peer is timed in a process of its own, in the same run, over
 the same random inputs. Of upstream's two decode kernels the faster one counts; SDPA and cuDNN have their KV contiguous;
-of sampling the slowest of four distributions is shown; in italics is what is beside PyTorch or our own separate
-operators. FLOPs of a causal mask count as half, bytes are what must move once.
+of sampling the slowest of four distributions is shown; ratios of matrix products are beside DeepGEMM; in italics is
+what is beside PyTorch or our own separate operators. FLOPs of a causal mask count as half, bytes are what must move
+once.
 """
 
 
@@ -150,16 +152,17 @@ def by_shape(tables: dict[str, Measured], header: str) -> list[str]:
         ops = dict.fromkeys(case.partition(": ")[0] for case in one.table.cases)
         for op in (op for op in ops if not op.startswith("torch.")):  # for the reader of the files, to tell noise
             cases = [one.case(f"{op}: {shape}") for shape in shapes]
-            rows.setdefault(op, [op]).extend(with_ratio(one.table, case) for case in cases)
+            rows.setdefault(op, [pretty(op)]).extend(with_ratio(one.table, case) for case in cases)
     return markdown(columns, rows.values())
 
 
 def with_ratio(table: Table, case: Case | None, *, rate: bool = False) -> str:
-    """`1.45 (1.06×)`: beside upstream, or in italics beside what it replaces."""
+    """`1.45 (1.06×)`: beside upstream or its like, or in italics beside PyTorch or what it replaces."""
     text = number(case.figure if case else None)
     if rate:
         text += f", {number(bandwidth(table, case))} TB/s"
-    for label, form in (("upstream", " ({})"), (REPLACED, " (*{}*)")):
+    labels = {"upstream": " ({})", "DeepGEMM": " ({})", REPLACED: " (*{}*)", "PyTorch": " (*{}*)"}
+    for label, form in labels.items():
         if not math.isnan(value := ratio(table, case, label)):
             return text + form.format(times(value))
     return text
@@ -185,11 +188,12 @@ def smallest_and_largest(found: Newest, names: Sequence[str]) -> list[str]:
     return markdown(["operator", "smallest … largest case", *columns], rows.values())
 
 
-def side_by_side(table: Sequence[str], number_of: int) -> list[str]:
-    """The rows of a long and narrow table, several to a line."""
+def side_by_side(table: Sequence[str]) -> list[str]:
+    """The rows of a long and narrow table, several to a line, as far as there is room; two at least."""
     if len(table) <= 2:
         return list(table)
     header, rule, *rows = table
+    number_of = max(2, MAX_WIDTH // max(map(len, table)))
     height = -(-len(rows) // number_of)
     empty = "|" + "  |" * (header.count("|") - 1)
     parts = [rows[start : start + height] for start in range(0, len(rows), height)]
@@ -205,7 +209,7 @@ def host(found: Newest) -> list[str]:
             cases = {name: case for name, case in one.table.cases.items() if not name.startswith("torch.")}
             held = beside[device].table.cases if device in beside else {}
             beside[device] = Measured(device, one.commit, one.run, Table(one.table.unit, {**held, **cases}))
-    lines = side_by_side(per_case(beside, "call"), 3) if beside else []
+    lines = side_by_side(per_case(beside, "call")) if beside else []
     told: dict[str, list[str]] = {}
     for name, held in found.items():
         for device, one in held.items():
@@ -284,7 +288,7 @@ def page(found: Newest, device: str, of_others: str | None = None) -> str:
     own = [one for one in compared if one.device == device]
 
     def cases(name: str, header: str) -> list[str]:
-        return side_by_side(per_case(found.get(name, {}), header), 2)
+        return side_by_side(per_case(found.get(name, {}), header))
 
     sections = {
         "Where it is slower": slower(own),
@@ -295,11 +299,9 @@ def page(found: Newest, device: str, of_others: str | None = None) -> str:
         "Functions of scores and masks": cases("variants", "function, batch × length"),
         "Mixed batches": cases("mixed", "prefills + decodes"),
         "Block-sparse attention": cases("sparse", "length, heads, blocks, density"),
-        "Matrix products": cases("gemm", "rows × columns × depth"),
-        "Sampling, µs": side_by_side(by_shape(found.get("sampling", {}), "vocabulary 128256, fp32"), 2),
-        "Norms, activations, RoPE, cache, packing, merging, µs": side_by_side(
-            smallest_and_largest(found, ELEMENTWISE), 2
-        ),
+        "Matrix products, µs": side_by_side(by_shape(found.get("gemm", {}), "columns × depth, fp8")),
+        "Sampling, µs": side_by_side(by_shape(found.get("sampling", {}), "vocabulary 128256, fp32")),
+        "Norms, activations, RoPE, cache, packing, merging, µs": side_by_side(smallest_and_largest(found, ELEMENTWISE)),
         "Host": host(found),
         "How they come about": [textwrap.fill(METHOD.strip(), 138), "", *provenance(found)],
     }
