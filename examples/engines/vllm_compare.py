@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM with FlashInfer's attention and sampler (B) beside vLLM with FlashAttention and its own sampler (A).
 
-    python examples/engines/vllm_compare.py [--stages cold,agree,speed,v1,xqa,fp8,ngram] [--models llama,qwen3]
+    python examples/engines/vllm_compare.py [--stages cold,agree,plugin,speed,xqa,v1,fp8,ngram] [--models llama,qwen3]
     python examples/engines/vllm_compare.py --stages agree,gdn,speed --models qwen3.5 --rows prefill
 
 Models of the true shapes of Llama-3-8B, Qwen3-8B and Qwen3.5-9B, a few layers, random weights: nothing is downloaded.
-Every engine is a process of its own (vllm_worker.py beside this file); two that are compared are alive together and
+Every engine is a process of its own (vllm_engine.py beside this file); those that are compared are alive together and
 take turns. README.md says how to install, and what it showed.
 """
 
@@ -19,16 +19,14 @@ import itertools
 import json
 import os
 import random
-import select
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
+
+from vllm_engine import Engine, clock
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {
@@ -59,100 +57,14 @@ LENGTHS = (5, 17, 33, 64, 100, 129, 200, 257, 400, 512, 777, 1024, 1500, 2047, 2
 SHARED = 1000  # prompts longer than this begin alike: later ones find the beginning in the prefix cache
 NEW_TOKENS = 48
 # In log-probability, how far two kernels may be apart, and with it how near a tie is that they may choose differently:
-# three steps of bf16, and with keys and values in 8 bits.
-NEAR, NEAR_IN_8_BITS = 0.1, 0.4
+# three steps of bf16, twice that where norms, rotary embedding and SwiGLU round at other places too, and more with keys
+# and values in 8 bits.
+NEAR, NEAR_BY_OTHER_OPERATORS, NEAR_IN_8_BITS = 0.1, 0.2, 0.4
 OURS = {"backend": "FLASHINFER", "use_trtllm_attention": False}  # attention_config
 HYBRID = "qwen3.5"  # on Hopper vLLM takes FlashInfer's gated delta rule unless told otherwise, as A is
 GRAPHS = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}
-STAGES = ("cold", "agree", "speed", "fp8", "ngram", "xqa", "v1", "gdn")
+STAGES = ("cold", "agree", "plugin", "speed", "fp8", "ngram", "xqa", "v1", "gdn")
 STEPS = 32  # of decode, in a profile
-
-
-WORKER = Path(__file__).resolve().parent / "vllm_worker.py"
-
-
-class Failed(Exception):
-    pass
-
-
-@dataclass
-class Engine:
-    """A process with vLLM in it."""
-
-    name: str
-    options: dict[str, Any]  # of vllm.LLM
-    environment: dict[str, str]
-    logs: Path
-    is_ours: bool
-    ran: dict[str, Any] = field(default_factory=dict)
-    was_asked: bool = False  # to start
-
-    def launch(self) -> Engine:
-        """Begin to import vLLM, without waiting for it."""
-        read_end, write_end = os.pipe()
-        self.log = self.logs / f"{self.name.replace(' ', '-')}.log"
-        defaults = {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, where the model can be reached
-            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # apply_model
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-u", str(WORKER), "--worker", str(write_end)],
-                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True, pass_fds=(write_end,),
-                env={**defaults, **os.environ, **self.environment}, start_new_session=True,
-            )  # fmt: skip
-        os.close(write_end)
-        self.answers = os.fdopen(read_end)
-        self._send({"do": "import"})
-        return self
-
-    def _send(self, asked: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(asked) + "\n")
-        self.process.stdin.flush()
-
-    def answer(self, limit: float) -> dict[str, Any]:
-        """Of what was asked last. Raises Failed."""
-        ready, _, _ = select.select([self.answers], [], [], max(limit, 1))
-        line = self.answers.readline() if ready else None
-        if not line:
-            tail = self.log.read_text(errors="replace").strip().splitlines()[-1:] or [""]
-            why = f"no answer in {limit:.0f} s" if line is None else f"the process ended: {tail[0][:200]}"
-            raise Failed(f"{self.name}: {why}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise Failed(f"{self.name}: {answer['error']}")
-        return answer
-
-    def ask(self, do: str, limit: float = 300, **arguments: Any) -> dict[str, Any]:
-        self._send({"do": do, **arguments})
-        return self.answer(min(limit, clock.left()))
-
-    def start(self) -> float:
-        self.was_asked = True
-        self.ran = self.ask("start", **self.options)
-        return float(self.ran["seconds"])
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-class Clock:
-    budget = 3600.0
-    begin = time.monotonic()
-
-    def now(self) -> float:
-        return time.monotonic() - self.begin
-
-    def left(self) -> float:
-        return self.budget - self.now()
-
-
-clock = Clock()
 
 
 def say(*parts: Any) -> None:
@@ -273,10 +185,17 @@ class Comparison:
                 self.engine("qwen3 B fp8 queries in 16 bits", "qwen3", ours=True, attention=wide, **fp8),
                 self.engine("qwen3 B fp8", "qwen3", ours=True, **fp8),
             ]
-        if "xqa" in stages:  # what vLLM does on Hopper when NVIDIA's servers, or its cubins, are within reach
-            cubins, attention = {"VLLM_HAS_FLASHINFER_CUBIN": "1"}, {"backend": "FLASHINFER"}
+        # What vLLM does on Hopper when NVIDIA's servers, or its cubins, are within reach.
+        cubins, attention = {"VLLM_HAS_FLASHINFER_CUBIN": "1"}, {"backend": "FLASHINFER"}
+        if "xqa" in stages:
             made = self.engine(f"{first} B xqa", first, True, cubins, attention=attention)
             found["xqa"] = [self.engines[f"{first} A"], made]
+        if "plugin" in stages:  # of vllm_plugin, by wrappers and with that decode
+            found["plugin"] = [
+                self.engines[f"{first} A"],
+                self.engine(f"{first} B plugin", first, True, has_plugin=True),
+                self.engine(f"{first} B xqa plugin", first, True, cubins, attention=attention, has_plugin=True),
+            ]
         if "v1" in stages:  # vLLM's older model runner, which knows the lengths of the batch on the host
             older = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
             found["v1"] = [self.engine(f"{first} {side} v1", first, side == "B", older) for side in "AB"]
@@ -284,7 +203,9 @@ class Comparison:
             alone = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
             made = self.engine(f"{HYBRID} B gdn", HYBRID, True, alone, attention={"backend": "FLASH_ATTN"})
             found["gdn"] = [self.engines[f"{HYBRID} A"], made]
-        speed = found["agree"] + found["xqa"][1:] + found["v1"] + found["gdn"][1:]
+        speed = found["agree"] + found["xqa"][1:] + found["plugin"][1:] + found["v1"] + found["gdn"][1:]
+        if self.arguments.engines:
+            speed = [engine for engine in speed if engine.name.partition(" ")[2] in self.arguments.engines]
         found["speed"] = sorted(speed, key=lambda engine: models.index(Path(engine.options["model"]).name))
         return {stage: engines for stage, engines in found.items() if stage in stages}
 
@@ -292,7 +213,7 @@ class Comparison:
         root = self.folder / "caches" / name
         return {
             "FLASHINFER_CACHE_DIR": str(root / "flashinfer"), "FLASHINFER_WORKSPACE_BASE": str(root),
-            "TRITON_CACHE_DIR": str(root / "triton"),
+            "TRITON_CACHE_DIR": str(root / "triton"), "CUDA_CACHE_PATH": str(root / "nvrtc"),
         }  # fmt: skip
 
     def run(self) -> None:
@@ -444,8 +365,8 @@ class Comparison:
 
         row("prefill 32 x 2048", lambda engine, seed: prefill(engine, 32, 2048, seed))
         row("prefill 4 x 16384", lambda engine, seed: prefill(engine, 4, 16384, seed))
-        row("decode 64 at 4096", lambda engine, _: decode(engine, 64, False))
         row("decode 1 at 4096", lambda engine, _: decode(engine, 1, False))
+        row("decode 64 at 4096", lambda engine, _: decode(engine, 64, False))
         row("top-k top-p, decode 64 at 4096", lambda engine, _: decode(engine, 64, True))
 
     def profiles(self, engines: Sequence[Engine]) -> None:
@@ -456,7 +377,7 @@ class Comparison:
             (f"decode 64 at 4096, {STEPS} steps, and the prefix", prompts_of(vocab, 7, [4096] * 64), STEPS + 1),
             (f"decode 1 at 4096, {STEPS} steps, and the prefix", prompts_of(vocab, 7, [4096]), STEPS + 1),
         ):
-            for engine in engines if name.startswith(tuple(self.arguments.rows)) else ():
+            for engine in engines if name.startswith(tuple(self.arguments.rows)) and clock.left() > 20 else ():
                 found = engine.ask("profile", prompts=rows, tokens=tokens)
                 self.note("profile", engine=engine.name, row=name, unit="ms of GPU", **found)
 
@@ -474,15 +395,19 @@ class Comparison:
     def stage_xqa(self, engines: Sequence[Engine]) -> None:
         self.beside("xqa", *engines)
 
+    def stage_plugin(self, engines: Sequence[Engine]) -> None:
+        for engine in engines[1:]:
+            self.beside("plugin", engines[0], engine, NEAR_BY_OTHER_OPERATORS)
+
     def stage_v1(self, engines: Sequence[Engine]) -> None:
         self.beside("v1", *engines)
 
     def stage_gdn(self, engines: Sequence[Engine]) -> None:
         self.beside("gdn", *engines)
 
-    def beside(self, stage: str, a: Engine, b: Engine) -> None:
+    def beside(self, stage: str, a: Engine, b: Engine, near: float = NEAR) -> None:
         self.started([a, b])
-        self.agreement(stage, a, b, prompts_of(self.vocab(a), 1, LENGTHS, SHARED))
+        self.agreement(stage, a, b, prompts_of(self.vocab(a), 1, LENGTHS, SHARED), near)
         if b.ran:
             self.note(stage, engine=b.name, **b.ask("describe"))
 
@@ -495,6 +420,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each row")
     parser.add_argument("--rows", type=names, default=[""], help="of speed, those that begin so: decode,prefill 32")
+    parser.add_argument("--engines", type=names, default=[], help="of speed, these: A,B xqa")
     parser.add_argument("--compile", action="store_true", help="torch.compile, as vLLM does by default")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--upstream", metavar="DIR", help="upstream's flashinfer (pip install --target DIR), for cold")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -104,10 +105,18 @@ class Worker:
         self.version = vllm.__version__
         self.llm: Any = None
 
-    def start(self, **options: Any) -> dict[str, Any]:
+    def start(self, has_plugin: bool = False, **options: Any) -> dict[str, Any]:
+        """has_plugin: with vllm_plugin, as if it were installed; `options` are vllm.LLM's."""
         from vllm import LLM
 
+        if has_plugin:
+            sys.path.append(str(Path(__file__).parent / "vllm_plugin"))
+            plugin = importlib.import_module("vllm_flashinfer")
+            plugin.register()
+            options["ir_op_priority"] = plugin.PRIORITY
+        self.kernels: list[dict[str, Any]] = []
         begin = time.perf_counter()
+        self.note_kernels(begin)
         self.llm = LLM(**options)
         seconds = time.perf_counter() - begin
         # On the host, of every step: all of it, the layout of its batch for attention, and of that the plan of decode.
@@ -120,6 +129,21 @@ class Worker:
         if backend is not None:
             self.times["plan"] = noted(backend, "fast_plan_decode")
         return {"seconds": seconds}
+
+    def note_kernels(self, begin: float) -> None:
+        """What each kernel took that had to be found: when that had ended, seconds from `begin`, and how long it was
+        waited for, or compiled."""
+        try:
+            from flashinfer import events
+        except ImportError:  # upstream has none
+            return
+
+        def note(event: events.Event) -> None:
+            if event.kind != "hit":
+                at = time.perf_counter() - begin
+                self.kernels.append({"kind": event.kind, "kernel": event.kernel, "at": at, "seconds": event.seconds})
+
+        events.subscribe(note)
 
     def runner(self) -> Any:
         worker = self.llm.llm_engine.model_executor.driver_worker
@@ -207,6 +231,7 @@ class Worker:
                 "version": flashinfer.__version__,
                 "file": flashinfer.__file__,
                 "counters": events.counters() if events else None,
+                "kernels": self.kernels,
             }
         return found
 
