@@ -17,6 +17,7 @@ asked for later, of Llama-3-8B in bf16.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, metavar="SET", help="build in this folder, and write the figures")
     parser.add_argument("--start", action="store_true", help="the kernels of a server's start, as it compiles them")
     args = parse(parser)
+    os.environ["CUDA_CACHE_DISABLE"] = "1"  # NVRTC's own, on machines with a driver: it would remember the last run
     if args.figures is not None:
         write_figures(args)
         return
