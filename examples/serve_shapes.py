@@ -41,6 +41,7 @@ REQUESTS = [(0, 5, 4), (0, 19, 2), (1, 3, 3), (2, 7, 2)]
 OUTSIDE_CORE = Model("Phi-3-mini (outside the core set)", 3072, 32, 32, 96, (8192,))
 LARGE = 3584  # hidden size from which --quick serves a share
 MOST_OFF = 0.02  # relative difference from the equations that bf16 explains
+Tensors = tuple[torch.Tensor, ...]
 
 
 # ------------------------------------------------------------------------------------------------------------ requests
@@ -151,18 +152,21 @@ class Weights:
     """Random weights as views of one block: enough to compute at full width, without the memory of a model."""
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
+        self.device, self.dtype = device, dtype
         self._block = torch.empty(0)
 
     def matrix(self, num_outputs: int, num_inputs: int) -> torch.Tensor:
         count = num_outputs * num_inputs
         if self._block.numel() < count:
-            tile = torch.randn(1 << 20, device=self._device).mul_(0.02).to(self._dtype)
+            tile = torch.randn(1 << 20, device=self.device).mul_(0.02).to(self.dtype)
             self._block = tile.repeat(-(-count // tile.numel()))
         return self._block[:count].view(num_outputs, num_inputs)
 
     def vector(self, size: int, value: float = 1.0) -> torch.Tensor:
-        return torch.full((size,), value, device=self._device, dtype=self._dtype)
+        return torch.full((size,), value, device=self.device, dtype=self.dtype)
+
+    def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.zeros(shape, device=self.device, dtype=dtype or self.dtype)
 
 
 class Norm:
@@ -184,11 +188,9 @@ class Norm:
 class GroupedQueryAttention:
     """Rotary attention of query heads in groups that share keys and values."""
 
-    def __init__(
-        self, model: Model, weights: Weights, num_layers: int, num_pages: int, device: str, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, model: Model, weights: Weights, num_layers: int, num_pages: int) -> None:
         ranks = model.tensor_parallel[0]
-        self.model, self.dtype = model, dtype
+        self.model, self.dtype = model, weights.dtype
         self.num_qo_heads, self.num_kv_heads = model.num_qo_heads // ranks, max(1, model.num_kv_heads // ranks)
         hidden_size, head_dim = model.hidden_size, model.head_dim
         gate_size = self.num_qo_heads * head_dim if model.linear_num_value_heads else 0
@@ -197,8 +199,8 @@ class GroupedQueryAttention:
         self.output = weights.matrix(hidden_size, self.num_qo_heads * head_dim)
         self.head_norm = Norm(model, weights, head_dim)
         cache_shape = (num_pages, 2, PAGE_SIZE, self.num_kv_heads, head_dim)
-        self.caches = [torch.zeros(cache_shape, device=device, dtype=dtype) for _ in range(num_layers)]
-        workspace = torch.empty(32 << 20, dtype=torch.uint8, device=device)
+        self.caches = [weights.zeros(*cache_shape) for _ in range(num_layers)]
+        workspace = weights.zeros(32 << 20, dtype=torch.uint8)
         self.prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace)
         self.decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace)
         self.planned: object = None
@@ -236,7 +238,7 @@ class GroupedQueryAttention:
 class GatedDeltaNet:
     """A gated delta rule: what a layer keeps of a request is a matrix a head, and the last rows of a convolution."""
 
-    def __init__(self, model: Model, weights: Weights, num_layers: int, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, model: Model, weights: Weights, num_layers: int) -> None:
         ranks = model.tensor_parallel[0]
         self.model, self.most_off = model, 0.0
         num_k, num_v = model.linear_num_key_heads // ranks, model.linear_num_value_heads // ranks
@@ -247,17 +249,14 @@ class GatedDeltaNet:
         self.z = weights.matrix(self.widths[2], hidden_size)
         self.ba = weights.matrix(2 * num_v, hidden_size)
         self.conv = (weights.matrix(sum(self.widths), width) * 25).contiguous()
-        self.A_log = torch.linspace(-1, 1, num_v, device=device, dtype=torch.float32)
-        self.dt_bias = torch.linspace(1, -1, num_v, device=device, dtype=torch.float32)
+        self.A_log = torch.linspace(-1, 1, num_v, device=weights.device)
+        self.dt_bias = -self.A_log
         self.norm = weights.vector(self.dims[2])
         self.output = weights.matrix(hidden_size, self.widths[2])
         # Rows of the convolution with dense channels; states V-major and in fp32.
-        self.rows = [
-            torch.zeros(MAX_BATCH, width - 1, sum(self.widths), device=device, dtype=dtype).transpose(1, 2)
-            for _ in range(num_layers)
-        ]
-        shape = (MAX_BATCH, num_v, self.dims[2], self.dims[0])
-        self.states = [torch.zeros(shape, device=device, dtype=torch.float32) for _ in range(num_layers)]
+        dense, state = (MAX_BATCH, width - 1, sum(self.widths)), (MAX_BATCH, num_v, self.dims[2], self.dims[0])
+        self.rows = [weights.zeros(*dense).transpose(1, 2) for _ in range(num_layers)]
+        self.states = [weights.zeros(*state, dtype=torch.float32) for _ in range(num_layers)]
 
     def run(self, x: torch.Tensor, layer: int, batch: Batch) -> torch.Tensor:
         rows, states = self.rows[layer], self.states[layer]
@@ -289,24 +288,16 @@ class GatedDeltaNet:
                 state_indices=batch.slots,
             )
         gated = flashinfer.gated_rmsnorm(out, z.view_as(out), self.norm)
-        self._compare(out, gated, (qkv, z, a, b), before, layer, batch)
+        self._compare((out, gated), (qkv, z, a, b), before, states, batch)
         return functional.linear(gated.flatten(1), self.output)
 
     def _heads(self, mixed: torch.Tensor) -> list[torch.Tensor]:
         return [part.unflatten(-1, (-1, dim)) for part, dim in zip(mixed.split(self.widths, dim=-1), self.dims)]
 
-    def _compare(
-        self,
-        out: torch.Tensor,
-        gated: torch.Tensor,
-        inputs: tuple[torch.Tensor, ...],
-        before: tuple[torch.Tensor, ...],
-        layer: int,
-        batch: Batch,
-    ) -> None:
+    def _compare(self, results: Tensors, inputs: Tensors, before: Tensors, states: torch.Tensor, batch: Batch) -> None:
         """With the recurrence, token by token in fp32, from the states that the step began with. The norm behind it by
         itself: it would raise the rounding of heads that have next to nothing to say."""
-        qkv, z, a, b = (x.float() for x in inputs)
+        (out, gated), (qkv, z, a, b) = results, (x.float() for x in inputs)
         alpha = torch.exp(-torch.exp(self.A_log) * torch.log1p(torch.exp(a + self.dt_bias)))
         for request, slot in enumerate(batch.slots.tolist()):
             begin, end = batch.qo_indptr[request : request + 2].tolist()
@@ -321,7 +312,7 @@ class GatedDeltaNet:
                 u = torch.sigmoid(b[t])[:, None] * (v - torch.einsum("hvk,hk->hv", s, k))
                 s = s + torch.einsum("hv,hk->hvk", u, k)
                 expected.append(torch.einsum("hvk,hk->hv", s, q) * self.dims[0] ** -0.5)
-            pairs = ((out[begin:end].float(), torch.stack(expected)), (self.states[layer][slot], s))
+            pairs = ((out[begin:end].float(), torch.stack(expected)), (states[slot], s))
             self.most_off = max(self.most_off, *(float((ours - x).norm() / x.norm()) for ours, x in pairs))
         o = out.float()
         normed = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * torch.nn.functional.silu(z.view_as(o))
@@ -337,10 +328,9 @@ class LatentAttention:
     work: there the projection of keys is absorbed into the queries, and that of values into the output.
     """
 
-    def __init__(
-        self, model: Model, weights: Weights, num_layers: int, num_pages: int, device: str, dtype: torch.dtype
-    ) -> None:
-        self.model, self.dtype, self.num_heads = model, dtype, model.num_qo_heads // model.tensor_parallel[0]
+    def __init__(self, model: Model, weights: Weights, num_layers: int, num_pages: int) -> None:
+        self.model, self.dtype = model, weights.dtype
+        self.num_heads = model.num_qo_heads // model.tensor_parallel[0]
         hidden_size, latent, nope = model.hidden_size, model.kv_lora_rank, model.qk_nope_head_dim
         self.row_dims, self.scale = (latent, model.qk_rope_head_dim), model.head_dim**-0.5
         self.q_down = weights.matrix(model.q_lora_rank, hidden_size) if model.q_lora_rank else None
@@ -351,9 +341,8 @@ class LatentAttention:
         self.key_up, self.value_up = of_heads.split([nope, model.v_head_dim], dim=1)  # [num_heads, dim, latent]
         self.output = weights.matrix(hidden_size, self.num_heads * model.v_head_dim)
         self.q_norm, self.kv_norm = weights.vector(model.q_lora_rank or 1), weights.vector(latent)
-        cache_shape = (num_pages, PAGE_SIZE, sum(self.row_dims))
-        self.caches = [torch.zeros(cache_shape, device=device, dtype=dtype) for _ in range(num_layers)]
-        workspace = torch.empty(32 << 20, dtype=torch.uint8, device=device)
+        self.caches = [weights.zeros(num_pages, PAGE_SIZE, sum(self.row_dims)) for _ in range(num_layers)]
+        workspace = weights.zeros(32 << 20, dtype=torch.uint8)
         self.unabsorbed = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace)
         self.absorbed = flashinfer.BatchMLAPagedAttentionWrapper(workspace)
         self.most_off = 0.0
@@ -420,17 +409,15 @@ class Decoder:
     """A decoder in Llama's style: RMSNorm, attention over a paged cache, SwiGLU; in three of four layers a gated delta
     rule in the place of attention, if the model has one."""
 
-    def __init__(
-        self, model: Model, weights: Weights, num_layers: int, num_pages: int, device: str, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, model: Model, weights: Weights, num_layers: int, num_pages: int) -> None:
         ranks = model.tensor_parallel[0]  # the share of one GPU, where a model needs several
         kind = LatentAttention if model.kv_lora_rank else GroupedQueryAttention
         self.num_layers, self.vocab_size = num_layers, model.vocab_size or VOCABULARY
         self.delta_net: GatedDeltaNet | None = None
         if model.linear_num_value_heads:
             self.num_layers = 4
-            self.delta_net = GatedDeltaNet(model, weights, 3, device, dtype)
-        self.attention = kind(model, weights, self.num_layers, num_pages, device, dtype)
+            self.delta_net = GatedDeltaNet(model, weights, 3)
+        self.attention = kind(model, weights, self.num_layers, num_pages)
         intermediate_size, hidden_size = model.intermediate_sizes[0] // ranks, model.hidden_size
         self.embedding = weights.matrix(min(VOCABULARY, self.vocab_size), hidden_size)
         self.gate_up = weights.matrix(2 * intermediate_size, hidden_size)
@@ -459,15 +446,15 @@ class Decoder:
 # ---------------------------------------------------------------------------------------------------------------- demo
 
 
-def serve(model: Model, weights: Weights, num_layers: int, device: str, dtype: torch.dtype, number: str = "") -> None:
+def serve(model: Model, weights: Weights, num_layers: int, number: str = "") -> None:
     answered = default_resolver().answered_by
     known = set(answered)
     num_pages = 2 * MAX_BATCH
-    decoder, scheduler = Decoder(model, weights, num_layers, num_pages, device, dtype), Scheduler(num_pages)
+    decoder, scheduler = Decoder(model, weights, num_layers, num_pages), Scheduler(num_pages)
     started, step, num_tokens = time.perf_counter(), 0, 0
     while not scheduler.is_done:
         scheduler.admit(step)
-        batch = Batch.of(scheduler.running, device)
+        batch = Batch.of(scheduler.running, weights.device)
         scheduler.accept(decoder.step(batch))
         num_tokens += batch.tokens.numel()
         step += 1
@@ -505,9 +492,9 @@ def main() -> None:
     for number, model in enumerate(models, 1):
         if quick and model.hidden_size >= LARGE:
             model = replace(model, tensor_parallel=model.tensor_parallel[-1:])
-        serve(model, weights, num_layers, args.device, torch.bfloat16, f"{number:2}/{len(models)} ")
+        serve(model, weights, num_layers, f"{number:2}/{len(models)} ")
     print("\nNow a shape that no precompiled set holds:", flush=True)
-    serve(OUTSIDE_CORE, weights, num_layers, args.device, torch.bfloat16)
+    serve(OUTSIDE_CORE, weights, num_layers)
 
 
 if __name__ == "__main__":

@@ -402,7 +402,7 @@ def run_example(models: Sequence[Model], place: Place) -> None:
     weights = example.Weights(str(place.device), place.dtype)
     with contextlib.redirect_stdout(sys.stderr):
         for model in models:
-            example.serve(model, weights, 1, str(place.device), place.dtype)
+            example.serve(model, weights, 1)
 
 
 def is_plain(model: Model) -> bool:
