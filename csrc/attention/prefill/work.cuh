@@ -119,85 +119,92 @@ struct PartialResults {
 static_assert(kAllGroups == -1, "the first counter is that of the tile");
 
 // Merges the splits of the query tile as far as this block is the one to do it. By kNumThreads threads, each of which
-// merges kNumVecs vectors of four columns of kBatch partial results at a time, with as many more under way. The order
-// is the same whoever does it. arrives_last(counter, count): that of merge.cuh, by these threads.
+// merges kNumVecs vectors of four columns of a row, whose weights they share, of kBatch partial results at a time, with
+// as many more under way. The order is the same whoever does it. arrives_last(counter, count): that of merge.cuh, by
+// these threads.
 template <class Config, int kNumThreads, int kNumVecs, int kBatch, class ArrivesLast>
 __device__ __forceinline__ void merge_splits(const PrefillParams& params, const PrefillUnit& unit,
                                              const FastDivisor& group_size, const ArrivesLast& arrives_last) {
   using T = typename Config::Out;
-  constexpr int kHeadDim = Config::kHeadDimVo, kVecsPerRow = kHeadDim / 4;
+  constexpr int kHeadDim = Config::kHeadDimVo, kVecsPerRow = kHeadDim / 4, kThreadsPerRow = kVecsPerRow / kNumVecs;
+  static_assert(kVecsPerRow % kNumVecs == 0);
+  using State = RunningState<4 * kNumVecs>;
   const PrefillItem& item = unit.item;
   const PartialResults partial = PartialResults::of(item.num_splits);
-  const int32_t num_rows = unit.num_rows(group_size.divisor, Config::kBlockM), num_vecs = num_rows * kVecsPerRow;
+  const int32_t num_rows = unit.num_rows(group_size.divisor, Config::kBlockM), num_parts = num_rows * kThreadsPerRow;
   climb(partial.tree, item.split_idx, [&](int32_t group_idx, int32_t count) {
     const int64_t counter_idx = item.counter + int64_t(partial.counter_of(group_idx));
     if (!arrives_last(params.counters + counter_idx * params.num_kv_heads + unit.kv_head_idx, count)) return false;
-    if (num_vecs <= 0) return true;  // offsets that are not true
+    if (num_parts <= 0) return true;  // offsets that are not true
     const int64_t first_row = unit.partial_row(partial.first_slot_in(group_idx), num_rows, params.num_kv_heads);
-    const auto store = [&](int vec_idx, RunningState<4>& state) {
-      if (vec_idx >= num_vecs) return;
-      const int row = vec_idx / kVecsPerRow, column = vec_idx % kVecsPerRow * 4;
+    const auto store = [&](int part, State& state) {
+      if (part >= num_parts) return;
+      const int row = part / kThreadsPerRow, first_column = part % kThreadsPerRow * 4;
       state.normalize();
+      float lse = state.lse();
+      const auto store_to = [&]<class Element>(Element* row_gmem) {
+#pragma unroll
+        for (int v = 0; v < kNumVecs; ++v) {
+          const float x[4] = {state.out[4 * v], state.out[4 * v + 1], state.out[4 * v + 2], state.out[4 * v + 3]};
+          cast_vec<Element>(x).store(row_gmem + first_column + v * 4 * kThreadsPerRow);
+        }
+      };
       if (group_idx != kAllGroups) {
         const int64_t at = unit.partial_row(partial.slot_of_group(group_idx), num_rows, params.num_kv_heads) + row;
-        cast_vec<float>(state.out).store(params.partial_out + at * kHeadDim + column);
-        if (column == 0) params.partial_lse[at] = state.lse();
+        store_to(params.partial_out + at * kHeadDim);
+        if (first_column == 0) params.partial_lse[at] = lse;
         return;
       }
       const QueryRow query = unit.query_row(group_size, item.q_tile * Config::kBlockM + row);
-      T* row_gmem = static_cast<T*>(params.out) + unit.offset(query, params.out_token_stride, params.out_head_stride);
-      float lse = state.lse();
       if constexpr (Config::kHasSinks) {
         const float factor = add_sink(params.sinks[query.qo_head_idx], lse);
 #pragma unroll
         for (float& x : state.out) x *= factor;
       }
-      cast_vec<T>(state.out).store(row_gmem + column);
-      if (column == 0 && params.lse != nullptr) {
+      store_to(static_cast<T*>(params.out) + unit.offset(query, params.out_token_stride, params.out_head_stride));
+      if (first_column == 0 && params.lse != nullptr) {
         params.lse[int64_t(item.q_begin + query.token_idx) * params.num_qo_heads + query.qo_head_idx] = lse;
       }
     };
-    const int32_t vecs_per_slot = num_rows * params.num_kv_heads * kVecsPerRow;
+    const int64_t rows_per_slot = int64_t(num_rows) * params.num_kv_heads;
     struct Batch {
-      float x[kNumVecs][kBatch][4], lse[kNumVecs][kBatch];
+      float x[kBatch][4 * kNumVecs], lse[kBatch];
     };
-    const auto load = [&](Batch& batch, int first_vec, int first) {
+    const auto load = [&](Batch& batch, int part, int first) {
+      part = min(part, num_parts - 1);
+      const int64_t row = first_row + part / kThreadsPerRow;
+      const float4* vec_gmem =
+          reinterpret_cast<const float4*>(params.partial_out) + row * kVecsPerRow + part % kThreadsPerRow;
+      const float* lse_gmem = params.partial_lse + row;
 #pragma unroll
-      for (int v = 0; v < kNumVecs; ++v) {
-        const int vec_idx = min(first_vec + v * kNumThreads, num_vecs - 1);
-        const float4* vec_gmem =
-            reinterpret_cast<const float4*>(params.partial_out) + first_row * kVecsPerRow + vec_idx;
-        const float* lse_gmem = params.partial_lse + first_row + vec_idx / kVecsPerRow;
+      for (int j = 0; j < kBatch; ++j) {
+        const int64_t slot_rows = min(first + j, count - 1) * rows_per_slot;
 #pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-          const int slot = min(first + j, count - 1);
-          const float4 x = __ldcg(vec_gmem + int64_t(slot) * vecs_per_slot);
-          const float lse = __ldcg(lse_gmem + int64_t(slot) * (vecs_per_slot / kVecsPerRow));
-          batch.x[v][j][0] = x.x, batch.x[v][j][1] = x.y, batch.x[v][j][2] = x.z, batch.x[v][j][3] = x.w;
-          batch.lse[v][j] = first + j < count ? lse : kMinusInfinity;
+        for (int v = 0; v < kNumVecs; ++v) {
+          const float4 x = __ldcg(vec_gmem + slot_rows * kVecsPerRow + v * kThreadsPerRow);
+          batch.x[j][4 * v] = x.x, batch.x[j][4 * v + 1] = x.y, batch.x[j][4 * v + 2] = x.z,
+                         batch.x[j][4 * v + 3] = x.w;
         }
+        const float lse = __ldcg(lse_gmem + slot_rows);
+        batch.lse[j] = first + j < count ? lse : kMinusInfinity;
       }
     };
     Batch batch, next;
-    RunningState<4> states[kNumVecs];
-    int vec = fresh_thread_idx(), first = 0;
-    load(batch, vec, first);
+    State state;
+    int part = fresh_thread_idx(), first = 0;
+    load(batch, part, first);
 #pragma unroll 1
-    while (vec < num_vecs) {
+    while (part < num_parts) {
       const bool is_last = first + kBatch >= count;
-      const int next_vec = is_last ? vec + kNumVecs * kNumThreads : vec, next_first = is_last ? 0 : first + kBatch;
-      load(next, next_vec, next_first);
-#pragma unroll
-      for (int v = 0; v < kNumVecs; ++v) states[v].merge(batch.x[v], batch.lse[v]);
+      const int next_part = is_last ? part + kNumThreads : part, next_first = is_last ? 0 : first + kBatch;
+      load(next, next_part, next_first);
+      state.merge(batch.x, batch.lse);
       if (is_last) {
-#pragma unroll
-        for (int v = 0; v < kNumVecs; ++v) {
-          store(vec + v * kNumThreads, states[v]);
-          states[v] = {};
-        }
+        store(part, state);
+        state = {};
       }
       batch = next;
-      vec = next_vec, first = next_first;
+      part = next_part, first = next_first;
     }
     return true;
   });
