@@ -30,21 +30,35 @@ __device__ __forceinline__ void store_rows(const Sm90PrefillParams& params, cons
   const QueryRow query = work.query_row(group_size, first_row + row);
   const int64_t offset = work.offset(query, params.out_token_stride, params.out_head_stride);
   __syncwarp();
+  // All rows are on their way from shared memory before the first is stored.
   constexpr int kGranulesPerRow = Shape::kHeadDimVo / 8;
   constexpr int kLanesPerRow = kGranulesPerRow % 16 == 0 ? 16 : 8, kRowsPerPass = 32 / kLanesPerRow;
+  constexpr int kNumPasses = Shape::kRowsPerWarp / kRowsPerPass, kNumVecs = kGranulesPerRow / kLanesPerRow;
+  const int lane_row = lane_idx / kLanesPerRow, lane_granule = lane_idx % kLanesPerRow;
+  uint4 vecs[kNumPasses][kNumVecs];
+  T* rows_gmem[kNumPasses];
 #pragma unroll
-  for (int pass = 0; pass < Shape::kRowsPerWarp / kRowsPerPass; ++pass) {
-    const int pass_row = pass * kRowsPerPass + lane_idx / kLanesPerRow;
-    T* row_gmem = static_cast<T*>(params.out) + __shfl_sync(0xffffffffu, offset, pass_row);
-    if (warp_row + pass_row >= num_rows) continue;
+  for (int pass = 0; pass < kNumPasses; ++pass) {
+    rows_gmem[pass] = static_cast<T*>(params.out) + __shfl_sync(0xffffffffu, offset, pass * kRowsPerPass + lane_row) +
+                      lane_granule * 8;
 #pragma unroll
-    for (int granule = lane_idx % kLanesPerRow; granule < kGranulesPerRow; granule += kLanesPerRow) {
-      uint4 vec;
+    for (int i = 0; i < kNumVecs; ++i) {
+      const int granule = lane_granule + i * kLanesPerRow;
+      // The swizzle of a later row differs in bits that no other part of the address has.
+      const uint32_t first_smem = rows_smem + granule_offset(warp_row + lane_row, granule, Shape::kRowsPerConsumer);
+      const uint32_t row_smem = (first_smem ^ pass * kRowsPerPass % 8 << 4) + pass * kRowsPerPass * kPanelBytes;
+      uint4& vec = vecs[pass][i];
       asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                    : "=r"(vec.x), "=r"(vec.y), "=r"(vec.z), "=r"(vec.w)
-                   : "r"(rows_smem + granule_offset(warp_row + pass_row, granule, Shape::kRowsPerConsumer)));
-      *reinterpret_cast<uint4*>(row_gmem + granule * 8) = vec;
+                   : "r"(row_smem));
     }
+  }
+#pragma unroll
+  for (int pass = 0; pass < kNumPasses; ++pass) {
+    if (warp_row + pass * kRowsPerPass + lane_row >= num_rows) continue;
+#pragma unroll
+    for (int i = 0; i < kNumVecs; ++i)
+      *reinterpret_cast<uint4*>(rows_gmem[pass] + i * kLanesPerRow * 8) = vecs[pass][i];
   }
 }
 
