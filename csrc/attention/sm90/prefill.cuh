@@ -57,8 +57,8 @@ __device__ void prefill(const Sm90PrefillParams& params) {
   if constexpr (Config::kIsMixed && !kIsSecond) {
     allow_next_kernel();
     if (blockIdx.x >= uint32_t(params.schedule->num_blocks)) return;
-  } else if constexpr (Shape::kNumConsumers == 1 && !kIsSecond) {
-    allow_next_kernel();  // short queries: a launch takes a part of the time
+  } else if constexpr (!kIsSecond) {
+    allow_next_kernel();
   }
 
   const int warpgroup_idx = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupSize, 0);
