@@ -96,6 +96,7 @@ CASES = [
     Case("head_dim_192", head_dim=192),
     Case("head_dim_256", head_dim=256),
     Case("mla_shapes", head_dim=192, head_dim_vo=128, heads=(4, 4), storage="ragged"),
+    Case("rows_see_less_than_their_unit", (200, 65, 1), (170, 65, 300), (3, 3), head_dim=192, head_dim_vo=128),
     Case("minilm", head_dim=32, heads=(12, 12), storage="ragged", options={}),
     Case("window", options={"causal": True, "window_left": 50}),
     Case("window_0", options={"causal": True, "window_left": 0}),

@@ -17,7 +17,7 @@ __device__ __forceinline__ void consume(const Sm90PrefillParams& params, Smem<Co
     float out[Shape::kNumOutputs] = {};
     Softmax<Config> softmax;
     softmax.reset();
-    smem.await(smem.q_full, turn);
+    smem.await(smem.q_full[consumer_idx()], turn);
     const bool has_tiles = work.item.tile_begin < work.item.tile_end;
     if (has_tiles) {
       if constexpr (Shape::kWidens) narrow_queries<Config>(smem, turn);
@@ -25,7 +25,7 @@ __device__ __forceinline__ void consume(const Sm90PrefillParams& params, Smem<Co
     }
     finish_unit<Config>(params, smem, work, turn, out, softmax);
     __syncwarp();
-    if (!(Shape::kReleasesQueriesEarly && has_tiles) && elect_lane()) smem.q_empty.at(turn).arrive();
+    if (!(Shape::kReleasesQueriesEarly && has_tiles) && elect_lane()) smem.q_empty[consumer_idx()].at(turn).arrive();
   });
   TurnsAtTensorCores<Shape>::close();
 }

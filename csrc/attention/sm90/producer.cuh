@@ -30,8 +30,8 @@ __device__ __forceinline__ void copy_query_rows(const Sm90PrefillParams& params,
   }
 }
 
-// The query tile of every unit, or one of kNumQueryWarps parts of it, ahead of the consumers where there is room for
-// two.
+// The queries of every unit, consumer by consumer, or of every kNumQueryWarps-th consumer, ahead of them where there is
+// room for two units. Each consumer has barriers of its own, as it comes to the end of a unit a turn after another.
 template <class Config>
 struct QueryProducer {
   using Shape = sm90::Shape<Config>;
@@ -44,16 +44,28 @@ struct QueryProducer {
   template <class Prepare>
   __device__ __forceinline__ void run(const Prepare& prepare) const {
     const auto load = [&](const Work& work, uint32_t turn) {
-      smem.q_empty.wait_empty(turn);
+      const auto pass_on = [&](int consumer) {
+        fence_async_proxy();
+        __syncwarp();
+        if (elect_lane()) smem.q_full[consumer].at(turn).arrive();
+      };
 #pragma unroll 1
-      for (int first = part * 32; first < Shape::kBlockM; first += Shape::kNumQueryWarps * 32) {
-        copy_query_rows<Config>(params, smem, work, turn, first);
+      for (int consumer = part; consumer < Shape::kNumConsumers; consumer += Shape::kNumQueryWarps) {
+        smem.q_empty[consumer].wait_empty(turn);
+#pragma unroll 1
+        for (int first = 0; first < Shape::kRowsPerConsumer; first += 32) {
+          copy_query_rows<Config>(params, smem, work, turn, consumer * Shape::kRowsPerConsumer + first);
+        }
+        cp_async_commit();
+        if (consumer >= Shape::kNumQueryWarps) {
+          cp_async_wait<1>();
+          pass_on(consumer - Shape::kNumQueryWarps);
+        }
+        if (consumer + Shape::kNumQueryWarps >= Shape::kNumConsumers) {
+          cp_async_wait<0>();
+          pass_on(consumer);
+        }
       }
-      cp_async_commit();
-      cp_async_wait<0>();
-      fence_async_proxy();
-      __syncwarp();
-      if (elect_lane()) smem.q_full.at(turn).arrive();
     };
     for_each_unit(smem, load, prepare);
   }
@@ -156,12 +168,16 @@ __device__ __forceinline__ void produce_together(const Sm90PrefillParams& params
     const int32_t tile_begin = work.item.tile_begin;
     kv.gap = smem.gap_of(turn);
     kv.begin(work, kv_turn);
-    smem.q_empty.wait_empty(turn);
+#pragma unroll 1
+    for (int consumer = 0; consumer < Shape<Config>::kNumConsumers; ++consumer) smem.q_empty[consumer].wait_empty(turn);
 #pragma unroll 1
     for (int first = producer_warp_idx() * 32; first < Shape<Config>::kBlockM; first += kNumProducerWarps * 32) {
       copy_query_rows<Config>(params, smem, work, turn, first);
     }
-    cp_async_arrive(smem.q_full.at(turn));
+#pragma unroll 1
+    for (int consumer = 0; consumer < Shape<Config>::kNumConsumers; ++consumer) {
+      cp_async_arrive(smem.q_full[consumer].at(turn));
+    }
     for (int tile = work.item.tile_end - 1, next_tile; tile >= tile_begin; tile = next_tile, ++kv_turn) {
       next_tile = smem.tile_below(turn, tile);
       kv.bring(work, tile, next_tile, kv_turn);

@@ -64,7 +64,7 @@ struct Shape {
   // Whether consumers read what cp.async wrote.
   static constexpr bool kReadsCopies = kGathers && !kWidens;
 
-  // Consumers wait for queries that cannot come ahead: the warp that has the schedule brings half of them.
+  // Consumers wait for queries that cannot come ahead: the warp that has the schedule brings those of every other one.
   static constexpr int kNumQueryWarps = kReleasesQueriesEarly && !kTogether && !kTransposesValues ? 2 : 1;
 
   // Of a thread, in steps of 8: those that it starts with, and what becomes of them when producers give theirs away.
@@ -157,10 +157,10 @@ struct Smem {
        Shape::kTransposesValues ? Shape::kVBytes : Shape::kBlockN * Shape::kHeadDimVo>
       value_rows;
   Rows<Shape::kWidens, Shape::kBlockN * Shape::kHeadDimQk> key_rows;
-  MbarrierRing<Shape::kNumQueryStages> q_full, q_empty;              // a turn a unit
-  MbarrierRing<Shape::kNumStages> k_full, k_empty, v_full, v_empty;  // a turn a KV tile
-  MbarrierRing<Shape::kNumStages> rows_full, rows_empty;             // likewise; of values that are transposed
-  MbarrierRing<kNumWorkSlots> work_full, work_empty;                 // a turn a unit
+  MbarrierRing<Shape::kNumQueryStages> q_full[Shape::kNumConsumers], q_empty[Shape::kNumConsumers];  // a turn a unit
+  MbarrierRing<Shape::kNumStages> k_full, k_empty, v_full, v_empty;                                  // a turn a KV tile
+  MbarrierRing<Shape::kNumStages> rows_full, rows_empty;  // likewise; of values that are transposed
+  MbarrierRing<kNumWorkSlots> work_full, work_empty;      // a turn a unit
   Work work[kNumWorkSlots];
   RowAddresses<Shape> row_addresses;
   static constexpr bool kHasGap = Config::Function::kHasGap;
@@ -228,7 +228,10 @@ struct Smem {
   __device__ __forceinline__ void init(const Sm90PrefillParams& params) {
     constexpr int kNumConsumerWarps = Shape::kNumConsumers * 4;
     work_full.init(1);
-    q_full.init(Shape::kTogether ? kWarpgroupSize : Shape::kNumQueryWarps);
+    for (int i = 0; i < Shape::kNumConsumers; ++i) {
+      q_full[i].init(Shape::kTogether ? kWarpgroupSize : 1);
+      q_empty[i].init(kWarpgroupSize / 32);
+    }
     constexpr int kNumKeyWriters = Shape::kWidens ? kNumProducerWarps : Shape::kGathers ? kWarpgroupSize : 1;
     constexpr int kNumTransposers = Shape::kGathers ? kNumProducerWarps : Shape::kNumTransposers;
     k_full.init(kNumKeyWriters);
@@ -239,7 +242,6 @@ struct Smem {
       key_part_full[i].init(Shape::kGathers ? 32 : 1);
       value_part_full[i].init(Shape::kGathers ? 32 : 1);
     }
-    q_empty.init(kNumConsumerWarps);
     k_empty.init(kNumConsumerWarps);
     v_empty.init(kNumConsumerWarps);
     work_empty.init(kNumConsumerWarps + kNumUnitProducers);

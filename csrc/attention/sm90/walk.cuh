@@ -64,21 +64,23 @@ struct TileWalk {
                                                 uint32_t unit_turn, Output& out, Softmax<Config>& softmax) {
     const int first_row = work.item.q_tile * Shape::kBlockM + consumer_idx() * Shape::kRowsPerConsumer;
     const int last_row = first_row + Shape::kRowsPerConsumer - 1;
-    const auto position_of_row = [&](int row) {
-      return position_of(int32_t(smem.group_size.divide(row)), work.item.qo_len, work.item.kv_len);
-    };
-    return {
-        params,
-        smem,
-        work,
-        smem.gap_of(unit_turn).numbers_of(visibility_of<Config>(params, work.item.request_idx)
-                                              .tiles_seen_whole(position_of_row(first_row), position_of_row(last_row),
-                                                                work.item.kv_len, Shape::kBlockN)),
-        depth_major_operand(common_address(smem.q_of(unit_turn, consumer_idx()))),
-        Score<Config>::scale_log2(params),
-        out,
-        softmax,
-        unit_turn};
+    return {params,
+            smem,
+            work,
+            smem.gap_of(unit_turn).numbers_of(visibility_of<Config>(params, work.item.request_idx)
+                                                  .tiles_seen_whole(position_of_row(smem, work, first_row),
+                                                                    position_of_row(smem, work, last_row),
+                                                                    work.item.kv_len, Shape::kBlockN)),
+            depth_major_operand(common_address(smem.q_of(unit_turn, consumer_idx()))),
+            Score<Config>::scale_log2(params),
+            out,
+            softmax,
+            unit_turn};
+  }
+
+  // Of the request's.
+  __device__ __forceinline__ static int32_t position_of_row(const Smem<Config>& smem, const Work& work, int row) {
+    return position_of(int32_t(smem.group_size.divide(row)), work.item.qo_len, work.item.kv_len);
   }
 
   // Where the keys of a tile are; looked up where it is needed, which takes no register.
@@ -88,6 +90,10 @@ struct TileWalk {
   __device__ __forceinline__ void run(uint32_t& kv_turn) {
     const auto visibility = visibility_of<Config>(params, work.item.request_idx);
     const uint32_t first_turn = kv_turn, turn_plus_tile = kv_turn + work.item.tile_end - 1;
+    if constexpr (Shape::kNumConsumers > 1 && !kHasHoles) {
+      pass_unseen(kv_turn);
+      if (int32_t(turn_plus_tile - kv_turn) < work.item.tile_begin) return;
+    }
     Probabilities p = {};
     bool is_again = false;  // the tile at hand, whose scores are too far above the maximum of those before
     const auto walk_down_to = [&](int end_tile, auto needs_mask) {
@@ -133,6 +139,32 @@ struct TileWalk {
       } while (is_again);
     }
     if constexpr (Shape::kOverlaps) end_overlapped(p, kv_turn - 1);
+  }
+
+  // Tiles at the end of the unit, which come first, that its other consumers have rows for: this one lets them pass,
+  // and takes as many turns as the others.
+  __device__ __forceinline__ void pass_unseen(uint32_t& kv_turn) const {
+    const int end = max(end_of_seen(), work.item.tile_begin);
+#pragma unroll 1
+    for (int tile = work.item.tile_end - 1; tile >= end; --tile, ++kv_turn) {
+      smem.k_full.wait_full(kv_turn);
+      release_keys(kv_turn, tile);
+      if (tile > work.item.tile_begin) Turns::await(), Turns::pass_on();
+      smem.v_full.wait_full(kv_turn);
+      if (elect_lane()) smem.v_empty.at(kv_turn).arrive();
+    }
+  }
+  // Of the tiles that the rows of this consumer see.
+  __device__ __forceinline__ int end_of_seen() const {
+    const PrefillItem& item = work.item;
+    const int first_row = item.q_tile * Shape::kBlockM + consumer_idx() * Shape::kRowsPerConsumer;
+    const int end_row = min(first_row + Shape::kRowsPerConsumer, int(item.qo_len * smem.group_size.divisor));
+    if (first_row >= end_row) return 0;
+    if constexpr (Smem<Config>::kHasGap) return item.tile_end;
+    return visibility_of<Config>(params, item.request_idx)
+        .tiles_seen(position_of_row(smem, work, first_row), position_of_row(smem, work, end_row - 1), item.kv_len,
+                    Shape::kBlockN)
+        .end;
   }
 
   // False if the tile is to be done again.
@@ -279,7 +311,7 @@ struct TileWalk {
   __device__ __forceinline__ void release_keys(uint32_t turn, int tile) const {
     if (elect_lane()) smem.k_empty.at(turn).arrive();
     if constexpr (Shape::kReleasesQueriesEarly) {
-      smem.q_empty.at(0).arrive_if(elect_lane() && tile == work.item.tile_begin);
+      smem.q_empty[consumer_idx()].at(0).arrive_if(elect_lane() && tile == work.item.tile_begin);
     }
   }
 
@@ -287,7 +319,8 @@ struct TileWalk {
   __device__ __forceinline__ void release_keys_if(bool is_done, uint32_t turn, int tile) const {
     const bool arrives = elect_lane() && is_done;
     smem.k_empty.at(turn).arrive_if(arrives);
-    if constexpr (Shape::kReleasesQueriesEarly) smem.q_empty.at(0).arrive_if(arrives && tile == work.item.tile_begin);
+    if constexpr (Shape::kReleasesQueriesEarly)
+      smem.q_empty[consumer_idx()].at(0).arrive_if(arrives && tile == work.item.tile_begin);
   }
 
   // O += P V.
