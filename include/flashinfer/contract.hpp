@@ -31,7 +31,7 @@ constexpr int kRegistryFormat = 1;
 namespace contract {
 
 constexpr int kShortRows = 64;
-constexpr int kLongRows = 16384;
+constexpr int kLongRows = 4096;
 constexpr int kManyRows = 262144;
 constexpr int kMaxItems = 1048576;
 constexpr int kMaxCounters = 32768;

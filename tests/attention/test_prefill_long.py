@@ -63,6 +63,7 @@ def test_a_batch_of_few_units_is_not_long() -> None:
         {"q_dtype": "fp16", "kv_dtype": "fp16"},
         {"kv_storage": "single"},
         {"kv_storage": "paged", "page_size": 16},
+        {"kv_storage": "paged", "page_size": 1},
         {"has_sinks": True, "device_scales": True},
     ],
 )
@@ -84,7 +85,6 @@ def test_long_queries_have_a_tile_of_three_consumers(axes: dict[str, Any]) -> No
         ("sm_90a", {"head_dim": 64}),
         ("sm_90a", {"head_dim": 256}),
         ("sm_90a", {"head_dim": 192, "head_dim_vo": 128}),
-        ("sm_90a", {"kv_storage": "paged", "page_size": 1}),
         ("sm_90a", {"kv_dtype": "fp8_e4m3"}),
         ("sm_90a", {"q_dtype": "fp8_e4m3", "kv_dtype": "fp8_e4m3", "o_dtype": "bf16"}),
         ("sm_90a", {"has_window": True}),
@@ -108,9 +108,9 @@ def test_a_row_of_a_config_that_asks_for_it_all_the_same_has_the_medium_tile() -
 
 
 def test_a_plan_goes_by_shapes_alone() -> None:
-    tokens = families.LONG_ROWS // 4
-    found = make_plan(PrefillPlan, 3, (0, 0), None)
-    assert [found.queries_of(n) for n in (0, 48, 49, 3 * tokens - 1, 3 * tokens)] == [
+    tokens = max(families.LONG_ROWS, families.MANY_ROWS // 8 // 2) // 4  # of 32 heads on 8
+    found = make_plan(PrefillPlan, 2, (0, 0), None)
+    assert [found.queries_of(n) for n in (0, 32, 33, 2 * tokens - 1, 2 * tokens)] == [
         "short", "short", "medium", "medium", "long",
     ]  # fmt: skip
 
@@ -149,7 +149,11 @@ CASES = [
     Case("fp16_hnd", *LENGTHS, q_dtype=FP16, layout="HND"),
     Case("far_apart", (300, 400), (900, 400), options={"causal": True, "sm_scale": 1.0}),
     Case("farther_apart", (300, 400), (900, 400), options={"causal": True, "sm_scale": 4.0}, storage="ragged"),
-    *[Case(f"page_{size}", (200, 70), (600, 70), page_size=size) for size in (8, 24, 256)],
+    *[Case(f"page_{size}", (200, 70), (600, 70), page_size=size) for size in (1, 3, 8, 24, 256)],
+    Case("page_1_not_causal", *LENGTHS, page_size=1, options={}),
+    # Of a unit's last tiles the first consumers may see nothing, and the last may have no rows: both pass them by.
+    Case("rows_see_less_than_their_unit", (200, 130, 65, 64, 400), (200, 130, 65, 64, 400), (2, 2), storage="ragged"),
+    Case("some_see_nothing_of_a_split", (192, 1), (20000, 500), (1, 1)),
     Case("ends_of_tiles", (48, 96, 49, 95, 47), (128, 256, 129, 255, 127), (4, 1)),
     Case("group_7", (300, 40), (500, 600), heads=(14, 2), storage="ragged"),
     *LENGTHS_AND_HEADS,

@@ -145,7 +145,8 @@ def compiled_specs() -> list[KernelSpec]:
         specs.append(families.prefill("sm_90a", **{**BF16, **dims}, has_window=True, has_sinks=True))
         specs.append(families.prefill("sm_90a", **short, has_sinks=True))
     paged = {"kv_storage": "paged", "page_size": 16}
-    for long in ({}, {"mask": "none"}, {"kv_storage": "single"}, paged, {**paged, "has_sinks": True}):
+    rows = {**paged, "page_size": 1}
+    for long in ({}, {"mask": "none"}, {"kv_storage": "single"}, paged, {**paged, "has_sinks": True}, rows):
         specs.append(families.prefill("sm_90a", **{**BF16, **long}, queries="long"))
     fp16 = {"q_dtype": "fp16", "kv_dtype": "fp16"}
     specs.append(families.prefill("sm_90a", **{**BF16, **fp16, **paged}, device_scales=True, queries="long"))

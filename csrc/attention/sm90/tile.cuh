@@ -58,7 +58,7 @@ struct Shape {
   static constexpr bool kGathers = Config::kGathersKv, kWidens = sizeof(Kv) < sizeof(T);
   static constexpr bool kTogether = kGathers || kWidens;
   static constexpr int kRowsPerPart = kBlockN / kNumProducerWarps;
-  static_assert(!kTogether || kNumConsumers <= 2, "it takes registers");
+  static_assert(!kWidens || kNumConsumers <= 2, "it takes registers");
   static_assert(!(kGathers && kTransposesValues) || kRowsPerPart % 32 == 0);
   static_assert(!kWidens || kRowsPerPart % 8 == 0);
   // Whether consumers read what cp.async wrote.

@@ -43,7 +43,7 @@ MAX_FIXED_SPLITS, FIXED_SLOTS, FIXED_COUNTERS = 16, 20, 5
 # Query rows of a request (tokens times query heads per KV head) up to which the tile for short queries is faster, and
 # from which that for long ones, if there are so many of all requests and KV heads that its units fill the last round of
 # blocks well: 10 rounds, on 132 SMs.
-SHORT_ROWS, LONG_ROWS = 64, 16384
+SHORT_ROWS, LONG_ROWS = 64, 4096
 MANY_ROWS = 1 << 18
 
 

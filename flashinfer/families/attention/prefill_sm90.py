@@ -44,15 +44,16 @@ TILES = {
     # queries were released early, in two runs: 581 and 600 / 676 and 684, since then 612 and 616 / 680 and 691.
     (256, 256): Tile(128, 80, 2, 1),
 }
-# At least LONG_ROWS query rows a request: the units of a larger tile read KV from the L2 cache less often
+# At least LONG_ROWS query rows a request: units of a larger tile are fewer, and read KV from the L2 cache less often
 # (`has_long_tile`; others have the tile above). For 80 keys three consumers have registers to overlap their own work.
 LONG_TILES = {
     # 624 / 700, the tile above 599 / 641, FA3 565 / 627; 192 x 128, of consumers that only overlap with each other,
-    # - / 652.
+    # - / 652. 16 x 1024: 452, the tile above 425. Of page size 1 559, the tile above 539, FA3 536. 192 on 128, three
+    # stages: 585, the tile above 592.
     (128, 128): Tile(192, 80, 2, 2),
 }
 # Where more happens to a score than a causal mask or a window, or KV are gathered, which takes registers: three
-# consumers have not got them, nor two with tiles of 128 keys beside 256 dimensions.
+# consumers of tiles of 128 keys have not got them, nor two beside 256 dimensions.
 SMALLER_TILES = {(64, 64): Tile(128, 128, 2, 2)}
 # A mask with holes and besides it gathered rows, of which 80 keys spill 60 bytes, or a window or ALiBi, up to 20, or a
 # gap, 88.
@@ -167,7 +168,7 @@ def has_long_tile(spec: KernelSpec) -> bool:
     dims, is_quantized = (spec.arg("head_dim_qk"), spec.arg("head_dim_vo")), ITEMSIZE[spec.arg("kv_dtype")] == 1
     variant = spec.arg("variant")
     has_begin = spec.arg("has_window") or cxx.has_begin(variant) or cxx.has_gap(variant)
-    return dims in LONG_TILES and not (is_quantized or gathers(spec) or _changes_scores(spec) or has_begin)
+    return dims in LONG_TILES and not (is_quantized or _changes_scores(spec) or has_begin)
 
 
 def has_shared_tile(spec: KernelSpec) -> bool:
