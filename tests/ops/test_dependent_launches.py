@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Optional
 
 import pytest
 import torch
 
 import flashinfer
 from flashinfer import families, sampling
+from flashinfer.gdn_prefill import chunk_gated_delta_rule
 from flashinfer.jit import spec as specs
 from flashinfer.jit.source import include_root
 from flashinfer.quantization import packbits, segment_packbits_padded
@@ -139,9 +141,35 @@ def _samplers(device: torch.device) -> tuple[list[Step], list[torch.Tensor]]:
     return steps, [logits, probs, ids, bits, segment_bits]
 
 
+def _delta_rule(device: torch.device) -> tuple[list[Step], list[torch.Tensor]]:
+    """Rows, offsets and states are what was written right before, by sequences that are split and such that are not:
+    kernels behind the first one of a call read them ahead of their waits."""
+    q, k = (torch.randn(700, 2, 128, device=device).bfloat16() for _ in range(2))
+    v, out = (torch.randn(700, 4, 128, device=device).bfloat16() for _ in range(2))
+    alpha, beta = (torch.rand(700, 4, device=device) * 0.1 + 0.9 * i for i in (1, 0.5))
+    pool, weight = torch.zeros(2, 4, 128, 128, device=device), torch.rand(128, device=device).bfloat16() + 0.5
+    offsets, others = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 300, 700], [0, 65, 600]))
+
+    def rule(segment: Optional[int]) -> None:
+        chunk_gated_delta_rule(
+            q, k, v, alpha, beta, None, pool, True, offsets, True, output=out, output_state=pool,
+            use_cp=segment is not None, _cp_chunk_len=segment,
+        )  # fmt: skip
+
+    def feed_back() -> None:
+        for x in (v, q, k):
+            flashinfer.rmsnorm(out.view(-1, 128)[: x.shape[0] * x.shape[1]], weight, out=x.view(-1, 128))
+
+    steps: list[Step] = [lambda: rule(64), feed_back, lambda: rule(None), feed_back, lambda: rule(128)]
+    steps += [lambda: offsets.copy_(others), lambda: rule(64), lambda: pool.mul_(0.5), lambda: rule(None)]
+    return steps, [q, k, v, out, pool, offsets]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("captured", [False, True])
-@pytest.mark.parametrize("chain", [_norms, _attention, _samplers], ids=lambda chain: chain.__name__.strip("_"))
+@pytest.mark.parametrize(
+    "chain", [_norms, _attention, _samplers, _delta_rule], ids=lambda chain: chain.__name__.strip("_")
+)
 def test_chains_are_as_their_steps_one_at_a_time(
     chain: Callable[[torch.device], tuple[list[Step], list[torch.Tensor]]], captured: bool
 ) -> None:

@@ -19,7 +19,7 @@
 namespace flashinfer {
 
 // Grid: sequences times heads times 128 / kGdnScanRows; 256 threads.
-constexpr int kGdnScanRows = 16;
+constexpr int kGdnScanRows = 8;
 
 template <class Config>
 __device__ void gdn_prefill_scan(const GdnPrefillParams& params) {
@@ -29,9 +29,6 @@ __device__ void gdn_prefill_scan(const GdnPrefillParams& params) {
     float4 of[kOwn / 4];
   };
   __shared__ Rows state_smem[kGdnDim][2], sums_smem[kGdnDim][2];
-  wait_for_previous_kernel();
-  allow_next_kernel();
-
   const int seq_head = int(blockIdx.x) / kSlices;
   const int seq_idx = seq_head / params.num_heads, head = seq_head % params.num_heads;
   const int column = threadIdx.x % kGdnDim, half = threadIdx.x / kGdnDim;
@@ -43,15 +40,18 @@ __device__ void gdn_prefill_scan(const GdnPrefillParams& params) {
 
   float state[kOwn] = {};
   const auto load_initial = [&](const auto* initial) {
-    if (initial == nullptr) return;
 #pragma unroll
-    for (int row = 0; row < kOwn; ++row) state[row] = to_float(initial[(first_row + row) * kGdnDim + column]);
+    for (int row = 0; row < kOwn; ++row) {
+      if (initial != nullptr) state[row] = to_float(initial[(first_row + row) * kGdnDim + column]);
+    }
   };
   if (params.has_bf16_states) {
     load_initial(initial_state_of<bf16>(params, seq_idx, head));
   } else {
     load_initial(initial_state_of<float>(params, seq_idx, head));
   }
+  wait_for_previous_kernel();  // and not before, for the kernel of chunks has waited for what the caller gave
+  allow_next_kernel();
   float transition[kTerms];
   const auto load_transition = [&](const GdnSegment* of, int i) {
     transition[i] = of->transition[(half * kTerms + i) * kGdnDim + column];

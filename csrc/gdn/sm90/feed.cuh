@@ -2,6 +2,7 @@
 // Prefill of the gated delta rule on Hopper: the warps that bring in chunks, as far ahead as there are stages.
 #pragma once
 
+#include "device/pdl.cuh"
 #include "gdn/sm90/tile.cuh"
 
 namespace flashinfer::sm90 {
@@ -10,9 +11,8 @@ template <class Config>
 struct GdnFeed {
   using Shape = GdnShape<Config>;
   using Smem = GdnSmem<Config>;
-  static constexpr int kNumThreads = kGdnFeedThreads<Config>;
   // 64 elements of each row of a chunk: a panel. Of values there may be one, of queries none.
-  using Panel = GdnRowStream<typename Config::T, GdnSquare, kGdnChunk, kNumThreads, kNumThreads == 32 ? 4 : 8>;
+  using Panel = GdnRowStream<typename Config::T, GdnSquare, kGdnChunk, kGdnFeedThreads, 8>;
 
   const GdnPrefillParams& params;
   Smem& smem;
@@ -23,7 +23,7 @@ struct GdnFeed {
   __device__ __forceinline__ void clear_values() const {
     if (!unit.is_transition) return;
     for (auto& stage : smem.stages) {
-      for (int i = thread_idx; i < int(sizeof(stage.v) / 16); i += kNumThreads) {
+      for (int i = thread_idx; i < int(sizeof(stage.v) / 16); i += kGdnFeedThreads) {
         reinterpret_cast<uint4*>(stage.v)[i] = uint4{};
       }
     }
@@ -40,6 +40,8 @@ struct GdnFeed {
     Panel q[2] = {panel(params.q, params.q_strides, params.heads_per_q, 0),
                   panel(params.q, params.q_strides, params.heads_per_q, 64)};
     const GdnChunk* chunks = chunks_of(params, unit);
+    // Else two kernels have begun since, and what it wrote is there (pdl.cuh), as all that the caller gave is.
+    const bool is_behind_chunks = !Shape::kHasOutput || unit.segment == nullptr;
 #pragma unroll 1
     for (int chunk = 0; chunk < unit.num_chunks; ++chunk) {
       const int stage_idx = chunk % Shape::kNumStages;
@@ -47,7 +49,6 @@ struct GdnFeed {
       smem.empty.wait_empty(chunk);
 #pragma unroll
       for (int i = 0; i < 2; ++i) k[i].load_async(smem_address(stage.k[i]));
-      load_chunk_async<kNumThreads>(stage.chunk, chunks, thread_idx);
       if (!unit.is_transition) {
 #pragma unroll
         for (int i = 0; i < GdnStages<Config>::kStateWarpgroups; ++i) v[i].load_async(smem_address(stage.v[i]));
@@ -56,6 +57,8 @@ struct GdnFeed {
 #pragma unroll
         for (int i = 0; i < 2; ++i) q[i].load_async(smem_address(smem.q[stage_idx][i]));
       }
+      if (chunk == 0 && is_behind_chunks) wait_for_previous_kernel();
+      load_chunk_async<kGdnFeedThreads>(stage.chunk, chunks, thread_idx);
       cp_async_arrive(smem.full.at(chunk));
       chunks += params.num_heads;
     }

@@ -32,16 +32,17 @@ __device__ __forceinline__ void run_gdn_block(const GdnPrefillParams& params) {
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   static_assert(sizeof(Smem) <= Config::kSmemBytes && kGdnThreads<Config> == Config::kNumThreads);
   auto& smem = *reinterpret_cast<Smem*>(smem_bytes);
-  wait_for_previous_kernel();
-  allow_next_kernel();
-
+  // Before its waits a block reads what the caller gave, for the kernel of chunks has waited for that.
   GdnUnit unit;
-  if (!unit.find<Config>(params, blockIdx.x)) return;
+  if (!unit.find<Config>(params, blockIdx.x)) {
+    wait_for_previous_kernel();
+    return;
+  }
   const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane_idx = threadIdx.x % 32;
-  constexpr int kFeedWarps = kGdnFeedThreads<Config> / 32, kFirstFeedWarp = Config::kNumThreads / 32 - kFeedWarps;
+  constexpr int kFeedWarps = kGdnFeedThreads / 32, kFirstFeedWarp = Config::kNumThreads / 32 - kFeedWarps;
   const GdnFeed<Config> feed{params, smem, unit, int(threadIdx.x) - kFirstFeedWarp * 32};
   if (threadIdx.x == 0) {
-    smem.full.init(kGdnFeedThreads<Config>);
+    smem.full.init(kGdnFeedThreads);
     smem.empty.init(Shape::kHasOutput ? 4 : Shape::kStateWarps);
     fence_mbarrier_init();
   }
@@ -49,12 +50,15 @@ __device__ __forceinline__ void run_gdn_block(const GdnPrefillParams& params) {
   __syncthreads();
   if (warp_idx < Shape::kStateWarps) {
     if constexpr (Shape::kHasOutput) grow_registers<kGdnStateRegisters>();
+    wait_for_previous_kernel();
+    allow_next_kernel();
     GdnState<Config>{params, smem, unit, warp_idx, lane_idx}.run();
   } else if (warp_idx >= kFirstFeedWarp) {
     if constexpr (Shape::kHasOutput) shrink_registers<kGdnFeedRegisters>();
     feed.run();
   } else if constexpr (Shape::kHasOutput) {
     grow_registers<kGdnOutputRegisters>();
+    wait_for_previous_kernel();
     GdnOutput<Config>{params, smem, unit, warp_idx - Shape::kStateWarps, lane_idx}.run();
   }
 }

@@ -24,6 +24,7 @@ struct GdnState {
   __device__ __forceinline__ void run() {
     float state[kGdnDim / 2];
     load(state);
+    if constexpr (!Shape::kHasOutput) wait_for_chunk(0);
 #pragma unroll 1
     for (int chunk = 0; chunk < unit.num_chunks; ++chunk) {
       const typename Smem::Stage& stage = smem.stages[chunk % Shape::kNumStages];
@@ -33,13 +34,12 @@ struct GdnState {
       if constexpr (Shape::kHasOutput) {
         if (chunk >= 2) Barriers::sync(GdnBarrier::kTaken, chunk);
         hand_over_state(operand, chunk);
+        wait_for_chunk(chunk);
+        Barriers::arrive(GdnBarrier::kState, chunk);
       } else {
         if (chunk > 0 && elect_lane()) smem.empty.at(chunk - 1).arrive();
       }
-      smem.full.wait_full(chunk);
       const float decay = fast_exp2(stage.chunk.log_decay[kGdnChunk - 1]);
-      fence_async_proxy();  // what has landed, and what is handed over
-      if constexpr (Shape::kHasOutput) Barriers::arrive(GdnBarrier::kState, chunk);
 
       // What the next step reads from shared memory it reads while a product is under way.
       float recalled[kGdnChunk / 2];
@@ -63,7 +63,11 @@ struct GdnState {
       uint32_t written[kGdnBlocks][4];
       scale(written, u, of_written);
       multiply<128>(state, written, column_major_operand(smem_address(stage.k), kGdnChunk), true);
-      hand_over_u(u, chunk);
+      if constexpr (Shape::kHasOutput) {
+        hand_over_u(u, chunk);
+      } else {
+        wait_for_chunk(chunk + 1);  // and the fence passes under a product
+      }
       wgmma_wait<0>();
       pin(state), pin_blocks(written);
     }
@@ -101,6 +105,12 @@ struct GdnState {
     });
   }
 
+  // Until it has landed, if there is one, and wgmma sees it and what was handed over before.
+  __device__ __forceinline__ void wait_for_chunk(int chunk) const {
+    if (chunk < unit.num_chunks) smem.full.wait_full(chunk);
+    fence_async_proxy();
+  }
+
   // In 16 bits, as B of the output's product.
   __device__ __forceinline__ void hand_over_state(const uint32_t (&operand)[kGdnDimBlocks][4], int chunk) const {
     const auto fragment = GdnFragment<GdnSquare>::as_a(lane_idx);
@@ -112,17 +122,15 @@ struct GdnState {
   }
 
   __device__ __forceinline__ void hand_over_u(const float (&u)[kGdnChunk / 2], int chunk) const {
-    if constexpr (Shape::kHasOutput) {
-      const auto fragment = GdnFragment<GdnSquare>::as_b(lane_idx);
+    const auto fragment = GdnFragment<GdnSquare>::as_b(lane_idx);
 #pragma unroll
-      for (int block = 0; block < kGdnBlocks; ++block) {
-        uint32_t packed[4];
-        pack_columns<T>(packed, u, block);
-        stmatrix_x4_trans(fragment.address(smem_address(smem.handed_over[chunk & 1].u), block, warp_idx), packed);
-      }
-      fence_async_proxy();
-      Barriers::arrive(GdnBarrier::kU, chunk);
+    for (int block = 0; block < kGdnBlocks; ++block) {
+      uint32_t packed[4];
+      pack_columns<T>(packed, u, block);
+      stmatrix_x4_trans(fragment.address(smem_address(smem.handed_over[chunk & 1].u), block, warp_idx), packed);
     }
+    fence_async_proxy();
+    Barriers::arrive(GdnBarrier::kU, chunk);
   }
 
   // Of the tokens that are the lane's columns.

@@ -12,14 +12,13 @@ namespace flashinfer::sm90 {
 
 constexpr int kGdnPanel = kGdnChunk * kPanelBytes;  // bytes
 
-// After the warps of the state, a warpgroup for every 64 columns, come those of the output, where there is one, and
-// four that bring in chunks, or one. Of registers the first two want more than an even share.
-template <class Config>
-constexpr int kGdnFeedThreads = Config::kHasOutput ? kWarpgroupSize : 32;
+// After the warpgroups of the state, one for every 64 columns, come that of the output, where there is one, and that
+// which brings in chunks. Of registers the first two want more than an even share.
+constexpr int kGdnFeedThreads = kWarpgroupSize;
 constexpr int kGdnStateRegisters = 224, kGdnOutputRegisters = 208, kGdnFeedRegisters = 72;
 template <class Config>
 constexpr int kGdnThreads =
-    GdnShape<Config>::kStateThreads + (Config::kHasOutput ? kWarpgroupSize : 0) + kGdnFeedThreads<Config>;
+    GdnShape<Config>::kStateThreads + (Config::kHasOutput ? kWarpgroupSize : 0) + kGdnFeedThreads;
 
 template <class Config>
 struct GdnStages {

@@ -50,7 +50,7 @@ def num_slots(num_tokens: int, num_seqs: int, size: int) -> int:
 
 
 SEGMENTS_V = 128  # columns of a state, or rows of a transition, that a block takes through a segment
-SCAN_ROWS = 16  # of a state, that a block follows from segment to segment: csrc/gdn/prefill/scan.cuh
+SCAN_ROWS = 8  # of a state, that a block follows from segment to segment: csrc/gdn/prefill/scan.cuh
 # Columns of the values that a block takes, stages of keys and values; the first that fits.
 _TILES = ((64, 3), (32, 4), (32, 2))
 
@@ -106,13 +106,22 @@ def _sm90_config(spec: KernelSpec) -> Config:
     return Config({**_constants(spec), **tile}, Launch(384, 1, _BARRIERS_BYTES + _smem_bytes(64, 3, num_q_stages=3)))
 
 
-def _segments_config(spec: KernelSpec) -> Config:
+def _states_config(spec: KernelSpec, feed_threads: int) -> Config:
     def num_bytes(num_stages: int) -> int:
         return _BARRIERS_BYTES + _stages_bytes(SEGMENTS_V, num_stages)
 
     num_stages = 4 if num_bytes(4) <= arch(spec.target).smem_per_block else 2
     tile = {"kHasOutput": False, "kBlockV": SEGMENTS_V, "kNumStages": num_stages}
-    return Config({"T": CxxType(spec.arg("dtype")), **tile}, Launch(32 + 2 * SEGMENTS_V, 1, num_bytes(num_stages)))
+    launch = Launch(feed_threads + 2 * SEGMENTS_V, 1, num_bytes(num_stages))
+    return Config({"T": CxxType(spec.arg("dtype")), **tile}, launch)
+
+
+def _segments_config(spec: KernelSpec) -> Config:
+    return _states_config(spec, 32)
+
+
+def _sm90_segments_config(spec: KernelSpec) -> Config:
+    return _states_config(spec, 128)
 
 
 def _scan_config(spec: KernelSpec) -> Config:
@@ -137,8 +146,8 @@ def block_v(target: str, num_units: int, num_sms: int) -> int:
 # Microseconds of a chunk, in blocks with an output and in those without; of the scan, for each segment but the first
 # and last; and of a split for the two launches more, and blocks that begin and end:
 # docs/notes/2026-11-gated-delta-rule.md.
-_WHOLE_US, _STATE_US, _SCAN_US, _SPLIT_US = 1.4, 1.15, 3.2, 9.0
-_MAX_SEGMENTS, _LEAST_GAIN = 32, 0.9
+_WHOLE_US, _STATE_US, _SCAN_US, _SPLIT_US = 1.4, 1.1, 2.6, 6.5
+_MAX_SEGMENTS, _LEAST_GAIN = 32, 0.95
 
 
 def segment_tokens(num_tokens: int, longest: int, num_seqs: int, num_heads: int, num_sms: int) -> int:
@@ -202,7 +211,7 @@ GDN_PREFILL_SEGMENTS = Family(
     name="gdn_prefill_segments",
     axes={"dtype": DTYPES[:2]},
     implementations=(
-        Implementation("sm_90a", "gdn/sm90/prefill.cuh", GdnPrefillParams, _segments_config),
+        Implementation("sm_90a", "gdn/sm90/prefill.cuh", GdnPrefillParams, _sm90_segments_config),
         Implementation("cuda", "gdn/prefill/kernel.cuh", GdnPrefillParams, _segments_config),
     ),
 )
