@@ -13,13 +13,14 @@ from results import Case, Run, Table
 
 SLOWER = 0.99  # times as fast; what is closer to 1 is noise
 ELEMENTWISE = ("norm", "activation", "rope", "append", "fused", "quant", "pack", "merge")
+GDN_STEP = ("gdn decode", "gdn draft", "gdn conv", "gdn norm")  # beside Triton
 HOST = ("decode host", "prefill host", "mla host", "sampling host")
 # What the summary tells, and the tables behind it.
 AREAS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Decode", ("decode",)),
     ("Prefill and append", ("prefill",)),
     ("Latent attention", ("mla",)),
-    ("Gated delta rule", ("gdn prefill",)),
+    ("Gated delta rule", ("gdn prefill", *GDN_STEP)),
     ("Functions of scores and masks", ("variants",)),
     ("Mixed batches", ("mixed",)),
     ("Block-sparse attention", ("sparse",)),

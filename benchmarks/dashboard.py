@@ -30,6 +30,7 @@ from pathlib import Path
 import results
 from compare import (
     ELEMENTWISE,
+    GDN_STEP,
     HOST,
     REPLACED,
     Comparison,
@@ -301,7 +302,9 @@ def page(found: Newest, device: str, of_others: str | None = None) -> str:
         "Block-sparse attention": cases("sparse", "length, heads, blocks, density"),
         "Matrix products, µs": side_by_side(by_shape(found.get("gemm", {}), "columns × depth, fp8")),
         "Sampling, µs": side_by_side(by_shape(found.get("sampling", {}), "vocabulary 128256, fp32")),
-        "Norms, activations, RoPE, cache, packing, merging, µs": side_by_side(smallest_and_largest(found, ELEMENTWISE)),
+        "Norms, activations, RoPE, cache, packing, merging, µs": side_by_side(
+            smallest_and_largest(found, (*ELEMENTWISE, *GDN_STEP))
+        ),
         "Host": host(found),
         "How they come about": [textwrap.fill(METHOD.strip(), 138), "", *provenance(found)],
     }
