@@ -9,8 +9,9 @@ int main(int argc, char** argv) {
     const flashinfer::Buffer workspace(kernels.device(), 128 << 20);
     flashinfer::BatchDecode decode(kernels, flashinfer::Workspace::of(workspace));
     decode.plan(batch.table(), batch.shape);
-    return bench::microseconds(kernels.device(), batch.copies, o.repeats, [&](int i) {
-      decode.run(batch.tokens(o, batch.q[size_t(i)]), batch.cache(o, i), batch.tokens(o, batch.out[size_t(i)]));
+    return bench::microseconds(kernels.device(), batch.copies, o.repeats, [&](int i, flashinfer::Stream stream) {
+      decode.run(batch.tokens(o, batch.q[size_t(i)]), batch.cache(o, i), batch.tokens(o, batch.out[size_t(i)]), {},
+                 stream);
     });
   });
 }

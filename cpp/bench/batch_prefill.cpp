@@ -10,8 +10,9 @@ int main(int argc, char** argv) {
     flashinfer::AttentionOptions options;
     options.is_causal = o.is_causal;
     prefill.plan(bench::as_ints(batch.qo_indptr), o.batch_size * o.qo_len, batch.table(), batch.shape, options);
-    return bench::microseconds(kernels.device(), batch.copies, o.repeats, [&](int i) {
-      prefill.run(batch.tokens(o, batch.q[size_t(i)]), batch.cache(o, i), batch.tokens(o, batch.out[size_t(i)]));
+    return bench::microseconds(kernels.device(), batch.copies, o.repeats, [&](int i, flashinfer::Stream stream) {
+      prefill.run(batch.tokens(o, batch.q[size_t(i)]), batch.cache(o, i), batch.tokens(o, batch.out[size_t(i)]), {},
+                  stream);
     });
   });
 }

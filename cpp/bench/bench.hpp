@@ -3,6 +3,7 @@
 // same options, and the same table for Python's operators.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -146,33 +147,61 @@ inline int num_copies(const Device& device, int64_t num_bytes) {
                           : 1;
 }
 
-// The median microseconds of a call; call(i) is on the i-th set of buffers.
-inline double microseconds(const Device& device, int copies, int64_t repeats, const std::function<void(int)>& call) {
-  std::vector<double> times;
-  for (int i = 0; i < copies; ++i) call(i);
-  device.synchronize();
-  void *begin = nullptr, *end = nullptr;
-  const host::Driver* driver = device.is_cuda() ? &host::Driver::get() : nullptr;
-  if (driver != nullptr) {
-    driver->check("cuEventCreate", driver->cuEventCreate(&begin, 0));
-    driver->check("cuEventCreate", driver->cuEventCreate(&end, 0));
+// What `launch` launches on a stream, as a graph: nothing of the host lies between launches, as in `flashinfer bench`.
+class Graph {
+ public:
+  explicit Graph(const std::function<void(Stream)>& launch) {
+    check("cuStreamCreate", driver_.cuStreamCreate(&stream_, host::kNonBlockingStream));
+    launch(stream_);  // which loads kernels
+    check("cuStreamSynchronize", driver_.cuStreamSynchronize(stream_));
+    void* graph = nullptr;
+    check("cuStreamBeginCapture", driver_.cuStreamBeginCapture(stream_, host::kThreadLocalCapture));
+    launch(stream_);
+    check("cuStreamEndCapture", driver_.cuStreamEndCapture(stream_, &graph));
+    check("cuGraphInstantiate", driver_.cuGraphInstantiate(&graph_, graph, 0));
+    check("cuEventCreate", driver_.cuEventCreate(&begin_, 0));
+    check("cuEventCreate", driver_.cuEventCreate(&end_, 0));
   }
-  for (int64_t repeat = 0; repeat < repeats; ++repeat) {
-    const auto started = std::chrono::steady_clock::now();
-    if (driver != nullptr) driver->check("cuEventRecord", driver->cuEventRecord(begin, nullptr));
-    for (int i = 0; i < copies; ++i) call(i);
-    if (driver == nullptr) {
-      times.push_back(std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - started).count());
-      continue;
-    }
+
+  double microseconds() const {
     float milliseconds = 0.f;
-    driver->check("cuEventRecord", driver->cuEventRecord(end, nullptr));
-    driver->check("cuEventSynchronize", driver->cuEventSynchronize(end));
-    driver->check("cuEventElapsedTime", driver->cuEventElapsedTime(&milliseconds, begin, end));
-    times.push_back(milliseconds * 1e3);
+    check("cuEventRecord", driver_.cuEventRecord(begin_, stream_));
+    check("cuGraphLaunch", driver_.cuGraphLaunch(graph_, stream_));
+    check("cuEventRecord", driver_.cuEventRecord(end_, stream_));
+    check("cuEventSynchronize", driver_.cuEventSynchronize(end_));
+    check("cuEventElapsedTime", driver_.cuEventElapsedTime(&milliseconds, begin_, end_));
+    return milliseconds * 1e3;
+  }
+
+ private:
+  void check(const char* what, int code) const { driver_.check(what, code); }
+
+  const host::Driver& driver_ = host::Driver::get();
+  void *stream_ = nullptr, *graph_ = nullptr, *begin_ = nullptr, *end_ = nullptr;  // until the program ends
+};
+
+// The median microseconds of a call; call(i, stream) is on the i-th set of buffers.
+inline double microseconds(const Device& device, int copies, int64_t repeats,
+                           const std::function<void(int, Stream)>& call) {
+  const auto call_all = [&](Stream stream) {
+    for (int i = 0; i < copies; ++i) call(i, stream);
+  };
+  device.synchronize();  // with what prepared the calls, on another stream
+  std::vector<double> times;
+  if (device.is_cuda()) {
+    const Graph graph(call_all);
+    for (int i = 0; i < 2; ++i) graph.microseconds();  // until the clocks have come up
+    for (int64_t repeat = 0; repeat < repeats; ++repeat) times.push_back(graph.microseconds());
+  } else {
+    call_all(nullptr);
+    for (int64_t repeat = 0; repeat < repeats; ++repeat) {
+      const auto started = std::chrono::steady_clock::now();
+      call_all(nullptr);
+      times.push_back(std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - started).count());
+    }
   }
   std::sort(times.begin(), times.end());
-  return times[times.size() / 2] / copies;
+  return (times[(times.size() - 1) / 2] + times[times.size() / 2]) / 2 / copies;
 }
 
 // Of one benchmark: what is timed over how many bytes and operations.

@@ -14,10 +14,10 @@ int main(int argc, char** argv) {
     const auto token = [&](const flashinfer::Buffer& x) {
       return flashinfer::Tensor(x.data(), batch.dtype, {o.num_qo_heads, o.head_dim});
     };
-    return bench::microseconds(kernels.device(), batch.copies, o.repeats, [&](int i) {
+    return bench::microseconds(kernels.device(), batch.copies, o.repeats, [&](int i, flashinfer::Stream stream) {
       const size_t at = size_t(i);
       flashinfer::single_decode(kernels, flashinfer::Workspace::of(workspace), token(batch.q[at]), rows(batch.k[at]),
-                                rows(batch.v[at]), token(batch.out[at]));
+                                rows(batch.v[at]), token(batch.out[at]), {}, stream);
     });
   });
 }

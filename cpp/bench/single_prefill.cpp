@@ -12,10 +12,10 @@ int main(int argc, char** argv) {
     };
     flashinfer::AttentionOptions options;
     options.is_causal = o.is_causal;
-    return bench::microseconds(kernels.device(), batch.copies, o.repeats, [&](int i) {
+    return bench::microseconds(kernels.device(), batch.copies, o.repeats, [&](int i, flashinfer::Stream stream) {
       const size_t at = size_t(i);
       flashinfer::single_prefill(kernels, flashinfer::Workspace::of(workspace), batch.tokens(o, batch.q[at]),
-                                 rows(batch.k[at]), rows(batch.v[at]), batch.tokens(o, batch.out[at]), options);
+                                 rows(batch.k[at]), rows(batch.v[at]), batch.tokens(o, batch.out[at]), options, stream);
     });
   });
 }

@@ -26,6 +26,8 @@ static_assert(sizeof(LaunchConfig) == 56);
 constexpr uint32_t kClusterDimension = 4, kProgrammaticSerialization = 6;               // CUlaunchAttributeID
 constexpr int kMultiprocessorCount = 16, kCapabilityMajor = 75, kCapabilityMinor = 76;  // CUdevice_attribute
 constexpr int kMaxDynamicSmem = 8;                                                      // CUfunction_attribute
+constexpr unsigned kNonBlockingStream = 1;                                              // CUstream_flags
+constexpr int kThreadLocalCapture = 1;                                                  // CUstreamCaptureMode
 constexpr int kInvalidContext = 201, kInvalidHandle = 400;
 
 class Driver {
@@ -54,7 +56,12 @@ class Driver {
   int (*cuMemcpyHtoDAsync)(uint64_t, const void*, size_t, void*);
   int (*cuMemcpyDtoHAsync)(void*, uint64_t, size_t, void*);
   int (*cuMemsetD8Async)(uint64_t, unsigned char, size_t, void*);
+  int (*cuStreamCreate)(void**, unsigned);
   int (*cuStreamSynchronize)(void*);
+  int (*cuStreamBeginCapture)(void*, int);
+  int (*cuStreamEndCapture)(void*, void**);
+  int (*cuGraphInstantiate)(void**, void*, unsigned long long);
+  int (*cuGraphLaunch)(void*, void*);
   int (*cuEventCreate)(void**, unsigned);
   int (*cuEventRecord)(void*, void*);
   int (*cuEventSynchronize)(void*);
@@ -109,12 +116,17 @@ class Driver {
     FLASHINFER_FIND(cuLaunchKernelEx);
     FLASHINFER_FIND(cuThreadExchangeStreamCaptureMode);
     FLASHINFER_FIND(cuTensorMapEncodeTiled);
+    FLASHINFER_FIND(cuStreamCreate);
     FLASHINFER_FIND(cuStreamSynchronize);
+    FLASHINFER_FIND(cuStreamEndCapture);
+    FLASHINFER_FIND(cuGraphLaunch);
     FLASHINFER_FIND(cuEventCreate);
     FLASHINFER_FIND(cuEventRecord);
     FLASHINFER_FIND(cuEventSynchronize);
     FLASHINFER_FIND(cuEventElapsedTime);
 #undef FLASHINFER_FIND
+    find(cuStreamBeginCapture, "cuStreamBeginCapture_v2");
+    find(cuGraphInstantiate, "cuGraphInstantiateWithFlags");
     find(cuMemAlloc, "cuMemAlloc_v2");
     find(cuMemFree, "cuMemFree_v2");
     find(cuMemcpyHtoDAsync, "cuMemcpyHtoDAsync_v2");

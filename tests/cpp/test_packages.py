@@ -16,9 +16,11 @@ import pytest
 from flashinfer import families, target
 from flashinfer.cli import cpp as cli_cpp
 from flashinfer.cli import main
-from flashinfer.families.attention.decode import decode
+from flashinfer.families.attention.decode import DECODE_PLAN, decode
+from flashinfer.jit.stores import Registry
 from flashinfer.version import __version__
-from tests.cpp.kit import compile_program, run_program, write_set
+from tests.cpp.kit import compile_program, entry_of, pretended_gpu, run_program, write_set
+from tests.cpp.launches import idle_code
 from tests.kit import ROOT
 
 BENCHMARKS = ("single_decode", "single_prefill", "batch_decode", "batch_prefill")
@@ -137,6 +139,24 @@ def test_both_time_the_same_case(bench_decode: Path, tmp_path: Path, capsys: pyt
         run_program(bench_decode, "--set", root, *chosen),
         re.M,
     )
+
+
+def test_programs_time_a_graph(bench_decode: Path, driver: Path, tmp_path: Path) -> None:
+    """Of the calls on all sets of buffers, which is launched twice before it is timed: no launch lies in between."""
+    families.register_all()
+    specs = [decode("sm_90a", q_dtype="bf16", kv_dtype="bf16", head_dim=64, group_size=2), DECODE_PLAN.spec("sm_90a")]
+    root = tmp_path / "set"
+    Registry.write(root, [entry_of(root, spec, idle_code(spec)) for spec in specs])
+    chosen = ["--set", root, "--device", "cuda", "--kv-len", "70", "--num-qo-heads", "4", "--num-kv-heads", "2"]
+    chosen += ["--head-dim", "64", "--repeats", "3", "--json"]
+    log, copies = tmp_path / "launches.txt", 32
+    found = json.loads(run_program(bench_decode, *chosen, **pretended_gpu(driver, log)))
+    run = ["decode"] * copies
+    wanted = ["decode_plan", *run, "capture begins", *run, "capture ends", *["graph"] * 5]
+    assert [line.partition(" grid ")[0] for line in log.read_text().splitlines()] == wanted
+    streams = {line.partition(" stream ")[2].split()[0] for line in log.read_text().splitlines() if " stream " in line}
+    assert len(streams) == 2  # the plan is on the default one, which cannot be captured
+    assert found["us"] == pytest.approx(1000 / copies, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
