@@ -84,9 +84,10 @@ class Scaled:
         ]
 
     def deep_gemms(self, library: Any, sets: list[Any]) -> Optional[Calls]:
-        layout = library.get_mn_major_tma_aligned_tensor
         return [
-            functools.partial(library.fp8_gemm_nt, (a, layout(a_scale)), (b, b_scale), out, disable_ue8m0_cast=True)
+            functools.partial(
+                library.fp8_gemm_nt, (a, laid_out(library, a_scale)), (b, b_scale), out, disable_ue8m0_cast=True
+            )
             for a, b, a_scale, b_scale, out in sets
         ]
 
@@ -136,11 +137,10 @@ class Groups:
 
     def deep_gemms(self, library: Any, sets: list[Any]) -> Optional[Calls]:
         group_of_row = torch.arange(self.groups, device=DEVICE, dtype=torch.int32).repeat_interleave(self.rows)
-        layout = library.get_mn_major_tma_aligned_tensor
         return [
             functools.partial(
-                library.m_grouped_fp8_gemm_nt_contiguous, (a, layout(a_scale.T)), (b, b_scale.mT.contiguous()), out,
-                group_of_row, disable_ue8m0_cast=True,
+                library.m_grouped_fp8_gemm_nt_contiguous, (a, laid_out(library, a_scale.T)),
+                (b, b_scale.mT.contiguous()), out, group_of_row, disable_ue8m0_cast=True,
             )
             for a, b, a_scale, b_scale, out in sets
         ]  # fmt: skip
@@ -200,6 +200,11 @@ def deep_gemm() -> Any:
     return library
 
 
+def laid_out(library: Any, scale: torch.Tensor) -> torch.Tensor:
+    """Scales of rows, [rows, blocks], as DeepGEMM takes them."""
+    return library.get_mn_major_tma_aligned_tensor(scale.contiguous())
+
+
 # Projections of DeepSeek-V3's layers, of eight GPUs or one.
 SHAPES = ((4096, 7168), (7168, 2048), (2112, 7168), (24576, 1536))
 CASES: list[Any] = [
@@ -221,7 +226,8 @@ def measure(args: argparse.Namespace, times: Times) -> None:
             kinds[TORCH] = case.torchs(sets)
             kinds[DEEP_GEMM] = case.deep_gemms(library, sets) if library else None
         with times.noting(case.name):
-            for column, us in device_us_in_turns({name: calls for name, calls in kinds.items() if calls}).items():
+            timed = {name: calls for name, calls in kinds.items() if calls}
+            for column, us in device_us_in_turns(timed, rounds=2).items():
                 times.columns.setdefault(column, {})[case.name] = us
     if not args.no_host:
         with times.noting("host costs"):
