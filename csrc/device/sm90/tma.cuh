@@ -41,4 +41,21 @@ __device__ __forceinline__ void tma_multicast_3d(uint32_t dst_smem, const Tensor
       : "memory");
 }
 
+// Copies a box of shared memory to these coordinates, after a fence of the proxies; what lies outside of the tensor is
+// left out. What a thread has started up to its bulk_commit() is a group.
+__device__ __forceinline__ void tma_store_3d(const TensorMap& map, uint32_t src_smem, int32_t x0, int32_t x1,
+                                             int32_t x2) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+               "r"(src_smem), "r"(x0), "r"(x1), "r"(x2)
+               : "memory");
+}
+__device__ __forceinline__ void bulk_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Until the shared memory of all but the thread's latest kNumPending groups has been read.
+template <int kNumPending>
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kNumPending) : "memory");
+}
+
 }  // namespace flashinfer

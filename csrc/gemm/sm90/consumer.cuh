@@ -70,13 +70,14 @@ struct GemmConsumer {
     }
   }
 
-  // What products of a step are multiplied by: of the lane's two rows, and of the columns. They are read before the
-  // products are started, for between them the tensor cores would wait for it.
+  // What products of a step are multiplied by: of the lane's two rows, and of the columns. They are waited for and read
+  // when the products have been started, which do not wait for them then.
   struct Scales {
     float a[2], b[Shape::kScaleRuns];
   };
   __device__ __forceinline__ Scales scales_of(uint32_t turn, int wave) const {
     const int stage = turn % Shape::kNumStages;
+    if (wave == 0) smem.scales.full.wait_full(turn);
     const uint32_t a_smem = first_scales + (stage * Shape::kBlockM + wave * 64) * sizeof(float);
     Scales scales{{load_shared_float(a_smem), load_shared_float(a_smem + row_of(1) * sizeof(float))}, {}};
 #pragma unroll
@@ -134,10 +135,10 @@ struct GemmConsumer {
       const uint32_t last = turn + num_steps - 1;
       const auto start = [&](Sums& products, Scales& scales, uint32_t turn) {
         smem.full.wait_full(turn);
-        scales = scales_of(turn, 0);
         pin(products);
         wgmma_fence();
         multiply(products, turn, 0, false);
+        scales = scales_of(turn, 0);
       };
       // After the wait for these products.
       const auto finish = [&](Sums& products, const Scales& scales, uint32_t turn) {
@@ -172,61 +173,72 @@ struct GemmConsumer {
 #pragma unroll 1
       for (int step = 0; step < num_steps; ++step, ++turn) {
         if (!is_full) smem.full.wait_full(turn);
-        Scales scales[Shape::kWaves];
-#pragma unroll
-        for (int wave = 0; wave < Shape::kWaves; ++wave) scales[wave] = scales_of(turn, wave);
 #pragma unroll
         for (int wave = 0; wave < Shape::kWaves; ++wave) {
           pin(products);
           wgmma_fence();
           multiply(products, turn, wave, false);
           if (wave == 0 ? step == 0 : step == num_steps - 1) let_go(wave == 0 ? Shape::kWaves - 1 : wave - 1);
+          const Scales scales = scales_of(turn, wave);
           wgmma_wait<0>();
           pin(products);
           if (wave == Shape::kWaves - 1) {
             release(turn);
             is_full = smem.full.is_full(turn + 1);
           }
-          add_scaled(totals[wave], products, scales[wave]);
+          add_scaled(totals[wave], products, scales);
         }
       }
     }
   }
 
-  // A warp turns 16 rows of 64 columns at a time into runs of 128 bytes.
+  // A warp lays its 16 rows out, a panel of columns after the other, and has TMA store them: where all blocks store at
+  // the same time that takes long, and nobody waits for it. Where some rows are another group's, it stores its own
+  // itself, as it does in small tiles.
   __device__ __forceinline__ void store(const Sums& totals, int wave, const GemmTile& tile) const {
     using Out = typename Config::Out;
     using Rows = SwizzledRows<kPanelBytes>;
     constexpr int kColumns = kPanelBytes / sizeof(Out), kGranule = 16 / sizeof(Out);
     static_assert(Shape::kBlockN % kColumns == 0);
     const int thread_idx = fresh_thread_idx(), warp_idx = thread_idx / 32, lane_idx = thread_idx % 32;
-    const uint32_t rows_smem = smem_address(smem.exchange.rows[warp_idx]);
-    const int first_row = tile.row + row_of_wave(wave, warp_idx);
+    const int32_t first_row = tile.row + row_of_wave(wave, warp_idx);
+    const bool is_whole = Shape::kTmaStores && (first_row + 16 <= tile.row_end || tile.row_end == params.num_rows);
+    if constexpr (Shape::kTmaStores) bulk_wait_read<Shape::kWaves - 1>();  // of the tile before
+    __syncwarp();
 #pragma unroll
-    for (int first = 0; first < Shape::kBlockN; first += kColumns) {
-      __syncwarp();
+    for (int panel = 0; panel < Shape::kStoredPanels; ++panel) {
+      const uint32_t rows_smem = smem_address(smem.exchange.rows[wave][panel][warp_idx]);
+      const int32_t panel_column = tile.column + panel * kColumns;
 #pragma unroll
       for (int column = 0; column < kColumns; column += 16) {
         uint32_t x[4];  // 8 x 8 of the upper rows, of the lower rows, and the same 8 columns further
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int begin = (first + column) / 4 + i / 2 * 2;
+          const int begin = (panel * kColumns + column) / 4 + i / 2 * 2;
           x[i] = pack_16bit<Out>(at(totals, i % 2, begin), at(totals, i % 2, begin + 1));
         }
         stmatrix_x4(rows_smem + Rows::offset(lane_idx % 16, column / 8 + lane_idx / 16), x);
       }
+      if constexpr (Shape::kTmaStores) fence_async_proxy();
       __syncwarp();
+      if (is_whole) {
+        if (lane_idx == 0 && first_row < tile.row_end && panel_column < params.num_columns) {
+          tma_store_3d(params.output_map, rows_smem, panel_column, first_row, 0);
+        }
+      } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = 4 * i + lane_idx / 8, granule = lane_idx % 8;
-        const int32_t column = tile.column + first + granule * kGranule;
-        const uint4 x = load_shared_16(rows_smem + Rows::offset(row, granule));
-        if (first_row + row < tile.row_end && column < params.num_columns) {
-          Out* output = static_cast<Out*>(params.output) + (first_row + row) * params.output_row_stride + column;
-          *reinterpret_cast<uint4*>(output) = x;
+        for (int i = 0; i < 4; ++i) {
+          const int row = 4 * i + lane_idx / 8, granule = lane_idx % 8;
+          const int32_t column = panel_column + granule * kGranule;
+          const uint4 x = load_shared_16(rows_smem + Rows::offset(row, granule));
+          if (first_row + row < tile.row_end && column < params.num_columns) {
+            Out* output = static_cast<Out*>(params.output) + (first_row + row) * params.output_row_stride + column;
+            *reinterpret_cast<uint4*>(output) = x;
+          }
         }
       }
     }
+    if constexpr (Shape::kTmaStores) bulk_commit();
   }
 
   // Every split gives away the sums of the others' columns, and stores its own.
@@ -293,6 +305,7 @@ struct GemmConsumer {
       }
     });
     if constexpr (Shape::kIsScaled && Shape::kSplits == 1) store(totals[kLast], kLast, before);
+    if constexpr (Shape::kTmaStores) bulk_wait_read<0>();  // a block may not end before
   }
 };
 

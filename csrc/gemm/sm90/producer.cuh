@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The warps of the Hopper kernel of products that bring in what the others multiply: one has operands, by TMA, one has
-// scales, which lie at any strides.
+// The warps of the Hopper kernel of products that bring in what the others multiply: one has operands, one has scales,
+// by TMA as well where rows lie such that it can.
 #pragma once
 
 #include "gemm/sm90/tile.cuh"
@@ -59,15 +59,26 @@ __device__ __forceinline__ void produce_scales(const Sm90GroupGemmParams& params
   const int lane_idx = threadIdx.x % 32;
   uint32_t turn = 0;
   part.for_each_tile(params, [&](const GemmTile& tile) {
+    const bool by_map = params.has_a_scale_map && tile.row % 4 == 0;  // a box begins at a multiple of 16 bytes
     const float* a_scale = params.a_scale + (tile.row + lane_idx) * params.a_scale_row_stride;
     const int32_t column = tile.column + lane_idx % Shape::kScaleRuns * (Shape::kBlockN / Shape::kScaleRuns);
     const float* b_scale =
         params.b_scale + tile.weight * params.b_scale_weight_stride + column / kScaleBlock * params.b_scale_row_stride;
     for (int step = part.step_begin; step < part.step_end; ++step, ++turn) {
       const int stage = turn % Shape::kNumStages;
+      Mbarrier& full = smem.scales.full.at(turn);
       smem.empty.wait_empty(turn);
+      if (elect_lane()) {
+        full.arrive_expecting(by_map ? Shape::kBlockM * int(sizeof(float)) : 0);
+        constexpr int kBoxRows = Shape::kBlockM < 128 ? Shape::kBlockM : 128;
 #pragma unroll
-      for (int row = 0; row < Shape::kBlockM; row += 32) {
+        for (int row = 0; by_map && row < Shape::kBlockM; row += kBoxRows) {
+          tma_load_3d(smem_address(&smem.scales.a[stage][row]), params.a_scale_map, full, 2 * (tile.row + row), step,
+                      0);
+        }
+      }
+#pragma unroll
+      for (int row = 0; !by_map && row < Shape::kBlockM; row += 32) {
         cp_async_4(smem_address(&smem.scales.a[stage][row + lane_idx]),
                    a_scale + row * params.a_scale_row_stride + step * params.a_scale_block_stride,
                    tile.row + row + lane_idx < tile.row_end);
@@ -76,7 +87,7 @@ __device__ __forceinline__ void produce_scales(const Sm90GroupGemmParams& params
         cp_async_4(smem_address(&smem.scales.b[stage][lane_idx]), b_scale + step * params.b_scale_block_stride,
                    column < params.num_columns);
       }
-      cp_async_arrive(smem.full.at(turn));
+      cp_async_arrive(full);
     }
   });
   cp_async_wait_all();  // a block may not end with copies under way
