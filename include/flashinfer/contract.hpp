@@ -47,7 +47,7 @@ constexpr int kMaskItems = 4;
 constexpr PlanCosts kPrefillCosts = {1.5f, 3.0f, 2, 0};
 constexpr PlanCosts kMlaCosts = {0.6f, 2.4f, 1, 0};
 constexpr PlanCosts kMlaShortCosts = {2.0f, 2.5f, 4, 0};
-constexpr PlanCosts kMlaSm90Costs = {1.6f, 3.0f, 1, 1};
+constexpr PlanCosts kMlaSm90Costs = {0.9f, 0.5f, 1, 1};
 
 // Levels of a CPU, each with the flags of /proc/cpuinfo that it takes besides those before it.
 struct CpuLevel {

@@ -82,6 +82,8 @@ struct PrefillParams : PrefillRows, AttentionParams, PrefillScratch {
   int32_t num_tokens;  // rows of q and out
 };
 
+constexpr int32_t kMaxSplits = 1024;  // of a query tile
+
 // What costs time besides the KV tiles themselves, in those of a tile.
 struct PlanCosts {
   float of_item;      // to start one

@@ -23,6 +23,7 @@
 #pragma once
 
 #include "attention/kv_view.cuh"
+#include "attention/prefill/fill.cuh"
 #include "attention/prefill/share.h"
 #include "attention/prefill/work.cuh"
 #include "attention/visibility.cuh"
@@ -191,7 +192,7 @@ struct PrefillPlanner {
       }
     });
     __syncthreads();
-    static_assert(CostBins::kNum <= kNumThreads);
+    static_assert(CostBins::kNum <= kNumThreads && kNumThreads <= kMaxSplits);
     const int bin = CostBins::kNum - 1 - int(threadIdx.x);
     const bool is_occupied = bin >= 0 && smem.num_tiles_of_cost[bin] > 0;
     const auto scan = scan_block<kNumThreads>(int32_t(is_occupied), smem.warp_sums);
@@ -200,7 +201,9 @@ struct PrefillPlanner {
     __syncthreads();
   }
 
-  __device__ __forceinline__ bool fills_gaps() const { return params.costs.fills_gaps != 0; }
+  // Of latent attention alone.
+  static constexpr bool kMayFillGaps = Config::kKvStorage == kKvPagedLens && !Config::kIsMixed;
+  __device__ __forceinline__ bool fills_gaps() const { return kMayFillGaps && params.costs.fills_gaps != 0; }
 
   // On how many blocks a part of a mixed batch goes on: every thread estimates the time of one choice.
   __device__ __forceinline__ void choose_blocks() const {
@@ -248,12 +251,7 @@ struct PrefillPlanner {
   // item, or as many rounds of the longest as there are. With one KV head the list really is taken in that order, and
   // an item ends no later than the load of those before it plus itself: those that are split, which are longer than
   // half of the limit, come before all that are shorter.
-  //
-  // Where short items fill gaps it is no bound, but closer: in the first round an item takes as long as it does; later
-  // ones end near the average load of all up to them, the shorter the nearer, but not before as many rounds of
-  // themselves, since all before them are longer. Rests count as if they came first.
   __device__ __forceinline__ Estimate estimate(int32_t limit) const {
-    constexpr float kShareOfLast = 0.35f;
     const bool is_in_order = params.num_kv_heads == 1;
     const float num_blocks = float(this->num_blocks());
     float num_units = 0.f, load = 0.f, longest = 0.f, num_counters = 0.f, num_slots = 0.f, time = 0.f;
@@ -271,9 +269,7 @@ struct PrefillPlanner {
       if (is_in_order || i + 1 == smem.num_occupied) {
         const float num_rounds = ceilf(num_units / num_blocks);
         const float last = is_in_order && 2 * cost <= limit ? split_cost : longest;
-        float end = fminf(load / num_blocks + (fills_gaps() ? kShareOfLast * split_cost : last), num_rounds * longest);
-        if (fills_gaps()) end = num_rounds > 1.f ? fmaxf(end, num_rounds * split_cost) : split_cost;
-        time = fmaxf(time, end);
+        time = fmaxf(time, fminf(load / num_blocks + last, num_rounds * longest));
       }
       if (num_splits > 1) {
         const PartialResults partial = PartialResults::of(num_splits);
@@ -308,26 +304,65 @@ struct PrefillPlanner {
     return min(num_splits_of(cost, params.fixed_split), kMaxFixedSplits);
   }
 
-  // The choices: cut the longest item into 1, 2, ..., kNumThreads splits, and the others into splits no longer. Where
-  // runs are as long as may be: not at all, or into runs of any length up to twice a block's share.
-  __device__ __forceinline__ int32_t choose_limit() const {
-    const int32_t idx = threadIdx.x, max_cost = smem.max_cost;
-    int32_t own = ceil_div(max_cost, idx + 1);
-    bool has_every_length = false;
-    if (fills_gaps()) {
-      float load = 0.f;
-      for (int i = 0; i < smem.num_occupied; ++i) {
+  // Where short items fill gaps: the longest run, of choices about as long as a block's share and longer. A warp plays
+  // each through (fill.cuh).
+  __device__ __forceinline__ int32_t choose_filling_limit() const {
+    __shared__ FillChoices choices;
+    const int32_t choice = threadIdx.x / kWarpSize, lane_idx = threadIdx.x % kWarpSize;
+    if (choice < FillChoices::kNum) {
+      float load = 0.f;  // of a block
+      for (int i = lane_idx; i < smem.num_occupied; i += kWarpSize) {
         const int bin = smem.occupied_bins[i];
         load += float(smem.num_tiles_of_cost[bin]) * float(bin_cost(bin));
       }
-      const float longest = fminf(2.f * load / float(num_blocks()) + float(params.costs.min_split), float(max_cost));
-      has_every_length = longest < float(kNumThreads);
-      if (has_every_length && idx > 0) own = int32_t(longest) + 1 - idx;
+      load = warp_reduce(load, Sum{}) / float(num_blocks());
+      const int32_t max_cost = max(smem.max_cost, 1), step = max(int32_t(load / 32.f), 1);
+      const int32_t shortest = max(max(int32_t(load * 0.97f), params.costs.min_split), ceil_div(max_cost, kMaxSplits));
+      const int32_t longest = min(max(shortest, 1) + (FillChoices::kNum - 1) * step, max_cost);
+      const int32_t limit = max(longest - choice * step, min(max(shortest, 1), max_cost));
+      const float units = float(FillChoices::kMaxSize) / (fmaxf(load, float(longest)) + params.costs.of_item);
+
+      choices.clear(choice);
+      float num_items = 0.f, num_partial = 0.f, num_slots = 0.f, num_counters = 0.f;
+      for (int i = lane_idx; i < smem.num_occupied; i += kWarpSize) {
+        const int bin = smem.occupied_bins[i], num_tiles = smem.num_tiles_of_cost[bin];
+        const Runs runs = runs_of(bin_cost(bin), limit);
+        choices.add(choice, num_tiles * (runs.num - 1), (float(runs.len) + params.costs.of_item) * units);
+        choices.add(choice, num_tiles, (float(runs.last_len) + params.costs.of_item) * units);
+        num_items += float(num_tiles) * float(runs.num);
+        if (runs.num == 1) continue;
+        const PartialResults partial = PartialResults::of(runs.num);
+        num_partial += float(num_tiles) * float(runs.num);
+        num_slots += float(num_tiles) * float(partial.num_slots());
+        num_counters += float(num_tiles) * float(partial.num_counters());
+      }
+      num_items = warp_reduce(num_items, Sum{}), num_partial = warp_reduce(num_partial, Sum{});
+      num_slots = warp_reduce(num_slots, Sum{}), num_counters = warp_reduce(num_counters, Sum{});
+      const bool fits =
+          num_partial == 0.f || (num_slots * float(smem.max_rows) <= float(params.max_partial_rows) &&
+                                 num_counters <= float(params.max_counters) && num_items <= float(params.max_items));
+      const float num_merged = ceilf(num_partial / float(num_blocks()));  // by a block
+      const float time = float(choices.play(choice, num_blocks())) / units + num_merged * params.costs.of_partial;
+      if (lane_idx == 0) {  // a draw goes to fewer splits; where none fits, nothing is split
+        const uint32_t time_bits = __float_as_uint(fits ? time : 1e30f);
+        atomicMin(&smem.best_choice,
+                  static_cast<unsigned long long>(time_bits) << 32 | uint32_t(-(fits ? limit : max_cost)));
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) params.schedule->num_heads_abreast = params.num_kv_heads;
+    return -int32_t(smem.best_choice & 0xffffffffu);
+  }
+
+  // The choices: cut the longest item into 1, 2, ..., kNumThreads splits, and the others into splits no longer.
+  __device__ __forceinline__ int32_t choose_limit() const {
+    const int32_t idx = threadIdx.x, max_cost = smem.max_cost;
+    if constexpr (kMayFillGaps) {
+      if (fills_gaps()) return choose_filling_limit();
     }
     const bool is_fixed = params.fixed_split > 0;  // the estimate then tells of KV heads abreast alone
-    const int32_t limit = max(is_fixed ? max_cost : max(own, params.costs.min_split), 1);
-    const bool is_choice =
-        idx == 0 || (!is_fixed && (has_every_length ? own == limit : ceil_div(max_cost, limit) == idx + 1));
+    const int32_t limit = max(is_fixed ? max_cost : max(ceil_div(max_cost, idx + 1), params.costs.min_split), 1);
+    const bool is_choice = idx == 0 || (!is_fixed && ceil_div(max_cost, limit) == idx + 1);
     Estimate estimate = {};
     if (is_choice) {
       estimate = this->estimate(limit);

@@ -17,8 +17,10 @@ from flashinfer.jit.spec import Config, Constants, CxxType, Family, Implementati
 
 # In KV tiles: one takes longer than in prefill, or, in those for short queries, not so long.
 _COSTS, _SHORT_COSTS = PlanCosts(0.6, 2.4, 1), PlanCosts(2.0, 2.5, 4)
-_SM90_COSTS = PlanCosts(1.6, 3.0, 1, fills_gaps=True)
-MAX_BLOCKS = 960  # of a grid: PrefillSchedule has a bit for each (csrc/attention/prefill/params.h)
+_SM90_COSTS = PlanCosts(0.9, 0.5, 1, fills_gaps=True)
+# Blocks of a grid: PrefillSchedule has a bit for each (csrc/attention/prefill/params.h), and one reads the item of its
+# place before it knows how many there are.
+MAX_BLOCKS = 960
 STORAGE = "paged_lens"  # of the KV, to the planner and to the kernels
 HEAD_DIMS_CKV = (512, 256)
 HEAD_DIMS_KPE = (64, 0)
