@@ -55,7 +55,7 @@ class Mla {
     MlaParams params{};
     if (is_scheduled) {
       num_blocks = std::min(kernels_.device().num_sms() * kernel.max_blocks_per_sm(), contract::kMlaMaxBlocks);
-      const PrefillPlace place(kOp, workspace_, batch_size, 1, shape.head_dim_ckv, false);
+      const PrefillPlace place(kOp, workspace_, batch_size, 1, shape.head_dim_ckv, false, contract::kMlaMaxBlocks);
       const int64_t block_m = kernel.number("kBlockM");
       place.require_items(kOp, num_rows, block_m, batch_size);
       place.fill(static_cast<PrefillScratch&>(params));

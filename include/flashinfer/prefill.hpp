@@ -17,15 +17,15 @@ struct PrefillPlace {
   int64_t max_items = 0, max_counters = 0, max_partial_rows = 0;
 
   PrefillPlace() = default;
-  // with_lse: false for kernels whose rows of partial results hold it.
+  // with_lse: false for kernels whose rows of partial results hold it. min_items: that there is room for at least.
   PrefillPlace(const char* op, const Workspace& workspace, int64_t batch_size, int64_t num_kv_heads,
-               int64_t head_dim_vo, bool with_lse = true) {
+               int64_t head_dim_vo, bool with_lse = true, int64_t min_items = 64) {
     max_counters = std::max<int64_t>(1, contract::kMaxCounters / num_kv_heads);
     Carver ints(op, "int", workspace.ints, workspace.int_bytes);
     schedule = ints.take<PrefillSchedule>(sizeof(PrefillSchedule));
     tile_indptr = ints.take<int32_t>((batch_size + 1) * 4);
     counters = ints.take<uint32_t>(max_counters * num_kv_heads * 4);
-    items = ints.take<PrefillItem>(64 * int64_t(sizeof(PrefillItem)));
+    items = ints.take<PrefillItem>(min_items * int64_t(sizeof(PrefillItem)));
     const char* end = static_cast<const char*>(workspace.ints) + workspace.int_bytes;
     max_items = std::min<int64_t>((end - reinterpret_cast<const char*>(items)) / int64_t(sizeof(PrefillItem)),
                                   contract::kMaxItems);

@@ -26,9 +26,13 @@ struct LatentCopy {
   }
 
   // row_gmem: what this lane has found. Rows from num_valid on become zeros.
-  __device__ __forceinline__ static void copy(uint32_t ckv_smem, int num_valid, const uint8_t* row_gmem) {
-    copy_part<Ckv, 0>(ckv_smem, num_valid, row_gmem);
-    if constexpr (kHeadDimKpe > 0) copy_part<Kpe, kNumFound>(ckv_smem + kNumRows * kCkvBytes, num_valid, row_gmem);
+  template <class... Policy>
+  __device__ __forceinline__ static void copy(uint32_t ckv_smem, int num_valid, const uint8_t* row_gmem,
+                                              Policy... l2_policy) {
+    copy_part<Ckv, 0>(ckv_smem, num_valid, row_gmem, l2_policy...);
+    if constexpr (kHeadDimKpe > 0) {
+      copy_part<Kpe, kNumFound>(ckv_smem + kNumRows * kCkvBytes, num_valid, row_gmem, l2_policy...);
+    }
   }
   // 16 bytes that follow the first part of each row, by the lanes that have found it.
   __device__ __forceinline__ static void copy_rest(uint32_t rest_smem, int num_valid, const uint8_t* row_gmem) {
@@ -50,15 +54,19 @@ struct LatentCopy {
     const uint32_t thread_idx = Shape::thread_idx(), i = thread_idx % kNumFound;
     return thread_idx / 32 * kRowsOfWarp<Copy> + i % kRowsOfWarp<Copy> + i / kRowsOfWarp<Copy> * Copy::kRowsPerPass;
   }
-  template <class Copy, int kFirstLane>
-  __device__ __forceinline__ static void copy_part(uint32_t tile_smem, int num_valid, const uint8_t* row_gmem) {
+  template <class Copy, int kFirstLane, class... Policy>
+  __device__ __forceinline__ static void copy_part(uint32_t tile_smem, int num_valid, const uint8_t* row_gmem,
+                                                   Policy... l2_policy) {
     const uint32_t thread_idx = Shape::thread_idx();
     const uint32_t lane_idx = kFirstLane + thread_idx % 32 / Copy::kLanesPerRow;
     const auto address = reinterpret_cast<uint64_t>(row_gmem);
-    Copy::of(thread_idx)(tile_smem, num_valid, [&](int pass) {
-      return reinterpret_cast<const uint8_t*>(
-          __shfl_sync(0xffffffffu, address, int(lane_idx + pass * kRowsOfWarp<Copy>)));
-    });
+    Copy::of(thread_idx)(
+        tile_smem, num_valid,
+        [&](int pass) {
+          return reinterpret_cast<const uint8_t*>(
+              __shfl_sync(0xffffffffu, address, int(lane_idx + pass * kRowsOfWarp<Copy>)));
+        },
+        l2_policy...);
   }
 };
 
@@ -118,7 +126,11 @@ struct LatentKvLoader {
     if (tile >= tile_begin) {
       const uint32_t stage_smem = smem_address(smem.stage(tile));
       const int num_valid = kv_len - tile * Shape::kBlockN;
-      Copy::copy(stage_smem, num_valid, row_gmem);
+      if constexpr (Shape::kReadsOnce) {
+        Copy::copy(stage_smem, num_valid, row_gmem, evict_first_policy());
+      } else {
+        Copy::copy(stage_smem, num_valid, row_gmem);
+      }
       if constexpr (Shape::kHasScales) Copy::copy_rest(stage_smem + Shape::kScalesOffset, num_valid, row_gmem);
     }
     cp_async_commit();

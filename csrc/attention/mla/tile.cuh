@@ -28,7 +28,8 @@ struct MlaShape {
   static constexpr int kNumAhead = kNumStages - 1;  // KV tiles in flight
   static constexpr int kNumThreads = Config::kNumThreads, kNumWarps = kNumThreads / 32;
   static constexpr int kHeadDimCkv = Config::kHeadDimCkv, kHeadDimKpe = Config::kHeadDimKpe;
-  static constexpr bool kKeepsQ = Config::kKeepsQ;  // the queries stay in registers
+  static constexpr bool kReadsOnce = kBlockM == 16;  // of most requests one query tile: no other will ask for its keys
+  static constexpr bool kKeepsQ = Config::kKeepsQ;   // the queries stay in registers
 
   static constexpr int kNumColumns = kHeadDimCkv / kNumWarps;  // of the output, of a warp
   static constexpr int kFragsM = kBlockM / 16, kFragsD = kNumColumns / 8;
@@ -85,7 +86,10 @@ struct MlaSplit {
   using PRows = SwizzledRows<kFragsN * 16>;
   static constexpr int kFragBytes = 32 * 16, kSlotsBytes = kNumOwners * kNumPassed * (kWarpsK - 1) * kFragBytes,
                        kPBytes = kFragsM * 16 * PRows::kNumBytes;
-  static constexpr int kGroupBytes = kSlotsBytes > kPBytes ? kSlotsBytes : kPBytes;
+  // Of few rows, which leave room, probabilities have a place of their own, and wait for no reader of the fragments.
+  static constexpr bool kPIsApart = Shape::kBlockM == 16;
+  static constexpr int kPOffset = kPIsApart ? kSlotsBytes : 0;
+  static constexpr int kGroupBytes = kPIsApart ? kSlotsBytes + kPBytes : kSlotsBytes > kPBytes ? kSlotsBytes : kPBytes;
   static constexpr int kBytes = kWarpsM * kWarpsN * kGroupBytes;
   // Warps that own keys of one row.
   static constexpr int kNumParts = Shape::kBlockN / (8 * kNumOwned);
@@ -302,7 +306,7 @@ __device__ __forceinline__ void accumulate_latent_output(float (&out)[Shape::kFr
   const uint32_t thread_idx = Shape::thread_idx();
   const int lane_idx = int(thread_idx % 32);
   const int first_granule = int(thread_idx / 32) * (VRows::kNumGranules / Shape::kNumWarps);
-  const uint32_t p_lane_smem = p_smem + PRows::offset(lane_idx % 16, lane_idx / 16);
+  const uint32_t p_lane_smem = p_smem + Split::kPOffset + PRows::offset(lane_idx % 16, lane_idx / 16);
   const uint32_t v_lane_smem = kv_smem + VRows::offset(lane_idx % 16, first_granule + lane_idx / 16);
 #pragma unroll
   for (int step = 0; step < Shape::kBlockN / 16; ++step) {

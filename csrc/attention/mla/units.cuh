@@ -19,11 +19,12 @@ struct LatentUnits {
   // The first, which is read while it is taken, or the next; false: there are no more on the list. By one thread.
   __device__ __forceinline__ bool claim(bool is_first, PrefillUnit& unit) const {
     PrefillSchedule& schedule = *params.schedule;
-    const uint32_t num_items = schedule.num_items;
     unit.kv_head_idx = 0;
-    if (is_first && blockIdx.x < num_items) {
+    const bool is_own = is_first && take(blockIdx.x);
+    const uint32_t num_items = schedule.num_items;
+    if (is_first) {  // all in one trip to memory; there is room for an item for every block
       unit.item = params.items[blockIdx.x];
-      if (take(blockIdx.x)) return confine(unit);
+      if (is_own && blockIdx.x < num_items) return confine(unit);
     }
     const uint32_t idx = gridDim.x + atomicAdd(&schedule.next_unit, 1u);
     if (idx >= num_items) return false;

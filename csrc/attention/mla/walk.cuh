@@ -159,7 +159,8 @@ struct MlaWalk {
           }
         }
       }
-      sync();  // then the place may be written again, at the end with probabilities
+      // Then the place may be written again, at the end with probabilities.
+      if (!Split::kPIsApart || round + 1 < Split::kNumRounds) sync();
     }
   }
 
@@ -223,7 +224,8 @@ struct MlaWalk {
     const Split split = this->split();
     if (!split.is_owner()) return;
     const int lane_idx = this->lane_idx(), first_row = split.owned_m() * 16 + lane_row(lane_idx);
-    const uint32_t group_smem = smem_address(smem.exchange) + split.group() * Split::kGroupBytes + lane_idx % 4 * 4;
+    const uint32_t group_smem =
+        smem_address(smem.exchange) + split.group() * Split::kGroupBytes + Split::kPOffset + lane_idx % 4 * 4;
     const uint32_t lane_smem = group_smem + PRows::offset(first_row, split.owned_n());
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -261,7 +263,7 @@ struct MlaWalk {
         sum[half] *= smem.factor_of_row[row(half)];
       }
     }
-    scale_output(1.f);
+    scale_output();
   }
   // What each warp knows of its keys, of a lane's two rows, to where it can be reduced over all keys.
   __device__ __forceinline__ void share(const float (&x)[2]) const {
@@ -283,17 +285,18 @@ struct MlaWalk {
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
         if (leads_row()) {
-          atomicMax(&smem.largest_of_row[m * 16 + row_of(half) + lane_row(lane_idx())], __float_as_uint(largest));
+          atomicMax(&smem.largest_of_row[m * 16 + row_of(half) + lane_row(lane_idx())],
+                    __float_as_uint(largest * unit));
         }
       }
     }
   }
-  __device__ __forceinline__ void scale_output(float factor_of_all) const {
+  __device__ __forceinline__ void scale_output() const {
 #pragma unroll
     for (int m = 0; m < Shape::kFragsM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float factor = smem.factor_of_row[m * 16 + row_of(half) + lane_row(lane_idx())] * factor_of_all;
+        const float factor = smem.factor_of_row[m * 16 + row_of(half) + lane_row(lane_idx())];
 #pragma unroll
         for (int i = 0; i < 2 * Shape::kFragsD; ++i) at(out[m], half, i) *= factor;
       }

@@ -24,8 +24,10 @@ struct RowCopy {
 
   // source(pass) is the address of row `row + pass * kRowsPerPass`, called in order. Rows from num_valid on are filled
   // with zeros, because a probability of zero times an arbitrary bit pattern may be NaN.
-  template <class Source>
-  __device__ __forceinline__ void operator()(uint32_t tile_smem, int num_valid, const Source& source) const {
+  // l2_policy: of cp_async_16, or none.
+  template <class Source, class... Policy>
+  __device__ __forceinline__ void operator()(uint32_t tile_smem, int num_valid, const Source& source,
+                                             Policy... l2_policy) const {
     const uint32_t lane_smem = tile_smem + Rows::offset(row, lane);
     const int num_left = num_valid - row;
 #pragma unroll
@@ -38,7 +40,7 @@ struct RowCopy {
                                                       : tile_smem + Rows::offset(row + first_row, lane);
 #pragma unroll
       for (int granule = 0; granule < Rows::kNumGranules; granule += kLanesPerRow) {
-        cp_async_16(row_smem + granule * 16, src_gmem + granule * 16, num_left > first_row);
+        cp_async_16(row_smem + granule * 16, src_gmem + granule * 16, num_left > first_row, l2_policy...);
       }
     }
   }

@@ -13,7 +13,7 @@ from flashinfer.attention.plan import BoundLaunch, BoundRun, Call, Plan, Shape, 
 from flashinfer.attention.prefill.launch import Extent, PrefillKernel, Schedule
 from flashinfer.attention.variant import Factors, Variant
 from flashinfer.errors import UnsupportedConfig
-from flashinfer.families.attention.mla import SCALED_ROW_BYTES, SHORT_ROWS, STORAGE, costs
+from flashinfer.families.attention.mla import MAX_BLOCKS, SCALED_ROW_BYTES, SHORT_ROWS, STORAGE, costs
 from flashinfer.families.attention.prefill import PlanCosts
 from flashinfer.host import checks, paged_cache
 from flashinfer.host.rows import alignment_of, require_rows
@@ -41,7 +41,9 @@ class MlaPlan(Plan):
         # In place of that of prefill.
         self.own_planner: Optional[Callable[[Schedule, Extent, PlanCosts], BoundLaunch]] = None
         if device.type == "cuda" and shape.batch_size > 0:
-            self._schedule = Schedule.of(op, *workspaces, shape.batch_size, 1, shape.head_dim_vo, with_lse=False)
+            self._schedule = Schedule.of(
+                op, *workspaces, shape.batch_size, 1, shape.head_dim_vo, with_lse=False, min_items=MAX_BLOCKS
+            )
 
     def _load(self, queries: str, pdl: Optional[bool]) -> PrefillKernel:
         types, page_size = (self.q_dtype, self.kv_dtype), self.shape.page_size

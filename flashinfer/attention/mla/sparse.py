@@ -16,7 +16,7 @@ from flashinfer.attention.plan import BoundLaunch
 from flashinfer.attention.planned import Result
 from flashinfer.attention.prefill.launch import Extent, Schedule
 from flashinfer.families.attention.mla import COMPACT_INDICES
-from flashinfer.families.attention.prefill import PlanCosts
+from flashinfer.families.attention.prefill import MAX_SPLITS, PlanCosts
 from flashinfer.host import checks, memo, traced
 from flashinfer.host import indices as _indices
 from flashinfer.jit import default_resolver
@@ -330,7 +330,9 @@ class _SparseAttention(BatchMLAPagedAttentionWrapper):
             num_heads = plan.shape.num_qo_heads
             num_q_tiles, num_tiles = -(-num_heads // extent.block_m), -(-of_lists.shape[1] // extent.block_n)
             room = min(
-                schedule.max_items // (batch_size * num_q_tiles), schedule.max_partial_rows // (batch_size * num_heads)
+                MAX_SPLITS,
+                schedule.max_items // (batch_size * num_q_tiles),
+                schedule.max_partial_rows // (batch_size * num_heads),
             )
             num_splits = 1
             if batch_size * num_q_tiles <= schedule.max_counters:

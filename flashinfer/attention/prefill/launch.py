@@ -162,12 +162,14 @@ class Schedule:
         head_dim_vo: int,
         split: bool = True,
         with_lse: bool = True,
+        min_items: int = 64,
     ) -> Schedule:
-        """with_lse: False of kernels whose rows of partial results hold it."""
+        """with_lse: False of kernels whose rows of partial results hold it. min_items: that there is room for at least,
+        whatever a plan needs."""
         max_counters = max(1, families.MAX_COUNTERS // num_kv_heads)
         fixed = (families.SCHEDULE_BYTES, (batch_size + 1) * 4, max_counters * num_kv_heads * 4)
         header, tile_indptr, counters, items = workspace.carve(
-            op, "the int workspace", int_workspace, (*fixed, 64 * families.ITEM_BYTES)
+            op, "the int workspace", int_workspace, (*fixed, min_items * families.ITEM_BYTES)
         )
         int_end = int_workspace.data_ptr() + int_workspace.numel() * int_workspace.element_size()
         # The float workspace holds partial results: rows of every KV head, an output and an LSE each.

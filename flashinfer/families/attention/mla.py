@@ -137,7 +137,7 @@ def _smem_bytes(spec: KernelSpec, tile: Tile) -> int:
     dim, kv_dtype = spec.arg("head_dim_ckv") + spec.arg("head_dim_kpe"), spec.arg("kv_dtype")
     size = 128 if keeps_q else block_m * dim * 2
     size += num_stages * block_n * (SCALED_ROW_BYTES if kv_dtype == SCALED_ROWS else dim * ITEMSIZE[kv_dtype])
-    size += 8 << 10 if block_m == 64 else 12 * block_m * block_n  # exchange
+    size += 8 << 10 if block_m == 64 else 14 * block_m * block_n  # exchange
     return int(size + 256 + block_m * 12 + 512)
 
 

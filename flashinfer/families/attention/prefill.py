@@ -33,6 +33,7 @@ from flashinfer.jit.spec import Config, Constants, CxxType, Family, Implementati
 # sizeof of the structs in csrc/attention/prefill/params.h.
 ITEM_BYTES = 48
 MAX_ITEMS = 1 << 20  # that a planner sums up in 32 bits
+MAX_SPLITS = 1024  # of a query tile: csrc/attention/prefill/params.h
 MAX_COUNTERS = 1 << 15  # query tiles times KV heads that may be split
 SCHEDULE_BYTES = 256
 

@@ -118,7 +118,7 @@ __device__ void mla(const Sm90MlaParams& params) {
   sm90::mla::consume<Config>(params, smem, warpgroup_idx);
   constexpr int kNumThreads = Shape::kNumConsumerThreads;
   const auto sync = [] { named_barrier_sync(sm90::mla::kBothConsumers, kNumThreads); };
-  merge_shares<Config, kNumThreads, 8>(params, smem.group_size, sync);
+  merge_shares<Config, kNumThreads, 8>(params, smem, sync);
 }
 
 }  // namespace flashinfer
