@@ -53,9 +53,11 @@ def device_us(calls: Calls, *, repeats: int = 20) -> float:
     return device_us_in_turns({"": calls}, rounds=1, repeats=repeats)[""]
 
 
-def device_us_in_turns(kinds: dict[str, Calls], *, rounds: int = 3, repeats: int = 10) -> dict[str, float]:
+def device_us_in_turns(
+    kinds: dict[str, Calls], *, rounds: int = 3, repeats: int = 10, seconds: float = WARM_SECONDS
+) -> dict[str, float]:
     """The same of every kind of calls. They take turns, in another order each round: in a long run a card is at the
-    limit of its power, and as fast as what it did just before lets it be."""
+    limit of its power, and as fast as what it did just before lets it be. seconds: before each is timed."""
     for call in itertools.chain.from_iterable(kinds.values()):
         call()
     if DEVICE == "cpu":
@@ -65,7 +67,7 @@ def device_us_in_turns(kinds: dict[str, Calls], *, rounds: int = 3, repeats: int
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(rounds):
         for name in random.sample(list(kinds), len(kinds)):
-            times[name].append(_replay_us(graphs[name], repeats))
+            times[name].append(_replay_us(graphs[name], repeats, seconds))
     return {name: statistics.median(times[name]) / len(calls) for name, calls in kinds.items()}
 
 
@@ -78,14 +80,14 @@ def _captured(calls: Calls) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _replay_us(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
+def _replay_us(graph: torch.cuda.CUDAGraph, repeats: int, seconds: float) -> float:
     """The median of so many, of long ones of fewer, of a GPU that has come to its clocks."""
-    warm = time.perf_counter() + WARM_SECONDS
+    warm = time.perf_counter() + seconds
     while time.perf_counter() < warm:
         graph.replay()
         torch.cuda.synchronize()
     times: list[float] = []
-    enough = time.perf_counter() + 2 * WARM_SECONDS
+    enough = time.perf_counter() + 2 * seconds
     while len(times) < 3 or (len(times) < repeats and time.perf_counter() < enough):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

@@ -22,7 +22,7 @@ AREAS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Latent attention", ("mla",)),
     ("Gated delta rule", ("gdn prefill", *GDN_STEP)),
     ("Functions of scores and masks", ("variants",)),
-    ("Mixed batches", ("mixed",)),
+    ("Mixed batches", ("mixed", "mixed drawn")),
     ("Block-sparse attention", ("sparse",)),
     ("Matrix products", ("gemm",)),
     ("Sampling", ("sampling",)),
