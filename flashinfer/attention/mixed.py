@@ -7,9 +7,9 @@ from typing import Optional, Union
 
 import torch
 
+from flashinfer.attention.beside import MixedPlan
 from flashinfer.attention.plan import NO_FUNCTIONS
 from flashinfer.attention.planned import DataType, Result
-from flashinfer.attention.prefill.plan import MixedPlan
 from flashinfer.attention.prefill.wrapper import PrefillWrapper
 from flashinfer.attention.variant import GivenScale, Overrides
 from flashinfer.errors import UnsupportedConfig
@@ -21,8 +21,8 @@ _FLOAT_WORKSPACE_BYTES = 128 << 20
 
 class BatchAttention(PrefillWrapper):
     """Attention of a batch over a paged cache in which some requests are prefilled and others decoded: one plan, and
-    two launches of kernels of prefill, each over the requests that its tile is for. On Hopper they run beside each
-    other: one computes while the other reads.
+    two launches, prefill's and behind it decode's of the requests of one query. On Hopper they run beside each other:
+    one computes while the other reads.
 
     Plan and run may be captured in one CUDA graph, and replayed for other lengths in the same index tensors.
 

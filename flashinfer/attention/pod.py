@@ -10,11 +10,12 @@ from typing import Any, Optional, Union
 import torch
 
 from flashinfer.attention import lengths
+from flashinfer.attention.beside import MixedPlan
 from flashinfer.attention.compat import require_no_jit_args
 from flashinfer.attention.decode.paged import BatchDecodeWithPagedKVCacheWrapper
 from flashinfer.attention.planned import DataType, PlannedAttention, all_or_none
+from flashinfer.attention.prefill.launch import runs_beside
 from flashinfer.attention.prefill.paged import BatchPrefillWithPagedKVCacheWrapper
-from flashinfer.attention.prefill.plan import MixedPlan
 from flashinfer.attention.prefill.single import single_prefill_with_kv_cache
 from flashinfer.attention.variant import GivenScale, Overrides
 from flashinfer.errors import UnsupportedConfig
@@ -206,7 +207,7 @@ class _MixedWrapper(BatchPrefillWithPagedKVCacheWrapper):
 class BatchPODWithPagedKVCacheWrapper(Uncopyable):
     """Prefill of some requests beside decode of others, each over a paged cache.
 
-    On a GPU it is what `BatchAttention` does where the two are slices of one batch: q_d follows q_p in memory, both
+    On Hopper it is what `BatchAttention` does where the two are slices of one batch: q_d follows q_p in memory, both
     have the same cache, plan() was given qo_indptr_d on the CPU, with one query each, and run() has no mask and no
     scales. Otherwise it is two launches, one behind the other.
 
@@ -226,7 +227,7 @@ class BatchPODWithPagedKVCacheWrapper(Uncopyable):
         self._planned: PlannedAttention = self._decode  # which of the two has the requests to decode
         self._plan_both: Optional[Callable[[int], None]] = None  # after so many rows of q_p
         self._rows_before = -1  # of which that was called last
-        self._joins = self._prefill.device.type == "cuda"  # on a CPU two calls are faster
+        self._joins = runs_beside(self._prefill.device)  # elsewhere two calls are faster
         self._replan: Optional[Callable[..., None]] = None  # what is prefilled, with or without a mask
         self._is_causal = self._has_mask = False  # the last run
 

@@ -28,13 +28,13 @@ def beside_decode(machine: str, page_size: int, axes: dict[str, Any]) -> list[Ke
     return []
 
 
-def beside_prefill(machine: str, group_size: int, axes: dict[str, Any]) -> list[KernelSpec]:
-    """axes: as of `beside_decode`."""
+def beside_prefill(machine: str, group_size: int, axes: dict[str, Any], mixed: bool) -> list[KernelSpec]:
+    """axes: as of `beside_decode`; mixed: of the same batch."""
     if not _is_served(axes):
         return []
     with contextlib.suppress(UnsupportedConfig):
-        kernel = decode_families.decode(machine, kv_storage="paged", group_size=group_size, **axes)
-        return [kernel, decode_families.DECODE_PLAN.spec(machine)]
+        kernel = decode_families.decode(machine, kv_storage="paged", group_size=group_size, mixed=mixed, **axes)
+        return [kernel, decode_families.DECODE_PLAN.spec(machine, mixed=mixed)]
     return []
 
 

@@ -246,7 +246,7 @@ static_assert(__builtin_offsetof(ConcatParams, num_heads) == 68);
 template <>
 struct Layout<DecodeParams> {
   static constexpr const char* kName = "DecodeParams";
-  static constexpr uint64_t kAbi = 0xff20441f250edff2;
+  static constexpr uint64_t kAbi = 0xb0f7d24f462c84fe;
 };
 static_assert(sizeof(DecodeParams) == 424);
 static_assert(__builtin_offsetof(DecodeParams, sinks) == 0);
@@ -292,29 +292,31 @@ static_assert(__builtin_offsetof(DecodeParams, counters) == 392);
 static_assert(__builtin_offsetof(DecodeParams, partial_out) == 400);
 static_assert(__builtin_offsetof(DecodeParams, partial_lse) == 408);
 static_assert(__builtin_offsetof(DecodeParams, plan_is_settled) == 416);
+static_assert(__builtin_offsetof(DecodeParams, num_tokens) == 420);
 
 template <>
 struct Layout<DecodePlanParams> {
   static constexpr const char* kName = "DecodePlanParams";
-  static constexpr uint64_t kAbi = 0x6c4a5ad2f795587a;
+  static constexpr uint64_t kAbi = 0x2d08ccaf924476e6;
 };
-static_assert(sizeof(DecodePlanParams) == 216);
+static_assert(sizeof(DecodePlanParams) == 224);
 static_assert(__builtin_offsetof(DecodePlanParams, kv_indptr) == 0);
 static_assert(__builtin_offsetof(DecodePlanParams, last_page_len) == 8);
-static_assert(__builtin_offsetof(DecodePlanParams, chunks) == 16);
-static_assert(__builtin_offsetof(DecodePlanParams, requests) == 24);
-static_assert(__builtin_offsetof(DecodePlanParams, empty) == 32);
-static_assert(__builtin_offsetof(DecodePlanParams, tile_indptr) == 40);
-static_assert(__builtin_offsetof(DecodePlanParams, counters) == 48);
-static_assert(__builtin_offsetof(DecodePlanParams, batch_size) == 56);
-static_assert(__builtin_offsetof(DecodePlanParams, num_chunks) == 60);
-static_assert(__builtin_offsetof(DecodePlanParams, num_head_blocks) == 64);
-static_assert(__builtin_offsetof(DecodePlanParams, page_size) == 68);
-static_assert(__builtin_offsetof(DecodePlanParams, table_len) == 72);
-static_assert(__builtin_offsetof(DecodePlanParams, tile_len) == 76);
-static_assert(__builtin_offsetof(DecodePlanParams, window_left) == 80);
-static_assert(__builtin_offsetof(DecodePlanParams, reserved) == 84);
-static_assert(__builtin_offsetof(DecodePlanParams, extras) == 88);
+static_assert(__builtin_offsetof(DecodePlanParams, qo_indptr) == 16);
+static_assert(__builtin_offsetof(DecodePlanParams, chunks) == 24);
+static_assert(__builtin_offsetof(DecodePlanParams, requests) == 32);
+static_assert(__builtin_offsetof(DecodePlanParams, empty) == 40);
+static_assert(__builtin_offsetof(DecodePlanParams, tile_indptr) == 48);
+static_assert(__builtin_offsetof(DecodePlanParams, counters) == 56);
+static_assert(__builtin_offsetof(DecodePlanParams, batch_size) == 64);
+static_assert(__builtin_offsetof(DecodePlanParams, num_chunks) == 68);
+static_assert(__builtin_offsetof(DecodePlanParams, num_head_blocks) == 72);
+static_assert(__builtin_offsetof(DecodePlanParams, page_size) == 76);
+static_assert(__builtin_offsetof(DecodePlanParams, table_len) == 80);
+static_assert(__builtin_offsetof(DecodePlanParams, tile_len) == 84);
+static_assert(__builtin_offsetof(DecodePlanParams, window_left) == 88);
+static_assert(__builtin_offsetof(DecodePlanParams, has_lengths) == 92);
+static_assert(__builtin_offsetof(DecodePlanParams, extras) == 96);
 
 template <>
 struct Layout<GdnDecodeParams> {
@@ -662,7 +664,7 @@ static_assert(__builtin_offsetof(PrefillParams, num_tokens) == 436);
 template <>
 struct Layout<PrefillPlanParams> {
   static constexpr const char* kName = "PrefillPlanParams";
-  static constexpr uint64_t kAbi = 0x785dcc6ba9b72ed7;
+  static constexpr uint64_t kAbi = 0x2ab7094db033e7e3;
 };
 static_assert(sizeof(PrefillPlanParams) == 280);
 static_assert(__builtin_offsetof(PrefillPlanParams, qo_indptr) == 0);
@@ -694,7 +696,7 @@ static_assert(__builtin_offsetof(PrefillPlanParams, costs.of_item) == 132);
 static_assert(__builtin_offsetof(PrefillPlanParams, costs.of_partial) == 136);
 static_assert(__builtin_offsetof(PrefillPlanParams, costs.min_split) == 140);
 static_assert(__builtin_offsetof(PrefillPlanParams, costs.fills_gaps) == 144);
-static_assert(__builtin_offsetof(PrefillPlanParams, part) == 148);
+static_assert(__builtin_offsetof(PrefillPlanParams, time_to_read) == 148);
 static_assert(__builtin_offsetof(PrefillPlanParams, extras) == 152);
 
 template <>

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import flashinfer
-from flashinfer.attention.prefill.plan import MixedPlan, PrefillPlan
+from flashinfer.attention.beside import MixedPlan
+from flashinfer.attention.prefill.plan import PrefillPlan
 from flashinfer.errors import UnsupportedConfig
 from flashinfer.families.attention import prefill as families
 from tests.attention.named_cases import named
@@ -184,16 +185,15 @@ def test_refusals() -> None:
 
 
 @pytest.mark.parametrize("axes", [{}, {"head_dim": 64}, {"head_dim": 256}, {"page_size": 1}, {"kv_dtype": "fp8_e4m3"}])
-def test_the_first_launch_has_the_tile_of_prefill_and_the_second_one_for_short_queries(axes: dict[str, Any]) -> None:
+def test_prefill_beside_decode_has_its_own_tile(axes: dict[str, Any]) -> None:
     def config(**more: Any) -> Any:
         shape = {"q_dtype": "bf16", "kv_dtype": "bf16", "head_dim": 128, "page_size": 16, **axes}
         spec = families.prefill("sm_90a", **shape, **more)
         return families.PREFILL.implementation(spec).config(spec)
 
-    first, second = config(mixed=True), config(mixed=True, queries="short")
-    assert first.launch == config().launch and not config().constants["kIsMixed"]
-    assert first.constants["kIsMixed"] and second.constants["kIsMixed"]
-    assert first.constants["kBlockM"] > second.constants["kBlockM"] == families.SHORT_ROWS
+    mixed, alone = config(mixed=True), config()
+    assert mixed.launch == alone.launch and mixed.constants == {**alone.constants, "kIsMixed": True}
+    assert config(mixed=True, queries="short") == config(queries="short")
 
 
 def test_one_launch_where_no_request_can_have_many_rows() -> None:

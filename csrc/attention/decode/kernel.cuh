@@ -21,6 +21,12 @@
 // kernel waits for memory either way; what matters is that K and V pass through shared memory once.
 //
 // A request that spans several chunks leaves partial outputs; the blocks that finish last merge them.
+//
+// Of a mixed batch (kIsMixed) it computes requests of one query and some KV, whichever tokens theirs are, beside
+// prefill of the others (attention/sm90/prefill.cuh): what was there before that launch has finished when its blocks
+// let this one in, and nothing it writes is read here. So blocks begin at once, wherever an SM is left to them, and the
+// last ones wait, so that both launches are over when this one is. Where chunks are short the next may start beside
+// both.
 #pragma once
 
 #include "attention/decode/tile.cuh"
@@ -42,6 +48,9 @@ struct ResultWriter {
   template <int N>
   __device__ __forceinline__ void write_result(int32_t token_idx, int32_t head, int32_t element, const float (&x)[N],
                                                float lse) const {
+    if constexpr (Config::kIsMixed) {  // whatever the offsets said
+      if (token_idx >= params.num_tokens) return;
+    }
     float y[N], factor = Score<Config>::v_scale(params);
     if constexpr (Config::kHasSinks) factor *= add_sink(params.sinks[head], lse);
 #pragma unroll
@@ -128,7 +137,7 @@ __device__ __forceinline__ void store_request(const DecodeParams& params, const 
       const float lse = sum > 0.f ? shift + fast_log2(sum) : kMinusInfinity;
       const int32_t qo_head = heads.first_head + head;
       if (request.num_chunks == 1) {
-        writer.write_result(request.request_idx, qo_head, element, out, lse);
+        writer.write_result(token_of<Config>(request), qo_head, element, out, lse);
       } else {
         writer.write_partial(slot, qo_head, element, out, lse);
       }
@@ -230,7 +239,7 @@ __device__ __forceinline__ void merge_request(const DecodeParams& params, const 
       if (is_group) {
         writer.write_partial(run.first_slot() + 2 * num_chunks, head, element, out, lse);
       } else {
-        writer.write_result(request.request_idx, head, element, out, lse);
+        writer.write_result(token_of<Config>(request), head, element, out, lse);
       }
     });
     return true;
@@ -280,18 +289,24 @@ __device__ void decode(const DecodeParams& params) {
   Smem& smem = *reinterpret_cast<Smem*>(smem_bytes);
   const int warp_idx = threadIdx.x / kWarpSize;
 
-  if (threadIdx.x == 0) smem.previous_ended = 0;
-  __syncthreads();
-  if (!params.plan_is_settled) wait_for_previous_kernel();
+  if constexpr (!Config::kIsMixed) {
+    if (threadIdx.x == 0) smem.previous_ended = 0;
+    __syncthreads();
+    if (!params.plan_is_settled) wait_for_previous_kernel();
+  }
   const DecodeChunk chunk = load_chunk<Config>(params);
   const HeadBlock heads = HeadBlock::make<Config::kGroupTile>(params, blockIdx.x);
   TileLoader<Config> loader(params, heads, chunk);
   const bool is_short = chunk.num_tiles <= kShortChunk;
-  if (params.plan_is_settled && is_short && warp_idx > 0) loader.touch(smem.out[warp_idx], smem.previous_ended);
-  wait_for_previous_kernel();
-  if (threadIdx.x == 0) smem.previous_ended = 1;
-  if (is_short)
-    allow_next_kernel();  // after the wait: early reads count on every kernel before the previous being done
+  if constexpr (Config::kIsMixed) {
+    if (is_short) allow_next_kernel();
+  } else {
+    if (params.plan_is_settled && is_short && warp_idx > 0) loader.touch(smem.out[warp_idx], smem.previous_ended);
+    wait_for_previous_kernel();
+    if (threadIdx.x == 0) smem.previous_ended = 1;
+    if (is_short)
+      allow_next_kernel();  // after the wait: early reads count on every kernel before the previous being done
+  }
   if (chunk.num_tiles > 0) {
     WarpState<Config> state(params, heads);
     TileWalk walk = TileWalk::start(chunk, params.requests);
@@ -321,7 +336,11 @@ __device__ void decode(const DecodeParams& params) {
       walk.advance(end_tile - first_tile);
     }
   }
-  store_empty_requests<Config>(params, heads, chunk.num_empty);
+  if constexpr (Config::kIsMixed) {
+    if (blockIdx.y + 1 == gridDim.y) wait_for_previous_kernel();  // all others have been let in by then
+  } else {
+    store_empty_requests<Config>(params, heads, chunk.num_empty);
+  }
 }
 
 }  // namespace flashinfer

@@ -19,7 +19,7 @@ struct DecodeRequest {
   int32_t first_chunk;  // the chunks that hold a part of it: [first_chunk, first_chunk + num_chunks)
   int32_t num_chunks;
   int32_t num_tiles;
-  int32_t reserved;
+  int32_t token_idx;  // of a mixed batch, the request's row of q and out; unused elsewhere, where it is request_idx
 };
 
 // One run of tiles. It starts at first_tile of requests[first_request] and goes on through the requests after it.
@@ -34,7 +34,7 @@ struct DecodeChunk {
 static_assert(sizeof(DecodeRequest) == 32 && sizeof(DecodeChunk) == 48,
               "attention/decode/launch.py lays out arrays of these");
 
-struct DecodeParams : AttentionParams {  // request i is token i
+struct DecodeParams : AttentionParams {  // request i is token i, but in a mixed batch
   // The planner's schedule and scratch memory. Null in a launch without a plan.
   const DecodeChunk* chunks;      // [grid.y]
   const DecodeRequest* requests;  // [batch_size]
@@ -43,14 +43,16 @@ struct DecodeParams : AttentionParams {  // request i is token i
   float* partial_out;             // unmerged outputs: see partial_slot
   float* partial_lse;             // their LSE
   // 1: the schedule and the page table were complete before the previous kernel on the stream began, so that a launch
-  // that overlaps it may read them at once. 0 in the first launch after a plan.
+  // that overlaps it may read them at once. 0 in the first launch after a plan. Of a mixed batch unused.
   int32_t plan_is_settled;
+  int32_t num_tokens;  // rows of q and out, of a mixed batch
 };
 
 // The planner of decode. Reads the lengths where they are, on the device, and writes the schedule.
 struct DecodePlanParams {
   const int32_t* kv_indptr;      // [batch_size + 1]; null if the pages are in a block table
-  const int32_t* last_page_len;  // [batch_size]; of a block table: rows of the whole request
+  const int32_t* last_page_len;  // [batch_size]; of a block table, and with has_lengths, rows of the whole request
+  const int32_t* qo_indptr;      // [batch_size + 1], of a mixed batch
   DecodeChunk* chunks;           // [num_chunks]
   DecodeRequest* requests;       // [batch_size]
   int32_t* empty;                // [batch_size]
@@ -61,8 +63,8 @@ struct DecodePlanParams {
   int32_t table_len;    // entries of a row of the block table
   int32_t tile_len;     // KV rows of one tile
   int32_t window_left;  // -1: no window
-  int32_t reserved;
-  Extras extras;  // of Config::Function
+  int32_t has_lengths;  // of a mixed batch
+  Extras extras;        // of Config::Function
 };
 
 }  // namespace flashinfer

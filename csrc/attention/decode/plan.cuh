@@ -7,6 +7,8 @@
 //   kv indptr [batch_size + 1], or a block table -> requests [batch_size], those with KV in order; empty [batch_size],
 //   those without; chunks [num_chunks], each with the tile it starts at (decode/params.h)
 //
+// Of a mixed batch (kIsMixed) requests of one query and some KV are listed alone, each with its token.
+//
 // One block. It scans the lengths as many at a time as it has threads, then finds the request of each chunk by
 // bisection. A batch with a thread for each request, which is nearly every one, is read once and searched in shared
 // memory: attention over a block table plans in every layer.
@@ -32,6 +34,12 @@ struct TilesAndRequests {
 template <class Config>
 __device__ __forceinline__ DecodeRequest read_request(const DecodePlanParams& params, int32_t request_idx) {
   if (request_idx >= params.batch_size) return {request_idx, 0, 0, 0, 0, 0, 0, 0};
+  int32_t token_idx = 0;
+  if constexpr (Config::kIsMixed) {
+    token_idx = params.qo_indptr[request_idx];
+    const int64_t qo_len = int64_t(params.qo_indptr[request_idx + 1]) - token_idx;
+    if (token_idx < 0 || qo_len != 1) return {request_idx, 0, 0, 0, 0, 0, 0, 0};
+  }
   const bool is_table = params.kv_indptr == nullptr;
   const int32_t begin = is_table ? request_idx * params.table_len : params.kv_indptr[request_idx];
   const int32_t num_pages = is_table ? params.table_len : params.kv_indptr[request_idx + 1] - begin;
@@ -41,14 +49,15 @@ __device__ __forceinline__ DecodeRequest read_request(const DecodePlanParams& pa
   int64_t num_rows = 0;
   if (num_pages > 0) {
     const int64_t last = params.last_page_len[request_idx], num_before = int64_t(num_pages - 1) * params.page_size;
-    num_rows = is_table ? min(last, num_before + params.page_size) : num_before + last;
+    const bool is_length = Config::kIsMixed ? params.has_lengths != 0 : is_table;
+    num_rows = is_length ? min(last, num_before + params.page_size) : num_before + last;
   }
   const int32_t kv_len = int32_t(max(min(num_rows, min(max_len, kMaxLen)), int64_t(0)));
   const VisibilityBy<typename Config::Function> visibility{kMaskNone, params.window_left >= 0, params.window_left,
                                                            request_idx, &params.extras};
   // One that sees nothing still has a tile, which leaves its result.
   const int32_t first_key = min(visibility.keys_of(kv_len - 1, kv_len).begin, max(kv_len - 1, 0));
-  return {request_idx, kv_len, first_key, begin, 0, 0, ceil_div(kv_len - first_key, params.tile_len), 0};
+  return {request_idx, kv_len, first_key, begin, 0, 0, ceil_div(kv_len - first_key, params.tile_len), token_idx};
 }
 
 // Grid: one block. Two passes over the requests, of which a short list needs the second alone: how many tiles there
@@ -91,7 +100,7 @@ __device__ void decode_plan(const DecodePlanParams& params) {
       params.requests[position] = request;
       if (is_short_list) requests_smem[position] = request;
       first_tiles[position] = first_tile;
-    } else if (request.request_idx < params.batch_size) {
+    } else if (!Config::kIsMixed && request.request_idx < params.batch_size) {  // prefill has those of a mixed batch
       params.empty[request.request_idx - position] = request.request_idx;
     }
     tiles_before += TilesAndRequests::tiles_of(scan.total);
@@ -100,7 +109,8 @@ __device__ void decode_plan(const DecodePlanParams& params) {
   __syncthreads();
 
   for (int32_t chunk_idx = threadIdx.x; chunk_idx < params.num_chunks; chunk_idx += kNumThreads) {
-    DecodeChunk chunk{0, 0, 0, params.batch_size - num_listed, {0, 0, 0, 0, 0, 0, 0, 0}};
+    const int32_t num_empty = Config::kIsMixed ? 0 : params.batch_size - num_listed;
+    DecodeChunk chunk{0, 0, 0, num_empty, {0, 0, 0, 0, 0, 0, 0, 0}};
     if (chunk_idx < split.num_chunks) {
       const int32_t first_tile = split.first_tile(chunk_idx);
       int32_t low = 0, high = num_listed;  // first_tiles[low] <= first_tile < first_tiles[high]

@@ -43,6 +43,13 @@ FLASHINFER_FN DecodeChunk single_chunk(int32_t kv_len, int32_t first_key, int32_
   return {0, first_tile, split.first_tile(chunk_idx + 1) - first_tile, num_empty, request};
 }
 
+// The request's row of q and out.
+template <class Config>
+FLASHINFER_FN int32_t token_of(const DecodeRequest& request) {
+  if constexpr (Config::kIsMixed) return request.token_idx;
+  return request.request_idx;
+}
+
 // One chunk's tiles in order. The request after the current one is loaded a request ahead.
 struct TileWalk {
   DecodeRequest request, next;

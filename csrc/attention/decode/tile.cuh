@@ -107,7 +107,10 @@ struct TileLoader {
     const int32_t kv_idx = walk.first_row(Tile::kTileRows) + warp_idx * Tile::kWarpRows + lane_idx % Tile::kWarpRows;
     row_valid = kv_idx < walk.request.kv_len;
     if (row_valid) row = View{params.kv.index, walk.request.page_begin, walk.request.kv_len}.locate(kv_idx);
-    if (first_of_request) query_idx = walk.request.request_idx;
+    if (first_of_request) query_idx = token_of<Config>(walk.request);
+    if constexpr (Config::kIsMixed) {
+      if (query_idx >= params.num_tokens) query_idx = -1;  // whatever the offsets said
+    }
   }
 
   __device__ __forceinline__ void issue(typename Smem::Stage& stage) {

@@ -35,8 +35,8 @@ struct PrefillSchedule {
   int32_t num_items;
   int32_t num_heads_abreast;
   int32_t has_splits;    // whether there is an item with num_splits > 1
-  int32_t num_kv_pages;  // of all requests, where they are in a block table
-  int32_t num_blocks;    // that take units, of the first launch of a mixed batch
+  int32_t num_kv_pages;  // of requests that are listed, in a mixed batch and where pages are in a block table
+  int32_t num_blocks;    // that take units, of a mixed batch
   int32_t reserved[27];
   uint32_t next_unit;  // (item, KV head) pairs handed out, but for those a block takes unasked; zero between launches
   uint32_t num_done;   // blocks that have left; zero between launches
@@ -94,10 +94,6 @@ struct PlanCosts {
   int32_t fills_gaps;
 };
 
-// Which requests a planner lists. Of a mixed batch two launches have a part each: requests of more rows than the tile
-// for short queries has, and the others, beside them or, where launches do not overlap, behind them.
-enum PlanPart : int { kAllRequests = 0, kManyRows = 1, kManyRowsAlone = 2, kFewRows = 3 };
-
 struct PrefillPlanParams {
   const int32_t* qo_indptr;  // [batch_size + 1]; null if every request has qo_len
   KvIndex kv;                // but for the page numbers
@@ -116,7 +112,9 @@ struct PrefillPlanParams {
   int32_t window_left;       // -1: no window
   int32_t fixed_split;       // KV tiles of a split, whatever shares the batch; 0: as it is fastest
   PlanCosts costs;
-  int32_t part;   // PlanPart
+  // Of a mixed batch, whose requests of one query and some KV have a launch of decode: a KV tile that this reads, at
+  // the speed of memory, in those that a block of prefill computes. 0: the launches do not overlap.
+  float time_to_read;
   Extras extras;  // of Config::Function
 };
 

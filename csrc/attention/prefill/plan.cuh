@@ -15,8 +15,8 @@
 //   3. choose the longest run of KV tiles one item may have: every thread estimates the time of one choice
 //   4. write the items, sorted by cost with the longest first, split where longer than the choice allows
 //
-// Of a mixed batch (kIsMixed) two planners write a list each, for the launches of its two parts (PlanPart). That of
-// many rows also chooses on how many blocks its launch goes on, and plans for those (share.h).
+// Of a mixed batch (kIsMixed) it leaves out the requests that decode takes, chooses on how many blocks its
+// launch goes on beside decode's, and plans for those (share.h).
 //
 // Offsets and lengths may be anything. Nothing is written outside of the workspace for that: there are at most
 // max_items query tiles, of at most kMaxKvLen keys each, and the kernel keeps their rows within q and out.
@@ -60,7 +60,7 @@ struct PlanLists {
   int32_t num_items_of_cost[CostBins::kNum];  // after splitting
   int32_t first_item_of_cost[CostBins::kNum];
   int32_t max_cost, max_rows;      // of any query tile
-  int32_t num_kv_pages;            // of requests with queries
+  int32_t num_kv_pages;            // of requests that are listed
   unsigned long long best_choice;  // estimated time and whose it is, to be minimized
   int32_t limit;                   // that one's
   int32_t num_partial_rows, num_counters;
@@ -70,9 +70,10 @@ template <bool kIsMixed>
 struct PrefillPlanSmem : PlanLists {};
 template <>
 struct PrefillPlanSmem<true> : PlanLists {
-  unsigned long long num_read;    // KV tiles that the requests of few rows see
-  unsigned long long best_share;  // estimated time and blocks left to the other launch, to be minimized
+  unsigned long long num_read;    // KV tiles that the requests decode takes see
+  unsigned long long best_share;  // estimated time and blocks left to decode, to be minimized
   int32_t num_blocks;             // that take units
+  int32_t num_decoded;            // requests that decode takes
 };
 
 // Number of splits of an item of this cost when no run may be longer than `limit`.
@@ -80,7 +81,7 @@ __device__ __forceinline__ int32_t num_splits_of(int32_t cost, int32_t limit) {
   return cost > limit ? ceil_div(cost, limit) : 1;
 }
 
-// Config: kKvStorage, kIsMixed, kShortRows, kNumThreads, Function.
+// Config: kKvStorage, kIsMixed, kNumThreads, Function.
 template <class Config>
 struct PrefillPlanner {
   static constexpr int kNumThreads = Config::kNumThreads;
@@ -98,13 +99,16 @@ struct PrefillPlanner {
   __device__ __forceinline__ int64_t num_rows(int32_t request_idx) const {
     return int64_t(qo_len(request_idx)) * params.group_size;
   }
-  __device__ __forceinline__ bool lists_many_rows() const {
-    return params.part == kManyRows || params.part == kManyRowsAlone;
-  }
   // Blocks that take units.
   __device__ __forceinline__ int32_t num_blocks() const {
     if constexpr (Config::kIsMixed) return smem.num_blocks;
     return params.num_blocks;
+  }
+
+  // Requests that are not decode's.
+  __device__ __forceinline__ int32_t num_listed() const {
+    if constexpr (Config::kIsMixed) return params.batch_size - smem.num_decoded;
+    return params.batch_size;
   }
 
   // The cost that decisions attribute to a bin: no tile in it costs more.
@@ -119,10 +123,7 @@ struct PrefillPlanner {
       const int32_t request_idx = first + threadIdx.x;
       int64_t num_rows = request_idx < params.batch_size ? this->num_rows(request_idx) : 0;
       if constexpr (Config::kIsMixed) {
-        if (lists_many_rows() != (num_rows > Config::kShortRows)) {
-          if (num_rows > 0) count_read(request_idx);
-          num_rows = 0;
-        }
+        if (num_rows > 0 && leaves_to_decode(request_idx)) num_rows = 0;
       }
       const int64_t num_tiles = num_rows > 0 ? (num_rows + params.block_m - 1) / params.block_m : 0;
       const int32_t num_listed = int32_t(num_tiles < params.max_items ? num_tiles : params.max_items);
@@ -134,14 +135,15 @@ struct PrefillPlanner {
     __syncthreads();
   }
 
-  // KV tiles that a request of the other launch sees, all of which is one query tile if its rows are few.
-  __device__ __forceinline__ void count_read(int32_t request_idx) const {
-    if (!lists_many_rows()) return;
+  // Whether a request of the mixed batch is decode's (decode/plan.cuh); if so, counts the KV tiles that it sees.
+  __device__ __forceinline__ bool leaves_to_decode(int32_t request_idx) const {
     const int32_t kv_len = min(max(KvView<Config::kKvStorage>::of_request(params.kv, request_idx).len, 0), kMaxKvLen);
+    if (qo_len(request_idx) != 1 || kv_len == 0) return false;
     const Range tiles =
-        visibility_of(request_idx)
-            .tiles_of(0, params.block_m, params.group_size, qo_len(request_idx), kv_len, params.block_n);
+        visibility_of(request_idx).tiles_of(0, params.block_m, params.group_size, 1, kv_len, params.block_n);
     atomicAdd(&smem.num_read, (unsigned long long)(tiles.end - tiles.begin));
+    atomicAdd(&smem.num_decoded, 1);
+    return true;
   }
 
   __device__ __forceinline__ auto visibility_of(int32_t request_idx) const {
@@ -187,7 +189,7 @@ struct PrefillPlanner {
         atomicAdd(&smem.num_items_of_cost[CostBins::of(ceil_div(cost, num_splits))], num_splits);
       }
       const bool is_table = Config::kKvStorage == kKvPaged && params.kv.indptr == nullptr;
-      if (is_table && item.q_tile == 0) {
+      if ((is_table || Config::kIsMixed) && item.q_tile == 0) {
         atomicAdd(&smem.num_kv_pages, ceil_div(item.kv_len, int32_t(params.kv.page_size.divisor)));
       }
     });
@@ -205,21 +207,21 @@ struct PrefillPlanner {
   static constexpr bool kMayFillGaps = Config::kKvStorage == kKvPagedLens && !Config::kIsMixed;
   __device__ __forceinline__ bool fills_gaps() const { return kMayFillGaps && params.costs.fills_gaps != 0; }
 
-  // On how many blocks a part of a mixed batch goes on: every thread estimates the time of one choice.
+  // On how many blocks a mixed batch's prefill goes on: every thread estimates the time of one choice.
   __device__ __forceinline__ void choose_blocks() const {
-    DeviceShare share = {0.f, 0.f, 0.f, float(smem.num_read), params.num_blocks, params.block_m};
-    for (int i = 0; i < smem.num_occupied; ++i) {
-      const int bin = smem.occupied_bins[i];
-      const float count = float(smem.num_tiles_of_cost[bin]), cost = float(bin_cost(bin)) + params.costs.of_item;
-      share.load += count * cost;
-      share.num_units += count;
-      share.longest = fmaxf(share.longest, cost);
-    }
     const float num_kv_heads = float(params.num_kv_heads);
-    share.load *= num_kv_heads, share.num_units *= num_kv_heads, share.num_read *= num_kv_heads;
-    const int32_t num_left = threadIdx.x, num_first = params.num_blocks - num_left;  // so many for the other launch
-    if (num_left == 0 || (params.part == kManyRows && num_first > 0)) {
-      const float time = share.time_with(num_first) * (num_left == 0 ? 0.98f : 1.f);  // a draw goes to all blocks
+    const float time_to_read = num_kv_heads * params.time_to_read;
+    const DeviceShare share = {params.num_blocks, float(smem.num_read) * time_to_read,
+                               float(smem.num_decoded) * time_to_read};
+    const int32_t num_left = threadIdx.x, num_kept = params.num_blocks - num_left;
+    if (num_left == 0 || (params.time_to_read > 0.f && num_kept > 0)) {
+      ListEnd end = ListEnd::of(num_kept);
+      for (int i = 0; i < smem.num_occupied; ++i) {
+        const int bin = smem.occupied_bins[i];
+        end.take(float(smem.num_tiles_of_cost[bin]) * num_kv_heads, float(bin_cost(bin)) + params.costs.of_item);
+      }
+      const float cost_of_split = params.costs.of_item + params.costs.of_partial + float(params.costs.min_split);
+      const float time = share.time_with(num_kept, end.time_in_splits(cost_of_split));
       atomicMin(&smem.best_share, (static_cast<unsigned long long>(__float_as_uint(time)) << 32) | uint32_t(num_left));
     }
     __syncthreads();
@@ -290,8 +292,8 @@ struct PrefillPlanner {
   __device__ __forceinline__ int32_t num_heads_abreast(const Estimate& chosen) const {
     constexpr int32_t kEnoughReaders = 8;  // at work on one request and KV head
     constexpr float kMaxIdle = 1.f / 64.f;
-    const bool has_enough_readers = num_blocks() >= int64_t(kEnoughReaders) * params.num_kv_heads * params.batch_size;
-    const bool has_one_reader = params.tile_indptr[params.batch_size] < 2 * params.batch_size;  // appends, of all heads
+    const bool has_enough_readers = num_blocks() >= int64_t(kEnoughReaders) * params.num_kv_heads * num_listed();
+    const bool has_one_reader = params.tile_indptr[params.batch_size] < 2 * num_listed();  // appends, of all heads
     if (has_enough_readers || has_one_reader) return params.num_kv_heads;
     const float num_heads = (chosen.longest - kMaxIdle * chosen.load) / chosen.load * float(params.num_kv_heads);
     return min(max(int32_t(ceilf(num_heads)), 1), params.num_kv_heads);

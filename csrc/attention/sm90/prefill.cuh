@@ -33,15 +33,12 @@ namespace flashinfer {
 // kHasDeviceScales, kGathersKv, kSharesKv, kIsMixed, and the tile: kBlockM, kBlockN, kNumStages, kNumQueryStages,
 // kNumThreads, kSmemBytes. Grid: as many blocks as the planner was told; without a plan, any.
 //
-// A mixed batch is two launches (kIsMixed). The first, of requests of many rows, lets the second start when its own
-// blocks have, and keeps as many SMs as the planner says; the others go to the second, of requests of few rows, at
-// once, and the rest as blocks of the first end. The second reads nothing that the first writes, and what was there
-// before the first has finished when a block of that lets go: so it waits at its end alone, that both are over when it
-// is.
+// Of a mixed batch (kIsMixed) decode has the requests of one query, in a launch behind this one that does not wait for
+// it (decode/kernel.cuh). This one lets it in when its own blocks have started, and keeps as many SMs as the planner
+// says; the others go to decode at once, and the rest as blocks of this one end.
 template <class Config>
 __device__ void prefill(const Sm90PrefillParams& params) {
   using Shape = sm90::Shape<Config>;
-  constexpr bool kIsSecond = Config::kIsMixed && Shape::kNumConsumers == 1;
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   static_assert(sizeof(sm90::Smem<Config>) <= Config::kSmemBytes);
   auto& smem = *reinterpret_cast<sm90::Smem<Config>*>(smem_bytes);
@@ -53,12 +50,10 @@ __device__ void prefill(const Sm90PrefillParams& params) {
     }
   }
   __syncthreads();
-  if constexpr (!kIsSecond) wait_for_previous_kernel();
-  if constexpr (Config::kIsMixed && !kIsSecond) {
-    allow_next_kernel();
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  if constexpr (Config::kIsMixed) {
     if (blockIdx.x >= uint32_t(params.schedule->num_blocks)) return;
-  } else if constexpr (!kIsSecond) {
-    allow_next_kernel();
   }
 
   const int warpgroup_idx = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupSize, 0);
@@ -77,7 +72,6 @@ __device__ void prefill(const Sm90PrefillParams& params) {
     if constexpr (Shape::kMovesRegisters) grow_registers<Shape::kConsumerRegisters>();
     sm90::consume<Config>(params, smem);
   }
-  if constexpr (kIsSecond) wait_for_previous_kernel();
 }
 
 }  // namespace flashinfer

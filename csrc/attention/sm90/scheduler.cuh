@@ -24,7 +24,7 @@ struct Scheduler {
 
   // That take units.
   __device__ __forceinline__ uint32_t num_blocks() const {
-    if constexpr (Config::kIsMixed && Shape::kNumConsumers > 1) return params.schedule->num_blocks;
+    if constexpr (Config::kIsMixed) return params.schedule->num_blocks;
     return gridDim.x;
   }
 
@@ -87,9 +87,9 @@ struct Scheduler {
     const KvIndex& index = params.kv.index;
     int64_t num_rows = index.len;
     if constexpr (Config::kKvStorage != kKvSingle) {
-      const bool is_table = Config::kKvStorage == kKvPaged && index.indptr == nullptr;
-      num_rows =
-          int64_t(is_table ? params.schedule->num_kv_pages : index.indptr[params.batch_size]) * index.page_size.divisor;
+      const bool is_counted = Config::kIsMixed || (Config::kKvStorage == kKvPaged && index.indptr == nullptr);
+      num_rows = int64_t(is_counted ? params.schedule->num_kv_pages : index.indptr[params.batch_size]) *
+                 index.page_size.divisor;
     }
     const int64_t head_bytes = num_rows * (Shape::kHeadDimQk + Shape::kHeadDimVo) * sizeof(typename Shape::Kv);
     const int32_t num_cached =

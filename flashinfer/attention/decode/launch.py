@@ -42,6 +42,7 @@ def load_kernel(
     pdl: Optional[bool] = None,
     device_scales: bool = False,
     page_size: int = 1,
+    mixed: bool = False,
 ) -> DecodeKernel:
     """types: of q, KV and output; head_dims: of queries and keys, and of values; num_heads: of queries and KV. Raises
     UnsupportedConfig where there is no kernel, or what `Resolver.load` does."""
@@ -52,11 +53,13 @@ def load_kernel(
         "head_dim": head_dims[0], "head_dim_vo": head_dims[1], **variant.spec_args,
     }  # fmt: skip
     spec = families.decode(
-        machine, group_size=num_heads[0] // num_heads[1], kv_storage=kv_storage, device_scales=device_scales, **axes
-    )
+        machine, group_size=num_heads[0] // num_heads[1], kv_storage=kv_storage, device_scales=device_scales,
+        mixed=mixed, **axes,
+    )  # fmt: skip
     if kv_storage == "paged" and device.type == "cuda" and not default_resolver().holds(spec):
-        planner = families.DECODE_PLAN.spec(machine, variant=variant.ranges[0])
-        default_resolver().expect([planner, *beside_decode(machine, page_size, axes)])
+        planner = families.DECODE_PLAN.spec(machine, variant=variant.ranges[0], mixed=mixed)
+        served = [] if mixed else beside_decode(machine, page_size, axes)
+        default_resolver().expect([planner, *served])
     return _load(device, spec, *num_heads, pdl)
 
 
@@ -74,14 +77,14 @@ def _load(
         launcher,
         families.decode_tile_len(launcher.config),
         num_head_blocks,
-        families.decode_num_chunks(resident_blocks, num_head_blocks),
+        families.decode_num_chunks(resident_blocks, num_head_blocks, spec.arg("mixed")),
     )
 
 
 @functools.cache
-def load_planner(device: torch.device, ranges: str = "none") -> Launcher:
+def load_planner(device: torch.device, ranges: str = "none", mixed: bool = False) -> Launcher:
     """ranges: canonical text of functions with a range of keys."""
-    spec = families.DECODE_PLAN.spec(target.of_device(device), variant=ranges)
+    spec = families.DECODE_PLAN.spec(target.of_device(device), variant=ranges, mixed=mixed)
     return default_resolver().load(spec).on(device.index)
 
 
@@ -156,9 +159,12 @@ class Schedule:
         window_left: int,
         table_len: int = 0,
         ranges: tuple[str, bytes] = NO_RANGES,
+        mixed: bool = False,
+        has_lengths: bool = False,
     ) -> PreparedLaunch:
         """The planner, which takes the addresses of kv_indptr and last_page_len; table_len: entries of a row of the
-        block table, where there is no kv_indptr."""
+        block table, where there is no kv_indptr. mixed: of a batch whose other requests are prefilled, which takes
+        that of qo_indptr too; has_lengths: and last_page_len has the lengths of whole requests."""
         values: dict[str, int | bytes] = {
             "chunks": self.chunks,
             "requests": self.requests,
@@ -172,7 +178,10 @@ class Schedule:
             "table_len": table_len,
             "tile_len": kernel.tile_len,
             "window_left": window_left,
-            "reserved": 0,
+            "has_lengths": has_lengths,
             "extras": ranges[1],
         }
-        return load_planner(device, ranges[0]).prepare((1, 1, 1), values, varying=("kv_indptr", "last_page_len"))
+        varying: tuple[str, ...] = ("kv_indptr", "last_page_len", "qo_indptr")
+        if not mixed:
+            values, varying = {**values, "qo_indptr": 0}, varying[:2]
+        return load_planner(device, ranges[0], mixed).prepare((1, 1, 1), values, varying=varying)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 
@@ -38,6 +38,8 @@ class Extent(NamedTuple):
 
 
 class DecodePlan(Plan):
+    _is_mixed = _has_lengths = False  # of a batch whose other requests are prefilled; as of `Schedule.bind_planner`
+
     def __init__(
         self,
         op: str,
@@ -66,6 +68,7 @@ class DecodePlan(Plan):
         return launches.load_kernel(
             self.device, (self.q_dtype, self.kv_dtype, self.o_dtype), (shape.head_dim_qk, shape.head_dim_vo),
             (shape.num_qo_heads, shape.num_kv_heads), "paged", variant, pdl, device_scales, shape.page_size,
+            self._is_mixed,
         )  # fmt: skip
 
     def _extent(self, queries: str) -> Extent:
@@ -76,12 +79,13 @@ class DecodePlan(Plan):
             return no_launch
         return self._schedule.bind_planner(
             self.device, self.shape.batch_size, self._kernel, self.shape.page_size, extent.window_left, self._table_len,
-            extent.ranges,
+            extent.ranges, self._is_mixed, self._has_lengths,
         )  # fmt: skip
 
     def bind(self, call: Call, queries: str) -> BoundRun:
         op, q, shape, schedule = self.op, call.q, self.shape, self._schedule or Schedule()
-        expected = (shape.batch_size, shape.num_qo_heads, shape.head_dim_qk)
+        num_tokens = q.shape[0] if self._is_mixed else shape.batch_size
+        expected = (num_tokens, shape.num_qo_heads, shape.head_dim_qk)
         if q.shape != expected:
             raise ValueError(
                 f"{op}: q has shape {list(q.shape)}; planned for {list(expected)}, [batch_size, num_qo_heads, head_dim]"
@@ -110,18 +114,19 @@ class DecodePlan(Plan):
             "num_kv_heads": shape.num_kv_heads,
             **variant.values(shape.num_qo_heads, shape.head_dim_qk, self.device, factors),
             **schedule.values,
+            "num_tokens": num_tokens if self._is_mixed else 0,
         }
         grid = (kernel.num_head_blocks, self._kernel.num_chunks, 1)
 
         def prepared(is_settled: bool) -> PreparedLaunch:
-            if shape.batch_size == 0:
+            if shape.batch_size == 0 or num_tokens == 0:
                 return no_launch
             return kernel.launcher.prepare(grid, {**values, "plan_is_settled": is_settled}, varying=ADDRESSES)
 
         launch = prepared(False)
         return BoundRun(
             launch,
-            prepared(True) if kernel.launcher.is_dependent else launch,
+            prepared(True) if kernel.launcher.is_dependent and not self._is_mixed else launch,
             new_out,
             new_lse,
             Extent(variant.window_left, variant.ranges),
@@ -130,3 +135,15 @@ class DecodePlan(Plan):
             call.num_pages,
             shape.batch_size == 0,
         )
+
+
+class MixedDecodePlan(DecodePlan):
+    """Of the requests of one query in a batch whose others are prefilled: behind their launch, which it does not wait
+    for where launches overlap."""
+
+    _is_mixed = True
+
+    def __init__(self, *given: Any, whole_lengths: bool) -> None:
+        """given: as of `DecodePlan`. whole_lengths: as of `PrefillPlan`."""
+        self._has_lengths = whole_lengths
+        super().__init__(*given)

@@ -217,6 +217,7 @@ class _BoundSingle:
             "num_qo_heads": num_qo_heads,
             "num_kv_heads": num_kv_heads,
             **variant.values(num_qo_heads, head_dim_qk, device, factors),
+            "num_tokens": 0,  # of mixed batches
             "plan_is_settled": launched is None,  # what bounds of a mask read, the kernel before may write
         }
         self.launch_whole = self.prepare(1)

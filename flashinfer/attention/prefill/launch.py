@@ -52,7 +52,7 @@ def load_kernel(
     planner_storage: str = "",
 ) -> PrefillKernel:
     """types: of q, KV and output; head_dims: of queries and keys, and of values; queries: of the family's axis; mixed:
-    one of the two launches of a mixed batch; planner_storage: of `PrefillPlan`. Raises UnsupportedConfig where there is
+    beside decode of other requests; planner_storage: of `PrefillPlan`. Raises UnsupportedConfig where there is
     no kernel, or what `Resolver.load` does."""
     q_dtype, kv_dtype, o_dtype = short_names("prefill", types)
     machine = target.of_device(device)
@@ -70,7 +70,7 @@ def load_kernel(
             machine, kv_storage=planner_storage or kv_storage, variant=variant.ranges[0], mixed=mixed
         )
         others = dict.fromkeys(request(queries=other) for other in QUERIES)
-        served = beside_prefill(machine, group_size, axes) if (kv_storage, mask) == ("paged", "causal") else []
+        served = beside_prefill(machine, group_size, axes, mixed) if (kv_storage, mask) == ("paged", "causal") else []
         default_resolver().expect([planner, *served, *(other for other in others if other != spec)])
     return load_spec(device, spec, pdl)
 
@@ -94,6 +94,13 @@ def load_planner(device: torch.device, kv_storage: str, ranges: str = "none", mi
     return default_resolver().load(spec).on(device.index)
 
 
+def runs_beside(device: torch.device) -> bool:
+    """Whether the two launches of a mixed batch run beside each other there."""
+    if device.type == "cpu" or target.of_device(device) != "sm_90a":
+        return False
+    return memo.num_sms(device.index) >= families.MIN_SHARED_BLOCKS
+
+
 # ------------------------------------------------------------------------------------------------------------- schedule
 
 
@@ -106,18 +113,16 @@ class Extent(NamedTuple):
     block_n: int
     num_blocks: int
     ranges: tuple[str, bytes] = NO_RANGES  # of functions
-    overlaps: bool = False  # of a mixed batch, by a kernel that runs beside the other part's
-    second: Optional[Extent] = None  # of a mixed batch, what its second launch has
+    time_to_read: float = 0.0  # of a mixed batch, as of PrefillPlanParams
+    decode: Any = None  # of a mixed batch, the extent of its decode
 
     @staticmethod
     def of(kernel: PrefillKernel, mask: str, variant: Variant) -> Extent:
         sizes = (kernel.block_m, kernel.block_n, kernel.num_blocks)
         constants = kernel.launcher.config.constants
-        overlaps = (
-            bool(constants.get("kIsMixed")) and constants["Q"] == constants["Kv"] and kernel.launcher.is_dependent
-            and kernel.num_blocks >= families.MIN_SHARED_BLOCKS
-        )  # fmt: skip
-        return Extent(MASKS[mask], variant.window_left, *sizes, variant.ranges, overlaps)
+        overlaps = bool(constants.get("kIsMixed")) and kernel.launcher.is_dependent
+        time_to_read = families.time_to_read(constants, kernel.num_blocks) if overlaps else 0.0
+        return Extent(MASKS[mask], variant.window_left, *sizes, variant.ranges, time_to_read)
 
     def covers(self, other: Extent) -> bool:
         mask = self.mask in (MASKS["none"], other.mask)
@@ -198,11 +203,9 @@ class Schedule:
         lengths: tuple[int, int] = (0, 0),
         costs: families.PlanCosts = families.COSTS,
         fixed_split: int = 0,
-        part: str = "all",
     ) -> PreparedLaunch:
         """The planner, which takes the addresses of qo_indptr, kv_indptr and last_page_len. `lengths`: qo_len and
-        kv_len of one sequence, or as in `PrefillPlan`; fixed_split: keys of a split whatever shares the batch, or 0;
-        part: of PARTS."""
+        kv_len of one sequence, or as in `PrefillPlan`; fixed_split: keys of a split whatever shares the batch, or 0."""
         values = {
             "kv.indices": 0,
             "kv.len": lengths[1],
@@ -219,12 +222,12 @@ class Schedule:
             "max_counters": self.max_counters,
             "max_partial_rows": self.max_partial_rows,
             **{name: getattr(extent, name) for name in ("mask", "window_left", "block_m", "block_n", "num_blocks")},
-            "part": families.PARTS[part],
+            "time_to_read": extent.time_to_read,
             "extras": extent.ranges[1],
             "fixed_split": -(-fixed_split // extent.block_n),
             **inside("costs", costs._asdict()),
         }
-        launcher = load_planner(device, kv_storage, extent.ranges[0], part != "all")
+        launcher = load_planner(device, kv_storage, extent.ranges[0], extent.decode is not None)
         return launcher.prepare((1, 1, 1), values, varying=("qo_indptr", "kv.indptr", "kv.last_page_len"))
 
     def require_items(self, op: str, num_rows: int, kernel: PrefillKernel, batch_size: int) -> None:

@@ -9,7 +9,6 @@ from typing import Any, Optional, Union
 
 import torch
 
-from flashinfer.attention import workspace
 from flashinfer.attention.plan import BoundLaunch, BoundRun, Call, Plan, Shape, no_launch
 from flashinfer.attention.prefill import launch as launches
 from flashinfer.attention.prefill.launch import Extent, PrefillKernel, Schedule
@@ -71,20 +70,17 @@ class PrefillPlan(Plan):
         lengths: tuple[int, int] = (0, 0),
         fixed_split: Optional[int] = None,
         whole_lengths: bool = False,
-        part: str = "all",
     ) -> None:
         """workspaces: of integers and of floats. lengths: queries of every request, where there is no qo_indptr, and
         entries of a row of the block table, where there is no kv_indptr. fixed_split: None; or a row's result is the
         same, bit by bit, whatever shares the batch, and a split has so many keys, 0 for no splits. whole_lengths: index
-        tensors have the lengths of requests and not of their last pages; on a GPU the planner alone reads them. part:
-        of PARTS, the requests that are computed."""
+        tensors have the lengths of requests and not of their last pages; on a GPU the planner alone reads them."""
         super().__init__(op, device, shape, dtypes, mask, variant)
         self._lengths, self._fixed_split = lengths, fixed_split
         self._kv, self._storage = kv, "ragged" if isinstance(kv, RaggedKv) else "paged"
         self._planner_storage = "paged_lens" if whole_lengths else self._storage
         if device.type == "cpu":
             self._storage = self._planner_storage
-        self._part = part
         self._group_size = shape.num_qo_heads // shape.num_kv_heads
         self._schedule: Optional[Schedule] = None
         if device.type == "cuda" and shape.batch_size > 0:
@@ -105,12 +101,12 @@ class PrefillPlan(Plan):
         page_size = self.shape.page_size
         return launches.load_kernel(
             self.device, types, dims, self._storage, mask, variant, queries, page_size, pdl, device_scales,
-            self._group_size, self._part_of(queries) != "all", self._planner_storage,
+            self._group_size, self._has_decode(queries), self._planner_storage,
         )  # fmt: skip
 
-    def _part_of(self, queries: str) -> str:
-        """What the kernel of a class computes."""
-        return self._part
+    def _has_decode(self, queries: str) -> bool:
+        """Whether the kernel of a class leaves requests of one query to one of decode."""
+        return False
 
     def queries_of(self, num_tokens: int) -> str:
         shape, length = self.shape, self._lengths[0]
@@ -125,15 +121,12 @@ class PrefillPlan(Plan):
         return Extent.of(kernel, self.mask, self.variant)
 
     def _bind_planner(self, extent: Extent) -> BoundLaunch:
-        return self._bind_planner_of(self._part, extent)
-
-    def _bind_planner_of(self, part: str, extent: Extent) -> BoundLaunch:
         if self._schedule is None:
             return no_launch
         shape = self.shape
         return self._schedule.bind_planner(
             self.device, self._planner_storage, extent, shape.page_size, shape.batch_size, shape.num_kv_heads,
-            self._group_size, self._lengths, fixed_split=self._fixed_split or 0, part=part,
+            self._group_size, self._lengths, fixed_split=self._fixed_split or 0,
         )  # fmt: skip
 
     def bind(self, call: Call, queries: str) -> BoundRun:
@@ -184,55 +177,6 @@ class PrefillPlan(Plan):
             is_empty,
             queries,
         )
-
-
-class MixedPlan(PrefillPlan):
-    """Of prompts beside requests to decode: two launches, of the requests of many rows and of those of few, each by the
-    tile that is fastest for them. On Hopper the second runs beside the first, on the SMs that the planner leaves it."""
-
-    def __init__(self, *given: Any, workspaces: tuple[torch.Tensor, torch.Tensor], **options: Any) -> None:
-        ints, floats = map(workspace.two_parts, workspaces)
-        super().__init__(*given, workspaces=(ints[0], floats[0]), **options)  # type: ignore[misc]
-        options["part"] = "few_rows"
-        self._second = PrefillPlan(*given, workspaces=(ints[1], floats[1]), **options)  # type: ignore[misc]
-
-    def _part_of(self, queries: str) -> str:
-        """One launch of all where no request can have many rows, and on a CPU."""
-        return "all" if queries == "short" or self.device.type == "cpu" else "many_rows"
-
-    def queries_of(self, num_tokens: int) -> str:
-        most_tokens = num_tokens - self.shape.batch_size + 1  # of a request, if all have some
-        if most_tokens * self._group_size <= families.SHORT_ROWS:
-            return "short"
-        return "long" if super().queries_of(num_tokens) == "long" else "medium"
-
-    def _extent(self, queries: str) -> Extent:
-        extent = super()._extent(queries)
-        return extent if self._part_of(queries) == "all" else extent._replace(second=self._second._extent("short"))
-
-    def _bind_planner(self, extent: Extent) -> BoundLaunch:
-        if extent.second is None:
-            return super()._bind_planner(extent)
-        is_beside = extent.overlaps and extent.second.overlaps
-        first = self._bind_planner_of("many_rows" if is_beside else "many_rows_alone", extent)
-        return _both(first, self._second.planner(extent.second))
-
-    def bind(self, call: Call, queries: str) -> BoundRun:
-        run = super().bind(call, queries)
-        if self._part_of(queries) == "all":
-            return run
-        second = self._second.bind(call, "short")
-        launch = _both(run.launch, second.launch)
-        assert isinstance(run.extent, Extent) and isinstance(second.extent, Extent)
-        return replace(run, launch=launch, settled_launch=launch, extent=run.extent._replace(second=second.extent))
-
-
-def _both(first: BoundLaunch, second: BoundLaunch) -> BoundLaunch:
-    def launch(*addresses: Any) -> None:
-        first(*addresses)
-        second(*addresses)
-
-    return launch
 
 
 class UniformPlan(PrefillPlan):

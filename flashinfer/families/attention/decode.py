@@ -33,6 +33,7 @@ class DecodeParams(ctypes.Structure):
         *ATTENTION,
         *[(name, P) for name in ("chunks", "requests", "empty", "counters", "partial_out", "partial_lse")],
         ("plan_is_settled", I32),
+        ("num_tokens", I32),
     ]
 
 
@@ -40,11 +41,11 @@ class DecodePlanParams(ctypes.Structure):
     """Mirror of csrc/attention/decode/params.h."""
 
     _fields_ = [
-        *[(name, P) for name in ("kv_indptr", "last_page_len")],
+        *[(name, P) for name in ("kv_indptr", "last_page_len", "qo_indptr")],
         *[(name, P) for name in ("chunks", "requests", "empty", "tile_indptr", "counters")],
         *[(name, I32) for name in ("batch_size", "num_chunks", "num_head_blocks", "page_size")],
         *[(name, I32) for name in ("table_len", "tile_len", "window_left")],
-        ("reserved", I32),
+        ("has_lengths", I32),
         EXTRAS,
     ]
 
@@ -111,7 +112,7 @@ def _decode_config(spec: KernelSpec) -> Config:
     if not is_cuda:
         return Config(constants)
     tile, launch = _decode_tile(spec)
-    return Config({**constants, **tile}, launch)
+    return Config({**constants, **tile, "kIsMixed": spec.arg("mixed")}, launch)
 
 
 DECODE = Family(
@@ -130,8 +131,9 @@ DECODE = Family(
         "device_scales": (False, True),  # scales of quantized tensors that the host does not know
         "group_tile": (8, 16),  # query heads that share one pass over the KV
         "variant": VARIANT_TEXTS,
+        "mixed": (False, True),
     },
-    optional={"variant": NONE},
+    optional={"variant": NONE, "mixed": False},
     implementations=twins(
         DecodeParams, _decode_config, cuda="attention/decode/kernel.cuh", cpu="cpu/attention/decode.h"
     ),
@@ -159,8 +161,10 @@ def decode(
     has_sinks: bool = False,
     device_scales: bool = False,
     variant: str = NONE,
+    mixed: bool = False,
 ) -> KernelSpec:
-    """One query token per request over its KV. `group_size` is query heads per KV head."""
+    """One query token per request over its KV. `group_size` is query heads per KV head; `mixed`: of those requests of a
+    batch that have one, beside prefill of the others."""
     return DECODE.spec(
         target,
         q_dtype=q_dtype,
@@ -176,6 +180,7 @@ def decode(
         device_scales=device_scales,
         group_tile=group_tile(target, group_size, head_dim),
         variant=variant,
+        mixed=mixed,
     )
 
 
@@ -184,10 +189,12 @@ def decode_tile_len(config: Config) -> int:
     return config.launch.units_per_block
 
 
-def decode_num_chunks(resident_blocks: int, num_head_blocks: int) -> int:
+def decode_num_chunks(resident_blocks: int, num_head_blocks: int, mixed: bool = False) -> int:
     """Chunks that fill the device once with every head block; where that would leave a fifth of it idle, enough
-    for several rounds."""
+    for several rounds. Of a mixed batch twice: blocks begin as prefill leaves SMs to them."""
     whole = resident_blocks // num_head_blocks
+    if mixed and whole > 0:
+        return 2 * whole
     if whole * num_head_blocks * 5 >= resident_blocks * 4:
         return whole
     return -(-4 * resident_blocks // num_head_blocks)
@@ -195,14 +202,16 @@ def decode_num_chunks(resident_blocks: int, num_head_blocks: int) -> int:
 
 DECODE_PLAN = Family(
     name="decode_plan",
-    axes={"variant": VARIANT_TEXTS},  # of ranges of keys
-    optional={"variant": NONE},
+    axes={"variant": VARIANT_TEXTS, "mixed": (False, True)},  # variant: of ranges of keys
+    optional={"variant": NONE, "mixed": False},
     implementations=(
         Implementation(
             "cuda",
             "attention/decode/plan.cuh",
             DecodePlanParams,
-            lambda spec: Config(function_of(spec.arg("variant")), Launch(num_threads=512)),
+            lambda spec: Config(
+                {"kIsMixed": spec.arg("mixed"), **function_of(spec.arg("variant"))}, Launch(num_threads=512)
+            ),
         ),
     ),
 )

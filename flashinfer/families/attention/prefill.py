@@ -97,16 +97,22 @@ class PrefillPlanParams(ctypes.Structure):
         *[(name, I32) for name in ("max_items", "max_counters", "max_partial_rows", "block_m", "block_n")],
         *[(name, I32) for name in ("mask", "window_left", "fixed_split")],
         *nested("costs", [("of_item", F32), ("of_partial", F32), ("min_split", I32), ("fills_gaps", I32)]),
-        ("part", I32),
+        ("time_to_read", F32),
         EXTRAS,
     ]
 
 
-# Requests of a batch that a planner lists: PlanPart in csrc/attention/prefill/params.h. Of a mixed batch those of more
-# than SHORT_ROWS rows are one launch, and the others a second, which runs beside it, or behind it where kernels do not
-# overlap ("alone").
 MIN_SHARED_BLOCKS = 114  # an H100's over PCIe; what has fewer SMs (H20) is another balance of tensor cores and memory
-PARTS = {"all": 0, "many_rows": 1, "many_rows_alone": 2, "few_rows": 3}
+
+
+def time_to_read(constants: Constants, num_blocks: int) -> float:
+    """As of PrefillPlanParams, of a kernel on so many blocks; 0 where the launches are to be one behind the other: on
+    few SMs, and where fp8 KV are widened, of which nothing is known."""
+    if constants["Q"] != constants["Kv"] or num_blocks < MIN_SHARED_BLOCKS:
+        return 0.0
+    flops_per_byte = 110 if constants["kHeadDimQk"] == 64 else 140  # of an H200, as fast as both are
+    block_m = int(constants["kBlockM"])
+    return ITEMSIZE[str(constants["Kv"])] * flops_per_byte / (2 * block_m * num_blocks)
 
 
 class PlanCosts(NamedTuple):
@@ -288,7 +294,7 @@ def prefill(
 
     `queries`, of QUERIES or "shared" (short ones over KV that other requests read as well), picks the tile that is
     fastest for them (`queries_of`), where there are several, `page_size` the kernel that reads pages of that size
-    fastest, and `mixed` one that runs beside another, each over its requests of a batch; the results are the same.
+    fastest, and `mixed` one that lets decode of the other requests run beside it; the results are the same.
     """
     axes: dict[str, str | int | bool] = {
         "q_dtype": q_dtype,
@@ -319,8 +325,8 @@ def prefill(
         axes["large_pages"] = False
     if queries == "long" and not (is_sm90 and prefill_sm90.has_long_tile(spec)):
         axes["queries"] = "medium"
-    if mixed and not is_sm90:
-        axes["mixed"] = False  # one behind the other
+    if not is_sm90 or queries == "short":
+        axes["mixed"] = False  # one behind the other, or one launch of all requests
     return PREFILL.spec(target, **axes)
 
 
@@ -341,7 +347,6 @@ PREFILL_PLAN = Family(
                 {
                     "kKvStorage": KV_STORAGE[spec.arg("kv_storage")],
                     "kIsMixed": spec.arg("mixed"),
-                    "kShortRows": SHORT_ROWS,
                     **function_of(spec.arg("variant")),
                 },
                 Launch(num_threads=1024),

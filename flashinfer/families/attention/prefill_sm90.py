@@ -81,11 +81,6 @@ SHORT_TILES = {
 SHARED_TILES = {
     (128, 128): Tile(64, 96, 2, 1, 2),
 }
-# Short queries beside requests of many rows (`mixed`): 1 x 2048 beside 256 x 128 takes 110 us, with the tile above 127;
-# over longer KV the two are the same.
-SECOND_TILES = {
-    (128, 128): Tile(64, 64, 3, 1, 2),
-}
 
 # fp8 (e4m3) of q, k and v: values are transposed on the way (csrc/attention/sm90/transpose.cuh). Of a KV tile the
 # tensor cores sum as much as its 128 keys: longer ones lose more (TileWalk::step_of_8_bits).
@@ -188,9 +183,7 @@ def _tiles(spec: KernelSpec) -> dict[tuple[int, int], Tile]:
 def _tile(spec: KernelSpec) -> Tile:
     dims = spec.arg("head_dim_qk"), spec.arg("head_dim_vo")
     if spec.arg("queries") in ("short", "shared"):
-        tiles = _tiles(spec)
-        is_second = spec.arg("mixed") and tiles is SHORT_TILES
-        return SECOND_TILES.get(dims, tiles[dims]) if is_second else tiles[dims]
+        return _tiles(spec)[dims]
     if spec.arg("queries") == "long" and has_long_tile(spec):
         return LONG_TILES[dims]
     has_holes = spec.arg("mask") in MASKS_OF_BITS or cxx.has_holes(spec.arg("variant"))
