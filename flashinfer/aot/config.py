@@ -44,7 +44,7 @@ _SHAPE = ("name", "hidden_size", "num_qo_heads", "intermediate_sizes")
 _ORDINARY = ("num_kv_heads", "head_dim")  # of rows without latent attention, and these of rows with it
 _LATENT = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 _OF_LATENT = ("q_lora_rank", "scaled_rows")  # and may be left out
-_OF_ORDINARY = ("rotary_dim", "interleave", "windowed_layers", "soft_cap")  # and may be left out
+_OF_ORDINARY = ("rotary_dim", "interleave", "windowed_layers", "soft_cap", "mixed_batches")  # and may be left out
 _DTYPES = ("fp16", "bf16", "fp32")
 
 

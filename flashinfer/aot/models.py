@@ -42,6 +42,7 @@ class Model:
     interleave: bool = False  # rotary pairs are neighbours, as they always are in latent attention
     windowed_layers: str = "none"  # which layers attend to a sliding window alone: none, some or all
     soft_cap: bool = False  # of attention's logits
+    mixed_batches: bool = False  # `BatchAttention`, on Hopper of the first dtype and pages of 16
     kv_lora_rank: int = 0  # latent attention: the part of a cached row that is values too; 0: ordinary attention
     q_lora_rank: int = 0  # the latent part of queries; 0: they have none
     qk_rope_head_dim: int = 0  # the other part of a cached row
@@ -180,6 +181,26 @@ def _attention(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
         yield decode.DECODE_PLAN.spec(target)
         for kv_storage in ("paged", "ragged", "single"):
             yield prefill.PREFILL_PLAN.spec(target, kv_storage=kv_storage)
+
+
+def _mixed_batches(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
+    """Beside those of `_attention`, which compute batches of few rows alone. On GPUs where the two launches run beside
+    each other. No window: `BatchAttention` takes none."""
+    if not model.mixed_batches:
+        return
+    common: dict[str, Any] = {"q_dtype": dtype, "kv_dtype": dtype, "head_dim": model.head_dim}
+    common |= {"has_soft_cap": model.soft_cap}
+    if targets.kind(target) == "cpu":
+        yield prefill.prefill(target, **common, kv_storage="paged_lens")
+    elif target == "sm_90a" and dtype == model.dtypes[0]:
+        for queries in QUERIES:
+            yield prefill.prefill(target, **common, queries=queries, page_size=16, mixed=True)
+        for group_size in model.group_sizes:
+            yield decode.decode(target, **common, group_size=group_size, mixed=True)
+        yield decode.DECODE_PLAN.spec(target, mixed=True)
+        for kv_storage in ("paged_lens", "paged"):  # paged: of the wrapper of POD
+            yield prefill.PREFILL_PLAN.spec(target, kv_storage=kv_storage, mixed=True)
+        yield prefill.PREFILL_PLAN.spec(target, kv_storage="paged_lens")  # of few rows alone
 
 
 def _latent_attention(model: Model, dtype: str, target: str) -> Iterator[KernelSpec]:
@@ -346,6 +367,7 @@ EXPANSIONS: tuple[Callable[[Model, str, str], Iterator[KernelSpec]], ...] = (
     _fp8_outputs,
     _products,
     _attention,
+    _mixed_batches,
     _latent_attention,
     _gated_delta_rule,
     _paged_cache,

@@ -105,6 +105,11 @@ class Place:
         return self.is_gpu and torch.cuda.get_device_capability(self.device.index)[0] in (9, 10)
 
     @property
+    def mixes(self) -> bool:
+        """Whether the core set is for mixed batches there."""
+        return not self.is_gpu or (self.has_fp8 and torch.cuda.get_device_capability(self.device.index) == (9, 0))
+
+    @property
     def cache_dtypes(self) -> tuple[torch.dtype, ...]:
         return (self.dtype, FP8) if self.is_gpu and self.has_fp8 else (self.dtype,)
 
@@ -239,6 +244,8 @@ def attend(model: Model, place: Place) -> None:
         }
         for cache, how in place.caches(num_kv, dim):
             attend_paged(workspace, (num_qo, num_kv, dim), cache, how, score, place)
+            if model.mixed_batches and not has_window and cache[0].dtype == place.dtype and place.mixes:
+                attend_mixed(workspace, (num_qo, num_kv, dim), cache, how, score, place)
         # A prompt of each class.
         long = -(-max(LONG_ROWS * num_kv, MANY_ROWS) // num_qo)
         for num_tokens in (3, 3 + 64 * num_kv, long) if place.is_gpu else (3,):
@@ -282,6 +289,29 @@ def attend_paged(
         for num_tokens in (3, 3 + 64 * num_kv):
             paged.plan(place.int32(0, num_tokens), *pages, *heads, page_size, causal=True, **options)
             paged.run(place.tensor(num_tokens, num_qo, dim, of=FP8), cache)
+
+
+def attend_mixed(
+    workspace: torch.Tensor, heads: tuple[int, int, int], cache: Any, how: dict[str, Any], score: Any, place: Place
+) -> None:
+    """A request to decode beside a prompt of each class, or of no tokens: as one batch, and by the wrapper of POD."""
+    (num_qo, num_kv, dim), page_size, int32 = heads, how["page_size"], place.int32
+    if page_size == 1:
+        return
+    attention = flashinfer.BatchAttention(how["kv_layout"], place.device)
+    pod = flashinfer.BatchPODWithPagedKVCacheWrapper(workspace, how["kv_layout"])
+    long = -(-max(LONG_ROWS * num_kv, MANY_ROWS) // num_qo)
+    for num_tokens in (0, 3 + 64 * num_kv, long) if place.is_gpu else (3,):
+        q, offsets = place.tensor(num_tokens + 1, num_qo, dim), int32(0, num_tokens, num_tokens + 1)
+        attention.plan(
+            offsets, int32(0, 1, 2), int32(1, 2), int32(1, 1), *heads[:2], dim, dim, page_size, causal=True,
+            logits_soft_cap=score["logits_soft_cap"], q_data_type=place.dtype, kv_data_type=place.dtype,
+        )  # fmt: skip
+        attention.run(q, cache)
+        if num_tokens and not score["logits_soft_cap"]:  # of which that of POD has none
+            pages, one_each = (int32(0, 1), int32(1), int32(1)), torch.tensor([0, 1], dtype=torch.int32)
+            pod.plan(offsets[:2], *pages, one_each, *pages, *heads, page_size, q_data_type=place.dtype)
+            pod.run(q[:-1], cache, q[-1:], cache, causal_p=True)
 
 
 @functools.cache

@@ -115,10 +115,11 @@ def install(gpus: tuple[Gpu, ...]) -> None:
     for name, value in known.items():
         setattr(torch.cuda, name, value)
     torch._C._cuda_getDevice = lambda: -1  # none of them: torch.empty allocates, which the mode sees
-    torch._C._cuda_isCurrentStreamCapturing = lambda: False
     torch._C._cuda_getCurrentRawStream = lambda index: 0
     from flashinfer.attention import tma
+    from flashinfer.host import memo
 
+    memo._is_capturing = lambda: False
     tma.driver.tensor_map_of_16_bit = lambda *_: bytes(128)
     OnGpu.devices = tuple(torch.device("cuda", index) for index in range(len(gpus)))
     _Machine().__enter__()

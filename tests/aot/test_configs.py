@@ -238,6 +238,8 @@ activation = "gelu"
     "Phi 4": "rotary_dim = 48\n",
     "GLM 4": "rotary_dim = 32\ninterleave = true\nqk_norm = true\n",
     "Llama 4": "interleave = true\n",
+    "mixed": "mixed_batches = true\n",
+    "mixed with a soft cap": "mixed_batches = true\nsoft_cap = true\n",
 }
 
 
