@@ -36,6 +36,13 @@ struct TileAt {
     constexpr int32_t kFar = 1 << 28;
     return queries.first > -kFar && queries.last < kFar && keys.first >= 0 && keys.last < kFar;
   }
+
+  // What is found of entries that the request and the keys alone lead to, by the kSite-th look at such. Who proves many
+  // tiles over the same keys hides this by what remembers it.
+  template <int kSite, class Find>
+  FLASHINFER_FN auto of_keys(const Find& find) const {
+    return find();
+  }
 };
 
 // What the queries of a tile see of its keys.
@@ -50,12 +57,16 @@ struct NoFunction {
   static constexpr bool kProvesTiles = false;
   // Whether it says so of no tile unless it looks at several entries of a tensor.
   static constexpr bool kProvesByEntries = false;
+  static constexpr int kNumLooksByKeys = 0;  // TileAt::of_keys
 
   // logit = score() * scale(), of qk, the product before sm_scale. scale() > 0.
   FLASHINFER_FN static float scale(const Extras&, float) { return 1.f; }
   FLASHINFER_FN static float score(const Extras&, float, float qk, const ScoreAt&) { return qk; }
   FLASHINFER_FN static bool sees(const Extras&, const ScoreAt&) { return true; }
-  FLASHINFER_FN static Seen sees_tile(const Extras&, const TileAt&) { return kSeesSome; }
+  template <class At>
+  FLASHINFER_FN static Seen sees_tile(const Extras&, const At&) {
+    return kSeesSome;
+  }
   FLASHINFER_FN static int32_t first_key(const Extras&, int32_t, int32_t) { return 0; }
   FLASHINFER_FN static int32_t last_key(const Extras&, int32_t, int32_t) { return 0; }
   // The keys between these two, if there are any, are hidden. Neither falls from one query to the next.
@@ -76,6 +87,12 @@ FLASHINFER_FN float soft_tanh(float x) {
 
 // Elementary functions and operators, by the names that functions use.
 namespace function {
+
+// Entries of a tensor that are read at once, from an address that is a multiple of 16.
+template <class T>
+struct alignas(16) EntryVec {
+  T x[16 / sizeof(T)];
+};
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 FLASHINFER_FN float exp2(float x) {
@@ -100,6 +117,10 @@ template <class T>
 FLASHINFER_FN T read(const T* address) {
   return __ldg(address);
 }
+template <class T>
+FLASHINFER_FN EntryVec<T> read_vec(const T* address) {
+  return __builtin_bit_cast(EntryVec<T>, __ldg(reinterpret_cast<const int4*>(address)));
+}
 #else
 FLASHINFER_FN float exp2(float x) {
   return __builtin_exp2f(x);
@@ -122,6 +143,10 @@ FLASHINFER_FN float divide(float x, float y) {
 template <class T>
 FLASHINFER_FN T read(const T* address) {
   return *address;
+}
+template <class T>
+FLASHINFER_FN EntryVec<T> read_vec(const T* address) {
+  return *reinterpret_cast<const EntryVec<T>*>(address);
 }
 #endif
 FLASHINFER_FN float exp(float x) {

@@ -172,6 +172,9 @@ FLASHINFER_FN Ends point(int32_t x) {
 FLASHINFER_FN Truth point(bool x) {
   return everywhere(x);
 }
+FLASHINFER_FN Truth point(uint8_t x) {
+  return everywhere(x != 0);
+}
 FLASHINFER_FN Ends hull(Ends x, Ends y) {
   return {function::min(x.low, y.low), function::max(x.high, y.high)};
 }
@@ -185,23 +188,58 @@ FLASHINFER_FN Truth over(Truth x) {
   return x;
 }
 
-// What the entries of a tensor are between that a tile reads, in rows and columns, or at one index: columns. Too many,
+// Between what the entries of a tensor are that a tile reads, in rows and columns, or at one index: columns. Too many,
 // or several where none are looked at, may be anything.
+FLASHINFER_FN bool are_few(Ends rows, Ends columns, const TileAt& at) {
+  const int64_t at_most = at.looks_at_entries ? 128 : 1;
+  const int64_t num_rows = int64_t(rows.high) - rows.low + 1, num_columns = int64_t(columns.high) - columns.low + 1;
+  return num_rows <= at_most && num_columns <= at_most && num_rows * num_columns <= at_most;
+}
 template <class Read>
 FLASHINFER_FN auto entries_between(Ends rows, Ends columns, const TileAt& at, const Read& read) {
   using Hull = decltype(point(read(0, 0)));
-  const int64_t at_most = at.looks_at_entries ? 128 : 1;
-  const int64_t num_rows = int64_t(rows.high) - rows.low + 1, num_columns = int64_t(columns.high) - columns.low + 1;
-  if (num_rows > at_most || num_columns > at_most || num_rows * num_columns > at_most) return over(Hull::unknown());
+  if (!are_few(rows, columns, at)) return Hull::unknown();
   Hull found = point(read(rows.low, columns.low));
-  if (!at.looks_at_entries) return over(found);
-  for (int32_t row = 0; row < int32_t(num_rows); ++row) {
+  if (!at.looks_at_entries) return found;
+  for (int32_t row = rows.low; row <= rows.high; ++row) {
 #pragma unroll 8
-    for (int32_t column = 0; column < int32_t(num_columns); ++column) {
-      found = hull(found, point(read(rows.low + row, columns.low + column)));
-    }
+    for (int32_t column = columns.low; column <= columns.high; ++column) found = hull(found, point(read(row, column)));
   }
-  return over(found);
+  return found;
+}
+
+// Of entries that lie side by side.
+template <class T>
+FLASHINFER_FN auto hull_of(const T* entry, int32_t count) {
+  using Vec = function::EntryVec<T>;
+  constexpr int kVecLen = sizeof(Vec) / sizeof(T);
+  auto found = point(function::read(entry));
+#pragma unroll 1
+  for (; count > 0 && reinterpret_cast<uint64_t>(entry) % sizeof(Vec) != 0; ++entry, --count) {
+    found = hull(found, point(function::read(entry)));
+  }
+#pragma unroll 32 / kVecLen  // a line of memory at a time
+  for (; count >= kVecLen; entry += kVecLen, count -= kVecLen) {
+    const Vec vec = function::read_vec(entry);
+#pragma unroll
+    for (int i = 0; i < kVecLen; ++i) found = hull(found, point(vec.x[i]));
+  }
+#pragma unroll 1
+  for (; count > 0; ++entry, --count) found = hull(found, point(function::read(entry)));
+  return found;
+}
+
+// The same where the columns of a row lie side by side, num_columns from row(i) on.
+template <class Row>
+FLASHINFER_FN auto entries_between(Ends rows, Ends columns, const TileAt& at, int32_t num_columns, const Row& row) {
+  using Hull = decltype(point(*row(0)));
+  if (!are_few(rows, columns, at)) return Hull::unknown();
+  const int32_t first = function::inside(columns.low, num_columns), last = function::inside(columns.high, num_columns);
+  Hull found = point(function::read(row(rows.low) + first));
+  if (!at.looks_at_entries) return found;
+#pragma unroll 1
+  for (int32_t i = rows.low; i <= rows.high; ++i) found = hull(found, hull_of(row(i) + first, last - first + 1));
+  return found;
 }
 
 }  // namespace tile

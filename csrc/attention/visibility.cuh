@@ -115,13 +115,16 @@ struct VisibilityBy {
     return true;
   }
 
+  FLASHINFER_FN TileAt tile_at(const TileRows& rows, int32_t first_key, int32_t num_keys,
+                               bool looks_at_entries = true) const {
+    return {request_idx, rows.qo_heads, rows.queries, {first_key, first_key + num_keys - 1}, looks_at_entries};
+  }
   // What the rows of a tile see of its keys, of what the function leaves inside the range: as far as that is proved.
   template <bool kLooksAtEntries = true>
   FLASHINFER_FN Seen sees_tile(const TileRows& rows, int32_t first_key, int32_t num_keys) const {
     if constexpr (!Function::kHasHoles) return kSeesAll;
     if constexpr (!Function::kProvesTiles || (!kLooksAtEntries && Function::kProvesByEntries)) return kSeesSome;
-    const Bounds keys = {first_key, first_key + num_keys - 1};
-    return Function::sees_tile(*extras, {request_idx, rows.qo_heads, rows.queries, keys, kLooksAtEntries});
+    return Function::sees_tile(*extras, tile_at(rows, first_key, num_keys, kLooksAtEntries));
   }
 
   // Where there are bits: which of 32 keys query qo_idx sees, bit k for key first_key + k. Bits of

@@ -102,6 +102,12 @@ def blocks(b, h, q, k, x):
     return x.is_seen[b, q // 16, k // 16]
 
 
+@flashinfer.mask(is_seen="bool[batch_size, n]")
+def seen_keys(b, h, q, k, x):
+    """Entries side by side, and fewer than keys."""
+    return x.is_seen[b, k]
+
+
 @flashinfer.mask(window="i32[num_heads]")
 def window_of_head(b, h, q, k, x):
     return abs(q - k) <= x.window[h]
@@ -119,6 +125,7 @@ def masks() -> list[BoundFunction]:
         examples.window_and_first(window=1 << 30, num_first=-(1 << 30)),
         examples.prefix_lm(prefix_len=seen),
         examples.documents(document=document),
+        examples.documents(document=torch.nn.functional.pad(document, (3, 5))[:, 3:-5]),  # no multiple of 16 bytes
         examples.tree(num_seen=seen, ancestors=words),
         examples.chunked(chunk=64),
         examples.some_heads_local(is_local=torch.tensor([True, False, True, True]), window=20),
@@ -127,6 +134,7 @@ def masks() -> list[BoundFunction]:
         of_every_other(window=40, num_first=4),
         chunks_or_first(chunk=48, n=30),
         blocks(is_seen=torch.rand(3, 25, 25, generator=generator) < 0.5),
+        seen_keys(is_seen=torch.rand(3, 9, generator=generator).repeat_interleave(43, 1)[:, 1:] < 0.5),
         window_of_head(window=torch.tensor([10, 20, -1, 300], dtype=torch.int32)),
     ]
 

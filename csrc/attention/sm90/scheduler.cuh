@@ -42,6 +42,7 @@ struct Scheduler {
   __device__ __forceinline__ bool publish(uint32_t turn) {
     bool is_there;
     if constexpr (kProvesTiles) {
+      if (turn == 0) forget_entries<Config>(smem);
       if (fresh_thread_idx() % 32 == 0) fetch(turn);
       __syncwarp();
       is_there = prove_tiles<Config>(params, smem, turn);

@@ -147,7 +147,7 @@ struct Softmax {
 template <class Config, class Shape = sm90::Shape<Config>>
 __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kNumScores], const PrefillParams& params,
                                                    const Work& work, const FastDivisor& group_size, int tile,
-                                                   auto needs_mask) {
+                                                   auto needs_mask, bool asks_function = true) {
   const PrefillItem& item = work.item;
   const int thread_idx = fresh_thread_idx(), lane_idx = thread_idx % 32;
   const int first_row = item.q_tile * Shape::kBlockM + thread_idx / 32 * Shape::kRowsPerWarp + lane_row(lane_idx);
@@ -186,11 +186,16 @@ __device__ __forceinline__ void transform_and_mask(float (&scores)[Shape::kNumSc
         const uint32_t bits = __shfl_sync(0xffffffffu, lane_bits, offset % 128 / 32, 4);
         visible = visible && (bits >> (offset % 32 + lane_column(lane_idx))) & 1;
       }
-      if constexpr (decltype(needs_mask)::kAsksFunction) {
-        visible = visible && visibility.sees(query.qo_head_idx, position, first_kv + offset);
-      }
       float& score = at(scores, half, i);
       score = visible ? score : kMinusInfinity;
+    }
+    if constexpr (Config::Function::kHasHoles) {
+      if (!asks_function) continue;
+#pragma unroll
+      for (int i = 0; i < Shape::kNumScores / 2; ++i) {
+        float& score = at(scores, half, i);
+        if (!visibility.sees(query.qo_head_idx, position, first_kv + column_of(i))) score = kMinusInfinity;
+      }
     }
   }
 }

@@ -99,10 +99,9 @@ __device__ __forceinline__ int consumer_idx() {
   return int(fresh_thread_idx() / kWarpgroupSize);
 }
 
-// A compile-time argument: whether a tile of scores is masked; and if so, whether the function of a caller is asked.
-template <bool kValue, bool kAsks = kValue>
+// A compile-time argument.
+template <bool kValue>
 struct Constant {
-  static constexpr bool kAsksFunction = kAsks;
   __device__ __forceinline__ constexpr operator bool() const { return kValue; }
 };
 
@@ -136,15 +135,23 @@ struct Gaps {
 template <>
 struct Gaps<false> {};
 
-// What the function proves of the tiles of the units in the slots, a bit each from a unit's first on (proofs.cuh).
-template <bool kExist>
+// What the function proves of the tiles of the units in the slots, a bit each from first_tile on (proofs.cuh).
+template <class Config, bool kExist = Config::Function::kProvesTiles>
 struct Proofs {
   static constexpr int kMaxTiles = 1024;  // nothing is known of those behind them
   uint32_t some[kNumWorkSlots][kMaxTiles / 32], all[kNumWorkSlots][kMaxTiles / 32];
   Range range[kNumWorkSlots];  // key tiles inside of which the function alone hides keys
+  int32_t first_tile[kNumWorkSlots];
+  // What each look at entries found by the keys of a tile, two numbers, in one of so many places; not one where there
+  // is no room.
+  struct Remembered {
+    int32_t request_idx, first_key, a, b;
+  };
+  static constexpr int kNumLooks = Config::Function::kNumLooksByKeys, kNumPlaces = Config::kNumRemembered;
+  Remembered remembered[kNumLooks > 0 ? kNumLooks : 1][kNumPlaces > 0 ? kNumPlaces : 1];
 };
-template <>
-struct Proofs<false> {};
+template <class Config>
+struct Proofs<Config, false> {};
 
 template <class Config>
 struct Smem {
@@ -168,7 +175,7 @@ struct Smem {
   static constexpr bool kProvesTiles = Shape::kProvesTiles;
   // Not where tiles are sent for three ahead.
   static constexpr bool kSkipsTiles = kProvesTiles && !Shape::kWidens;
-  [[no_unique_address]] Proofs<kProvesTiles> proofs;
+  [[no_unique_address]] Proofs<Config> proofs;
   FastDivisor group_size;
   uint32_t is_last;  // of the splits of a query tile to be done: merges
   Mbarrier key_part_full[kNumProducerWarps], value_part_full[kNumProducerWarps];  // a turn a KV tile, if it is widened
@@ -195,19 +202,19 @@ struct Smem {
   // Of the turn-th unit the tile that comes after this one: below it, and not proved to be hidden.
   __device__ __forceinline__ int tile_below(uint32_t turn, int tile) const {
     if constexpr (kSkipsTiles) {
-      const int slot = turn % kNumWorkSlots, tile_begin = work[slot].item.tile_begin, idx = tile - 1 - tile_begin;
-      if (idx < 0 || idx >= proofs.kMaxTiles) return tile - 1;
+      const int slot = turn % kNumWorkSlots, first_tile = proofs.first_tile[slot], idx = tile - 1 - first_tile;
+      if (tile <= work[slot].item.tile_begin || idx >= proofs.kMaxTiles) return tile - 1;
       int word = idx / 32;
       uint32_t left = proofs.some[slot][word] & (0xffffffffu >> (31 - idx % 32));
-      while (left == 0) left = proofs.some[slot][--word];  // the first tile is always there
-      return tile_begin + word * 32 + 31 - __clz(left);
+      while (left == 0) left = proofs.some[slot][--word];  // that at tile_begin is not hidden
+      return first_tile + word * 32 + 31 - __clz(left);
     }
     return tile - 1;
   }
   // Whether it is proved that the function hides nothing of the tile.
   __device__ __forceinline__ bool shows_all(uint32_t turn, int tile) const {
     if constexpr (!kProvesTiles) return false;
-    const int slot = turn % kNumWorkSlots, idx = tile - work[slot].item.tile_begin;
+    const int slot = turn % kNumWorkSlots, idx = tile - proofs.first_tile[slot];
     return idx < proofs.kMaxTiles && (proofs.all[slot][idx / 32] >> idx % 32 & 1);
   }
 

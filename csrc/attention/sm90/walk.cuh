@@ -111,11 +111,9 @@ struct TileWalk {
       for (int tile = work.item.tile_end - 1; tile >= work.item.tile_begin; ++kv_turn) {
         const bool is_first = kv_turn == first_turn;
         const bool is_whole = visibility.contains(smem.proofs.range[unit_turn % kNumWorkSlots], key_tile(tile));
-        // Beside a score that is computed for each key, a step more would find no registers.
-        if (!smem.shows_all(unit_turn, tile) || (!Score<Config>::kIsPlain && !is_whole)) {
-          step(p, kv_turn, tile, Constant<true>{}, is_first);
-        } else if (!is_whole) {
-          step(p, kv_turn, tile, Constant<true, false>{}, is_first);
+        const bool asks_function = !smem.shows_all(unit_turn, tile);
+        if (asks_function || !is_whole) {
+          step(p, kv_turn, tile, Constant<true>{}, is_first, asks_function);
         } else {
           step(p, kv_turn, tile, Constant<false>{}, is_first);
         }
@@ -168,25 +166,27 @@ struct TileWalk {
   }
 
   // False if the tile is to be done again.
-  __device__ __forceinline__ bool step(Probabilities& p, uint32_t turn, int tile, auto needs_mask, bool is_first) {
+  __device__ __forceinline__ bool step(Probabilities& p, uint32_t turn, int tile, auto needs_mask, bool is_first,
+                                       bool asks_function = true) {
     if constexpr (Shape::kOverlaps) {
-      return step_overlapped(p, turn, tile, needs_mask, is_first);
+      return step_overlapped(p, turn, tile, needs_mask, is_first, asks_function);
     } else {
-      step_of_8_bits(p, turn, tile, needs_mask);
+      step_of_8_bits(p, turn, tile, needs_mask, asks_function);
       return true;
     }
   }
 
   // Sums of 8-bit products keep too few bits for those of all tiles: each tile has its own, of 64 columns at a time for
   // want of registers, and O = O rescale + P V is done in fp32.
-  __device__ __forceinline__ void step_of_8_bits(Probabilities& p, uint32_t turn, int tile, auto needs_mask) {
+  __device__ __forceinline__ void step_of_8_bits(Probabilities& p, uint32_t turn, int tile, auto needs_mask,
+                                                 bool asks_function) {
     Scores scores;
     smem.await(smem.k_full, turn);
     start_scores(scores, turn);
     wait_for_scores<0>(scores);
     release_keys(turn, tile);
     float rescale[2];
-    transform_and_mask<Config>(scores, params, work, smem.group_size, key_tile(tile), needs_mask);
+    transform_and_mask<Config>(scores, params, work, smem.group_size, key_tile(tile), needs_mask, asks_function);
     softmax.raise_max(scores, scale_log2, rescale);
     softmax.exponentiate(scores, scale_log2);
     softmax.pack(scores, p);
@@ -219,7 +219,7 @@ struct TileWalk {
   // if the tile is to be done again: its scores are too far above the maximum so far. That takes no other turn at the
   // tensor cores, since all consumers take as many.
   __device__ __forceinline__ bool step_overlapped(Probabilities& p, uint32_t turn, int tile, auto needs_mask,
-                                                  bool is_first) {
+                                                  bool is_first, bool asks_function) {
     Scores scores;
     const uint32_t values_turn = is_first ? turn : turn - 1;
     if constexpr (Shape::kReadsCopies) {  // the fence is not to prolong the turn
@@ -249,7 +249,7 @@ struct TileWalk {
     }
     release_keys(turn, tile);
     float rescale[2];
-    transform_and_mask<Config>(scores, params, work, smem.group_size, key_tile(tile), needs_mask);
+    transform_and_mask<Config>(scores, params, work, smem.group_size, key_tile(tile), needs_mask, asks_function);
     const bool is_raised = softmax.raise_max(scores, scale_log2, rescale);
     softmax.exponentiate(scores, scale_log2);
     pin(scores);  // not until all of it is done

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 from flashinfer.dtypes import ITEMSIZE
 from flashinfer.families.attention.params import MASKS_OF_BITS
@@ -15,6 +15,7 @@ from flashinfer.jit.spec import Config, Constants, KernelSpec, Launch
 # 615; with twice the instructions a copy 434 / 460.
 MIN_BOX_ROWS = 8
 _PANEL_BYTES = 128  # of a row of a tile
+_SM_BYTES = 228 << 10  # of shared memory, of which each block takes 1024 besides its own
 # Of functions of scores and masks, on each of the 64 scores of a thread. 12 and 20 spill nothing but 16 bytes in one
 # case, 90 spill 480 and compile for 12 seconds, where the kernel for every GPU takes 3 and spills none.
 MOST_OPERATIONS = 40
@@ -221,11 +222,22 @@ def serves(spec: KernelSpec) -> bool:
     )
 
 
+def _proofs(variant: str, bytes_left: int) -> tuple[int, int]:
+    """Bytes of sm90::Proofs, and in how many places it remembers what each look at entries found, where there is room:
+    of 65,536 keys of a request, each place 128 of them."""
+    num_looks = cxx.num_looks_by_keys(variant)
+    num_places = 512 if num_looks > 0 else 0
+    while num_places > 0 and 16 * num_looks * num_places > bytes_left - 536:
+        num_places //= 2
+    num_places = num_places if num_places >= 32 else 0  # those that a warp looks for at once
+    return 536 + 16 * max(num_looks, 1) * max(num_places, 1), num_places
+
+
 def config(spec: KernelSpec, constants: Constants) -> Config:
     """`constants`: what the compiler is told of the spec for every GPU."""
     dim_qk, dim_vo = spec.arg("head_dim_qk"), spec.arg("head_dim_vo")
     tile = _tile(spec)
-    tile_constants: Constants = {
+    tile_constants: dict[str, Union[int, bool]] = {
         "kBlockM": tile.block_m,
         "kBlockN": tile.block_n,
         "kNumStages": tile.num_stages,
@@ -238,12 +250,16 @@ def config(spec: KernelSpec, constants: Constants) -> Config:
     size = ITEMSIZE[spec.arg("q_dtype")]
     row_qk, row_vo = (-(-dim * size // _PANEL_BYTES) * _PANEL_BYTES for dim in (dim_qk, dim_vo))
     smem_bytes = tile.num_query_stages * tile.block_m * row_qk
-    proofs = 528 * cxx.proves_tiles(spec.arg("variant"))
-    smem_bytes += -(-(448 + proofs + 8 * tile.block_n * gathers(spec)) // 1024) * 1024  # and addresses of rows
+    small_bytes = 448 + 8 * tile.block_n * gathers(spec)  # and addresses of rows
     smem_bytes += tile.num_stages * tile.block_n * (row_qk + row_vo)
     if _is_fp8(spec):  # transposed, in panels of 128 keys
         smem_bytes += tile.num_stages * -(-tile.block_n // 128) * 128 * dim_vo
     if _widens(spec):  # as they come in
         smem_bytes += tile.block_n * (dim_qk + dim_vo)
+    if cxx.proves_tiles(spec.arg("variant")):
+        bytes_left = _SM_BYTES // tile.blocks_per_sm - 1024 - smem_bytes - small_bytes
+        proofs_bytes, tile_constants["kNumRemembered"] = _proofs(spec.arg("variant"), bytes_left)
+        small_bytes += proofs_bytes
+    smem_bytes += -(-small_bytes // 1024) * 1024
     launch = Launch((tile.block_m // 64 + 1) * 128, tile.blocks_per_sm, smem_bytes)
     return Config({**constants, **tile_constants}, launch)

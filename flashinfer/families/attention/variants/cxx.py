@@ -55,6 +55,12 @@ def proves_tiles(text: str) -> bool:
     return "kProvesTiles" in function_of(text)["Function"]
 
 
+def num_looks_by_keys(text: str) -> int:
+    """Of a proof, those at entries that keys alone lead to."""
+    found = re.search(r"kNumLooksByKeys = (\d+)", str(function_of(text)["Function"]))
+    return int(found[1]) if found else 0
+
+
 def changes_scores(text: str) -> bool:
     """Whether more happens to a score than a range of keys asks for."""
     return has_holes(text) or read(text).score is not None
@@ -109,15 +115,17 @@ def _function(variants: Variants, signature: str, node: Node, at: str) -> list[s
 
 def _proof(variants: Variants, sees: Node) -> list[str]:
     writer = _Writer(variants, "at.")
-    result = tiles.proof(writer, sees)
+    result, num_looks_by_keys = tiles.proof(writer, sees)
     if result is None:
         return []
     statements = ["if (!at.is_near()) return kSeesSome;", *writer.lines, f"return {result};"]
-    by_entries = tiles.proof(_Writer(variants, "at."), sees, looks_at_entries=False) is None
+    by_entries = tiles.proof(_Writer(variants, "at."), sees, looks_at_entries=False)[0] is None
     return [
         "  static constexpr bool kProvesTiles = true;",
         *["  static constexpr bool kProvesByEntries = true;"] * by_entries,
-        *_defined("Seen sees_tile(const Extras& x, const TileAt& at)", statements),
+        *[f"  static constexpr int kNumLooksByKeys = {num_looks_by_keys};"] * (num_looks_by_keys > 0),
+        "  template <class At>",
+        *_defined("Seen sees_tile(const Extras& x, const At& at)", statements),
     ]
 
 
@@ -171,6 +179,9 @@ class _Writer:
             return f"!{args[0]}" if node.type == BOOL else f"~{args[0]}"
         if node.op in FUNCTIONS:
             return f"function::{node.op}({', '.join(args)})"
+        if node.op in ("//", "%") and node.args[1].op == "constant" and _is_power_of_two(node.args[1].value):
+            power = int(node.args[1].value or 1)
+            return f"({args[0]} >> {power.bit_length() - 1})" if node.op == "//" else f"({args[0]} & {power - 1})"
         if node.type == INT and node.op in _INT_FUNCTIONS:
             return f"function::{_INT_FUNCTIONS[node.op]}({args[0]}, {args[1]})"
         # & and | of bools as of ints: both sides are there, and a branch would cost more than either.
@@ -178,6 +189,16 @@ class _Writer:
 
     def load(self, node: Node, indices: list[str]) -> str:
         """An entry of a tensor, where the indices have been computed."""
+        read_it = f"function::read({self.address(node, indices)})"
+        return f"{read_it} != 0" if node.type == BOOL else read_it
+
+    def length(self, node: Node) -> str:
+        """Of the last axis of a tensor."""
+        name = str(node.value)
+        return f"x.at<int32_t>({-(-self._offsets[name] // 8) * 8 + 8 + 4 * (len(self._extras[name].shape) - 1)})"
+
+    def address(self, node: Node, indices: list[str]) -> str:
+        """Of an entry; of as many axes as there are indices."""
         name = str(node.value)
         extra, offset = self._extras[name], -(-self._offsets[name] // 8) * 8
         num_axes, terms = len(extra.shape), []
@@ -190,13 +211,16 @@ class _Writer:
                 text = f"{text} * x.at<uint32_t>({offset + 8 + 4 * (num_axes + axis)})"
             terms.append(text)
         element = _ELEMENTS[extra.kind]
-        read_it = f"function::read(x.at<const {element}*>({offset}) + ({' + '.join(terms)}))"
-        return f"{read_it} != 0" if node.type == BOOL else read_it
+        return f"x.at<const {element}*>({offset}) + ({' + '.join(terms) or 0})"
 
 
 def _is_within(index: Node, length: str) -> bool:
     """A request or head is always one of the plan's, whose number is the axis's length."""
     return index.op == "argument" and (index.value, length) in (("h", "num_heads"), ("b", "batch_size"))
+
+
+def _is_power_of_two(value: object) -> bool:
+    return isinstance(value, int) and value > 0 and value & (value - 1) == 0
 
 
 class _Factors:

@@ -28,13 +28,19 @@ class Scalars(Protocol):
 
     def value(self, node: Node) -> str: ...
     def load(self, node: Node, indices: list[str]) -> str: ...
+    def address(self, node: Node, indices: list[str]) -> str: ...
+    def length(self, node: Node) -> str: ...
 
 
-def proof(scalars: Scalars, sees: Node, looks_at_entries: bool = True) -> Optional[str]:
-    """What the queries of a tile see, an expression; None where neither full nor empty can ever be proved, or not
-    without a look at several entries of a tensor."""
-    found = _Writer(scalars, looks_at_entries).value(sees)
-    return found and f"{found}.seen()"
+_MOST_LOOKS_BY_KEYS = 2  # of which what they find is remembered
+
+
+def proof(scalars: Scalars, sees: Node, looks_at_entries: bool = True) -> tuple[Optional[str], int]:
+    """What the queries of a tile see, an expression, and how many looks at entries depend on keys alone. None where
+    neither full nor empty can ever be proved, or not without a look at several entries of a tensor."""
+    writer = _Writer(scalars, looks_at_entries)
+    found = writer.value(sees)
+    return found and f"{found}.seen()", writer.num_looks_by_keys
 
 
 class _Writer:
@@ -44,6 +50,7 @@ class _Writer:
         self._scalars, self._looks_at_entries = scalars, looks_at_entries
         self._names: dict[Node, Optional[str]] = {}
         self._ends: dict[Node, str] = {}
+        self.num_looks_by_keys = 0
 
     def value(self, node: Node) -> Optional[str]:
         """Of a bool a Truth, of an int an Affine."""
@@ -151,8 +158,16 @@ class _Writer:
         names = dict(zip(reversed(moving), ("column", "row")))
         places = [names.get(index) or self._scalars.value(index) for index in node.args]
         rows, columns = ["tile::Ends{0, 0}", *map(str, ends)][-2:]
-        read = f"[&](int32_t row, int32_t column) {{ return {self._scalars.load(node, places)}; }}"
-        return f"tile::entries_between({rows}, {columns}, at, {read})"
+        if node.args[-1] == moving[-1] and node.args.count(moving[-1]) == 1:  # side by side
+            row = f"[&](int32_t row) {{ return {self._scalars.address(node, places[:-1])}; }}"
+            look = f"tile::entries_between({rows}, {columns}, at, {self._scalars.length(node)}, {row})"
+        else:
+            read = f"[&](int32_t row, int32_t column) {{ return {self._scalars.load(node, places)}; }}"
+            look = f"tile::entries_between({rows}, {columns}, at, {read})"
+        if node.arguments <= {"b", "k"} and self.num_looks_by_keys < _MOST_LOOKS_BY_KEYS:
+            look = f"at.template of_keys<{self.num_looks_by_keys}>([&] {{ return {look}; }})"
+            self.num_looks_by_keys += 1
+        return f"tile::over({look})"
 
     def _ends_of(self, node: Node) -> Optional[str]:
         value = self.value(node)
