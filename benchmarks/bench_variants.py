@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions of scores and masks: beside the option that does the same, and beside FlexAttention on the same function.
 
-python benchmarks/bench_variants.py [--only documents] [--no-flex] [--json]
+python benchmarks/bench_variants.py [--only documents] [--flex documents,strides] [--json]
 
 bf16, 32 query heads on 8, head_dim 128. Prefill over rows, decode over pages of 16, FlexAttention over contiguous KV,
-in decode also over pages of 128 by its PagedAttention, compiled with dynamic=False, its block masks made ahead. All of
-a case are timed in turns inside CUDA graphs, and the median of the rounds is printed.
+in decode also over pages of 128 by its PagedAttention, compiled with dynamic=False, which takes seconds a case, its
+block masks made ahead. All of a case are timed in turns inside CUDA graphs, and the median of the rounds is printed.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def prepare(case: Case) -> tuple[Problem, dict[str, Callable[[], Any]]]:
 
 def measure(args: argparse.Namespace, times: Times) -> None:
     compiled = None
-    if DEVICE == "cuda" and not args.no_flex:
+    if DEVICE == "cuda" and args.flex:
         from torch.nn.attention.flex_attention import flex_attention
 
         torch._dynamo.config.recompile_limit = 64
@@ -246,7 +246,7 @@ def measure(args: argparse.Namespace, times: Times) -> None:
             ours = problem.out.clone()
             calls["option"]()
             torch.testing.assert_close(ours, problem.out, atol=3e-2, rtol=3e-2)
-        if compiled is not None and is_named(args.flex, case):
+        if compiled is not None and (args.flex == "all" or is_named(args.flex, case)):
             calls["function"]()
             peers = {"FlexAttention": problem.flex}
             if case.is_decode:
@@ -261,7 +261,8 @@ def measure(args: argparse.Namespace, times: Times) -> None:
                     torch.testing.assert_close(problem.out, theirs, atol=3e-2, rtol=3e-2)
                     calls[name] = flex
     for case, (_, calls) in zip(chosen, prepared):  # when nothing compiles any more
-        for name, us in device_us_in_turns({name: [call] for name, call in calls.items()}).items():
+        kinds, rounds = {name: [call] for name, call in calls.items()}, 6 if case.option else 2  # options are closer
+        for name, us in device_us_in_turns(kinds, rounds=rounds).items():
             times.measure(case.name, name, lambda us=us: us)
 
 
@@ -269,9 +270,10 @@ def main() -> None:
     parser = parser_of(__doc__, only=False, host=False)
     parser.add_argument("--only", default="", help="cases whose name contains this text, or one of several with commas")
     parser.add_argument(
-        "--flex", default="", help="likewise, of these, which are timed beside FlexAttention, whose compiles take long"
+        "--flex",
+        default="",
+        help="likewise, of these, which are timed beside FlexAttention, whose compiles take long; or all",
     )
-    parser.add_argument("--no-flex", action="store_true", help="without FlexAttention")
     args, ours, _ = run(parser, measure)
     print(environment())
     rows: list[list[object]] = []
@@ -282,7 +284,8 @@ def main() -> None:
         us, option, flex, paged = (ours.us(case.name, name) for name in ("function", *PEERS))
         size = f"{case.batch} x {case.length}"
         rows.append([case.name, size, us, option, us / option, flex, flex / us, paged, paged / us])
-        timed.append((f"{case.name}, {size}", us, dict(zip(PEERS, (option, flex, paged))), {}))
+        moved = {"bytes": 2.0 * case.batch * case.length * KV_HEADS * HEAD_DIM * 2} if case.is_decode else {}
+        timed.append((f"{case.name}, {size}", us, dict(zip(PEERS, (option, flex, paged))), moved))
     columns = ["case", "batch x length", "us", "option us", "of the option", "FlexAttention us", "times as fast"]
     columns += ["over pages us", "times as fast"]
     print_table("Variants, bf16", columns, rows)
