@@ -60,6 +60,8 @@ CASES = (
     Case("on_host", on_host=True),
     Case("fp8_kv", kv_dtype=E4M3),
     Case("scale_soft_cap", options={"sm_scale": 0.2, "logits_soft_cap": 5.0}),
+    # By 2^32 and more: on Hopper a tile of few rows does not go by the maximum of those before.
+    Case("scores_far_apart", sizes=(96, 1024), block=(16, 16), density=0.5, options={"sm_scale": 4.0}),
     Case("long_lists", sizes=(32, 16384), block=(16, 64), density=0.5, heads=(2, 1)),
 )
 
