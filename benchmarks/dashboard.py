@@ -5,9 +5,10 @@
     python benchmarks/dashboard.py --check    # exit code 1 unless all is what this would write; needs no matplotlib
     python benchmarks/dashboard.py --full     # every case of every table, to stdout
 
-The page tells of the device that was measured last, and sums up the others, which have pages of their own in
-docs/performance/. A device's newest run of a table is shown, whatever its commit; tables that an option cut short are
-not. Figures that compare us with an earlier state of ourselves stay in the files.
+The page tells of the device that was measured last, and sums up the others. Those have pages of their own in
+docs/performance/, where also the sections are that the first page has no room for. A device's newest run of a table is
+shown, whatever its commit; tables that an option cut short are not. Figures that compare us with an earlier state of
+ourselves stay in the files.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 MAX_LINES = 150
 MAX_WIDTH = 250  # characters of a line of a table that is folded
 NUM_NAMED = 4  # cases that are slower, by name
+# On the page of the first device; what else there is has a page beside it.
+FIRST = ("Where it is slower", "Decode", "Prefill and append", "Latent attention", "Host", "How they come about")
 INTRODUCTION = """
 Is it faster than what you have, by how much, and where not? × is how many times as fast it is as the other: in bold the
 median of all cases, then worst and best. Slower means by more than 1%. A commit is this project as it was there.
@@ -87,6 +90,8 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def summary(compared: Sequence[Comparison]) -> list[str]:
+    if not compared:
+        return []
     devices = list(dict.fromkeys(one.device for one in compared))
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for one in compared:
@@ -275,23 +280,31 @@ def provenance(found: Newest) -> list[str]:
 
 def pages(found: Newest) -> dict[str, str]:
     """By path in docs/."""
-    first, *others = devices_of(found)
-    paths = {device: f"performance/{re.sub('[^a-z0-9]+', '-', short(device).lower())}.md" for device in others}
-    links = ", ".join(f"[{short(device)}]({path})" for device, path in paths.items())
-    texts = {"performance.md": page(found, first, f"More of {links}." if links else "")}
-    return texts | {path: page(found, device) for device, path in paths.items()}
+    first, *others = devices = devices_of(found)
+    compared = list(comparisons(found))
+    paths = {device: f"performance/{re.sub('[^a-z0-9]+', '-', short(device).lower())}.md" for device in devices}
+    held = {device: sections(found, compared, device) for device in devices}
+    on_first = {name: held[first].pop(name) for name in FIRST if name in held[first]}
+    own = {device: [one for one in compared if one.device == device] for device in others}
+    texts = {}
+    for device, path in paths.items():
+        title, head = f"# Performance of {short(device)}", summary(own.get(device, []))
+        if held[device]:
+            texts[path] = page(title, "../notes/README.md", head, held[device])
+    links = ", ".join(f"[{short(device)}]({path})" for device, path in paths.items() if path in texts)
+    head = [*summary(compared), *(["", f"More of {links}."] if links else []), "", IMAGES]
+    return {"performance.md": page("# Performance", "notes/README.md", head, on_first), **texts}
 
 
-def page(found: Newest, device: str, of_others: str | None = None) -> str:
-    """All of a device. The page that tells of the others sums them up."""
-    compared, is_first = list(comparisons(found)), of_others is not None
+def sections(found: Newest, compared: Sequence[Comparison], device: str) -> dict[str, list[str]]:
+    """All of a device, by their titles."""
     found = {name: {device: held[device]} for name, held in found.items() if device in held}
     own = [one for one in compared if one.device == device]
 
     def cases(name: str, header: str) -> list[str]:
         return side_by_side(per_case(found.get(name, {}), header))
 
-    sections = {
+    titled = {
         "Where it is slower": slower(own),
         "Decode": cases("decode", "batch × KV, heads, head_dim, page"),
         "Prefill and append": cases("prefill", "batch × lengths, heads, head_dim, KV, mask"),
@@ -308,14 +321,14 @@ def page(found: Newest, device: str, of_others: str | None = None) -> str:
         "Host": host(found),
         "How they come about": [textwrap.fill(METHOD.strip(), 138), "", *provenance(found)],
     }
-    title = "# Performance" if is_first else f"# Performance of {short(device)}"
-    introduction = INTRODUCTION.strip().format(notes="notes/README.md" if is_first else "../notes/README.md")
-    lines = [title, "", textwrap.fill(introduction, 138), "", *summary(compared if is_first else own)]
-    lines += ["", of_others] if of_others else []
-    lines += ["", IMAGES] if is_first else []
-    for name, section in sections.items():
-        if len(section) > 2 or (section and not section[0].startswith("|")):  # more than the head of a table
-            lines += ["", f"## {name}", "", *section]
+    # More than the head of a table.
+    return {name: lines for name, lines in titled.items() if len(lines) > 2 or (lines and not lines[0].startswith("|"))}
+
+
+def page(title: str, notes: str, head: Sequence[str], held: dict[str, list[str]]) -> str:
+    lines = [title, "", textwrap.fill(INTRODUCTION.strip().format(notes=notes), 138), *([""] if head else []), *head]
+    for name, section in held.items():
+        lines += ["", f"## {name}", "", *section]
     text = "\n".join(lines) + "\n"
     if (num_lines := text.count("\n")) > MAX_LINES:
         raise SystemExit(f"the page would have {num_lines} lines; expected at most {MAX_LINES}: leave something out")
