@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -289,7 +290,7 @@ def test_rows_are_those_of_the_core_set() -> None:
         if name in core and not notes and name != "Qwen2-57B-A14B":  # whose row has a dense MLP that no layer has
             values = hf.translate(published, name, core[name].tensor_parallel).values
             as_model = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-            assert Model(**as_model) == core[name]
+            assert Model(**as_model) == replace(core[name], mixed_batches=False)  # which no config.json tells
             compared += 1
     assert compared >= 6
 
