@@ -221,13 +221,16 @@ def measure(args: argparse.Namespace, times: Times) -> None:
             continue
         torch.manual_seed(0)
         sets = [case.draw() for _ in range(min(12, copies_for(case.num_bytes)))]
-        kinds: dict[str, Any] = {"": [functools.partial(case.ours, *one) for one in sets]}
+        kinds: dict[str, Calls] = {"": [functools.partial(case.ours, *one) for one in sets]}
         if not times.is_peer and DEVICE == "cuda":
-            kinds[TORCH] = case.torchs(sets)
-            kinds[DEEP_GEMM] = case.deep_gemms(library, sets) if library else None
+            others = {TORCH: case.torchs(sets), DEEP_GEMM: case.deep_gemms(library, sets) if library else None}
+            for name, other in others.items():
+                with times.noting(f"{case.name}, {name}", is_other=True):
+                    if other:
+                        other[0]()  # raises where the library does not serve the case
+                        kinds[name] = other
         with times.noting(case.name):
-            timed = {name: calls for name, calls in kinds.items() if calls}
-            for column, us in device_us_in_turns(timed, rounds=2).items():
+            for column, us in device_us_in_turns(kinds, rounds=2).items():
                 times.columns.setdefault(column, {})[case.name] = us
     if not args.no_host:
         with times.noting("host costs"):

@@ -136,12 +136,13 @@ class Times:
     failures: list[str] = field(default_factory=list)
 
     @contextmanager
-    def noting(self, what: str) -> Iterator[None]:
-        """Of a peer, note that it raised, and why, and go on; our own errors are errors."""
+    def noting(self, what: str, is_other: bool = False) -> Iterator[None]:
+        """Of a peer, or of another library that is timed beside us, note that it raised, and why, and go on; our own
+        errors are errors."""
         try:
             yield
         except Exception as error:  # whatever another library raises
-            if not self.is_peer:
+            if not (self.is_peer or is_other):
                 raise
             reason = (str(error).strip() or "no message").splitlines()[0]
             self.failures.append(f"{what}: {type(error).__name__}: {reason[:200]}")
@@ -284,7 +285,7 @@ def conclude(args: argparse.Namespace, ours: Times, peers: Sequence[Times], tabl
     if not args.no_host:
         print_host(ours, peers)
         tables = {**tables, f"{next(iter(tables))} host": host_table(ours, peers)}
-    print_failures(peers)
+    print_failures([ours, *peers])
     write_results(args, tables)
 
 
