@@ -17,7 +17,7 @@ import torch
 from flashinfer.host import memo
 from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.spec import KernelSpec
-from tests.aot.ask_core import Idle
+from tests.aot.pretended_gpus import Idle
 from tests.public_calls import CALLS, Inputs
 
 

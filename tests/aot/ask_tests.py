@@ -24,8 +24,7 @@ from flashinfer.jit.misses import MissLog, Spent
 from flashinfer.jit.resolver import Resolver
 from flashinfer.jit.spec import KernelSpec
 from tests import tolerances
-from tests.aot.ask_core import GPUS, Idle
-from tests.aot.pretended_gpus import install
+from tests.aot.pretended_gpus import GPUS, Idle, install
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

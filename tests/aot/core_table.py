@@ -9,7 +9,7 @@ from flashinfer import families
 from flashinfer.aot.config import find_config, read_config
 from flashinfer.aot.models import Model
 from flashinfer.jit.spec import KernelSpec
-from tests.aot.ask_core import GPUS
+from tests.aot.pretended_gpus import GPUS
 
 TARGETS = (*GPUS, "x86-64-v3")
 

@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPUs that are not there, for what operators ask for on them: tensors in the CPU's memory that say they are on one.
 
-Nothing is launched, so kernels have to be idle (ask_core.Idle); what torch computes, the CPU computes. To be installed
+Nothing is launched, so kernels have to be idle (Idle); what torch computes, the CPU computes. To be installed
 in a process of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from flashinfer.jit import loader
+from flashinfer.jit import spec as specs
+from flashinfer.jit.loader import Grid, Values
+from flashinfer.jit.spec import KernelSpec
 
 
 class Gpu(NamedTuple):
@@ -21,6 +26,45 @@ class Gpu(NamedTuple):
     name: str
     capability: tuple[int, int]
     num_sms: int
+
+
+# By target of the core set: a GPU that it is made for, and another that its machine code runs on, which places samplers
+# in other ways.
+GPUS = {
+    "sm_80": (Gpu("A100", (8, 0), 108), Gpu("A10", (8, 6), 72)),
+    "sm_89": (Gpu("L40S", (8, 9), 142), Gpu("L4", (8, 9), 58)),
+    "sm_90a": (Gpu("H200", (9, 0), 132), Gpu("H20", (9, 0), 78)),
+    "sm_100f": (Gpu("B200", (10, 0), 148), Gpu("B300", (10, 3), 148)),
+    "sm_120f": (Gpu("RTX 5090", (12, 0), 170), Gpu("GB10", (12, 1), 48)),
+}
+
+
+class Idle:
+    """A kernel that does nothing, and its launcher, which packs parameters as one for a GPU does."""
+
+    is_dependent = False
+
+    def __init__(self, spec: KernelSpec) -> None:
+        implementation = specs.family(spec.family).implementation(spec)
+        self.spec, self.config, self.params = spec, implementation.config(spec), implementation.params
+
+    def on(self, device_index: int | None, *, pdl: bool | None = None) -> Idle:
+        return self
+
+    def max_blocks_per_sm(self) -> int:
+        return 1
+
+    def __call__(self, grid: Grid, stream: int, values: Values) -> None:
+        loader._packer(self.params).pack(*loader._in_order(self.params, values))
+
+    def prepare(self, grid: Grid, values: Values, *, varying: Sequence[str]) -> Callable[..., None]:
+        loader._packer(self.params).pack(*loader._in_order(self.params, values, varying))
+        pack_varying = loader._packer(self.params, len(varying)).pack
+
+        def launch(*first_values: Any) -> None:
+            pack_varying(*first_values)
+
+        return launch
 
 
 class OnGpu(torch.Tensor):

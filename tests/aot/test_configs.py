@@ -24,7 +24,6 @@ from flashinfer.jit.source import render
 from flashinfer.jit.spec import KernelSpec
 from flashinfer.jit.stores import AotStore
 from tests.aot import core_table
-from tests.aot.ask_core import GPUS
 from tests.aot.kit import (
     BOTH,
     CUDA_TARGETS,
@@ -37,6 +36,7 @@ from tests.aot.kit import (
     tree,
     write_config,
 )
+from tests.aot.pretended_gpus import GPUS
 from tests.kit import ROOT, CountingCxx, finish, fork, rmsnorm_spec
 
 MODEL = """[[model]]

@@ -11,8 +11,7 @@ from tests.kit import finish, fork
 PLAN_BOTH = """
     import json, torch
     from flashinfer.jit.resolver import Resolver
-    from tests.aot.ask_core import GPUS, Idle
-    from tests.aot.pretended_gpus import install
+    from tests.aot.pretended_gpus import GPUS, Idle, install
 
     loaded, expected = [], []
     Resolver.holds = lambda self, spec: spec in loaded

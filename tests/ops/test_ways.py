@@ -15,8 +15,7 @@ WALK = """
     import json, sys, torch
     from pathlib import Path
     from flashinfer.jit.resolver import Resolver
-    from tests.aot.ask_core import GPUS, Idle
-    from tests.aot.pretended_gpus import install
+    from tests.aot.pretended_gpus import GPUS, Idle, install
 
     Resolver.load = lambda self, spec: Idle(spec)
     Resolver.expect = lambda self, specs: None
