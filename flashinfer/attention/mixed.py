@@ -73,7 +73,7 @@ class BatchAttention(PrefillWrapper):
             causal: query i of a request sees keys up to its own position, `kv_len - qo_len + i`.
             sm_scale: factor of q·k; default `1 / sqrt(head_dim_qk)`.
             logits_soft_cap: logits become `cap * tanh(logits / cap)`; None or 0 for none.
-            q_data_type, kv_data_type: dtypes of q and of the cache. What run() is given decides.
+            q_data_type, kv_data_type: dtypes of q and of the cache, which run() is to be given.
             use_profiler: must be False; the kernels record no profile.
 
         Raises:
