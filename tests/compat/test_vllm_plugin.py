@@ -114,6 +114,10 @@ def test_norms(vllm: Any, device: torch.device) -> None:
     assert norm.takes(x, weight, 1e-5) and of_sum.takes(x, residual, weight, 1e-5)
     for refused in ((None, 1e-5), (weight.float(), 1e-5), (weight, 1e-5, 128)):
         assert not norm.takes(x, *refused) and not of_sum.takes(x, residual, *refused)
+    assert not of_sum.takes(x, residual.float(), weight, 1e-5)
+    wide = torch.empty(1, 1 << 16, device=device, dtype=torch.bfloat16)
+    for rows in (x.double(), wide):
+        assert not norm.takes(rows, torch.ones_like(rows[0]), 1e-5)
 
 
 def test_layers(vllm: Any, device: torch.device) -> None:

@@ -53,11 +53,12 @@ def fused_add_rms_norm(
 
 
 def takes(x: Any, weight: Any, epsilon: Any, variance_size: Any = None) -> bool:
-    return variance_size is None and weight is not None and weight.dtype == x.dtype
+    is_served = x.dtype in (torch.float16, torch.bfloat16) and x.shape[-1] <= 32768
+    return is_served and variance_size is None and weight is not None and weight.dtype == x.dtype
 
 
 def takes_sum(x: Any, x_residual: Any, weight: Any, epsilon: Any, variance_size: Any = None) -> bool:
-    return takes(x, weight, epsilon, variance_size)
+    return takes(x, weight, epsilon, variance_size) and x_residual.dtype == x.dtype
 
 
 def register_layers() -> None:
